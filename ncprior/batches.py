@@ -1,0 +1,222 @@
+"""Batches, epoch after epoch, whose place can be saved and taken up again exactly."""
+
+import random
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+__all__ = ["Stream", "in_order", "random_state", "set_random_state", "split"]
+
+
+_END = object()
+
+
+class Stream:
+    """An endless iterator over the batches of ``data``, shuffled anew every epoch.
+
+    Its place is the generators' state at the start of the epoch and the number of batches taken
+    since: to restore it, the epoch starts again from that state and the batches are skipped.
+
+    Arguments:
+        data: A tensor or a map-style dataset, of which batches are made; or a ``DataLoader`` or
+            any other iterable of batches, taken as they come.
+        batch_size: Rows per batch, where batches are made.
+        resumable: Whether the place has to be restorable.
+
+    Raises:
+        TypeError: If the data is none of these, or must be resumable and is a one-shot iterator.
+
+    Example:
+        >>> stream = Stream(torch.arange(10), batch_size=4)
+        >>> [len(next(stream)) for _ in range(5)]
+        [4, 4, 4, 4, 4]
+    """
+
+    def __init__(self, data: Any, batch_size: int, *, resumable: bool = False) -> None:  # noqa: ANN401
+        self.loader = _batches(data, batch_size)
+        if resumable and iter_is_self(self.loader):
+            raise TypeError(
+                f"A checkpoint needs data that can be read again from its start; got a one-shot "
+                f"{type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
+            )
+        self._iterator: Iterator[Any] = iter(())
+        self._epoch_start: dict[str, Any] | None = None
+        self._taken = 0
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Any:  # noqa: ANN401
+        """Returns the next batch; stops only where a one-shot iterator is used up."""
+        if self._epoch_start is None:
+            self._start_epoch()
+        batch = next(self._iterator, _END)
+        if batch is _END and not iter_is_self(self.loader):
+            self._start_epoch()
+            batch = next(self._iterator, _END)
+        if batch is _END:
+            if self._taken == 0:
+                raise ValueError("The data has no batches.")
+            raise StopIteration
+        self._taken += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Returns the place in the data."""
+        return {"epoch_start": self._epoch_start, "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to a place that :meth:`state` returned; the generators are left as they come."""
+        set_random_state(state["epoch_start"]["generators"])
+        generator = self._own_generator()
+        if generator is not None:
+            generator.set_state(state["epoch_start"]["loader"])
+        self._start_epoch()
+        for _ in range(state["taken"]):
+            next(self)
+
+    def _start_epoch(self) -> None:
+        generator = self._own_generator()
+        self._epoch_start = {
+            "generators": random_state(),
+            "loader": None if generator is None else generator.get_state(),
+        }
+        self._iterator, self._taken = iter(self.loader), 0
+
+    def _own_generator(self) -> torch.Generator | None:
+        """The loader's own generator, which the global state does not cover."""
+        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                return generator
+        return None
+
+
+def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:  # noqa: ANN401
+    """Splits a tensor or a map-style dataset, shuffled, into a training and a held-out part.
+
+    Arguments:
+        data: What :class:`Stream` takes.
+        fraction: Share of the held-out part, which has at least one row.
+        seed: Seed of the shuffle.
+
+    Returns:
+        The two parts, or ``None`` for data without an index.
+
+    Example:
+        >>> [len(part) for part in split(torch.arange(100), 0.05, seed=0)]
+        [95, 5]
+    """
+    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    if not isinstance(data, Tensor) and not _is_map_style(data):
+        return None
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(fraction * len(data)))
+    if count >= len(data):
+        raise ValueError(f"{len(data)} rows cannot be split. Pass held_out= or more data.")
+    held_out, train = rows[:count], rows[count:]
+    if isinstance(data, Tensor):
+        return data[train.to(data.device)], data[held_out.to(data.device)]
+    return Subset(data, train.tolist()), Subset(data, held_out.tolist())
+
+
+def in_order(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+    """Returns the batches of one pass over ``data`` without shuffling, every row once.
+
+    Example:
+        >>> [len(batch) for batch in in_order(torch.arange(10), 4)]
+        [4, 4, 2]
+    """
+    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    if isinstance(data, Tensor):
+        return list(data.split(batch_size))
+    if _is_map_style(data):
+        return DataLoader(data, batch_size)
+    if iter_is_self(data):
+        raise TypeError(
+            f"Held-out data is read many times; got a one-shot {type(data).__name__}. "
+            f"Pass a tensor, a dataset, a DataLoader or a list of batches."
+        )
+    return _batches(data, batch_size)
+
+
+def random_state() -> dict[str, Any]:
+    """Returns the state of the generators of torch (all devices), NumPy and Python.
+
+    Example:
+        >>> state = random_state()
+        >>> a = torch.randn(2)
+        >>> set_random_state(state)
+        >>> torch.equal(a, torch.randn(2))
+        True
+    """
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": list(np.random.get_state(legacy=True)),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Sets the generators to what :func:`random_state` returned.
+
+    Example:
+        >>> set_random_state(random_state())
+    """
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+
+
+def iter_is_self(data: Any) -> bool:  # noqa: ANN401
+    """Tells whether an iterable is a one-shot iterator.
+
+    Example:
+        >>> iter_is_self([1]), iter_is_self(iter([1]))
+        (False, True)
+    """
+    return isinstance(data, Iterator)
+
+
+class _Shuffled:
+    """Shuffled batches of a tensor; the last, smaller one is left out unless it is the only."""
+
+    def __init__(self, data: Tensor, batch_size: int) -> None:
+        self.data, self.batch_size = data, min(batch_size, len(data))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = torch.randperm(len(self.data)).to(self.data.device)
+        for batch in rows.split(self.batch_size):
+            if len(batch) == self.batch_size:
+                yield self.data[batch]
+
+
+def _batches(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    if isinstance(data, Tensor):
+        return _Shuffled(data, batch_size)
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size)
+    if _is_map_style(data):
+        return DataLoader(data, min(batch_size, len(data)), shuffle=True, drop_last=True)
+    if isinstance(data, Iterable):
+        return data
+    raise TypeError(
+        f"Expected a tensor, a dataset, a DataLoader or an iterable of batches; "
+        f"got {type(data).__name__}."
+    )
+
+
+def _is_map_style(data: Any) -> bool:  # noqa: ANN401
+    return (
+        isinstance(data, Sized)
+        and hasattr(data, "__getitem__")
+        and not isinstance(data, DataLoader | IterableDataset | list | tuple | dict)
+    )

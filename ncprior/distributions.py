@@ -1,0 +1,104 @@
+"""Distributions as pytrees of their parameters, so that a walk can carry, index and cache them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    Laplace,
+    MultivariateNormal,
+    Normal,
+    OneHotCategorical,
+)
+
+if TYPE_CHECKING:
+    from ncprior.source import Sampleable
+
+__all__ = ["build", "expand", "is_parameters", "parameters"]
+
+Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""``{type name: {parameter name: tensor of shape (B, ...)}}``."""
+
+_PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
+    Normal: ("loc", "scale"),
+    Laplace: ("loc", "scale"),
+    MultivariateNormal: ("loc", "scale_tril"),
+    Bernoulli: ("logits",),
+    Categorical: ("logits",),
+    OneHotCategorical: ("logits",),
+}
+_TYPES: dict[str, Any] = {cls.__name__: cls for cls in _PARAMETERS}
+
+
+def parameters(distribution: Distribution) -> Parameters | None:
+    """Returns the parameters of a distribution of a known type, in float32 or better, else None.
+
+    Example:
+        >>> sorted(parameters(Independent(Normal(torch.zeros(5, 2), 1.0), 1))["Normal"])
+        ['loc', 'scale']
+    """
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
+    names = _PARAMETERS.get(type(distribution))
+    if names is None:
+        return None
+    tensors = {name: getattr(distribution, name) for name in names}
+    half = (torch.float16, torch.bfloat16)
+    tensors = {name: t.float() if t.dtype in half else t for name, t in tensors.items()}
+    return {type(distribution).__name__: tensors}
+
+
+def is_parameters(tree: Any) -> bool:  # noqa: ANN401
+    """Tells whether a pytree is what :func:`parameters` returns.
+
+    Example:
+        >>> is_parameters(parameters(Normal(0.0, 1.0))), is_parameters({"image": torch.zeros(2)})
+        (True, False)
+    """
+    return isinstance(tree, Mapping) and len(tree) == 1 and next(iter(tree)) in _TYPES
+
+
+def build(tree: Parameters) -> Distribution:
+    """Makes the distribution of batch shape ``(B,)`` that has these parameters.
+
+    Example:
+        >>> build({"Normal": {"loc": torch.zeros(5, 2), "scale": torch.ones(5, 2)}}).batch_shape
+        torch.Size([5])
+    """
+    ((name, tensors),) = tree.items()
+    distribution = _TYPES[name](**tensors, validate_args=False)  # validation synchronises a GPU
+    return Independent(distribution, len(distribution.batch_shape) - 1, validate_args=False)
+
+
+def expand(prior: Sampleable, batch_size: int) -> Sampleable:
+    """Makes B independent rows of a prior of empty batch shape.
+
+    Example:
+        >>> expand(Normal(torch.tensor(0.0), 1.0), 5).sample().shape
+        torch.Size([5])
+    """
+    if not isinstance(prior, Distribution):
+        return _Rows(prior, batch_size)
+    tree = parameters(prior)
+    if tree is None:
+        rows: Distribution = prior.expand(Size((batch_size,)))
+        return rows
+    ((name, tensors),) = tree.items()
+    return build({name: {key: t.expand(batch_size, *t.shape) for key, t in tensors.items()}})
+
+
+class _Rows:
+    """B independent rows of a sampler without a density."""
+
+    def __init__(self, prior: Sampleable, batch_size: int) -> None:
+        self.prior, self.batch_size = prior, batch_size
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        return self.prior.sample(Size((*sample_shape, self.batch_size)))

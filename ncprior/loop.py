@@ -1,0 +1,417 @@
+"""The training loop as a service: held-out early stopping, averaged weights, exact resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ncprior.batches import Stream, in_order, random_state, set_random_state, split
+from ncprior.files import load_tensors, pack, save_tensors, unpack
+from ncprior.prior import NCPrior
+from ncprior.source import LatentSource, num_rows
+from ncprior.trainer import NCETrainer
+
+__all__ = ["History", "Row", "fit"]
+
+_HELD_OUT_FRACTION = 0.05
+_HELD_OUT_DRAWS = 2048  # at least so many draws of z make one held-out loss
+
+
+class Row(NamedTuple):
+    """One line of a history.
+
+    Attributes:
+        step: Steps taken so far.
+        loss: NCE loss in nats per group, averaged over the steps since the row before.
+        held_out: NCE loss in nats per group of the averaged weights on held-out data, or ``None``.
+        learning_rate: The learning rate of the last step.
+        seconds: Time spent training so far, held-out losses included, in seconds.
+
+    Example:
+        >>> Row(100, [1.2], [1.3], 1e-3, 2.0).step
+        100
+    """
+
+    step: int
+    loss: list[float]
+    held_out: list[float] | None
+    learning_rate: float
+    seconds: float
+
+
+class History(NamedTuple):
+    """What :func:`fit` returns.
+
+    Attributes:
+        rows: One row every ``eval_every`` steps, and one at the end.
+        best_step: Per group, the step whose averaged weights were kept.
+        best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
+        stopped: Why training ended.
+
+    Example:
+        >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
+        >>> history.stopped, history.best_step
+        ('all 20 steps taken', [20])
+    """
+
+    rows: list[Row]
+    best_step: list[int]
+    best_loss: list[float] | None
+    stopped: str
+
+
+def fit(
+    prior: NCPrior,
+    data: Any,  # noqa: ANN401
+    *,
+    held_out: Any = None,  # noqa: ANN401
+    steps: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-2,
+    noise_weight: float = 1.0,
+    max_grad_norm: float | None = 5.0,
+    ema_decay: float = 0.999,
+    eval_every: int = 100,
+    patience: int | None = 10,
+    callback: Callable[[Row], Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> History:
+    """Trains the heads of a prior, and leaves the VAE as it was.
+
+    AdamW with a cosine schedule to 0; an exponential moving average of the weights is what is
+    evaluated and kept, each group at its own best held-out loss. If ``checkpoint`` exists, training
+    goes on from it as if it had never stopped: the weights come out the same, bit for bit.
+
+    Arguments:
+        prior: The prior; its heads end up with the kept weights, in evaluation mode.
+        data: A tensor or map-style dataset of x, a ``DataLoader``, or any iterable of batches.
+        held_out: Data of the same kind for early stopping. By default 5 % of a tensor or map-style
+            dataset, taken at random, are held out; other data trains without, with a warning.
+        steps: Number of optimizer steps.
+        batch_size: Rows per batch, where batches are made here.
+        learning_rate: The first learning rate.
+        weight_decay: AdamW's weight decay.
+        noise_weight: ν, see :func:`ncprior.nce_loss`.
+        max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
+        ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
+        eval_every: Steps between rows of the history and held-out losses.
+        patience: Evaluations without progress of any group before training stops; ``None`` never
+            stops early.
+        callback: Called with each new :class:`Row`; stops training by returning True.
+        checkpoint: A file to save to and resume from.
+        checkpoint_every: Steps between checkpoints.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The history of the training.
+
+    Raises:
+        FloatingPointError: If a loss is not finite, naming group and step; the heads keep the best
+            weights so far.
+        ValueError: If the checkpoint belongs to another training.
+        TypeError: If the data cannot be read in the way that is asked for.
+
+    Example:
+        >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
+        >>> len(history.rows[-1].loss)
+        1
+    """
+    _check_arguments(steps, batch_size, eval_every, checkpoint_every)
+    optimizer = torch.optim.AdamW(prior.parameters(), learning_rate, weight_decay=weight_decay)
+    trainer = NCETrainer(prior, optimizer, noise_weight=noise_weight, max_grad_norm=max_grad_norm)
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "noise_weight": noise_weight,
+        "max_grad_norm": max_grad_norm,
+        "ema_decay": ema_decay,
+        "eval_every": eval_every,
+        "rows": len(data) if hasattr(data, "__len__") else None,
+    }
+    saved = _load(checkpoint)
+    split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
+    train, held_out = _parts(data, held_out, split_seed)
+    stream = Stream(train, batch_size, resumable=checkpoint is not None)
+    evaluation = None if held_out is None else _HeldOut(held_out, batch_size, split_seed)
+    run = _Run(prior, trainer, settings, split_seed)
+    if saved is not None:
+        run.restore(saved, stream)
+    bar = tqdm(total=steps, initial=trainer.steps, desc="heads", disable=not progress)
+    with _unchanged(prior.source), run.training(), bar:
+        while run.stopped is None:
+            run.step(stream)
+            bar.update(trainer.steps - bar.n)
+            if run.loss_steps and (trainer.steps % eval_every == 0 or run.stopped is not None):
+                row = run.record(evaluation)
+                bar.set_postfix_str(_summary(row))
+                run.decide(row, patience, callback)
+            due = trainer.steps % checkpoint_every == 0 or run.stopped is not None
+            if checkpoint is not None and due:
+                run.save(checkpoint, stream)
+    return run.history()
+
+
+class _Run:
+    """The state of one training: all that a checkpoint holds."""
+
+    def __init__(
+        self, prior: NCPrior, trainer: NCETrainer, settings: dict[str, Any], split_seed: int
+    ) -> None:
+        self.prior, self.trainer = prior, trainer
+        self.settings, self.split_seed = settings, split_seed
+        self.device = next((p.device for p in prior.parameters()), torch.device("cpu"))
+        self.average = _copy(prior.heads)
+        self.best: dict[str, Tensor] | None = None
+        self.best_loss = [math.inf] * len(prior.heads)
+        self.best_step = [0] * len(prior.heads)
+        self.rows: list[Row] = []
+        self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
+        self.loss_steps = 0
+        self.stopped: str | None = None
+        self.seconds, self.since = 0.0, time.perf_counter()
+
+    def step(self, stream: Stream) -> None:
+        total = self.settings["steps"]
+        progress = self.trainer.steps / total
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = 0.5 * self.settings["learning_rate"] * (1 + math.cos(math.pi * progress))
+        try:
+            x = next(stream)
+        except StopIteration:
+            self.stopped = f"data used up after {self.trainer.steps} of {total} steps"
+            return
+        x = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
+        self.loss_sum += self.trainer.step(x).loss
+        self.loss_steps += 1
+        t = self.trainer.steps
+        self._update_average(min(self.settings["ema_decay"], (1 + t) / (10 + t)))
+        if t == total:
+            self.stopped = f"all {total} steps taken"
+
+    def record(self, evaluation: _HeldOut | None) -> Row:
+        """Adds a row to the history; keeps each group's averaged weights where they are best."""
+        held_out = None
+        if evaluation is not None:
+            with self._averaged():
+                held_out = evaluation(self.prior, self.device)
+            if self.best is None:
+                self.best = _copy(self.prior.heads)
+            for k, new in enumerate(held_out):
+                if new < self.best_loss[k]:
+                    self.best_loss[k], self.best_step[k] = new, self.trainer.steps
+                    for name in self._names(k):
+                        self.best[name].copy_(self.average[name])
+        self.seconds, self.since = self._elapsed(), time.perf_counter()
+        loss = (self.loss_sum / max(1, self.loss_steps)).tolist()
+        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
+        rate: float = self.trainer.optimizer.param_groups[0]["lr"]
+        self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.seconds))
+        return self.rows[-1]
+
+    def decide(
+        self, row: Row, patience: int | None, callback: Callable[[Row], Any] | None
+    ) -> None:
+        last = max(self.best_step)
+        limit = math.inf if patience is None else patience * self.settings["eval_every"]
+        if callback is not None and callback(row) is True:
+            self.stopped = f"stopped by the callback at step {self.trainer.steps}"
+        elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
+            self.stopped = f"no progress on held-out data since step {last}"
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Training mode; on leaving, however, the kept weights: the best, or else the averaged."""
+        self.prior.train()
+        try:
+            yield
+        finally:
+            kept = self.average if self.best is None else self.best
+            for name, tensor in self.prior.heads.state_dict().items():
+                tensor.copy_(kept[name])
+            self.trainer.optimizer.zero_grad()
+            self.prior.eval()
+
+    def history(self) -> History:
+        if self.best is None:
+            steps = [self.trainer.steps] * len(self.prior.heads)
+            return History(self.rows, steps, None, str(self.stopped))
+        return History(self.rows, self.best_step, self.best_loss, str(self.stopped))
+
+    def save(self, path: str | os.PathLike[str], stream: Stream) -> None:
+        tree, tensors = pack(
+            {
+                "settings": self.settings,
+                "split_seed": self.split_seed,
+                "steps": self.trainer.steps,
+                "heads": dict(self.prior.heads.state_dict()),
+                "average": self.average,
+                "best": self.best,
+                "best_loss": self.best_loss,
+                "best_step": self.best_step,
+                "optimizer": self.trainer.optimizer.state_dict(),
+                "rows": [tuple(row) for row in self.rows],
+                "loss_sum": self.loss_sum,
+                "loss_steps": self.loss_steps,
+                "stopped": self.stopped,
+                "seconds": self._elapsed(),
+                "stream": stream.state(),
+                "generators": random_state(),
+            }
+        )
+        save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
+
+    def restore(self, saved: dict[str, Any], stream: Stream) -> None:
+        for name, now in self.settings.items():
+            if saved["settings"].get(name) != now:
+                raise ValueError(
+                    f"The checkpoint belongs to a training with {name}="
+                    f"{saved['settings'].get(name)}; got {name}={now}. Pass the same data and "
+                    f"settings, or another checkpoint file."
+                )
+        self.prior.heads.load_state_dict(saved["heads"])
+        for name, tensor in self.average.items():
+            tensor.copy_(saved["average"][name])
+        if saved["best"] is not None:
+            self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
+        self.best_loss, self.best_step = saved["best_loss"], saved["best_step"]
+        self.trainer.optimizer.load_state_dict(saved["optimizer"])
+        self.trainer.steps = saved["steps"]
+        self.rows = [Row(*row) for row in saved["rows"]]
+        self.loss_sum.copy_(saved["loss_sum"])
+        self.loss_steps = saved["loss_steps"]
+        self.stopped = saved["stopped"]
+        self.seconds = saved["seconds"]
+        if self.stopped is None:
+            stream.restore(saved["stream"])
+        set_random_state(saved["generators"])
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.since
+
+    def _names(self, k: int) -> list[str]:
+        return [name for name in self.average if name.startswith(f"{k}.")]
+
+    @torch.no_grad()
+    def _update_average(self, decay: float) -> None:
+        for name, tensor in self.prior.heads.state_dict().items():
+            if tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+            else:
+                self.average[name].copy_(tensor)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Swaps the averaged weights in, and the heads into evaluation mode."""
+        self._swap()
+        self.prior.eval()
+        try:
+            yield
+        finally:
+            self._swap()
+            self.prior.train()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in self.prior.heads.state_dict().items():
+            trained = tensor.clone()
+            tensor.copy_(self.average[name])
+            self.average[name].copy_(trained)
+
+
+class _HeldOut:
+    """The held-out NCE loss, with the same draws of z every time it is asked for."""
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:  # noqa: ANN401
+        self.batches = in_order(data, batch_size)
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, prior: NCPrior, device: torch.device) -> list[float]:
+        total, rows = torch.zeros(len(prior.heads), dtype=torch.float64), 0
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            while rows < _HELD_OUT_DRAWS:
+                before = rows
+                for batch in self.batches:
+                    x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+                    n = num_rows(batch)
+                    total += n * prior.nce_loss(x).to("cpu", torch.float64)
+                    rows += n
+                if rows == before:
+                    raise ValueError("The held-out data has no batches.")
+        return (total / rows).tolist()
+
+
+def _check_arguments(steps: int, batch_size: int, eval_every: int, checkpoint_every: int) -> None:
+    if min(steps, batch_size, eval_every, checkpoint_every) < 1:
+        raise ValueError(
+            f"steps, batch_size, eval_every and checkpoint_every must be at least 1; "
+            f"got {steps}, {batch_size}, {eval_every} and {checkpoint_every}."
+        )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError("fit runs in one process. In several, call NCETrainer.step in a loop.")
+
+
+def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
+    """The training and the held-out part of what the user gave."""
+    if held_out is not None:
+        return data, held_out
+    parts = split(data, _HELD_OUT_FRACTION, seed)
+    if parts is None:
+        warnings.warn(
+            f"Nothing is held out of {type(data).__name__}: overfitting will go unseen. "
+            f"Pass held_out= for early stopping.",
+            stacklevel=3,
+        )
+    return parts or (data, None)
+
+
+@contextmanager
+def _unchanged(source: LatentSource[Any, Any]) -> Iterator[None]:
+    """Holds the source to its fingerprint, where it has one."""
+    fingerprint = getattr(source, "fingerprint", lambda: None)
+    before = fingerprint()
+    yield
+    if fingerprint() != before:
+        raise RuntimeError(
+            "The VAE has changed during training, although nothing here changes it. Does its "
+            "encoder, or a callback, write to parameters or buffers?"
+        )
+
+
+def _load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    if path is None or not Path(path).exists():
+        return None
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") != "checkpoint":
+        raise ValueError(f"{os.fspath(path)} is not a checkpoint of fit. Pass another file.")
+    state: dict[str, Any] = unpack(metadata["state"], tensors)
+    return state
+
+
+def _copy(heads: nn.ModuleList) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in heads.state_dict().items()}
+
+
+def _summary(row: Row) -> str:
+    text = f"NCE {sum(row.loss) / len(row.loss):.3f}"
+    if row.held_out is not None:
+        text += f", held out {sum(row.held_out) / len(row.held_out):.3f}"
+    return text

@@ -1,0 +1,372 @@
+r"""The noise contrastive prior: a frozen VAE whose every group is reweighted by a ratio head.
+
+.. math::
+    p_{NCP}(z) \propto \prod_k r_k(z_k | z_{<k})^\alpha \, p(z_k | z_{<k})
+
+Sampling is ancestral: each group is drawn from r_k p_k / Z_k(z_<k), that is, normalised locally.
+This equals the paper's one global Z where every Z_k(z_<k) is constant, as at the NCE optimum.
+
+References:
+    | A Contrastive Learning Approach for Training Variational Autoencoder Priors
+    | (Aneja et al., NeurIPS 2021)
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ncprior.heads import make_head
+from ncprior.nce import nce_loss
+from ncprior.samplers import Draw, Sampler
+from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
+
+if TYPE_CHECKING:
+    from ncprior.diagnostics import Report
+
+__all__ = ["NCPrior", "Sample", "group_losses"]
+
+
+class Sample(NamedTuple):
+    """What :meth:`NCPrior.sample` draws.
+
+    Attributes:
+        x: The decoder's mean, with shape ``(B, ...)``.
+        latents: One z_k per group, each with shape ``(B, *event)``.
+        draws: One :class:`~ncprior.Draw` per group, with what its sampler knows of its quality.
+
+    Example:
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> sample = prior.sample(8, partial(sir, num_proposals=100))
+        >>> sample.x.shape, sample.latents[0].shape, sample.draws[0].ess.shape
+        (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8]))
+    """
+
+    x: Tensor
+    latents: tuple[Tensor, ...]
+    draws: tuple[Draw, ...]
+
+
+class NCPrior(nn.Module):
+    """A frozen VAE with its prior reweighted, group by group, by ratio heads.
+
+    The source is never registered, moved or changed: the parameters are the heads', and so is the
+    ``state_dict``.
+
+    Arguments:
+        source: The VAE.
+        heads: One ratio head per group, ``head(z, context=None) -> log_r``; a module alone is the
+            head of a single group.
+
+    Attributes:
+        heads: The heads, an ``nn.ModuleList``.
+        strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
+        active: One bool per group: whether its head is used.
+
+    Raises:
+        ValueError: If there is not one head per group.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> prior = NCPrior(source, MLPHead((2,)))
+        >>> prior.nce_loss(x)  # 2 log 2: the head has learnt nothing yet
+        tensor([1.3863], grad_fn=<StackBackward0>)
+    """
+
+    source: LatentSource[Any, Any]
+
+    def __init__(
+        self, source: LatentSource[Any, Any], heads: nn.Module | Iterable[nn.Module]
+    ) -> None:
+        super().__init__()
+        if not isinstance(heads, nn.ModuleList):
+            heads = nn.ModuleList([heads] if isinstance(heads, nn.Module) else heads)
+        if len(heads) != source.num_groups:
+            raise ValueError(
+                f"One ratio head per latent group: the source has {source.num_groups} groups, "
+                f"got {len(heads)} heads."
+            )
+        object.__setattr__(self, "source", source)  # past nn.Module, which would register it
+        self.heads = heads
+        self.strength = 1.0
+        self.active = [True] * source.num_groups
+        self._disabled = False
+
+    @classmethod
+    @torch.no_grad()
+    def for_source(cls, source: LatentSource[Any, Any], x: Any, **options: Any) -> NCPrior:  # noqa: ANN401
+        """Probes one batch and builds a head for every group.
+
+        Arguments:
+            source: The VAE.
+            x: One batch, as the user's loader yields it; some tens of rows or more.
+            options: Arguments of the heads: ``width``, ``depth``, ``dropout``.
+
+        Returns:
+            A prior that equals the base prior until it is trained.
+
+        Warns:
+            UserWarning: If reconstructions of a row are no closer to it than to other rows.
+
+        Example:
+            >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
+            369
+        """
+        encoding = source.encode(x)
+        state = source.start(num_rows(encoding), encoding)
+        heads = []
+        for k in range(source.num_groups):
+            group = source.group(state)
+            z = posterior_of(group).sample()
+            with _naming(k):
+                heads.append(make_head(group, **options))
+            state = source.advance(state, z)
+        _warn_if_blurred(source.decode(state), x[0] if isinstance(x, tuple | list) else x)
+        return cls(source, heads)
+
+    def forward(self, x: Any, noise_weight: float = 1.0) -> Tensor:  # noqa: ANN401
+        """The same as :meth:`nce_loss`, for one loss, one backward and plain DDP."""
+        return self.nce_loss(x, noise_weight)
+
+    def nce_loss(self, x: Any, noise_weight: float = 1.0) -> Tensor:  # noqa: ANN401
+        """Returns each group's NCE loss, under z_<k drawn from the posterior.
+
+        Arguments:
+            x: One batch, as the user's loader yields it.
+            noise_weight: ν, see :func:`ncprior.nce_loss`.
+
+        Returns:
+            The losses in nats, with shape ``(K,)``.
+
+        References:
+            Aneja et al. (2021), equation 4.
+
+        Example:
+            >>> prior.nce_loss(x).shape
+            torch.Size([1])
+        """
+        return torch.stack(list(group_losses(self, x, noise_weight)))
+
+    @torch.no_grad()
+    def sample(self, batch_size: int, sampler: Sampler, *, condition: Any = None) -> Sample:  # noqa: ANN401
+        """Draws latents group by group from the reweighted prior, and decodes them.
+
+        A group whose head is off (``disabled``, ``strength`` 0 or not ``active``) is drawn by one
+        ``prior.sample()``: the base's own draw, bit for bit under the same seed.
+
+        Arguments:
+            batch_size: B, the number of samples.
+            sampler: ``sampler(prior, log_ratio) -> Draw``, such as
+                ``partial(sir, num_proposals=500)``.
+            condition: What the source needs when there is no x, or ``None``.
+
+        Returns:
+            The decoded means, latents and draws.
+
+        Raises:
+            FloatingPointError: If log r is not finite; names the group.
+            TypeError: If the sampler cannot work with a group's prior; names the group.
+
+        Example:
+            >>> from functools import partial
+            >>> from ncprior import sir
+            >>> prior.sample(8, partial(sir, num_proposals=100)).x.shape
+            torch.Size([8, 3])
+        """
+        state = self.source.start(batch_size, condition=condition)
+        latents, draws = [], []
+        for k in range(self.source.num_groups):
+            draw = self._draw(k, self.source.group(state), sampler)
+            state = self.source.advance(state, draw.z)
+            latents.append(draw.z)
+            draws.append(draw)
+        return Sample(self.source.decode(state), tuple(latents), tuple(draws))
+
+    def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
+        """Returns α log r_k(z_k | z_<k), as the sampler uses it, of every group.
+
+        Arguments:
+            latents: One z_k per group, each with shape ``(B, *event)``.
+            condition: What the source needs when there is no x, or ``None``.
+
+        Returns:
+            The log-ratios in nats, with shape ``(B, K)``; 0 for groups whose head is off.
+
+        Example:
+            >>> prior.log_ratio([torch.randn(5, 2)]).shape
+            torch.Size([5, 1])
+        """
+        if len(latents) != self.source.num_groups:
+            raise ValueError(
+                f"One z per latent group: the source has {self.source.num_groups} groups, "
+                f"got {len(latents)} latents."
+            )
+        state = self.source.start(len(latents[0]), condition=condition)
+        log_r = []
+        for k, z in enumerate(latents):
+            if self._is_on(k):
+                log_r.append(self.strength * self.log_r(k, z, self.source.group(state).context))
+            else:
+                log_r.append(torch.zeros(len(z), device=z.device))
+            state = self.source.advance(state, z)
+        return torch.stack(log_r, dim=1)
+
+    def log_r(self, k: int, z: Tensor, context: Tensor | None) -> Tensor:
+        """Returns log r_k(z, c) of head k itself, in float32 or better, also under autocast.
+
+        Arguments:
+            k: The group, from 0.
+            z: Latents of the group, with shape ``(*, B, *event)``.
+            context: The group's context, with shape ``(B, ...)``, or ``None``.
+
+        Returns:
+            log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
+
+        Example:
+            >>> prior.log_r(0, torch.randn(100, 5, 2), None).shape
+            torch.Size([100, 5])
+        """
+        with _no_autocast(z.device.type):
+            log_r: Tensor = self.heads[k](_wide(z), None if context is None else _wide(context))
+        return log_r
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context manager inside which the prior is the base prior again.
+
+        Example:
+            >>> with prior.disabled():
+            ...     prior.log_ratio([torch.randn(2, 2)])
+            tensor([[0.],
+                    [0.]])
+        """
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        report: Report | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        """Saves what was trained, and nothing else: see :func:`ncprior.hub.save_pretrained`."""
+        from ncprior import hub
+
+        hub.save_pretrained(self, directory, report=report, base_model=base_model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: LatentSource[Any, Any],
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        heads: nn.Module | Iterable[nn.Module] | None = None,
+        check_fingerprint: bool = True,
+    ) -> NCPrior:
+        """Puts saved heads on a VAE given here: see :func:`ncprior.hub.from_pretrained`."""
+        from ncprior import hub
+
+        return hub.from_pretrained(
+            source,
+            path_or_repo,
+            revision=revision,
+            heads=heads,
+            check_fingerprint=check_fingerprint,
+        )
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # noqa: ANN401
+        """Saves to the Hugging Face Hub: see :func:`ncprior.hub.push_to_hub`."""
+        from ncprior import hub
+
+        return hub.push_to_hub(self, repo_id, **options)
+
+    def extra_repr(self) -> str:
+        """Tells what ``print(prior)`` shows besides the heads."""
+        off = [k for k, on in enumerate(self.active) if not on]
+        return f"source={type(self.source).__name__}, strength={self.strength}, groups_off={off}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NCPrior:
+        """Copies the heads and shares the source: a user's VAE is never copied."""
+        from copy import deepcopy
+
+        other = type(self)(self.source, deepcopy(self.heads, memo))
+        other.strength, other.active = self.strength, list(self.active)
+        return other.train(self.training)
+
+    def _is_on(self, k: int) -> bool:
+        return self.active[k] and self.strength != 0 and not self._disabled
+
+    def _draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
+        if not self._is_on(k):
+            return Draw(group.prior.sample())
+        with _naming(k):
+            return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))
+
+
+def group_losses(prior: NCPrior, x: Any, noise_weight: float) -> Iterator[Tensor]:  # noqa: ANN401
+    """Yields each group's NCE loss in turn; one walk, of which only one head is alive at a time.
+
+    Example:
+        >>> for loss in group_losses(prior, x, noise_weight=1.0):
+        ...     loss.backward()
+    """
+    require_eval(getattr(prior.source, "module", None))
+    with torch.no_grad():
+        encoding = prior.source.encode(x)
+        state = prior.source.start(num_rows(encoding), encoding)
+    for k in range(prior.source.num_groups):
+        with torch.no_grad():
+            group = prior.source.group(state)
+            z_q, z_p = posterior_of(group).sample(), group.prior.sample()
+            if k + 1 < prior.source.num_groups:
+                state = prior.source.advance(state, z_q)
+        log_r = prior.log_r(k, torch.stack([z_q, z_p.to(z_q.dtype)]), group.context)
+        yield nce_loss(log_r[0], log_r[1], noise_weight)
+
+
+@contextmanager
+def _naming(k: int) -> Iterator[None]:
+    """Puts the group in front of an error's message."""
+    try:
+        yield
+    except (FloatingPointError, TypeError, ValueError) as error:
+        kinds = (FloatingPointError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"Group {k}: {error}") from error
+
+
+def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
+    """Warns of a posterior so wide that its z no longer tells which row it came from."""
+    if not isinstance(x, Tensor) or len(x) < 8 or x[0].numel() != x_hat[0].numel():
+        return
+    distance = torch.cdist(x_hat.flatten(1).float(), x.flatten(1).to(x_hat.device, torch.float32))
+    own = distance.diagonal()
+    others = (distance.sum(1) - own) / (len(x) - 1)
+    if (own < others).float().mean() < 0.9:
+        warnings.warn(
+            "Reconstructions of a row are no closer to it than to other rows. Is the posterior's "
+            "scale a standard deviation? From a log-variance it is (0.5 * log_var).exp().",
+            stacklevel=3,
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,371 @@
+r"""A pretrained VAE, seen as groups of latents visited in order.
+
+A VAE with K groups of latents factorises its prior and its posterior as
+
+.. math::
+    p(z) = \prod_k p(z_k | z_{<k}), \qquad q(z | x) = \prod_k q(z_k | z_{<k}, x).
+
+A :class:`LatentSource` walks the groups: ``start`` makes a state, ``group`` shows p(z_k | z_<k)
+and, when there is an x, q(z_k | z_<k, x), ``advance`` takes a z_k and makes the next state, and
+``decode`` turns the last state into x. Training and sampling are this same walk with another
+choice of z_k. A state is a value: a walk can be forked, indexed, cached and compared.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
+
+from ncprior.distributions import build, expand, is_parameters, parameters
+
+__all__ = [
+    "Group",
+    "LatentSource",
+    "Sampleable",
+    "SingleGroup",
+    "module_fingerprint",
+    "num_rows",
+    "posterior_of",
+    "require_eval",
+    "sample_posterior",
+]
+
+E = TypeVar("E")
+S = TypeVar("S")
+
+
+@runtime_checkable
+class Sampleable(Protocol):
+    """Anything that draws samples; a torch ``Distribution`` is one.
+
+    Example:
+        >>> isinstance(Normal(0.0, 1.0), Sampleable)
+        True
+    """
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's own default)
+        """Draws samples of shape ``(*sample_shape, B, *event)``."""
+        ...
+
+
+class Group(NamedTuple):
+    """What is known of z_k once z_<k, and maybe x, are given; of batch shape ``(B,)``.
+
+    Attributes:
+        prior: p(z_k | z_<k), a torch ``Distribution`` wherever the density is known.
+        posterior: q(z_k | z_<k, x), or ``None`` when the walk has no x.
+        context: c(z_<k), what the ratio head sees of z_<k and of a condition, with shape
+            ``(B, ...)``, or ``None``.
+
+    Example:
+        >>> group = Group(prior=Independent(Normal(torch.zeros(5, 2), 1.0), 1))
+        >>> group.prior.sample().shape
+        torch.Size([5, 2])
+    """
+
+    prior: Sampleable
+    posterior: Distribution | None = None
+    context: Tensor | None = None
+
+
+class LatentSource(Protocol[E, S]):
+    """A pretrained VAE, seen as groups of latents visited in order.
+
+    Encodings, states and conditions are pytrees of tensors whose first axis is the batch. A source
+    does its work in ``start`` and ``advance``; ``group`` is a pure view, called any number of
+    times. A source never disables gradients and never detaches; its callers do.
+    :func:`ncprior.testing.check_source` tests an implementation.
+
+    Example:
+        >>> state = source.start(4)                    # no x: the prior's walk
+        >>> for k in range(source.num_groups):
+        ...     state = source.advance(state, source.group(state).prior.sample())
+        >>> source.decode(state).shape
+        torch.Size([4, 3])
+    """
+
+    @property
+    def num_groups(self) -> int:
+        """K, the number of latent groups."""
+        ...
+
+    def encode(self, x: Any) -> E:  # noqa: ANN401 (whatever a loader yields)
+        """Turns one batch, as the user's loader yields it, into what the walk needs of it."""
+        ...
+
+    def start(self, batch_size: int, encoding: E | None = None, condition: Any = None) -> S:  # noqa: ANN401
+        """Makes the state in front of the first group."""
+        ...
+
+    def group(self, state: S) -> Group:
+        """Shows the group that the state stands in front of."""
+        ...
+
+    def advance(self, state: S, z: Tensor) -> S:
+        """Takes z_k, with shape ``(B, *event)``, and makes the state behind it."""
+        ...
+
+    def decode(self, state: S) -> Tensor:
+        """Returns the decoder's mean, with shape ``(B, ...)``."""
+        ...
+
+
+class SingleGroup:
+    """A VAE with one group of latents, from its three parts.
+
+    Arguments:
+        prior: p(z), with an empty batch shape.
+        posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. Of a tuple
+            or list that a loader yields, x is the first item.
+        decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
+        module: The VAE itself. It is never registered, moved or changed; it serves for the
+            fingerprint and for the check that it is in evaluation mode.
+        likelihood: Maps z to p(x | z), a distribution over x.
+        condition: Picks a condition c, with shape ``(B, C)``, out of a batch as the loader yields
+            it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
+            ratio head sees it as context, and a walk without x needs it as ``condition``.
+
+    Raises:
+        ValueError: If the prior has a batch shape.
+        TypeError: If the prior cannot be sampled.
+
+    Example:
+        >>> encoder, decoder = torch.nn.Linear(3, 4), torch.nn.Linear(2, 3)
+        >>> def posterior(x):
+        ...     mean, log_var = encoder(x).chunk(2, dim=-1)
+        ...     return Independent(Normal(mean, (0.5 * log_var).exp()), 1)
+        >>> prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+        >>> source = SingleGroup(prior, posterior, decoder)
+        >>> latents, state = sample_posterior(source, torch.randn(5, 3))
+        >>> latents[0].shape, source.decode(state).shape
+        (torch.Size([5, 2]), torch.Size([5, 3]))
+    """
+
+    num_groups = 1
+
+    def __init__(
+        self,
+        prior: Sampleable,
+        posterior: Callable[..., Distribution],
+        decoder: Callable[..., Tensor],
+        *,
+        module: nn.Module | None = None,
+        likelihood: Callable[..., Distribution] | None = None,
+        condition: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(prior, Sampleable):
+            raise TypeError(f"The prior needs a method `sample`; got {type(prior).__name__}.")
+        if isinstance(prior, Distribution) and prior.batch_shape:
+            raise ValueError(
+                f"The prior must have an empty batch shape; got batch shape "
+                f"{tuple(prior.batch_shape)} and event shape {tuple(prior.event_shape)}. "
+                f"Wrap it in Independent(prior, {len(prior.batch_shape)})."
+            )
+        self.prior = prior
+        self.module = module
+        self._posterior = posterior
+        self._decoder = decoder
+        self._likelihood = likelihood
+        self._condition = condition
+
+    class Encoding(NamedTuple):
+        """What the walk needs of x: the posterior's parameters, or else the batch itself."""
+
+        posterior: Any
+        condition: Tensor | None
+
+    class State(NamedTuple):
+        """The walk in front of z (``z is None``) or behind it."""
+
+        rows: Tensor  # (B, 0): carries the batch size
+        z: Tensor | None
+        posterior: Any
+        condition: Tensor | None
+
+    def encode(self, x: Any) -> Encoding:  # noqa: ANN401
+        """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
+        require_eval(self.module)
+        c = None if self._condition is None else self._condition(x)
+        x = x[0] if isinstance(x, tuple | list) else x
+        q = parameters(self._checked_posterior(x, c))
+        return self.Encoding(x if q is None else q, c)
+
+    def start(
+        self,
+        batch_size: int,
+        encoding: Encoding | None = None,
+        condition: Tensor | None = None,
+    ) -> State:
+        """Makes the state in front of z, for ``batch_size`` rows."""
+        require_eval(self.module)
+        q, c = (None, condition) if encoding is None else encoding
+        if (c is None) != (self._condition is None):
+            needs, got = ("needs a", "none") if c is None else ("takes no", "one")
+            raise ValueError(
+                f"This source {needs} condition; got {got}. A condition is picked out of a batch "
+                f"by SingleGroup(condition=...) and given to sample(..., condition=...)."
+            )
+        for name, tree in (("encoding", q), ("condition", c)):
+            if tree is not None and num_rows(tree) != batch_size:
+                raise ValueError(
+                    f"The walk has {batch_size} rows; got {num_rows(tree)} rows of {name}."
+                )
+        leaves = [leaf for leaf in tree_leaves((q, c)) if isinstance(leaf, Tensor)]
+        device = leaves[0].device if leaves else None
+        return self.State(torch.empty(batch_size, 0, device=device), None, q, c)
+
+    def group(self, state: State) -> Group:
+        """Shows p(z) and, with an x, q(z | x), for every row."""
+        q = state.posterior
+        if q is not None:
+            q = build(q) if is_parameters(q) else self._checked_posterior(q, state.condition)
+        return Group(expand(self.prior, len(state.rows)), q, state.condition)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Takes z, with shape ``(B, *event)``."""
+        if len(z) != len(state.rows):
+            raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
+        return state._replace(z=z)
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the mean of p(x | z)."""
+        return self._decoder(*self._decoder_arguments(state))
+
+    def likelihood(self, state: State) -> Distribution:
+        """Returns p(x | z).
+
+        Raises:
+            ValueError: If the source was made without a likelihood.
+        """
+        if self._likelihood is None:
+            raise ValueError(
+                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...)."
+            )
+        return self._likelihood(*self._decoder_arguments(state))
+
+    def fingerprint(self) -> str | None:
+        """Returns :func:`module_fingerprint` of the VAE, or ``None`` without ``module``."""
+        return None if self.module is None else module_fingerprint(self.module)
+
+    def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
+        if state.z is None:
+            raise ValueError("Decoding needs z; this walk has none yet. Call advance(state, z).")
+        z = state.z
+        if z.is_floating_point() and self.module is not None:
+            z = z.to(next((p.dtype for p in self.module.parameters()), z.dtype))
+        return (z,) if state.condition is None else (z, state.condition)
+
+    def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
+        q = self._posterior(x) if c is None else self._posterior(x, c)
+        if not isinstance(q, Distribution):
+            raise TypeError(
+                f"posterior(x) must return a distribution; got {type(q).__name__}. From a mean "
+                f"and a log-variance make Independent(Normal(mean, (0.5 * log_var).exp()), 1)."
+            )
+        event = self.prior.event_shape if isinstance(self.prior, Distribution) else q.event_shape
+        if len(q.batch_shape) != 1 or q.event_shape != event:
+            raise ValueError(
+                f"q(z | x) must have batch shape (B,) and the prior's event shape "
+                f"{tuple(event)}; got batch shape {tuple(q.batch_shape)} and event shape "
+                f"{tuple(q.event_shape)}. Independent(q, n) turns n batch axes into event axes."
+            )
+        return q
+
+
+@torch.no_grad()
+def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, ...], S]:  # noqa: ANN401
+    """Draws z_k ~ q(z_k | z_<k, x): over random x, the aggregate posterior q(z) = E_x q(z | x).
+
+    This is the reference prior: no prior on the frozen decoder can be expected to do better.
+
+    Arguments:
+        source: The VAE.
+        x: One batch, as the user's loader yields it.
+
+    Returns:
+        The latents, one ``(B, *event)`` per group, and the state behind them, to decode.
+
+    Example:
+        >>> latents, state = sample_posterior(source, x)
+        >>> [z.shape for z in latents], source.decode(state).shape
+        ([torch.Size([4, 2])], torch.Size([4, 3]))
+    """
+    encoding = source.encode(x)
+    state = source.start(num_rows(encoding), encoding)
+    latents = []
+    for _ in range(source.num_groups):
+        latents.append(posterior_of(source.group(state)).sample())
+        state = source.advance(state, latents[-1])
+    return tuple(latents), state
+
+
+def posterior_of(group: Group) -> Distribution:
+    """Returns the group's posterior; a source that shows none for an x breaks the protocol.
+
+    Raises:
+        ValueError: If the group has no posterior.
+
+    Example:
+        >>> q = Independent(Normal(torch.zeros(5, 2), 1.0), 1)
+        >>> posterior_of(Group(prior=q, posterior=q)) is q
+        True
+    """
+    if group.posterior is None:
+        raise ValueError(
+            "The walk started from an encoding, yet its group has no posterior: "
+            "LatentSource.group must return q(z_k | z_<k, x) there."
+        )
+    return group.posterior
+
+
+def num_rows(tree: Any) -> int:  # noqa: ANN401
+    """Returns the number of rows of a pytree of tensors whose first axis is the batch.
+
+    Example:
+        >>> num_rows({"loc": torch.zeros(5, 2), "scale": (torch.ones(5), None)})
+        5
+    """
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return len(leaf)
+    raise ValueError(
+        f"Expected tensors whose first axis is the batch; got {type(tree).__name__} without any."
+    )
+
+
+def require_eval(module: nn.Module | None) -> None:
+    """Refuses a VAE in training mode: batch statistics and dropout would change q(z | x).
+
+    Raises:
+        ValueError: If any submodule is in training mode.
+
+    Example:
+        >>> require_eval(torch.nn.Linear(1, 1).eval())
+    """
+    for name, submodule in () if module is None else module.named_modules():
+        if submodule.training:
+            raise ValueError(
+                f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
+                f"training mode. Call vae.eval() first."
+            )
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Returns ``"<dtype>:<SHA-256>"`` over a module's sorted names, shapes and float32 values.
+
+    Example:
+        >>> module_fingerprint(torch.nn.Linear(1, 1)).split(":")[0]
+        'float32'
+    """
+    digest = hashlib.sha256()
+    tensors = module.state_dict()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    dtypes = {str(t.dtype) for t in tensors.values() if t.is_floating_point()}
+    return f"{'+'.join(sorted(dtypes)).replace('torch.', '') or 'none'}:{digest.hexdigest()}"

@@ -1,0 +1,164 @@
+"""Training of the heads: one step for the user's own loop, and the loop as a service.
+
+Every step draws fresh z_k ~ q(z_k | z_<k, x) and z_k ~ p(z_k | z_<k) in one walk, and
+back-propagates one head at a time, so that memory does not grow with the number of groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from ncprior.prior import NCPrior, group_losses
+
+__all__ = ["NCETrainer", "StepMetrics"]
+
+
+class StepMetrics(NamedTuple):
+    """What one step measures, per group.
+
+    Attributes:
+        loss: NCE loss in nats, with shape ``(K,)``.
+        grad_norm: Norm of each head's gradient before clipping, with shape ``(K,)``.
+
+    Example:
+        >>> StepMetrics(torch.zeros(1), torch.zeros(1))._asdict().keys()
+        dict_keys(['loss', 'grad_norm'])
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class NCETrainer:
+    """One step of head training, for a loop of one's own.
+
+    When a process group exists, the heads start from rank 0's weights and their gradients are
+    averaged over the ranks. With Accelerate, pass ``backward=accelerator.backward`` and prepare
+    the optimizer only; with Lightning, use manual optimisation.
+
+    Arguments:
+        prior: The prior whose heads are trained, in the mode (train or eval) it is in.
+        optimizer: An optimizer of the heads' parameters.
+        backward: Back-propagates a loss.
+        noise_weight: ν, see :func:`ncprior.nce_loss`.
+        max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
+
+    Raises:
+        TypeError: If the prior is wrapped in DistributedDataParallel.
+        ValueError: If the optimizer holds parameters that are not the heads'.
+
+    Example:
+        >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-3))
+        >>> for _ in range(3):
+        ...     metrics = trainer.step(x)
+        >>> metrics.loss.shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self,
+        prior: NCPrior,
+        optimizer: torch.optim.Optimizer,
+        *,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+        noise_weight: float = 1.0,
+        max_grad_norm: float | None = 5.0,
+    ) -> None:
+        if isinstance(prior, DistributedDataParallel):
+            raise TypeError(
+                "NCETrainer takes the NCPrior itself, not DistributedDataParallel(prior): it goes "
+                "backward group by group, beside which DDP leaves gradients unreduced, and "
+                "averages them over the ranks itself. Pass prior.module."
+            )
+        heads = {id(p) for p in prior.parameters()}
+        if any(id(p) not in heads for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "The optimizer holds parameters that are not the heads'; the VAE stays frozen. "
+                "Make it from prior.parameters()."
+            )
+        self.prior = prior
+        self.optimizer = optimizer
+        self.backward = backward
+        self.noise_weight = noise_weight
+        self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        self.steps = 0
+        if _world_size() > 1:
+            with torch.no_grad():
+                for tensor in prior.state_dict().values():
+                    dist.broadcast(tensor, src=0)
+
+    def step(self, x: Any) -> StepMetrics:  # noqa: ANN401
+        """Takes one optimizer step on one batch.
+
+        Arguments:
+            x: One batch, as the user's loader yields it.
+
+        Returns:
+            Loss and gradient norm per group, averaged over the ranks.
+
+        Raises:
+            FloatingPointError: If a loss or gradient is not finite, naming group and step. The
+                heads are then as they were before the step.
+
+        Example:
+            >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters()))
+            >>> trainer.step(x).loss  # 2 log 2 before the first step
+            tensor([1.3863])
+        """
+        self.optimizer.zero_grad()
+        losses = []
+        for loss in group_losses(self.prior, x, self.noise_weight):
+            self.backward(loss)
+            losses.append(loss.detach())
+        mean_loss = average_over_ranks(torch.stack(losses))
+        norms = torch.stack([self._reduce_and_clip(head) for head in self.prior.heads])
+        self._refuse_non_finite(mean_loss, norms)
+        self.optimizer.step()
+        self.steps += 1
+        return StepMetrics(mean_loss, norms)
+
+    def _reduce_and_clip(self, head: nn.Module) -> Tensor:
+        gradients = [p.grad for p in head.parameters() if p.grad is not None]
+        if _world_size() > 1 and gradients:
+            flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
+            for gradient, mean in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(mean.view_as(gradient))
+        return clip_grad_norm_(head.parameters(), self.max_grad_norm)
+
+    def _refuse_non_finite(self, losses: Tensor, norms: Tensor) -> None:
+        finite = torch.isfinite(losses) & torch.isfinite(norms.to(losses))
+        if not finite.all():  # the one synchronisation of a step
+            k = int((~finite).nonzero()[0])
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"The NCE loss of group {k} is {losses[k].item():.4g} with a gradient norm of "
+                f"{norms[k].item():.4g} at step {self.steps}. The heads are as they were before "
+                f"this step. Look for NaN or infinity in x, or take a lower learning rate."
+            )
+
+
+def average_over_ranks(tensor: Tensor) -> Tensor:
+    """Returns the mean of a tensor over the ranks of the process group; itself without one.
+
+    Example:
+        >>> average_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if _world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor = tensor / _world_size()
+    return tensor
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
