@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from ncprior.heads import make_head
 from ncprior.nce import nce_loss
 from ncprior.samplers import Draw, Sampler
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
-
-if TYPE_CHECKING:
-    from ncprior.diagnostics import Report
 
 __all__ = ["NCPrior", "Sample", "group_losses"]
 
@@ -253,17 +250,21 @@ class NCPrior(nn.Module):
         finally:
             self._disabled = before
 
-    def save_pretrained(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        report: Report | None = None,
-        base_model: str | None = None,
-    ) -> None:
-        """Saves what was trained, and nothing else: see :func:`ncprior.hub.save_pretrained`."""
+    def save_pretrained(self, directory: str | os.PathLike[str], **card: Any) -> None:  # noqa: ANN401
+        """Saves what was trained, and nothing else.
+
+        Arguments:
+            directory: Where to; made if missing.
+            card: What the model card tells: ``report``, ``base_model`` and ``card_data``, see
+                :func:`ncprior.hub.save_pretrained`.
+
+        Example:
+            >>> import tempfile
+            >>> prior.save_pretrained(tempfile.mkdtemp())
+        """
         from ncprior import hub
 
-        hub.save_pretrained(self, directory, report=report, base_model=base_model)
+        hub.save_pretrained(self, directory, **card)
 
     @classmethod
     def from_pretrained(
@@ -275,7 +276,29 @@ class NCPrior(nn.Module):
         heads: nn.Module | Iterable[nn.Module] | None = None,
         check_fingerprint: bool = True,
     ) -> NCPrior:
-        """Puts saved heads on a VAE given here: see :func:`ncprior.hub.from_pretrained`."""
+        """Puts saved heads on the VAE that they were trained on.
+
+        Arguments:
+            source: The VAE, set up as it was in training.
+            path_or_repo: A directory of :meth:`save_pretrained`, or a Hugging Face Hub repository.
+            revision: Branch, tag or commit of the repository.
+            heads: Your own heads to take the saved tensors, if the saved ones were your own.
+            check_fingerprint: Whether to refuse another VAE or another base prior.
+
+        Returns:
+            The prior, in evaluation mode, see :func:`ncprior.hub.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: If there is no such directory or repository.
+            ValueError: If the file is damaged, or does not fit the source or the heads.
+
+        Example:
+            >>> import tempfile
+            >>> directory = tempfile.mkdtemp()
+            >>> prior.save_pretrained(directory)
+            >>> NCPrior.from_pretrained(source, directory).strength
+            1.0
+        """
         from ncprior import hub
 
         return hub.from_pretrained(
@@ -287,7 +310,19 @@ class NCPrior(nn.Module):
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # noqa: ANN401
-        """Saves to the Hugging Face Hub: see :func:`ncprior.hub.push_to_hub`."""
+        """Saves to the Hugging Face Hub what :meth:`save_pretrained` writes, as one commit.
+
+        Arguments:
+            repo_id: The repository, such as ``"user/my-prior"``; made if missing.
+            options: See :func:`ncprior.hub.push_to_hub`.
+
+        Returns:
+            The URL of the commit.
+
+        Example:
+            >>> prior.push_to_hub("user/my-prior", private=True)  # doctest: +SKIP
+            'https://huggingface.co/user/my-prior/commit/0f3c...'
+        """
         from ncprior import hub
 
         return hub.push_to_hub(self, repo_id, **options)

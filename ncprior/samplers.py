@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -145,7 +146,7 @@ class _Pool:
                 f"log r is not finite for some of {self.num_proposals} proposals. "
                 f"Look for NaN or infinity in the head's weights, the prior or the context."
             )
-        log_mean_weight = self.top + self.sum_r.log() - torch.tensor(self.num_proposals).log()
+        log_mean_weight = self.top + self.sum_r.log() - math.log(self.num_proposals)
         return Draw(self.z, self.sum_r.square() / self.sum_r2, log_mean_weight)
 
 

@@ -1,0 +1,394 @@
+"""Saving what was trained and nothing else, in a directory or on the Hugging Face Hub.
+
+A saved prior is one safetensors file: the heads' tensors, and in its header the configuration.
+Loading builds heads from a fixed table of names and runs no code that comes with the file. The
+files beside it are for people: ``config.json`` repeats the configuration and ``README.md`` is a
+model card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.utils import HFValidationError
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ncprior.card import model_card
+from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
+from ncprior.fingerprints import base_fingerprint
+from ncprior.heads import CategoricalHead, ConvHead, MLPHead
+from ncprior.prior import NCPrior
+
+if TYPE_CHECKING:
+    from ncprior.report import Report
+    from ncprior.source import LatentSource
+
+__all__ = ["configuration", "from_pretrained", "inspect", "push_to_hub", "save_pretrained"]
+
+FILE = "ncprior.safetensors"
+FORMAT = 1  # of the configuration; a file of another format is refused
+HEADS: dict[str, type[MLPHead | ConvHead | CategoricalHead]] = {
+    "MLPHead": MLPHead,
+    "ConvHead": ConvHead,
+    "CategoricalHead": CategoricalHead,
+}
+CUSTOM = "custom"  # a head of the user's own, of which only the tensors are saved
+
+
+def save_pretrained(
+    prior: NCPrior,
+    directory: str | os.PathLike[str],
+    *,
+    report: Report | None = None,
+    base_model: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves what was trained, and nothing else: heads, strength and active groups.
+
+    Writes ``ncprior.safetensors``, which is all that loading reads, its configuration as
+    ``config.json``, and a model card as ``README.md``; earlier ones are replaced.
+
+    Arguments:
+        prior: The trained prior.
+        directory: Where to; made if missing.
+        report: What ``diagnose`` said of the prior, for the model card.
+        base_model: The VAE's Hub repository, for the model card.
+        card_data: Further metadata of the model card, such as ``{"license": "mit"}``.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> save_pretrained(prior, directory)
+        >>> sorted(os.listdir(directory))
+        ['README.md', 'config.json', 'ncprior.safetensors']
+    """
+    directory = Path(directory)
+    data = {"base_model": base_model, **(card_data or {})}
+    _write(prior, directory, directory.resolve().name, report=report, card_data=data)
+
+
+def push_to_hub(
+    prior: NCPrior,
+    repo_id: str,
+    *,
+    report: Report | None = None,
+    base_model: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a noise contrastive prior",
+) -> str:
+    """Saves to the Hugging Face Hub what :func:`save_pretrained` writes, as one commit.
+
+    Arguments:
+        prior: The trained prior.
+        repo_id: The repository, such as ``"user/my-prior"``; made if missing.
+        report: What ``diagnose`` said of the prior, for the model card.
+        base_model: The VAE's Hub repository, for the model card.
+        card_data: Further metadata of the model card, such as ``{"license": "mit"}``.
+        private: Whether a repository made now is private; ``None`` is the account's default.
+        token: The access token; ``None`` is the one logged in with.
+        revision: The branch to commit to; made if missing. ``None`` is the main one.
+        commit_message: The first line of the commit.
+
+    Returns:
+        The URL of the commit.
+
+    Example:
+        >>> push_to_hub(prior, "user/my-prior", card_data={"license": "mit"})  # doctest: +SKIP
+        'https://huggingface.co/user/my-prior/commit/0f3c...'
+    """
+    api = HfApi(token=token, library_name="ncprior", library_version=_version())
+    visibility: dict[str, Any] = {} if private is None else {"private": private}
+    repo_id = api.create_repo(repo_id, exist_ok=True, **visibility).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    data = {"base_model": base_model, **(card_data or {})}
+    with TemporaryDirectory() as directory:
+        _write(prior, Path(directory), repo_id, report=report, card_data=data)
+        files = sorted(Path(directory).iterdir())
+        operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=f) for f in files]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision
+        )
+    return commit.commit_url
+
+
+def from_pretrained(
+    source: LatentSource[Any, Any],
+    path_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    heads: nn.Module | Iterable[nn.Module] | None = None,
+    check_fingerprint: bool = True,
+) -> NCPrior:
+    """Puts saved heads on the VAE that they were trained on.
+
+    Arguments:
+        source: The VAE, set up as it was in training.
+        path_or_repo: A directory of :func:`save_pretrained`, its safetensors file, or a Hub
+            repository, of which that one file is downloaded.
+        revision: Branch, tag or commit of the repository.
+        heads: Your own heads, one per group, which take the saved tensors; needed if any of the
+            saved ones was your own.
+        check_fingerprint: Whether to refuse another VAE or another base prior.
+
+    Returns:
+        The prior, in evaluation mode, with its heads where the source's prior is.
+
+    Raises:
+        FileNotFoundError: If there is no such file, directory or repository.
+        ValueError: If the file is damaged, or does not fit the source or the heads given; these
+            are then as they were.
+
+    Warns:
+        UserWarning: If the file or the source has no fingerprint of the VAE to compare.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> save_pretrained(prior, directory)
+        >>> NCPrior.from_pretrained(source, directory).active
+        [True]
+    """
+    path = _locate(path_or_repo, revision)
+    tensors, config = load_tensors(path)
+    _check_configuration(path, config)
+    _check_source(path, config, source, check_fingerprint=check_fingerprint)
+    with torch.random.fork_rng(devices=[]):  # new heads draw weights only to be overwritten
+        prior = NCPrior(source, _new_heads(path, config) if heads is None else heads)
+    _check_tensors(path, tensors, prior.state_dict())
+    prior.load_state_dict(tensors, assign=heads is None)
+    prior.strength, prior.active = config["strength"], config["active"]
+    return prior.to(_device(source)).eval()
+
+
+def inspect(
+    path_or_repo: str | os.PathLike[str], *, revision: str | None = None
+) -> dict[str, Any]:
+    """Returns the configuration of a saved prior, running no code from it.
+
+    Arguments:
+        path_or_repo: A directory, a file, or a Hub repository.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The configuration as it stands in the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file, directory or repository.
+        ValueError: If the file is damaged or not of this package.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> save_pretrained(prior, directory)
+        >>> inspect(directory)["heads"][0]["kind"]
+        'MLPHead'
+    """
+    return read_metadata(_locate(path_or_repo, revision))
+
+
+def configuration(prior: NCPrior) -> dict[str, Any]:
+    """Returns what a saved prior's header says: format, heads, strength, groups, fingerprints.
+
+    Example:
+        >>> configuration(prior)["heads"][0]["config"]["event_shape"]
+        [2]
+    """
+    return {
+        "format": FORMAT,
+        "ncprior": _version(),
+        "num_groups": len(prior.heads),
+        "heads": [_head_entry(head) for head in prior.heads],
+        "strength": float(prior.strength),
+        "active": [bool(on) for on in prior.active],
+        "fingerprint": _fingerprint(prior.source),
+    }
+
+
+_SOUND: dict[str, Callable[[Any], bool]] = {  # what loading wants of each value
+    "format": lambda value: value == FORMAT,
+    "ncprior": lambda value: isinstance(value, str),
+    "num_groups": lambda value: isinstance(value, int),
+    "heads": lambda value: isinstance(value, list),
+    "strength": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
+    "active": lambda value: isinstance(value, list) and all(isinstance(on, bool) for on in value),
+    "fingerprint": lambda value: (
+        isinstance(value, dict)
+        and value.keys() == {"vae", "base"}
+        and all(isinstance(part, str | None) for part in value.values())
+    ),
+}
+
+
+def _version() -> str:
+    from ncprior import __version__
+
+    return __version__
+
+
+def _write(
+    prior: NCPrior,
+    directory: Path,
+    name: str,
+    *,
+    report: Report | None,
+    card_data: Mapping[str, Any],
+) -> None:
+    config = configuration(prior)
+    save_tensors(directory / FILE, prior.state_dict(), config)
+    texts = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "README.md": model_card(prior, name, config, report=report, card_data=card_data),
+    }
+    for file, text in texts.items():
+        with write_atomically(directory / file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _head_entry(head: nn.Module) -> dict[str, Any]:
+    for kind, cls in HEADS.items():
+        if type(head) is cls:
+            return {"kind": kind, "config": head.config()}
+    return {"kind": CUSTOM, "config": {"class": type(head).__name__}}
+
+
+def _fingerprint(source: LatentSource[Any, Any]) -> dict[str, str | None]:
+    """Fingerprints of the VAE, where the source has one, and of a base that is not in the VAE."""
+    fingerprint = getattr(source, "fingerprint", None)
+    return {
+        "vae": None if fingerprint is None else fingerprint(),
+        "base": base_fingerprint(getattr(source, "prior", None)),
+    }
+
+
+def _locate(path_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
+    """Finds the file: in a directory, as such, or on the Hub."""
+    path = Path(path_or_repo)
+    is_local = path.exists() or not isinstance(path_or_repo, str) or path.suffix == ".safetensors"
+    if is_local and revision is not None:
+        raise ValueError(f"A revision is one of a Hub repository; {path} is a local path.")
+    if is_local:
+        return path / FILE if path.is_dir() else path
+    name, version = str(path_or_repo), _version()
+    try:
+        found = hf_hub_download(
+            name, FILE, revision=revision, library_name="ncprior", library_version=version
+        )
+    except (OSError, HFValidationError) as error:
+        at = "" if revision is None else f" at revision {revision}"
+        raise FileNotFoundError(
+            f"There is no directory {name}, and no {FILE} to be had from a Hub repository "
+            f"{name}{at}: {error}"
+        ) from error
+    return Path(found)
+
+
+def _check_configuration(path: Path, config: Mapping[str, Any]) -> None:
+    if config.get("format") != FORMAT:
+        _refuse(
+            path,
+            f"it has format {config.get('format')!r}, and ncprior {_version()} reads format "
+            f"{FORMAT}. Install the version of ncprior that wrote it",
+        )
+    if unknown := sorted(config.keys() - _SOUND.keys()):
+        _refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
+    wrong = [key for key, sound in _SOUND.items() if key not in config or not sound(config[key])]
+    if not wrong:
+        k = config["num_groups"]
+        wrong = [key for key in ("heads", "active") if len(config[key]) != k]
+    if wrong:
+        _refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
+
+
+def _check_source(
+    path: Path,
+    config: Mapping[str, Any],
+    source: LatentSource[Any, Any],
+    *,
+    check_fingerprint: bool,
+) -> None:
+    if config["num_groups"] != source.num_groups:
+        _refuse(
+            path,
+            f"it has heads for {config['num_groups']} latent groups, and the source has "
+            f"{source.num_groups}",
+        )
+    if not check_fingerprint:
+        return
+    stored, given = config["fingerprint"], _fingerprint(source)
+    for part, what in (("vae", "VAE"), ("base", "base prior")):
+        if None not in (stored[part], given[part]) and stored[part] != given[part]:
+            _refuse(
+                path,
+                f"its heads were trained on the {what} {stored[part]}, and the source's is "
+                f"{given[part]}. Pass the one it was trained on, or check_fingerprint=False",
+            )
+    if None in (stored["vae"], given["vae"]):
+        whose = "The file" if stored["vae"] is None else "The source"
+        warnings.warn(
+            f"{whose} has no fingerprint of the VAE, so that nothing tells whether the heads in "
+            f"{path} were trained on this one. SingleGroup(module=vae) has one.",
+            stacklevel=4,
+        )
+
+
+def _new_heads(path: Path, config: Mapping[str, Any]) -> list[nn.Module]:
+    heads: list[nn.Module] = []
+    for k, entry in enumerate(config["heads"]):
+        match entry:
+            case {"kind": "custom", "config": {"class": name}}:
+                _refuse(path, f"head {k} is a {name} of its author's own; pass heads=")
+            case {"kind": str(kind), "config": dict(arguments)} if kind in HEADS:
+                try:
+                    heads.append(HEADS[kind](**arguments))
+                except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+                    _refuse(path, f"head {k} is not made as a {kind} is ({error})")
+            case _:
+                known = ", ".join(HEADS)
+                _refuse(path, f"head {k} is none of {known}, and nothing else is built: {entry}")
+    return heads
+
+
+def _check_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    differences = {
+        "missing": sorted(own.keys() - saved.keys()),
+        "unexpected": sorted(saved.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(saved[name].shape)} for {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & saved.keys())
+            if saved[name].shape != own[name].shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
+    if found:
+        _refuse(path, f"its tensors are not those of the heads ({'; '.join(found)})")
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise ValueError(f"Cannot load {path}: {reason}.")
+
+
+def _device(source: LatentSource[Any, Any]) -> torch.device:
+    """Where the source draws latents; the CPU if it shows none without a condition."""
+    generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    base = getattr(source, "prior", None)
+    with torch.no_grad(), torch.random.fork_rng(generators):
+        if not isinstance(base, Distribution):
+            try:
+                base = source.group(source.start(1)).prior
+            except (AttributeError, TypeError, ValueError):  # it needs a condition
+                return torch.device("cpu")
+        return base.sample().device

@@ -1,0 +1,323 @@
+"""What every source must satisfy, as one call for the tests of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ncprior.distributions import parameters
+from ncprior.source import Group, LatentSource, Sampleable, num_rows, posterior_of
+
+__all__ = ["check_source"]
+
+Source: TypeAlias = LatentSource[Any, Any]
+Tree: TypeAlias = Any  # a pytree of tensors whose first axis is the batch
+Start: TypeAlias = tuple[int, Tree, Tree]  # batch size, encoding and condition
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
+    """Checks that a source keeps the laws of :class:`ncprior.LatentSource`.
+
+    Checked are shapes and dtypes; that priors and contexts know nothing of x; that ``group`` is
+    pure and ``advance`` leaves the old state usable; that rows of a walk are the walk of those
+    rows, down to one row; that one seed gives one walk; that gradients reach every latent; and
+    that grad mode and the VAE (parameters, ``.grad``, buffers, flags) stay as they were.
+
+    Arguments:
+        source: The source to check.
+        x: One batch, as the user's loader yields it, of at least two rows.
+        condition: What a walk without x needs, for the same rows, or ``None``.
+
+    Raises:
+        AssertionError: At the first law that does not hold: what was got, and what to do.
+
+    Example:
+        >>> check_source(source, x)
+        >>> source.num_groups = 0
+        >>> check_source(source, x)
+        Traceback (most recent call last):
+        AssertionError: num_groups must be an int of at least 1; got 0.
+    """
+    _check_methods(source)
+    cuda = range(torch.cuda.device_count())
+    with _frozen(source), torch.random.fork_rng(cuda), torch.no_grad():
+        encoding = source.encode(x)
+        count = num_rows(encoding)
+        _require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
+        _check_first_axis(encoding, count, "encode(x)")
+        walk = _walk(source, (count, encoding, None))
+        free = _walk(source, (count, None, condition), walk.latents)
+        for state, z in (*zip(walk.states, walk.latents), *zip(free.states, free.latents)):  # noqa: B905
+            _check_purity(source, state)
+            _check_fork(source, state, z)
+        _check_blindness(source, walk, free)
+        for rows in ([count - 1, 0], [0]):
+            _check_encoding_rows(source, x, encoding, rows)
+            _check_walk_rows(source, walk, rows)
+            _check_walk_rows(source, free, rows)
+        _check_gradients(source, walk)
+        _check_gradients(source, free)
+
+
+class _Walk(NamedTuple):
+    start: Start
+    states: list[Tree]  # K + 1: in front of every group, and the last
+    groups: list[Group]
+    latents: list[Tensor]
+    x: Tensor
+
+
+def _walk(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk:
+    """Walks on given latents, else on draws from the posterior, and looks at all it sees."""
+    count, mode = start[0], torch.is_grad_enabled()
+    states, groups, drawn = [source.start(*start)], [], []
+    for k in range(source.num_groups):
+        _check_first_axis(states[-1], count, f"The state in front of group {k}")
+        groups.append(source.group(states[-1]))
+        kind = type(groups[-1]).__name__
+        _require(isinstance(groups[-1], Group), f"group must return a Group; got a {kind}.")
+        drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
+        _check_group(groups[-1], drawn[-1], count, f"Group {k}")
+        states.append(source.advance(states[-1], drawn[-1]))
+    _check_first_axis(states[-1], count, "The last state")
+    x = source.decode(states[-1])
+    _check_first_axis(x, count, "decode(state)")
+    _require(
+        torch.is_grad_enabled() == mode,
+        "The source has turned gradients on or off. It must leave that to its callers.",
+    )
+    return _Walk(start, states, groups, drawn, x)
+
+
+def _check_methods(source: Source) -> None:
+    methods = ("encode", "start", "group", "advance", "decode")
+    missing = [name for name in methods if not callable(getattr(source, name, None))]
+    name = type(source).__name__
+    _require(not missing, f"A source has the methods {methods}; {name} lacks {missing}.")
+    count = getattr(source, "num_groups", None)
+    good = type(count) is int and count >= 1
+    _require(good, f"num_groups must be an int of at least 1; got {count}.")
+
+
+def _check_group(group: Group, z: Tensor, count: int, name: str) -> None:
+    _check_first_axis(group.context, count, f"{name}: the context")
+    _check_dtype(group.context, f"{name}: the context")
+    _check_law(group.prior, z, f"{name}: the prior")
+    if group.posterior is not None:
+        _check_law(group.posterior, z, f"{name}: the posterior")
+
+
+def _check_first_axis(tree: Tree, count: int, name: str) -> None:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            problem = "" if leaf.shape[:1] == (count,) else f"shape {tuple(leaf.shape)}"
+        else:
+            plain = leaf is None or isinstance(leaf, bool | int | float | str)
+            problem = "" if plain else f"a {type(leaf).__name__}"
+        _require(
+            not problem,
+            f"{name} must be a pytree of tensors whose first axis is the batch of {count} rows; "
+            f"got {problem}. Expand what rows share; keep parameters instead of distributions.",
+        )
+
+
+def _check_dtype(tensor: Tensor | None, name: str) -> None:
+    _require(
+        tensor is None or tensor.dtype not in _HALF,
+        f"{name} must be in float32 or better, or integers; got half precision. Make it .float().",
+    )
+
+
+def _check_law(law: Sampleable, z: Tensor, name: str) -> None:
+    kind = type(law).__name__
+    _require(isinstance(law, Sampleable), f"{name} must have a method sample; got a {kind}.")
+    sample, shape = law.sample(Size((2,))), (2, *z.shape)
+    _check_dtype(sample, name)
+    got = tuple(sample.shape)
+    _require(
+        got == shape, f"{name}.sample((2,)) must have shape (2, B, *event), {shape}; got {got}."
+    )
+    if isinstance(law, Distribution):
+        _require(
+            (law.batch_shape, law.event_shape) == (z.shape[:1], z.shape[1:]),
+            f"{name} must have batch shape {tuple(z.shape[:1])} and event shape "
+            f"{tuple(z.shape[1:])}; got {tuple(law.batch_shape)} and {tuple(law.event_shape)}. "
+            f"Independent turns batch axes into event axes.",
+        )
+        try:
+            with suppress(NotImplementedError):  # the density need not be known
+                law.log_prob(z)
+        except ValueError as error:
+            raise AssertionError(
+                f"{name} refuses a draw of the posterior. Make distributions with "
+                f"validate_args=False, which synchronises no GPU either. {error}"
+            ) from error
+
+
+def _check_blindness(source: Source, walk: _Walk, free: _Walk) -> None:
+    law = (
+        "{} must be the same with and without x, as p(z_k | z_<k) and c(z_<k) know nothing of it. "
+        "Pass condition= if the source takes one."
+    )
+    for k, (group, other) in enumerate(zip(walk.groups, free.groups, strict=True)):
+        blind, z = other.posterior is None, walk.latents[k]
+        _require(blind, f"Group {k}: without x the posterior must be None.")
+        pair = _laws(other, z), _laws(group._replace(posterior=None), z)
+        _require_same(*pair, law.format(f"Group {k}: prior and context"), _tolerance(source))
+    _require_same(free.x, walk.x, law.format("decode(state)"), _tolerance(source))
+
+
+def _check_purity(source: Source, state: Tree) -> None:
+    before, seen = _clone(state), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        seen.append(_seen(source.group(state)))
+    _require_same(state, before, "group(state) has changed the state: it must be a pure view.")
+    _require_same(
+        seen[1],
+        seen[0],
+        "A second group(state) differs, or draws otherwise under the same seed: group must be a "
+        "pure view, and draws must come from torch's global generator.",
+    )
+
+
+def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
+    before, group = _clone((state, z)), _seen(source.group(state))
+    first = source.advance(state, z)
+    kept = _clone(first)
+    source.advance(state, source.group(state).prior.sample())
+    law = "An old state stays usable: make a new one, without in-place operations."
+    _require_same((state, z), before, f"advance(state, z) has changed the state or z. {law}")
+    _require_same(_seen(source.group(state)), group, f"advance has changed its group. {law}")
+    _require_same(first, kept, f"A second advance has changed the state of the first. {law}")
+    again = source.advance(state, z)
+    _require_same(again, first, "A second advance(state, z) differs: it must draw nothing.")
+
+
+def _check_encoding_rows(source: Source, x: Tree, encoding: Tree, rows: list[int]) -> None:
+    leaves = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+    if leaves and all(leaf.shape[:1] == (num_rows(encoding),) for leaf in leaves):
+        part, whole = source.encode(_take(x, rows)), _take(encoding, rows)
+        _require_same(part, whole, f"encode(x): {_COMPANY}", _tolerance(source))
+
+
+def _check_walk_rows(source: Source, walk: _Walk, rows: list[int]) -> None:
+    latents, tolerance = _take(walk.latents, rows), _tolerance(source)
+    part = _walk(source, (len(rows), *_take(walk.start[1:], rows)), latents)
+    for k, z in enumerate(latents):
+        whole = _take(_laws(walk.groups[k], walk.latents[k]), rows)
+        for group in (source.group(_take(walk.states[k], rows)), part.groups[k]):
+            _require_same(_laws(group, z), whole, f"Group {k}: {_COMPANY}", tolerance)
+    _require_same(part.x, walk.x[rows], f"decode(state): {_COMPANY}", tolerance)
+
+
+_COMPANY = (
+    "some rows alone differ from the same rows of a batch. A walk must not depend on its company: "
+    "no batch statistics, and the batch as first axis of every encoding and state."
+)
+
+
+def _check_gradients(source: Source, walk: _Walk) -> None:
+    latents = [z.clone().requires_grad_(z.is_floating_point()) for z in walk.latents]
+    with torch.enable_grad():
+        walk = _walk(source, walk.start, latents)
+        laws = [_laws(group, z.detach()) for group, z in zip(walk.groups, latents, strict=True)]
+        for k, z in enumerate(latents):
+            later = [t for t in tree_leaves((laws[k + 1 :], walk.x)) if isinstance(t, Tensor)]
+            _require(
+                not z.requires_grad or _depends(torch.cat([t.flatten() for t in later]), z),
+                f"Group {k}: no gradient reaches z from decode(state) or a later group. "
+                f"A source never detaches and never disables gradients; its callers do.",
+            )
+
+
+def _depends(y: Tensor, z: Tensor) -> bool:
+    if not y.requires_grad:
+        return False
+    return torch.autograd.grad(y.sum(), z, retain_graph=True, allow_unused=True)[0] is not None
+
+
+@contextmanager
+def _frozen(source: Source) -> Iterator[None]:
+    before = _module_state(source)
+    yield
+    after = _module_state(source)
+    changed = [name for name in after if not _same(after[name], before.get(name), 0.0)]
+    _require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
+
+
+def _modules(source: Source) -> dict[str, nn.Module]:
+    parts = {"source": source, **getattr(source, "__dict__", {})}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _module_state(source: Source) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for part, module in _modules(source).items():
+        for name, submodule in module.named_modules(prefix=part):
+            state[f"{name}.training"] = submodule.training
+        for name, tensor in (*module.named_parameters(part), *module.named_buffers(part)):
+            state[name] = tensor.detach().clone()
+            state[f"{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
+            state[f"{name}.requires_grad"] = tensor.requires_grad
+    return state
+
+
+def _tolerance(source: Source) -> float:
+    """Relative float differences that another batch size may bring."""
+    tensors = [p for module in _modules(source).values() for p in module.parameters()]
+    return 0.1 if any(p.dtype in _HALF for p in tensors) else 1e-4
+
+
+def _seen(group: Group) -> list[Tensor | None]:
+    """Draws of a group under one seed, and its context."""
+    torch.manual_seed(0)
+    laws = (group.prior, group.posterior)
+    return [*(None if law is None else law.sample() for law in laws), group.context]
+
+
+def _laws(group: Group, z: Tensor) -> Tree:
+    """Context, prior and posterior as tensors by rows; a law that only samples is left out."""
+    laws: list[Tree] = [group.context]
+    for law in (group.prior, group.posterior):
+        if isinstance(law, Distribution):
+            with suppress(NotImplementedError):
+                laws.append(parameters(law) or law.log_prob(z))
+    return laws
+
+
+def _take(tree: Tree, rows: list[int]) -> Tree:
+    return tree_map_only(Tensor, lambda t: t[rows], tree)
+
+
+def _clone(tree: Tree) -> Tree:
+    return tree_map_only(Tensor, torch.clone, tree)
+
+
+def _same(a: Tree, b: Tree, tolerance: float) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and bool(a == b)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(b[torch.isfinite(b)].abs().mean().nan_to_num()) if tolerance else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def _require_same(a: Tree, b: Tree, law: str, tolerance: float = 0.0) -> None:
+    first, second = tree_leaves(a), tree_leaves(b)
+    pairs = zip(first, second, strict=False)
+    _require(len(first) == len(second) and all(_same(p, q, tolerance) for p, q in pairs), law)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)

@@ -1,0 +1,67 @@
+"""What an installation gets: the wheel, built from the sdist as a package index would have it."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ncprior
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(project: Path, kind: str, out: Path) -> Path:
+    """Runs the build backend, which writes into the project's folder: give it a copy."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = out.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("build")
+    project = folder / "project"
+    project.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("ncprior", "adapters"):
+        shutil.copytree(ROOT / name, project / name, symlinks=True, ignore=unwanted)
+    sdist = build(project, "sdist", folder / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return build(folder / sdist.name.removesuffix(".tar.gz"), "wheel", folder / "wheel")
+
+
+def test_the_wheel_has_every_file_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    code = {path.relative_to(ROOT) for path in (ROOT / "ncprior").rglob("*.py")}
+    code |= {"ncprior" / path.relative_to(ROOT) for path in (ROOT / "adapters").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == {path.as_posix() for path in code}
+    assert {"ncprior/py.typed", "ncprior/adapters/__init__.py"} <= names
+    info = f"ncprior-{ncprior.__version__}.dist-info"
+    assert f"{info}/licenses/LICENSE" in names
+    assert {name.split("/")[0] for name in names} == {"ncprior", info}
+
+
+def test_the_wheel_works_without_the_project(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = """
+import ncprior, ncprior.adapters
+print(ncprior.__version__, ncprior.__file__, ncprior.adapters.__file__, sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    version, *files = done.stdout.splitlines()
+    assert version == ncprior.__version__
+    assert all(Path(file).is_relative_to(tmp_path) for file in files)

@@ -1,0 +1,622 @@
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from problems import Codes, CorrelatedPair, ExactRatio, GaussianPair, SampleOnly
+from torch import Size, Tensor, nn
+from torch.distributions import Independent, Normal
+from toys import VAE, Ladder, Rung, base, everything, flat, ladder_prior, same, stir, weights
+
+from ncprior import Draw, Group, NCPrior, SingleGroup, langevin, sir
+from ncprior.heads import CategoricalHead, ConvHead, MLPHead
+from ncprior.nce import nce_loss
+from ncprior.prior import group_losses
+from ncprior.samplers import LogRatio
+from ncprior.source import Sampleable, posterior_of
+
+SIR = partial(sir, num_proposals=20)
+ULA = partial(langevin, num_steps=3, step_size=0.1)
+MALA = partial(langevin, num_steps=3, step_size=0.1, adjusted=True)
+
+
+def flat_prior() -> NCPrior:
+    return stir(NCPrior(flat(), MLPHead((2,), width=8, depth=1)))
+
+
+def hierarchical_prior() -> NCPrior:
+    return stir(ladder_prior())
+
+
+def codes_prior() -> NCPrior:
+    return stir(NCPrior(Codes().source(), CategoricalHead((), 4, width=8, depth=1)))
+
+
+# Toys that were never trained reconstruct nothing, and for_source says so.
+UNTRAINED = pytest.mark.filterwarnings("ignore:Reconstructions of a row")
+
+PRIORS: dict[str, Callable[[], NCPrior]] = {
+    "flat": flat_prior,
+    "hierarchical": hierarchical_prior,
+    "codes": codes_prior,
+}
+
+
+def base_walk(source: Any, batch_size: int) -> tuple[list[Tensor], Tensor]:  # noqa: ANN401
+    """What the VAE does without us."""
+    with torch.no_grad():
+        state, latents = source.start(batch_size), []
+        for _ in range(source.num_groups):
+            latents.append(source.group(state).prior.sample())
+            state = source.advance(state, latents[-1])
+        return latents, source.decode(state)
+
+
+def equals_base(prior: NCPrior, sampler: Callable[..., Draw] = SIR) -> bool:
+    torch.manual_seed(7)
+    latents, x = base_walk(prior.source, 6)
+    torch.manual_seed(7)
+    sample = prior.sample(6, sampler)
+    pairs = [*zip(sample.latents, latents, strict=True), (sample.x, x)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- the base comes back ---
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_that_is_off_draws_the_base_bit_for_bit(name: str) -> None:
+    prior = PRIORS[name]()
+    assert not equals_base(prior)
+    with prior.disabled():
+        assert equals_base(prior)
+        with prior.disabled():
+            assert equals_base(prior)
+        assert equals_base(prior)
+    assert not equals_base(prior)
+    prior.strength = 0.0
+    assert equals_base(prior)
+    prior.strength = 1.0
+    prior.active = [False] * prior.source.num_groups
+    assert equals_base(prior)
+    prior.active = [True] * prior.source.num_groups
+    assert not equals_base(prior)
+
+
+def test_what_is_off_calls_no_sampler_and_no_head() -> None:
+    prior, seen = hierarchical_prior(), []
+
+    def sampler(p: Sampleable, log_ratio: LogRatio) -> Draw:
+        z = p.sample()
+        seen.append(log_ratio(z).shape)
+        return Draw(z, ess=torch.ones(len(z)))
+
+    prior.active = [False, True, False]
+    sample = prior.sample(4, sampler)
+    assert seen == [(4,)]
+    assert [draw.ess is None for draw in sample.draws] == [True, False, True]
+    prior.sample(4, sampler)
+    with prior.disabled():
+        prior.sample(4, sampler)
+    assert len(seen) == 2
+
+
+def test_an_inactive_group_is_the_base_given_the_groups_before_it() -> None:
+    prior = hierarchical_prior()
+    prior.active = [True, False, False]
+    torch.manual_seed(7)
+    sample = prior.sample(6, SIR)
+    torch.manual_seed(7)
+    state = prior.source.start(6)
+    group = prior.source.group(state)
+    z = sir(group.prior, lambda z: prior.heads[0](z, group.context), num_proposals=20).z
+    assert torch.equal(sample.latents[0], z)
+    for k in (1, 2):
+        state = prior.source.advance(state, sample.latents[k - 1])
+        assert torch.equal(sample.latents[k], prior.source.group(state).prior.sample())
+
+
+def test_disabled_ends_with_an_exception_too() -> None:
+    prior = flat_prior()
+    with pytest.raises(KeyboardInterrupt), prior.disabled():
+        raise KeyboardInterrupt
+    assert not equals_base(prior)
+
+
+def test_an_untrained_prior_has_the_law_of_the_base() -> None:
+    prior = NCPrior.for_source(GaussianPair().source(), GaussianPair().data(64), width=16)
+    n = 10_000
+    sample = prior.sample(n, partial(sir, num_proposals=5))
+    assert (sample.latents[0].mean(0).abs() < 4 / n**0.5).all()
+    assert ((sample.latents[0].var(0) - 1).abs() < 4 * (2 / n) ** 0.5).all()
+    assert sample.draws[0].ess is not None
+    torch.testing.assert_close(sample.draws[0].ess, torch.full((n,), 5.0))
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("sampler", [SIR, ULA, MALA], ids=["sir", "ula", "mala"])
+@pytest.mark.parametrize("name", ["flat", "hierarchical"])
+def test_a_sample_has_x_latents_and_draws(name: str, sampler: Callable[..., Draw]) -> None:
+    prior = PRIORS[name]()
+    sample = prior.sample(6, sampler)
+    count = prior.source.num_groups
+    assert len(sample.latents) == len(sample.draws) == count
+    assert all(z.shape == (6, 2) for z in sample.latents)
+    assert all(draw.z is z for draw, z in zip(sample.draws, sample.latents, strict=True))
+    state = prior.source.start(6)
+    for z in sample.latents:
+        state = prior.source.advance(state, z)
+    assert torch.equal(sample.x, prior.source.decode(state))
+    assert not sample.x.requires_grad
+    assert all(p.grad is None for p in prior.parameters())
+
+
+def test_the_hierarchy_brings_the_correlation_back() -> None:
+    """Exact heads on an independent base: the exact finite-M correlation of the two groups."""
+    problem, n, m = CorrelatedPair(), 20_000, 20
+    sample = NCPrior(problem, problem.heads()).sample(n, partial(sir, num_proposals=m))
+    z = torch.cat(sample.latents, 1).double()
+    expected = problem.sir_correlation(m)
+    got = torch.corrcoef(z.T)[0, 1].item()
+    # Fisher's z has standard error 1/sqrt(n) for normal pairs; these are nearly so.
+    assert abs(math.atanh(got) - math.atanh(expected)) < 5 / n**0.5
+
+
+def test_a_condition_reaches_sampler_head_and_decoder() -> None:
+    vae = VAE(condition=2)
+    source = flat(vae, condition=lambda batch: batch[1])
+    prior = stir(NCPrior(source, MLPHead((2,), context_shape=(2,), width=8)))
+    c = torch.tensor([[1.0, -1.0]]).expand(5, 2)
+    torch.manual_seed(1)
+    sample = prior.sample(5, SIR, condition=c)
+    assert torch.equal(sample.x, vae.decode(sample.latents[0], c))
+    torch.manual_seed(1)
+    other = prior.sample(5, SIR, condition=-c)  # the same proposals, weighed otherwise
+    assert not torch.equal(sample.draws[0].ess, other.draws[0].ess)
+    log_ratio = prior.log_ratio(sample.latents, c)
+    torch.testing.assert_close(log_ratio[:, 0], prior.heads[0](sample.latents[0], c))
+    for call in (lambda: prior.sample(5, SIR), lambda: prior.log_ratio(sample.latents)):
+        with pytest.raises(ValueError, match="needs a condition"):
+            call()
+    assert prior.nce_loss((torch.randn(5, 3), c)).shape == (1,)
+
+
+def test_errors_of_a_sampler_name_the_group() -> None:
+    prior = hierarchical_prior()
+    with torch.no_grad():
+        prior.heads[1].out.bias.fill_(torch.nan)
+    for sampler in (SIR, ULA, MALA):
+        with pytest.raises(FloatingPointError, match="^Group 1: .*finite"):
+            prior.sample(4, sampler)
+    with pytest.raises(TypeError, match="^Group 0: .*discrete. Use sir"):
+        codes_prior().sample(4, ULA)
+    only = NCPrior(SingleGroup(SampleOnly(base()), VAE().posterior, VAE().decode), MLPHead((2,)))
+    only.sample(4, SIR)
+    with pytest.raises(TypeError, match="^Group 0: .*SampleOnly can only be sampled"):
+        only.sample(4, ULA)
+    wrong = NCPrior(flat(), ExactRatio(lambda z: z))
+    with pytest.raises(ValueError, match="^Group 0: .*log_ratio must map z"):
+        wrong.sample(4, SIR)
+
+
+# --- strength and log_ratio ---
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_strength_scales_log_ratio_and_what_a_sampler_sees(alpha: float) -> None:
+    prior, seen = hierarchical_prior(), []
+    latents = [torch.randn(5, 2) for _ in range(3)]
+    plain = prior.log_ratio(latents)
+    prior.strength = alpha
+    torch.testing.assert_close(prior.log_ratio(latents), alpha * plain)
+
+    def sampler(p: Sampleable, log_ratio: LogRatio) -> Draw:
+        z = p.sample()
+        seen.append(log_ratio(z))
+        return Draw(z)
+
+    sample = prior.sample(5, sampler)
+    torch.testing.assert_close(torch.stack(seen, 1), prior.log_ratio(sample.latents))
+
+
+def test_strength_sharpens_the_law() -> None:
+    """r^α p for log r = μz - μ²/2 is N(αμ, 1), up to what M proposals reach."""
+    problem, n, m = GaussianPair(kl=0.5), 10_000, 200
+    for alpha in (0.5, 1.5):
+        prior = NCPrior(problem.source(), problem.head())
+        prior.strength = alpha
+        z = problem.project(prior.sample(n, partial(sir, num_proposals=m)).latents[0])
+        law = problem.law
+        scaled = type(law)(law.nodes, law.weight, alpha * law.log_r)
+        mean = scaled.mean(law.nodes, m)
+        assert abs(z.mean().item() - mean) < 4 / n**0.5
+        assert abs(mean - alpha * problem.shift) < 0.1
+
+
+def test_log_ratio_is_one_column_per_group() -> None:
+    prior = hierarchical_prior()
+    latents = [torch.randn(5, 2) for _ in range(3)]
+    log_ratio = prior.log_ratio(latents)
+    assert log_ratio.shape == (5, 3)
+    state = prior.source.start(5)
+    for k, z in enumerate(latents):
+        context = prior.source.group(state).context
+        torch.testing.assert_close(log_ratio[:, k], prior.heads[k](z, context))
+        assert torch.equal(log_ratio[:, k], prior.log_r(k, z, context))
+        state = prior.source.advance(state, z)
+    prior.active[1] = False
+    gated = prior.log_ratio(latents)
+    assert (gated[:, 1] == 0).all()
+    assert torch.equal(gated[:, [0, 2]], log_ratio[:, [0, 2]])
+    with prior.disabled():
+        assert torch.equal(prior.log_ratio(latents), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="source has 3 groups, got 2 latents"):
+        prior.log_ratio(latents[:2])
+
+
+def test_log_ratio_is_differentiable_in_every_latent() -> None:
+    prior = hierarchical_prior()
+    latents = [torch.randn(5, 2, requires_grad=True) for _ in range(3)]
+    gradients = torch.autograd.grad(prior.log_ratio(latents).sum(), latents)
+    assert all((g != 0).any() for g in gradients)
+
+
+def test_a_deep_log_r_has_leading_axes() -> None:
+    prior = hierarchical_prior()
+    z, context = torch.randn(4, 7, 5, 2), torch.randn(5, 8)
+    log_r = prior.log_r(2, z, context)
+    assert log_r.shape == (4, 7, 5)
+    prior.strength, prior.active = 3.0, [False] * 3
+    assert torch.equal(prior.log_r(2, z, context), log_r)
+
+
+# --- the loss ---
+
+
+def test_nce_loss_is_the_objective_of_every_group_along_the_posterior() -> None:
+    prior, x = hierarchical_prior(), torch.randn(64, 3)
+    for nu in (1.0, 4.0):
+        torch.manual_seed(3)
+        losses = prior.nce_loss(x, nu)
+        torch.manual_seed(3)
+        source, expected = prior.source, []
+        state = source.start(64, source.encode(x))
+        for k in range(3):
+            group = source.group(state)
+            z_q = posterior_of(group).sample()
+            z_p = group.prior.sample()
+            log_q = prior.heads[k](z_q, group.context)
+            log_p = prior.heads[k](z_p, group.context)
+            expected.append(nce_loss(log_q, log_p, nu))
+            state = source.advance(state, z_q)
+        torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-5, atol=1e-6)
+        torch.manual_seed(3)
+        assert torch.equal(prior(x, nu), losses)
+        torch.manual_seed(3)
+        assert torch.equal(torch.stack(list(group_losses(prior, x, nu))), losses)
+
+
+@UNTRAINED
+def test_an_untrained_prior_has_loss_two_log_two() -> None:
+    prior = NCPrior.for_source(Ladder(), torch.randn(32, 3), width=8)
+    torch.testing.assert_close(
+        prior.nce_loss(torch.randn(9, 3)), torch.full((3,), 2 * math.log(2))
+    )
+
+
+def test_the_loss_has_gradients_for_heads_alone() -> None:
+    prior = hierarchical_prior()
+    x = torch.randn(8, 3, requires_grad=True)
+    prior.nce_loss(x).sum().backward()
+    assert all(p.grad is not None for p in prior.parameters())
+    assert x.grad is None
+    assert all(p.grad is None for p in prior.source.parameters())
+
+
+def test_a_vae_in_training_mode_is_refused() -> None:
+    vae = VAE()
+    prior = NCPrior(flat(vae), MLPHead((2,)))
+    vae.train()
+    for call in (
+        lambda: prior.nce_loss(torch.randn(4, 3)),
+        lambda: prior.sample(4, SIR),
+        lambda: NCPrior.for_source(prior.source, torch.randn(4, 3)),
+    ):
+        with pytest.raises(ValueError, match=r"training mode. Call vae.eval\(\)"):
+            call()
+
+
+def test_a_source_that_is_a_module_is_refused_in_training_mode_too() -> None:
+    """BatchNorm in training mode would move the user's buffers in every step."""
+    prior = hierarchical_prior()
+    prior.source.train()
+    before = everything(prior.source)
+    with pytest.raises(ValueError, match="training mode"):
+        prior.nce_loss(torch.randn(8, 3))
+    assert everything(prior.source) == before
+
+
+# --- construction ---
+
+
+def test_one_head_per_group() -> None:
+    with pytest.raises(ValueError, match="source has 3 groups, got 1 heads"):
+        NCPrior(Ladder(), MLPHead((2,)))
+    with pytest.raises(ValueError, match="source has 1 groups, got 2 heads"):
+        NCPrior(flat(), [MLPHead((2,)), MLPHead((2,))])
+    head = nn.Sequential(MLPHead((2,)))  # a module that is iterable is one head
+    assert len(NCPrior(flat(), head).heads) == 1
+    heads = nn.ModuleList(MLPHead((2,), context_shape=(8,)) for _ in range(3))
+    assert NCPrior(Ladder(), heads).heads is heads
+    assert len(NCPrior(Ladder(), (head for head in heads)).heads) == 3
+
+
+def test_parameters_and_state_dict_are_the_heads() -> None:
+    prior = hierarchical_prior()
+    assert all(name.startswith("heads.") for name, _ in prior.named_parameters())
+    assert all(name.startswith("heads.") for name in prior.state_dict())
+    heads = [p for head in prior.heads for p in head.parameters()]
+    assert [id(p) for p in prior.parameters()] == [id(p) for p in heads]
+    assert prior.source not in list(prior.modules())
+    other = hierarchical_prior()
+    other.load_state_dict(prior.state_dict())
+    assert same(weights(other), weights(prior))
+
+
+def test_what_is_done_to_the_prior_is_not_done_to_a_module_source() -> None:
+    prior = hierarchical_prior()
+    before = everything(prior.source)
+    prior.train().requires_grad_(False).double().apply(lambda m: m.train()).zero_grad()
+    prior.to("cpu", torch.bfloat16)
+    assert everything(prior.source) == before
+    assert not prior.source.training
+
+
+def test_another_module_as_source_is_not_registered_either() -> None:
+    prior = hierarchical_prior()
+    names = list(prior.state_dict())
+    other = Ladder()
+    prior.source = other
+    assert prior.source is other
+    assert list(prior.state_dict()) == names
+    assert other not in list(prior.modules())
+
+
+def test_deepcopy_copies_heads_and_shares_the_source() -> None:
+    prior = hierarchical_prior()
+    prior.strength, prior.active = 0.5, [True, False, True]
+    prior.eval()
+    other = copy.deepcopy(prior)
+    assert other.source is prior.source
+    assert same(weights(other), weights(prior))
+    assert {id(p) for p in other.parameters()}.isdisjoint({id(p) for p in prior.parameters()})
+    assert (other.strength, other.active, other.training) == (0.5, [True, False, True], False)
+    other.active[0] = False
+    assert prior.active[0]
+    averaged = torch.optim.swa_utils.AveragedModel(prior)  # a common user of deepcopy
+    assert averaged.module.source is prior.source
+
+
+def test_repr_tells_the_settings() -> None:
+    prior = hierarchical_prior()
+    prior.strength, prior.active[1] = 0.5, False
+    text = repr(prior)
+    assert "source=Ladder, strength=0.5, groups_off=[1]" in text
+    assert "encoder" not in text
+
+
+# --- for_source ---
+
+
+@UNTRAINED
+def test_for_source_builds_a_head_per_group() -> None:
+    prior = NCPrior.for_source(Ladder(), torch.randn(64, 3), width=24, depth=1, dropout=0.1)
+    assert len(prior.heads) == 3
+    for head in prior.heads:
+        assert head.config() == {
+            "event_shape": [2],
+            "context_shape": [8],
+            "width": 24,
+            "depth": 1,
+            "dropout": 0.1,
+        }
+    assert (prior.log_ratio([torch.randn(4, 2)] * 3) == 0).all()
+    assert all(p.requires_grad for p in prior.parameters())
+    assert type(NCPrior.for_source(Codes().source(), Codes().data(64)).heads[0]) is CategoricalHead
+
+
+@UNTRAINED
+def test_for_source_leaves_the_vae_alone() -> None:
+    source = Ladder()
+    before = everything(source)
+    NCPrior.for_source(source, torch.randn(64, 3))
+    assert everything(source) == before
+
+
+def test_for_source_names_the_group_that_no_head_fits() -> None:
+    class Broken(Ladder):
+        def group(self, state: Rung) -> Group:
+            group = super().group(state)
+            bad = torch.full_like(state.h, torch.nan)
+            return group._replace(context=bad) if len(state.latents) == 2 else group
+
+    with pytest.raises(FloatingPointError, match="^Group 2: .*not finite"):
+        NCPrior.for_source(Broken(), torch.randn(64, 3))
+    with pytest.raises(TypeError, match="^Group 0: .*breadth"):
+        NCPrior.for_source(Ladder(), torch.randn(64, 3), breadth=3)
+
+
+def autoencoder(scale: Callable[[Tensor], Tensor], rows: int = 64) -> tuple[SingleGroup, Tensor]:
+    """An ideal linear VAE of well-separated x, whose network says log_var = -6 (sd 0.05)."""
+
+    def posterior(x: Tensor) -> Independent:
+        log_var = torch.full_like(x, -6.0)
+        return Independent(Normal(x, scale(log_var), validate_args=False), 1)
+
+    return SingleGroup(base(8), posterior, lambda z: z), torch.randn(rows, 8)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda log_var: log_var.abs(),  # the log-variance itself
+        lambda log_var: (-0.5 * log_var).exp(),  # a log-precision read with the wrong sign
+        lambda log_var: (-log_var).exp(),
+    ],
+)
+def test_for_source_warns_of_a_far_too_wide_posterior(mistake: Callable[[Tensor], Tensor]) -> None:
+    source, x = autoencoder(mistake)
+    with pytest.warns(UserWarning, match=r"no closer.*\(0.5 \* log_var\).exp\(\)") as record:
+        NCPrior.for_source(source, x)
+    assert record[0].filename == __file__  # the caller's line, not one of ours
+    with pytest.warns(UserWarning, match="no closer"):
+        NCPrior.for_source(source, (x, torch.arange(64)))
+
+
+def test_for_source_does_not_warn_of_a_good_posterior() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (2, 7, 8, 64):
+            source, x = autoencoder(lambda log_var: (0.5 * log_var).exp(), rows)
+            NCPrior.for_source(source, x)
+            NCPrior.for_source(source, [x])
+
+
+def test_for_source_does_not_judge_what_it_cannot_compare() -> None:
+    """x that is no tensor, or of another size than the decoder's mean (pixels as logits, say)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NCPrior.for_source(Codes().source(), Codes().data(64))
+        source, x = autoencoder(lambda log_var: log_var.abs())
+        wrapped = SingleGroup(base(8), lambda b: source._posterior(b["x"]), lambda z: z)
+        NCPrior.for_source(wrapped, {"x": x})
+
+
+# --- dtypes ---
+
+
+class Recorder(nn.Module):
+    """A head that remembers what it is given, and computes with a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.seen: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = []
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        log_r = self.linear(z).squeeze(-1)
+        self.seen.append((z.dtype, None if context is None else context.dtype, log_r.dtype))
+        return log_r
+
+
+class Autocast(Ladder):
+    """A source whose networks run in bfloat16; it keeps what they return."""
+
+    def group(self, state: Rung) -> Group:
+        return super().group(state)._replace(context=state.h)
+
+
+def test_heads_get_float32_under_autocast() -> None:
+    prior = NCPrior(Autocast(), [Recorder() for _ in range(3)])
+    x = torch.randn(6, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = prior.nce_loss(x)
+        losses.sum().backward()
+        sample = prior.sample(6, SIR)
+        prior.sample(6, ULA)
+        log_ratio = prior.log_ratio(sample.latents)
+        assert torch.is_autocast_enabled("cpu")
+    assert losses.dtype == log_ratio.dtype == torch.float32
+    for head in prior.heads:
+        assert len(head.seen) > 3
+        assert set(head.seen) == {(torch.float32,) * 3}
+        assert head.linear.weight.grad.dtype == torch.float32
+
+
+def test_autocast_changes_no_log_ratio() -> None:
+    prior = hierarchical_prior()
+    z, context = torch.randn(5, 2), torch.randn(5, 8)
+    plain = prior.log_r(0, z, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prior.log_r(0, z, context), plain)
+
+
+def test_half_precision_latents_are_widened() -> None:
+    prior = NCPrior(flat(), Recorder())
+    for dtype in (torch.float16, torch.bfloat16):
+        prior.log_r(0, torch.randn(5, 2, dtype=dtype), torch.randn(5, 2, dtype=dtype))
+    prior.log_ratio([torch.randn(5, 2).half()])
+    assert [seen[:2] for seen in prior.heads[0].seen] == [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float32, None),
+    ]
+
+
+@UNTRAINED
+def test_a_float64_source_with_float32_heads() -> None:
+    source = Ladder().double()
+    x = torch.randn(64, 3).double()
+    prior = stir(NCPrior.for_source(source, x, width=8))
+    assert prior.nce_loss(x).isfinite().all()
+    assert prior.sample(4, SIR).x.dtype == torch.float64
+    assert prior.sample(4, ULA).x.dtype == torch.float64
+
+
+@UNTRAINED
+def test_prior_and_posterior_of_another_dtype_are_stacked() -> None:
+    prior64 = Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1)
+    vae = VAE()
+    source = SingleGroup(prior64, vae.posterior, vae.decode, module=vae)
+    prior = NCPrior.for_source(source, torch.randn(64, 3), width=8)
+    prior.nce_loss(torch.randn(4, 3)).sum().backward()
+    assert prior.sample(4, SIR).x.shape == (4, 3)
+
+
+def test_sampling_under_inference_mode() -> None:
+    prior = hierarchical_prior()
+    with torch.inference_mode():
+        assert prior.sample(4, SIR).x.shape == (4, 3)
+
+
+@UNTRAINED
+def test_maps_have_conv_heads_end_to_end() -> None:
+    encoder = nn.Conv2d(1, 3, 3, padding=1)
+    decoder = nn.Conv2d(3, 1, 3, padding=1)
+
+    def posterior(x: Tensor) -> Independent:
+        mean = encoder(x)
+        return Independent(Normal(mean, torch.full_like(mean, 0.3), validate_args=False), 3)
+
+    zeros = torch.zeros(3, 6, 6)
+    source = SingleGroup(Independent(Normal(zeros, zeros + 1), 3), posterior, decoder)
+    x = torch.randn(16, 1, 6, 6)
+    prior = NCPrior.for_source(source, x, width=16, depth=1)
+    assert type(prior.heads[0]) is ConvHead
+    assert prior.nce_loss(x).shape == (1,)
+    sample = stir(prior).sample(5, SIR)
+    assert (sample.latents[0].shape, sample.x.shape) == ((5, 3, 6, 6), (5, 1, 6, 6))
+
+
+def test_a_sample_only_prior_is_given_its_size() -> None:
+    """SIR with proposals asks the wrapped sampler for (M, B) at once."""
+
+    class Counting(SampleOnly):
+        shapes: ClassVar[list[tuple[int, ...]]] = []
+
+        def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+            self.shapes.append(tuple(sample_shape))
+            return super().sample(sample_shape)
+
+    vae = VAE()
+    prior = stir(NCPrior(SingleGroup(Counting(base()), vae.posterior, vae.decode), MLPHead((2,))))
+    assert prior.sample(4, partial(sir, num_proposals=7)).latents[0].shape == (4, 2)
+    assert sum(math.prod(shape) for shape in Counting.shapes) == 28
