@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 if TYPE_CHECKING:
     from ncprior.source import Sampleable
@@ -67,14 +67,14 @@ def sir(
         prior: p(z), of batch shape ``(B,)``.
         log_ratio: Maps z, with shape ``(*, B, *event)``, to log r(z) in nats, ``(*, B)``.
         num_proposals: M, the number of proposals per row.
-        chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once. Bounds the
-            memory; the law of the draw does not depend on it.
+        chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
+            per row if that is more. Bounds the memory; the law of the draw does not depend on it.
 
     Returns:
         A draw with ``z``, ``ess`` and ``log_mean_weight``.
 
     Raises:
-        ValueError: If there is no proposal to draw, or log r has the wrong shape.
+        ValueError: If there is no proposal to draw, or the prior or log r has the wrong shape.
         FloatingPointError: If log r is not finite.
 
     References:
@@ -90,6 +90,7 @@ def sir(
         raise ValueError(
             f"num_proposals and chunk_size must be at least 1; got {num_proposals}, {chunk_size}."
         )
+    _check_rows(prior)
     pool = _Pool(prior, log_ratio)
     # The first chunk is one proposal per row: it tells B, whatever kind of sampler the prior is.
     pool.add(1)
@@ -182,8 +183,8 @@ def langevin(
         A draw with ``z`` and, when adjusted, ``acceptance``.
 
     Raises:
-        TypeError: If the prior is discrete or has no density.
-        ValueError: If ``num_steps`` or ``step_size`` is out of range.
+        TypeError: If the prior is discrete, bounded, or has no density.
+        ValueError: If ``num_steps``, ``step_size`` or the shape of ``init`` is wrong.
         FloatingPointError: If log r or log p is not finite on the way.
 
     References:
@@ -195,17 +196,20 @@ def langevin(
         >>> round(draw.z.mean().item(), 1)
         0.5
     """
-    if num_steps < 0 or not step_size > 0:
+    if num_steps < 0 or not 0 < step_size < math.inf:
         raise ValueError(
-            f"num_steps must be at least 0 and step_size positive; got {num_steps}, {step_size}."
+            f"num_steps must be at least 0 and step_size positive and finite; "
+            f"got {num_steps}, {step_size}."
         )
-    energy = _Energy(_continuous(prior), log_ratio)
-    z = prior.sample() if init is None else init.detach()
+    density = _continuous(prior)
+    _check_rows(prior)
+    energy = _Energy(density, log_ratio)
+    z = prior.sample() if init is None else _checked_init(init, density)
     if adjusted:
         z, acceptance = _mala(energy, z, num_steps, step_size)
     else:
         z, acceptance = _ula(energy, z, num_steps, step_size), None
-    energy.raise_if_bad()
+    energy.raise_if_bad(z)
     return Draw(z, acceptance=acceptance)
 
 
@@ -251,14 +255,17 @@ class _Energy:
         call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
         self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
         self.calls += 1
-        return energy.detach(), gradient
+        # A bad chain stands still, so that no validating prior complains of it in its own words.
+        return energy.detach(), torch.where(bad, 0.0, gradient)
 
-    def raise_if_bad(self) -> None:
-        if self.first_bad is not None and self.first_bad < self.calls:
+    def raise_if_bad(self, z: Tensor) -> None:
+        """Raises if any energy, gradient or the last z is not finite: one synchronisation."""
+        first = self.calls if self.first_bad is None else min(self.calls, int(self.first_bad))
+        if first < self.calls or not torch.isfinite(z).all():
             raise FloatingPointError(
-                f"The energy -log r - log p or its gradient is not finite at step "
-                f"{int(self.first_bad)} of Langevin dynamics. Take a smaller step_size, or look "
-                f"for NaN or infinity in the head's weights, the prior or the context."
+                f"The energy -log r - log p or its gradient is not finite at step {first} of "
+                f"Langevin dynamics. Take a smaller step_size, or look for NaN or infinity in "
+                f"the head's weights, the prior or the context."
             )
 
 
@@ -274,14 +281,50 @@ def _continuous(prior: Sampleable) -> Distribution:
             f"Langevin dynamics needs log p(z); the prior {name} can only be sampled. Use sir."
         )
     try:
-        discrete = prior.support.is_discrete  # type: ignore[attr-defined]
+        support = prior.support  # type: ignore[attr-defined]
     except (AttributeError, NotImplementedError):
-        discrete = False
-    if discrete:
+        return prior  # type: ignore[return-value]
+    if support.is_discrete:
         raise TypeError(
             f"Langevin dynamics differentiates the latents; the prior {name} is discrete. Use sir."
         )
+    while hasattr(support, "base_constraint"):  # behind Independent and mixtures
+        support = support.base_constraint
+    if isinstance(support, _BOUNDED):
+        raise TypeError(
+            f"Langevin dynamics walks on all of R^n; the prior {name} is bounded. Use sir."
+        )
     return prior  # type: ignore[return-value]
+
+
+_BOUNDED = tuple(
+    type(constraint)
+    for constraint in (
+        constraints.unit_interval,
+        constraints.half_open_interval(0, 1),
+        constraints.greater_than(0),
+        constraints.greater_than_eq(0),
+        constraints.less_than(0),
+        constraints.simplex,
+    )
+)
+
+
+def _check_rows(prior: Sampleable) -> None:
+    if isinstance(prior, Distribution) and len(prior.batch_shape) != 1:
+        raise ValueError(
+            f"The prior of a sampler has batch shape (B,); got {tuple(prior.batch_shape)} with "
+            f"event shape {tuple(prior.event_shape)}. Use prior.expand((B,))."
+        )
+
+
+def _checked_init(init: Tensor, prior: Distribution) -> Tensor:
+    if isinstance(prior, Distribution) and init.shape != prior.batch_shape + prior.event_shape:
+        raise ValueError(
+            f"init must have the prior's shape (B, *event), "
+            f"{tuple(prior.batch_shape + prior.event_shape)}; got {tuple(init.shape)}."
+        )
+    return init.detach()
 
 
 def _name(prior: Sampleable) -> str:
