@@ -251,15 +251,16 @@ def _verdict(report: GroupReport, recalibrated_jsd: float, surely_needed: int) -
     # NaN, an unmeasured slope or training loss, passes no threshold.
     slope_low = report.slope - _MARGIN * report.slope_error
     slope_high = report.slope + _MARGIN * report.slope_error
+    harm = -_NO_JSD - report.jsd  # above 0, the base alone is better
     memorised = report.train_gap - _MARGIN * report.train_gap_error
-    harmful = report.jsd < -_NO_JSD
+    sharp = slope_high < _CALIBRATED[0] or harm > _MARGIN * report.jsd_error
     if memorised > _MEMORISED * (2 * math.log(2) - report.train_loss):
         return Verdict.MEMORISES
-    if not harmful and (slope_low <= 0 or recalibrated_jsd < _NO_JSD):
+    if (slope_low <= 0 or recalibrated_jsd < _NO_JSD) and not (sharp and harm > 0):
         return Verdict.MATCHES
     if surely_needed > _MOST_PROPOSALS:
         return Verdict.TOO_WIDE
-    if harmful or slope_high < _CALIBRATED[0]:
+    if sharp:
         return Verdict.OVER_CONFIDENT
     if slope_low > _CALIBRATED[1]:
         return Verdict.TOO_FLAT
