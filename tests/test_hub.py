@@ -355,6 +355,15 @@ def test_what_is_missing_is_named(prior: NCPrior, tmp_path: Path) -> None:
             NCPrior.from_pretrained(prior.source, where)
 
 
+@pytest.mark.parametrize("name", ["absent.safetensors", Path("absent")])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
+    name: str | Path, prior: NCPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"There is no file {name}"):
+        NCPrior.from_pretrained(prior.source, name)
+
+
 def test_a_path_that_can_be_no_repository_is_not_asked_for(prior: NCPrior) -> None:
     with pytest.raises(FileNotFoundError, match="no directory ./a/b/c"):
         NCPrior.from_pretrained(prior.source, "./a/b/c")
@@ -385,8 +394,9 @@ def test_another_base_is_refused_and_both_are_named(prior: NCPrior, saved: Path)
 
 def test_a_missing_fingerprint_is_warned_of(prior: NCPrior, saved: Path) -> None:
     source = SingleGroup(standard_normal(2), around(0.5), lambda z: z)
-    with pytest.warns(UserWarning, match="The source has no fingerprint of the VAE"):
+    with pytest.warns(UserWarning, match="The source has no fingerprint of the VAE") as caught:
         NCPrior.from_pretrained(source, saved)
+    assert [warning.filename for warning in caught] == [__file__]
     NCPrior.from_pretrained(source, saved, check_fingerprint=False)
 
 
