@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-__all__ = ["Stream", "in_order", "random_state", "set_random_state", "split"]
+__all__ = [
+    "Stream",
+    "in_order",
+    "iter_is_self",
+    "own_generators",
+    "random_state",
+    "set_random_state",
+    "split",
+]
 
 
 _END = object()
@@ -18,8 +26,9 @@ _END = object()
 class Stream:
     """An endless iterator over the batches of ``data``, shuffled anew every epoch.
 
-    Its place is the generators' state at the start of the epoch and the number of batches taken
-    since: to restore it, the epoch starts again from that state and the batches are skipped.
+    The data's own randomness (order, transforms) runs on generator states of its own, apart from
+    the caller's. Its place is their state at the start of the epoch and the number of batches
+    taken since: to restore it, the epoch starts again from that state and batches are skipped.
 
     Arguments:
         data: A tensor or a map-style dataset, of which batches are made; or a ``DataLoader`` or
@@ -46,18 +55,21 @@ class Stream:
         self._iterator: Iterator[Any] = iter(())
         self._epoch_start: dict[str, Any] | None = None
         self._taken = 0
+        self._generators: dict[str, Any] | None = None  # between batches; the caller's at first
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Any:  # noqa: ANN401
         """Returns the next batch; stops only where a one-shot iterator is used up."""
-        if self._epoch_start is None:
-            self._start_epoch()
-        batch = next(self._iterator, _END)
-        if batch is _END and not iter_is_self(self.loader):
-            self._start_epoch()
-            batch = next(self._iterator, _END)
+        outside = random_state()
+        if self._generators is not None:
+            set_random_state(self._generators)
+        try:
+            batch = self._draw()
+        finally:
+            self._generators = random_state()
+            set_random_state(outside)
         if batch is _END:
             if self._taken == 0:
                 raise ValueError("The data has no batches.")
@@ -65,35 +77,47 @@ class Stream:
         self._taken += 1
         return batch
 
+    def _draw(self) -> Any:  # noqa: ANN401
+        if self._epoch_start is None:
+            self._start_epoch()
+        batch = next(self._iterator, _END)
+        if batch is _END and not iter_is_self(self.loader):
+            self._start_epoch()
+            batch = next(self._iterator, _END)
+        return batch
+
     def state(self) -> dict[str, Any]:
         """Returns the place in the data."""
         return {"epoch_start": self._epoch_start, "taken": self._taken}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place that :meth:`state` returned; the generators are left as they come."""
-        set_random_state(state["epoch_start"]["generators"])
-        generator = self._own_generator()
-        if generator is not None:
-            generator.set_state(state["epoch_start"]["loader"])
-        self._start_epoch()
+        """Goes to a place that :meth:`state` returned."""
+        start = state["epoch_start"]
+        self._generators = start["generators"]
+        for generator, own in zip(own_generators(self.loader), start["own"], strict=True):
+            generator.set_state(own)
         for _ in range(state["taken"]):
             next(self)
 
     def _start_epoch(self) -> None:
-        generator = self._own_generator()
         self._epoch_start = {
             "generators": random_state(),
-            "loader": None if generator is None else generator.get_state(),
+            "own": [generator.get_state() for generator in own_generators(self.loader)],
         }
         self._iterator, self._taken = iter(self.loader), 0
 
-    def _own_generator(self) -> torch.Generator | None:
-        """The loader's own generator, which the global state does not cover."""
-        for owner in (self.loader, getattr(self.loader, "sampler", None)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                return generator
-        return None
+
+def own_generators(loader: Any) -> list[torch.Generator]:  # noqa: ANN401
+    """Returns a loader's own generators, which the global state does not cover.
+
+    Example:
+        >>> len(own_generators(DataLoader(range(4), generator=torch.Generator())))
+        1
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
+    return [g for g in found.values() if isinstance(g, torch.Generator)]
 
 
 def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:  # noqa: ANN401
@@ -111,7 +135,7 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:  # n
         >>> [len(part) for part in split(torch.arange(100), 0.05, seed=0)]
         [95, 5]
     """
-    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    data = _as_tensor(data)
     if not isinstance(data, Tensor) and not _is_map_style(data):
         return None
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -131,7 +155,7 @@ def in_order(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
         >>> [len(batch) for batch in in_order(torch.arange(10), 4)]
         [4, 4, 2]
     """
-    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    data = _as_tensor(data)
     if isinstance(data, Tensor):
         return list(data.split(batch_size))
     if _is_map_style(data):
@@ -185,6 +209,12 @@ def iter_is_self(data: Any) -> bool:  # noqa: ANN401
     return isinstance(data, Iterator)
 
 
+def _as_tensor(data: Any) -> Any:  # noqa: ANN401
+    if isinstance(data, np.ndarray):
+        return torch.from_numpy(data if data.flags.writeable else data.copy())
+    return data
+
+
 class _Shuffled:
     """Shuffled batches of a tensor; the last, smaller one is left out unless it is the only."""
 
@@ -199,14 +229,16 @@ class _Shuffled:
 
 
 def _batches(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
-    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    data = _as_tensor(data)
+    if (isinstance(data, Tensor) or _is_map_style(data)) and len(data) == 0:
+        return []
     if isinstance(data, Tensor):
         return _Shuffled(data, batch_size)
     if isinstance(data, IterableDataset):
         return DataLoader(data, batch_size)
     if _is_map_style(data):
         return DataLoader(data, min(batch_size, len(data)), shuffle=True, drop_last=True)
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not isinstance(data, dict):
         return data
     raise TypeError(
         f"Expected a tensor, a dataset, a DataLoader or an iterable of batches; "

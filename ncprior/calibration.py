@@ -174,7 +174,7 @@ def pareto_k(log_weights: Tensor) -> float:
         | https://jmlr.org/papers/v25/19-556.html
 
     Example:
-        >>> log_weights = torch.empty(100_000).exponential_(2.0)  # Pareto weights of shape 1/2
+        >>> log_weights = -0.5 * torch.linspace(1e-4, 1.0, 10_000).log()  # Pareto, of shape 1/2
         >>> round(pareto_k(log_weights), 1)
         0.5
     """

@@ -29,7 +29,7 @@ from ncprior.diagnostics import diagnose
 from ncprior.evaluation import gap_closed
 from ncprior.files import save_tensors
 from ncprior.loop import fit
-from ncprior.plots import plot_latents, plot_samples, principal_axes
+from ncprior.plots import discriminant_axes, plot_latents, plot_samples
 from ncprior.prior import NCPrior
 from ncprior.samplers import sir
 
@@ -67,8 +67,8 @@ _SETTINGS = {
         counts=1,
         vae_steps=4690,
         classifier_steps=940,
-        head={"width": 256, "dropout": 0.1},
-        fit={"steps": 3000, "eval_every": 250},
+        head={"width": 256, "depth": 3, "dropout": 0.1},
+        fit={"steps": 4000, "eval_every": 250, "batch_size": 512},
         validation=3000,
         held_out=10_000,
         num_features=64,
@@ -161,7 +161,8 @@ def _run(
     report = diagnose(
         prior, held_out.images, train=images[: len(held_out.images)], num_proposals=pools
     )
-    _draw_pictures(held_out.images, first, folder)
+    means = in_batches(lambda x: vae.posterior(x).mean, data.images)
+    _draw_pictures(held_out.images, first, discriminant_axes(means, data.labels), folder)
     shape = {"size": settings.size, "latents": settings.latents, "counts": settings.counts}
     save_tensors(folder / "vae.safetensors", vae.state_dict(), shape)
     prior.save_pretrained(folder / "prior", report=report)
@@ -214,14 +215,14 @@ def _train_networks(data: Labelled, settings: _Settings, progress: bool) -> tupl
     return vae, classifier
 
 
-def _draw_pictures(data: Tensor, first: dict[str, Generation], folder: Path) -> None:
+def _draw_pictures(data: Tensor, first: dict[str, Generation], axes: Tensor, folder: Path) -> None:
     base, ours, posterior = (first[arm] for arm in ARMS)
     rows = {"data": data, "base prior": base.x, "NCP": ours.x, "posterior samples": posterior.x}
     rows = {label: images[:_SHOWN] for label, images in rows.items()}
     plot_samples(rows).savefig(folder / "samples.png", dpi=150)
     clouds = {"base prior": base.z, "NCP": ours.z, "aggregate posterior": posterior.z}
     clouds = {label: z[:_SCATTERED] for label, z in clouds.items()}
-    plot_latents(clouds, principal_axes(posterior.z)).savefig(folder / "latents.png", dpi=150)
+    plot_latents(clouds, axes).savefig(folder / "latents.png", dpi=150)
 
 
 def _mean(values: Tensor) -> float:

@@ -100,7 +100,7 @@ def diagnose(
             f"num_proposals must be two ascending numbers, num_draws and batch_size positive; "
             f"got {num_proposals}, {num_draws} and {batch_size}."
         )
-    require_eval(getattr(prior.source, "module", None))
+    require_eval(prior.source, getattr(prior.source, "module", None))
     with _evaluating(prior):
         log_r, pools = _measure(prior, held_out, num_draws, batch_size, (low, high))
         trained = None
@@ -243,8 +243,8 @@ def _with_verdict(report: GroupReport, log_r: Tensor) -> GroupReport:
     if log_r.std() < _CONSTANT:
         return report._replace(verdict=Verdict.CONSTANT)
     surely_needed = _needed(kl.value - _MARGIN * kl.error, q.std().item())
-    learnt = 2 * math.log(2) - Mean.of(_loss(q, p)).value  # by a head that was recalibrated
-    return report._replace(verdict=_verdict(report, learnt / 2, surely_needed))
+    recalibrated_jsd = math.log(2) - Mean.of(_loss(q, p)).value / 2
+    return report._replace(verdict=_verdict(report, recalibrated_jsd, surely_needed))
 
 
 def _verdict(report: GroupReport, recalibrated_jsd: float, surely_needed: int) -> Verdict:
@@ -252,9 +252,10 @@ def _verdict(report: GroupReport, recalibrated_jsd: float, surely_needed: int) -
     slope_low = report.slope - _MARGIN * report.slope_error
     slope_high = report.slope + _MARGIN * report.slope_error
     harm = -_NO_JSD - report.jsd  # above 0, the base alone is better
+    learnt = 2 * math.log(2) - report.train_loss
     memorised = report.train_gap - _MARGIN * report.train_gap_error
     sharp = slope_high < _CALIBRATED[0] or harm > _MARGIN * report.jsd_error
-    if memorised > _MEMORISED * (2 * math.log(2) - report.train_loss):
+    if memorised > _MEMORISED * learnt > 0:
         return Verdict.MEMORISES
     if (slope_low <= 0 or recalibrated_jsd < _NO_JSD) and not (sharp and harm > 0):
         return Verdict.MATCHES

@@ -92,6 +92,7 @@ class MLPHead(_Head):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
         z = self.scale(_checked_event(z, self.event_shape))
+        _checked_rows(z, self.event_shape, context)
         h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
         h = self.blocks(h + self.context(context))
         log_r: Tensor = self.out(nn.functional.silu(self.norm(h))).squeeze(-1)
@@ -155,12 +156,13 @@ class ConvHead(_Head):
             cells.append(_ConvCell(width, dropout, pool=size > 8))
             size = -(-size // 2) if size > 8 else size
         self.blocks = nn.Sequential(*cells)
-        self.norm = nn.GroupNorm(8, width)
+        self.norm = nn.GroupNorm(width // 8, width)
         self.out = _zero(nn.Linear(width, 1))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
         z = self.scale(_checked_event(z, self.event_shape))
+        _checked_rows(z, self.event_shape, context)
         lead = z.shape[:-3]
         h = self.stem(z.reshape(-1, *z.shape[-3:]))
         h = (h.reshape(*lead, *h.shape[-3:]) + self.context(context)).reshape(h.shape)
@@ -220,6 +222,10 @@ class CategoricalHead(_Head):
             dropout=dropout,
         )
 
+    def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
+        """Standardises the context by a batch of it; codes have no scale."""
+        self.head.fit_scale(None, context)
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
         h = self.embedding(_checked_event(z, self.event_shape).long())
@@ -259,7 +265,7 @@ def make_head(group: Group, **options: Any) -> nn.Module:  # noqa: ANN401
     head: MLPHead | ConvHead
     if not z.is_floating_point():
         codes = CategoricalHead(event_shape, _num_categories(group), **options).to(z.device)
-        codes.head.fit_scale(None, group.context)
+        codes.fit_scale(z, group.context)
         return codes
     kind = ConvHead if len(event_shape) == 3 else MLPHead
     head = kind(event_shape, **options).to(z.device)
@@ -291,7 +297,7 @@ class _Standardise(nn.Module):
             raise FloatingPointError("The probed latents or context are not finite.")
         sd = z.std(axes, keepdim=True, correction=0)[0]
         self.mean.copy_(z.mean(axes, keepdim=True)[0])
-        self.sd.copy_(torch.where(sd > 1e-6 * (1 + self.mean.abs()), sd, 1.0))
+        self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
 
 
 class _VectorContext(nn.Module):
@@ -308,7 +314,7 @@ class _VectorContext(nn.Module):
     def forward(self, context: Tensor | None) -> Tensor | float:
         if _checked_context(context, self.shape) is None:
             return 0.0
-        h: Tensor = self.linear(self.scale(context).flatten(1))
+        h: Tensor = self.linear(rearrange(self.scale(context), "b ... -> b (...)"))
         return rearrange(h, "b c -> b c 1 1") if self.spatial else h
 
 
@@ -348,10 +354,10 @@ class _ConvCell(nn.Module):
         super().__init__()
         self.pool = pool
         self.layers = nn.Sequential(
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(width // 8, width),  # 8 channels each: not even a 1×1 map is all mean
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(width // 8, width),
             nn.SiLU(),
             nn.Dropout(dropout),
             nn.Conv2d(width, width, 3, padding=1),
@@ -382,6 +388,15 @@ def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
             f"got {tuple(z.shape)}."
         )
     return z
+
+
+def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
+    rows = z.shape[z.ndim - len(event_shape) - 1]
+    if context is not None and len(context) != rows:
+        raise ValueError(
+            f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
+            f"got {rows} rows of z and {len(context)} of context."
+        )
 
 
 def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:

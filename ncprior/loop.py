@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, in_order, random_state, set_random_state, split
+from ncprior.batches import Stream, in_order, own_generators, random_state, set_random_state, split
 from ncprior.files import load_tensors, pack, save_tensors, unpack
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, num_rows
@@ -70,6 +70,14 @@ class History(NamedTuple):
     best_step: list[int]
     best_loss: list[float] | None
     stopped: str
+
+    def __str__(self) -> str:
+        """Says in one line what was kept, and why training ended."""
+        losses = self.rows[-1].loss if self.best_loss is None else self.best_loss
+        kind = "training" if self.best_loss is None else "held-out"
+        steps = ", ".join(map(str, self.best_step))
+        values = ", ".join(f"{loss:.3f}" for loss in losses)
+        return f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
 
 
 def fit(
@@ -131,9 +139,6 @@ def fit(
         >>> len(history.rows[-1].loss)
         1
     """
-    _check_arguments(steps, batch_size, eval_every, checkpoint_every)
-    optimizer = torch.optim.AdamW(prior.parameters(), learning_rate, weight_decay=weight_decay)
-    trainer = NCETrainer(prior, optimizer, noise_weight=noise_weight, max_grad_norm=max_grad_norm)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -143,8 +148,12 @@ def fit(
         "max_grad_norm": max_grad_norm,
         "ema_decay": ema_decay,
         "eval_every": eval_every,
-        "rows": len(data) if hasattr(data, "__len__") else None,
+        "VAE": _fingerprint(prior.source),
+        "rows": _length(data),
     }
+    _check_arguments(settings, checkpoint_every, patience)
+    optimizer = torch.optim.AdamW(prior.parameters(), learning_rate, weight_decay=weight_decay)
+    trainer = NCETrainer(prior, optimizer, noise_weight=noise_weight, max_grad_norm=max_grad_norm)
     saved = _load(checkpoint)
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
     train, held_out = _parts(data, held_out, split_seed)
@@ -211,6 +220,7 @@ class _Run:
         if evaluation is not None:
             with self._averaged():
                 held_out = evaluation(self.prior, self.device)
+            self._refuse_non_finite(held_out)
             if self.best is None:
                 self.best = _copy(self.prior.heads)
             for k, new in enumerate(held_out):
@@ -224,6 +234,14 @@ class _Run:
         rate: float = self.trainer.optimizer.param_groups[0]["lr"]
         self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.seconds))
         return self.rows[-1]
+
+    def _refuse_non_finite(self, held_out: list[float]) -> None:
+        for k, loss in enumerate(held_out):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The held-out NCE loss of group {k} is {loss} at step {self.trainer.steps}. "
+                    f"Look for NaN or infinity in the held-out data."
+                )
 
     def decide(
         self, row: Row, patience: int | None, callback: Callable[[Row], Any] | None
@@ -285,6 +303,11 @@ class _Run:
                     f"{saved['settings'].get(name)}; got {name}={now}. Pass the same data and "
                     f"settings, or another checkpoint file."
                 )
+        if _shapes(self.prior.heads.state_dict()) != _shapes(saved["heads"]):
+            raise ValueError(
+                "The checkpoint holds heads of other shapes. Build the prior as it was, or pass "
+                "another checkpoint file."
+            )
         self.prior.heads.load_state_dict(saved["heads"])
         for name, tensor in self.average.items():
             tensor.copy_(saved["average"][name])
@@ -341,12 +364,15 @@ class _HeldOut:
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:  # noqa: ANN401
         self.batches = in_order(data, batch_size)
         self.seed = seed
+        self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
 
     @torch.no_grad()
     def __call__(self, prior: NCPrior, device: torch.device) -> list[float]:
         total, rows = torch.zeros(len(prior.heads), dtype=torch.float64), 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
+            for generator, state in self.own:
+                generator.set_state(state)
             while rows < _HELD_OUT_DRAWS:
                 before = rows
                 for batch in self.batches:
@@ -359,12 +385,19 @@ class _HeldOut:
         return (total / rows).tolist()
 
 
-def _check_arguments(steps: int, batch_size: int, eval_every: int, checkpoint_every: int) -> None:
-    if min(steps, batch_size, eval_every, checkpoint_every) < 1:
-        raise ValueError(
-            f"steps, batch_size, eval_every and checkpoint_every must be at least 1; "
-            f"got {steps}, {batch_size}, {eval_every} and {checkpoint_every}."
-        )
+def _check_arguments(
+    settings: dict[str, Any], checkpoint_every: int, patience: int | None
+) -> None:
+    counts = {name: settings[name] for name in ("steps", "batch_size", "eval_every")}
+    counts |= {
+        "checkpoint_every": checkpoint_every,
+        "patience": 1 if patience is None else patience,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1; got {count}.")
+    if not 0 <= settings["ema_decay"] <= 1:
+        raise ValueError(f"ema_decay must be from 0 to 1; got {settings['ema_decay']}.")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError("fit runs in one process. In several, call NCETrainer.step in a loop.")
 
@@ -383,13 +416,17 @@ def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN
     return parts or (data, None)
 
 
+def _fingerprint(source: LatentSource[Any, Any]) -> str | None:
+    fingerprint: str | None = getattr(source, "fingerprint", lambda: None)()
+    return fingerprint
+
+
 @contextmanager
 def _unchanged(source: LatentSource[Any, Any]) -> Iterator[None]:
     """Holds the source to its fingerprint, where it has one."""
-    fingerprint = getattr(source, "fingerprint", lambda: None)
-    before = fingerprint()
+    before = _fingerprint(source)
     yield
-    if fingerprint() != before:
+    if _fingerprint(source) != before:
         raise RuntimeError(
             "The VAE has changed during training, although nothing here changes it. Does its "
             "encoder, or a callback, write to parameters or buffers?"
@@ -404,6 +441,17 @@ def _load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
         raise ValueError(f"{os.fspath(path)} is not a checkpoint of fit. Pass another file.")
     state: dict[str, Any] = unpack(metadata["state"], tensors)
     return state
+
+
+def _length(data: Any) -> int | None:  # noqa: ANN401
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _copy(heads: nn.ModuleList) -> dict[str, Tensor]:

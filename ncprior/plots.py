@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_latents", "plot_samples", "principal_axes"]
+__all__ = ["discriminant_axes", "plot_latents", "plot_samples"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = ("#E69F00", "#0072B2", "#009E73")
@@ -52,7 +52,7 @@ def plot_latents(clouds: Mapping[str, Tensor], axes: Tensor) -> Figure:
 
     Arguments:
         clouds: Latents, with shape ``(N, D)``, by label, three at most.
-        axes: Two directions, with shape ``(D, 2)``, such as :func:`principal_axes`.
+        axes: Two directions, with shape ``(D, 2)``, such as :func:`discriminant_axes`.
 
     Returns:
         A figure of no window, to save.
@@ -62,35 +62,56 @@ def plot_latents(clouds: Mapping[str, Tensor], axes: Tensor) -> Figure:
 
     Example:
         >>> z = torch.randn(100, 6)
-        >>> figure = plot_latents({"prior": z, "posterior": z + 2}, principal_axes(z))
-        >>> len(figure.axes)
+        >>> len(plot_latents({"prior": z, "posterior": z + 2}, torch.eye(6)[:, :2]).axes)
         2
     """
-    figure = _figure((4 * len(clouds), 4.3))
+    planes = {label: z @ axes for label, z in clouds.items()}
+    limit = 1.05 * max(float(points.abs().max()) for points in planes.values())
+    figure = _figure((3.6 * len(clouds) + 0.4, 4.1))
     panels = figure.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True).flat
-    for panel, color, (label, z) in zip(panels, _COLORS, clouds.items(), strict=False):
-        panel.scatter(*(z @ axes).T, s=6, color=color, alpha=0.4, linewidths=0)
+    for panel, color, (label, points) in zip(panels, _COLORS, planes.items(), strict=False):
+        panel.scatter(*points.T, s=6, color=color, alpha=0.4, linewidths=0)
         panel.set_title(label, fontsize=13)
-        panel.set(aspect="equal", xlabel="axis 1")
+        panel.set(xlabel="axis 1", xlim=(-limit, limit), ylim=(-limit, limit))
+        panel.set_box_aspect(1)
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("axis 2")
     return figure
 
 
-def principal_axes(z: Tensor, num_axes: int = 2) -> Tensor:
-    """Returns the directions of largest variance, with shape ``(D, num_axes)``.
+def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
+    """Returns the plane in which classes of latents lie apart, as two orthonormal directions.
+
+    Its directions have the largest variance between classes, in units of that within them. N(0, I)
+    stays N(0, I) in it.
 
     Arguments:
         z: Latents, with shape ``(N, D)``.
-        num_axes: Number of directions, at most D.
+        labels: Their classes, with shape ``(N,)``; three or more of them.
+
+    Returns:
+        The directions, with shape ``(D, 2)``.
+
+    References:
+        The Utilization of Multiple Measurements in Problems of Biological Classification
+        (Rao, 1948), the linear discriminant analysis of several classes
 
     Example:
-        >>> z = torch.randn(1000, 3) * torch.tensor([1.0, 3.0, 2.0])
-        >>> principal_axes(z).abs().argmax(0)
-        tensor([1, 2])
+        >>> labels = torch.arange(4).repeat(500)
+        >>> z = torch.randn(2000, 3) * torch.tensor([9.0, 1.0, 1.0])
+        >>> z[:, 1] += 4 * (labels % 2)
+        >>> z[:, 2] += 4 * (labels // 2)
+        >>> discriminant_axes(z, labels).square().sum(1).round()  # the plane of axes 1 and 2
+        tensor([0., 1., 1.])
     """
-    ascending: Tensor = torch.linalg.eigh(torch.cov(z.T)).eigenvectors
-    return ascending.flip(1)[:, :num_axes]
+    classes = [z[labels == label] for label in labels.unique()]
+    within = torch.stack([torch.cov(members.T) for members in classes]).mean(0)
+    between = torch.cov(torch.stack([members.mean(0) for members in classes]).T)
+    root = torch.linalg.cholesky(within)
+    whitened = torch.linalg.solve(root, torch.linalg.solve(root, between).T)
+    ascending = torch.linalg.solve(root.T, torch.linalg.eigh(whitened).eigenvectors)
+    axes: Tensor = torch.linalg.qr(ascending.flip(1)[:, :2]).Q
+    return axes
 
 
 def _figure(size: tuple[float, float]) -> Figure:

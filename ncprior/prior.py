@@ -90,7 +90,7 @@ class NCPrior(nn.Module):
                 f"One ratio head per latent group: the source has {source.num_groups} groups, "
                 f"got {len(heads)} heads."
             )
-        object.__setattr__(self, "source", source)  # past nn.Module, which would register it
+        self.source = source
         self.heads = heads
         self.strength = 1.0
         self.active = [True] * source.num_groups
@@ -109,6 +109,9 @@ class NCPrior(nn.Module):
         Returns:
             A prior that equals the base prior until it is trained.
 
+        Raises:
+            TypeError: If the decoder does not return one tensor of a row per row of x.
+
         Warns:
             UserWarning: If reconstructions of a row are no closer to it than to other rows.
 
@@ -125,7 +128,14 @@ class NCPrior(nn.Module):
             with _naming(k):
                 heads.append(make_head(group, **options))
             state = source.advance(state, z)
-        _warn_if_blurred(source.decode(state), x[0] if isinstance(x, tuple | list) else x)
+        x_hat = source.decode(state)
+        if not isinstance(x_hat, Tensor) or len(x_hat) != len(z):
+            got = f"{tuple(x_hat.shape)}" if isinstance(x_hat, Tensor) else type(x_hat).__name__
+            raise TypeError(
+                f"The decoder must return the mean of p(x | z) as one tensor of {len(z)} rows; "
+                f"got {got}."
+            )
+        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
         return cls(source, heads)
 
     def forward(self, x: Any, noise_weight: float = 1.0) -> Tensor:  # noqa: ANN401
@@ -332,6 +342,13 @@ class NCPrior(nn.Module):
         off = [k for k, on in enumerate(self.active) if not on]
         return f"source={type(self.source).__name__}, strength={self.strength}, groups_off={off}"
 
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Keeps the source out of nn.Module's registration, whatever its type."""
+        if name == "source":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> NCPrior:
         """Copies the heads and shares the source: a user's VAE is never copied."""
         from copy import deepcopy
@@ -357,7 +374,8 @@ def group_losses(prior: NCPrior, x: Any, noise_weight: float) -> Iterator[Tensor
         >>> for loss in group_losses(prior, x, noise_weight=1.0):
         ...     loss.backward()
     """
-    require_eval(getattr(prior.source, "module", None))
+    source = prior.source
+    require_eval(source, getattr(source, "module", None))
     with torch.no_grad():
         encoding = prior.source.encode(x)
         state = prior.source.start(num_rows(encoding), encoding)
@@ -393,7 +411,7 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
         warnings.warn(
             "Reconstructions of a row are no closer to it than to other rows. Is the posterior's "
             "scale a standard deviation? From a log-variance it is (0.5 * log_var).exp().",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -283,14 +283,17 @@ def _number(value: float, digits: int) -> str:
 def _with_error(value: float, error: float, digits: int) -> str:
     if math.isnan(value):
         return "-"
-    return f"{_number(value, digits)}±{_number(error, digits).removeprefix('0')}"
+    return (
+        f"{_number(value, digits)}±{_number(error, digits if error < 1 else 1).removeprefix('0')}"
+    )
 
 
 def _with_tail(mean: float, k: float) -> str:
     if math.isnan(mean):
         return "-"
     number = _number(mean, 2)
-    return f"({number}) {k:.1f}" if k > _UNRELIABLE_K else f"{number} {_number(k, 1):>3}"
+    shape = _number(k, 1 if abs(k) < 10 else 0)
+    return f"({number}) {shape}" if k > _UNRELIABLE_K else f"{number} {shape:>3}"
 
 
 def _per(ess: Mapping[int, float]) -> str:

@@ -123,7 +123,8 @@ class SingleGroup:
             or list that a loader yields, x is the first item.
         decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
         module: The VAE itself. It is never registered, moved or changed; it serves for the
-            fingerprint and for the check that it is in evaluation mode.
+            fingerprint and for the check that it is in evaluation mode. (The check also sees
+            modules, and modules of bound methods, given as ``posterior`` and ``decoder``.)
         likelihood: Maps z to p(x | z), a distribution over x.
         condition: Picks a condition c, with shape ``(B, C)``, out of a batch as the loader yields
             it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
@@ -134,7 +135,7 @@ class SingleGroup:
         TypeError: If the prior cannot be sampled.
 
     Example:
-        >>> encoder, decoder = torch.nn.Linear(3, 4), torch.nn.Linear(2, 3)
+        >>> encoder, decoder = torch.nn.Linear(3, 4).eval(), torch.nn.Linear(2, 3).eval()
         >>> def posterior(x):
         ...     mean, log_var = encoder(x).chunk(2, dim=-1)
         ...     return Independent(Normal(mean, (0.5 * log_var).exp()), 1)
@@ -167,6 +168,8 @@ class SingleGroup:
             )
         self.prior = prior
         self.module = module
+        parts = (posterior, decoder)
+        self._watched = (module, *(getattr(part, "__self__", part) for part in parts))
         self._posterior = posterior
         self._decoder = decoder
         self._likelihood = likelihood
@@ -188,7 +191,7 @@ class SingleGroup:
 
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
-        require_eval(self.module)
+        require_eval(*self._watched)
         c = None if self._condition is None else self._condition(x)
         x = x[0] if isinstance(x, tuple | list) else x
         q = parameters(self._checked_posterior(x, c))
@@ -201,7 +204,7 @@ class SingleGroup:
         condition: Tensor | None = None,
     ) -> State:
         """Makes the state in front of z, for ``batch_size`` rows."""
-        require_eval(self.module)
+        require_eval(*self._watched)
         q, c = (None, condition) if encoding is None else encoding
         if (c is None) != (self._condition is None):
             needs, got = ("needs a", "none") if c is None else ("takes no", "one")
@@ -267,11 +270,17 @@ class SingleGroup:
                 f"and a log-variance make Independent(Normal(mean, (0.5 * log_var).exp()), 1)."
             )
         event = self.prior.event_shape if isinstance(self.prior, Distribution) else q.event_shape
+        if len(q.batch_shape) == 1 and len(q.event_shape) == len(event) and q.event_shape != event:
+            raise ValueError(
+                f"Prior and posterior must have latents of one shape; got {tuple(event)} from the "
+                f"prior and {tuple(q.event_shape)} from q(z | x). Make the prior of that shape."
+            )
         if len(q.batch_shape) != 1 or q.event_shape != event:
             raise ValueError(
                 f"q(z | x) must have batch shape (B,) and the prior's event shape "
                 f"{tuple(event)}; got batch shape {tuple(q.batch_shape)} and event shape "
-                f"{tuple(q.event_shape)}. Independent(q, n) turns n batch axes into event axes."
+                f"{tuple(q.event_shape)}. Independent(q, n) turns n batch axes into event axes; "
+                f"the prior is to have as many event axes."
             )
         return q
 
@@ -337,7 +346,7 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
     )
 
 
-def require_eval(module: nn.Module | None) -> None:
+def require_eval(*parts: object) -> None:
     """Refuses a VAE in training mode: batch statistics and dropout would change q(z | x).
 
     Raises:
@@ -346,12 +355,13 @@ def require_eval(module: nn.Module | None) -> None:
     Example:
         >>> require_eval(torch.nn.Linear(1, 1).eval())
     """
-    for name, submodule in () if module is None else module.named_modules():
-        if submodule.training:
-            raise ValueError(
-                f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
-                f"training mode. Call vae.eval() first."
-            )
+    for part in parts:
+        for name, submodule in part.named_modules() if isinstance(part, nn.Module) else ():
+            if submodule.training:
+                raise ValueError(
+                    f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is "
+                    f"in training mode. Call vae.eval() first."
+                )
 
 
 def module_fingerprint(module: nn.Module) -> str:

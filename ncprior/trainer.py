@@ -113,10 +113,11 @@ class NCETrainer:
             >>> trainer.step(x).loss  # 2 log 2 before the first step
             tensor([1.3863])
         """
-        self.optimizer.zero_grad()
+        self._zero_gradients()
         losses = []
         for loss in group_losses(self.prior, x, self.noise_weight):
-            self.backward(loss)
+            if loss.requires_grad:  # not a head without parameters
+                self.backward(loss)
             losses.append(loss.detach())
         mean_loss = average_over_ranks(torch.stack(losses))
         norms = torch.stack([self._reduce_and_clip(head) for head in self.prior.heads])
@@ -124,6 +125,15 @@ class NCETrainer:
         self.optimizer.step()
         self.steps += 1
         return StepMetrics(mean_loss, norms)
+
+    def _zero_gradients(self) -> None:
+        # Gradients live from here on: made in the middle of a backward pass, they would lie between
+        # activations and keep the allocator from using that memory again for the next group.
+        for p in self.prior.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+            elif p.requires_grad:
+                p.grad = torch.zeros_like(p)
 
     def _reduce_and_clip(self, head: nn.Module) -> Tensor:
         gradients = [p.grad for p in head.parameters() if p.grad is not None]

@@ -13,7 +13,7 @@ from ncprior.heads import MLPHead
 SIR = partial(sir, num_proposals=20)
 
 
-def gaussian(seed: int = 0, base: Any = None) -> SingleGroup:  # noqa: ANN401
+def gaussian(seed: int = 0, base: Any = None) -> SingleGroup:
     """A VAE of two latents whose weights are drawn from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -21,7 +21,7 @@ def gaussian(seed: int = 0, base: Any = None) -> SingleGroup:  # noqa: ANN401
     return SingleGroup(standard_normal(2) if base is None else base, around(0.5), vae, module=vae)
 
 
-def trained(source: Any, *heads: nn.Module) -> NCPrior:  # noqa: ANN401
+def trained(source: Any, *heads: nn.Module) -> NCPrior:
     """A prior whose heads are anything but new, in training mode."""
     prior = NCPrior(source, heads or [MLPHead((2,), width=8, depth=1)])
     with torch.no_grad():

@@ -96,7 +96,7 @@ def hub_server() -> Iterator[HubServer]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, hub: HubServer, *args: Any) -> None:  # noqa: ANN401
+    def __init__(self, hub: HubServer, *args: Any) -> None:
         self.hub = hub
         super().__init__(*args)
 
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_json(self, content: object) -> None:
         self._send(json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def _json(self) -> Any:  # noqa: ANN401
+    def _json(self) -> Any:
         return json.loads(self._body or b"{}")
 
     # Who asks, and for what

@@ -80,7 +80,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**31, ())))
 
 
-def loader(dataset: Any = None, **options: Any) -> DataLoader[Any]:  # noqa: ANN401
+def loader(dataset: Any = None, **options: Any) -> DataLoader[Any]:
     return DataLoader(Numbers() if dataset is None else dataset, **{"batch_size": 3, **options})
 
 
@@ -101,7 +101,7 @@ EVERY_KIND: dict[str, Callable[[], Any]] = {
 }
 
 
-def rows_of(batch: Any) -> list[int]:  # noqa: ANN401
+def rows_of(batch: Any) -> list[int]:
     return [int(x) for x in (batch[0] if isinstance(batch, list | tuple) else batch)]
 
 
@@ -164,7 +164,7 @@ def test_data_of_no_use_is_refused() -> None:
     [[], iter([]), torch.empty(0, 3), Subset(Numbers(), [])],
     ids=["list", "iterator", "tensor", "dataset"],
 )
-def test_empty_data_is_refused(nothing: Any) -> None:  # noqa: ANN401
+def test_empty_data_is_refused(nothing: Any) -> None:
     with pytest.raises(ValueError, match="The data has no batches"):
         next(Stream(nothing, batch_size=2))
 
@@ -222,7 +222,7 @@ def take(stream: Stream, count: int) -> list[tuple[Any, float]]:
     ]
 
 
-def flat(batch: Any) -> list[Any]:  # noqa: ANN401
+def flat(batch: Any) -> list[Any]:
     return list(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
@@ -250,6 +250,33 @@ def test_a_stream_continues_as_if_never_stopped(name: str, taken: int) -> None:
     resumed.restore(place)
     set_random_state(generators)
     assert_same(take(resumed, 15), expected)
+
+
+class Noise(Dataset[Tensor]):
+    """Draws of torch's, NumPy's and Python's generators."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_the_noise_of_the_data_is_not_the_noise_of_training(restored: bool) -> None:
+    """Transforms and posterior samples of equal random numbers would be correlated."""
+    stream = Stream(Noise(), 2)
+    if restored:
+        next(stream)
+        place, stream = stream.state(), Stream(Noise(), 2)
+        stream.restore(place)
+    data, training = [], []
+    for _ in range(30):
+        data.append(next(stream))
+        training.append(torch.tensor([[torch.rand(()).item(), np.random.rand(), random.random()]]))
+    seen, drawn = torch.cat(data), torch.cat(training)
+    for k in range(3):
+        assert not torch.isin(seen[:, k], drawn[:, k]).any()
 
 
 @pytest.mark.parametrize("name", ["noisy dataset", "loader with its generator"])
@@ -331,7 +358,7 @@ def test_a_split_is_a_partition(name: str) -> None:
     assert any([int(flat_row(r)) for r in split(data, 0.3, seed=s)[1]] != b for s in (4, 5))
 
 
-def flat_row(row: Any) -> Tensor:  # noqa: ANN401
+def flat_row(row: Any) -> Tensor:
     return row[0] if isinstance(row, list | tuple) else row
 
 

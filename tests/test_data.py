@@ -40,7 +40,7 @@ def grey(value: int, size: int = 4) -> np.ndarray:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's own folder; whoever asks the Hub from it is told that it is not there."""
 
-    def offline(repo: str, **_: Any) -> str:  # noqa: ANN401
+    def offline(repo: str, **_: Any) -> str:
         raise ConnectionError(f"no way to {repo}")
 
     monkeypatch.setenv("NCPRIOR_DATA", str(tmp_path))
@@ -90,7 +90,7 @@ def test_what_is_not_in_the_folder_comes_from_the_hub(
     write(snapshot / "mnist" / "test-0.parquet", [grey(9)], [4])
     asked: dict[str, Any] = {}
 
-    def download(repo: str, **options: Any) -> str:  # noqa: ANN401
+    def download(repo: str, **options: Any) -> str:
         asked.update(options, repo=repo)
         return str(snapshot)
 
@@ -132,7 +132,7 @@ def test_a_missing_extra_is_named(
 ) -> None:
     real = builtins.__import__
 
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
         if name == missing:
             raise ImportError(f"No module named {name!r}")
         return real(name, *args, **kwargs)

@@ -24,7 +24,7 @@ from ncprior.heads import MLPHead
 Problem = GaussianPair | Ring | Codes
 
 
-def reported(problem: Problem, head: nn.Module, n: int = 4000, **options: Any) -> GroupReport:  # noqa: ANN401
+def reported(problem: Problem, head: nn.Module, n: int = 4000, **options: Any) -> GroupReport:
     """The report on one head of one problem, from n rows."""
     return diagnose(NCPrior(problem.source(), head), problem.data(n), **options).groups[0]
 
@@ -80,6 +80,7 @@ def test_the_bounded_identity_is_blind_to_sharpness_on_a_symmetric_pair_and_the_
 
 VERDICTS = {
     "almost no gap": (GaussianPair(0.005), GaussianPair(0.005).head(), Verdict.MATCHES),
+    "almost no gap, sharp": (GaussianPair(0.005), GaussianPair(0.005).head(2.5), Verdict.MATCHES),
     "no gap, faint noise": (NO_GAP, waves(0.05), Verdict.MATCHES),
     "no gap, strong noise": (NO_GAP, waves(2.0), Verdict.OVER_CONFIDENT),
     "no gap, exact": (NO_GAP, waves(0.0), Verdict.CONSTANT),
@@ -97,6 +98,15 @@ VERDICTS = {
 def test_verdicts(case: str) -> None:
     problem, head, verdict = VERDICTS[case]
     assert reported(problem, head).verdict is verdict
+
+
+def test_few_rows_prove_nothing() -> None:
+    verdicts = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        verdicts.append(reported(NO_GAP, waves(0.2), n=10).verdict)
+    # Three standard errors of 9 degrees of freedom are passed once in 130 times.
+    assert verdicts.count(Verdict.MATCHES) >= 18
 
 
 def test_enough_proposals_make_the_head_good() -> None:
@@ -130,6 +140,13 @@ def test_an_exact_head_memorises_nothing() -> None:
     assert report.nce_loss_error < report.train_gap_error < 1.5 * se
 
 
+def test_a_head_that_is_wrong_everywhere_memorises_nothing() -> None:
+    problem = GaussianPair(1.0)
+    report = reported(problem, problem.head(-9.0), train=problem.data(1000))
+    assert report.train_loss > 2 * math.log(2)
+    assert report.verdict is Verdict.OVER_CONFIDENT
+
+
 def test_strength_shows_as_miscalibration() -> None:
     problem = GaussianPair(1.0)
     prior = NCPrior(problem.source(), problem.head())
@@ -145,6 +162,7 @@ def test_heads_that_are_off(how: str) -> None:
     prior, x = NCPrior(pair, pair.heads()), pair.data(500)
     if how == "inactive":
         prior.active[0] = False
+        prior.heads[0] = ExactRatio(lambda z: pytest.fail("a head that is off was asked"))
         groups = diagnose(prior, x).groups
         assert groups[1].verdict is Verdict.GOOD
     elif how == "strength":
@@ -342,6 +360,20 @@ def test_pareto_k_of_bounded_weights_is_negative() -> None:
     assert abs(pareto_k(weights.log()) - (-0.5 * n + 5) / (n + 10)) < 4 * 0.5 / math.sqrt(n) + 0.02
 
 
+def test_where_the_tail_of_pareto_k_begins() -> None:
+    n, size = 300, 10_000  # 3 √S of S weights
+    tail = -0.5 * ((torch.arange(n) + 0.5) / n).log()  # quantiles of Pareto weights, k = 1/2
+    body = torch.linspace(0.01, 1, size - n).log()
+    assert abs(pareto_k(torch.cat([tail, body])) - 0.5) < 0.01
+    # Where many weights equal the largest of the rest, the tail begins above them.
+    assert abs(pareto_k(torch.cat([tail, body]).clamp(min=0.5)) - 0.5) < 0.01
+    crowded = torch.cat([tail[:100], torch.linspace(0.01, 0.02, 200), body])
+    assert pareto_k(crowded) > 1  # the 200 are of the tail
+    # S/5 of few weights.
+    few = torch.cat([tail[7::15], torch.linspace(0.9, 1, 80).log()])
+    assert abs(pareto_k(few) - 0.5) < 0.05
+
+
 def test_pareto_k_knows_no_scale_and_overflows_nowhere() -> None:
     log_weights = torch.randn(5000, dtype=torch.float64)
     k = pareto_k(log_weights)
@@ -438,10 +470,23 @@ def test_a_bad_head_is_named_and_modes_come_back() -> None:
 
 
 def test_a_vae_in_training_mode_is_refused() -> None:
-    problem, vae = GaussianPair(1.0), nn.Linear(1, 1).train()
-    source = SingleGroup(problem.prior, around(0.3), lambda z: z, module=vae)
+    class Training(CorrelatedPair):
+        module = nn.Linear(1, 1).train()
+
+    pair = Training()
     with pytest.raises(ValueError, match="vae.eval"):
-        diagnose(NCPrior(source, problem.head()), problem.data(50))
+        diagnose(NCPrior(pair, pair.heads()), pair.data(50))
+
+
+def test_no_gradients_are_kept() -> None:
+    problem, enabled = GaussianPair(1.0), []
+
+    def log_r(z: Tensor) -> Tensor:
+        enabled.append(torch.is_grad_enabled())
+        return problem.log_r(z)
+
+    diagnose(NCPrior(problem.source(), ExactRatio(log_r)), problem.data(50))
+    assert enabled and not any(enabled)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +551,9 @@ def test_table_shows_the_numbers() -> None:
     line = str(Report((group,), 10, 20, (50, 500))).splitlines()[2]
     cells = "0 0.994±.009 0.196 123.5 0.98±.02 1.00 1.02 0.3 (2e13) 1.1 13/92 -0.04 1e6"
     assert line.split() == cells.split()
+    group = group._replace(nce_loss=86.95, nce_loss_error=1.831, mean_r=4e103, mean_r_k=14.9)
+    line = str(Report((group,), 10, 20, (50, 500))).splitlines()[2]
+    assert "86.95±1.8 " in line and "(4e103) 15 " in line
 
 
 def test_groups_of_one_verdict_share_a_line() -> None:
@@ -524,6 +572,7 @@ def test_json(reports: list[Report]) -> None:
     assert plain["num_proposals"] == [50, 500]
     third = plain["groups"][2]
     assert third["kl"] == report.groups[2].kl
+    assert type(report.to_dict()["groups"][2]["verdict"]) is str
     assert third["verdict"] == "head is good" and third["advice"] == Verdict.GOOD.advice
     assert third["ess"] == {"50": report.groups[2].ess[50], "500": report.groups[2].ess[500]}
     assert len(third["reliability"]["predicted"]) == 10
@@ -560,7 +609,7 @@ def test_every_verdict_has_words_and_advice() -> None:
 
 def test_a_source_that_shows_no_posterior_is_refused() -> None:
     class Blind(CorrelatedPair):
-        def group(self, state: Any) -> Group:  # noqa: ANN401
+        def group(self, state: Any) -> Group:
             return super().group(state)._replace(posterior=None)
 
     pair = Blind()

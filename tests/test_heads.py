@@ -196,6 +196,26 @@ def test_config_has_every_argument() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", [MLPHead, ConvHead])
+def test_config_of_continuous_heads_has_every_argument(kind: type[MLPHead | ConvHead]) -> None:
+    event = [5] if kind is MLPHead else [5, 2, 2]
+    options = {"context_shape": [3], "width": 24, "depth": 3, "dropout": 0.25}
+    assert kind(event, **options).config() == {"event_shape": event, **options}
+
+
+def test_maps_above_8_are_halved_until_they_are_not() -> None:
+    head, seen = ConvHead((2, 17, 9), width=8, depth=3), []
+    for cell in head.blocks:
+        cell.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[-2:])))
+    head(torch.randn(1, 2, 17, 9))
+    assert seen == [(9, 5), (5, 3), (5, 3)]
+    seen.clear()
+    small = ConvHead((2, 8, 8), width=8, depth=1)
+    small.blocks[0].register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape[-2:])))
+    small(torch.randn(1, 2, 8, 8))
+    assert seen == [(8, 8)]
+
+
 def test_depth_zero_and_odd_widths() -> None:
     assert MLPHead((3,), width=1, depth=0)(torch.randn(2, 3)).shape == (2,)
     assert ConvHead((3, 5, 5), width=8, depth=0)(torch.randn(2, 3, 5, 5)).shape == (2,)
@@ -377,15 +397,18 @@ def test_inputs_of_any_scale_are_standardised(
 
 
 def test_constant_inputs_are_only_shifted() -> None:
-    """A latent that never moves says nothing, and must not become 0/0 or huge."""
-    loc = torch.tensor([5.0, 1e6])
-    prior = Independent(Normal(loc, torch.full((2,), 1e-12)), 1).expand((64,))
-    context = torch.tensor([[7.0, 0.1, 0.0]]).expand(64, 3)
-    seen = inputs_of_the_first_layer(
-        make_head(Group(prior, prior, context)), prior.sample(), context
-    )
-    for out in seen.values():
-        assert out.abs().max() < 1
+    """A latent that never moves says nothing; rounding must not blow it up."""
+    loc = torch.tensor([5.3, 1e5 + 0.1, 1 / 3])
+    prior = Independent(Normal(loc, torch.full((3,), 1e-12)), 1).expand((63,))
+    context = torch.tensor([[7.1, 0.1, 0.0]]).expand(63, 3)
+    head = make_head(Group(prior, prior, context))
+    z = prior.sample()
+    for a, b in (
+        (z, context),
+        (z * (1 + 4e-7), context * (1 + 4e-7)),
+    ):  # 3 units in the last place
+        for out in inputs_of_the_first_layer(head, a, b).values():
+            assert out.abs().max() < 1
 
 
 def test_the_scale_covers_prior_and_posterior() -> None:

@@ -194,7 +194,7 @@ class Conditioned:
     def fingerprint(self) -> str:
         return "float32:0"
 
-    def start(self, batch_size: int, encoding: object = None, condition: Any = None) -> Tensor:  # noqa: ANN401
+    def start(self, batch_size: int, encoding: object = None, condition: Any = None) -> Tensor:
         return torch.zeros(batch_size) + condition
 
     def group(self, state: Tensor) -> Group:
@@ -243,7 +243,7 @@ def test_one_head_per_group(heads: list[nn.Module], prior: NCPrior, saved: Path)
 # What is refused, and leaves everything as it was
 
 
-def refuses(match: str, source: Any, path: Path, **options: Any) -> None:  # noqa: ANN401
+def refuses(match: str, source: Any, path: Path, **options: Any) -> None:
     """Loading is refused in one clear sentence, and heads passed in are as they were."""
     heads = MLPHead((2,), width=8, depth=1)
     before = copy.deepcopy(heads.state_dict())

@@ -48,7 +48,7 @@ PRIORS: dict[str, Callable[[], NCPrior]] = {
 }
 
 
-def base_walk(source: Any, batch_size: int) -> tuple[list[Tensor], Tensor]:  # noqa: ANN401
+def base_walk(source: Any, batch_size: int) -> tuple[list[Tensor], Tensor]:
     """What the VAE does without us."""
     with torch.no_grad():
         state, latents = source.start(batch_size), []
@@ -589,8 +589,8 @@ def test_sampling_under_inference_mode() -> None:
 
 @UNTRAINED
 def test_maps_have_conv_heads_end_to_end() -> None:
-    encoder = nn.Conv2d(1, 3, 3, padding=1)
-    decoder = nn.Conv2d(3, 1, 3, padding=1)
+    encoder = nn.Conv2d(1, 3, 3, padding=1).eval()
+    decoder = nn.Conv2d(3, 1, 3, padding=1).eval()
 
     def posterior(x: Tensor) -> Independent:
         mean = encoder(x)
@@ -620,3 +620,16 @@ def test_a_sample_only_prior_is_given_its_size() -> None:
     prior = stir(NCPrior(SingleGroup(Counting(base()), vae.posterior, vae.decode), MLPHead((2,))))
     assert prior.sample(4, partial(sir, num_proposals=7)).latents[0].shape == (4, 2)
     assert sum(math.prod(shape) for shape in Counting.shapes) == 28
+
+
+@pytest.mark.parametrize(
+    ("decoder", "got"),
+    [(lambda z: (z, z), "got tuple"), (lambda z: z[:1], r"16 rows; got \(1, 2\)")],
+)
+def test_a_decoder_that_returns_something_else_is_refused(
+    decoder: Callable[[Tensor], Any], got: str
+) -> None:
+    base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    source = SingleGroup(base, lambda x: Independent(Normal(x, 0.1), 1), decoder)
+    with pytest.raises(TypeError, match=got):
+        NCPrior.for_source(source, torch.randn(16, 2))

@@ -286,7 +286,7 @@ def test_a_vae_in_training_mode_is_refused() -> None:
         (
             lambda x: Independent(Normal(x, 1.0), 1),
             ValueError,
-            r"prior's event shape \(2,\); got batch shape \(4,\) and event shape \(3,\)",
+            r"latents of one shape; got \(2,\) from the prior and \(3,\) from q",
         ),
         (lambda x: base(), ValueError, r"got batch shape \(\)"),
     ],
@@ -663,13 +663,13 @@ class OpaqueState(Ladder):
     ) -> Rung:
         return Holder([super().start(batch_size, encoding), base()])  # type: ignore[return-value]
 
-    def group(self, state: Any) -> Group:
+    def group(self, state: Holder) -> Group:  # type: ignore[override]
         return super().group(state.rung[0])
 
-    def advance(self, state: Any, z: Tensor) -> Any:
+    def advance(self, state: Holder, z: Tensor) -> Holder:  # type: ignore[override]
         return Holder([super().advance(state.rung[0], z), base()])
 
-    def decode(self, state: Any) -> Tensor:
+    def decode(self, state: Holder) -> Tensor:  # type: ignore[override]
         return super().decode(state.rung[0])
 
 
@@ -804,11 +804,22 @@ def test_check_source_needs_the_condition() -> None:
 def test_check_source_sees_a_vae_in_training_mode_behind_an_adapter() -> None:
     """Not through the mode but through what it does: batch statistics and moved buffers."""
     vae = VAE()
-    source = SingleGroup(base(), vae.posterior, vae.decode)  # no module: no check of the mode
+    source = SingleGroup(base(), lambda x: vae.posterior(x), lambda z: vae.decode(z))
     source.net = vae  # type: ignore[attr-defined]
     vae.encoder[1].train()
     with pytest.raises(AssertionError, match="company|stay as it was"):
         check_source(source, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_training_mode_is_seen_behind_bound_methods_without_module(part: str) -> None:
+    vae = VAE()
+    whole = SingleGroup(base(), vae.posterior, lambda z: vae.decode(z))
+    half = SingleGroup(base(), lambda x: vae.posterior(x), vae.decode)
+    getattr(vae, part).train()
+    for source in (whole, half):
+        with pytest.raises(ValueError, match=f"{part}.* is in training mode. Call vae.eval"):
+            source.encode(torch.randn(5, 3))
 
 
 def test_a_state_can_be_indexed_by_rows() -> None:

@@ -75,7 +75,7 @@ class Ladder(nn.Module):
         self.decoder = nn.Linear(width, features)
         self.eval()
 
-    def encode(self, x: Any) -> Tensor:  # noqa: ANN401
+    def encode(self, x: Any) -> Tensor:
         """Features of x, or of the first item of a batch, with shape (B, width)."""
         return self.encoder(x[0] if isinstance(x, tuple | list) else x)
 
