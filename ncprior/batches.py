@@ -55,7 +55,7 @@ class Stream:
         self._iterator: Iterator[Any] = iter(())
         self._epoch_start: dict[str, Any] | None = None
         self._taken = 0
-        self._generators: dict[str, Any] | None = None  # between batches; the caller's at first
+        self._generators = _seeded(int(torch.randint(2**31, ())))  # the data's, between batches
 
     def __iter__(self) -> "Stream":
         return self
@@ -63,8 +63,7 @@ class Stream:
     def __next__(self) -> Any:  # noqa: ANN401
         """Returns the next batch; stops only where a one-shot iterator is used up."""
         outside = random_state()
-        if self._generators is not None:
-            set_random_state(self._generators)
+        set_random_state(self._generators)
         try:
             batch = self._draw()
         finally:
@@ -197,6 +196,17 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
+
+
+def _seeded(seed: int) -> dict[str, Any]:
+    """The generators' state after seeding all of them; they are left as they were."""
+    outside = random_state()
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    seeded = random_state()
+    set_random_state(outside)
+    return seeded
 
 
 def iter_is_self(data: Any) -> bool:  # noqa: ANN401

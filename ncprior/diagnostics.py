@@ -274,7 +274,7 @@ def _loss(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _needed(kl: float, sd: float) -> int:
-    """exp(KL + sd_q[log r]), Chatterjee & Diaconis (2018), theorem 1.2 with t of one sd."""
+    """exp(KL + t) proposals, Chatterjee & Diaconis (2018), with t = sd_q[log r]."""
     return math.ceil(math.exp(min(max(kl + sd, 0.0), math.log(_COUNTABLE))))
 
 

@@ -278,7 +278,7 @@ def test_the_arms_are_what_they_are_called(tilted: NCPrior) -> None:
 def test_the_posterior_arm_takes_every_training_image_as_often(tilted: NCPrior) -> None:
     x = torch.arange(10.0)[:, None]
     source = SingleGroup(
-        tilted.source.prior, lambda x: Independent(Normal(x, 1e-3), 1), nn.Flatten()
+        tilted.source.prior, lambda x: Independent(Normal(x, 1e-3), 1), nn.Flatten().eval()
     )
     _, first = draw_arms(
         NCPrior(source, Tilt()),

@@ -208,7 +208,7 @@ def test_it_is_adamw_with_cosine_on_the_nce_loss() -> None:
     }
     history = without_warning(prior, x, steps=steps, eval_every=4, ema_decay=0.0, **options)
     scramble(3)
-    torch.randint(2**31, ())  # the seed of the split
+    torch.randint(2**31, (2,))  # the seeds of the split and of the data's own randomness
     optimizer = torch.optim.AdamW(other.parameters(), 1e-2, weight_decay=0.1)
     trainer = NCETrainer(other, optimizer, noise_weight=2.0, max_grad_norm=0.5)
     other.train()
@@ -236,7 +236,7 @@ def test_the_kept_weights_are_an_exponential_moving_average() -> None:
     scramble(3)
     without_warning(prior, x, steps=6, ema_decay=decay)
     scramble(3)
-    torch.randint(2**31, ())
+    torch.randint(2**31, (2,))
     optimizer = torch.optim.AdamW(other.parameters(), 1e-3, weight_decay=1e-2)
     trainer = NCETrainer(other, optimizer)
     other.train()
