@@ -260,7 +260,7 @@ def test_the_loss_falls_to_its_least_and_the_ratio_is_right() -> None:
     history = fit(
         prior,
         x,
-        steps=300,
+        steps=600,
         batch_size=512,
         learning_rate=5e-3,
         ema_decay=0.98,
