@@ -302,6 +302,12 @@ def test_held_out_losses_are_of_the_averaged_weights_without_dropout() -> None:
     assert again.best_loss == history.best_loss
 
 
+def test_held_out_losses_have_the_same_draws_every_time() -> None:
+    """At no learning rate they do not move, though training draws in between."""
+    history = fit(stir(small()), data(), steps=4, eval_every=1, learning_rate=0.0, **QUIET)
+    assert all(row.held_out == history.rows[0].held_out for row in history.rows)
+
+
 @pytest.mark.parametrize("kind", ["a module", "flat"])
 def test_the_vae_is_unchanged(kind: str) -> None:
     vae = Ladder() if kind == "a module" else VAE()
