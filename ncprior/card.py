@@ -45,12 +45,15 @@ x = prior.sample(16, partial(sir, num_proposals={proposals})).x
 | ----: | :--- | ---------: | :----- |
 {rows}
 
-The ratio is used to the power of {strength:g}.
+The ratio is used to the power of {strength:g}.{base}
 
 ## Diagnostics
 
 {report}
 """
+
+
+_BASE = "The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
 
 
 def model_card(
@@ -90,6 +93,7 @@ def model_card(
         f"| {'yes' if on else 'no'} |"
         for k, (head, entry, on) in enumerate(entries)
     ]
+    base = configuration["base"]
     custom = any(entry["kind"] == "custom" for entry in configuration["heads"])
     return _CARD.format(
         data=data.to_yaml(),
@@ -100,5 +104,6 @@ def model_card(
         proposals=500 if report is None else report.num_proposals[-1],
         rows="\n".join(rows),
         strength=configuration["strength"],
+        base="" if base is None else f" {_BASE.format(kind=base['kind'])}",
         report="It was saved without a report." if report is None else f"```text\n{report}\n```",
     )

@@ -21,13 +21,14 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.utils import HFValidationError
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
+from ncprior.bases import GaussianMixture, Rebased, rebase
 from ncprior.card import model_card
 from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
 from ncprior.fingerprints import base_fingerprint
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.prior import NCPrior
+from ncprior.source import device_of
 
 if TYPE_CHECKING:
     from ncprior.report import Report
@@ -42,6 +43,7 @@ HEADS: dict[str, type[MLPHead | ConvHead | CategoricalHead]] = {
     "ConvHead": ConvHead,
     "CategoricalHead": CategoricalHead,
 }
+BASES: dict[str, type[GaussianMixture]] = {"GaussianMixture": GaussianMixture}
 CUSTOM = "custom"  # a head of the user's own, of which only the tensors are saved
 
 
@@ -53,7 +55,7 @@ def save_pretrained(
     base_model: str | None = None,
     card_data: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves what was trained, and nothing else: heads, strength and active groups.
+    """Saves what was trained, and nothing else: heads, a fitted base, strength, active groups.
 
     Writes ``ncprior.safetensors``, which is all that loading reads, its configuration as
     ``config.json``, and a model card as ``README.md``; earlier ones are replaced.
@@ -133,10 +135,10 @@ def from_pretrained(
     heads: nn.Module | Iterable[nn.Module] | None = None,
     check_fingerprint: bool = True,
 ) -> NCPrior:
-    """Puts saved heads on the VAE that they were trained on.
+    """Puts saved heads, and the fitted base if there is one, on the VAE they were trained on.
 
     Arguments:
-        source: The VAE, set up as it was in training.
+        source: The VAE, set up as it was in training; a saved base need not be put on it.
         path_or_repo: A directory of :func:`save_pretrained`, its safetensors file, or a Hub
             repository, of which that one file is downloaded.
         revision: Branch, tag or commit of the repository.
@@ -165,13 +167,17 @@ def from_pretrained(
     path = _locate(path_or_repo, revision)
     tensors, config = load_tensors(path)
     _check_configuration(path, config)
+    saved_base = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("base.")}
+    if config["base"] is not None and not isinstance(source, Rebased):
+        base = _new_base(path, config["base"], saved_base)
+        source = rebase(source, base.to(device_of(source)))
     _check_source(path, config, source, check_fingerprint=check_fingerprint)
     with torch.random.fork_rng(devices=[]):  # new heads draw weights only to be overwritten
         prior = NCPrior(source, _new_heads(path, config) if heads is None else heads)
     _check_tensors(path, tensors, prior.state_dict())
     prior.load_state_dict(tensors, assign=heads is None)
     prior.strength, prior.active = config["strength"], config["active"]
-    return prior.to(_device(source)).eval()
+    return prior.to(device_of(source)).eval()
 
 
 def inspect(
@@ -212,6 +218,7 @@ def configuration(prior: NCPrior) -> dict[str, Any]:
         "ncprior": _version(),
         "num_groups": len(prior.heads),
         "heads": [_head_entry(head) for head in prior.heads],
+        "base": _base_entry(prior.source),
         "strength": float(prior.strength),
         "active": [bool(on) for on in prior.active],
         "fingerprint": _fingerprint(prior.source),
@@ -223,6 +230,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {  # what loading wants of each value
     "ncprior": lambda value: isinstance(value, str),
     "num_groups": lambda value: isinstance(value, int),
     "heads": lambda value: isinstance(value, list),
+    "base": lambda value: value is None or isinstance(value, dict),
     "strength": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
     "active": lambda value: isinstance(value, list) and all(isinstance(on, bool) for on in value),
     "fingerprint": lambda value: (
@@ -248,7 +256,10 @@ def _write(
     card_data: Mapping[str, Any],
 ) -> None:
     config = configuration(prior)
-    save_tensors(directory / FILE, prior.state_dict(), config)
+    tensors = dict(prior.state_dict())
+    if (base := _own_base(prior.source)) is not None:
+        tensors |= {f"base.{name}": tensor for name, tensor in base.tensors().items()}
+    save_tensors(directory / FILE, tensors, config)
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "README.md": model_card(prior, name, config, report=report, card_data=card_data),
@@ -263,6 +274,17 @@ def _head_entry(head: nn.Module) -> dict[str, Any]:
         if type(head) is cls:
             return {"kind": kind, "config": head.config()}
     return {"kind": CUSTOM, "config": {"class": type(head).__name__}}
+
+
+def _own_base(source: LatentSource[Any, Any]) -> GaussianMixture | None:
+    """The base of a rebased source, where it is one of the table."""
+    base = source.prior if isinstance(source, Rebased) else None
+    return base if type(base) in BASES.values() else None  # type: ignore[return-value]
+
+
+def _base_entry(source: LatentSource[Any, Any]) -> dict[str, Any] | None:
+    base = _own_base(source)
+    return None if base is None else {"kind": type(base).__name__, "config": base.config()}
 
 
 def _fingerprint(source: LatentSource[Any, Any]) -> dict[str, str | None]:
@@ -362,6 +384,22 @@ def _new_heads(path: Path, config: Mapping[str, Any]) -> list[nn.Module]:
     return heads
 
 
+def _new_base(
+    path: Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> GaussianMixture:
+    arguments: dict[str, Any] = {
+        name.removeprefix("base."): tensor for name, tensor in tensors.items()
+    }
+    match entry:
+        case {"kind": str(kind), "config": dict(config)} if kind in BASES:
+            try:
+                return BASES[kind](**arguments, **config)
+            except (RuntimeError, TypeError, ValueError) as error:
+                _refuse(path, f"its base is not made as a {kind} is ({error})")
+        case _:
+            _refuse(path, f"its base is none of {', '.join(BASES)}, and nothing else is built")
+
+
 def _check_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     differences = {
         "missing": sorted(own.keys() - saved.keys()),
@@ -379,16 +417,3 @@ def _check_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Te
 
 def _refuse(path: Path, reason: str) -> NoReturn:
     raise ValueError(f"Cannot load {path}: {reason}.")
-
-
-def _device(source: LatentSource[Any, Any]) -> torch.device:
-    """Where the source draws latents; the CPU if it shows none without a condition."""
-    generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    base = getattr(source, "prior", None)
-    with torch.no_grad(), torch.random.fork_rng(generators):
-        if not isinstance(base, Distribution):
-            try:
-                base = source.group(source.start(1)).prior
-            except (AttributeError, TypeError, ValueError):  # it needs a condition
-                return torch.device("cpu")
-        return base.sample().device

@@ -27,6 +27,7 @@ __all__ = [
     "LatentSource",
     "Sampleable",
     "SingleGroup",
+    "device_of",
     "module_fingerprint",
     "num_rows",
     "posterior_of",
@@ -362,6 +363,27 @@ def require_eval(*parts: object) -> None:
                     f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is "
                     f"in training mode. Call vae.eval() first."
                 )
+
+
+@torch.no_grad()
+def device_of(source: LatentSource[Any, Any]) -> torch.device:
+    """Returns where a source draws latents; if it cannot, where its ``module`` is; else the CPU.
+
+    Example:
+        >>> device_of(source)
+        device(type='cpu')
+    """
+    base = getattr(source, "prior", None)
+    generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(generators):
+        try:
+            if not isinstance(base, Distribution):
+                base = source.group(source.start(1)).prior
+            return base.sample().device
+        except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
+            module = getattr(source, "module", None)
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def module_fingerprint(module: nn.Module) -> str:

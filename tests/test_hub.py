@@ -20,6 +20,7 @@ from torch.distributions import (
 )
 
 from ncprior import Group, NCPrior, SingleGroup
+from ncprior.bases import fit_mixture, rebase
 from ncprior.diagnostics import diagnose
 from ncprior.files import load_tensors, save_tensors
 from ncprior.fingerprints import base_fingerprint
@@ -144,6 +145,7 @@ def test_inspecting_tells_what_is_in_the_file(saved: Path) -> None:
         "format": 1,
         "num_groups": 1,
         "heads": [{"kind": "MLPHead", "config": config}],
+        "base": None,
         "strength": 1.0,
         "active": [True],
     }
@@ -446,3 +448,54 @@ def test_the_license_is_the_users(prior: NCPrior, tmp_path: Path) -> None:
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert data["license"] == "mit" and data["tags"][-1] == "faces" and "ncprior" in data["tags"]
     assert "base_model" not in data
+
+
+def rebased(seed: int = 0) -> tuple[SingleGroup, NCPrior]:
+    """A VAE, and a trained prior on a mixture fitted to it."""
+    source = gaussian()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = fit_mixture(torch.randn(200, 2) + 1, 3)
+    return source, trained(rebase(source, base))
+
+
+def test_a_fitted_base_is_saved_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    source, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    assert inspect(tmp_path)["base"] == {
+        "kind": "GaussianMixture",
+        "config": {"event_shape": [2]},
+    }
+    assert "fitted GaussianMixture" in (tmp_path / "README.md").read_text()
+    loaded = NCPrior.from_pretrained(source, tmp_path)
+    assert equal_draws(prior.eval(), loaded)
+    again = NCPrior.from_pretrained(prior.source, tmp_path)  # put on already
+    assert equal_draws(prior, again)
+
+
+def test_another_fitted_base_is_refused(tmp_path: Path) -> None:
+    _, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trained on the base prior GaussianMixture:"):
+        NCPrior.from_pretrained(rebased(seed=1)[1].source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("match", "edit"),
+    {
+        "its base is none of GaussianMixture": lambda t, c: c.update(base={"kind": "os.system"}),
+        "its base is not made as": lambda t, c: t.pop("base.scale"),
+        "base is not made as a GaussianMixture": lambda t, c: t.update(
+            {"base.loc": torch.ones(2)}
+        ),
+        "makes no sense of: base": lambda t, c: c.update(base=3),
+    }.items(),
+)
+def test_a_base_comes_from_a_fixed_table(match: str, edit: Any, tmp_path: Path) -> None:
+    source, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    tensors, config = load_tensors(tmp_path / FILE)
+    edit(tensors, config)
+    save_tensors(tmp_path / FILE, tensors, config)
+    with pytest.raises(ValueError, match=match):
+        NCPrior.from_pretrained(source, tmp_path)

@@ -1,0 +1,238 @@
+r"""Other base priors for a frozen VAE: NCP on a closer base has less to correct.
+
+    source = rebase(source, fit_mixture(latents_of(source, x)))
+
+A base is anything that draws z_k: a fitted mixture, a flow, a tempered prior. Decoder and posterior
+stay the wrapped source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_map_only
+
+from ncprior.batches import in_order
+from ncprior.distributions import expand
+from ncprior.mixtures import GaussianMixture, fit_gaussian, fit_mixture
+from ncprior.source import Group, LatentSource, Sampleable, device_of, num_rows, posterior_of
+
+__all__ = [
+    "Base",
+    "GaussianMixture",
+    "NoPrior",
+    "Rebased",
+    "fit_gaussian",
+    "fit_mixture",
+    "latents_of",
+    "rebase",
+]
+
+Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
+
+
+class NoPrior:
+    """Stands for the prior of a model that has none, and refuses to be drawn from.
+
+    Arguments:
+        reason: Why there is none, as one sentence.
+
+    Example:
+        >>> NoPrior("An AE has no prior.").sample()
+        Traceback (most recent call last):
+        ValueError: An AE has no prior. Fit one: rebase(source, fit_mixture(latents_of(source, x))).
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        """Refuses.
+
+        Raises:
+            ValueError: Always, with the reason and the remedy.
+        """
+        raise ValueError(
+            f"{self.reason} Fit one: rebase(source, fit_mixture(latents_of(source, x)))."
+        )
+
+
+def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
+    """Wraps a source with another base prior.
+
+    Arguments:
+        source: The VAE.
+        base: ``base(k, group)`` gives the new prior of group k from ``group.prior`` and
+            ``group.context``. With one group of latents it may be the prior itself, of empty batch
+            shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
+
+    Returns:
+        A source: the same VAE with that prior.
+
+    Raises:
+        ValueError: If one prior is given for several groups.
+        TypeError: If the base can neither be sampled nor called.
+
+    Example:
+        >>> closer = rebase(source, fit_gaussian(latents_of(source, x)))
+        >>> closer.group(closer.start(4)).prior.sample().shape
+        torch.Size([4, 2])
+
+        The same prior at temperature 0.7:
+
+        >>> def tempered(k, group):
+        ...     p = group.prior
+        ...     return Independent(Normal(p.mean, 0.7 * p.stddev), len(p.event_shape))
+        >>> colder = rebase(source, tempered)
+    """
+    return Rebased(source, base)
+
+
+class Rebased:
+    """A source with another base prior, made by :func:`rebase`.
+
+    Whatever else the wrapped source can do, such as ``likelihood``, is asked of it.
+
+    Attributes:
+        source: The wrapped source.
+        prior: The prior itself, where one was given, else ``None``.
+        module: The VAE, where the wrapped source tells it, else ``None``.
+
+    Example:
+        >>> closer = Rebased(source, fit_gaussian(latents_of(source, x)))
+        >>> closer.module is source.module, type(closer.prior).__name__
+        (True, 'GaussianMixture')
+    """
+
+    def __init__(self, source: LatentSource[Any, Any], base: Base) -> None:
+        prior, function = (base, None) if isinstance(base, Sampleable) else (None, base)
+        if prior is None and not callable(function):
+            raise TypeError(
+                f"A base is a prior with a method `sample`, or base(k, group) that makes one; "
+                f"got {type(base).__name__}."
+            )
+        if prior is not None and source.num_groups > 1:
+            raise ValueError(
+                f"One prior is given for the {source.num_groups} groups of the source. "
+                f"Pass base(k, group), which makes the prior of group k."
+            )
+        self.source = source
+        self.module = getattr(source, "module", None)
+        self.prior: Sampleable | None = prior
+        self._base: Any = function
+
+    class State(NamedTuple):
+        """The wrapped source's state, and the number of the group that it stands in front of."""
+
+        walk: Any
+        k: int
+
+    @property
+    def num_groups(self) -> int:
+        """K, the number of latent groups."""
+        return self.source.num_groups
+
+    def encode(self, x: Any) -> Any:  # noqa: ANN401
+        """Encodes one batch, as the wrapped source does."""
+        return self.source.encode(x)
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
+        """Makes the state in front of the first group."""
+        return self.State(self.source.start(batch_size, encoding, condition), 0)
+
+    def group(self, state: State) -> Group:
+        """Shows the group, with the new prior."""
+        group = self.source.group(state.walk)
+        prior = self._new_prior(state, group)
+        self._check_event(state.k, prior, group.posterior)
+        return group._replace(prior=prior)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Takes z_k, with shape ``(B, *event)``."""
+        return self.State(self.source.advance(state.walk, z), state.k + 1)
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the decoder's mean."""
+        return self.source.decode(state.walk)
+
+    def likelihood(self, state: State) -> Distribution:
+        """Returns p(x | z), where the wrapped source knows it."""
+        return self.__getattr__("likelihood")(state.walk)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Asks the wrapped source for what else it can do."""
+        if name.startswith("__") or "source" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def _new_prior(self, state: State, group: Group) -> Sampleable:
+        if self.prior is not None:
+            return expand(self.prior, num_rows(state.walk))
+        prior: Sampleable = self._base(state.k, group)
+        if isinstance(prior, Distribution) and not prior.batch_shape:
+            return expand(prior, num_rows(state.walk))
+        return prior
+
+    @staticmethod
+    def _check_event(k: int, prior: Sampleable, posterior: Distribution | None) -> None:
+        if posterior is None or not isinstance(prior, Distribution):
+            return
+        if prior.event_shape != posterior.event_shape:
+            raise ValueError(
+                f"Group {k}: the base has latents of shape {tuple(prior.event_shape)}, and "
+                f"q(z | x) of {tuple(posterior.event_shape)}. Fit it on latents_of(source, x), "
+                f"which keeps their shape."
+            )
+
+
+@torch.no_grad()
+def latents_of(
+    source: LatentSource[Any, Any],
+    data: Any,  # noqa: ANN401
+    *,
+    k: int = 0,
+    of: str = "samples",
+    batch_size: int = 1000,
+) -> Tensor:
+    """Encodes data, for a base to be fitted to.
+
+    Arguments:
+        source: The VAE.
+        data: A tensor or map-style dataset of x, a ``DataLoader``, or a list of batches.
+        k: The group whose latents are wanted, from 0.
+        of: ``"samples"``, one z_k ~ q(z_k | z_<k, x) per row, which is what the heads will see; or
+            ``"means"`` of q, which is what RAE fits its mixture to.
+        batch_size: Rows per batch, where batches are made here.
+
+    Returns:
+        The latents, with shape ``(N, *event)``.
+
+    Raises:
+        ValueError: If there is no such group, or ``of`` is none of the two.
+
+    Example:
+        >>> latents_of(source, x).shape
+        torch.Size([4, 2])
+    """
+    if not 0 <= k < source.num_groups or of not in ("samples", "means"):
+        raise ValueError(
+            f"k must be from 0 to {source.num_groups - 1}, and of 'samples' or 'means'; "
+            f"got {k} and {of!r}."
+        )
+    device, latents = device_of(source), []
+    for batch in in_order(data, batch_size):
+        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        encoding = source.encode(batch)
+        state = source.start(num_rows(encoding), encoding)
+        for _ in range(k):
+            state = source.advance(state, _take(posterior_of(source.group(state)), of))
+        latents.append(_take(posterior_of(source.group(state)), of))
+    return torch.cat(latents)
+
+
+def _take(q: Distribution, of: str) -> Tensor:
+    return q.sample() if of == "samples" else q.mean
