@@ -1,0 +1,385 @@
+r"""The networks of the RAE paper, to train here, and their walk: the setting of NCP's Table 1.
+
+Two models share an encoder and a decoder of four and of up to three strided convolutions. The VAE
+has a Gaussian posterior, and its loss for an image of C channels is
+
+.. math::
+    \sum_{h,w} \frac{1}{C} \sum_c (x - \hat x)^2 + \beta \, KL(q(z | x) \,\|\, N(0, I)),
+
+which is β times the negative ELBO, up to a constant, of p(x | z) = N(x̂, σ² I) with σ² = β C / 2.
+The regularised autoencoder (RAE) has codes without noise and no prior of its own. For both, the
+paper fits a mixture of ten Gaussians to the codes of the training set:
+
+    source = RAESource(vae)
+    closer = rebase(source, fit_mixture(latents_of(source, x, of="means"), 10))
+
+Its training: batches of 100, 70 to 100 epochs of Adam at 1e-4 (VAE), 5e-4 (RAE) or 1e-3 (RAE on
+CelebA), halved where the validation loss stalls for 5 epochs. At full width an epoch of CIFAR-10
+takes over an hour on one core; at ``width=0.25`` some minutes.
+
+References:
+    | From Variational to Deterministic Autoencoders (Ghosh et al., ICLR 2020)
+    | https://arxiv.org/abs/1903.12436
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.nn.functional import pad
+from torch.nn.utils.parametrizations import spectral_norm
+
+from ncprior.bases import NoPrior
+from ncprior.source import Sampleable, SingleGroup
+
+__all__ = ["RAE", "VAE", "RAESource", "pad_to_32"]
+
+
+class _Setting(NamedTuple):
+    """One data set's networks and weights of the losses."""
+
+    channels: int
+    size: int
+    kernel: int
+    latents: int
+    up: tuple[int, ...]  # filters of the decoder's strided layers
+    centred: bool  # whether the encoder sees 2x - 1
+    vae: float  # β
+    rae: Mapping[str | None, tuple[float, float]]  # β, and the weight of the decoder's L2
+
+
+_SETTINGS = {
+    "mnist": _Setting(
+        *(1, 32, 4, 16, (512, 256), True),
+        vae=0.312,
+        rae={None: (5e-4, 0.0), "l2": (1e-4, 1e-7), "sn": (9e-3, 0.0)},
+    ),
+    "cifar10": _Setting(
+        *(3, 32, 4, 128, (512, 256), True),
+        vae=0.024,
+        rae={None: (1e-2, 0.0), "l2": (1e-3, 1e-6), "sn": (0.03, 0.0)},
+    ),
+    "celeba": _Setting(
+        *(3, 64, 5, 64, (512, 256, 128), False),
+        vae=0.09024,
+        rae={None: (1e-4, 0.0), "l2": (1e-4, 1e-7), "sn": (2.4e-3, 0.0)},
+    ),
+}
+_DOWN = (128, 256, 512, 1024)
+
+
+class _Networks(nn.Module):
+    """What the two models have in common: images, encoder up to the features, decoder."""
+
+    def __init__(self, data: str, width: float) -> None:
+        super().__init__()
+        if data not in _SETTINGS:
+            raise ValueError(f"The data is one of {', '.join(_SETTINGS)}; got {data!r}.")
+        if not 0 < width or round(width * _DOWN[0]) < 1:
+            raise ValueError(
+                f"width is a fraction of the filter counts, of which the first is {_DOWN[0]}; "
+                f"got {width}."
+            )
+        self.setting = _SETTINGS[data]
+        down, up = ([round(width * n) for n in counts] for counts in (_DOWN, self.setting.up))
+        self.features = nn.Sequential(*_encoder_layers(self.setting, down), nn.Flatten())
+        self.num_features = down[-1] * (self.setting.size // 16) ** 2
+        self.mean = nn.Linear(self.num_features, self.setting.latents)
+        self.decoder = nn.Sequential(*_decoder_layers(self.setting, down[-1], up))
+
+    @property
+    def latents(self) -> int:
+        """D, the number of latents."""
+        return self.setting.latents
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Returns images in [0, 1], ``(B, C, H, W)``, for z of shape ``(B, D)``."""
+        image: Tensor = self.decoder(z)
+        return image
+
+    def _features_of(self, x: Tensor) -> Tensor:
+        features: Tensor = self.features(self._checked(x).to(self.mean.weight))
+        return features
+
+    def _checked(self, x: Tensor) -> Tensor:
+        shape = (self.setting.channels, self.setting.size, self.setting.size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != shape:
+            remedy = " Pad it: pad_to_32(x)." if tuple(x.shape[1:]) == (1, 28, 28) else ""
+            raise ValueError(
+                f"These networks take images of shape (B, {', '.join(map(str, shape))}); "
+                f"got {tuple(x.shape)}.{remedy}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"These networks take images as floats in [0, 1]; got {x.dtype}. "
+                f"Pass x.float() / 255."
+            )
+        return x
+
+    def _initialise(self) -> None:
+        """Keras' default: Glorot's uniform law, and biases of 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+class VAE(_Networks):
+    """The RAE paper's VAE, with log σ between -5 and 5.
+
+    Arguments:
+        data: ``"mnist"`` (padded to 32×32), ``"cifar10"``, or ``"celeba"`` (the central 140×140
+            pixels scaled to 64×64): gives shapes and β.
+        width: Fraction of the paper's filter counts.
+        beta: β, if not the paper's for this data.
+
+    Attributes:
+        sigma: σ of p(x | z) = N(x̂, σ² I), for which :meth:`loss` is β times the negative ELBO.
+
+    Raises:
+        ValueError: If there is no such data, or the width leaves no filter.
+
+    Example:
+        >>> vae = VAE("mnist", width=0.05).eval()
+        >>> x = pad_to_32(torch.rand(4, 1, 28, 28))
+        >>> vae.loss(x).shape, vae.decode(vae.posterior(x).sample()).shape
+        (torch.Size([4]), torch.Size([4, 1, 32, 32]))
+    """
+
+    def __init__(self, data: str, *, width: float = 1.0, beta: float | None = None) -> None:
+        super().__init__(data, width)
+        self.beta = self.setting.vae if beta is None else beta
+        self.sigma = math.sqrt(self.beta * self.setting.channels / 2)
+        self.log_sigma = nn.Linear(self.num_features, self.setting.latents)
+        self._initialise()
+
+    def prior(self) -> Distribution:
+        """Returns p(z) = N(0, I), on the model's device."""
+        zeros = torch.zeros(self.latents, device=self.mean.weight.device)
+        return Independent(Normal(zeros, torch.ones_like(zeros), validate_args=False), 1)
+
+    def posterior(self, x: Tensor) -> Distribution:
+        """Returns q(z | x) for images x in [0, 1], ``(B, C, H, W)``."""
+        features = self._features_of(x)
+        mean, log_sigma = self.mean(features).float(), 5 * self.log_sigma(features).tanh()
+        return Independent(Normal(mean, log_sigma.float().exp(), validate_args=False), 1)
+
+    def likelihood(self, z: Tensor) -> Distribution:
+        """Returns p(x | z) = N(x̂, σ² I), a density over images."""
+        mean = self.decode(z).float()
+        sigma = torch.full_like(mean, self.sigma)
+        return Independent(Normal(mean, sigma, validate_args=False), 3)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Returns squared error + β KL, ``(B,)``, from one draw of z."""
+        q = self.posterior(x)
+        misfit = (x - self.decode(q.rsample().to(self.mean.weight))).square().mean(1).sum((1, 2))
+        return misfit + self.beta * kl_divergence(q, self.prior())
+
+
+class RAE(_Networks):
+    """The regularised autoencoder: codes without noise, a small code norm, a smooth decoder.
+
+    Its loss is mean squared error + β |z|²/D + the regulariser of the decoder.
+
+    Arguments:
+        data: ``"mnist"``, ``"cifar10"`` or ``"celeba"``, see :class:`VAE`.
+        regulariser: Of the decoder: ``"l2"`` (RAE-L2, squared weights), ``"sn"`` (RAE-SN, spectral
+            normalisation), or ``None`` (RAE, without).
+        width: Fraction of the paper's filter counts.
+        beta: β, if not the paper's for this data and regulariser.
+
+    Raises:
+        ValueError: If there is no such data or regulariser, or the width leaves no filter.
+
+    Example:
+        >>> rae = RAE("mnist", width=0.05).eval()
+        >>> x = pad_to_32(torch.rand(4, 1, 28, 28))
+        >>> rae.loss(x).shape, rae.decode(rae.encode(x)).shape
+        (torch.Size([4]), torch.Size([4, 1, 32, 32]))
+    """
+
+    def __init__(
+        self,
+        data: str,
+        *,
+        regulariser: str | None = "l2",
+        width: float = 1.0,
+        beta: float | None = None,
+    ) -> None:
+        super().__init__(data, width)
+        if regulariser not in self.setting.rae:
+            raise ValueError(f"The regulariser is 'l2', 'sn' or None; got {regulariser!r}.")
+        preset, self.decay = self.setting.rae[regulariser]
+        self.beta = preset if beta is None else beta
+        self._initialise()
+        if regulariser == "sn":
+            for layer in self._decoder_weights():
+                spectral_norm(layer)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns the codes, ``(B, D)``, of images x in [0, 1], ``(B, C, H, W)``."""
+        z: Tensor = self.mean(self._features_of(x))
+        return z
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Returns mean squared error + β |z|²/D + the decoder's L2 penalty, ``(B,)``."""
+        z = self.encode(x)
+        misfit = (x - self.decode(z)).square().mean((1, 2, 3))
+        weights = [layer.weight.square().sum() for layer in self._decoder_weights()]
+        penalty = torch.stack(weights).sum() if self.decay else 0.0
+        return misfit + self.beta * z.square().mean(1) + self.decay * penalty
+
+    def _decoder_weights(self) -> list[nn.Linear | nn.ConvTranspose2d]:
+        layers = self.decoder.modules()
+        return [layer for layer in layers if isinstance(layer, nn.Linear | nn.ConvTranspose2d)]
+
+
+class RAESource(SingleGroup):
+    """The walk of a :class:`VAE` or a :class:`RAE`.
+
+    The prior of a VAE is N(0, I). A RAE has none: fit one and :func:`~ncprior.bases.rebase`. Its
+    codes have no noise either, so that no ratio of densities exists; ``noise`` gives them some.
+
+    Arguments:
+        model: The VAE or RAE, in evaluation mode when it is used.
+        noise: Standard deviation of q(z | x) around a RAE's code, in units of z; a tenth of the
+            codes' own standard deviation is little for the decoder. A VAE takes none.
+
+    Raises:
+        TypeError: If the model is neither.
+        ValueError: If a RAE comes without noise, or a VAE with it.
+
+    Example:
+        >>> from ncprior.bases import fit_mixture, latents_of, rebase
+        >>> source = RAESource(RAE("mnist", width=0.05).eval(), noise=0.1)
+        >>> z = latents_of(source, pad_to_32(torch.rand(50, 1, 28, 28)))
+        >>> closer = rebase(source, fit_mixture(z, 2))
+        >>> closer.group(closer.start(5)).prior.sample().shape
+        torch.Size([5, 16])
+    """
+
+    def __init__(self, model: VAE | RAE, *, noise: float | None = None) -> None:
+        prior: Sampleable
+        posterior: Callable[[Tensor], Distribution]
+        likelihood: Callable[[Tensor], Distribution]
+        if isinstance(model, VAE):
+            if noise is not None:
+                raise ValueError(
+                    f"noise is for codes without any; the VAE's posterior has its own. Got {noise}."
+                )
+            prior, posterior, likelihood = model.prior(), model.posterior, model.likelihood
+        elif isinstance(model, RAE):
+            prior = NoPrior("A RAE has no prior of its own.")
+            posterior, likelihood = partial(_around_code, model, _checked(noise)), _refuse
+        else:
+            raise TypeError(f"RAESource takes a VAE or a RAE; got {type(model).__name__}.")
+        super().__init__(prior, posterior, model.decode, module=model, likelihood=likelihood)
+
+
+def _around_code(model: RAE, noise: float, x: Tensor) -> Distribution:
+    code = model.encode(x).float()
+    scale = torch.full_like(code, noise)
+    return Independent(Normal(code, scale, validate_args=False), 1)
+
+
+def _checked(noise: float | None) -> float:
+    if noise is None or not 0 < noise < math.inf:
+        raise ValueError(
+            f"A RAE's codes have no noise, and NCE needs a density q(z | x): pass noise=, the "
+            f"standard deviation of q(z | x) in units of z; got {noise}. Try a tenth of "
+            f"model.encode(x).std()."
+        )
+    return noise
+
+
+def _refuse(_: Tensor) -> NoReturn:
+    raise ValueError(
+        "A RAE is no probability model: its squared error has no scale, so that p(x | z) is not "
+        "known. Likelihoods need a VAE."
+    )
+
+
+def pad_to_32(x: Tensor) -> Tensor:
+    """Pads images of 28×28 pixels with zeros, as RAE does MNIST's.
+
+    Arguments:
+        x: Images, with shape ``(B, C, 28, 28)``.
+
+    Returns:
+        Images, with shape ``(B, C, 32, 32)``.
+
+    Raises:
+        ValueError: If the images have another size.
+
+    Example:
+        >>> pad_to_32(torch.rand(4, 1, 28, 28)).shape
+        torch.Size([4, 1, 32, 32])
+    """
+    if x.ndim != 4 or tuple(x.shape[2:]) != (28, 28):
+        raise ValueError(f"Images of shape (B, C, 28, 28) are padded; got {tuple(x.shape)}.")
+    return pad(x, (2, 2, 2, 2))
+
+
+class _Centre(nn.Module):
+    """From [0, 1] to [-1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x - 1
+
+
+class _Crop(nn.Module):
+    """Drops the last rows and columns."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : x.shape[-2] - self.count, : x.shape[-1] - self.count]
+
+
+def _encoder_layers(setting: _Setting, filters: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = [_Centre()] if setting.centred else []
+    before = setting.channels
+    first, last = _same(setting.kernel, stride=2)
+    for after in filters:
+        layers += [
+            nn.ZeroPad2d((first, last, first, last)),
+            nn.Conv2d(before, after, setting.kernel, stride=2),
+            *_normalise(after),
+        ]
+        before = after
+    return layers
+
+
+def _decoder_layers(setting: _Setting, before: int, filters: list[int]) -> list[nn.Module]:
+    layers = [nn.Linear(setting.latents, 64 * before), nn.Unflatten(1, (before, 8, 8))]
+    for after in filters:
+        layers += [*_transposed(before, after, setting.kernel, stride=2), *_normalise(after)]
+        before = after
+    last = _transposed(before, setting.channels, setting.kernel, stride=1)
+    return [*layers, *last, nn.Sigmoid()]
+
+
+def _transposed(before: int, after: int, kernel: int, *, stride: int) -> list[nn.Module]:
+    first, last = _same(kernel, stride=stride)
+    layer = nn.ConvTranspose2d(before, after, kernel, stride=stride, padding=first)
+    return [layer, _Crop(last - first)]
+
+
+def _normalise(filters: int) -> tuple[nn.Module, nn.Module]:
+    """Batch normalisation with Keras' defaults."""
+    return nn.BatchNorm2d(filters, eps=1e-3, momentum=0.01), nn.ReLU()
+
+
+def _same(kernel: int, *, stride: int) -> tuple[int, int]:
+    """TensorFlow's 'same' padding of an even size, in front and behind, which may differ by 1."""
+    total = kernel - stride
+    return total // 2, total - total // 2
