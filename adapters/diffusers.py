@@ -1,0 +1,130 @@
+"""Autoencoders of diffusers as sources: anything with ``encode(x).latent_dist``.
+
+The latents of such a model have one group, mostly a feature map ``(C, h, w)`` whose size follows
+the image's. They are taken as ``encode`` gives them and as ``decode`` takes them: unscaled, without
+``config.scaling_factor``, which belongs to diffusion models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from ncprior.bases import NoPrior
+from ncprior.source import SingleGroup, require_eval
+
+__all__ = ["DiffusersSource"]
+
+_REFUSED = {
+    "VQModel": (
+        "decodes codes of a codebook. To model the code h in front of the quantiser, say how wide "
+        "q(h | x) is to be, and wrap it in SingleGroup(prior, lambda x: Independent(Normal("
+        "model.encode(x).latents, noise), 3), lambda h: model.decode(h).sample, module=model) with "
+        "a fitted base as prior"
+    ),
+    "AutoencoderKLTemporalDecoder": (
+        "decodes the rows of a batch together, as the frames of a video. Wrap it in SingleGroup "
+        "with a decoder of your own that says what is a row"
+    ),
+    "ConsistencyDecoderVAE": (
+        "decodes by a diffusion that draws noise: it has no decoder's mean. Take the AutoencoderKL "
+        "of the same latents"
+    ),
+}
+
+
+class DiffusersSource(SingleGroup):
+    """An autoencoder of diffusers with Gaussian posterior, such as ``AutoencoderKL``.
+
+    These models are trained with next to no weight on N(0, I), which is so far from their latents
+    that heads would learn nothing of use. So the prior has to be fitted, or stated, by ``rebase``;
+    wide latents call for ``fit_gaussian(z, covariance="diagonal")``.
+
+    A batch is x itself, ``(B, 3, H, W)`` in [-1, 1] for most models, or the first item of a tuple.
+    The images of one source must be of one size. A model in half precision is given x and z in its
+    own dtype; distributions and images come in float32.
+
+    Arguments:
+        model: The model, in evaluation mode, on the device where it is to stay.
+
+    Raises:
+        TypeError: If the model has no ``encode`` and ``decode``.
+        ValueError: If it is a model that cannot be wrapped, or in training mode.
+
+    Example:
+        >>> from diffusers import AutoencoderKL
+        >>> from ncprior.bases import fit_gaussian, latents_of, rebase
+        >>> model = AutoencoderKL(latent_channels=2, norm_num_groups=8, block_out_channels=(8,))
+        >>> source, x = DiffusersSource(model.eval()), 2 * torch.rand(20, 3, 4, 4) - 1
+        >>> z = latents_of(source, x)
+        >>> source = rebase(source, fit_gaussian(z, covariance="diagonal"))
+        >>> source.group(source.start(5)).prior.sample().shape
+        torch.Size([5, 2, 4, 4])
+    """
+
+    module: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        name = type(model).__name__
+        for part in type(model).__mro__:
+            if part.__name__ in _REFUSED:
+                raise ValueError(f"A {name} cannot be wrapped: it {_REFUSED[part.__name__]}.")
+        if not (
+            callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))
+        ):
+            raise TypeError(
+                f"DiffusersSource takes a model with encode(x).latent_dist and decode(z).sample; "
+                f"got {name}. Wrap a model of your own in SingleGroup."
+            )
+        require_eval(model)
+        self.module = model
+        prior = NoPrior(
+            f"{name} has no prior worth the name: N(0, I) had next to no weight in its training."
+        )
+        super().__init__(prior, self._q, self._reconstruct, module=model)
+
+    def likelihood(self, state: SingleGroup.State) -> Distribution:
+        """Refuses.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{type(self.module).__name__} knows no p(x | z): such a decoder is trained on "
+            f"perceptual and adversarial losses, which are no density of x."
+        )
+
+    def _q(self, x: Tensor) -> Distribution:
+        p = next(self.module.parameters())
+        law = getattr(self.module.encode(x.to(p.device, p.dtype)), "latent_dist", None)
+        mean, std = getattr(law, "mean", None), getattr(law, "std", None)
+        if mean is None or std is None or getattr(law, "deterministic", False):
+            kind = "no latent_dist" if law is None else f"a {type(law).__name__} without a spread"
+            raise ValueError(
+                f"{type(self.module).__name__}.encode(x) gives {kind}. Say how wide q(z | x) is to "
+                f"be, and wrap it in SingleGroup(prior, lambda x: Independent(Normal(code(x), "
+                f"noise), 3), decoder, module=model), with code(x) what the model encodes."
+            )
+        self._check_size(x, mean)
+        normal = Normal(mean.float(), std.float(), validate_args=False)
+        return Independent(normal, mean.ndim - 1, validate_args=False)
+
+    def _check_size(self, x: Tensor, z: Tensor) -> None:
+        """Refuses images that lose their margin, because a halving rounds down."""
+        if x.ndim < 4:
+            return
+        for size, small in zip(x.shape[-2:], z.shape[-2:], strict=True):
+            factor, rest = divmod(size, max(1, small))
+            if rest or factor & (factor - 1):
+                raise ValueError(
+                    f"{type(self.module).__name__} halves images again and again, and would "
+                    f"decode smaller ones: {tuple(x.shape[-2:])} pixels became "
+                    f"{tuple(z.shape[-2:])} latents. Crop, pad or resize the images to multiples "
+                    f"of its factor."
+                )
+
+    def _reconstruct(self, z: Tensor) -> Tensor:
+        x: Tensor = self.module.decode(z).sample
+        return x.float()

@@ -1,0 +1,201 @@
+"""Models of pythae (benchmark_VAE) as sources.
+
+A pythae model has one group of latents: ``model.encoder(x)`` gives an ``embedding``, and, where q is
+Gaussian, its ``log_covariance``, the log-variance; ``model.decoder(z)`` gives a ``reconstruction``.
+
+References:
+    | Pythae: Unifying Generative Autoencoders in Python (Chadebec et al., NeurIPS 2022)
+    | https://github.com/clementchadebec/benchmark_VAE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
+
+from ncprior.bases import GaussianMixture, NoPrior
+from ncprior.source import Sampleable, SingleGroup, require_eval
+
+__all__ = ["PythaeSource"]
+
+_FLOWS = (
+    "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "
+    "SingleGroup(prior, posterior, decoder, module=model) with a posterior that samples by "
+    "model.embed(x)"
+)
+_CODES = (
+    "its latents are codes of a codebook, hundreds of nats from any simple prior. Wrap it in a "
+    "source of your own with an autoregressive base over the codes, and draw by sir"
+)
+_HAMILTON = (
+    "its z is a draw moved by Hamiltonian steps, not the Gaussian of the encoder. Train a VAE or "
+    "a VAMP on the same networks"
+)
+_CURVED = (
+    "its latents lie on a curved space, where N(0, I) and the heads' Euclidean z do not apply. "
+    "Train a VAE or a VAMP on the same networks"
+)
+_REFUSED = {
+    **dict.fromkeys(("VQVAE", "HRQVAE"), _CODES),
+    **dict.fromkeys(("VAE_IAF", "VAE_LinNF"), _FLOWS),
+    **dict.fromkeys(("HVAE", "RHVAE"), _HAMILTON),
+    **dict.fromkeys(("SVAE", "PoincareVAE"), _CURVED),
+}
+_NO_LIKELIHOOD = {
+    "MSSSIM_VAE": "it was trained on structural similarity, which is no density of x",
+    "VAEGAN": "it was trained on features of a discriminator, which give no density of x",
+}
+
+
+class PythaeSource(SingleGroup):
+    """A pythae model with Gaussian posterior, or with deterministic codes made Gaussian by noise.
+
+    The prior is N(0, I); of a VAMP it is the mixture of q(z | u) over the pseudo-inputs u, as of
+    now. An AE or RAE has none until one is fitted. Of a fitted pythae ``GaussianMixtureSampler``
+    it is ``rebase(source, GaussianMixture.from_sklearn(sampler.gmm))``.
+
+    A batch is x itself, with shape ``(B, *input_dim)``, the first item of a tuple, or the item
+    ``"data"`` of a dict, as pythae's own data sets yield it.
+
+    Arguments:
+        model: The model, in evaluation mode, on the device where it is to stay.
+        noise: The standard deviation of q(z | x) = N(code, noise² I), for a model with
+            deterministic codes: small against the spread of the codes, say a tenth of it.
+
+    Raises:
+        TypeError: If it is no pythae model.
+        ValueError: If its posterior is not Gaussian, if it is in training mode, or if there is no
+            ``noise`` where one is needed, or one where none is.
+
+    Example:
+        >>> from pythae.models import RAE_L2, RAE_L2_Config
+        >>> from ncprior.bases import fit_mixture, latents_of, rebase
+        >>> model = RAE_L2(RAE_L2_Config(input_dim=(1, 8, 8), latent_dim=3)).eval()
+        >>> source, x = PythaeSource(model, noise=0.1), torch.rand(50, 1, 8, 8)
+        >>> source = rebase(source, fit_mixture(latents_of(source, x), num_components=2))
+        >>> source.group(source.start(5)).prior.sample().shape
+        torch.Size([5, 3])
+    """
+
+    module: Any
+
+    def __init__(self, model: nn.Module, *, noise: float | None = None) -> None:
+        self._lineage = _lineage(model)
+        self._is_gaussian = "VAE" in self._lineage
+        require_eval(model)
+        self._check_noise(noise)
+        self.noise = noise
+        self.module = model
+        super().__init__(self._prior(), self._q, self._reconstruct, module=model)
+
+    def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
+        """Encodes one batch: the parameters of q(z | x)."""
+        if isinstance(x, Mapping):
+            if "data" not in x:
+                raise ValueError(f"x is the item 'data' of a batch; got the items {list(x)}.")
+            x = x["data"]
+        return super().encode(x)
+
+    def likelihood(self, state: SingleGroup.State) -> Distribution:
+        """Returns p(x | z): N(mean, I) for the loss ``mse``, Bernoulli for ``bce``.
+
+        Raises:
+            ValueError: If the model has no density of x.
+        """
+        reason = "its encoder is deterministic, trained on a misfit and not on a likelihood"
+        if self._is_gaussian:
+            found = (_NO_LIKELIHOOD[name] for name in self._lineage if name in _NO_LIKELIHOOD)
+            reason = next(found, "")
+        if reason:
+            raise ValueError(f"{self._lineage[0]} knows no p(x | z): {reason}.")
+        mean = self.decode(state)
+        axes = mean.ndim - 1
+        if self.module.model_config.reconstruction_loss == "bce":
+            return Independent(Bernoulli(mean, validate_args=False), axes, validate_args=False)
+        return _normal(mean, torch.ones_like(mean))
+
+    def _prior(self) -> Sampleable:
+        if not self._is_gaussian and "WAE_MMD" not in self._lineage:
+            return NoPrior(f"{self._lineage[0]} has no prior.")
+        if "VAMP" in self._lineage:
+            return self._mixture()
+        p = next(self.module.parameters())
+        zeros = torch.zeros(self.module.latent_dim, device=p.device)
+        return _normal(zeros, torch.ones_like(zeros), axes=1)
+
+    @torch.no_grad()
+    def _mixture(self) -> GaussianMixture:
+        """The mixture of q(z | u) over pseudo-inputs u, in equal shares."""
+        weight = next(self.module.pseudo_inputs.parameters())
+        u = self.module.pseudo_inputs(self.module.idle_input.to(weight))
+        out = self.module.encoder(u.reshape(len(u), *self.module.model_config.input_dim))
+        scale = (0.5 * out["log_covariance"].float()).exp()
+        return GaussianMixture(scale.new_zeros(len(u)), out["embedding"].float(), scale)
+
+    def _q(self, x: Tensor) -> Distribution:
+        shape = self.module.input_dim
+        if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+            raise ValueError(
+                f"{self._lineage[0]} takes x of shape (B, {', '.join(map(str, shape))}); "
+                f"got {tuple(x.shape)}."
+            )
+        p = next(self.module.parameters())
+        out = self.module.encoder(x.to(p.device, p.dtype))
+        code = self._item(out, "embedding", len(x))
+        if self.noise is not None:
+            return _normal(code, torch.full_like(code, self.noise))
+        return _normal(code, (0.5 * self._item(out, "log_covariance", len(x))).exp())
+
+    def _item(self, out: Mapping[str, Tensor], name: str, count: int) -> Tensor:
+        shape = (count, self.module.latent_dim)
+        if name not in out or tuple(out[name].shape) != shape:
+            got = f"one of shape {tuple(out[name].shape)}" if name in out else f"only {list(out)}"
+            raise ValueError(
+                f"The encoder of a {self._lineage[0]} must return '{name}' of shape {shape}; "
+                f"got {got}."
+            )
+        return out[name].to(torch.promote_types(out[name].dtype, torch.float32))
+
+    def _reconstruct(self, z: Tensor) -> Tensor:
+        x: Tensor = self.module.decoder(z)["reconstruction"]
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _check_noise(self, noise: float | None) -> None:
+        name = self._lineage[0]
+        if self._is_gaussian and noise is not None:
+            raise ValueError(f"{name} has a posterior of its own: leave out noise={noise}.")
+        if not self._is_gaussian and (noise is None or not noise > 0):
+            raise ValueError(
+                f"{name} encodes x as one code without noise. Say how wide q(z | x) = "
+                f"N(code, noise² I) is to be: PythaeSource(model, noise=...), a standard deviation "
+                f"above 0, say a tenth of that of the codes; got {noise}."
+            )
+
+
+def _lineage(model: object) -> list[str]:
+    """Names of the model's pythae classes, nearest first; refuses what cannot work."""
+    if model is None:
+        raise TypeError(
+            "The model is None, as load_from_hf_hub returns it, with only a warning, for a "
+            "repository with pickled networks. If you trust it, load it with allow_pickle=True."
+        )
+    classes = [c for c in type(model).__mro__ if c.__module__.split(".")[0] == "pythae"]
+    names = [c.__name__ for c in classes]
+    for name in names:
+        if name in _REFUSED:
+            raise ValueError(f"A {name} cannot be wrapped: {_REFUSED[name]}.")
+    if not {"VAE", "AE"} & set(names):
+        raise TypeError(
+            f"PythaeSource takes a VAE or an AE of pythae; got {type(model).__name__}. "
+            f"Wrap a model of your own in SingleGroup(prior, posterior, decoder, module=model)."
+        )
+    return names
+
+
+def _normal(loc: Tensor, scale: Tensor, axes: int | None = None) -> Distribution:
+    axes = loc.ndim - 1 if axes is None else axes
+    return Independent(Normal(loc, scale, validate_args=False), axes, validate_args=False)
