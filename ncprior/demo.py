@@ -220,8 +220,8 @@ def _draw_pictures(data: Tensor, first: dict[str, Generation], axes: Tensor, fol
     rows = {"data": data, "base prior": base.x, "NCP": ours.x, "posterior samples": posterior.x}
     rows = {label: images[:_SHOWN] for label, images in rows.items()}
     plot_samples(rows).savefig(folder / "samples.png", dpi=150)
-    clouds = {"base prior": base.z, "NCP": ours.z, "aggregate posterior": posterior.z}
-    clouds = {label: z[:_SCATTERED] for label, z in clouds.items()}
+    arms = {"base prior": base, "NCP": ours, "aggregate posterior": posterior}
+    clouds = {label: arm.latents[0][:_SCATTERED] for label, arm in arms.items()}
     plot_latents(clouds, axes).savefig(folder / "latents.png", dpi=150)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
-from ncprior.source import sample_posterior
+from ncprior.source import num_rows, sample_posterior
 
 __all__ = ["ARMS", "Generation", "draw_arms", "in_batches", "log_z"]
 
@@ -25,24 +26,26 @@ class Generation(NamedTuple):
     """One generation of one arm.
 
     Attributes:
-        x: Images, with shape ``(N, 1, H, W)``.
-        z: Their latents, with shape ``(N, D)``.
-        ess: Effective sample size of the proposals, NaN where there are none, with shape ``(N,)``.
+        x: Images, with shape ``(N, C, H, W)``.
+        latents: One z_k per group, each with shape ``(N, *event)``.
+        ess: Effective sample size of the proposals of every group, NaN where there are none, with
+            shape ``(N, K)``.
     """
 
     x: Tensor
-    z: Tensor
+    latents: tuple[Tensor, ...]
     ess: Tensor
 
 
 def draw_arms(
     prior: NCPrior,
     sampler: Sampler,
-    x: Tensor,
+    x: Any,  # noqa: ANN401
     *,
     features: Callable[[Tensor], Tensor],
     num_samples: int,
     generations: int,
+    condition: Callable[[Any], Any] = lambda x: None,
     progress: bool = True,
 ) -> tuple[dict[str, list[Tensor]], dict[str, Generation]]:
     """Draws every generation of every arm, of which it keeps features.
@@ -51,12 +54,14 @@ def draw_arms(
     random order, and again where there are fewer of them than samples.
 
     Arguments:
-        prior: The prior, of one group.
+        prior: The prior.
         sampler: How NCP is drawn.
-        x: Training images, with shape ``(N, 1, H, W)``.
+        x: Training data: images ``(N, C, H, W)``, or a tuple of them and what goes with them.
         features: Maps images to features, ``(B, F)``.
         num_samples: Samples per generation.
         generations: R, the number of generations of each arm.
+        condition: Picks the condition of a walk without x out of a batch of training data, whose
+            conditions all arms then share.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -74,7 +79,7 @@ def draw_arms(
         ...     generations=2,
         ...     progress=False,
         ... )
-        >>> len(features["NCP"]), first["posterior"].z.shape
+        >>> len(features["NCP"]), first["posterior"].latents[0].shape
         (2, torch.Size([20, 2]))
     """
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
@@ -83,9 +88,11 @@ def draw_arms(
     work = [(seed, arm) for seed in seeds for arm in ARMS]
     for seed, arm in tqdm(work, desc="samples", disable=not progress):
         torch.manual_seed(seed)
-        passes = -(-num_samples // len(x))
-        rows = torch.cat([torch.randperm(len(x)) for _ in range(passes)])[:num_samples]
-        generation = _generate(prior, sampler, x[rows], arm)
+        total = num_rows(x)
+        passes = -(-num_samples // total)
+        rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
+        batches = [_rows(x, part) for part in rows.split(_BATCH)]
+        generation = _generate(prior, sampler, batches, arm, condition)
         kept[arm].append(in_batches(features, generation.x))
         first.setdefault(arm, generation)
     return kept, first
@@ -116,18 +123,31 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _generate(prior: NCPrior, sampler: Sampler, x: Tensor, arm: str) -> Generation:
-    """Draws as many samples as there are rows of x."""
-    parts = []
-    for batch in x.split(_BATCH):
+def _generate(
+    prior: NCPrior,
+    sampler: Sampler,
+    batches: list[Any],
+    arm: str,
+    condition: Callable[[Any], Any],
+) -> Generation:
+    """Draws as many samples as there are rows of data."""
+    images, latents, ess = [], [], []
+    for batch in batches:
         if arm == "posterior":
-            (z,), state = sample_posterior(prior.source, batch)
-            images, ess = prior.source.decode(state), None
+            drawn, state = sample_posterior(prior.source, batch)
+            images.append(prior.source.decode(state))
+            sizes: list[Tensor | None] = [None] * len(drawn)
         else:
             with prior.disabled() if arm == "base prior" else nullcontext():
-                images, (z,), (draw,) = prior.sample(len(batch), sampler)
-            ess = draw.ess
-        parts.append(
-            Generation(images, z, z.new_full((len(z),), math.nan) if ess is None else ess)
-        )
-    return Generation(*map(torch.cat, zip(*parts, strict=True)))
+                sample = prior.sample(num_rows(batch), sampler, condition=condition(batch))
+            images.append(sample.x)
+            drawn, sizes = sample.latents, [draw.ess for draw in sample.draws]
+        latents.append(drawn)
+        nan = images[-1].new_full((len(images[-1]),), math.nan)
+        ess.append(torch.stack([nan if size is None else size for size in sizes], dim=1))
+    groups = zip(*latents, strict=True)
+    return Generation(torch.cat(images), tuple(map(torch.cat, groups)), torch.cat(ess))
+
+
+def _rows(x: Any, index: Tensor) -> Any:  # noqa: ANN401
+    return tree_map_only(Tensor, lambda t: t[index], x)

@@ -106,7 +106,7 @@ def diagnose(
         trained = None
         if train is not None:
             trained, _ = _measure(prior, train, num_draws, batch_size)
-        on = [prior._is_on(k) for k in range(prior.source.num_groups)]
+        on = [prior.is_on(k) for k in range(prior.source.num_groups)]
     groups = []
     for k, is_on in enumerate(on):
         report = GroupReport(k, Verdict.OFF, ess={low: math.nan, high: math.nan})
@@ -166,7 +166,7 @@ def _walk(
     for k in range(num_groups):
         group = prior.source.group(state)
         z = posterior_of(group).sample()
-        if prior._is_on(k):
+        if prior.is_on(k):
             measured[k] = measure(prior, k, group, z)
         if k + 1 < num_groups:
             state = prior.source.advance(state, z)

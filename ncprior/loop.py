@@ -59,6 +59,7 @@ class History(NamedTuple):
         best_step: Per group, the step whose averaged weights were kept.
         best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
         stopped: Why training ended.
+        gated: The groups that training has switched off.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
@@ -70,6 +71,7 @@ class History(NamedTuple):
     best_step: list[int]
     best_loss: list[float] | None
     stopped: str
+    gated: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """Says in one line what was kept, and why training ended."""
@@ -77,7 +79,9 @@ class History(NamedTuple):
         kind = "training" if self.best_loss is None else "held-out"
         steps = ", ".join(map(str, self.best_step))
         values = ", ".join(f"{loss:.3f}" for loss in losses)
-        return f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
+        text = f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
+        off = ", ".join(map(str, self.gated))
+        return f"{text}; left at their base: {off}" if off else text
 
 
 def fit(
@@ -94,6 +98,7 @@ def fit(
     ema_decay: float = 0.999,
     eval_every: int = 100,
     patience: int | None = 10,
+    gate: bool = False,
     callback: Callable[[Row], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -120,6 +125,9 @@ def fit(
         eval_every: Steps between rows of the history and held-out losses.
         patience: Evaluations without progress of any group before training stops; ``None`` never
             stops early.
+        gate: Whether a group is switched off (``prior.active``) whose head has learnt nothing that
+            holds on held-out data: whose best loss is not below 2 log 2, that of no head, by two
+            standard errors. The paper does not.
         callback: Called with each new :class:`Row`; stops training by returning True.
         checkpoint: A file to save to and resume from.
         checkpoint_every: Steps between checkpoints.
@@ -174,7 +182,7 @@ def fit(
             due = trainer.steps % checkpoint_every == 0 or run.stopped is not None
             if checkpoint is not None and due:
                 run.save(checkpoint, stream)
-    return run.history()
+    return run.history(gate)
 
 
 class _Run:
@@ -189,6 +197,7 @@ class _Run:
         self.average = _copy(prior.heads)
         self.best: dict[str, Tensor] | None = None
         self.best_loss = [math.inf] * len(prior.heads)
+        self.best_error = [math.inf] * len(prior.heads)
         self.best_step = [0] * len(prior.heads)
         self.rows: list[Row] = []
         self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
@@ -219,13 +228,14 @@ class _Run:
         held_out = None
         if evaluation is not None:
             with self._averaged():
-                held_out = evaluation(self.prior, self.device)
+                held_out, errors = evaluation(self.prior, self.device)
             self._refuse_non_finite(held_out)
             if self.best is None:
                 self.best = _copy(self.prior.heads)
             for k, new in enumerate(held_out):
                 if new < self.best_loss[k]:
                     self.best_loss[k], self.best_step[k] = new, self.trainer.steps
+                    self.best_error[k] = errors[k]
                     for name in self._names(k):
                         self.best[name].copy_(self.average[name])
         self.seconds, self.since = self._elapsed(), time.perf_counter()
@@ -266,11 +276,16 @@ class _Run:
             self.trainer.optimizer.zero_grad()
             self.prior.eval()
 
-    def history(self) -> History:
+    def history(self, gate: bool) -> History:
         if self.best is None:
             steps = [self.trainer.steps] * len(self.prior.heads)
             return History(self.rows, steps, None, str(self.stopped))
-        return History(self.rows, self.best_step, self.best_loss, str(self.stopped))
+        gated = []
+        for k, (loss, error) in enumerate(zip(self.best_loss, self.best_error, strict=True)):
+            if gate and not loss + 2 * error < 2 * math.log(2):
+                self.prior.active[k] = False
+                gated.append(k)
+        return History(self.rows, self.best_step, self.best_loss, str(self.stopped), tuple(gated))
 
     def save(self, path: str | os.PathLike[str], stream: Stream) -> None:
         tree, tensors = pack(
@@ -282,6 +297,7 @@ class _Run:
                 "average": self.average,
                 "best": self.best,
                 "best_loss": self.best_loss,
+                "best_error": self.best_error,
                 "best_step": self.best_step,
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "rows": [tuple(row) for row in self.rows],
@@ -314,6 +330,7 @@ class _Run:
         if saved["best"] is not None:
             self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
         self.best_loss, self.best_step = saved["best_loss"], saved["best_step"]
+        self.best_error = saved["best_error"]
         self.trainer.optimizer.load_state_dict(saved["optimizer"])
         self.trainer.steps = saved["steps"]
         self.rows = [Row(*row) for row in saved["rows"]]
@@ -359,7 +376,7 @@ class _Run:
 
 
 class _HeldOut:
-    """The held-out NCE loss, with the same draws of z every time it is asked for."""
+    """The held-out NCE loss, with the same draws of z every time, and its standard error."""
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:  # noqa: ANN401
         self.batches = in_order(data, batch_size)
@@ -367,22 +384,27 @@ class _HeldOut:
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
 
     @torch.no_grad()
-    def __call__(self, prior: NCPrior, device: torch.device) -> list[float]:
-        total, rows = torch.zeros(len(prior.heads), dtype=torch.float64), 0
+    def __call__(self, prior: NCPrior, device: torch.device) -> tuple[list[float], list[float]]:
+        losses: list[Tensor] = []
+        rows: list[int] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             for generator, state in self.own:
                 generator.set_state(state)
-            while rows < _HELD_OUT_DRAWS:
-                before = rows
+            while sum(rows) < _HELD_OUT_DRAWS:
+                before = len(rows)
                 for batch in self.batches:
                     x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-                    n = num_rows(batch)
-                    total += n * prior.nce_loss(x).to("cpu", torch.float64)
-                    rows += n
-                if rows == before:
+                    losses.append(prior.nce_loss(x).to("cpu", torch.float64))
+                    rows.append(num_rows(batch))
+                if len(rows) == before:
                     raise ValueError("The held-out data has no batches.")
-        return (total / rows).tolist()
+        weight = torch.tensor(rows, dtype=torch.float64) / sum(rows)
+        loss = torch.stack(losses)
+        mean = weight @ loss
+        # Batches of n rows scatter around the mean by a variance in proportion to 1/n.
+        spread = weight @ (loss - mean).square() / max(1, len(rows) - 1)
+        return mean.tolist(), spread.sqrt().tolist()
 
 
 def _check_arguments(

@@ -218,7 +218,7 @@ class NCPrior(nn.Module):
         state = self.source.start(len(latents[0]), condition=condition)
         log_r = []
         for k, z in enumerate(latents):
-            if self._is_on(k):
+            if self.is_on(k):
                 log_r.append(self.strength * self.log_r(k, z, self.source.group(state).context))
             else:
                 log_r.append(torch.zeros(len(z), device=z.device))
@@ -243,6 +243,15 @@ class NCPrior(nn.Module):
         with _no_autocast(z.device.type):
             log_r: Tensor = self.heads[k](_wide(z), None if context is None else _wide(context))
         return log_r
+
+    def is_on(self, k: int) -> bool:
+        """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
+
+        Example:
+            >>> prior.is_on(0)
+            True
+        """
+        return self.active[k] and self.strength != 0 and not self._disabled
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -357,11 +366,8 @@ class NCPrior(nn.Module):
         other.strength, other.active = self.strength, list(self.active)
         return other.train(self.training)
 
-    def _is_on(self, k: int) -> bool:
-        return self.active[k] and self.strength != 0 and not self._disabled
-
     def _draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
-        if not self._is_on(k):
+        if not self.is_on(k):
             return Draw(group.prior.sample())
         with _naming(k):
             return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))

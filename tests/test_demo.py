@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Binomial, Independent, Normal, kl_divergence
+from toys import Ladder, ladder_prior
 
 from ncprior import NCPrior, SingleGroup, demo, sir
 from ncprior.data import digits
@@ -268,8 +269,8 @@ def test_the_arms_are_what_they_are_called(tilted: NCPrior) -> None:
     # shift of 1 here is KL 0.5, whose bias is below a third of that.
     for arm, mean, sd in (("base prior", 0.0, 1.0), ("NCP", 1.0, 1.0), ("posterior", 1.0, 0.1)):
         bias = 0.03 if arm == "NCP" else 0.0
-        assert abs(first[arm].z.mean() - mean) < bias + 4 * sd / 2000**0.5
-        assert torch.equal(first[arm].x, 2 * first[arm].z)
+        assert abs(first[arm].latents[0].mean() - mean) < bias + 4 * sd / 2000**0.5
+        assert torch.equal(first[arm].x, 2 * first[arm].latents[0])
         assert torch.equal(features[arm][0], first[arm].x)
         assert not torch.equal(features[arm][1], features[arm][0])
         assert bool(first[arm].ess.isnan().all()) is (arm != "NCP")
@@ -289,9 +290,48 @@ def test_the_posterior_arm_takes_every_training_image_as_often(tilted: NCPrior) 
         generations=1,
         progress=False,
     )
-    counts = first["posterior"].z.flatten().round().long().bincount()
+    counts = first["posterior"].latents[0].flatten().round().long().bincount()
     assert set(counts.tolist()) == {2, 3}
     assert counts.sum() == 25
+
+
+def test_the_arms_share_their_conditions_and_keep_every_group() -> None:
+    """Of a hierarchy, with a condition that the walk without x is given."""
+
+    class Conditioned(Ladder):
+        """A ladder whose images tell the condition that they were walked with."""
+
+        def encode(self, x: tuple[Tensor, Tensor]) -> Tensor:
+            return torch.cat([super().encode(x[0]), x[1]], -1)
+
+        def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Any:
+            c = condition if encoding is None else encoding[:, -1:]
+            s = None if encoding is None else encoding[:, :-1]
+            self.seen = c
+            return super().start(batch_size, s)
+
+        def decode(self, state: Any) -> Tensor:
+            return self.seen.expand(len(state.h), 1)
+
+    prior = NCPrior(Conditioned(), ladder_prior().heads)
+    x, c = torch.randn(50, 3), torch.arange(50.0)[:, None]
+    features, first = draw_arms(
+        prior,
+        partial(sir, num_proposals=5),
+        (x, c),
+        features=lambda x: x,
+        num_samples=20,
+        generations=2,
+        condition=lambda batch: batch[1],
+        progress=False,
+    )
+    for i in range(2):
+        assert torch.equal(features["base prior"][i], features["posterior"][i])
+        assert torch.equal(features["NCP"][i], features["posterior"][i])
+    assert not torch.equal(features["NCP"][0], features["NCP"][1])
+    for arm in first.values():
+        assert [z.shape for z in arm.latents] == [(20, 2)] * 3
+        assert arm.ess.shape == (20, 3)
 
 
 def test_log_z_is_that_of_a_known_ratio(tilted: NCPrior) -> None:

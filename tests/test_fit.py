@@ -362,15 +362,18 @@ def test_a_training_can_be_repeated() -> None:
 class Scripted:
     """Stands in for the held-out loss: what it says is given, one list of losses per evaluation."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, losses: list[list[float]]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, losses: list[list[float]], error: float = 0.0
+    ) -> None:
         import ncprior.loop
 
-        self.losses, self.weights = iter(losses), []
+        self.losses, self.weights, self.error = iter(losses), [], error
         monkeypatch.setattr(ncprior.loop, "_HeldOut", lambda *_: self)
 
-    def __call__(self, prior: NCPrior, device: torch.device) -> list[float]:
+    def __call__(self, prior: NCPrior, device: torch.device) -> tuple[list[float], list[float]]:
         self.weights.append(weights(prior.heads))
-        return next(self.losses)
+        losses = next(self.losses)
+        return losses, [self.error] * len(losses)
 
 
 def test_each_group_keeps_its_own_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +398,50 @@ def test_patience_counts_evaluations_since_the_last_progress_of_any_group(
     assert history.stopped == "no progress on held-out data since step 8"
     assert [row.step for row in history.rows] == [2, 4, 6, 8, 10, 12, 14]
     assert history.best_step == [2, 4, 8]
+
+
+def test_gating_switches_off_heads_that_learnt_nothing_that_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of standard error 0.01, a loss must be below 2 log 2 - 0.02."""
+    ceiling = 2 * math.log(2)
+    for gate in (True, False):
+        script = [[ceiling - 0.019, ceiling - 0.021, ceiling + 0.5]]
+        Scripted(monkeypatch, script, error=0.01)
+        prior = small()
+        history = fit(prior, data(), steps=2, eval_every=2, gate=gate, **QUIET)
+        assert prior.active == ([False, True, False] if gate else [True] * 3)
+        assert history.gated == ((0, 2) if gate else ())
+        assert ("left at their base: 0, 2" in str(history)) is gate
+
+
+def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> None:
+    """Batches of unequal size included: the squares of 200 z-scores average to 1 ± 0.1."""
+    from ncprior.loop import _HeldOut
+
+    problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
+    exact = 2 * math.log(2) - 2 * problem.jsd
+    scores = []
+    for seed in range(200):
+        x = problem.data(16 * 12)
+        sizes = [8] * 8 + [16] * 8
+        held_out = _HeldOut(list(x.split(sizes)), 16, seed)
+        loss, error = held_out(prior, torch.device("cpu"))
+        scores.append((loss[1] - exact) / error[1])
+    # 16 batches: a Student of about 15 degrees of freedom, of variance 15/13.
+    assert 0.85 < torch.tensor(scores).square().mean() / (15 / 13) < 1.3
+
+
+def test_gating_leaves_a_base_that_matches_and_keeps_a_head_that_helps() -> None:
+    """Group 1 of the correlated pair has a hole, and group 0 has none."""
+    problem = CorrelatedPair()
+    torch.manual_seed(0)
+    heads = [MLPHead((1,), width=16), MLPHead((1,), context_shape=(1,), width=16)]
+    prior = NCPrior(problem, heads)
+    options = {"steps": 300, "gate": True, "progress": False}
+    history = fit(prior, problem.data(4000), held_out=problem.data(4000), **options)
+    assert history.gated == (0,)
+    assert prior.active == [False, True]
 
 
 def test_without_patience_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ PUBLIC = {
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
     *("distributions", "heads", "samplers", "nce", "mixtures"),
-    *("batches", "calibration", "evaluation", "files", "fingerprints"),
+    *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry"),
 }
 CORE = {*GROUND, "source", "bases", "prior"}
 SERVICES = {
