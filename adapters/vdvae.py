@@ -1,0 +1,353 @@
+r"""VDVAE as a latent source: tens of groups of Gaussian latents, on features of every resolution.
+
+    from ncprior.adapters.vdvae import VDVAESource
+
+A decoder block takes the features h of its resolution, which is the context c(z_<k); its prior
+network gives p(z_k | z_<k) and moves h, whatever z_k is; then z_k is added to h. The first groups
+are of 1×1 pixel.
+
+References:
+    Very Deep VAEs Generalize Autoregressive Models (Child, ICLR 2021)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.nn.functional import interpolate
+
+from ncprior.adapters.logistics import LogisticMixture
+from ncprior.source import Group, module_fingerprint, num_rows, posterior_of, require_eval
+
+__all__ = ["ByteImages", "VDVAESource"]
+
+# Shift and scale of bytes, as the training of each data set's model normalised them.
+_NORMALISATION = {
+    "cifar10": (120.63838, 64.16736),
+    "imagenet32": (116.2373, 69.37404),
+    "imagenet64": (115.92961967, 69.37404),
+    "ffhq_256": (112.8666757481, 69.84780273),
+    "ffhq_1024": (0.4387 * 255, 0.2743 * 255),
+}
+_LOW_BIT = ("ffhq_256",)  # trained on bytes rounded down to multiples of 8
+_BLOCK = ("base", "mixin", "zdim", "enc", "prior", "z_proj", "resnet")
+
+Parameters: TypeAlias = tuple[Tensor, Tensor]  # location and log-scale, each (B, *event)
+Features: TypeAlias = dict[int, Tensor]  # by resolution, each (B, C, H, W)
+_Shape: TypeAlias = Size | list[int] | tuple[int, ...]
+
+
+class VDVAESource:
+    """VDVAE's ``VAE``: K groups of Gaussian latents, one per block of the decoder.
+
+    Images are bytes, ``(B, H, W, 3)``, as ``uint8``; or batches are the pair that VDVAE's own
+    loader makes, (normalised, target), of which the first item counts. A model has no BatchNorm:
+    there are no statistics to readjust.
+
+    With ``temperature`` t, the scale of every prior is multiplied by t. Train the heads at 1; to
+    sample at t, put them on another source: ``NCPrior(VDVAESource(vae, temperature=t), heads)``.
+
+    Arguments:
+        model: The ``VAE`` of VDVAE, in evaluation mode; it may be wrapped in
+            DistributedDataParallel. It is never copied (a copy would go on using the original's
+            projections of z), moved or changed.
+        temperature: t, greater than 0.
+
+    Attributes:
+        module: The model, unwrapped.
+        num_groups: K, such as 43 for CIFAR-10.
+
+    Raises:
+        TypeError: If the model is no module of VDVAE's layout.
+        ValueError: If its image size is not set, or the temperature is not positive.
+
+    Example:
+        >>> from vdvae_standin import vdvae  # a small model of VDVAE's layout, in the tests
+        >>> source = VDVAESource(vdvae())
+        >>> x = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
+        >>> state = source.start(4, source.encode(x))
+        >>> for _ in range(source.num_groups):
+        ...     state = source.advance(state, source.group(state).posterior.sample())
+        >>> source.decode(state).shape, source.likelihood(state).log_prob(x).shape
+        (torch.Size([4, 8, 8, 3]), torch.Size([4]))
+    """
+
+    class Encoding(NamedTuple):
+        """What the walk needs of x: the encoder's features of every resolution."""
+
+        activations: Features
+
+    class State(NamedTuple):
+        """The walk in front of group ``k``, or behind all of them (``prior is None``).
+
+        Attributes:
+            k: The group.
+            features: The decoder's features of every resolution, as they are behind group k - 1.
+            h: The features that the block stands on.
+            moved: h as the prior network has moved it, to which z_k is added.
+            prior: Location and log-scale, at temperature 1.
+            posterior: Location and log-scale, or ``None`` without an x.
+            activations: As in the encoding.
+        """
+
+        k: int
+        features: Features
+        h: Tensor | None
+        moved: Tensor | None
+        prior: Parameters | None
+        posterior: Parameters | None
+        activations: Features | None
+
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise ValueError(f"The temperature must be positive; got {temperature}.")
+        self.module = _checked(model)
+        self.temperature = temperature
+        self._blocks: list[Any] = list(self._model.decoder.dec_blocks)
+        self.num_groups = len(self._blocks)
+
+    @property
+    def _model(self) -> Any:  # noqa: ANN401 (its attributes are checked)
+        return self.module
+
+    def encode(self, x: Any) -> Encoding:  # noqa: ANN401
+        """Walks up the encoder.
+
+        Raises:
+            ValueError: If x is not as the model takes it.
+        """
+        require_eval(self.module)
+        return self.Encoding(self._model.encoder(self._normalised(x)))
+
+    def start(
+        self, batch_size: int, encoding: Encoding | None = None, condition: None = None
+    ) -> State:
+        """Makes the state in front of group 0, whose prior is learnt and the same for all rows."""
+        require_eval(self.module)
+        if condition is not None:
+            raise ValueError("VDVAE has no condition; got one. Leave it out.")
+        biases = self._model.decoder.bias_xs
+        features = {b.shape[2]: b.expand(batch_size, *b.shape[1:]) for b in biases}
+        activations = None if encoding is None else encoding.activations
+        return self._front(0, batch_size, features, activations)
+
+    def group(self, state: State) -> Group:
+        """Shows p(z_k | z_<k) and, with an x, q(z_k | z_<k, x)."""
+        if state.prior is None or state.h is None:
+            raise ValueError(f"The walk is behind the last of {self.num_groups} groups.")
+        posterior = None if state.posterior is None else _diagonal(state.posterior, 1.0)
+        context = _wide(state.h) if state.k > 0 else None  # the first h is the same for every row
+        return Group(_diagonal(state.prior, self.temperature), posterior, context)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Adds z_k, with shape ``(B, zdim, H, W)``, to the features, and goes to the next block."""
+        if state.prior is None or state.moved is None or z.shape != state.prior[0].shape:
+            needs = "none" if state.prior is None else tuple(state.prior[0].shape)
+            raise ValueError(f"The walk needs z of shape {needs}; got {tuple(z.shape)}.")
+        block = self._blocks[state.k]
+        h = block.resnet(state.moved + block.z_proj(z.to(state.moved)))
+        features = {**state.features, block.base: h}
+        return self._front(state.k + 1, len(z), features, state.activations)
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the mean of p(x | z) in [0, 255], with shape ``(B, H, W, 3)``."""
+        return self.likelihood(state).mean
+
+    def likelihood(self, state: State) -> Distribution:
+        """Returns p(x | z) over images of bytes, ``(B, H, W, 3)``; nats per image, not per pixel."""
+        parameters = _wide(self._model.decoder.out_net(self._final(state))).permute(0, 3, 1, 2)
+        low_bit = self._model.H.dataset in _LOW_BIT
+        return ByteImages(LogisticMixture(parameters, num_bits=5 if low_bit else 8))
+
+    def fingerprint(self) -> str:
+        """Returns :func:`ncprior.source.module_fingerprint` of the model."""
+        return module_fingerprint(self.module)
+
+    @torch.no_grad()
+    def self_check(self, x: Any, *, tolerance: float = 1e-6) -> float:  # noqa: ANN401
+        """Compares this walk to the model's own under the same seed.
+
+        Arguments:
+            x: One batch, as the user's loader yields it.
+            tolerance: Largest difference that may be, relative to the largest value. On a CPU
+                there is none; on a GPU, or under autocast, take 1e-3.
+
+        Returns:
+            The largest difference between the latents, their KL terms and the last features,
+            absolute.
+
+        Raises:
+            ValueError: If the two disagree: the model is not of the layout known here.
+
+        Example:
+            >>> from vdvae_standin import vdvae
+            >>> x = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
+            >>> VDVAESource(vdvae()).self_check(x)
+            0.0
+        """
+        encoding = self.encode(x)
+        count, device = num_rows(encoding), next(self.module.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            features, blocks = self._model.decoder(dict(encoding.activations), get_latents=True)
+            torch.manual_seed(0)
+            state, pairs = self.start(count, encoding), []
+            for k, block in enumerate(blocks):
+                z = posterior_of(self.group(state)).sample()
+                kl = _kl(state.posterior, state.prior)
+                pairs += [(f"z_{k}", z, block["z"]), (f"the KL of group {k}", kl, block["kl"])]
+                state = self.advance(state, z)
+            pairs.append(("the last features", self._final(state), features))
+        worst = 0.0
+        for name, ours, theirs in pairs:
+            difference = (ours - theirs).abs().max().item()
+            if not difference <= tolerance * max(1.0, theirs.abs().max().item()):
+                raise ValueError(
+                    f"The model's forward and this walk disagree: {name} by up to "
+                    f"{difference:.3g}. It is not the layout of VDVAE that ncprior knows."
+                )
+            worst = max(worst, difference)
+        return worst
+
+    def _front(
+        self, k: int, batch_size: int, features: Features, activations: Features | None
+    ) -> State:
+        """The state in front of block k."""
+        if k == self.num_groups:
+            return self.State(k, features, None, None, None, None, None)
+        block = self._blocks[k]
+        h = features.get(block.base)
+        if h is None:  # a resolution without a learnt start
+            size = (batch_size, block.z_proj.out_channels, block.base, block.base)
+            h = next(iter(features.values())).new_zeros(size)
+        if block.mixin is not None:
+            coarse = features[block.mixin][:, : h.shape[1]]
+            h = h + interpolate(coarse, scale_factor=block.base // block.mixin)
+        loc, log_scale, shift = block.prior(h).split([block.zdim, block.zdim, h.shape[1]], dim=1)
+        posterior = None
+        if activations is not None:
+            q = block.enc(torch.cat([h, activations[block.base]], dim=1))
+            posterior = (_wide(q[:, : block.zdim]), _wide(q[:, block.zdim :]))
+        prior = (_wide(loc), _wide(log_scale))
+        return self.State(k, features, h, h + shift, prior, posterior, activations)
+
+    def _final(self, state: State) -> Tensor:
+        if state.k < self.num_groups:
+            raise ValueError(
+                f"Decoding needs every z; this walk stands in front of group {state.k} of "
+                f"{self.num_groups}. Call advance(state, z)."
+            )
+        final: Tensor = self._model.decoder.final_fn(state.features[self._model.H.image_size])
+        return final
+
+    def _normalised(self, x: Any) -> Tensor:  # noqa: ANN401
+        """Takes bytes or VDVAE's own pair, and returns the encoder's input."""
+        x, *others = x if isinstance(x, tuple | list) else (x,)
+        paired = [getattr(other, "shape", None) for other in others] == [getattr(x, "shape", 0)]
+        size, parameter = self._model.H.image_size, next(self.module.parameters())
+        shape = (size, size, 3)
+        if not isinstance(x, Tensor) or x.shape[1:] != shape:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"This VDVAE expects images of shape (B, {size}, {size}, 3), channels last; "
+                f"got {got}. From channels first: x.permute(0, 2, 3, 1)."
+            )
+        if x.dtype == torch.uint8:
+            shift, scale = _NORMALISATION[self._model.H.dataset]
+            return (x.to(parameter) - shift) * (1 / scale)
+        if not (paired and x.is_floating_point()):
+            raise ValueError(
+                f"VDVAE expects bytes (uint8), or the pair (normalised, target) that its own loader "
+                f"makes; got {x.dtype}. From images in [0, 1]: (255 * x).round().to(torch.uint8)."
+            )
+        return x.to(parameter)
+
+
+class ByteImages(Distribution):
+    """A mixture of logistics over images of bytes, channels last.
+
+    With 5 bits, bytes are rounded down to multiples of 8, as VDVAE does for FFHQ-256.
+
+    Arguments:
+        law: The law of the images in [0, 1], channels first.
+
+    Example:
+        >>> law = ByteImages(LogisticMixture(torch.randn(4, 10 * 5, 8, 8)))
+        >>> x = law.sample()
+        >>> x.shape, x.dtype, law.log_prob(x).shape
+        (torch.Size([4, 8, 8, 3]), torch.uint8, torch.Size([4]))
+    """
+
+    arg_constraints = {}  # noqa: RUF012 (torch's own name for it)
+    support = constraints.independent(constraints.integer_interval(0, 255), 3)
+
+    def __init__(self, law: LogisticMixture) -> None:
+        self.law = law
+        self._step = 256 // (law.levels + 1)
+        channels, height, width = law.event_shape
+        super().__init__(law.batch_shape, Size((height, width, channels)), validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of x, in [0, 255]."""
+        mean: Tensor = 255 * self.law.mean.movedim(-3, -1)
+        return mean
+
+    def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
+        """Draws bytes, with shape ``(*sample_shape, B, H, W, 3)``."""
+        x: Tensor = 255 * self.law.sample(Size(sample_shape)).movedim(-3, -1)
+        x = ((x / self._step).round() * self._step).clamp(max=256 - self._step)
+        return x.to(torch.uint8)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the log-probability of whole images of bytes in nats, with shape ``(*, B)``."""
+        x = torch.div(value, self._step, rounding_mode="floor") * self._step
+        return self.law.log_prob(x.movedim(-1, -3) / 255)
+
+
+def _checked(model: Any) -> nn.Module:  # noqa: ANN401
+    if not hasattr(model, "decoder") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    decoder = getattr(model, "decoder", None)
+    missing = [name for name in ("encoder", "decoder", "H") if not hasattr(model, name)]
+    parts = ("dec_blocks", "bias_xs", "out_net", "final_fn")
+    missing += [f"decoder.{name}" for name in parts if not hasattr(decoder, name)]
+    for block in getattr(decoder, "dec_blocks", ()):
+        missing += [f"{name} in a block" for name in _BLOCK if not hasattr(block, name)]
+    if missing or not isinstance(model, nn.Module):
+        raise TypeError(
+            f"VDVAESource takes VDVAE's VAE; got {type(model).__name__}, which lacks "
+            f"{', '.join(missing[:3])}. Give the model itself, not its state_dict."
+        )
+    H: Any = model.H
+    if H.image_size is None:
+        raise ValueError(
+            "H.image_size is None: set H.image_size and H.image_channels before VAE(H)."
+        )
+    if H.dataset not in _NORMALISATION:
+        raise ValueError(
+            f"H.dataset must be one of {', '.join(_NORMALISATION)}; got {H.dataset!r}. It says "
+            f"how bytes are normalised."
+        )
+    return model
+
+
+def _diagonal(parameters: Parameters, temperature: float) -> Distribution:
+    loc, log_scale = parameters
+    normal = Normal(loc, temperature * log_scale.exp(), validate_args=False)
+    return Independent(normal, loc.ndim - 1, validate_args=False)
+
+
+def _kl(q: Parameters | None, p: Parameters | None) -> Tensor:
+    """KL(q, p) by element, in the order of VDVAE's sums, to the last bit."""
+    (loc_q, log_q), (loc_p, log_p) = q, p  # type: ignore[misc]
+    ratio = (log_q.exp() ** 2 + (loc_q - loc_p) ** 2) / (log_p.exp() ** 2)
+    kl: Tensor = -0.5 + log_p - log_q + 0.5 * ratio
+    return kl
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
