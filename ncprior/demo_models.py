@@ -108,6 +108,7 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float = 2e-3,
+    max_grad_norm: float | None = None,
     name: str = "training",
     progress: bool = True,
 ) -> None:
@@ -120,6 +121,7 @@ def train(
         steps: Number of optimizer steps.
         batch_size: Rows per batch.
         learning_rate: The first learning rate.
+        max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
         name: What the progress bar is called.
         progress: Whether to show it.
 
@@ -139,6 +141,8 @@ def train(
         for rows in bar:
             optimizer.zero_grad()
             loss(rows).backward()
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
             optimizer.step()
             schedule.step()
     module.eval()

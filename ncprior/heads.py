@@ -235,7 +235,12 @@ class CategoricalHead(_Head):
         return log_r
 
 
-def make_head(group: Group, **options: Any) -> nn.Module:  # noqa: ANN401
+def make_head(
+    group: Group,
+    *,
+    kind: type[MLPHead | ConvHead] | None = None,
+    **options: Any,  # noqa: ANN401
+) -> nn.Module:
     """Makes a head that fits a group of latents, with the inputs standardised by a draw.
 
     Codes get a :class:`CategoricalHead`, feature maps a :class:`ConvHead`, all else a
@@ -243,6 +248,8 @@ def make_head(group: Group, **options: Any) -> nn.Module:  # noqa: ANN401
 
     Arguments:
         group: A probed group, of some tens of rows or more.
+        kind: The head to make of latents that are not codes, if not the above; a
+            :class:`MLPHead` on small maps costs a fraction of a :class:`ConvHead`.
         options: Further arguments of the head, such as ``width``, ``depth`` and ``dropout``.
 
     Returns:
@@ -262,12 +269,12 @@ def make_head(group: Group, **options: Any) -> nn.Module:  # noqa: ANN401
     event_shape = tuple(z.shape[1:])
     context_shape = None if group.context is None else tuple(group.context.shape[1:])
     options["context_shape"] = context_shape
-    head: MLPHead | ConvHead
     if not z.is_floating_point():
         codes = CategoricalHead(event_shape, _num_categories(group), **options).to(z.device)
         codes.fit_scale(z, group.context)
         return codes
-    kind = ConvHead if len(event_shape) == 3 else MLPHead
+    if kind is None:
+        kind = ConvHead if len(event_shape) == 3 else MLPHead
     head = kind(event_shape, **options).to(z.device)
     if group.posterior is not None:
         z = torch.cat([z, group.posterior.sample()])

@@ -104,7 +104,8 @@ class NCPrior(nn.Module):
         Arguments:
             source: The VAE.
             x: One batch, as the user's loader yields it; some tens of rows or more.
-            options: Arguments of the heads: ``width``, ``depth``, ``dropout``.
+            options: Arguments of :func:`ncprior.heads.make_head`: ``width``, ``depth``,
+                ``dropout``, ``kind``.
 
         Returns:
             A prior that equals the base prior until it is trained.

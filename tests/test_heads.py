@@ -442,3 +442,12 @@ def test_every_head_can_be_given_a_scale() -> None:
     CategoricalHead((), 5, context_shape=(2,)).fit_scale(torch.randint(5, (8,)), torch.randn(8, 2))
     MLPHead((3,), context_shape=(2,)).fit_scale(torch.randn(8, 3), torch.randn(8, 2))
     ConvHead((3, 2, 2), context_shape=(2,)).fit_scale(torch.randn(8, 3, 2, 2), torch.randn(8, 2))
+
+
+def test_the_kind_of_head_can_be_chosen() -> None:
+    prior = Independent(Normal(torch.zeros(64, 2, 4, 4), 3.0), 3)
+    group = Group(prior, None, torch.randn(64, 8, 4, 4))
+    head = make_head(group, kind=MLPHead, width=16)
+    assert isinstance(head, MLPHead)
+    assert head(prior.sample((5,)), group.context).shape == (5, 64)
+    assert (head.scale.sd - 3).abs().max() < 1.5  # standardised all the same
