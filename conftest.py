@@ -62,6 +62,10 @@ def _small_vae() -> dict[str, Any]:
         return Independent(Normal(mean, (0.5 * log_var).exp()), 1)
 
     base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
-    source = SingleGroup(base, posterior, vae["decoder"], module=vae)
+
+    def likelihood(z: Tensor) -> Independent:
+        return Independent(Normal(vae["decoder"](z), 1.0), 1)
+
+    source = SingleGroup(base, posterior, vae["decoder"], module=vae, likelihood=likelihood)
     prior = NCPrior(source, MLPHead((2,)))
     return {"vae": vae, "source": source, "prior": prior, "x": torch.randn(4, 3)}

@@ -1,0 +1,251 @@
+r"""A hierarchical VAE of our own, small enough for a CPU: top-down groups and residual posteriors.
+
+.. math::
+    p(z) = \prod_k N(z_k; \mu_k(h_k), \sigma_k(h_k)), \qquad
+    q(z_k | z_{<k}, x) = N(z_k; \mu_k + \Delta\mu_k, \sigma_k \, e^{\Delta\log\sigma_k})
+
+A state h_k, a map of features, goes down through the groups; each z_k moves it. The posterior sees
+h_k and features s of x. All groups have one resolution, 4×4.
+
+References:
+    | NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat & Kautz, NeurIPS 2020)
+    | Very Deep VAEs Generalize Autoregressive Models (Child, ICLR 2021)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
+
+from ncprior.source import Group, module_fingerprint, require_eval
+
+__all__ = ["HVAE", "HVAESource"]
+
+_SIDE = 4  # of every group's map
+
+
+class HVAE(nn.Module):
+    """A hierarchical VAE of binary 28×28 images with K groups of ``latents`` × 4 × 4.
+
+    Arguments:
+        num_groups: K.
+        latents: Channels of each z_k.
+        width: Channels of h and s.
+        hidden: Channels inside the cells.
+
+    Example:
+        >>> vae = HVAE(num_groups=3, width=16, hidden=8)
+        >>> vae.negative_elbo(torch.rand(5, 1, 28, 28).bernoulli()).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self, *, num_groups: int = 10, latents: int = 2, width: int = 64, hidden: int = 32
+    ) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.encoder = nn.Sequential(  # 32 -> 8 -> 4
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(16, width, 3, padding=1),
+            *(_Cell(width, hidden) for _ in range(3)),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            *(_Cell(width, hidden) for _ in range(3)),
+        )
+        self.h_0 = nn.Parameter(torch.zeros(width, _SIDE, _SIDE))
+        self.rungs = nn.ModuleList(_Rung(latents, width, hidden) for _ in range(num_groups))
+        self.decoder = nn.Sequential(  # 4 -> 8 -> 32
+            _Cell(width, hidden),
+            nn.Conv2d(width, 4 * width, 1),
+            nn.PixelShuffle(2),
+            *(_Cell(width, hidden) for _ in range(3)),
+            nn.SiLU(),
+            nn.Conv2d(width, 16, 3, padding=1),
+            nn.PixelShuffle(4),
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns s, ``(B, width, 4, 4)``, of images ``(B, 1, 28, 28)`` in [0, 1]."""
+        s: Tensor = self.encoder(pad(2 * x - 1, (2, 2, 2, 2), value=-1.0))
+        return s
+
+    def start(self, batch_size: int) -> Tensor:
+        """Returns h_0, ``(B, width, 4, 4)``, the same for every row."""
+        return self.h_0.expand(batch_size, -1, -1, -1)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Returns the logits of p(x | z), ``(B, 1, 28, 28)``, from the last state."""
+        x: Tensor = self.decoder(h)
+        return x[..., 2:-2, 2:-2].float()
+
+    def negative_elbo(self, x: Tensor) -> Tensor:
+        """Returns KL(q, p) - E_q[log p(x | z)] in nats, ``(B,)``, from one draw of z."""
+        misfit, kl = self._misfit_and_kl(x)
+        return misfit + kl.sum(0)
+
+    def warm_up_loss(self, x: Tensor, beta: float) -> Tensor:
+        """Returns the negative ELBO with its KL terms weighted by β, in nats, ``(B,)``.
+
+        While β < 1, a group's weight is also in proportion to its KL, on average β, so that groups
+        that say little yet are not silenced for good.
+
+        References:
+            Vahdat & Kautz (2020), appendix A.
+        """
+        misfit, kl = self._misfit_and_kl(x)
+        weight = torch.full_like(kl[:, :1], beta)
+        if beta < 1:
+            share = kl.detach().mean(1, keepdim=True) + 0.1
+            weight = weight * share / share.mean()
+        return misfit + (weight * kl).sum(0)
+
+    def _misfit_and_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p(x | z), ``(B,)``, and KL(q, p) of every group, ``(K, B)``."""
+        s, h, kl = self.features(x), self.start(len(x)), []
+        rung: Any
+        for rung in self.rungs:
+            p, q, update = rung(h, s)
+            kl.append(kl_divergence(q, p))
+            h = rung.move(h + update, q.rsample())
+        misfit = binary_cross_entropy_with_logits(self.logits(h), x, reduction="none")
+        return misfit.flatten(1).sum(1), torch.stack(kl)
+
+
+class _Rung(nn.Module):
+    """One group: its prior from h, its posterior from h and s, and how z moves h."""
+
+    def __init__(self, latents: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.latents = latents
+        self.prior = _bottleneck(width, hidden, 2 * latents + width)
+        self.posterior = _bottleneck(2 * width, hidden, 2 * latents)
+        self.join = nn.Conv2d(latents, width, 1)
+        self.cell = _Cell(width, hidden)
+
+    def forward(self, h: Tensor, s: Tensor | None) -> tuple[Distribution, Any, Tensor]:
+        """Returns p(z_k | z_<k), q(z_k | z_<k, x) or None, and what p's network adds to h."""
+        sizes = [self.latents, self.latents, h.shape[1]]
+        mean, log_scale, update = self.prior(h).split(sizes, dim=1)
+        mean, log_scale = mean.float(), _bounded(log_scale.float())
+        p = _normal(mean, log_scale.exp())
+        if s is None:
+            return p, None, update
+        shift, log_factor = self.posterior(torch.cat([h, s], dim=1)).float().chunk(2, dim=1)
+        return p, _normal(mean + shift, (log_scale + _bounded(log_factor)).exp()), update
+
+    def move(self, h: Tensor, z: Tensor) -> Tensor:
+        """Returns the next state."""
+        moved: Tensor = self.cell(h + self.join(z.to(self.join.weight.dtype)))
+        return moved
+
+
+class HVAESource:
+    """An :class:`HVAE` as groups of latents; the context is h_k, none for the first group.
+
+    Arguments:
+        model: The VAE, in evaluation mode.
+
+    Example:
+        >>> from ncprior.testing import check_source
+        >>> vae = HVAE(num_groups=3, width=16, hidden=8).eval()
+        >>> check_source(HVAESource(vae), torch.rand(5, 1, 28, 28).bernoulli())
+    """
+
+    def __init__(self, model: HVAE) -> None:
+        self.module = model
+
+    class State(NamedTuple):
+        """The walk in front of group k."""
+
+        h: Tensor  # (B, width, 4, 4)
+        s: Tensor | None  # (B, width, 4, 4)
+        k: int
+
+    @property
+    def num_groups(self) -> int:
+        """K, the number of latent groups."""
+        return self.module.num_groups
+
+    def encode(self, x: Any) -> Tensor:  # noqa: ANN401
+        """Returns features of images ``(B, 1, 28, 28)``; of a tuple or list, of its first item.
+
+        Raises:
+            ValueError: If the images have another shape, or the VAE is in training mode.
+        """
+        require_eval(self.module)
+        x = x[0] if isinstance(x, tuple | list) else x
+        if tuple(x.shape[1:]) != (1, 28, 28):
+            raise ValueError(f"The images must have shape (B, 1, 28, 28); got {tuple(x.shape)}.")
+        return self.module.features(x)
+
+    def start(
+        self, batch_size: int, encoding: Tensor | None = None, condition: None = None
+    ) -> State:
+        """Makes the state in front of the first group."""
+        require_eval(self.module)
+        if condition is not None:
+            raise ValueError("This VAE takes no condition; got one.")
+        return self.State(self.module.start(batch_size), encoding, 0)
+
+    def group(self, state: State) -> Group:
+        """Shows p(z_k | z_<k), q(z_k | z_<k, x) and h_k."""
+        p, q, _ = self.module.rungs[state.k](state.h, state.s)
+        return Group(p, q, state.h.float() if state.k > 0 else None)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Takes z_k, with shape ``(B, latents, 4, 4)``."""
+        rung: Any = self.module.rungs[state.k]
+        _, _, update = rung(state.h, None)
+        return state._replace(h=rung.move(state.h + update, z), k=state.k + 1)
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the mean of p(x | z), ``(B, 1, 28, 28)``."""
+        return self.module.logits(state.h).sigmoid()
+
+    def likelihood(self, state: State) -> Distribution:
+        """Returns p(x | z), Bernoulli pixels."""
+        pixels = Bernoulli(logits=self.module.logits(state.h), validate_args=False)
+        return Independent(pixels, 3, validate_args=False)
+
+    def fingerprint(self) -> str:
+        """Returns :func:`ncprior.source.module_fingerprint` of the VAE."""
+        return module_fingerprint(self.module)
+
+
+class _Cell(nn.Module):
+    """A residual bottleneck: 1×1, 3×3 and 1×1 convolutions."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = _bottleneck(width, hidden, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.layers(h)
+        return h
+
+
+def _bottleneck(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    last = nn.Conv2d(hidden, outputs, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+    return nn.Sequential(
+        nn.SiLU(),
+        nn.Conv2d(inputs, hidden, 1),
+        nn.SiLU(),
+        nn.Conv2d(hidden, hidden, 3, padding=1),
+        nn.SiLU(),
+        last,
+    )
+
+
+def _bounded(log_scale: Tensor) -> Tensor:
+    """Keeps log σ within ±4."""
+    return 4 * torch.tanh(log_scale / 4)
+
+
+def _normal(mean: Tensor, scale: Tensor) -> Distribution:
+    return Independent(Normal(mean, scale, validate_args=False), 3, validate_args=False)
