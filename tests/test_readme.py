@@ -31,17 +31,19 @@ def blocks(text: str) -> list[tuple[int, str]]:
 
 def run(text: str, name: str) -> dict[str, object]:
     """Runs the snippets in order, in one namespace; a traceback shows the page's own lines."""
-    namespace: dict[str, object] = {"__name__": "readme"}
+    namespace: dict[str, object] = {"__name__": "__main__"}
     for above, code in blocks(text):
         exec(compile("\n" * above + code, name, "exec"), namespace)  # noqa: S102 (our own page)
     return namespace
 
 
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippets = README.count("```python") + README.count("<!-- test-setup")
-    assert len(blocks(README)) == snippets  # none is missed for the way it is indented or closed
+@pytest.mark.parametrize("page", ["README.md", "adapters/README.md"])
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    snippets = text.count("```python") + text.count("<!-- test-setup")
+    assert len(blocks(text)) == snippets  # none is missed for the way it is indented or closed
     monkeypatch.chdir(tmp_path)
-    run(README, str(ROOT / "README.md"))
+    run(text, str(ROOT / page))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
