@@ -51,11 +51,10 @@ def test_the_walk_is_the_models_own_and_keeps_the_laws_of_a_source(
 
 
 def test_self_check_neither_uses_nor_moves_the_callers_generator() -> None:
-    source = VDVAESource(vdvae(), temperature=0.5)
+    source, x = VDVAESource(vdvae(), temperature=0.5), images()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert source.self_check([images(), torch.zeros(4)]) == 0.0
-    torch.manual_seed(5)
+    assert source.self_check([x, torch.zeros(4)]) == 0.0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -171,12 +170,23 @@ def test_likelihoods_are_of_bytes_in_nats_per_image() -> None:
 def test_ffhq_256_has_five_bits() -> None:
     """Bytes count as rounded down to multiples of 8, and draws are such."""
     source, x = VDVAESource(vdvae("ffhq_256")), images()
-    law = source.likelihood(drawn(source))
-    assert torch.equal(law.log_prob(x), law.log_prob(x // 8 * 8))
-    assert not torch.equal(law.log_prob(x), law.log_prob((x.int() - 8).clamp(min=0)))
+    state = drawn(source)
+    parameters = source.module.decoder.out_net(source._final(state)).permute(0, 3, 1, 2)
+    rounded = (x // 8 * 8).permute(0, 3, 1, 2) / 255
+    expected = LogisticMixture(parameters, num_bits=5).log_prob(rounded)
+    law = source.likelihood(state)
+    assert torch.equal(law.log_prob(x), expected)
     draws = law.sample((50,))
     assert draws.dtype == torch.uint8 and draws.shape == (50, *x.shape)
     assert draws.max() == 248 and torch.equal(draws % 8, torch.zeros_like(draws))
+
+
+@pytest.mark.parametrize(("num_bits", "last"), [(5, 248), (8, 255)])
+def test_the_last_level_is_a_byte(num_bits: int, last: int) -> None:
+    parameters = torch.zeros(1, 10, 2, 2)
+    parameters[:, [1, 4, 7]] = 50.0  # every location far above the last level
+    draws = ByteImages(LogisticMixture(parameters, num_bits=num_bits)).sample((5,))
+    assert draws.unique().tolist() == [last]
 
 
 def test_draws_of_bytes_have_the_mean() -> None:
