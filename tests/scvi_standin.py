@@ -12,6 +12,14 @@ from torch.nn.functional import one_hot
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 
+class Counts(NegativeBinomial):
+    """Samples in inference mode, as the laws of scvi-tools do."""
+
+    @torch.inference_mode()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return super().sample(sample_shape)
+
+
 class Encoder(nn.Module):
     """Counts to a normal law; z is a transformation of a draw of it."""
 
@@ -72,7 +80,7 @@ class Module(nn.Module):
             return {"px": Poisson(mean)}
         label = y[:, 0] if self.dispersion == "gene-label" else torch.zeros_like(y[:, 0])
         count = self.px_r[label].exp()
-        return {"px": NegativeBinomial(count, logits=mean.log() - count.log())}
+        return {"px": Counts(count, logits=mean.log() - count.log())}
 
 
 class Dataset:
