@@ -377,7 +377,7 @@ def train_vae(
     *,
     epochs: int,
     batch_size: int = 128,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     progress: bool = True,
 ) -> None:
     """Trains a VAE together with its prior on the ELBO of binary images, drawn anew every epoch.

@@ -81,7 +81,7 @@ class _Networks(nn.Module):
         super().__init__()
         if data not in _SETTINGS:
             raise ValueError(f"The data is one of {', '.join(_SETTINGS)}; got {data!r}.")
-        if not 0 < width or round(width * _DOWN[0]) < 1:
+        if round(width * _DOWN[0]) < 1:
             raise ValueError(
                 f"width is a fraction of the filter counts, of which the first is {_DOWN[0]}; "
                 f"got {width}."
