@@ -362,7 +362,8 @@ def _check_source(
         whose = "The file" if stored["vae"] is None else "The source"
         warnings.warn(
             f"{whose} has no fingerprint of the VAE, so that nothing tells whether the heads in "
-            f"{path} were trained on this one. SingleGroup(module=vae) has one.",
+            f"{path} were trained on this one. Give SingleGroup module=vae, or a source of your "
+            f"own a method fingerprint().",
             stacklevel=4,
         )
 

@@ -417,7 +417,9 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
     if (own < others).float().mean() < 0.9:
         warnings.warn(
             "Reconstructions of a row are no closer to it than to other rows. Is the posterior's "
-            "scale a standard deviation? From a log-variance it is (0.5 * log_var).exp().",
+            "scale a standard deviation (from a log-variance, (0.5 * log_var).exp())? Does "
+            "advance or decode leave something out, or group mix up its inputs? Compare with the "
+            "model's own forward pass.",
             stacklevel=4,
         )
 

@@ -76,10 +76,14 @@ class Group(NamedTuple):
 class LatentSource(Protocol[E, S]):
     """A pretrained VAE, seen as groups of latents visited in order.
 
-    Encodings, states and conditions are pytrees of tensors whose first axis is the batch. A source
-    does its work in ``start`` and ``advance``; ``group`` is a pure view, called any number of
-    times. A source never disables gradients and never detaches; its callers do.
+    Encodings, states and conditions are pytrees of tensors whose first axis is the batch. ``start``
+    and ``advance`` make states; ``group`` and ``decode`` only look at one, any number of times, and
+    draw nothing. A source never disables gradients and never detaches; its callers do.
     :func:`ncprior.testing.check_source` tests an implementation.
+
+    Optional are ``module``, the VAE, for the checks that it stays as it was; ``fingerprint() ->
+    str``, to refuse heads of another VAE; and ``likelihood(state) -> Distribution`` over x, for
+    :mod:`ncprior.likelihood`.
 
     Example:
         >>> state = source.start(4)                    # no x: the prior's walk
@@ -111,7 +115,7 @@ class LatentSource(Protocol[E, S]):
         ...
 
     def decode(self, state: S) -> Tensor:
-        """Returns the decoder's mean, with shape ``(B, ...)``."""
+        """Returns the decoder's mean, one tensor of shape ``(B, ...)``."""
         ...
 
 

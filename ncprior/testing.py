@@ -25,7 +25,8 @@ _HALF = (torch.float16, torch.bfloat16)
 def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     """Checks that a source keeps the laws of :class:`ncprior.LatentSource`.
 
-    Checked are shapes and dtypes; that priors and contexts know nothing of x; that ``group`` is
+    It is silent if all laws hold, and knows nothing of the numbers that the model itself gives:
+    compare those once (see ``adapters/README.md``). Checked are shapes and dtypes; that priors and contexts know nothing of x; that ``group`` is
     pure and ``advance`` leaves the old state usable; that rows of a walk are the walk of those
     rows, down to one row; that one seed gives one walk; that gradients reach every latent; and
     that grad mode and the VAE (parameters, ``.grad``, buffers, flags) stay as they were.
@@ -50,13 +51,16 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     with _frozen(source), torch.random.fork_rng(cuda), torch.no_grad():
         encoding = source.encode(x)
         count = num_rows(encoding)
-        _require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
+        _check_count(x, count)
         _check_first_axis(encoding, count, "encode(x)")
         walk = _walk(source, (count, encoding, None))
         free = _walk(source, (count, None, condition), walk.latents)
         for state, z in (*zip(walk.states, walk.latents), *zip(free.states, free.latents)):  # noqa: B905
-            _check_purity(source, state)
-            _check_fork(source, state, z)
+            with _naming_old_states():
+                _check_purity(source, state)
+                _check_fork(source, state, z)
+        for last, start in ((walk.states[-1], x), (free.states[-1], None)):
+            _check_decoder(source, last, start)
         _check_blindness(source, walk, free)
         for rows in ([count - 1, 0], [0]):
             _check_encoding_rows(source, x, encoding, rows)
@@ -64,6 +68,17 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
             _check_walk_rows(source, free, rows)
         _check_gradients(source, walk)
         _check_gradients(source, free)
+
+
+@contextmanager
+def _naming_old_states() -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, KeyError, AttributeError) as error:
+        raise AssertionError(
+            f"group or advance fails when a state is used again ({error!r}). Does advance change a "
+            f"list or dict of the old state? Make a new one."
+        ) from error
 
 
 class _Walk(NamedTuple):
@@ -88,6 +103,8 @@ def _walk(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk
         states.append(source.advance(states[-1], drawn[-1]))
     _check_first_axis(states[-1], count, "The last state")
     x = source.decode(states[-1])
+    kind = type(x).__name__
+    _require(isinstance(x, Tensor), f"decode(state) must return one tensor; got a {kind}.")
     _check_first_axis(x, count, "decode(state)")
     _require(
         torch.is_grad_enabled() == mode,
@@ -106,9 +123,26 @@ def _check_methods(source: Source) -> None:
     _require(good, f"num_groups must be an int of at least 1; got {count}.")
 
 
+def _check_count(x: Tree, count: int) -> None:
+    _require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
+    rows = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim > 0}
+    _require(
+        len(rows) != 1 or rows == {count},
+        f"encode(x): x has {min(rows, default=0)} rows and its encoding {count}. The batch must be "
+        f"the first axis of every tensor of an encoding.",
+    )
+
+
 def _check_group(group: Group, z: Tensor, count: int, name: str) -> None:
     _check_first_axis(group.context, count, f"{name}: the context")
     _check_dtype(group.context, f"{name}: the context")
+    p, q = group.prior, group.posterior
+    if isinstance(p, Distribution) and isinstance(q, Distribution):
+        _require(
+            len(p.event_shape) != len(q.event_shape) or p.event_shape == q.event_shape,
+            f"{name}: the prior's event shape is {tuple(p.event_shape)} and the posterior's "
+            f"{tuple(q.event_shape)}. Is the group the state's own?",
+        )
     _check_law(group.prior, z, f"{name}: the prior")
     if group.posterior is not None:
         _check_law(group.posterior, z, f"{name}: the posterior")
@@ -178,7 +212,11 @@ def _check_purity(source: Source, state: Tree) -> None:
     before, seen = _clone(state), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        seen.append(_seen(source.group(state)))
+        generator = torch.get_rng_state()
+        group = source.group(state)
+        drawn = not torch.equal(torch.get_rng_state(), generator)
+        _require(not drawn, "group(state) draws: it must show distributions, and draw nothing.")
+        seen.append(_seen(group))
     _require_same(state, before, "group(state) has changed the state: it must be a pure view.")
     _require_same(
         seen[1],
@@ -186,6 +224,27 @@ def _check_purity(source: Source, state: Tree) -> None:
         "A second group(state) differs, or draws otherwise under the same seed: group must be a "
         "pure view, and draws must come from torch's global generator.",
     )
+
+
+def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
+    first, again = source.decode(state), source.decode(state)
+    law = "A second decode(state) differs: it must return the mean of p(x | z) and draw nothing."
+    _require_same(again, first, law)
+    images = x[0] if isinstance(x, tuple | list) else x
+    if isinstance(images, Tensor) and _knows_likelihood(source, state):
+        shape = tuple(source.likelihood(state).log_prob(images).shape)  # type: ignore[attr-defined]
+        _require(
+            shape == (len(images),),
+            f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
+            f"Independent sums over axes.",
+        )
+
+
+def _knows_likelihood(source: Source, state: Tree) -> bool:
+    try:
+        return isinstance(source.likelihood(state), Distribution)  # type: ignore[attr-defined]
+    except (AttributeError, ValueError):  # it has none, and may say why
+        return False
 
 
 def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
@@ -220,7 +279,8 @@ def _check_walk_rows(source: Source, walk: _Walk, rows: list[int]) -> None:
 
 _COMPANY = (
     "some rows alone differ from the same rows of a batch. A walk must not depend on its company: "
-    "no batch statistics, and the batch as first axis of every encoding and state."
+    "no batch statistics, the batch as first axis of every encoding and state, and no number of "
+    "rows kept in a state."
 )
 
 

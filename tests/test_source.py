@@ -703,6 +703,61 @@ class OwnGenerator(Ladder):
         return super().advance(state, z + 0.1 * noise)
 
 
+class DrawsAside(Ladder):
+    """Draws, and forgets what it has drawn."""
+
+    def group(self, state: Rung) -> Group:
+        torch.randn(3)
+        return super().group(state)
+
+
+class DrawsInDecode(Ladder):
+    def decode(self, state: Rung) -> Tensor:
+        return Normal(super().decode(state), 1.0).sample()
+
+
+class TwoOutputs(Ladder):
+    def decode(self, state: Rung) -> Any:
+        return super().decode(state), state.h
+
+
+class OtherEvent(Ladder):
+    def group(self, state: Rung) -> Group:
+        group = super().group(state)
+        if group.posterior is None:
+            return group
+        return group._replace(posterior=Independent(Normal(torch.zeros(5, 3), 1.0), 1))
+
+
+class EncodingOnAxisOne(Ladder):
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x).T
+
+
+class PopsFromAList(Ladder):
+    """Keeps features in a list of the state, and takes the next one out of it."""
+
+    def start(
+        self, batch_size: int, encoding: Tensor | None = None, condition: None = None
+    ) -> Any:
+        return [super().start(batch_size, encoding, condition), [torch.zeros(batch_size)]]
+
+    def group(self, state: Any) -> Group:
+        return super().group(state[0])
+
+    def advance(self, state: Any, z: Tensor) -> Any:
+        features = state[1]
+        return [super().advance(state[0], z), [features.pop()]]
+
+    def decode(self, state: Any) -> Tensor:
+        return super().decode(state[0])
+
+
+class LikelihoodByPixel(Ladder):
+    def likelihood(self, state: Rung) -> Normal:
+        return Normal(self.decode(state), 1.0)
+
+
 class BatchNormInTraining(Ladder):
     def encode(self, x: Tensor) -> Tensor:
         self.encoder[1].train()
@@ -742,7 +797,14 @@ BROKEN = {
     NoGrad: "no gradient reaches z",
     TurnsGradientsOff: "turned gradients on or off",
     TurnsGradientsOn: "turned gradients on or off",
-    DrawsInGroup: "group must be a pure view",
+    DrawsInGroup: "it must show distributions, and draw nothing",
+    DrawsAside: "it must show distributions, and draw nothing",
+    DrawsInDecode: "must return the mean of p.x . z. and draw nothing",
+    TwoOutputs: "decode.state. must return one tensor; got a tuple",
+    OtherEvent: r"prior's event shape is \(2,\) and the posterior's \(3,\)",
+    EncodingOnAxisOne: "x has 5 rows and its encoding 8",
+    PopsFromAList: "fails when a state is used again .IndexError",
+    LikelihoodByPixel: r"must have shape \(5,\); got \(5, 3\)",
     WritesInGroup: "has changed the state",
     WritesInAdvance: "stays usable",
     WritesZ: "has changed the state or z",
