@@ -74,6 +74,8 @@ def audio() -> tuple[nn.Module, Tensor]:
 
 
 def video() -> tuple[nn.Module, Tensor]:
+    if not hasattr(diffusers, "AutoencoderKLWan"):
+        pytest.skip("this diffusers has no AutoencoderKLWan")
     model = diffusers.AutoencoderKLWan(
         base_dim=4,
         z_dim=2,
@@ -157,7 +159,7 @@ def test_heads_for_maps_train_and_the_model_stays() -> None:
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("size", ((15, 16), (16, 10), (9, 9), (12, 12), (20, 16)))
+@pytest.mark.parametrize("size", ((15, 16), (16, 10), (17, 16), (9, 9), (12, 12)))
 def test_images_that_would_lose_their_margin_are_refused(size: tuple[int, int]) -> None:
     blocks = {"block_out_channels": (8,) * 4}
     blocks |= {"down_block_types": SMALL["down_block_types"] * 2}  # type: ignore[dict-item]
@@ -226,6 +228,8 @@ def test_a_deterministic_latent_dist_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_latent_dist_that_is_no_distribution_is_refused() -> None:
+    if not hasattr(diffusers, "AutoencoderKLCosmos"):
+        pytest.skip("this diffusers has no AutoencoderKLCosmos")
     model = diffusers.AutoencoderKLCosmos(
         latent_channels=2,
         encoder_block_out_channels=(8, 8, 8),
