@@ -274,11 +274,11 @@ def test_training_mode_is_refused() -> None:
     model, x = build(), images()
     source = DiffusersSource(model)
     encoding = source.encode(x)
-    model.decoder.train()
+    model.quant_conv.train()
     for call in (
         lambda: DiffusersSource(model),
         lambda: source.encode(x),
         lambda: source.start(4, encoding),
     ):
-        with pytest.raises(ValueError, match="decoder is in training mode"):
+        with pytest.raises(ValueError, match="quant_conv is in training mode"):
             call()
