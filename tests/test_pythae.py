@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +247,18 @@ def test_heads_train_on_pythaes_own_data_set() -> None:
     with pytest.warns(UserWarning, match="held out"):
         fit(prior, loader, steps=5, progress=False)
     assert everything(model) == before
+
+
+@pytest.mark.parametrize("name", ("VAE", "VAMP", "RAE_L2"))
+def test_a_model_loaded_from_a_folder_is_the_same_source(name: str, tmp_path: Path) -> None:
+    model, x = build(name), torch.rand(4, *SHAPE)
+    model.save(str(tmp_path))
+    sources = []
+    for each in (model, zoo.AutoModel.load_from_folder(str(tmp_path)).eval()):
+        sources.append(PythaeSource(each, noise=0.2 if name in CODES else None))
+    first, second = (source.encode(x).posterior["Normal"]["loc"] for source in sources)
+    assert torch.equal(first, second)
+    assert sources[0].fingerprint() == sources[1].fingerprint()
 
 
 @pytest.mark.parametrize("name", REFUSED)
