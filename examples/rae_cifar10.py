@@ -229,8 +229,12 @@ def main() -> None:
     print(f"{'posterior':<15} {first.d_post:>8.2f}    100.0 %\n")
     more = gap_difference(results["NCP on GMM-10"], first)
     print(f"NCP on GMM-10 less GMM-10, paired: {percent(*more)}")
-    rest = gap("NCP on GMM-10", base="GMM-10")
-    print(f"of what GMM-10 leaves, NCP closes: {percent(rest.gap_closed, rest.low, rest.high)}")
+    try:
+        rest = gap("NCP on GMM-10", base="GMM-10")
+        closed = percent(rest.gap_closed, rest.low, rest.high)
+    except ValueError as error:  # the mixture alone may leave nothing that can be measured
+        closed = str(error)
+    print(f"of what GMM-10 leaves, NCP closes: {closed}")
     print(f"{time.perf_counter() - started:.0f} s")
     if options.picture is not None:
         save_picture(options.picture, [test.images[:16], *shown.values()])
