@@ -1,15 +1,21 @@
 """NCP on NVAE: wrap a checkpoint, or train a small NVAE on MNIST here, and measure the hole closed.
 
     git clone https://github.com/NVlabs/NVAE      # its licence is non-commercial: it is not ours
-    NCPRIOR_DATA=<folder> python examples/nvae.py --nvae NVAE            # about 15 minutes on a CPU
+    NCPRIOR_DATA=<folder> python examples/nvae.py --nvae NVAE --save small.pt   # 12 minutes' CPU time
     python examples/nvae.py --nvae NVAE --quick                          # to see it run
-    python examples/nvae.py --nvae NVAE --checkpoint checkpoint.pt       # your own checkpoint
+    python examples/nvae.py --nvae NVAE --checkpoint small.pt            # or a checkpoint of yours
 
 Without a checkpoint, a small NVAE (10 groups of 2×4×4 latents) is trained on MNIST, then a ratio
 head for every group on the frozen NVAE. Printed are every group's report, and which share of the
 gap between the base prior and the posterior SIR closes, as a Fréchet distance on features of
 a classifier of digits. With a checkpoint (of MNIST, CIFAR-10, or VAEBM's), heads are trained and
-reported on its groups.
+reported on its groups, and on MNIST the gap is measured.
+
+What to expect: so short a training leaves the NVAE at a negative ELBO of 114 nats, and heads after
+500 steps find little (seed 0: JSD of at most 0.06 nats, in group 6) and close nothing of the gap
+that can be measured: -3 % (-12 to 6), with D 105 of the base prior and 44 of the posterior; 94 of
+the base prior with its BatchNorm statistics readjusted. More of --vae-steps and --steps is the way
+to numbers that mean something.
 """
 
 import argparse
@@ -140,7 +146,7 @@ def measure(
     train(classifier, misfit, len(data.labels), steps=steps, batch_size=128, name="classifier")
 
     def features(images: Tensor) -> Tensor:
-        return classifier.features(images[..., 2:30, 2:30])
+        return classifier.features(images[..., 2:30, 2:30].cpu())
 
     sampler = partial(sir, num_proposals=options.num_proposals)
     arms = partial(draw_arms, prior, sampler, x, features=features)
@@ -173,6 +179,8 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="a checkpoint.pt of it; else one is trained"
     )
+    parser.add_argument("--save", type=Path, help="where to save the NVAE that is trained here")
+    parser.add_argument("--vae-steps", type=int, default=1200, help="steps of training of it")
     parser.add_argument("--trust-pickle", action="store_true", help="the checkpoint may run code")
     parser.add_argument("--steps", type=int, default=500, help="steps of training of the heads")
     parser.add_argument("--num-proposals", type=int, default=50, help="M of SIR")
@@ -194,7 +202,12 @@ def main() -> None:
     data, test = read(dataset, "train"), read(dataset, "test")
     if vae is None:
         x = torch.bernoulli(pad(data.images, (2, 2, 2, 2)))
-        vae = train_small(build, utils, x, steps=20 if options.quick else 1200)
+        vae = train_small(build, utils, x, 20 if options.quick else options.vae_steps)
+        if options.save is not None:
+            args = argparse.Namespace(**SMALL)
+            arch_instance = utils.get_arch_cells(args.arch_instance)
+            contents = {"args": args, "arch_instance": arch_instance}
+            torch.save({**contents, "state_dict": vae.state_dict()}, options.save)
     source = NVAESource(vae)
     device = next(vae.parameters()).device
     x, x_test = (as_taken(part.images, vae).to(device) for part in (data, test))
@@ -206,7 +219,7 @@ def main() -> None:
     history = fit(prior, x, held_out=x_test[:500], steps=steps, batch_size=128)
     print(f"held-out loss, summed over groups: {sum(history.best_loss):.3f} nats")
     print(diagnose(prior, x_test[500:1500], train=x[:1000], num_draws=2000))
-    if options.checkpoint is None:
+    if dataset == "mnist":
         measure(prior, x, data, test.images, options)
 
 
