@@ -155,8 +155,8 @@ def _bounds(
                     f"The likelihood needs log p(z); the prior {type(p).__name__} of group {k} "
                     f"can only be sampled."
                 )
-            z = q.sample()
-            log_w = log_w + _wide(p.log_prob(z) - q.log_prob(z))
+            z, log_q = _sample_and_log_prob(q)
+            log_w = log_w + _wide(p.log_prob(z) - log_q)
             if prior is not None and prior.is_on(k):
                 log_gain = log_gain + _sir_gain(
                     prior, k, group, z, num_proposals, num_pools, chunk_size
@@ -186,6 +186,15 @@ def _sir_gain(
             total = torch.logaddexp(total, log_r(others).logsumexp(0))
         estimates.append(own - total + math.log(m))
     return torch.stack(estimates).logsumexp(0) - math.log(num_pools)
+
+
+def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Draws z and its density; a flowed posterior may know it at its own draws alone."""
+    if hasattr(q, "sample_and_log_prob"):
+        z, log_q = q.sample_and_log_prob()
+        return z, log_q
+    z = q.sample()
+    return z, q.log_prob(z)
 
 
 def _tile(tree: Any, count: int) -> Any:  # noqa: ANN401

@@ -94,6 +94,7 @@ def fit(
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-2,
     noise_weight: float = 1.0,
+    num_draws: int = 1,
     max_grad_norm: float | None = 5.0,
     ema_decay: float = 0.999,
     eval_every: int = 100,
@@ -120,6 +121,8 @@ def fit(
         learning_rate: The first learning rate.
         weight_decay: AdamW's weight decay.
         noise_weight: ν, see :func:`ncprior.nce_loss`.
+        num_draws: Draws of z_k per row and step, from posterior and prior each. Where the VAE's
+            walk costs more than its heads, several make better use of it.
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
         ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
         eval_every: Steps between rows of the history and held-out losses.
@@ -153,6 +156,7 @@ def fit(
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "noise_weight": noise_weight,
+        "num_draws": num_draws,
         "max_grad_norm": max_grad_norm,
         "ema_decay": ema_decay,
         "eval_every": eval_every,
@@ -161,7 +165,13 @@ def fit(
     }
     _check_arguments(settings, checkpoint_every, patience)
     optimizer = torch.optim.AdamW(prior.parameters(), learning_rate, weight_decay=weight_decay)
-    trainer = NCETrainer(prior, optimizer, noise_weight=noise_weight, max_grad_norm=max_grad_norm)
+    trainer = NCETrainer(
+        prior,
+        optimizer,
+        noise_weight=noise_weight,
+        num_draws=num_draws,
+        max_grad_norm=max_grad_norm,
+    )
     saved = _load(checkpoint)
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
     train, held_out = _parts(data, held_out, split_seed)

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ncprior.heads import make_head
 from ncprior.nce import nce_loss
@@ -139,16 +139,18 @@ class NCPrior(nn.Module):
         _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
         return cls(source, heads)
 
-    def forward(self, x: Any, noise_weight: float = 1.0) -> Tensor:  # noqa: ANN401
+    def forward(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
         """The same as :meth:`nce_loss`, for one loss, one backward and plain DDP."""
-        return self.nce_loss(x, noise_weight)
+        return self.nce_loss(x, noise_weight, num_draws)
 
-    def nce_loss(self, x: Any, noise_weight: float = 1.0) -> Tensor:  # noqa: ANN401
+    def nce_loss(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
         """Returns each group's NCE loss, under z_<k drawn from the posterior.
 
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
+            num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with
+                the first.
 
         Returns:
             The losses in nats, with shape ``(K,)``.
@@ -160,7 +162,7 @@ class NCPrior(nn.Module):
             >>> prior.nce_loss(x).shape
             torch.Size([1])
         """
-        return torch.stack(list(group_losses(self, x, noise_weight)))
+        return torch.stack(list(group_losses(self, x, noise_weight, num_draws)))
 
     @torch.no_grad()
     def sample(self, batch_size: int, sampler: Sampler, *, condition: Any = None) -> Sample:  # noqa: ANN401
@@ -374,24 +376,29 @@ class NCPrior(nn.Module):
             return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))
 
 
-def group_losses(prior: NCPrior, x: Any, noise_weight: float) -> Iterator[Tensor]:  # noqa: ANN401
+def group_losses(
+    prior: NCPrior,
+    x: Any,  # noqa: ANN401
+    noise_weight: float,
+    num_draws: int,
+) -> Iterator[Tensor]:
     """Yields each group's NCE loss in turn; one walk, of which only one head is alive at a time.
 
     Example:
-        >>> for loss in group_losses(prior, x, noise_weight=1.0):
+        >>> for loss in group_losses(prior, x, noise_weight=1.0, num_draws=1):
         ...     loss.backward()
     """
-    source = prior.source
+    source, count = prior.source, Size((num_draws,))
     require_eval(source, getattr(source, "module", None))
     with torch.no_grad():
-        encoding = prior.source.encode(x)
-        state = prior.source.start(num_rows(encoding), encoding)
-    for k in range(prior.source.num_groups):
+        encoding = source.encode(x)
+        state = source.start(num_rows(encoding), encoding)
+    for k in range(source.num_groups):
         with torch.no_grad():
-            group = prior.source.group(state)
-            z_q, z_p = posterior_of(group).sample(), group.prior.sample()
-            if k + 1 < prior.source.num_groups:
-                state = prior.source.advance(state, z_q)
+            group = source.group(state)
+            z_q, z_p = posterior_of(group).sample(count), group.prior.sample(count)
+            if k + 1 < source.num_groups:
+                state = source.advance(state, z_q[0])
         log_r = prior.log_r(k, torch.stack([z_q, z_p.to(z_q.dtype)]), group.context)
         yield nce_loss(log_r[0], log_r[1], noise_weight)
 

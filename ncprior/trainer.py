@@ -49,11 +49,14 @@ class NCETrainer:
         optimizer: An optimizer of the heads' parameters.
         backward: Back-propagates a loss.
         noise_weight: ν, see :func:`ncprior.nce_loss`.
+        num_draws: Draws of z_k per row and step, from posterior and prior each. Where the VAE's
+            walk costs more than its heads, several make better use of it.
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
 
     Raises:
         TypeError: If the prior is wrapped in DistributedDataParallel.
-        ValueError: If the optimizer holds parameters that are not the heads'.
+        ValueError: If the optimizer holds parameters that are not the heads', or ``num_draws``
+            is below 1.
 
     Example:
         >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-3))
@@ -70,8 +73,11 @@ class NCETrainer:
         *,
         backward: Callable[[Tensor], Any] = Tensor.backward,
         noise_weight: float = 1.0,
+        num_draws: int = 1,
         max_grad_norm: float | None = 5.0,
     ) -> None:
+        if num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
         if isinstance(prior, DistributedDataParallel):
             raise TypeError(
                 "NCETrainer takes the NCPrior itself, not DistributedDataParallel(prior): it goes "
@@ -88,6 +94,7 @@ class NCETrainer:
         self.optimizer = optimizer
         self.backward = backward
         self.noise_weight = noise_weight
+        self.num_draws = num_draws
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.steps = 0
         if _world_size() > 1:
@@ -115,7 +122,7 @@ class NCETrainer:
         """
         self._zero_gradients()
         losses = []
-        for loss in group_losses(self.prior, x, self.noise_weight):
+        for loss in group_losses(self.prior, x, self.noise_weight, self.num_draws):
             if loss.requires_grad:  # not a head without parameters
                 self.backward(loss)
             losses.append(loss.detach())

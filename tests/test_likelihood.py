@@ -127,6 +127,36 @@ def test_bounds_of_a_convolutional_hierarchy_have_one_value_per_image() -> None:
     assert (many > elbo - 1).all()
 
 
+def test_a_posterior_that_knows_its_density_at_its_own_draws_will_do() -> None:
+    """As that of NVAE with flows, whose inverse is not at hand."""
+
+    class Flowed(Normal):
+        def log_prob(self, value: Tensor) -> Tensor:
+            raise NotImplementedError
+
+        def sample_and_log_prob(self) -> tuple[Tensor, Tensor]:
+            z = self.sample()
+            return z, super().log_prob(z).sum(-1)
+
+    class Source:
+        """The linear VAE, with the true posterior as a flow would give it."""
+
+        num_groups = 1
+
+        def __init__(self) -> None:
+            self.inner = linear()
+            self.encode, self.start = self.inner.encode, self.inner.start
+            self.advance, self.likelihood = self.inner.advance, self.inner.likelihood
+
+        def group(self, state: Any) -> Any:
+            group = self.inner.group(state)
+            q: Any = group.posterior
+            return group._replace(posterior=Flowed(q.mean, q.stddev, validate_args=False))
+
+    x = torch.randn(20, 1)
+    assert torch.allclose(iwae(Source(), x, num_samples=3), evidence(x), atol=1e-5)  # type: ignore[arg-type]
+
+
 def test_what_has_no_likelihood_is_refused() -> None:
     problem = CorrelatedPair()
     with pytest.raises(ValueError, match="does not know"):

@@ -301,7 +301,7 @@ def test_nce_loss_is_the_objective_of_every_group_along_the_posterior() -> None:
         torch.manual_seed(3)
         assert torch.equal(prior(x, nu), losses)
         torch.manual_seed(3)
-        assert torch.equal(torch.stack(list(group_losses(prior, x, nu))), losses)
+        assert torch.equal(torch.stack(list(group_losses(prior, x, nu, 1))), losses)
 
 
 @UNTRAINED

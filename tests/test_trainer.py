@@ -297,3 +297,39 @@ def test_training_under_autocast() -> None:
         metrics = trainer.step(torch.randn(16, 3))
     assert metrics.loss.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in prior.parameters())
+
+
+def test_several_draws_are_of_one_walk_and_average() -> None:
+    """The loss of n draws has its mean where one has, and less scatter; the VAE walks once."""
+    problem = CorrelatedPair()
+    prior, x = NCPrior(problem, problem.heads()), problem.data(50)
+    calls = []
+    encode = problem.encode
+    object.__setattr__(problem, "encode", lambda x: calls.append(1) or encode(x))
+    losses = {}
+    for n in (1, 16):
+        calls.clear()
+        losses[n] = torch.stack([prior.nce_loss(x, num_draws=n) for _ in range(300)])
+        assert len(calls) == 300
+    exact = 2 * math.log(2) - 2 * problem.jsd
+    for n in (1, 16):
+        error = losses[n][:, 1].std() / 300**0.5
+        # x is given: what is left of its own scatter is shared by all of them.
+        assert abs(losses[n][:, 1].mean() - losses[1][:, 1].mean()) < 5 * error + 0.01
+    assert losses[16][:, 1].std() < 0.7 * losses[1][:, 1].std()
+    assert abs(losses[16][:, 1].mean() - exact) < 0.2
+
+
+def test_one_draw_is_the_same_with_or_without_saying_so() -> None:
+    problem = CorrelatedPair()
+    prior, x = NCPrior(problem, problem.heads()), problem.data(50)
+    torch.manual_seed(0)
+    said = prior.nce_loss(x, num_draws=1)
+    torch.manual_seed(0)
+    assert torch.equal(prior.nce_loss(x), said)
+
+
+def test_no_draws_are_refused() -> None:
+    prior = ladder_prior()
+    with pytest.raises(ValueError, match="num_draws must be at least 1; got 0"):
+        NCETrainer(prior, torch.optim.SGD(prior.parameters(), 0.1), num_draws=0)
