@@ -54,6 +54,26 @@ class Classifier(nn.Module):
         return self.logits(self.features(x))
 
 
+@torch.no_grad()
+def settle(vae: VAE, images: Tensor) -> None:
+    """Averages the batch statistics anew, under the final weights.
+
+    RAE's moving averages keep 99 % per step: after a short training they lag behind, and what the
+    frozen VAE decodes is grey.
+    """
+    norms = [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)]
+    momentum = norms[0].momentum
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+    vae.train()
+    for batch in images[:5000].split(100):
+        vae.loss(batch)
+    vae.eval()
+    for norm in norms:
+        norm.momentum = momentum
+
+
 def trained_vae(images: Tensor, cache: Path, width: float, steps: int, seed: int) -> VAE:
     """The VAE from the cache, if it was trained with these settings, else trained and kept there."""
     vae, file = (
@@ -71,6 +91,7 @@ def trained_vae(images: Tensor, cache: Path, width: float, steps: int, seed: int
         learning_rate=1e-3,
         name="VAE",
     )
+    settle(vae, images)
     save_tensors(file, vae.state_dict(), {})
     print(f"VAE: trained, and kept in {file}")
     return vae
