@@ -76,10 +76,8 @@ def settle(vae: VAE, images: Tensor) -> None:
 
 def trained_vae(images: Tensor, cache: Path, width: float, steps: int, seed: int) -> VAE:
     """The VAE from the cache, if it was trained with these settings, else trained and kept there."""
-    vae, file = (
-        VAE("cifar10", width=width),
-        cache / f"rae_cifar10-{width}-{steps}-{seed}.safetensors",
-    )
+    vae = VAE("cifar10", width=width)
+    file = cache / f"rae_cifar10-{width}-{steps}-{seed}.safetensors"
     if file.exists():
         vae.load_state_dict(load_tensors(file)[0])
         print(f"VAE: taken from {file}")
