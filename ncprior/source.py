@@ -12,7 +12,7 @@ choice of z_k. A state is a value: a walk can be forked, indexed, cached and com
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -343,7 +343,8 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
         >>> num_rows({"loc": torch.zeros(5, 2), "scale": (torch.ones(5), None)})
         5
     """
-    for leaf in tree_leaves(tree):
+    # A mapping of a loader's own type, such as pythae's, is no pytree to torch.
+    for leaf in tree_leaves(dict(tree) if isinstance(tree, Mapping) else tree):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)
     raise ValueError(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,21 @@ def test_patience_counts_evaluations_since_the_last_progress_of_any_group(
     assert history.stopped == "no progress on held-out data since step 8"
     assert [row.step for row in history.rows] == [2, 4, 6, 8, 10, 12, 14]
     assert history.best_step == [2, 4, 8]
+
+
+def test_batches_of_a_loaders_own_mapping_can_be_held_out() -> None:
+    """As pythae's data sets yield them: a subclass of OrderedDict is no pytree to torch."""
+
+    class Output(OrderedDict[str, Tensor]):
+        pass
+
+    vae = VAE()
+    source = SingleGroup(
+        base(), lambda batch: vae.posterior(batch["data"]), vae.decode, module=vae
+    )
+    batches = [Output(data=torch.randn(16, 3)) for _ in range(4)]
+    history = fit(NCPrior(source, MLPHead((2,))), batches, held_out=batches, steps=2, **QUIET)
+    assert history.best_loss is not None
 
 
 def test_gating_switches_off_heads_that_learnt_nothing_that_holds(
