@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +59,8 @@ class _Settings:
     num_samples: int = 5000
     generations: int = 5
     log_z_draws: int = 100_000
+    # Small networks gain little by more threads, and lose all where other work holds the cores.
+    threads: int | None = 1
 
 
 _SETTINGS = {
@@ -74,6 +78,7 @@ _SETTINGS = {
         num_features=64,
         num_proposals=500,
         num_samples=10_000,
+        threads=None,
     ),
 }
 _SHOWN = 16  # images per row of the picture
@@ -119,7 +124,8 @@ def run_demo(
     if importlib.util.find_spec("matplotlib") is None:  # known now, not after minutes of training
         raise ImportError("The demonstration needs matplotlib: pip install 'ncprior[demo]'")
     settings = _SETTINGS[data]
-    with unwound_by_sigterm(), staged(out) as folder, torch.random.fork_rng(devices=[]):
+    generators = torch.random.fork_rng(devices=[])
+    with unwound_by_sigterm(), staged(out) as folder, generators, _threads(settings.threads):
         torch.manual_seed(seed)
         result: dict[str, Any] = {"data": data, "seed": seed}
         result |= _run(*_read(data, settings.held_out, seed), folder, settings, progress)
@@ -223,6 +229,17 @@ def _draw_pictures(data: Tensor, first: dict[str, Generation], axes: Tensor, fol
     arms = {"base prior": base, "NCP": ours, "aggregate posterior": posterior}
     clouds = {label: arm.latents[0][:_SCATTERED] for label, arm in arms.items()}
     plot_latents(clouds, axes).savefig(folder / "latents.png", dpi=150)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Computes with so many threads, and afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _mean(values: Tensor) -> float:

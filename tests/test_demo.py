@@ -254,6 +254,19 @@ def tilted() -> NCPrior:
     return NCPrior(source, Tilt())
 
 
+def test_the_number_of_threads_is_put_back() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with demo._threads(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with demo._threads(None):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_arms_are_what_they_are_called(tilted: NCPrior) -> None:
     features, first = draw_arms(
         tilted,
