@@ -109,7 +109,7 @@ def test_both_samplers_take_a_mixture(kind: str) -> None:
 
     for z in (
         sir(rows, log_r, num_proposals=400).z,
-        langevin(rows, log_r, num_steps=200, step_size=0.1, adjusted=True).z,
+        langevin(rows, log_r, num_steps=300, step_size=0.5, adjusted=True).z,
     ):
         error = z.std(0) / math.sqrt(len(z))
         assert ((z.mean(0) - shifted).abs() < 4 * error + 0.01).all()

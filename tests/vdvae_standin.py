@@ -14,6 +14,8 @@ class Hyperparameters(dict[str, Any]):
     """Missing names give None, as VDVAE's do."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # or Python 3.10 takes None for a method of copying
+            raise AttributeError(name)
         return self.get(name)
 
 
