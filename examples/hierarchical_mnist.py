@@ -34,7 +34,7 @@ from ncprior.evaluation import gap_closed, mmd
 from ncprior.files import load_tensors, save_tensors
 from ncprior.geometry import PCA, nearest
 from ncprior.heads import MLPHead
-from ncprior.likelihood import iwae, sir_iwae
+from ncprior.likelihood import log_likelihood
 from ncprior.plots import plot_samples
 
 
@@ -139,19 +139,14 @@ def print_mmd(first: dict[str, Generation]) -> list[tuple[float, float]]:
 def log_likelihoods(prior: NCPrior, flat: SingleGroup, x: Tensor, quick: bool) -> dict[str, float]:
     """Means over x of the bounds on log p(x), in nats, and the gain of SIR with its error."""
     count = 20 if quick else 100
-    flat_bound = torch.cat([iwae(flat, part, num_samples=count) for part in x.split(50)])
-    base = torch.cat([iwae(prior.source, part, num_samples=count) for part in x.split(50)])
     few = x[: 100 if quick else 300]
-    bounds = [
-        sir_iwae(prior, part, num_samples=10, num_proposals=100, chunk_size=20_000)
-        for part in few.split(50)
-    ]
-    gain = torch.cat([b.sir - b.base for b in bounds])
+    ours = log_likelihood(prior, few, num_samples=10, num_proposals=100, chunk_size=20_000)
+    gain = ours["sir"].gain_over(ours["base"])
     return {
-        "nll_flat": -flat_bound.mean().item(),
-        "nll_base": -base.mean().item(),
-        "gain": gain.mean().item(),
-        "gain_error": (gain.std() / len(gain) ** 0.5).item(),
+        "nll_flat": log_likelihood(flat, x, num_samples=count)["base"].nll_upper,
+        "nll_base": log_likelihood(prior, x, num_samples=count)["base"].nll_upper,
+        "gain": gain.value,
+        "gain_error": gain.error,
     }
 
 

@@ -25,11 +25,11 @@ PUBLIC = {
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
     *("distributions", "heads", "samplers", "nce", "mixtures"),
-    *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry"),
+    *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
 CORE = {*GROUND, "source", "bases", "prior"}
 SERVICES = {
-    *("trainer", "loop", "likelihood", "testing"),
+    *("trainer", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bases": {"distributions", "source", "batches", "mixtures"},
     "adapters": {"source", "bases", "distributions", "adapters"},
     "prior": {"distributions", "source", "heads", "samplers", "nce"},
-    **dict.fromkeys(("trainer", "likelihood", "testing", "card"), CORE),
+    **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
+    "likelihood": {*CORE, "normaliser"},
     "loop": {*CORE, "trainer"},
     "report": {"calibration"},
     "report_plot": {"report"},
