@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from ncprior.source import Group, module_fingerprint, require_eval
 
-__all__ = ["HVAE", "HVAESource"]
+__all__ = ["HVAE", "HVAESource", "train_hvae"]
 
 _SIDE = 4  # of every group's map
 
@@ -113,6 +113,54 @@ class HVAE(nn.Module):
             h = rung.move(h + update, q.rsample())
         misfit = binary_cross_entropy_with_logits(self.logits(h), x, reduction="none")
         return misfit.flatten(1).sum(1), torch.stack(kl)
+
+
+def train_hvae(
+    vae: HVAE,
+    images: Tensor,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    progress: bool = True,
+) -> None:
+    """Trains the VAE on the ELBO of binary images, drawn anew at every step; then evaluation mode.
+
+    Adam with a cosine schedule; the weight of the KL rises to 1 over the first third.
+
+    Arguments:
+        vae: The VAE.
+        images: Grey images in [0, 1], with shape ``(N, 1, 28, 28)``: a pixel's probability of 1.
+        epochs: Passes over the images.
+        batch_size: Rows per batch.
+        learning_rate: The first learning rate.
+        progress: Whether to show a progress bar.
+
+    Example:
+        >>> vae = HVAE(num_groups=2, width=16, hidden=8)
+        >>> train_hvae(vae, torch.rand(64, 1, 28, 28), epochs=1, batch_size=32, progress=False)
+        >>> vae.training
+        False
+    """
+    from ncprior.demo_models import train
+
+    steps, seen = epochs * len(images) // batch_size, 0
+
+    def loss(rows: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        beta = min(1.0, 3 * seen / steps)
+        return vae.warm_up_loss(images[rows].bernoulli(), beta).mean()
+
+    train(
+        *(vae, loss, len(images)),
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_grad_norm=200.0,
+        name=f"VAE of {vae.num_groups} groups",
+        progress=progress,
+    )
 
 
 class _Rung(nn.Module):

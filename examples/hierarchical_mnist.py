@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from ncprior import NCPrior, SingleGroup, fit, sir
-from ncprior.adapters.hvae import HVAE, HVAESource
+from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
 from ncprior.data import Labelled, read_images
 from ncprior.demo_arms import ARMS, Generation, draw_arms, in_batches
 from ncprior.demo_models import VAE, Classifier, train
@@ -74,29 +74,6 @@ def train_flat(vae: VAE, images: Tensor, epochs: int) -> None:
 
     steps = epochs * len(images) // 128
     train(vae, negative_elbo, len(images), steps=steps, batch_size=128, name="flat VAE")
-
-
-def train_hierarchy(vae: HVAE, images: Tensor, epochs: int) -> None:
-    """Trains the hierarchical VAE on the ELBO; the weight of the KL rises over the first third."""
-    steps = epochs * len(images) // 128
-    seen = 0
-
-    def loss(rows: Tensor) -> Tensor:
-        nonlocal seen
-        seen += 1
-        beta = min(1.0, 3 * seen / steps)
-        return vae.warm_up_loss(images[rows].bernoulli(), beta).mean()
-
-    train(
-        vae,
-        loss,
-        len(images),
-        steps=steps,
-        batch_size=128,
-        learning_rate=1e-3,
-        max_grad_norm=200.0,
-        name=f"VAE of {vae.num_groups} groups",
-    )
 
 
 def train_classifier(classifier: Classifier, data: Labelled) -> None:
@@ -176,7 +153,7 @@ def run(num_groups: int, options: argparse.Namespace) -> dict[str, Any]:
         vae,
         kept / f"hvae-{num_groups}-{options.seed}.safetensors",
         {**tag, "groups": num_groups},
-        lambda: train_hierarchy(vae, data.images, epochs),
+        lambda: train_hvae(vae, data.images, epochs=epochs),
     )
     cached(
         classifier,
