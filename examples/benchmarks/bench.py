@@ -89,7 +89,8 @@ class Bench:
         self, name: str, make: Callable[[], Mapping[str, Tensor]], **key: object
     ) -> tuple[Mapping[str, Tensor], float]:
         """Makes tensors, or reads those that were made with this key; with the seconds it took."""
-        path = self.cache / f"{name}.safetensors"
+        kind = "-quick" if self.settings["quick"] else ""
+        path = self.cache / f"{name}{kind}.safetensors"
         if path.exists():
             tensors, found = load_tensors(path)
             if found["key"] == key:
