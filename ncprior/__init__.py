@@ -1,9 +1,10 @@
 """Better priors for pretrained VAEs by noise contrastive estimation."""
 
+from ncprior.dynamics import langevin
 from ncprior.loop import fit
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior, Sample
-from ncprior.samplers import Draw, langevin, sir
+from ncprior.samplers import Draw, sir
 from ncprior.source import Group, LatentSource, SingleGroup
 from ncprior.trainer import NCETrainer
 

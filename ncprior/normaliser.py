@@ -32,8 +32,9 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
+from ncprior.dynamics import langevin
 from ncprior.prior import NCPrior
-from ncprior.samplers import LogRatio, langevin
+from ncprior.samplers import LogRatio
 from ncprior.source import Sampleable
 
 __all__ = ["LogZ", "anneal", "log_normaliser"]

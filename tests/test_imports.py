@@ -27,7 +27,7 @@ GROUND = {
     *("distributions", "heads", "samplers", "nce", "mixtures"),
     *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
-CORE = {*GROUND, "source", "bases", "prior"}
+CORE = {*GROUND, "dynamics", "source", "bases", "prior"}
 SERVICES = {
     *("trainer", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "hub", "card"),
@@ -38,6 +38,7 @@ DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
 # and under `if TYPE_CHECKING:` are free.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
+    "dynamics": {"samplers"},
     "source": {"distributions"},
     "bases": {"distributions", "source", "batches", "mixtures"},
     "adapters": {"source", "bases", "distributions", "adapters"},
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {*CORE, *SERVICES, *DEMO_PARTS},
     "cli": {*CORE, *SERVICES, "demo", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"source", "prior", "samplers", "nce", "trainer", "loop"},
+    "__init__": {"source", "prior", "samplers", "dynamics", "nce", "trainer", "loop"},
 }
 
 # What the extras bring: `import ncprior` must do without.

@@ -13,8 +13,9 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 from torch.distributions import Normal as TorchNormal
 
 from ncprior.bases import GaussianMixture, fit_gaussian, fit_mixture
+from ncprior.dynamics import langevin
 from ncprior.fingerprints import base_fingerprint
-from ncprior.samplers import langevin, sir
+from ncprior.samplers import sir
 
 
 def full(k: int = 3, d: int = 4, **options: Any) -> GaussianMixture:

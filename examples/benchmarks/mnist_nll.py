@@ -180,7 +180,7 @@ class Table2:
                 eval_every=steps // 20,
             )
 
-        return self.bench.network(f"eim-{name}", prior, train, steps=steps)[1]
+        return self.bench.network(f"eim-{name}", prior, train, steps=steps)
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def main() -> None:
     quick = options.quick
     settings = {"epochs": 12, "head_steps": 1000, "samples": 100, "test": 500, "particles": 50_000}
     if not quick:
-        settings = {"epochs": 250, "head_steps": 10_000, "samples": 2000, "test": 2000}
+        settings = {"epochs": 250, "head_steps": 10_000, "samples": 5000, "test": 1000}
         settings["particles"] = 500_000
     bench = Bench(options, {**settings, "proposals": 1024})
     table_2 = Table2(bench, BinaryMNIST(settings["test"]))
