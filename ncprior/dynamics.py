@@ -10,7 +10,7 @@ References:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,68 +74,115 @@ def langevin(
             f"num_steps must be at least 0 and step_size positive and finite; "
             f"got {num_steps}, {step_size}."
         )
-    density = continuous(prior)
-    check_rows(prior)
-    energy = Energy(density, log_ratio)
-    z = prior.sample() if init is None else _checked_init(init, density)
+    target = Target(prior, log_ratio)
+    z = prior.sample() if init is None else _checked_init(init, target.prior)
     if adjusted:
-        z, acceptance = mala(energy, z, num_steps, step_size)
+        z, acceptance = _mala(target, z, num_steps, step_size)
     else:
-        z, acceptance = ula(energy, z, num_steps, step_size), None
-    energy.raise_if_bad(z)
+        z, acceptance = _ula(target, z, num_steps, step_size), None
+    target.raise_if_bad(z)
     return Draw(z, acceptance=acceptance)
 
 
-def ula(energy: Energy, z: Tensor, num_steps: int, step_size: float) -> Tensor:
-    """Unadjusted steps of Langevin dynamics."""
+def _ula(target: Target, z: Tensor, num_steps: int, step_size: float) -> Tensor:
     for _ in range(num_steps):
-        _, gradient = energy(z)
-        z = z - 0.5 * step_size * gradient + step_size**0.5 * torch.randn_like(z)
+        drift = target(z).score(1.0)
+        z = z + 0.5 * step_size * drift + step_size**0.5 * torch.randn_like(z)
     return z
 
 
-def mala(energy: Energy, z: Tensor, num_steps: int, step_size: float) -> tuple[Tensor, Tensor]:
-    """Steps with Metropolis correction; z, with shape (*, B, *event), and the share accepted."""
-    e, gradient = energy(z)
-    accepted = torch.zeros_like(e)
+def _mala(target: Target, z: Tensor, num_steps: int, step_size: float) -> tuple[Tensor, Tensor]:
+    point = target(z)
+    accepted = torch.zeros_like(point.log_r)
     for _ in range(num_steps):
-        noise = torch.randn_like(z)
-        z_new = z - 0.5 * step_size * gradient + step_size**0.5 * noise
-        e_new, gradient_new = energy(z_new)
-        # log q(z | z') - log q(z' | z), both Gaussian of variance λ.
-        back = (z - z_new + 0.5 * step_size * gradient_new) / step_size**0.5
-        log_q_ratio = 0.5 * (noise.square() - back.square()).reshape(*e.shape, -1).sum(-1)
-        accept = torch.rand_like(e).log() < e - e_new + log_q_ratio
-        z = torch.where(like_event(accept, z), z_new, z)
-        gradient = torch.where(like_event(accept, z), gradient_new, gradient)
-        e = torch.where(accept, e_new, e)
+        point, accept = mala_step(target, point, step_size)
         accepted += accept
-    return z, accepted / max(1, num_steps)
+    return point.z, accepted / max(1, num_steps)
 
 
-class Energy:
-    """E(z) = -log r(z) - log p(z) and its gradient; remembers the first step that is not finite."""
+def mala_step(
+    target: Target, here: Point, step_size: float, beta: float = 1.0
+) -> tuple[Point, Tensor]:
+    """Takes one step of Langevin dynamics on r^β·p with Metropolis correction.
 
-    def __init__(self, prior: Distribution, log_ratio: LogRatio) -> None:
-        self.prior, self.log_ratio = prior, log_ratio
+    Arguments:
+        target: r·p.
+        here: Where the chains stand.
+        step_size: λ.
+        beta: β.
+
+    Returns:
+        Where they stand now, and which of them moved, with shape ``(*, B)``.
+    """
+    noise = torch.randn_like(here.z)
+    there = target(here.z + 0.5 * step_size * here.score(beta) + step_size**0.5 * noise)
+    # log q(z | z') - log q(z' | z), both Gaussian of variance λ.
+    back = (here.z - there.z - 0.5 * step_size * there.score(beta)) / step_size**0.5
+    log_q_ratio = 0.5 * (noise.square() - back.square()).reshape(*here.log_r.shape, -1).sum(-1)
+    log_a = there.log_density(beta) - here.log_density(beta) + log_q_ratio
+    accept = torch.rand_like(log_a).log() < log_a
+    pairs = zip(there, here, strict=True)
+    return Point(*(torch.where(like_event(accept, new), new, old) for new, old in pairs)), accept
+
+
+class Point(NamedTuple):
+    """Where chains stand, and all that a step on r^β·p from there needs, whatever β.
+
+    Attributes:
+        z: The latents, with shape ``(*, B, *event)``.
+        log_r: log r(z) in nats, with shape ``(*, B)``.
+        log_p: log p(z) in nats, with shape ``(*, B)``.
+        grad_log_r: ∇ log r(z), of the shape of z.
+        grad_log_p: ∇ log p(z), of the shape of z.
+    """
+
+    z: Tensor
+    log_r: Tensor
+    log_p: Tensor
+    grad_log_r: Tensor
+    grad_log_p: Tensor
+
+    def log_density(self, beta: float) -> Tensor:
+        """β log r(z) + log p(z) in nats, with shape ``(*, B)``."""
+        return beta * self.log_r + self.log_p
+
+    def score(self, beta: float) -> Tensor:
+        """The gradient of that, of the shape of z."""
+        return beta * self.grad_log_r + self.grad_log_p
+
+
+class Target:
+    """r·p as Langevin dynamics sees it; remembers the first place that is not finite.
+
+    Raises:
+        TypeError: If the prior is discrete, bounded, or has no density.
+        ValueError: If its batch shape is not ``(B,)``.
+    """
+
+    def __init__(self, prior: Sampleable, log_ratio: LogRatio) -> None:
+        self.prior, self.log_ratio = _continuous(prior), log_ratio
+        check_rows(prior)
         self.calls = 0
         self.first_bad: Tensor | None = None  # stays on the device: no synchronisation per step
 
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, z: Tensor) -> Point:
+        """Looks at z, with shape ``(*, B, *event)``."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             log_p = self.prior.log_prob(z)
-            energy = -checked(self.log_ratio(z), log_p.shape) - log_p
-            (gradient,) = torch.autograd.grad(energy.sum(), z)
-        bad = ~(torch.isfinite(energy).all() & torch.isfinite(gradient).all())
+            log_r = checked(self.log_ratio(z), log_p.shape)
+            slopes = [_gradient(log_r, z), _gradient(log_p, z)]
+        point = Point(z.detach(), log_r.detach(), log_p.detach(), *slopes)
+        bad = ~torch.stack([torch.isfinite(part).all() for part in point[1:]]).all()
         call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
         self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
         self.calls += 1
         # A bad chain stands still, so that no validating prior complains of it in its own words.
-        return energy.detach(), torch.where(bad, 0.0, gradient)
+        still = [torch.where(bad, 0.0, slope) for slope in slopes]
+        return Point(*point[:3], *still)
 
     def raise_if_bad(self, z: Tensor) -> None:
-        """Raises if any energy, gradient or the last z is not finite: one synchronisation."""
+        """Raises if anything so far, or the last z, is not finite: one synchronisation."""
         first = self.calls if self.first_bad is None else min(self.calls, int(self.first_bad))
         if first < self.calls or not torch.isfinite(z).all():
             raise FloatingPointError(
@@ -145,7 +192,15 @@ class Energy:
             )
 
 
-def continuous(prior: Sampleable) -> Distribution:
+def _gradient(value: Tensor, z: Tensor) -> Tensor:
+    """∂ Σ value / ∂z; 0 where value is a constant."""
+    if not value.requires_grad:
+        return torch.zeros_like(z)
+    (gradient,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _continuous(prior: Sampleable) -> Distribution:
     """The prior, if Langevin dynamics can walk in it."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(

@@ -32,9 +32,9 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ncprior.dynamics import langevin
+from ncprior.dynamics import Target, mala_step
 from ncprior.prior import NCPrior
-from ncprior.samplers import LogRatio
+from ncprior.samplers import LogRatio, finite
 from ncprior.source import Sampleable
 
 __all__ = ["LogZ", "anneal", "log_normaliser"]
@@ -219,25 +219,17 @@ def anneal(
         2
     """
     z = prior.sample() if backwards_from is None else backwards_from
-    log_w = log_ratio(z) / num_temperatures
-    accepted = torch.zeros_like(log_w)
+    if num_temperatures == 1:
+        return Annealed(z, finite(log_ratio(z)), torch.zeros(len(z), device=z.device))
+    target = Target(prior, log_ratio)
+    at = target(z)
+    log_w, accepted = at.log_r / num_temperatures, torch.zeros_like(at.log_r)
     between = range(1, num_temperatures)
     for t in between if backwards_from is None else reversed(between):
-        tempered = partial(_tempered, log_ratio, t / num_temperatures)
-        move = langevin(prior, tempered, num_steps=1, step_size=step_size, adjusted=True, init=z)
-        z = move.z
-        accepted += 0 if move.acceptance is None else move.acceptance
-        log_w = log_w + log_ratio(z) / num_temperatures
-    if not torch.isfinite(log_w).all():
-        raise FloatingPointError(
-            "log r is not finite for some particles. Look for NaN or infinity in the head's "
-            "weights, the prior or the context."
-        )
-    return Annealed(z, log_w, accepted / max(1, num_temperatures - 1))
-
-
-def _tempered(log_ratio: LogRatio, beta: float, z: Tensor) -> Tensor:
-    return beta * log_ratio(z)
+        at, accept = mala_step(target, at, step_size, t / num_temperatures)
+        log_w, accepted = log_w + at.log_r / num_temperatures, accepted + accept
+    target.raise_if_bad(at.z)
+    return Annealed(at.z, finite(log_w), accepted / len(between))
 
 
 class _Particles:

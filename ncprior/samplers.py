@@ -28,6 +28,12 @@ LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 Sampler: TypeAlias = "Callable[[Sampleable, LogRatio], Draw]"
 
 
+_NOT_FINITE = (
+    "log r is not finite for some proposals. Look for NaN or infinity in the head's weights, the "
+    "prior or the context."
+)
+
+
 class Draw(NamedTuple):
     """One draw per row, and what the sampler knows of its quality; what does not apply is None.
 
@@ -143,10 +149,7 @@ class _Pool:
 
     def draw(self) -> Draw:
         if not self.finite:
-            raise FloatingPointError(
-                f"log r is not finite for some of {self.num_proposals} proposals. "
-                f"Look for NaN or infinity in the head's weights, the prior or the context."
-            )
+            raise FloatingPointError(_NOT_FINITE)
         log_mean_weight = self.top + self.sum_r.log() - math.log(self.num_proposals)
         return Draw(self.z, self.sum_r.square() / self.sum_r2, log_mean_weight)
 
@@ -168,6 +171,13 @@ def checked(log_r: Tensor, shape: Size) -> Tensor:
             f"{tuple(shape)}; got {tuple(log_r.shape)}."
         )
     return log_r if log_r.dtype == torch.float64 else log_r.float()
+
+
+def finite(log_r: Tensor) -> Tensor:
+    """log r, if it is finite everywhere: one synchronisation."""
+    if not torch.isfinite(log_r).all():
+        raise FloatingPointError(_NOT_FINITE)
+    return log_r
 
 
 def like_event(mask: Tensor, z: Tensor) -> Tensor:

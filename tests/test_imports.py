@@ -27,7 +27,7 @@ GROUND = {
     *("distributions", "heads", "samplers", "nce", "mixtures"),
     *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
-CORE = {*GROUND, "dynamics", "source", "bases", "prior"}
+CORE = {*GROUND, "dynamics", "smc", "accept", "combine", "source", "bases", "prior"}
 SERVICES = {
     *("trainer", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "hub", "card"),
@@ -38,7 +38,8 @@ DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
 # and under `if TYPE_CHECKING:` are free.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "dynamics": {"samplers"},
+    **{name: {"samplers"} for name in ("dynamics", "accept", "combine")},
+    "smc": {"samplers", "dynamics"},
     "source": {"distributions"},
     "bases": {"distributions", "source", "batches", "mixtures"},
     "adapters": {"source", "bases", "distributions", "adapters"},
