@@ -8,6 +8,7 @@ stay the wrapped source's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +24,7 @@ from ncprior.source import Group, LatentSource, Sampleable, device_of, num_rows,
 
 __all__ = [
     "Base",
+    "Empirical",
     "GaussianMixture",
     "NoPrior",
     "Rebased",
@@ -59,6 +61,42 @@ class NoPrior:
         raise ValueError(
             f"{self.reason} Fit one: rebase(source, fit_mixture(latents_of(source, x)))."
         )
+
+
+class Empirical:
+    """The empirical distribution of stored latents: rows of them, drawn with replacement.
+
+    Of training encodings it is the reference that no other base can be closer than, and costs the
+    most numbers. It has no density.
+
+    Arguments:
+        z: Latents, with shape ``(N, *event)``.
+
+    Raises:
+        ValueError: If there are none.
+
+    Example:
+        >>> base = Empirical(latents_of(source, x))
+        >>> base.sample((7,)).shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(self, z: Tensor) -> None:
+        if z.ndim < 1 or len(z) < 1:
+            raise ValueError(
+                f"The latents have shape (N, *event), with N at least 1; got {tuple(z.shape)}."
+            )
+        self.z, self.event_shape = z.detach(), z.shape[1:]
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        """Draws rows, with shape ``(*sample_shape, *event)``."""
+        count = math.prod(sample_shape)
+        rows = torch.randint(len(self.z), (count,), device=self.z.device)
+        return self.z[rows].reshape(*sample_shape, *self.event_shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors by name."""
+        return {"z": self.z}
 
 
 def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 __all__ = [
     "Stream",
+    "first_batch",
     "in_order",
     "iter_is_self",
     "own_generators",
@@ -262,3 +263,25 @@ def _is_map_style(data: Any) -> bool:  # noqa: ANN401
         and hasattr(data, "__getitem__")
         and not isinstance(data, DataLoader | IterableDataset | list | tuple | dict)
     )
+
+
+def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
+    """Returns the first batch of data, and leaves all generators as they were.
+
+    Arguments:
+        data: As for :func:`in_order`.
+        batch_size: Rows per batch, where batches are made.
+
+    Example:
+        >>> first_batch(torch.arange(10), 4)
+        tensor([0, 1, 2, 3])
+    """
+    batches = in_order(data, batch_size)
+    own = [(generator, generator.get_state()) for generator in own_generators(batches)]
+    outside = random_state()
+    try:
+        return next(iter(batches))
+    finally:
+        set_random_state(outside)
+        for generator, state in own:
+            generator.set_state(state)

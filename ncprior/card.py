@@ -94,7 +94,7 @@ def model_card(
         for k, (head, entry, on) in enumerate(entries)
     ]
     base = configuration["base"]
-    custom = any(entry["kind"] == "custom" for entry in configuration["heads"])
+    custom = any(map(_is_custom, configuration["heads"]))
     return _CARD.format(
         data=data.to_yaml(),
         name=name,
@@ -107,3 +107,7 @@ def model_card(
         base="" if base is None else f" {_BASE.format(kind=base['kind'])}",
         report="It was saved without a report." if report is None else f"```text\n{report}\n```",
     )
+
+
+def _is_custom(entry: Mapping[str, Any]) -> bool:
+    return entry["kind"] == "custom" or any(map(_is_custom, entry["config"].get("heads", ())))

@@ -29,6 +29,7 @@ class _Head(nn.Module):
 
     scale: _Standardise
     context: _MapContext | _VectorContext
+    out: nn.Linear
 
     def __init__(self, **config: Any) -> None:  # noqa: ANN401
         super().__init__()
@@ -40,6 +41,12 @@ class _Head(nn.Module):
     def config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, ready for JSON."""
         return dict(self._config)
+
+    @torch.no_grad()
+    def rescale(self, slope: float, offset: float) -> None:
+        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        self.out.weight.mul_(slope)
+        self.out.bias.mul_(slope).add_(offset)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
         """Standardises latents and context by a batch of each, ``(B, *event)`` and ``(B, ...)``."""
@@ -225,6 +232,10 @@ class CategoricalHead(_Head):
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
         """Standardises the context by a batch of it; codes have no scale."""
         self.head.fit_scale(None, context)
+
+    def rescale(self, slope: float, offset: float) -> None:
+        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        self.head.rescale(slope, offset)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""

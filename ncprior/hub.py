@@ -29,6 +29,7 @@ from ncprior.fingerprints import base_fingerprint
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.prior import NCPrior
 from ncprior.source import device_of
+from ncprior.stages import ProductHead
 
 if TYPE_CHECKING:
     from ncprior.report import Report
@@ -44,6 +45,7 @@ HEADS: dict[str, type[MLPHead | ConvHead | CategoricalHead]] = {
     "CategoricalHead": CategoricalHead,
 }
 BASES: dict[str, type[GaussianMixture]] = {"GaussianMixture": GaussianMixture}
+PRODUCT = "ProductHead"  # of heads of several stages
 CUSTOM = "custom"  # a head of the user's own, of which only the tensors are saved
 
 
@@ -173,7 +175,12 @@ def from_pretrained(
         source = rebase(source, base.to(device_of(source)))
     _check_source(path, config, source, check_fingerprint=check_fingerprint)
     with torch.random.fork_rng(devices=[]):  # new heads draw weights only to be overwritten
-        prior = NCPrior(source, _new_heads(path, config) if heads is None else heads)
+        new = (
+            [_new_head(path, k, e) for k, e in enumerate(config["heads"])]
+            if heads is None
+            else heads
+        )
+        prior = NCPrior(source, new)
     _check_tensors(path, tensors, prior.state_dict())
     prior.load_state_dict(tensors, assign=heads is None)
     prior.strength, prior.active = config["strength"], config["active"]
@@ -270,6 +277,8 @@ def _write(
 
 
 def _head_entry(head: nn.Module) -> dict[str, Any]:
+    if type(head) is ProductHead:
+        return {"kind": PRODUCT, "config": {"heads": [_head_entry(part) for part in head.heads]}}
     for kind, cls in HEADS.items():
         if type(head) is cls:
             return {"kind": kind, "config": head.config()}
@@ -368,21 +377,26 @@ def _check_source(
         )
 
 
-def _new_heads(path: Path, config: Mapping[str, Any]) -> list[nn.Module]:
-    heads: list[nn.Module] = []
-    for k, entry in enumerate(config["heads"]):
-        match entry:
-            case {"kind": "custom", "config": {"class": name}}:
-                _refuse(path, f"head {k} is a {name} of its author's own; pass heads=")
-            case {"kind": str(kind), "config": dict(arguments)} if kind in HEADS:
-                try:
-                    heads.append(HEADS[kind](**arguments))
-                except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-                    _refuse(path, f"head {k} is not made as a {kind} is ({error})")
-            case _:
-                known = ", ".join(HEADS)
-                _refuse(path, f"head {k} is none of {known}, and nothing else is built: {entry}")
-    return heads
+def _new_head(path: Path, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
+    match entry:
+        case {"kind": "ProductHead", "config": {"heads": [_, *_] as factors}}:
+            return ProductHead(_new_factor(path, k, factor) for factor in factors)
+        case _:
+            return _new_factor(path, k, entry)
+
+
+def _new_factor(path: Path, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
+    match entry:
+        case {"kind": "custom", "config": {"class": name}}:
+            _refuse(path, f"head {k} is a {name} of its author's own; pass heads=")
+        case {"kind": str(kind), "config": dict(arguments)} if kind in HEADS:
+            try:
+                return HEADS[kind](**arguments)
+            except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+                _refuse(path, f"head {k} is not made as a {kind} is ({error})")
+        case _:
+            known = ", ".join((*HEADS, PRODUCT))
+            _refuse(path, f"head {k} is none of {known}, and nothing else is built: {entry}")
 
 
 def _new_base(

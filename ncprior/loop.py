@@ -2,86 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from huggingface_hub.utils import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, in_order, own_generators, random_state, set_random_state, split
-from ncprior.files import load_tensors, pack, save_tensors, unpack
+from ncprior.batches import Stream, first_batch, iter_is_self, split
+from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
-from ncprior.source import LatentSource, num_rows
+from ncprior.source import LatentSource, device_of, num_rows
+from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
 from ncprior.trainer import NCETrainer
+from ncprior.training import HeldOut, History, Row, Run, load
 
-__all__ = ["History", "Row", "fit"]
+__all__ = ["calibrate_heads", "fit"]
 
 _HELD_OUT_FRACTION = 0.05
-_HELD_OUT_DRAWS = 2048  # at least so many draws of z make one held-out loss
-
-
-class Row(NamedTuple):
-    """One line of a history.
-
-    Attributes:
-        step: Steps taken so far.
-        loss: NCE loss in nats per group, averaged over the steps since the row before.
-        held_out: NCE loss in nats per group of the averaged weights on held-out data, or ``None``.
-        learning_rate: The learning rate of the last step.
-        seconds: Time spent training so far, held-out losses included, in seconds.
-
-    Example:
-        >>> Row(100, [1.2], [1.3], 1e-3, 2.0).step
-        100
-    """
-
-    step: int
-    loss: list[float]
-    held_out: list[float] | None
-    learning_rate: float
-    seconds: float
-
-
-class History(NamedTuple):
-    """What :func:`fit` returns.
-
-    Attributes:
-        rows: One row every ``eval_every`` steps, and one at the end.
-        best_step: Per group, the step whose averaged weights were kept.
-        best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
-        stopped: Why training ended.
-        gated: The groups that training has switched off.
-
-    Example:
-        >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
-        >>> history.stopped, history.best_step
-        ('all 20 steps taken', [20])
-    """
-
-    rows: list[Row]
-    best_step: list[int]
-    best_loss: list[float] | None
-    stopped: str
-    gated: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        """Says in one line what was kept, and why training ended."""
-        losses = self.rows[-1].loss if self.best_loss is None else self.best_loss
-        kind = "training" if self.best_loss is None else "held-out"
-        steps = ", ".join(map(str, self.best_step))
-        values = ", ".join(f"{loss:.3f}" for loss in losses)
-        text = f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
-        off = ", ".join(map(str, self.gated))
-        return f"{text}; left at their base: {off}" if off else text
+_STAGE_CACHE = 50_000  # draws of the prior so far, where they can be kept
+_MOST_STAGES = 5  # of stages="auto"
 
 
 def fit(
@@ -100,6 +46,9 @@ def fit(
     eval_every: int = 100,
     patience: int | None = 10,
     gate: bool = False,
+    stages: int | Literal["auto"] = 1,
+    calibrate: bool = False,
+    proposal_cache: int | None = None,
     callback: Callable[[Row], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -131,8 +80,17 @@ def fit(
         gate: Whether a group is switched off (``prior.active``) whose head has learnt nothing that
             holds on held-out data: whose best loss is not below 2 log 2, that of no head, by two
             standard errors. The paper does not.
+        stages: Heads per group, multiplied: each further one learns what is left between q and
+            the prior so far, see :mod:`ncprior.stages`, and is kept where it learns something that
+            holds on held-out data, as for ``gate``. ``"auto"`` goes on until none is kept.
+        calibrate: Whether to rescale each group's log r to a·log r + b, with the a and b that fit
+            held-out data best, see :func:`calibrate_heads`.
+        proposal_cache: So many draws of the base are made once, and used again and again, where
+            a base is slow to draw from: for a single group without a context. A tenth more are
+            made for the held-out losses. Further stages of such a group keep 50,000 by default.
         callback: Called with each new :class:`Row`; stops training by returning True.
-        checkpoint: A file to save to and resume from.
+        checkpoint: A file to save to and resume from; further stages have files of their own
+            beside it.
         checkpoint_every: Steps between checkpoints.
         progress: Whether to show a progress bar.
 
@@ -142,8 +100,10 @@ def fit(
     Raises:
         FloatingPointError: If a loss is not finite, naming group and step; the heads keep the best
             weights so far.
-        ValueError: If the checkpoint belongs to another training.
-        TypeError: If the data cannot be read in the way that is asked for.
+        ValueError: If the checkpoint belongs to another training, or the arguments do not go
+            together.
+        TypeError: If the data cannot be read in the way that is asked for, or the heads cannot be
+            staged or calibrated.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
@@ -160,270 +120,199 @@ def fit(
         "max_grad_norm": max_grad_norm,
         "ema_decay": ema_decay,
         "eval_every": eval_every,
+        "proposal_cache": proposal_cache,
         "VAE": _fingerprint(prior.source),
         "rows": _length(data),
     }
-    _check_arguments(settings, checkpoint_every, patience)
-    optimizer = torch.optim.AdamW(prior.parameters(), learning_rate, weight_decay=weight_decay)
-    trainer = NCETrainer(
-        prior,
-        optimizer,
-        noise_weight=noise_weight,
-        num_draws=num_draws,
-        max_grad_norm=max_grad_norm,
-    )
-    saved = _load(checkpoint)
+    _check_counts(settings, checkpoint_every, patience)
+    _check_stages(prior, data, stages, calibrate, proposal_cache)
+    saved = load(checkpoint)
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
     train, held_out = _parts(data, held_out, split_seed)
-    stream = Stream(train, batch_size, resumable=checkpoint is not None)
-    evaluation = None if held_out is None else _HeldOut(held_out, batch_size, split_seed)
-    run = _Run(prior, trainer, settings, split_seed)
-    if saved is not None:
-        run.restore(saved, stream)
-    bar = tqdm(total=steps, initial=trainer.steps, desc="heads", disable=not progress)
-    with _unchanged(prior.source), run.training(), bar:
-        while run.stopped is None:
-            run.step(stream)
-            bar.update(trainer.steps - bar.n)
-            if run.loss_steps and (trainer.steps % eval_every == 0 or run.stopped is not None):
-                row = run.record(evaluation)
-                bar.set_postfix_str(_summary(row))
-                run.decide(row, patience, callback)
-            due = trainer.steps % checkpoint_every == 0 or run.stopped is not None
-            if checkpoint is not None and due:
-                run.save(checkpoint, stream)
-    return run.history(gate)
+    _check_held_out(held_out, stages, calibrate)
+    fitting = _Fitting(
+        *(train, held_out, settings, split_seed),
+        patience=patience,
+        callback=callback,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
+    with _unchanged(prior.source), _evaluating_after(prior):
+        history = fitting.train(prior, prior.source, checkpoint, proposal_cache)
+        if gate:
+            off = tuple(k for k, learnt in enumerate(history.learnt) if not learnt)
+            prior.active = [on and k not in off for k, on in enumerate(prior.active)]
+            history = history._replace(gated=off)
+        history = history._replace(stages=tuple(fitting.further(prior, stages, checkpoint)))
+        if calibrate:
+            history = history._replace(slopes=calibrate_heads(prior, held_out, batch_size))
+    return history
 
 
-class _Run:
-    """The state of one training: all that a checkpoint holds."""
+@contextmanager
+def _evaluating_after(prior: NCPrior) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        prior.eval()
 
-    def __init__(
-        self, prior: NCPrior, trainer: NCETrainer, settings: dict[str, Any], split_seed: int
-    ) -> None:
-        self.prior, self.trainer = prior, trainer
-        self.settings, self.split_seed = settings, split_seed
-        self.device = next((p.device for p in prior.parameters()), torch.device("cpu"))
-        self.average = _copy(prior.heads)
-        self.best: dict[str, Tensor] | None = None
-        self.best_loss = [math.inf] * len(prior.heads)
-        self.best_error = [math.inf] * len(prior.heads)
-        self.best_step = [0] * len(prior.heads)
-        self.rows: list[Row] = []
-        self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
-        self.loss_steps = 0
-        self.stopped: str | None = None
-        self.seconds, self.since = 0.0, time.perf_counter()
 
-    def step(self, stream: Stream) -> None:
-        total = self.settings["steps"]
-        progress = self.trainer.steps / total
-        for group in self.trainer.optimizer.param_groups:
-            group["lr"] = 0.5 * self.settings["learning_rate"] * (1 + math.cos(math.pi * progress))
-        try:
-            x = next(stream)
-        except StopIteration:
-            self.stopped = f"data used up after {self.trainer.steps} of {total} steps"
-            return
-        x = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
-        self.loss_sum += self.trainer.step(x).loss
-        self.loss_steps += 1
-        t = self.trainer.steps
-        self._update_average(min(self.settings["ema_decay"], (1 + t) / (10 + t)))
-        if t == total:
-            self.stopped = f"all {total} steps taken"
+@dataclass(frozen=True)
+class _Fitting:
+    """What all stages of one fit have in common."""
 
-    def record(self, evaluation: _HeldOut | None) -> Row:
-        """Adds a row to the history; keeps each group's averaged weights where they are best."""
-        held_out = None
-        if evaluation is not None:
-            with self._averaged():
-                held_out, errors = evaluation(self.prior, self.device)
-            self._refuse_non_finite(held_out)
-            if self.best is None:
-                self.best = _copy(self.prior.heads)
-            for k, new in enumerate(held_out):
-                if new < self.best_loss[k]:
-                    self.best_loss[k], self.best_step[k] = new, self.trainer.steps
-                    self.best_error[k] = errors[k]
-                    for name in self._names(k):
-                        self.best[name].copy_(self.average[name])
-        self.seconds, self.since = self._elapsed(), time.perf_counter()
-        loss = (self.loss_sum / max(1, self.loss_steps)).tolist()
-        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
-        rate: float = self.trainer.optimizer.param_groups[0]["lr"]
-        self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.seconds))
-        return self.rows[-1]
+    data: Any
+    held_out: Any
+    settings: dict[str, Any]
+    split_seed: int
+    patience: int | None
+    callback: Callable[[Row], Any] | None
+    checkpoint_every: int
+    progress: bool
 
-    def _refuse_non_finite(self, held_out: list[float]) -> None:
-        for k, loss in enumerate(held_out):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"The held-out NCE loss of group {k} is {loss} at step {self.trainer.steps}. "
-                    f"Look for NaN or infinity in the held-out data."
-                )
-
-    def decide(
-        self, row: Row, patience: int | None, callback: Callable[[Row], Any] | None
-    ) -> None:
-        last = max(self.best_step)
-        limit = math.inf if patience is None else patience * self.settings["eval_every"]
-        if callback is not None and callback(row) is True:
-            self.stopped = f"stopped by the callback at step {self.trainer.steps}"
-        elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
-            self.stopped = f"no progress on held-out data since step {last}"
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Training mode; on leaving, however, the kept weights: the best, or else the averaged."""
-        self.prior.train()
-        try:
-            yield
-        finally:
-            kept = self.average if self.best is None else self.best
-            for name, tensor in self.prior.heads.state_dict().items():
-                tensor.copy_(kept[name])
-            self.trainer.optimizer.zero_grad()
-            self.prior.eval()
-
-    def history(self, gate: bool) -> History:
-        if self.best is None:
-            steps = [self.trainer.steps] * len(self.prior.heads)
-            return History(self.rows, steps, None, str(self.stopped))
-        gated = []
-        for k, (loss, error) in enumerate(zip(self.best_loss, self.best_error, strict=True)):
-            if gate and not loss + 2 * error < 2 * math.log(2):
-                self.prior.active[k] = False
-                gated.append(k)
-        return History(self.rows, self.best_step, self.best_loss, str(self.stopped), tuple(gated))
-
-    def save(self, path: str | os.PathLike[str], stream: Stream) -> None:
-        tree, tensors = pack(
-            {
-                "settings": self.settings,
-                "split_seed": self.split_seed,
-                "steps": self.trainer.steps,
-                "heads": dict(self.prior.heads.state_dict()),
-                "average": self.average,
-                "best": self.best,
-                "best_loss": self.best_loss,
-                "best_error": self.best_error,
-                "best_step": self.best_step,
-                "optimizer": self.trainer.optimizer.state_dict(),
-                "rows": [tuple(row) for row in self.rows],
-                "loss_sum": self.loss_sum,
-                "loss_steps": self.loss_steps,
-                "stopped": self.stopped,
-                "seconds": self._elapsed(),
-                "stream": stream.state(),
-                "generators": random_state(),
-            }
+    def train(
+        self,
+        prior: NCPrior,
+        source: LatentSource[Any, Any],
+        checkpoint: str | os.PathLike[str] | None,
+        cache: int | None,
+        stage: int = 1,
+    ) -> History:
+        """Trains the heads of a prior against the base of a source, or against draws kept of it."""
+        held_out_source = source
+        if cache is not None:
+            source, held_out_source = self._cached(source, cache, stage)
+        trained = prior if source is prior.source else NCPrior(source, prior.heads)
+        measured = trained if cache is None else NCPrior(held_out_source, prior.heads)
+        settings = {**self.settings, "stage": stage}
+        options = {name: settings[name] for name in ("noise_weight", "num_draws", "max_grad_norm")}
+        optimizer = torch.optim.AdamW(
+            prior.parameters(), settings["learning_rate"], weight_decay=settings["weight_decay"]
         )
-        save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
+        trainer = NCETrainer(trained, optimizer, **options)
+        batch_size, saved = settings["batch_size"], load(checkpoint)
+        stream = Stream(self.data, batch_size, resumable=checkpoint is not None)
+        evaluation = None
+        if self.held_out is not None:
+            evaluation = HeldOut(self.held_out, measured, batch_size, self.split_seed)
+        run = Run(trained, trainer, settings, self.split_seed)
+        if saved is not None:
+            run.restore(saved, stream)
+        self._loop(run, stream, evaluation, checkpoint)
+        return run.history()
 
-    def restore(self, saved: dict[str, Any], stream: Stream) -> None:
-        for name, now in self.settings.items():
-            if saved["settings"].get(name) != now:
-                raise ValueError(
-                    f"The checkpoint belongs to a training with {name}="
-                    f"{saved['settings'].get(name)}; got {name}={now}. Pass the same data and "
-                    f"settings, or another checkpoint file."
-                )
-        if _shapes(self.prior.heads.state_dict()) != _shapes(saved["heads"]):
+    def _loop(
+        self,
+        run: Run,
+        stream: Stream,
+        evaluation: HeldOut | None,
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> None:
+        trainer, settings = run.trainer, run.settings
+        name = "heads" if settings["stage"] == 1 else f"heads of stage {settings['stage']}"
+        bar = tqdm(
+            total=settings["steps"],
+            initial=trainer.steps,
+            desc=name,
+            disable=not self.progress,
+        )
+        with run.training(), bar:
+            while run.stopped is None:
+                run.step(stream)
+                bar.update(trainer.steps - bar.n)
+                due = trainer.steps % settings["eval_every"] == 0 or run.stopped is not None
+                if run.loss_steps and due:
+                    row = run.record(evaluation)
+                    bar.set_postfix_str(_summary(row))
+                    run.decide(row, self.patience, self.callback)
+                due = trainer.steps % self.checkpoint_every == 0 or run.stopped is not None
+                if checkpoint is not None and due:
+                    run.save(checkpoint, stream)
+
+    def further(
+        self,
+        prior: NCPrior,
+        stages: int | Literal["auto"],
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> Iterator[History]:
+        """Trains further stages, and multiplies in the heads that have learnt something."""
+        most = _MOST_STAGES if stages == "auto" else stages
+        for stage in range(2, most + 1):
+            new = NCPrior(prior.source, map(fresh_head, prior.heads))
+            path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
+            cache = _STAGE_CACHE if self._can_cache(prior.source) else None
+            history = self.train(new, tilted(prior), path, cache, stage)
+            kept = [on and learnt for on, learnt in zip(prior.active, history.learnt, strict=True)]
+            for k in (k for k, keep in enumerate(kept) if keep):
+                before = prior.heads[k]
+                factors = list(before.heads) if isinstance(before, ProductHead) else [before]
+                prior.heads[k] = ProductHead([*factors, new.heads[k]]).eval()
+            yield history
+            if not any(kept):
+                return
+
+    def _cached(
+        self, source: LatentSource[Any, Any], count: int, stage: int
+    ) -> tuple[LatentSource[Any, Any], LatentSource[Any, Any]]:
+        if not self._can_cache(source):
             raise ValueError(
-                "The checkpoint holds heads of other shapes. Build the prior as it was, or pass "
-                "another checkpoint file."
+                "proposal_cache keeps draws of one prior for all rows: of a source with one group "
+                "and without a context. Leave it out."
             )
-        self.prior.heads.load_state_dict(saved["heads"])
-        for name, tensor in self.average.items():
-            tensor.copy_(saved["average"][name])
-        if saved["best"] is not None:
-            self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
-        self.best_loss, self.best_step = saved["best_loss"], saved["best_step"]
-        self.best_error = saved["best_error"]
-        self.trainer.optimizer.load_state_dict(saved["optimizer"])
-        self.trainer.steps = saved["steps"]
-        self.rows = [Row(*row) for row in saved["rows"]]
-        self.loss_sum.copy_(saved["loss_sum"])
-        self.loss_steps = saved["loss_steps"]
-        self.stopped = saved["stopped"]
-        self.seconds = saved["seconds"]
-        if self.stopped is None:
-            stream.restore(saved["stream"])
-        set_random_state(saved["generators"])
+        return cached(source, count, self.split_seed + stage)
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self.since
-
-    def _names(self, k: int) -> list[str]:
-        return [name for name in self.average if name.startswith(f"{k}.")]
-
-    @torch.no_grad()
-    def _update_average(self, decay: float) -> None:
-        for name, tensor in self.prior.heads.state_dict().items():
-            if tensor.is_floating_point():
-                self.average[name].lerp_(tensor, 1 - decay)
-            else:
-                self.average[name].copy_(tensor)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Swaps the averaged weights in, and the heads into evaluation mode."""
-        self._swap()
-        self.prior.eval()
-        try:
-            yield
-        finally:
-            self._swap()
-            self.prior.train()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, tensor in self.prior.heads.state_dict().items():
-            trained = tensor.clone()
-            tensor.copy_(self.average[name])
-            self.average[name].copy_(trained)
+    def _can_cache(self, source: LatentSource[Any, Any]) -> bool:
+        if source.num_groups > 1:
+            return False
+        x = first_batch(self.data, self.settings["batch_size"])
+        device = device_of(source)
+        with torch.no_grad():
+            encoding = source.encode(tree_map_only(Tensor, lambda t: t.to(device), x))
+            group = source.group(source.start(num_rows(encoding), encoding))
+        return group.context is None
 
 
-class _HeldOut:
-    """The held-out NCE loss, with the same draws of z every time, and its standard error."""
+def calibrate_heads(
+    prior: NCPrior,
+    held_out: Any,  # noqa: ANN401
+    batch_size: int = 256,
+) -> tuple[float, ...]:
+    """Rescales each group's log r to a·log r + b, with the a and b that fit held-out data best.
 
-    def __init__(self, data: Any, batch_size: int, seed: int) -> None:  # noqa: ANN401
-        self.batches = in_order(data, batch_size)
-        self.seed = seed
-        self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
+    Arguments:
+        prior: The prior; its heads are changed in place.
+        held_out: Data that no head was trained on, as for :func:`ncprior.diagnostics.diagnose`.
+        batch_size: Rows per batch, where batches are made here.
 
-    @torch.no_grad()
-    def __call__(self, prior: NCPrior, device: torch.device) -> tuple[list[float], list[float]]:
-        losses: list[Tensor] = []
-        rows: list[int] = []
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            for generator, state in self.own:
-                generator.set_state(state)
-            while sum(rows) < _HELD_OUT_DRAWS:
-                before = len(rows)
-                for batch in self.batches:
-                    x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-                    losses.append(prior.nce_loss(x).to("cpu", torch.float64))
-                    rows.append(num_rows(batch))
-                if len(rows) == before:
-                    raise ValueError("The held-out data has no batches.")
-        weight = torch.tensor(rows, dtype=torch.float64) / sum(rows)
-        loss = torch.stack(losses)
-        mean = weight @ loss
-        # Batches of n rows scatter around the mean by a variance in proportion to 1/n.
-        spread = weight @ (loss - mean).square() / max(1, len(rows) - 1)
-        return mean.tolist(), spread.sqrt().tolist()
+    Returns:
+        The slope a per group: below 1 where a head was over-confident; 1 where there is no fit, and
+        the head is left as it was.
+
+    Raises:
+        TypeError: If a head has no method ``rescale(slope, offset)``.
+
+    References:
+        | On Calibration of Modern Neural Networks (Guo et al., 2017), temperature scaling
+
+    Example:
+        >>> calibrate_heads(prior, torch.randn(100, 3))  # a new head's log r is 0
+        (1.0,)
+    """
+    slopes = []
+    for group in diagnose(prior, held_out, batch_size=batch_size).groups:
+        slope = group.slope if group.slope > 0 else 1.0
+        if slope != 1:
+            rescale_head(prior.heads[group.group], slope, group.offset)
+        slopes.append(slope)
+    return tuple(slopes)
 
 
-def _check_arguments(
-    settings: dict[str, Any], checkpoint_every: int, patience: int | None
-) -> None:
+def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int | None) -> None:
     counts = {name: settings[name] for name in ("steps", "batch_size", "eval_every")}
     counts |= {
         "checkpoint_every": checkpoint_every,
         "patience": 1 if patience is None else patience,
+        "proposal_cache": settings["proposal_cache"] or 1,
     }
     for name, count in counts.items():
         if count < 1:
@@ -432,6 +321,39 @@ def _check_arguments(
         raise ValueError(f"ema_decay must be from 0 to 1; got {settings['ema_decay']}.")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError("fit runs in one process. In several, call NCETrainer.step in a loop.")
+
+
+def _check_stages(
+    prior: NCPrior,
+    data: Any,  # noqa: ANN401
+    stages: int | Literal["auto"],
+    calibrate: bool,
+    proposal_cache: int | None,
+) -> None:
+    """Refuses before training what cannot be done after it."""
+    if stages != "auto" and (not isinstance(stages, int) or stages < 1):
+        raise ValueError(f"stages must be a number from 1 or 'auto'; got {stages!r}.")
+    if stages != 1 and prior.strength != 1:
+        raise ValueError(
+            f"A further stage learns what the heads leave at strength 1; got {prior.strength}. "
+            f"Set prior.strength = 1 for the training."
+        )
+    if (stages != 1 or proposal_cache is not None) and iter_is_self(data):
+        raise TypeError(
+            f"Stages and a proposal cache need data that can be read again from its start; got a "
+            f"one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
+        )
+    for head in prior.heads:
+        if stages != 1:
+            fresh_head(head)
+        if calibrate:
+            rescale_head(head, 1.0, 0.0)
+
+
+def _check_held_out(held_out: Any, stages: int | Literal["auto"], calibrate: bool) -> None:  # noqa: ANN401
+    if held_out is None and (stages == "auto" or calibrate):
+        name = "calibrate=True" if calibrate else "stages='auto'"
+        raise ValueError(f"{name} goes by held-out data, and there is none. Pass held_out=.")
 
 
 def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
@@ -465,29 +387,11 @@ def _unchanged(source: LatentSource[Any, Any]) -> Iterator[None]:
         )
 
 
-def _load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    if path is None or not Path(path).exists():
-        return None
-    tensors, metadata = load_tensors(path)
-    if metadata.get("kind") != "checkpoint":
-        raise ValueError(f"{os.fspath(path)} is not a checkpoint of fit. Pass another file.")
-    state: dict[str, Any] = unpack(metadata["state"], tensors)
-    return state
-
-
 def _length(data: Any) -> int | None:  # noqa: ANN401
     try:
         return len(data)
     except TypeError:
         return None
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _copy(heads: nn.ModuleList) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in heads.state_dict().items()}
 
 
 def _summary(row: Row) -> str:

@@ -193,7 +193,7 @@ class NCPrior(nn.Module):
         state = self.source.start(batch_size, condition=condition)
         latents, draws = [], []
         for k in range(self.source.num_groups):
-            draw = self._draw(k, self.source.group(state), sampler)
+            draw = self.draw(k, self.source.group(state), sampler)
             state = self.source.advance(state, draw.z)
             latents.append(draw.z)
             draws.append(draw)
@@ -255,6 +255,33 @@ class NCPrior(nn.Module):
             True
         """
         return self.active[k] and self.strength != 0 and not self._disabled
+
+    @torch.no_grad()
+    def draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
+        """Draws z_k of a group that a walk stands in front of.
+
+        Arguments:
+            k: The group's number, from 0.
+            group: The group.
+            sampler: ``sampler(prior, log_ratio) -> Draw``.
+
+        Returns:
+            One draw per row: the base's own where the head is off.
+
+        Raises:
+            FloatingPointError: If log r is not finite; names the group.
+            TypeError: If the sampler cannot work with the group's prior; names the group.
+
+        Example:
+            >>> from functools import partial
+            >>> from ncprior import sir
+            >>> prior.draw(0, source.group(source.start(4)), partial(sir, num_proposals=9)).z.shape
+            torch.Size([4, 2])
+        """
+        if not self.is_on(k):
+            return Draw(group.prior.sample())
+        with _naming(k):
+            return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -368,12 +395,6 @@ class NCPrior(nn.Module):
         other = type(self)(self.source, deepcopy(self.heads, memo))
         other.strength, other.active = self.strength, list(self.active)
         return other.train(self.training)
-
-    def _draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
-        if not self.is_on(k):
-            return Draw(group.prior.sample())
-        with _naming(k):
-            return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))
 
 
 def group_losses(

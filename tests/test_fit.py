@@ -24,8 +24,8 @@ from toys import VAE, Ladder, base, everything, flat, ladder_prior, same, stir, 
 from ncprior import NCPrior, SingleGroup, fit
 from ncprior.files import load_tensors, save_tensors
 from ncprior.heads import MLPHead
-from ncprior.loop import History, Row
 from ncprior.trainer import NCETrainer
+from ncprior.training import History, Row
 
 QUIET = {"progress": False}
 
@@ -33,7 +33,7 @@ QUIET = {"progress": False}
 @pytest.fixture(autouse=True)
 def few_held_out_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out losses of 32 draws instead of 2,048: what is tested here is not their precision."""
-    monkeypatch.setattr("ncprior.loop._HELD_OUT_DRAWS", 32)
+    monkeypatch.setattr("ncprior.training._HELD_OUT_DRAWS", 32)
 
 
 def small() -> NCPrior:
@@ -366,13 +366,15 @@ class Scripted:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, losses: list[list[float]], error: float = 0.0
     ) -> None:
-        import ncprior.loop
-
         self.losses, self.weights, self.error = iter(losses), [], error
-        monkeypatch.setattr(ncprior.loop, "_HeldOut", lambda *_: self)
+        monkeypatch.setattr("ncprior.loop.HeldOut", self._made)
 
-    def __call__(self, prior: NCPrior, device: torch.device) -> tuple[list[float], list[float]]:
-        self.weights.append(weights(prior.heads))
+    def _made(self, data: Any, prior: NCPrior, *_: Any) -> Scripted:
+        self.prior = prior
+        return self
+
+    def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
+        self.weights.append(weights(self.prior.heads))
         losses = next(self.losses)
         return losses, [self.error] * len(losses)
 
@@ -433,7 +435,8 @@ def test_gating_switches_off_heads_that_learnt_nothing_that_holds(
 
 def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> None:
     """Batches of unequal size included: the squares of 200 z-scores average to 1 ± 0.1."""
-    from ncprior.loop import _HeldOut
+
+    from ncprior.training import HeldOut
 
     problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
     exact = 2 * math.log(2) - 2 * problem.jsd
@@ -441,8 +444,8 @@ def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> No
     for seed in range(200):
         x = problem.data(16 * 12)
         sizes = [8] * 8 + [16] * 8
-        held_out = _HeldOut(list(x.split(sizes)), 16, seed)
-        loss, error = held_out(prior, torch.device("cpu"))
+        held_out = HeldOut(list(x.split(sizes)), prior, 16, seed)
+        loss, error = held_out(torch.device("cpu"))
         scores.append((loss[1] - exact) / error[1])
     # 16 batches: a Student of about 15 degrees of freedom, of variance 15/13.
     assert 0.85 < torch.tensor(scores).square().mean() / (15 / 13) < 1.3
@@ -736,11 +739,11 @@ SCRIPT = """
     import torch
     torch.set_num_threads(1)
     from test_fit import Noisy, SETTINGS, QUIET, new_prior, scramble, weights
-    import ncprior.loop
+    import ncprior.training
     from ncprior import fit
     from ncprior.files import save_tensors
 
-    ncprior.loop._HELD_OUT_DRAWS = 32
+    ncprior.training._HELD_OUT_DRAWS = 32
 
     path, out, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 

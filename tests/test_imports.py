@@ -27,9 +27,9 @@ GROUND = {
     *("distributions", "heads", "samplers", "nce", "mixtures"),
     *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
-CORE = {*GROUND, "dynamics", "smc", "accept", "combine", "source", "bases", "prior"}
+CORE = {*GROUND, "dynamics", "smc", "accept", "combine", "source", "bases", "prior", "stages"}
 SERVICES = {
-    *("trainer", "loop", "normaliser", "likelihood", "testing"),
+    *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -46,7 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prior": {"distributions", "source", "heads", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
-    "loop": {*CORE, "trainer"},
+    "stages": {"samplers", "smc", "source", "bases", "prior"},
+    "training": {*CORE, "trainer"},
+    "loop": {*CORE, "trainer", "training", "diagnostics"},
     "report": {"calibration"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},

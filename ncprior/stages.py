@@ -1,0 +1,250 @@
+r"""Stages: another head on what the first one left, in one of two forms that are never mixed.
+
+*Product*. With ℓ_s the log-ratio that stage s has learnt,
+
+.. math::
+    \log r = \sum_s \ell_s, \qquad \ell_s \approx \log \frac{q}{r_{<s} \, p / Z_{<s}},
+    \qquad r_{<s} = \exp \sum_{t<s} \ell_t,
+
+each contrasted with draws of r_{<s}·p itself, by tempered sequential Monte Carlo. The prior stays
+one density, and sampling stays as it was: ``fit(prior, data, stages=3)``.
+
+*Nested*. A stage contrasts q with what the sampler of the stage before really draws, and at sampling
+time proposes from that sampler and weighs by its own ratio alone. It mends whatever that sampler
+leaves, at few proposals too; its head evaluations multiply, and it has no log-density:
+
+    second = NCPrior.for_source(nested(prior, partial(sir, num_proposals=20)), x)
+
+References:
+    | Telescoping Density-Ratio Estimation (Rhodes, Xu & Gutmann, 2020)
+    | Adaptive Multi-stage Density Ratio Estimation for Learning Latent Space Energy-based Model
+    | (Xiao & Han, NeurIPS 2022)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ncprior.bases import Empirical, Rebased, rebase
+from ncprior.prior import NCPrior
+from ncprior.samplers import Draw, Sampler
+from ncprior.smc import tempered_smc
+from ncprior.source import Group, LatentSource, device_of
+
+__all__ = ["Drawn", "ProductHead", "cached", "fresh_head", "nested", "rescale_head", "tilted"]
+
+_PARTICLES = 16  # per row, where rows have targets of their own
+_POPULATION = 2048  # particles that share one target
+_SCATTER = 0.5  # nats
+
+
+class ProductHead(nn.Module):
+    """log r = Σ_s ℓ_s: the product of the ratios of several stages.
+
+    Arguments:
+        heads: The heads ℓ_s, first stage first.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> ProductHead([MLPHead((2,)), MLPHead((2,))])(torch.randn(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log r(z, c) in nats, with shape ``(*, B)``."""
+        return torch.stack([head(z, context) for head in self.heads]).sum(0)
+
+    def rescale(self, slope: float, offset: float) -> None:
+        """Makes log r slope · log r + offset, in place."""
+        for s, head in enumerate(self.heads):
+            rescale_head(head, slope, offset if s == 0 else 0.0)
+
+
+def fresh_head(head: nn.Module) -> nn.Module:
+    """Makes an untrained head like another, of the same inputs and scales.
+
+    Arguments:
+        head: A head whose ``config()`` are its constructor's arguments, or a product of such, of
+            which the first is taken.
+
+    Returns:
+        The head, on the same device.
+
+    Raises:
+        TypeError: If the head does not tell its configuration.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> fresh_head(MLPHead((2,), width=32))(torch.randn(3, 2))
+        tensor([0., 0., 0.], grad_fn=<SqueezeBackward1>)
+    """
+    model = head.heads[0] if isinstance(head, ProductHead) else head
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise TypeError(
+            f"A further stage needs a new head like the one before; {type(model).__name__} has no "
+            f"config() of its constructor's arguments. Give it one, or take a head of ncprior."
+        )
+    new: nn.Module = type(model)(**config())
+    for name, buffer in model.named_buffers():
+        new.get_buffer(name).copy_(buffer)
+    first = next(model.parameters())
+    return new.to(first.device, first.dtype)
+
+
+def rescale_head(head: nn.Module, slope: float, offset: float) -> None:
+    """Makes log r of a head slope · log r + offset, in place.
+
+    Arguments:
+        head: A head with a method ``rescale(slope, offset)``.
+        slope: The factor.
+        offset: What is added, in nats.
+
+    Raises:
+        TypeError: If it has none.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> head = MLPHead((2,))
+        >>> rescale_head(head, 0.5, 1.0)
+        >>> head(torch.randn(2, 2)).tolist()
+        [1.0, 1.0]
+    """
+    rescale: Any = getattr(head, "rescale", None)
+    if rescale is None:
+        raise TypeError(
+            f"A calibrated log r is a·log r + b; {type(head).__name__} has no rescale(a, b) that "
+            f"makes it so in place. Give it one, or take a head of ncprior."
+        )
+    rescale(slope, offset)
+
+
+class Drawn:
+    """A base whose draws are made by a sampler: it can be sampled, and has no density.
+
+    Arguments:
+        draw: Makes one draw per row.
+
+    Attributes:
+        log_mean_weights: Mean log Ẑ in nats of every draw so far, where the sampler tells it.
+
+    Example:
+        >>> base = Drawn(lambda: Draw(torch.randn(4, 2)))
+        >>> base.sample((5,)).shape
+        torch.Size([5, 4, 2])
+    """
+
+    def __init__(self, draw: Callable[[], Draw]) -> None:
+        self.draw = draw
+        self.log_mean_weights: list[float] = []
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        """Draws z, with shape ``(*sample_shape, B, *event)``."""
+        draws = [self.draw() for _ in range(math.prod(sample_shape))]
+        means = [d.log_mean_weight.mean() for d in draws if d.log_mean_weight is not None]
+        self.log_mean_weights += torch.stack(means).tolist() if means else []
+        z = torch.stack([draw.z for draw in draws])
+        return z.reshape(*sample_shape, *z.shape[1:])
+
+
+def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
+    """Makes a trained prior's draws the base of another: stages in nested form.
+
+    Heads trained on it learn what this sampler leaves of the gap, and are saved alone: to load
+    them, load the first prior and nest it again.
+
+    Arguments:
+        prior: The trained prior; it is used as it is whenever a draw is made.
+        sampler: The sampler that its draws are made with, such as ``partial(sir,
+            num_proposals=20)``. One draw of the next stage costs as many evaluations of these heads
+            as the product of both numbers of proposals.
+
+    Returns:
+        A source: the same VAE with that prior. Samplers that need log p refuse it.
+
+    Example:
+        >>> from ncprior import sir
+        >>> second = NCPrior.for_source(nested(prior, partial(sir, num_proposals=7)), x)
+        >>> second.sample(4, partial(sir, num_proposals=7)).x.shape  # 49 evaluations and 7
+        torch.Size([4, 3])
+    """
+
+    def base(k: int, group: Group) -> Drawn:
+        return Drawn(lambda: Draw(prior.draw(k, group, sampler).z))
+
+    return rebase(prior.source, base)
+
+
+def tilted(prior: NCPrior) -> Rebased:
+    """Makes Π r·p itself a base, drawn from by tempered sequential Monte Carlo.
+
+    Heads trained on it are multiplied in: stages in product form, which ``fit(stages=…)`` does.
+
+    Arguments:
+        prior: The prior so far, on a base with a density.
+
+    Returns:
+        A source whose groups' priors are r_k·p(z_k | z_<k). Rows of a group without a context
+        share their particles.
+
+    Example:
+        >>> source = tilted(prior)
+        >>> source.group(source.start(8)).prior.sample().shape
+        torch.Size([8, 2])
+    """
+
+    def base(k: int, group: Group) -> Drawn:
+        share = k == 0 and group.context is None
+        smc = partial(tempered_smc, share=share, num_particles=1 if share else _PARTICLES)
+        return Drawn(partial(prior.draw, k, group, smc))
+
+    return rebase(prior.source, base)
+
+
+@torch.no_grad()
+def cached(source: LatentSource[Any, Any], count: int, seed: int) -> tuple[Rebased, Rebased]:
+    """Draws from a base once, for training to use again and again.
+
+    Arguments:
+        source: A source of one group, whose prior is the same for every row.
+        count: The number of draws that are kept for training; a tenth more are kept apart.
+        seed: Seed of the draws; the generators outside stay as they are.
+
+    Returns:
+        The source on the draws kept for training, and on those kept for held-out losses.
+
+    Warns:
+        UserWarning: If the base is drawn by tempered Monte Carlo whose estimates of log Z scatter
+            so much that its draws are not to be trusted.
+
+    Example:
+        >>> train, held_out = cached(source, 100, seed=0)
+        >>> len(train.prior.z), len(held_out.prior.z)
+        (100, 10)
+    """
+    total = count + max(1, count // 10)
+    device = device_of(source)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        base = source.group(source.start(min(total, _POPULATION))).prior
+        z = base.sample(Size((-(-total // min(total, _POPULATION)),))).flatten(0, 1)[:total]
+    log_z = torch.tensor(base.log_mean_weights if isinstance(base, Drawn) else [])
+    if len(log_z) > 1 and log_z.std() > _SCATTER:
+        warnings.warn(
+            f"The draws of the prior so far are not to be trusted: log Z scatters by "
+            f"{log_z.std():.2f} nats between populations of {_POPULATION}. A closer base would help.",
+            stacklevel=2,
+        )
+    return rebase(source, Empirical(z[:count])), rebase(source, Empirical(z[count:]))
