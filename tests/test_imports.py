@@ -24,10 +24,11 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "samplers", "nce", "mixtures"),
-    *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
+    *("distributions", "heads", "samplers", "nce", "batches", "fitting"),
+    *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
-CORE = {*GROUND, "dynamics", "source", "bases", "prior"}
+BASES = {"mixtures", "flow_matching", "bases", "vamp"}
+CORE = {*GROUND, *BASES, "dynamics", "source", "prior"}
 SERVICES = {
     *("trainer", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "hub", "card"),
@@ -40,8 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "dynamics": {"samplers"},
     "source": {"distributions"},
+    "mixtures": {"fitting"},
+    "flow_matching": {"fitting", "batches"},
     "bases": {"distributions", "source", "batches", "mixtures"},
-    "adapters": {"source", "bases", "distributions", "adapters"},
+    "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
+    "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
     "prior": {"distributions", "source", "heads", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
@@ -49,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"calibration"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},
-    "hub": {*CORE, "card"},
+    "hub": {*CORE, "card", "adapters"},
     **dict.fromkeys(DEMO_PARTS, CORE),
     "demo": {*CORE, *SERVICES, *DEMO_PARTS},
     "cli": {*CORE, *SERVICES, "demo", "__init__"},
