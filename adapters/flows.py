@@ -184,7 +184,7 @@ def fit_flow(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
-    dtype = torch.float32 if flow is None else next(flow.parameters()).dtype
+    dtype = torch.float32 if flow is None else _dtype(flow)
     white, loc, scale = standardise(latents, dtype)
     spline = _MODEST if flow is None else None
     module = _spline_flow(len(loc), **_MODEST) if flow is None else flow
@@ -217,6 +217,16 @@ def _spline_flow(features: int, *, transforms: int, width: int, bins: int) -> nn
     sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": bins}
     flow: nn.Module = NSF(features, passes=2, randperm=features > 2, **sizes)
     return flow
+
+
+def _dtype(flow: nn.Module) -> torch.dtype:
+    parameters = flow.parameters() if isinstance(flow, nn.Module) else ()
+    for parameter in parameters:
+        if parameter.requires_grad:
+            return parameter.dtype
+    raise TypeError(
+        f"A flow to be fitted is an nn.Module with parameters to train; got {type(flow).__name__}."
+    )
 
 
 def _check_flow(flow: nn.Module, white: Tensor) -> None:

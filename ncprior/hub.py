@@ -162,6 +162,7 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: If there is no such file, directory or repository.
+        ImportError: If the saved base is a flow, and zuko is not installed.
         ValueError: If the file is damaged, or does not fit the source or the heads given; these
             are then as they were.
 

@@ -92,6 +92,9 @@ def test_pseudo_inputs_stay_in_their_bounds(shift: float, bounds: Any, end: floa
     """One Gaussian for z around a = 0 and 1, of deviation about 0.55: b would like to be 1.7."""
     x = torch.stack([torch.arange(1000) % 2 + shift, 0.9 * torch.rand(1000)], dim=1)
     source = SingleGroup(standard_normal(1), widening, lambda z: z)
+    if bounds is not None:
+        scale = quick(source, x, 500, bounds=bounds, steps=0).scale
+        assert (scale <= 0.1 * math.exp(bounds[1]) + 1e-6).all()
     p = quick(source, x, 1, bounds=bounds, steps=200, learning_rate=0.2)
     b = (10 * p.scale).log().item()
     assert b > 1.2 if end is None else b == pytest.approx(end, abs=1e-5)
