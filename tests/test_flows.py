@@ -67,13 +67,13 @@ def quick(z: Tensor, flow: nn.Module | None = None, **options: Any) -> Flow:
 
 def test_the_density_integrates_to_one_and_is_that_of_the_draws() -> None:
     p = Flow(bent(), torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.1]))
-    z, mass = on_a_grid(p)
-    assert mass.sum().item() == pytest.approx(1, abs=2e-3)
+    z, mass = on_a_grid(p)  # of cells of 0.04, over which splines have kinks
+    assert mass.sum().item() == pytest.approx(1, abs=4e-3)
     draws = p.sample((20_000,)).double()
     for f in (lambda z: z, lambda z: (z - p.loc).square(), lambda z: z.prod(1, keepdim=True)):
         mean = mass @ f(z.double())
         error = f(draws).std(0) / math.sqrt(20_000)
-        assert ((f(draws).mean(0) - mean).abs() < 4 * error + 2e-3 * mean.abs()).all()
+        assert ((f(draws).mean(0) - mean).abs() < 4 * error + 4e-3 * mean.abs()).all()
 
 
 def test_standardising_is_a_change_of_variables() -> None:
