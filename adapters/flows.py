@@ -140,7 +140,7 @@ def fit_flow(
     latents: Tensor,
     flow: nn.Module | None = None,
     *,
-    steps: int = 5000,
+    steps: int = 2000,
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-4,
