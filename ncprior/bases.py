@@ -2,8 +2,9 @@ r"""Other base priors for a frozen VAE: NCP on a closer base has less to correct
 
     source = rebase(source, fit_mixture(latents_of(source, x)))
 
-A base is anything that draws z_k: a fitted mixture, a flow, a tempered prior. Decoder and posterior
-stay the wrapped source's.
+A base is anything that draws z_k: a fitted mixture (here), a VampPrior (:mod:`ncprior.vamp`), a
+normalizing flow (:mod:`ncprior.adapters.flows`), flow matching (:mod:`ncprior.flow_matching`), the
+training encodings themselves, a tempered prior. Decoder and posterior stay the wrapped source's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import in_order
-from ncprior.distributions import expand
+from ncprior.distributions import expand, parameters
 from ncprior.mixtures import GaussianMixture, fit_gaussian, fit_mixture
 from ncprior.source import Group, LatentSource, Sampleable, device_of, num_rows, posterior_of
 
@@ -32,6 +33,7 @@ __all__ = [
     "fit_mixture",
     "latents_of",
     "rebase",
+    "stored_numbers",
 ]
 
 Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
@@ -97,6 +99,40 @@ class Empirical:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by name."""
         return {"z": self.z}
+
+
+def stored_numbers(base: Sampleable) -> int:
+    """Counts the numbers that a base stores: a fair price to set beside its quality.
+
+    Of Cholesky factors these are the lower triangles; masks and orders of a flow are none.
+
+    Arguments:
+        base: A base of this package, or a distribution that :mod:`ncprior.distributions` knows.
+
+    Returns:
+        The number of floating-point numbers.
+
+    Raises:
+        TypeError: If there is no telling what the base stores.
+
+    Example:
+        >>> stored_numbers(fit_gaussian(torch.randn(50, 2)))  # a weight, a mean and a triangle
+        6
+    """
+    if isinstance(base, GaussianMixture) and base.is_full:
+        k, d = base.loc.shape
+        return k * (1 + d + d * (d + 1) // 2)
+    if hasattr(base, "tensors"):
+        tensors = base.tensors()
+    else:
+        known = parameters(base) if isinstance(base, Distribution) else None
+        if known is None:
+            raise TypeError(
+                f"There is no telling what a {type(base).__name__} stores. Give it a method "
+                f"tensors(), which returns its tensors by name."
+            )
+        (tensors,) = known.values()
+    return sum(t.numel() for t in tensors.values() if t.is_floating_point())
 
 
 def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
@@ -186,7 +222,8 @@ class Rebased:
         """Shows the group, with the new prior."""
         group = self.source.group(state.walk)
         prior = self._new_prior(state, group)
-        self._check_event(state.k, prior, group.posterior)
+        given = prior if self.prior is None else self.prior
+        self._check_event(state.k, given, group.posterior)
         return group._replace(prior=prior)
 
     def advance(self, state: State, z: Tensor) -> State:
@@ -217,11 +254,10 @@ class Rebased:
 
     @staticmethod
     def _check_event(k: int, prior: Sampleable, posterior: Distribution | None) -> None:
-        if posterior is None or not isinstance(prior, Distribution):
-            return
-        if prior.event_shape != posterior.event_shape:
+        event_shape = getattr(prior, "event_shape", None)
+        if posterior is not None and event_shape not in (None, posterior.event_shape):
             raise ValueError(
-                f"Group {k}: the base has latents of shape {tuple(prior.event_shape)}, and "
+                f"Group {k}: the base has latents of shape {tuple(event_shape)}, and "
                 f"q(z | x) of {tuple(posterior.event_shape)}. Fit it on latents_of(source, x), "
                 f"which keeps their shape."
             )

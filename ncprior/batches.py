@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -120,7 +120,11 @@ def own_generators(loader: Any) -> list[torch.Generator]:  # noqa: ANN401
     return [g for g in found.values() if isinstance(g, torch.Generator)]
 
 
-def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:  # noqa: ANN401
+@overload
+def split(data: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]: ...
+@overload
+def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None: ...  # noqa: ANN401
+def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     """Splits a tensor or a map-style dataset, shuffled, into a training and a held-out part.
 
     Arguments:

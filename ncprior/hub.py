@@ -22,10 +22,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.utils import HFValidationError
 from torch import Tensor, nn
 
+from ncprior.adapters.flows import Flow
 from ncprior.bases import GaussianMixture, Rebased, rebase
 from ncprior.card import model_card
 from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
 from ncprior.fingerprints import base_fingerprint
+from ncprior.flow_matching import FlowMatching
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.prior import NCPrior
 from ncprior.source import device_of
@@ -44,7 +46,11 @@ HEADS: dict[str, type[MLPHead | ConvHead | CategoricalHead]] = {
     "ConvHead": ConvHead,
     "CategoricalHead": CategoricalHead,
 }
-BASES: dict[str, type[GaussianMixture]] = {"GaussianMixture": GaussianMixture}
+BASES: dict[str, type[GaussianMixture | Flow | FlowMatching]] = {
+    "GaussianMixture": GaussianMixture,
+    "Flow": Flow,
+    "FlowMatching": FlowMatching,
+}
 PRODUCT = "ProductHead"  # of heads of several stages
 CUSTOM = "custom"  # a head of the user's own, of which only the tensors are saved
 
@@ -58,6 +64,11 @@ def save_pretrained(
     card_data: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves what was trained, and nothing else: heads, a fitted base, strength, active groups.
+
+    A base is saved if it is a ``GaussianMixture`` (which a VampPrior is too), a ``FlowMatching`` or
+    the ``Flow`` that ``fit_flow`` makes itself. Any other, a flow of your own among them, has to be
+    put on the source again before loading; of a distribution a fingerprint is kept, to refuse
+    another.
 
     Writes ``ncprior.safetensors``, which is all that loading reads, its configuration as
     ``config.json``, and a model card as ``README.md``; earlier ones are replaced.
@@ -153,6 +164,7 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: If there is no such file, directory or repository.
+        ImportError: If the saved base is a flow, and zuko is not installed.
         ValueError: If the file is damaged, or does not fit the source or the heads given; these
             are then as they were.
 
@@ -285,10 +297,10 @@ def _head_entry(head: nn.Module) -> dict[str, Any]:
     return {"kind": CUSTOM, "config": {"class": type(head).__name__}}
 
 
-def _own_base(source: LatentSource[Any, Any]) -> GaussianMixture | None:
-    """The base of a rebased source, where it is one of the table."""
-    base = source.prior if isinstance(source, Rebased) else None
-    return base if type(base) in BASES.values() else None  # type: ignore[return-value]
+def _own_base(source: LatentSource[Any, Any]) -> GaussianMixture | Flow | FlowMatching | None:
+    """The base of a rebased source, where it is one of the table and can be made again."""
+    base: Any = source.prior if isinstance(source, Rebased) else None
+    return base if type(base) in BASES.values() and base.config() is not None else None
 
 
 def _base_entry(source: LatentSource[Any, Any]) -> dict[str, Any] | None:
@@ -401,15 +413,14 @@ def _new_factor(path: Path, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
 
 def _new_base(
     path: Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> GaussianMixture:
-    arguments: dict[str, Any] = {
-        name.removeprefix("base."): tensor for name, tensor in tensors.items()
-    }
+) -> GaussianMixture | Flow | FlowMatching:
+    own = {name.removeprefix("base."): tensor for name, tensor in tensors.items()}
     match entry:
         case {"kind": str(kind), "config": dict(config)} if kind in BASES:
             try:
-                return BASES[kind](**arguments, **config)
-            except (RuntimeError, TypeError, ValueError) as error:
+                with torch.random.fork_rng(devices=[]):  # networks draw weights to be overwritten
+                    return BASES[kind].rebuild(own, config)
+            except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 _refuse(path, f"its base is not made as a {kind} is ({error})")
         case _:
             _refuse(path, f"its base is none of {', '.join(BASES)}, and nothing else is built")

@@ -10,13 +10,15 @@ correct: SIR with M proposals corrects about log M nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
+
+from ncprior.fitting import standardise
 
 __all__ = ["GaussianMixture", "fit_gaussian", "fit_mixture"]
 
@@ -142,6 +144,16 @@ class GaussianMixture(Distribution):
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by the names of the constructor's arguments."""
         return {"logits": self.logits, "loc": self.loc, "scale": self.scale}
+
+    @classmethod
+    def rebuild(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> GaussianMixture:
+        """Makes the mixture that has this :meth:`config` and these :meth:`tensors`.
+
+        Raises:
+            TypeError: If a tensor is missing or unknown.
+        """
+        parts: dict[str, Any] = {**tensors}
+        return cls(**parts, **config)
 
     def to(self, device: torch.device | str) -> GaussianMixture:
         """Returns the mixture with its parameters on a device.
@@ -280,12 +292,7 @@ def fit_mixture(
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1; got {count}.")
-    flat = z.detach().reshape(len(z), -1).float()
-    if not torch.isfinite(flat).all():
-        raise ValueError("Some latents are not finite. Look at what the encoder returns.")
-    centre, spread = flat.mean(0), flat.std(0)
-    spread = torch.where(spread > 0, spread, 1.0)
-    white = (flat - centre) / spread
+    white, centre, spread = standardise(z)
     em = _EM(white, covariance, regularisation, batch_size)
     first = [em.run(em.start(num_components), _FIRST_STEPS, tolerance) for _ in range(starts)]
     best, _ = em.run(max(first, key=lambda run: run[1])[0], max_steps, tolerance)

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from toys import VAE, Ladder, base, flat, ladder_prior, weights
 
-from ncprior import Group, NCPrior, SingleGroup, fit, sir
+from ncprior import Group, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.bases import (
+    Empirical,
     NoPrior,
     fit_gaussian,
     fit_mixture,
     latents_of,
     rebase,
+    stored_numbers,
 )
 from ncprior.heads import MLPHead
 from ncprior.source import device_of, sample_posterior
@@ -189,3 +191,47 @@ def test_a_hierarchy_can_be_rebased() -> None:
     prior.source = rebase(prior.source, tempered(0.5))
     trained = fit(prior, torch.randn(200, 3), steps=3, progress=False)
     assert len(trained.best_step) == 3
+
+
+def test_stored_latents_are_drawn_with_replacement_and_equally_often() -> None:
+    z = torch.arange(10.0).reshape(5, 2, 1)
+    draws = Empirical(z).sample((20, 1000))
+    assert draws.shape == (20, 1000, 2, 1)
+    assert ((draws[..., 1, 0] - draws[..., 0, 0]) == 1).all()  # whole rows
+    counts = (draws[..., 0, 0] / 2).long().flatten().bincount()
+    assert len(counts) == 5
+    sd = (20_000 * 0.2 * 0.8) ** 0.5
+    assert ((counts - 4000).abs() < 4 * sd).all()
+
+
+def test_stored_latents_are_a_base_that_only_samples() -> None:
+    source, x = flat(), torch.randn(200, 3)
+    pool = Empirical(latents_of(source, x))
+    closer = rebase(source, pool)
+    check_source(closer, x[:6])
+    prior = NCPrior(closer, MLPHead((2,)))
+    (z,) = prior.sample(5, partial(sir, num_proposals=10)).latents
+    assert (z[:, None] == pool.z).all(-1).any(1).all()
+    with pytest.raises(TypeError, match="Empirical can only be sampled. Use sir"):
+        langevin(closer.group(closer.start(2)).prior, lambda z: z[:, 0], num_steps=1, step_size=1)
+    with pytest.raises(ValueError, match=r"shape \(3,\).*\(2,\)"):
+        wrong = rebase(source, Empirical(x))
+        wrong.group(wrong.start(6, wrong.encode(x[:6])))
+
+
+def test_no_latents_are_no_distribution() -> None:
+    with pytest.raises(ValueError, match=r"N at least 1; got \(0, 2\)"):
+        Empirical(torch.empty(0, 2))
+
+
+def test_the_numbers_that_a_base_stores_are_counted() -> None:
+    z = torch.randn(100, 2, 2)
+    counts = {
+        "full": stored_numbers(fit_mixture(z, 3)),  # 3 · (1 + 4 + 10)
+        "diagonal": stored_numbers(fit_mixture(z, 3, covariance="diagonal")),  # 3 · (1 + 4 + 4)
+        "N(0, I)": stored_numbers(base(4)),
+        "pool": stored_numbers(Empirical(z)),
+    }
+    assert counts == {"full": 45, "diagonal": 27, "N(0, I)": 8, "pool": 400}
+    with pytest.raises(TypeError, match="no telling what a SampleOnly stores"):
+        stored_numbers(SampleOnly(base()))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,14 +18,43 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 SCRIPTS = ["mnist_nll.py", "hierarchical_nll.py", "loss_ess.py", "sampler_cost.py"]
 
 
-@pytest.fixture
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench", FOLDER / "bench.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def bench() -> ModuleType:
+    return load("bench")
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that fills tables in, in a folder with results and a README of its own."""
+    module = load("tables")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(
+        "# Ours\n\n<!-- table mnist_nll -->\n<!-- end -->\n\nEnd.\n"
+    )
+    write_results(tmp_path, gain=2.5)
+    return module
+
+
+def write_results(folder: Path, *, gain: float, quick: bool = False) -> None:
+    common = {"model": "NCP", "nll_lower": 84.1, "nll_upper": 84.2, "gain_se": 0.06}
+    rows = [
+        {**common, "method": "NCP, paper's head", "seed": seed, "gain": g, "fit_seconds": 10.0}
+        for seed, g in enumerate((gain, gain + 0.2))
+    ]
+    meta = {"settings": {"quick": quick}, "machine": "a machine"}
+    path = folder / "results" / "mnist_nll.json"
+    path.write_text(json.dumps({"rows": rows, "meta": meta}))
 
 
 def options(folder: Path, **changes: Any) -> argparse.Namespace:
@@ -96,3 +126,39 @@ def test_help_teaches(script: str) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("--quick", "--seed", "--json", "--cache"):
         assert word in done.stdout
+
+
+def run_tables(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+    status: int = tables.main()
+    return status
+
+
+def test_tables_are_filled_in_and_a_changed_number_is_noticed(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = partial(run_tables, tables, monkeypatch)
+    assert run("--check") == 1
+    assert "2.6" not in (tmp_path / "README.md").read_text()
+    assert run() == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| NCP, paper's head | NCP | 2 | 84.10 to 84.20 | 2.60 ± 0.14 | 0.06 | 2.00 |" in text
+    assert text.startswith("# Ours\n") and text.endswith("\nEnd.\n")
+    assert "`mnist_nll.py`, on a machine." in text
+    assert run("--check") == 0
+    write_results(tmp_path, gain=2.4)
+    assert run("--check") == 1
+
+
+def test_numbers_of_a_quick_run_are_refused(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results(tmp_path, gain=2.5, quick=True)
+    with pytest.raises(SystemExit, match="full one"):
+        run_tables(tables, monkeypatch)
+
+
+def test_the_tables_of_the_readme_are_up_to_date() -> None:
+    command = [sys.executable, str(FOLDER / "tables.py"), "--check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -24,10 +24,12 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "samplers", "nce", "mixtures"),
-    *("batches", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
+    *("distributions", "heads", "samplers", "nce", "batches", "fitting"),
+    *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
-CORE = {*GROUND, "dynamics", "smc", "accept", "combine", "source", "bases", "prior", "stages"}
+BASES = {"mixtures", "flow_matching", "bases", "vamp"}
+SAMPLERS = {"dynamics", "smc", "accept", "combine"}
+CORE = {*GROUND, *BASES, *SAMPLERS, "source", "prior", "stages"}
 SERVICES = {
     *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "hub", "card"),
@@ -41,8 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: {"samplers"} for name in ("dynamics", "accept", "combine")},
     "smc": {"samplers", "dynamics"},
     "source": {"distributions"},
+    "mixtures": {"fitting"},
+    "flow_matching": {"fitting", "batches"},
     "bases": {"distributions", "source", "batches", "mixtures"},
-    "adapters": {"source", "bases", "distributions", "adapters"},
+    "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
+    "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
     "prior": {"distributions", "source", "heads", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
@@ -52,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"calibration"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},
-    "hub": {*CORE, "card"},
+    "hub": {*CORE, "card", "adapters"},
     **dict.fromkeys(DEMO_PARTS, CORE),
     "demo": {*CORE, *SERVICES, *DEMO_PARTS},
     "cli": {*CORE, *SERVICES, "demo", "__init__"},

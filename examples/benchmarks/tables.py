@@ -44,18 +44,19 @@ def over_seeds(values: list[float], digits: int = 2) -> str:
 def likelihood(rows: list[Row], paper: dict[str, float]) -> list[str]:
     """Of the likelihood benchmarks."""
     lines = [
-        "| method | measured | seeds | −log p(x), nats | gain, nats | gain in the paper | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | measured | seeds | −log p(x), nats | gain, nats | ± images | in the paper | s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for group in by_method(rows):
         first = group[0]
         low, high = (mean(row[end] for row in group) for end in ("nll_lower", "nll_upper"))
         gain = over_seeds([row["gain"] for row in group]) if first["gain"] else ""
+        error = f"{mean(row['gain_se'] for row in group):.2f}" if first["gain"] else ""
         theirs = f"{paper[first['method']]:.2f}" if first["method"] in paper else ""
         seconds = f"{mean(row['fit_seconds'] for row in group):.0f}"
         lines.append(
             f"| {first['method']} | {first['model']} | {len(group)} | {low:.2f} to {high:.2f} | "
-            f"{gain} | {theirs} | {seconds} |"
+            f"{gain} | {error} | {theirs} | {seconds} |"
         )
     return lines
 
