@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import in_order
+from ncprior.batches import first_batch, in_order
 from ncprior.calibration import Mean, pareto_k, recalibrate, reliability
+from ncprior.dynamics import can_walk
 from ncprior.prior import NCPrior
 from ncprior.report import GroupReport, Report, Verdict
 from ncprior.samplers import sir
@@ -107,9 +108,17 @@ def diagnose(
         if train is not None:
             trained, _ = _measure(prior, train, num_draws, batch_size)
         on = [prior.is_on(k) for k in range(prior.source.num_groups)]
+        kinds = _kinds(prior, first_batch(held_out, batch_size))
     groups = []
     for k, is_on in enumerate(on):
-        report = GroupReport(k, Verdict.OFF, ess={low: math.nan, high: math.nan})
+        context, gradient = kinds[k]
+        report = GroupReport(
+            k,
+            Verdict.OFF,
+            ess={low: math.nan, high: math.nan},
+            has_context=context,
+            has_gradient=gradient,
+        )
         if is_on:
             report = _with_loss(report, log_r[:, k], None if trained is None else trained[:, k])
             report = _with_pools(report, pools[k])
@@ -151,6 +160,20 @@ def _measure(
             weigh, shape = partial(_weigh, num_proposals), (len(num_proposals), 2)
             pools.append(_walk(prior, _first(rows, encoding), weigh, shape))
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
+
+
+def _kinds(prior: NCPrior, x: Any) -> list[tuple[bool, bool]]:  # noqa: ANN401
+    """Of every group, whether it has a context, and whether its latents can be walked in."""
+    device = next((p.device for p in prior.parameters()), None)
+    if device is not None:
+        x = tree_map_only(Tensor, lambda t: t.to(device), x)
+    encoding, kinds = prior.source.encode(x), []
+    state = prior.source.start(num_rows(encoding), encoding)
+    for _ in range(prior.source.num_groups):
+        group = prior.source.group(state)
+        kinds.append((group.context is not None, can_walk(group.prior)))
+        state = prior.source.advance(state, posterior_of(group).sample())
+    return kinds
 
 
 def _walk(

@@ -21,7 +21,7 @@ from ncprior.samplers import Draw, LogRatio, check_rows, checked, like_event
 if TYPE_CHECKING:
     from ncprior.source import Sampleable
 
-__all__ = ["langevin"]
+__all__ = ["can_walk", "langevin"]
 
 
 @torch.no_grad()
@@ -160,6 +160,11 @@ class Target:
     """
 
     def __init__(self, prior: Sampleable, log_ratio: LogRatio) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Langevin dynamics takes gradients, which torch.inference_mode forbids. "
+                "Call it under torch.no_grad instead."
+            )
         self.prior, self.log_ratio = _continuous(prior), log_ratio
         check_rows(prior)
         self.calls = 0
@@ -192,6 +197,20 @@ class Target:
             )
 
 
+def can_walk(prior: Sampleable) -> bool:
+    """Tells whether Langevin dynamics can walk in a prior: not in discrete or bounded latents.
+
+    Example:
+        >>> can_walk(Normal(0.0, 1.0)), can_walk(torch.distributions.Bernoulli(0.5))
+        (True, False)
+    """
+    try:
+        _continuous(prior)
+    except TypeError:
+        return False
+    return True
+
+
 def _gradient(value: Tensor, z: Tensor) -> Tensor:
     """∂ Σ value / ∂z; 0 where value is a constant."""
     if not value.requires_grad:
@@ -202,11 +221,6 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
 
 def _continuous(prior: Sampleable) -> Distribution:
     """The prior, if Langevin dynamics can walk in it."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "Langevin dynamics takes gradients, which torch.inference_mode forbids. "
-            "Call it under torch.no_grad instead."
-        )
     name = _name(prior)
     if not isinstance(prior, Distribution) and not hasattr(prior, "log_prob"):
         raise TypeError(

@@ -117,6 +117,8 @@ class GroupReport(NamedTuple):
         train_loss: The plain NCE loss on training data, in nats.
         train_gap: Held-out less training loss, in nats.
         train_gap_error: Its standard error.
+        has_context: Whether the group has a context: rows then have targets of their own.
+        has_gradient: Whether Langevin dynamics can walk in the group's prior.
         reliability: The reliability curve, ``None`` for a head that is off.
 
     Example:
@@ -149,6 +151,8 @@ class GroupReport(NamedTuple):
     train_loss: float = math.nan
     train_gap: float = math.nan
     train_gap_error: float = math.nan
+    has_context: bool = False
+    has_gradient: bool = False
     reliability: Reliability | None = None
 
 

@@ -32,7 +32,7 @@ SAMPLERS = {"dynamics", "smc", "accept", "combine"}
 CORE = {*GROUND, *BASES, *SAMPLERS, "source", "prior", "stages"}
 SERVICES = {
     *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
-    *("diagnostics", "report", "report_plot", "hub", "card"),
+    *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
 
@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {*CORE, "trainer"},
     "loop": {*CORE, "trainer", "training", "diagnostics"},
     "report": {"calibration"},
+    "recommend": {"report", "samplers", "smc"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},
     "hub": {*CORE, "card", "adapters"},

@@ -1,0 +1,99 @@
+"""Which sampler to draw with, for what a sample may cost."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+from ncprior.report import Report, Verdict
+from ncprior.samplers import Sampler, sir
+from ncprior.smc import tempered_smc
+
+__all__ = ["Recommendation", "recommend_sampler"]
+
+_PLENTY = 30  # times the proposals needed: beyond, SIR's bias is below a hundredth
+_MOST_MOVES = 16  # per temperature; more change nothing
+
+
+class Recommendation(NamedTuple):
+    """A sampler, what it costs, and why it.
+
+    Attributes:
+        sampler: The sampler, for ``prior.sample(batch_size, sampler)``.
+        evaluations: About how many evaluations of heads one sample costs; one with a gradient
+            counts twice.
+        reason: Why this one, in one sentence.
+
+    Example:
+        >>> from ncprior import sir
+        >>> print(Recommendation(partial(sir, num_proposals=9), 9, "Because."))
+        sir(num_proposals=9), about 9 evaluations per sample. Because.
+    """
+
+    sampler: Sampler
+    evaluations: int
+    reason: str
+
+    def __str__(self) -> str:
+        """Says it in one line."""
+        function = self.sampler
+        options = getattr(function, "keywords", {})
+        name = getattr(getattr(function, "func", function), "__name__", "sampler")
+        arguments = ", ".join(f"{key}={value}" for key, value in options.items())
+        return (
+            f"{name}({arguments}), about {self.evaluations} evaluations per sample. {self.reason}"
+        )
+
+
+def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
+    """Picks a sampler and its settings for a trained prior.
+
+    SIR where it has plenty of proposals, or where nothing else can be: the proposals needed grow
+    with e^KL. Else, for a single group without a context, whose latents can be walked in, tempered
+    sequential Monte Carlo over one population: its cost grows with KL itself.
+
+    Arguments:
+        report: What :func:`ncprior.diagnostics.diagnose` has found.
+        budget: Evaluations of heads that one sample may cost, over all groups; an evaluation with
+            a gradient counts twice. SMC picks its temperatures by the particles it sees, so
+            that it keeps to the budget roughly.
+
+    Returns:
+        The recommendation.
+
+    Raises:
+        ValueError: If the budget does not give every head in use one evaluation.
+
+    Example:
+        >>> from ncprior.diagnostics import diagnose
+        >>> report = diagnose(prior, torch.randn(200, 3))
+        >>> print(recommend_sampler(report, budget=100).sampler)
+        functools.partial(<function sir at ...>, num_proposals=100)
+    """
+    groups = [group for group in report.groups if group.verdict is not Verdict.OFF]
+    each = budget // max(1, len(groups))
+    if each < 1:
+        raise ValueError(
+            f"The budget must give every head in use an evaluation; got {budget} for "
+            f"{len(groups)} heads."
+        )
+    needed = max((group.proposals_needed for group in groups), default=1)
+    by_sir = partial(sir, num_proposals=each)
+    if each >= _PLENTY * needed:
+        return Recommendation(by_sir, budget, f"{needed:,} proposals are needed: plenty.")
+    if len(report.groups) > 1 or groups[0].has_context or not groups[0].has_gradient:
+        enough = "enough" if each >= needed else "the budget is short, a closer base would help"
+        reason = f"{needed:,} proposals are needed in the widest group: {enough}."
+        return Recommendation(by_sir, each * len(groups), reason)
+    # Gaussians that are δ apart have an ESS of e^{-δ²}, and are √(2 KL) apart in all.
+    temperatures = max(1, math.ceil(math.sqrt(2 * max(0.0, groups[0].kl) / math.log(2))))
+    moves = min(_MOST_MOVES, (each // 2 - 1) // temperatures)
+    if moves < 1:
+        return Recommendation(by_sir, each, "The budget is too short for a walk.")
+    return Recommendation(
+        partial(tempered_smc, num_particles=1, share=True, num_moves=moves),
+        2 * (1 + temperatures * moves),
+        f"{needed:,} proposals are needed, more than SIR can afford to settle with; a population "
+        f"is led there in about {temperatures} temperatures.",
+    )
