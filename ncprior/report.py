@@ -59,15 +59,16 @@ _ADVICE = {
         "log r is constant, which cannot tell the two apart: train the head, then diagnose again."
     ),
     Verdict.TOO_FEW: (
-        "Give sir as many proposals as the table says are needed, or run langevin on its draws."
+        "Give sir as many proposals as the table says are needed, or let recommend_sampler pick "
+        "another sampler."
     ),
     Verdict.OVER_CONFIDENT: (
         "Its log r is larger than held-out data bear out: train with early stopping, dropout or "
-        "more data, or multiply prior.strength by the slope."
+        "more data, or rescale it: fit(..., calibrate=True)."
     ),
     Verdict.TOO_FLAT: (
         "Its log r is smaller than held-out data bear out: train longer or with a larger head, "
-        "or multiply prior.strength by the slope."
+        "or rescale it: fit(..., calibrate=True)."
     ),
     Verdict.MEMORISES: (
         "It tells its training data from the prior, new data less so: train with more data, a "
