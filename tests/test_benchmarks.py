@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
-SCRIPTS = ["mnist_nll.py", "hierarchical_nll.py", "loss_ess.py", "sampler_cost.py"]
+SCRIPTS = [
+    "mnist_nll.py",
+    "hierarchical_nll.py",
+    "loss_ess.py",
+    "sampler_cost.py",
+    "prior_hole.py",
+]
 
 
 def load(name: str) -> ModuleType:

@@ -1,0 +1,331 @@
+"""The frozen VAEs of prior_hole.py, what judges their samples, and what heads are trained on.
+
+Not a benchmark itself. Every VAE is trained on the plain ELBO before any prior is looked at, and
+kept in --cache; so is the classifier whose features the Fréchet distances are taken on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from bench import Bench
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+from torch.nn.functional import cross_entropy
+
+from ncprior import LatentSource, SingleGroup
+from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
+from ncprior.adapters.lars_snis import Binarised
+from ncprior.adapters.rae import VAE as RAEVAE
+from ncprior.bases import latents_of
+from ncprior.data import Labelled, digits, read_images, split
+from ncprior.demo_arms import in_batches
+from ncprior.demo_models import VAE, Classifier, train
+from ncprior.heads import MLPHead
+from ncprior.source import sample_posterior
+
+
+@dataclass
+class Case:
+    """One frozen VAE, ready for priors to be fitted and judged.
+
+    `rows` are what the source encodes: for flat VAEs mean and σ of q(z | x) in place of x, so that
+    the encoder is visited once; the last `num_held_out` of them stop the training of heads.
+    """
+
+    name: str
+    vae: nn.Module
+    source: LatentSource
+    rows: Tensor
+    num_held_out: int
+    images: Tensor
+    features: Callable[[Tensor], Tensor]
+    reference: Tensor
+    facts: dict[str, Any]
+    head: dict[str, Any]
+    fit: dict[str, Any]
+    quick: bool
+    binarise: bool = False
+    base_steps: int = 3000  # of the bases that are trained by descent
+    encodings: Tensor = field(init=False)
+    fresh_encodings: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        if self.source.num_groups == 1:
+            self.encodings = latents_of(self.source, self.train)
+            self.fresh_encodings = latents_of(self.source, self.held_out)
+        else:
+            self.encodings = self._all_latents(self.train[:20_000])
+            self.fresh_encodings = self._all_latents(self.held_out)
+
+    @property
+    def train(self) -> Tensor:
+        return self.rows[: -self.num_held_out]
+
+    @property
+    def held_out(self) -> Tensor:
+        return self.rows[-self.num_held_out :]
+
+    @property
+    def test_rows(self) -> Tensor:
+        """Held-out rows as the source encodes them."""
+        return self._x(self.held_out)
+
+    @property
+    def data(self) -> Any:  # noqa: ANN401
+        """What heads are trained on."""
+        batch = self.fit.get("batch_size", 256)
+        return Binarised(self.train, batch) if self.binarise else self.train
+
+    @torch.no_grad()
+    def posterior(self, count: int) -> tuple[Tensor, Tensor]:
+        """Decoded posterior samples of training data, and their latents."""
+        total = len(self.train)
+        passes = -(-count // total)  # again where there are fewer than samples
+        rows = self.train[torch.cat([torch.randperm(total) for _ in range(passes)])[:count]]
+        parts = [sample_posterior(self.source, self._x(part)) for part in rows.split(1000)]
+        z = torch.cat([torch.cat([z.flatten(1) for z in latents], 1) for latents, _ in parts])
+        return torch.cat([self.source.decode(state) for _, state in parts]), z
+
+    def _all_latents(self, rows: Tensor) -> Tensor:
+        parts = [sample_posterior(self.source, self._x(part))[0] for part in rows.split(1000)]
+        return torch.cat([torch.cat([z.flatten(1) for z in latents], 1) for latents in parts])
+
+    def _x(self, rows: Tensor) -> Tensor:
+        return rows.bernoulli() if self.binarise else rows
+
+
+def make_case(bench: Bench, data: str, model: str) -> Case:
+    """Trains, or takes from the cache, what the benchmark of `data` and `model` needs."""
+    if model == "hierarchical":
+        if data != "mnist":
+            raise SystemExit("--model hierarchical is made for --data mnist.")
+        return _hierarchical(bench)
+    return {"mnist": _mnist, "digits": _digits, "cifar10": _cifar10}[data](bench)
+
+
+def _images(name: str) -> tuple[Labelled, Labelled]:
+    """Training and test images, shuffled, the same for every seed."""
+    torch.manual_seed(0)
+    try:
+        parts = [read_images(name, part) for part in ("train", "test")]
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
+    train_part, test = (part.rows(torch.randperm(len(part.labels))) for part in parts)
+    return train_part, test
+
+
+def _classifier(
+    bench: Bench, name: str, net: Classifier | ColourClassifier, data: Labelled, steps: int
+) -> None:
+    def misfit(rows: Tensor) -> Tensor:
+        return cross_entropy(net(data.images[rows]), data.labels[rows])
+
+    do = partial(train, net, misfit, len(data.labels), steps=steps, batch_size=128)
+    bench.network(f"classifier-{name}", net, partial(do, name="classifier"), steps=steps)
+
+
+def _flat_source(vae: Any) -> SingleGroup:  # noqa: ANN401
+    def posterior(h: Tensor) -> Independent:
+        return Independent(Normal(*h.chunk(2, -1), validate_args=False), 1, validate_args=False)
+
+    return SingleGroup(vae.prior(), posterior, vae.decode, module=vae)
+
+
+def _encoded(vae: Any, images: Tensor) -> Tensor:  # noqa: ANN401
+    def moments(x: Tensor) -> Tensor:
+        q = vae.posterior(x)
+        return torch.cat([q.mean, q.stddev], -1)
+
+    return in_batches(moments, images)
+
+
+def _flat(
+    bench: Bench,
+    name: str,
+    vae: VAE,
+    net: Classifier,
+    data: Labelled,
+    test: Labelled,
+    **options: Any,  # noqa: ANN401
+) -> Case:
+    """A grey flat VAE: trains it and its judge."""
+    steps = options.pop("vae_steps")
+
+    def loss(rows: Tensor) -> Tensor:
+        return vae.negative_elbo(data.images[rows]).mean()
+
+    torch.manual_seed(0)
+    do = partial(train, vae, loss, len(data.labels), steps=steps, batch_size=128, name="VAE")
+    bench.network(f"hole-vae-{name}", vae, do, steps=steps)
+    _classifier(bench, name, net, data, options.pop("classifier_steps"))
+    facts = {
+        "negative ELBO on test images, nats": in_batches(vae.negative_elbo, test.images).mean(),
+        "classifier's accuracy": (in_batches(net, test.images).argmax(1) == test.labels).float(),
+    }
+    return Case(
+        name=name,
+        vae=vae,
+        source=_flat_source(vae),
+        rows=_encoded(vae, data.images),
+        images=data.images,
+        features=net.features,
+        reference=in_batches(net.features, test.images),
+        facts={key: value.mean().item() for key, value in facts.items()},
+        quick=bench.settings["quick"],
+        base_steps=200 if bench.settings["quick"] else 3000,
+        **options,
+    )
+
+
+def _mnist(bench: Bench) -> Case:
+    quick = bench.settings["quick"]
+    data, test = _images("ylecun/mnist")
+    torch.manual_seed(0)
+    return _flat(
+        *(bench, "mnist", VAE(28, latents=16, counts=1)),
+        *(Classifier(28, num_features=64), data, test),
+        vae_steps=1000 if quick else 9000,
+        classifier_steps=300 if quick else 900,
+        num_held_out=3000,
+        head={"width": 128 if quick else 256, "depth": 2 if quick else 3, "dropout": 0.1},
+        fit={
+            "steps": 500 if quick else 4000,
+            "batch_size": 512,
+            "eval_every": 100 if quick else 250,
+        },
+    )
+
+
+def _digits(bench: Bench) -> Case:
+    quick = bench.settings["quick"]
+    torch.manual_seed(0)
+    data, test = split(digits(), 600, 0)
+    return _flat(
+        *(bench, "digits", VAE(8, latents=6, counts=16)),
+        *(Classifier(8, num_features=16), data, test),
+        vae_steps=800 if quick else 2500,
+        classifier_steps=200 if quick else 500,
+        num_held_out=120,
+        head={"width": 64, "depth": 1, "dropout": 0.1},
+        fit={"steps": 300 if quick else 1000, "eval_every": 50},
+    )
+
+
+class ColourClassifier(nn.Module):
+    """A small classifier of 32×32 colour images; the layer below its logits gives the features."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
+        self.features = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(128 * 16, num_features), nn.SiLU()
+        )
+        self.logits = nn.Linear(num_features, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.features(x))
+
+
+def _cifar10(bench: Bench) -> Case:
+    quick = bench.settings["quick"]
+    data, test = _images("uoft-cs/cifar10")
+    torch.manual_seed(0)
+    vae, net = RAEVAE("cifar10", width=0.25), ColourClassifier(64)
+    steps = 100 if quick else 4800
+
+    def fit_vae() -> None:
+        def loss(rows: Tensor) -> Tensor:
+            return vae.loss(data.images[rows]).mean()
+
+        train(vae, loss, len(data.labels), steps=steps, batch_size=64, learning_rate=1e-3)
+        _settle(vae, data.images)
+
+    bench.network("hole-vae-cifar10", vae, fit_vae, steps=steps)
+    _classifier(bench, "cifar10", net, data, 300 if quick else 2000)
+    right = in_batches(net, test.images).argmax(1) == test.labels
+    count = 10_000 if quick else len(data.images)
+    return Case(
+        name="cifar10",
+        vae=vae,
+        source=_flat_source(vae),
+        rows=_encoded(vae, data.images[:count]),
+        num_held_out=count // 20,
+        images=data.images[:count],
+        features=net.features,
+        reference=in_batches(net.features, test.images),
+        facts={"classifier's accuracy": right.float().mean().item()},
+        quick=quick,
+        head={"width": 256, "depth": 2, "dropout": 0.3},
+        fit={
+            "steps": 300 if quick else 4000,
+            "batch_size": 512,
+            "weight_decay": 0.1,
+            "eval_every": 100 if quick else 200,
+        },
+        base_steps=50 if quick else 2000,
+    )
+
+
+@torch.no_grad()
+def _settle(vae: RAEVAE, images: Tensor) -> None:
+    """Averages the batch statistics anew under the final weights: RAE's lag behind."""
+    norms = [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)]
+    momentum = norms[0].momentum
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+    vae.train()
+    for batch in images[:5000].split(100):
+        vae.loss(batch)
+    vae.eval()
+    for norm in norms:
+        norm.momentum = momentum
+
+
+def _hierarchical(bench: Bench) -> Case:
+    quick = bench.settings["quick"]
+    data, test = _images("ylecun/mnist")
+    torch.manual_seed(0)
+    vae, epochs = HVAE(num_groups=10), 2 if quick else 16
+    do = partial(train_hvae, vae, data.images[:50_000], epochs=epochs)
+    bench.network("hvae-10", vae, do, groups=10, epochs=epochs)
+    net = Classifier(28, num_features=64)
+    _classifier(bench, "mnist", net, data, 300 if quick else 900)
+    elbo = in_batches(lambda x: vae.negative_elbo(x.bernoulli()), test.images)
+    right = in_batches(net, test.images).argmax(1) == test.labels
+    return Case(
+        name="mnist-hierarchical",
+        vae=vae,
+        source=HVAESource(vae),
+        rows=data.images,
+        num_held_out=3000,
+        images=data.images,
+        features=net.features,
+        reference=in_batches(net.features, test.images),
+        facts={
+            "negative ELBO on test images, nats": elbo.mean().item(),
+            "classifier's accuracy": right.float().mean().item(),
+        },
+        quick=quick,
+        head={"kind": MLPHead, "width": 128},
+        fit={
+            "steps": 300 if quick else 4000,
+            "num_draws": 4,
+            "learning_rate": 2e-3,
+            "eval_every": 100 if quick else 200,
+        },
+        binarise=True,
+    )
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -1,0 +1,411 @@
+"""The priors that prior_hole.py sets side by side: peers, references and ours.
+
+Not a benchmark itself. A method is fitted to the training encodings (or images) of a frozen VAE and
+then asked for samples, again and again; what it costs is counted, not assumed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from bench import Bench
+from hole_cases import Case, slug
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, langevin, sir
+from ncprior.adapters.flows import fit_flow
+from ncprior.bases import (
+    Empirical,
+    Rebased,
+    fit_gaussian,
+    fit_mixture,
+    rebase,
+    stored_numbers,
+)
+from ncprior.combine import sequence
+from ncprior.diagnostics import diagnose
+from ncprior.flow_matching import fit_flow_matching
+from ncprior.recommend import recommend_sampler
+from ncprior.samplers import Sampler
+from ncprior.smc import tempered_smc
+from ncprior.stages import nested
+from ncprior.vamp import fit_vamp
+
+BATCH = 1000  # samples drawn at once
+
+Images = tuple[Tensor, Tensor]  # decoded images and flat latents
+
+
+class Fitted(NamedTuple):
+    """A fitted method: draws images with their latents, and what it stores."""
+
+    draw: Callable[[int], Images]
+    stored: int
+    head_seconds: float = 0.0  # of heads that several methods share
+    heads: tuple[nn.Module, ...] = ()
+
+
+class Method(NamedTuple):
+    """A method by name; `family` is ours (a trained ratio head), peer or reference."""
+
+    name: str
+    family: str
+    fit: Callable[[Case, int], Fitted]
+
+
+@torch.no_grad()
+def from_source(source: LatentSource) -> Callable[[int], Images]:
+    """Draws from the prior of a source, group by group."""
+
+    def draw(count: int) -> Images:
+        state, latents = source.start(count), []
+        for _ in range(source.num_groups):
+            z = source.group(state).prior.sample()
+            state = source.advance(state, z)
+            latents.append(z.flatten(1))
+        return source.decode(state), torch.cat(latents, 1)
+
+    return draw
+
+
+def from_ncp(prior: NCPrior, sampler: Sampler) -> Callable[[int], Images]:
+    """Draws from an NCP prior."""
+
+    def draw(count: int) -> Images:
+        sample = prior.sample(count, sampler)
+        return sample.x, torch.cat([z.flatten(1) for z in sample.latents], 1)
+
+    return draw
+
+
+# --- references and peers ---
+
+
+def base(case: Case, seed: int) -> Fitted:
+    return Fitted(from_source(case.source), 0)
+
+
+def posterior(case: Case, seed: int) -> Fitted:
+    return Fitted(case.posterior, case.encodings.numel())
+
+
+def fitted_base(make: Callable[[Case], Any]) -> Callable[[Case, int], Fitted]:
+    """A base of `ncprior.bases` and its kin, alone."""
+
+    def run(case: Case, seed: int) -> Fitted:
+        found = make(case)
+        return Fitted(from_source(rebase(case.source, found)), stored_numbers(found))
+
+    return run
+
+
+def colder(temperature: float) -> Callable[[Case, int], Fitted]:
+    """The VAE's own prior with its scale reduced, the usual remedy for hierarchical models."""
+
+    def tempered(k: int, group: Group) -> Distribution:
+        p: Any = group.prior
+        normal = Normal(p.mean, temperature * p.stddev, validate_args=False)
+        return Independent(normal, len(p.event_shape), validate_args=False)
+
+    def run(case: Case, seed: int) -> Fitted:
+        return Fitted(from_source(rebase(case.source, tempered)), 1)
+
+    return run
+
+
+def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
+    """A sampler of pythae, fitted and drawn from by pythae itself, with its default training."""
+
+    def run(case: Case, seed: int) -> Fitted:
+        from pythae import samplers
+        from pythae.trainers import BaseTrainerConfig
+
+        np.random.seed(seed)
+        model = _pythae_model(case)
+        sampler = getattr(samplers, f"{kind}Sampler")(
+            model, getattr(samplers, f"{kind}SamplerConfig")(**config)
+        )
+        options = {}
+        images, held_out = _images_of(case)
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+            if kind != "GaussianMixture":
+                options = {"eval_data": held_out}
+                options["training_config"] = BaseTrainerConfig(output_dir=folder, seed=seed)
+            sampler.fit(images, **options)
+        networks = [
+            m for m in vars(sampler).values() if isinstance(m, nn.Module) and m is not model
+        ]
+        stored = sum(p.numel() for net in networks for p in net.parameters())
+        if kind == "GaussianMixture":
+            gmm = sampler.gmm
+            k, d = gmm.means_.shape
+            stored = k * (1 + d + d * (d + 1) // 2)
+
+        def draw(count: int) -> Images:
+            np.random.seed(int(torch.randint(2**31, ())))
+            seen: list[Tensor] = []
+            hook = model.decoder.register_forward_pre_hook(lambda _, z: seen.append(z[0].detach()))
+            try:
+                x = sampler.sample(count, batch_size=min(count, 500))
+            finally:
+                hook.remove()
+            return x, torch.cat(seen)[:count]
+
+        return Fitted(draw, stored)
+
+    return run
+
+
+def _images_of(case: Case) -> tuple[Tensor, Tensor]:
+    count = len(case.images) - case.num_held_out
+    return case.images[:count], case.images[count:]
+
+
+def _pythae_model(case: Case) -> Any:  # noqa: ANN401
+    """The frozen VAE as an object of pythae."""
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    vae: Any = case.vae
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            q = self.vae.posterior(x)
+            return ModelOutput(embedding=q.mean, log_covariance=2 * q.stddev.log())
+
+    class Decoder(BaseDecoder):
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=vae.decode(z))
+
+    latents = case.encodings.shape[1]
+    config = VAEConfig(input_dim=tuple(case.images.shape[1:]), latent_dim=latents)
+    return VAE(config, encoder=Encoder(), decoder=Decoder()).eval()
+
+
+# --- ours ---
+
+
+class Heads:
+    """Trains the heads of each base and seed once, for all the samplers that draw from them."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.kept: dict[str, Trained] = {}
+        self.spent = 0.0  # seconds of all trainings so far, those from the cache not included
+
+    def on(self, case: Case, seed: int, base: str, **options: object) -> Trained:
+        """Heads on a base of `BASES`, or the VAE's own; trained, or taken from the cache."""
+        kind = "-".join([base, *map(str, options)])
+        key = slug(f"hole-{case.name}-{kind}-{seed}{'-quick' * self.bench.settings['quick']}")
+        if key not in self.kept:
+            folder = self.bench.cache / key
+            started = time.perf_counter()
+            if not (folder / "seconds").exists():
+                prior, text = self._train(case, base, options)
+                prior.save_pretrained(folder)
+                seconds = time.perf_counter() - started
+                (folder / "history.txt").write_text(text, encoding="utf-8")
+                (folder / "seconds").write_text(str(seconds), encoding="utf-8")
+                self.spent += seconds
+            prior = NCPrior.from_pretrained(case.source, folder)
+            print(f"{key}: {(folder / 'history.txt').read_text(encoding='utf-8')}", flush=True)
+            self.kept[key] = Trained(prior, float((folder / "seconds").read_text()))
+        return self.kept[key]
+
+    def _train(self, case: Case, base: str, options: dict[str, Any]) -> tuple[NCPrior, str]:
+        source = case.source
+        if base in BASES:
+            source = rebase(source, BASES[base](case))
+        prior = NCPrior.for_source(source, case.rows[:512], **case.head)
+        if case.quick and "proposal_cache" in options:
+            options = {**options, "proposal_cache": 5000}
+        history = fit(prior, case.data, held_out=case.held_out, **{**case.fit, **options})
+        return prior, f"{history}\n{diagnose(prior, case.test_rows)}"
+
+
+class Trained(NamedTuple):
+    """Heads, and the seconds that they and their base took."""
+
+    prior: NCPrior
+    seconds: float
+
+    @property
+    def stored(self) -> int:
+        base = getattr(self.prior.source, "prior", None)
+        heads = sum(p.numel() for p in self.prior.parameters())
+        is_ours = isinstance(self.prior.source, Rebased) and base is not None
+        return heads + (stored_numbers(base) if is_ours else 0)
+
+
+def ours(
+    heads: Heads, base: str, sampler: Sampler, **options: object
+) -> Callable[[Case, int], Fitted]:
+    """Trained heads with one sampler."""
+
+    def run(case: Case, seed: int) -> Fitted:
+        prior, seconds = found = heads.on(case, seed, base, **options)
+        return Fitted(from_ncp(prior, sampler), found.stored, seconds, tuple(prior.heads))
+
+    return run
+
+
+def recommended(heads: Heads, base: str, budget: int) -> Callable[[Case, int], Fitted]:
+    """Trained heads with the sampler that `recommend_sampler` picks for a budget."""
+
+    def run(case: Case, seed: int) -> Fitted:
+        prior, seconds = found = heads.on(case, seed, base)
+        choice = recommend_sampler(diagnose(prior, case.test_rows), budget=budget)
+        print(f"{case.name}, seed {seed}, budget {budget}: {choice}", flush=True)
+        return Fitted(from_ncp(prior, choice.sampler), found.stored, seconds, tuple(prior.heads))
+
+    return run
+
+
+def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Case, int], Fitted]:
+    """A second head on what SIR with `first` proposals draws, in nested form."""
+
+    def run(case: Case, seed: int) -> Fitted:
+        prior, seconds = found = heads.on(case, seed, base)
+        source = nested(prior, partial(sir, num_proposals=first))
+        second = NCPrior.for_source(source, case.held_out[:512], **case.head)
+        options = {**case.fit, "proposal_cache": 5000 if case.quick else 50_000}
+        history = fit(second, case.data, held_out=case.held_out, **options)
+        print(f"{case.name}, seed {seed}, nested: {history}", flush=True)
+        stored = found.stored + sum(p.numel() for p in second.parameters())
+        draw = from_ncp(second, partial(sir, num_proposals=then))
+        return Fitted(draw, stored, seconds, (*prior.heads, *second.heads))
+
+    return run
+
+
+BASES: dict[str, Callable[[Case], Any]] = {
+    "Gaussian": lambda case: fit_gaussian(case.encodings),
+    "mixture of 10": lambda case: fit_mixture(case.encodings, 10),
+    "mixture of 100": lambda case: fit_mixture(case.encodings, 100),
+    "flow": lambda case: fit_flow(case.encodings, steps=case.base_steps),
+    "flow matching": lambda case: fit_flow_matching(case.encodings, steps=case.base_steps),
+    "VampPrior": lambda case: fit_vamp(_on_images(case), case.images, 100, steps=case.base_steps),
+    "training encodings": lambda case: Empirical(case.encodings),
+}
+
+
+def _on_images(case: Case) -> SingleGroup:
+    """The flat VAE as a source of images, for what learns inputs of its encoder."""
+    vae: Any = case.vae
+    return SingleGroup(vae.prior(), vae.posterior, vae.decode, module=vae)
+
+
+def methods(case: Case, heads: Heads) -> list[Method]:
+    """All that is compared on a case, references first."""
+    ten, few, many = (partial(sir, num_proposals=m) for m in (10, 50, 500))
+    found = [Method("N(0, I)", "reference", base), Method("posterior", "reference", posterior)]
+    if case.source.num_groups > 1:
+        found[0] = found[0]._replace(name="base prior")
+        found += [Method(f"temperature {t}", "peer", colder(t)) for t in (0.7, 0.8, 0.9)]
+        own = [("NCP, SIR(50)", few, {}), ("NCP, SIR(500)", many, {})]
+        own.append(("NCP gated and calibrated, SIR(50)", few, {"gate": True, "calibrate": True}))
+        found += [Method(name, "ours", ours(heads, "", s, **options)) for name, s, options in own]
+        found.append(Method("NCP, recommended(500)", "ours", recommended(heads, "", 500)))
+        return found
+    for name, make in BASES.items():
+        family = "reference" if name == "training encodings" else "peer"
+        found.append(Method(name, family, fitted_base(make)))
+    for components in (10, 100):
+        sampler = pythaes("GaussianMixture", n_components=components)
+        found.append(Method(f"pythae mixture of {components}", "peer", sampler))
+    for name, kind in (("MAF", "MAF"), ("IAF", "IAF"), ("two-stage", "TwoStageVAE")):
+        found.append(Method(f"pythae {name}", "peer", pythaes(kind)))
+    walk = sequence(
+        partial(sir, num_proposals=25),
+        partial(langevin, num_steps=12, step_size=0.1, adjusted=True),
+    )
+    smc = partial(tempered_smc, num_particles=1, share=True, num_moves=8)
+    for where in ("", "mixture of 10", "mixture of 100"):
+        name = f"NCP on {where or 'N(0, I)'}"
+        own = [("SIR(50)", few), ("SIR(500)", many), ("SMC", smc)]
+        found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
+    last = "mixture of 100"
+    found += [
+        Method(f"NCP on {last}, SIR(25) + MALA", "ours", ours(heads, last, walk)),
+        *(
+            Method(
+                f"NCP on {closer}, SIR(10)",
+                "ours",
+                ours(heads, closer, ten, proposal_cache=50_000),
+            )
+            for closer in ("flow", "flow matching")  # whose proposals cost more than the heads
+        ),
+        Method(
+            f"NCP on {last}, stages auto, SIR(50)", "ours", ours(heads, last, few, stages="auto")
+        ),
+        Method(
+            f"NCP on {last}, calibrated, SIR(50)", "ours", ours(heads, last, few, calibrate=True)
+        ),
+        Method(f"NCP on {last}, nested 7 × 7", "ours", second_stage(heads, last, 7, 7)),
+        *(
+            Method(f"NCP on {last}, recommended({b})", "ours", recommended(heads, last, b))
+            for b in (50, 500)
+        ),
+    ]
+    return found
+
+
+# --- what it costs ---
+
+
+@contextmanager
+def evaluations(modules: list[nn.Module]) -> Iterator[Callable[[], int]]:
+    """Counts the rows that heads are evaluated at; with a gradient they count twice."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * (2 if torch.is_grad_enabled() else 1)
+
+    hooks = [module.register_forward_hook(count) for module in modules]
+    try:
+        yield lambda: total
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Watches the resident memory, in MiB over what it was: a reading every 2 ms."""
+    status = Path("/proc/self/statm")
+    page = 4096 / 2**20
+
+    def resident() -> float:
+        return int(status.read_text().split()[1]) * page if status.exists() else 0.0
+
+    before, peak, done = resident(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident() - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak
+    finally:
+        done.set()
+        thread.join()
