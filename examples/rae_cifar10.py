@@ -31,50 +31,13 @@ from torch.distributions import Independent, Normal
 from torch.nn.functional import cross_entropy
 
 from ncprior import LatentSource, NCPrior, SingleGroup, fit, sir
-from ncprior.adapters.rae import VAE
+from ncprior.adapters.rae import VAE, settle
 from ncprior.bases import fit_mixture, latents_of, rebase
 from ncprior.data import read_images
-from ncprior.demo_models import train
+from ncprior.demo_models import Classifier, train
 from ncprior.evaluation import GapClosed, gap_closed, gap_difference
 from ncprior.files import load_tensors, save_tensors
 from ncprior.source import sample_posterior
-
-
-class Classifier(nn.Module):
-    """A small classifier; the layer below its logits gives the features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in ((3, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
-        self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(128 * 16, num_features), nn.SiLU()
-        )
-        self.logits = nn.Linear(num_features, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.features(x))
-
-
-@torch.no_grad()
-def settle(vae: VAE, images: Tensor) -> None:
-    """Averages the batch statistics anew, under the final weights.
-
-    RAE's moving averages keep 99 % per step: after a short training they lag behind, and what the
-    frozen VAE decodes is grey.
-    """
-    norms = [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)]
-    momentum = norms[0].momentum
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-    vae.train()
-    for batch in images[:5000].split(100):
-        vae.loss(batch)
-    vae.eval()
-    for norm in norms:
-        norm.momentum = momentum
 
 
 def trained_vae(images: Tensor, cache: Path, width: float, steps: int, seed: int) -> VAE:
@@ -92,7 +55,7 @@ def trained_vae(images: Tensor, cache: Path, width: float, steps: int, seed: int
         learning_rate=1e-3,
         name="VAE",
     )
-    settle(vae, images)
+    settle(vae, images[:5000])
     save_tensors(file, vae.state_dict(), {})
     print(f"VAE: trained, and kept in {file}")
     return vae
@@ -198,7 +161,7 @@ def main() -> None:
     started = time.perf_counter()
     vae = trained_vae(data.images, options.cache, options.width, vae_steps, options.seed)
     torch.manual_seed(options.seed)  # the same from here on, whether the VAE was kept or not
-    classifier = Classifier(num_features)
+    classifier = Classifier(32, num_features=num_features)
 
     def misfit(rows: Tensor) -> Tensor:
         return cross_entropy(classifier(data.images[rows]), data.labels[rows])

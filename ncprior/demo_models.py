@@ -71,7 +71,7 @@ class Classifier(nn.Module):
     """A classifier of ten digits; the layer below its logits gives the features.
 
     Arguments:
-        size: Height and width of the grey images, 8 or 28.
+        size: Height and width of the images: grey ones of 8 or 28, colour ones of 32.
         num_features: Number of features.
 
     Example:
@@ -82,15 +82,16 @@ class Classifier(nn.Module):
 
     def __init__(self, size: int, *, num_features: int) -> None:
         super().__init__()
-        stride, side = (1, 4) if size == 8 else (2, 7)
+        first = 1 if size == 8 else 2  # the first stride; every later one is 2
+        channels = (3, 32, 64, 128) if size == 32 else (1, 32, 64)
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(channels)):
+            stride = first if i == 0 else 2
+            size = -(-size // stride)
+            layers += [nn.Conv2d(before, after, 3, padding=1, stride=stride), nn.SiLU()]
+        flat = channels[-1] * size**2
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1, stride=stride),
-            nn.SiLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(64 * side * side, num_features),
-            nn.SiLU(),
+            *layers, nn.Flatten(), nn.Linear(flat, num_features), nn.SiLU()
         )
         self.logits = nn.Linear(num_features, 10)
 

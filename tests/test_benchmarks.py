@@ -5,14 +5,20 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from problems import GaussianPair
 from torch import nn
+
+from ncprior import NCPrior, langevin, sir
+from ncprior.demo_models import VAE
+from ncprior.stages import nested
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 SCRIPTS = [
@@ -168,3 +174,59 @@ def test_the_tables_of_the_readme_are_up_to_date() -> None:
     command = [sys.executable, str(FOLDER / "tables.py"), "--check"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def hole(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The methods of prior_hole.py, imported as the script imports them."""
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("hole_methods")
+    for name in ("hole_methods", "hole_cases", "bench"):
+        monkeypatch.delitem(sys.modules, name)
+    return module
+
+
+def test_evaluations_of_heads_are_counted_with_gradients_twice(hole: ModuleType) -> None:
+    problem = GaussianPair()
+    prior = NCPrior(problem.source(), problem.head())
+    counted = {}
+    samplers: dict[str, Any] = {
+        "sir": partial(sir, num_proposals=50),
+        "ula": partial(langevin, num_steps=10, step_size=0.1),
+        "mala": partial(langevin, num_steps=10, step_size=0.1, adjusted=True),
+    }
+    for name, sampler in samplers.items():
+        with hole.evaluations(list(prior.heads)) as evaluated:
+            hole.from_ncp(prior, sampler)(20)
+            counted[name] = evaluated() / 20
+    assert counted == {"sir": 50, "ula": 20, "mala": 22}
+    # Of a nested prior, both stages count: 5 draws of the first, and 5 weights of the second.
+    source = nested(prior, partial(sir, num_proposals=7))
+    second = NCPrior(source, problem.head())
+    with hole.evaluations([*prior.heads, *second.heads]) as evaluated:
+        hole.from_ncp(second, partial(sir, num_proposals=5))(20)
+    assert evaluated() / 20 == 5 * 7 + 5
+
+
+def test_the_peak_of_memory_is_that_of_what_is_held(hole: ModuleType) -> None:
+    with hole.peak_memory() as peak:
+        held = torch.ones(2**24)  # 64 MiB
+        time.sleep(0.05)
+        found = peak()
+    if sys.platform == "linux":
+        assert held.sum() == 2**24
+        assert 50 < found < 200
+
+
+def test_pythaes_model_of_a_frozen_vae_is_that_vae(hole: ModuleType) -> None:
+    pytest.importorskip("pythae")
+    vae = VAE(8, latents=3, counts=16).eval()
+    x = torch.rand(5, 1, 8, 8)
+    case = SimpleNamespace(vae=vae, encodings=torch.zeros(5, 3), images=x)
+    model = hole._pythae_model(case)
+    q = vae.posterior(x)
+    out = model.encoder(x)
+    assert torch.allclose(out.embedding, q.mean)
+    assert torch.allclose((0.5 * out.log_covariance).exp(), q.stddev)
+    assert torch.equal(model.decoder(q.mean).reconstruction, vae.decode(q.mean))

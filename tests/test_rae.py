@@ -15,7 +15,7 @@ from toys import everything
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters import rae
-from ncprior.adapters.rae import RAE, VAE, RAESource, pad_to_32
+from ncprior.adapters.rae import RAE, VAE, RAESource, pad_to_32, settle
 from ncprior.bases import fit_mixture, latents_of, rebase
 from ncprior.heads import MLPHead
 from ncprior.source import sample_posterior
@@ -366,3 +366,18 @@ def test_the_model_is_as_it_was_after_heads_were_trained() -> None:
     fit(prior, images(count=40), steps=3, batch_size=8, progress=False)
     prior.sample(4, partial(sir, num_proposals=4))
     assert everything(vae) == before
+
+
+def test_settling_makes_the_statistics_those_of_the_images() -> None:
+    """The first normalisation sees the first convolution's output: its plain mean and variance."""
+    model, images = VAE("mnist", width=0.05), torch.rand(300, 1, 32, 32)
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    seen: list[Tensor] = []
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    settle(model, images)
+    hook.remove()
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    assert len(seen) == 3
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5)  # type: ignore[arg-type]
+    assert norm.momentum == 0.01
+    assert not model.training

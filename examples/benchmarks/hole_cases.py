@@ -21,6 +21,7 @@ from ncprior import LatentSource, SingleGroup
 from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
 from ncprior.adapters.lars_snis import Binarised
 from ncprior.adapters.rae import VAE as RAEVAE
+from ncprior.adapters.rae import settle
 from ncprior.bases import latents_of
 from ncprior.data import Labelled, digits, read_images, split
 from ncprior.demo_arms import in_batches
@@ -120,9 +121,7 @@ def _images(name: str) -> tuple[Labelled, Labelled]:
     return train_part, test
 
 
-def _classifier(
-    bench: Bench, name: str, net: Classifier | ColourClassifier, data: Labelled, steps: int
-) -> None:
+def _classifier(bench: Bench, name: str, net: Classifier, data: Labelled, steps: int) -> None:
     def misfit(rows: Tensor) -> Tensor:
         return cross_entropy(net(data.images[rows]), data.labels[rows])
 
@@ -217,28 +216,11 @@ def _digits(bench: Bench) -> Case:
     )
 
 
-class ColourClassifier(nn.Module):
-    """A small classifier of 32×32 colour images; the layer below its logits gives the features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in ((3, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
-        self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(128 * 16, num_features), nn.SiLU()
-        )
-        self.logits = nn.Linear(num_features, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.features(x))
-
-
 def _cifar10(bench: Bench) -> Case:
     quick = bench.settings["quick"]
     data, test = _images("uoft-cs/cifar10")
     torch.manual_seed(0)
-    vae, net = RAEVAE("cifar10", width=0.25), ColourClassifier(64)
+    vae, net = RAEVAE("cifar10", width=0.25), Classifier(32, num_features=64)
     steps = 100 if quick else 4800
 
     def fit_vae() -> None:
@@ -246,7 +228,7 @@ def _cifar10(bench: Bench) -> Case:
             return vae.loss(data.images[rows]).mean()
 
         train(vae, loss, len(data.labels), steps=steps, batch_size=64, learning_rate=1e-3)
-        _settle(vae, data.images)
+        settle(vae, data.images[:5000])
 
     bench.network("hole-vae-cifar10", vae, fit_vae, steps=steps)
     _classifier(bench, "cifar10", net, data, 300 if quick else 2000)
@@ -272,22 +254,6 @@ def _cifar10(bench: Bench) -> Case:
         },
         base_steps=50 if quick else 2000,
     )
-
-
-@torch.no_grad()
-def _settle(vae: RAEVAE, images: Tensor) -> None:
-    """Averages the batch statistics anew under the final weights: RAE's lag behind."""
-    norms = [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)]
-    momentum = norms[0].momentum
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-    vae.train()
-    for batch in images[:5000].split(100):
-        vae.loss(batch)
-    vae.eval()
-    for norm in norms:
-        norm.momentum = momentum
 
 
 def _hierarchical(bench: Bench) -> Case:
