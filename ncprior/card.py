@@ -54,6 +54,7 @@ The ratio is used to the power of {strength:g}.{base}
 
 
 _BASE = "The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
+_OWN_BASE = "The base prior is one of its author's own: put it on the VAE's source before loading."
 
 
 def model_card(
@@ -93,7 +94,6 @@ def model_card(
         f"| {'yes' if on else 'no'} |"
         for k, (head, entry, on) in enumerate(entries)
     ]
-    base = configuration["base"]
     custom = any(map(_is_custom, configuration["heads"]))
     return _CARD.format(
         data=data.to_yaml(),
@@ -104,10 +104,17 @@ def model_card(
         proposals=500 if report is None else report.num_proposals[-1],
         rows="\n".join(rows),
         strength=configuration["strength"],
-        base="" if base is None else f" {_BASE.format(kind=base['kind'])}",
+        base=_told(configuration["base"]),
         report="It was saved without a report." if report is None else f"```text\n{report}\n```",
     )
 
 
 def _is_custom(entry: Mapping[str, Any]) -> bool:
     return entry["kind"] == "custom" or any(map(_is_custom, entry["config"].get("heads", ())))
+
+
+def _told(base: Mapping[str, Any] | None) -> str:
+    """What the card says of the base prior."""
+    if base is None:
+        return ""
+    return f" {_OWN_BASE if base['kind'] == 'custom' else _BASE.format(kind=base['kind'])}"

@@ -52,7 +52,7 @@ BASES: dict[str, type[GaussianMixture | Flow | FlowMatching]] = {
     "FlowMatching": FlowMatching,
 }
 PRODUCT = "ProductHead"  # of heads of several stages
-CUSTOM = "custom"  # a head of the user's own, of which only the tensors are saved
+CUSTOM = "custom"  # a head or base of the user's own: of a head only the tensors are saved
 
 
 def save_pretrained(
@@ -305,7 +305,11 @@ def _own_base(source: LatentSource[Any, Any]) -> GaussianMixture | Flow | FlowMa
 
 def _base_entry(source: LatentSource[Any, Any]) -> dict[str, Any] | None:
     base = _own_base(source)
-    return None if base is None else {"kind": type(base).__name__, "config": base.config()}
+    if base is not None:
+        return {"kind": type(base).__name__, "config": base.config()}
+    # A function of the group and its number: nothing of it can be saved, or told by a fingerprint.
+    is_function = isinstance(source, Rebased) and source.prior is None
+    return {"kind": CUSTOM, "config": {}} if is_function else None
 
 
 def _fingerprint(source: LatentSource[Any, Any]) -> dict[str, str | None]:
@@ -416,6 +420,13 @@ def _new_base(
 ) -> GaussianMixture | Flow | FlowMatching:
     own = {name.removeprefix("base."): tensor for name, tensor in tensors.items()}
     match entry:
+        case {"kind": "custom"}:
+            _refuse(
+                path,
+                "its heads were trained on a base of their author's own, a function of the group or "
+                "the draws of another prior. Put it on the source: rebase(source, base), or "
+                "nested(prior, sampler)",
+            )
         case {"kind": str(kind), "config": dict(config)} if kind in BASES:
             try:
                 with torch.random.fork_rng(devices=[]):  # networks draw weights to be overwritten

@@ -2,6 +2,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch.distributions import (
     Normal,
 )
 
-from ncprior import Group, NCPrior, SingleGroup
+from ncprior import Group, NCPrior, SingleGroup, sir
 from ncprior.bases import fit_mixture, rebase
 from ncprior.diagnostics import diagnose
 from ncprior.files import load_tensors, save_tensors
 from ncprior.fingerprints import base_fingerprint
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.hub import FILE, inspect
+from ncprior.stages import nested
 
 
 def conditional() -> SingleGroup:
@@ -478,6 +480,20 @@ def test_another_fitted_base_is_refused(tmp_path: Path) -> None:
     prior.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="trained on the base prior GaussianMixture:"):
         NCPrior.from_pretrained(rebased(seed=1)[1].source, tmp_path)
+
+
+def test_heads_on_a_base_of_ones_own_need_that_base(tmp_path: Path) -> None:
+    """A function of the group, as nested stages are: on the bare VAE, the heads would be wrong."""
+    first = trained(gaussian()).eval()
+    source = nested(first, partial(sir, num_proposals=3))
+    second = trained(source).eval()
+    second.save_pretrained(tmp_path)
+    assert inspect(tmp_path)["base"] == {"kind": "custom", "config": {}}
+    with pytest.raises(ValueError, match=r"nested\(prior, sampler\)"):
+        NCPrior.from_pretrained(gaussian(), tmp_path)
+    loaded = NCPrior.from_pretrained(nested(first, partial(sir, num_proposals=3)), tmp_path)
+    assert equal_draws(loaded, second)
+    assert "one of its author's own" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
