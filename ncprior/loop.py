@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, first_batch, iter_is_self, split
+from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, num_rows
@@ -26,7 +27,9 @@ from ncprior.training import HeldOut, History, Row, Run, load
 __all__ = ["calibrate_heads", "fit"]
 
 _HELD_OUT_FRACTION = 0.05
-_STAGE_CACHE = 50_000  # draws of the prior so far, where they can be kept
+_STAGE_CACHE = 50_000  # draws of the prior so far, where they can be kept: at most so many,
+_DRAWS_PER_ROW = 10  # and so many per row of data, but for
+_FEWEST_DRAWS = 5000
 _MOST_STAGES = 5  # of stages="auto"
 
 
@@ -87,7 +90,8 @@ def fit(
             held-out data best, see :func:`calibrate_heads`.
         proposal_cache: So many draws of the base are made once, and used again and again, where
             a base is slow to draw from: for a single group without a context. A tenth more are
-            made for the held-out losses. Further stages of such a group keep 50,000 by default.
+            made for the held-out losses. Further stages of such a group keep about ten per row of
+            data, from 5,000 to 50,000.
         callback: Called with each new :class:`Row`; stops training by returning True.
         checkpoint: A file to save to and resume from; further stages have files of their own
             beside it.
@@ -240,7 +244,7 @@ class _Fitting:
         for stage in range(2, most + 1):
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
-            cache = _STAGE_CACHE if self._can_cache(prior.source) else None
+            cache = self._stage_cache() if self._can_cache(prior.source) else None
             history = self.train(new, tilted(prior), path, cache, stage)
             kept = [on and learnt for on, learnt in zip(prior.active, history.learnt, strict=True)]
             for k in (k for k, keep in enumerate(kept) if keep):
@@ -250,6 +254,12 @@ class _Fitting:
             yield history
             if not any(kept):
                 return
+
+    def _stage_cache(self) -> int:
+        batch_size = self.settings["batch_size"]
+        batches = _length(in_order(self.data, batch_size))
+        wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
+        return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
 
     def _cached(
         self, source: LatentSource[Any, Any], count: int, stage: int

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ncprior import fit
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -43,6 +45,8 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     snippets = text.count("```python") + text.count("<!-- test-setup")
     assert len(blocks(text)) == snippets  # none is missed for the way it is indented or closed
     monkeypatch.chdir(tmp_path)
+    assert fit.__kwdefaults__ is not None
+    monkeypatch.setitem(fit.__kwdefaults__, "steps", 300)  # the page trains for minutes
     run(text, str(ROOT / page))
 
 
