@@ -1,15 +1,16 @@
 """An autoencoder of diffusers: a prior where there is none, and how much better heads make it.
 
     pip install 'ncprior[diffusers,demo]'
-    python examples/diffusers_autoencoder.py                  # MNIST, about 10 minutes on one core
-    python examples/diffusers_autoencoder.py --data digits    # scikit-learn's 8×8 digits, 2 minutes
+    python examples/diffusers_autoencoder.py                  # MNIST, about 15 minutes on one core
+    python examples/diffusers_autoencoder.py --data digits    # scikit-learn's 8×8 digits, 3 minutes
 
 Trains a small AutoencoderKL on the squared error plus 1e-6 times KL(q, N(0, I)), as such models are
 trained for latent diffusion: N(0, I) is no prior of its latents, and DiffusersSource says so. A full
 Gaussian fitted to the latents is one, a mixture a closer one, and a ratio head improves that. Prints
 how much of what the fitted Gaussian leaves open the other two close: Fréchet distances to held-out
 images, on features of a classifier trained here, between those of the fitted Gaussian (0 %) and of
-decoded posterior samples of training images (100 %).
+decoded posterior samples of training images (100 %). MNIST, seed 0: the mixture 97 %, NCP on it
+97 %.
 
 Where MNIST can be had from neither $NCPRIOR_DATA nor the Hugging Face Hub, it takes the digits.
 """
