@@ -141,6 +141,11 @@ def fit(
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
+    if proposal_cache is not None and not fitting.can_cache(prior.source):
+        raise ValueError(
+            "proposal_cache keeps draws of one prior for all rows: of a source with one group "
+            "and without a context. Leave it out."
+        )
     with _unchanged(prior.source), _evaluating_after(prior):
         history = fitting.train(prior, prior.source, checkpoint, proposal_cache)
         if gate:
@@ -185,7 +190,7 @@ class _Fitting:
         """Trains the heads of a prior against the base of a source, or against draws kept of it."""
         held_out_source = source
         if cache is not None:
-            source, held_out_source = self._cached(source, cache, stage)
+            source, held_out_source = cached(source, cache, self.split_seed + stage)
         trained = prior if source is prior.source else NCPrior(source, prior.heads)
         measured = trained if cache is None else NCPrior(held_out_source, prior.heads)
         settings = {**self.settings, "stage": stage}
@@ -244,7 +249,7 @@ class _Fitting:
         for stage in range(2, most + 1):
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
-            cache = self._stage_cache() if self._can_cache(prior.source) else None
+            cache = self._stage_cache() if self.can_cache(prior.source) else None
             history = self.train(new, tilted(prior), path, cache, stage)
             kept = [on and learnt for on, learnt in zip(prior.active, history.learnt, strict=True)]
             for k in (k for k, keep in enumerate(kept) if keep):
@@ -261,17 +266,8 @@ class _Fitting:
         wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
         return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
 
-    def _cached(
-        self, source: LatentSource[Any, Any], count: int, stage: int
-    ) -> tuple[LatentSource[Any, Any], LatentSource[Any, Any]]:
-        if not self._can_cache(source):
-            raise ValueError(
-                "proposal_cache keeps draws of one prior for all rows: of a source with one group "
-                "and without a context. Leave it out."
-            )
-        return cached(source, count, self.split_seed + stage)
-
-    def _can_cache(self, source: LatentSource[Any, Any]) -> bool:
+    def can_cache(self, source: LatentSource[Any, Any]) -> bool:
+        """Whether all rows have the same prior, so that its draws can be kept."""
         if source.num_groups > 1:
             return False
         x = first_batch(self.data, self.settings["batch_size"])
@@ -322,7 +318,7 @@ def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int
     counts |= {
         "checkpoint_every": checkpoint_every,
         "patience": 1 if patience is None else patience,
-        "proposal_cache": settings["proposal_cache"] or 1,
+        "proposal_cache": 1 if settings["proposal_cache"] is None else settings["proposal_cache"],
     }
     for name, count in counts.items():
         if count < 1:

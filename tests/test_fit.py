@@ -572,7 +572,8 @@ def test_an_interrupt_in_the_callback_keeps_the_best_weights() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    for name in ("steps", "batch_size", "eval_every", "checkpoint_every"):
+    counts = ("steps", "batch_size", "eval_every", "checkpoint_every", "proposal_cache")
+    for name in counts:
         with pytest.raises(ValueError, match="must be at least 1; got .*0"):
             fit(small(), data(), **{name: 0}, **QUIET)
     with pytest.raises(ValueError, match="1 rows cannot be split"):

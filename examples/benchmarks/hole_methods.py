@@ -6,6 +6,7 @@ then asked for samples, again and again; what it costs is counted, not assumed.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import threading
 import time
@@ -64,10 +65,10 @@ class Method(NamedTuple):
     fit: Callable[[Case, int], Fitted]
 
 
-@torch.no_grad()
 def from_source(source: LatentSource) -> Callable[[int], Images]:
     """Draws from the prior of a source, group by group."""
 
+    @torch.no_grad()
     def draw(count: int) -> Images:
         state, latents = source.start(count), []
         for _ in range(source.num_groups):
@@ -211,22 +212,23 @@ class Heads:
 
     def on(self, case: Case, seed: int, base: str, **options: object) -> Trained:
         """Heads on a base of `BASES`, or the VAE's own; trained, or taken from the cache."""
-        kind = "-".join([base, *map(str, options)])
-        key = slug(f"hole-{case.name}-{kind}-{seed}{'-quick' * self.bench.settings['quick']}")
-        if key not in self.kept:
-            folder = self.bench.cache / key
-            started = time.perf_counter()
-            if not (folder / "seconds").exists():
-                prior, text = self._train(case, base, options)
+        settings = {**case.fit, **options}
+        key = f"{base} {case.head} {settings} {case.base_steps}"
+        name = slug(f"hole-{case.name}-{base}-{'-'.join(options)}-{seed}")
+        folder = self.bench.cache / f"{name}{'-quick' * case.quick}"
+        if key + name not in self.kept:
+            made = _read(folder / "made.json")
+            if made.get("key") != key:
+                started = time.perf_counter()
+                prior, text = self._train(case, base, settings)
                 prior.save_pretrained(folder)
-                seconds = time.perf_counter() - started
-                (folder / "history.txt").write_text(text, encoding="utf-8")
-                (folder / "seconds").write_text(str(seconds), encoding="utf-8")
-                self.spent += seconds
+                made = {"key": key, "seconds": time.perf_counter() - started, "history": text}
+                (folder / "made.json").write_text(json.dumps(made), encoding="utf-8")
+                self.spent += made["seconds"]
+            print(f"{folder.name}: {made['history']}", flush=True)
             prior = NCPrior.from_pretrained(case.source, folder)
-            print(f"{key}: {(folder / 'history.txt').read_text(encoding='utf-8')}", flush=True)
-            self.kept[key] = Trained(prior, float((folder / "seconds").read_text()))
-        return self.kept[key]
+            self.kept[key + name] = Trained(prior, made["seconds"])
+        return self.kept[key + name]
 
     def _train(self, case: Case, base: str, options: dict[str, Any]) -> tuple[NCPrior, str]:
         source = case.source
@@ -235,8 +237,12 @@ class Heads:
         prior = NCPrior.for_source(source, case.rows[:512], **case.head)
         if case.quick and "proposal_cache" in options:
             options = {**options, "proposal_cache": 5000}
-        history = fit(prior, case.data, held_out=case.held_out, **{**case.fit, **options})
+        history = fit(prior, case.data, held_out=case.held_out, **options)
         return prior, f"{history}\n{diagnose(prior, case.test_rows)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 class Trained(NamedTuple):
@@ -300,7 +306,9 @@ BASES: dict[str, Callable[[Case], Any]] = {
     "mixture of 100": lambda case: fit_mixture(case.encodings, 100),
     "flow": lambda case: fit_flow(case.encodings, steps=case.base_steps),
     "flow matching": lambda case: fit_flow_matching(case.encodings, steps=case.base_steps),
-    "VampPrior": lambda case: fit_vamp(_on_images(case), case.images, 100, steps=case.base_steps),
+    "VampPrior": lambda case: fit_vamp(
+        _on_images(case), _images_of(case)[0], 100, steps=case.base_steps
+    ),
     "training encodings": lambda case: Empirical(case.encodings),
 }
 

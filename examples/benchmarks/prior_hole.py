@@ -71,18 +71,20 @@ class Comparison:
     def draw_all(self) -> None:
         """Fits every method and draws from it, or reads what was drawn before."""
         for method in self.methods:
-            name = slug(f"hole-{self.case.name}-{method.name}-{self.seed}-drawn")
-            key = {"count": self.count, "head": str(self.case.head), "fit": str(self.case.fit)}
-            make = partial(self._drawn, method)
-            if self.samples is not None and not self._file(method).exists():
-                self.drawn[method.name] = make()
-                continue
             try:
-                self.drawn[method.name] = self.bench.tensors(name, make, **key)[0]
+                self.drawn[method.name] = self._draws(method)
             except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
                 if not method.name.startswith("pythae"):
                     raise
                 print(f"{method.name}, seed {self.seed}: failed, {error!r:.200}", flush=True)
+
+    def _draws(self, method: Method) -> Drawn:
+        """From the cache, unless images are to be written that are not yet there."""
+        if self.samples is not None and not self._file(method).exists():
+            return self._drawn(method)
+        name = slug(f"hole-{self.case.name}-{method.name}-{self.seed}-drawn")
+        key = {"count": self.count, "head": str(self.case.head), "fit": str(self.case.fit)}
+        return self.bench.tensors(name, partial(self._drawn, method), **key)[0]
 
     def rows(self) -> list[Row]:
         """The rows of the table."""
@@ -247,7 +249,7 @@ def main() -> None:
     case = make_case(bench, options.data, options.model)
     print(f"{machine()}; {settings}; {case.facts}", flush=True)
     for seed in options.seed:
-        if not any(row["seed"] == seed for row in bench.rows):
+        if options.samples is not None or not any(row["seed"] == seed for row in bench.rows):
             compared = Comparison(bench, case, seed, options.samples)
             compared.draw_all()
             bench.add(compared.rows, seed=seed)
