@@ -25,6 +25,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from ncprior.adapters.logistics import LogisticMixture
 from ncprior.adapters.nvae_laws import (
+    BoundedNormal,
     FlowedNormal,
     InsideBorder,
     Parameters,
@@ -210,7 +211,8 @@ class NVAESource:
 
         Of a Bernoulli decoder, the border that pads MNIST to 32×32 does not count. A Gaussian
         decoder has a density in x (NVAE's code: in 2x - 1, which makes it log 2 per dimension
-        less); VAEBM's bounds its scale from below, as in its training.
+        less); VAEBM's bounds its scale from below, as in its training, and tells as ``drawn_scale``
+        the scale without the bound, with which its code draws x.
         """
         law = self._likelihood(self._logits(state))
         if isinstance(law, LogisticMixture):
@@ -322,7 +324,7 @@ class NVAESource:
         if hasattr(law, "logit_probs"):
             return LogisticMixture(logits, num_bits=round(math.log2(law.max_val + 1)))
         normal = getattr(law, "dist1", law.dist)  # on [-1, 1]
-        return Normal((normal.mu + 1) / 2, normal.sigma / 2, validate_args=False)
+        return BoundedNormal((normal.mu + 1) / 2, normal.sigma / 2, law.dist.sigma / 2)
 
     def _require_ready(self) -> None:
         require_eval(self.module)

@@ -10,11 +10,37 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
 
-__all__ = ["FlowedNormal", "InsideBorder", "clamped", "diagonal", "log_normal", "wide"]
+__all__ = [
+    "BoundedNormal",
+    "FlowedNormal",
+    "InsideBorder",
+    "clamped",
+    "diagonal",
+    "log_normal",
+    "wide",
+]
 
 Parameters: TypeAlias = tuple[Tensor, Tensor]  # location and scale, each (B, *event)
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class BoundedNormal(Normal):
+    """A normal whose scale a decoder bounds from below, and which tells the scale without the bound.
+
+    Arguments:
+        loc: The location.
+        scale: The scale, bounded: that of the density and of draws.
+        drawn_scale: The scale without the bound, with which VAEBM's code draws x.
+
+    Example:
+        >>> BoundedNormal(torch.zeros(2), torch.ones(2), torch.full((2,), 0.5)).drawn_scale
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, drawn_scale: Tensor) -> None:
+        super().__init__(loc, scale, validate_args=False)
+        self.drawn_scale = drawn_scale
 
 
 class FlowedNormal(Distribution):

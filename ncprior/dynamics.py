@@ -21,7 +21,7 @@ from ncprior.samplers import Draw, LogRatio, check_rows, checked, like_event
 if TYPE_CHECKING:
     from ncprior.source import Sampleable
 
-__all__ = ["can_walk", "langevin"]
+__all__ = ["can_walk", "langevin", "name_of"]
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
 
 def _continuous(prior: Sampleable) -> Distribution:
     """The prior, if Langevin dynamics can walk in it."""
-    name = _name(prior)
+    name = name_of(prior)
     if not isinstance(prior, Distribution) and not hasattr(prior, "log_prob"):
         raise TypeError(
             f"Langevin dynamics needs log p(z); the prior {name} can only be sampled. Use sir."
@@ -265,6 +265,12 @@ def _checked_init(init: Tensor, prior: Distribution) -> Tensor:
     return init.detach()
 
 
-def _name(prior: Sampleable) -> str:
-    base = getattr(prior, "base_dist", prior)  # the name behind Independent
+def name_of(prior: Sampleable) -> str:
+    """Returns the name of a prior's type, behind ``Independent`` and copies of it for every row.
+
+    Example:
+        >>> name_of(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
+        'Normal'
+    """
+    base = getattr(prior, "base_dist", prior)
     return type(getattr(base, "prior", base)).__name__

@@ -251,7 +251,8 @@ class SingleGroup:
         """
         if self._likelihood is None:
             raise ValueError(
-                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...)."
+                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...), or, of "
+                "a decoder trained by squared error, wrap it in SquaredError.fitted(source, held_out)."
             )
         return self._likelihood(*self._decoder_arguments(state))
 

@@ -29,7 +29,8 @@ GROUND = {
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"dynamics", "smc", "accept", "combine"}
-CORE = {*GROUND, *BASES, *SAMPLERS, "source", "prior", "stages"}
+ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
+CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "prior", "stages"}
 SERVICES = {
     *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
@@ -51,6 +52,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prior": {"distributions", "source", "heads", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
+    "noise_walk": {"dynamics", "prior", "samplers", "source"},
+    "decoder_noise": {"bases", "batches", "source"},
+    "vaebm": {"dynamics", "noise_walk", "prior", "samplers", "source"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},
     "training": {*CORE, "trainer"},
     "loop": {*CORE, "trainer", "training", "diagnostics"},

@@ -264,6 +264,7 @@ def test_gaussian_likelihoods_are_densities_in_x(vaebm: bool) -> None:
     expected = normal.log_p(2 * x - 1).sum((1, 2, 3)) + x[0].numel() * torch.tensor(2.0).log()
     assert torch.allclose(source.likelihood(state).log_prob(x), expected, rtol=1e-5)
     assert torch.allclose(source.decode(state), ((official.dist.mu + 1) / 2).clamp(0, 1))
+    assert torch.equal(source.likelihood(state).base_dist.drawn_scale, official.dist.sigma / 2)
 
 
 @pytest.mark.parametrize("bits", [5, 8])

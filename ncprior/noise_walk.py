@@ -1,0 +1,192 @@
+r"""The map from noise to (z, x), in whose coordinates a VAE is a unit Gaussian.
+
+Where p(z_k | z_<k) and p(x | z) are normal, group by group
+
+.. math::
+    z_k = \mu_k(z_{<k}) + \sigma_k(z_{<k}) \, \varepsilon_k, \qquad
+    x = \mu_x(z) + \sigma_x(z) \, \varepsilon_x, \qquad \varepsilon \sim N(0, I).
+
+The map is one to one and its Jacobian is the product of all σ, so that p(z, x) pulled back to ε is
+N(0, I), whatever μ and σ do. Three cases have no such noise:
+
+* a group of another density, such as a mixture or a flow, is walked in z_k itself;
+* a decoder whose law is not normal, such as a Bernoulli, gives its mean as x, without ε_x;
+* a group that is discrete, bounded or can only be sampled cannot be walked in, and is refused.
+
+Everything that is not N(0, I) is in one log-weight: log r_k of the heads, log p(z_k) of groups
+walked in z_k, and what the published code of VAEBM adds (see :class:`NoiseWalk`).
+
+References:
+    | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
+    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021), section 3.2
+    | NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport
+    | (Hoffman et al., 2019)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from ncprior.dynamics import can_walk, name_of
+from ncprior.prior import NCPrior
+from ncprior.samplers import Sampler
+from ncprior.source import Group, LatentSource
+
+__all__ = ["NoiseWalk", "Walked", "normal_of"]
+
+
+class Walked(NamedTuple):
+    """One walk from noise to an image.
+
+    Attributes:
+        noise: ε_k of every group, each ``(B, *event)``, or z_k where the group is walked in z_k;
+            and, of a normal decoder, ε_x as the last.
+        latents: z_k of every group, each ``(B, *event)``.
+        mean: The decoder's mean, with shape ``(B, ...)``.
+        x: The mean with the decoder's noise on it; the mean itself where there is none.
+        log_weight: Log-density of the walk's target over N(0, I) of all noise, without the energy
+            and up to a constant, in nats, with shape ``(B,)``.
+    """
+
+    noise: tuple[Tensor, ...]
+    latents: tuple[Tensor, ...]
+    mean: Tensor
+    x: Tensor
+    log_weight: Tensor
+
+
+@dataclass(frozen=True)
+class NoiseWalk:
+    """Walks a VAE from noise to (z, x), with the log-weight of Π r_k p_k on the way.
+
+    Arguments:
+        source: The VAE, with ``likelihood``.
+        prior: The ratio heads that reweigh its groups, or ``None``.
+        condition: What the source needs when there is no x, or ``None``.
+        official: Whether -log p(z) - log p(x | z) stands in for ½|ε|², as in VAEBM's published
+            code. It forgets the Jacobian: the target gets the factors Π 1/σ_k(z_<k) and
+            Π 1/σ_x(z). And where a decoder's law tells a ``drawn_scale``, x is drawn with that and
+            judged by the law's own scale, which VAEBM bounds from below.
+
+    Example:
+        >>> walk = NoiseWalk(source)
+        >>> walked = walk.draw(4)
+        >>> [tuple(part.shape) for part in walked.noise], walked.x.shape
+        ([(4, 2), (4, 3)], torch.Size([4, 3]))
+        >>> torch.equal(walk(walked.noise).x, walked.x)
+        True
+    """
+
+    source: LatentSource[Any, Any]
+    prior: NCPrior | None = None
+    condition: Any = None
+    official: bool = False
+
+    def draw(self, batch_size: int, sampler: Sampler | None = None) -> Walked:
+        """Walks from fresh noise: of the VAE, or of the heads' own sampler if one is given."""
+
+        def pick(k: int, group: Group) -> Tensor:
+            if self.prior is None or sampler is None:
+                z = group.prior.sample()
+            else:
+                z = self.prior.draw(k, group, sampler).z
+            normal = normal_of(group.prior)
+            return z if normal is None else (z - normal.loc) / normal.scale
+
+        return self._walk(batch_size, pick, torch.randn_like)
+
+    def __call__(self, noise: tuple[Tensor, ...]) -> Walked:
+        """Walks from given noise, differentiably."""
+        return self._walk(len(noise[0]), lambda k, _: noise[k], lambda _: noise[-1])
+
+    def _walk(
+        self,
+        batch_size: int,
+        pick: Callable[[int, Group], Tensor],
+        pick_x: Callable[[Tensor], Tensor],
+    ) -> Walked:
+        state = self.source.start(batch_size, condition=self.condition)
+        noise, latents, log_weights = [], [], []
+        for k in range(self.source.num_groups):
+            group = self.source.group(state)
+            _require_density(k, group)
+            u = pick(k, group)
+            z, log_weight = self._latents(k, group, u)
+            state = self.source.advance(state, z)
+            noise.append(u)
+            latents.append(z)
+            log_weights.append(log_weight)
+        normal = normal_of(self._likelihood(state))
+        if normal is None:
+            x = mean = self.source.decode(state).float()
+        else:
+            mean, u = normal.loc.float(), pick_x(normal.loc.float())
+            x, log_weight = self._image(normal, u)
+            noise.append(u)
+            log_weights.append(log_weight)
+        return Walked(tuple(noise), tuple(latents), mean, x, torch.stack(log_weights).sum(0))
+
+    def _likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
+        if not hasattr(self.source, "likelihood"):
+            raise ValueError(
+                f"VAEBM needs the decoder's noise; {type(self.source).__name__} has no method "
+                f"`likelihood`. Of a decoder trained by squared error, use SquaredError.fitted."
+            )
+        law: Distribution = self.source.likelihood(state)
+        return law
+
+    def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
+        """z_k at noise u, and its log-weight."""
+        normal, log_weight = normal_of(group.prior), torch.zeros(len(u), device=u.device)
+        if normal is None:
+            z = u
+            log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
+        else:
+            z = normal.loc + normal.scale * u
+            if self.official:
+                log_weight = log_weight - _sum(normal.scale.log().expand_as(u))
+        if self.prior is not None and self.prior.is_on(k):
+            log_r = self.prior.log_r(k, z, group.context)
+            log_weight = log_weight + self.prior.strength * log_r
+        return z, log_weight
+
+    def _image(self, normal: Normal, u: Tensor) -> tuple[Tensor, Tensor]:
+        """x at noise u, and its log-weight."""
+        if not self.official:
+            return normal.loc + normal.scale * u, torch.zeros(len(u), device=u.device)
+        drawn = getattr(normal, "drawn_scale", normal.scale)
+        log_ratio = -0.5 * (drawn / normal.scale * u).square() - normal.scale.log()
+        return normal.loc + drawn * u, _sum(log_ratio + 0.5 * u.square())
+
+
+def normal_of(law: object) -> Normal | None:
+    """Returns the normal whose location and scale make a law of noise; ``None`` if it is none.
+
+    Example:
+        >>> normal_of(Independent(Normal(torch.zeros(4, 2), 3.0), 1)).scale[0]
+        tensor([3., 3.])
+    """
+    while type(law) is Independent:
+        law = law.base_dist
+    return law if isinstance(law, Normal) else None
+
+
+def _require_density(k: int, group: Group) -> None:
+    if not can_walk(group.prior):
+        kind = "is discrete or bounded" if isinstance(group.prior, Distribution) else "has none"
+        raise TypeError(
+            f"Group {k}: VAEBM walks by Langevin dynamics, which needs a density on all of R^n; "
+            f"the prior {name_of(group.prior)} {kind}. Put a base with one on the source: "
+            f"rebase(source, base)."
+        )
+
+
+def _sum(u: Tensor) -> Tensor:
+    """The sum over all axes but the first."""
+    return u.reshape(len(u), -1).sum(1)
