@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
+from ncprior.runs import drive, load
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
 from ncprior.trainer import NCETrainer
-from ncprior.training import HeldOut, History, Row, Run, load
+from ncprior.training import HeldOut, History, Row, Run
 
 __all__ = ["calibrate_heads", "fit"]
 
@@ -217,26 +217,19 @@ class _Fitting:
         evaluation: HeldOut | None,
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
-        trainer, settings = run.trainer, run.settings
-        name = "heads" if settings["stage"] == 1 else f"heads of stage {settings['stage']}"
-        bar = tqdm(
-            total=settings["steps"],
-            initial=trainer.steps,
-            desc=name,
-            disable=not self.progress,
+        def look() -> str:
+            row = run.record(evaluation)
+            run.decide(row, self.patience, self.callback)
+            return _summary(row)
+
+        stage = run.settings["stage"]
+        drive(
+            *(run, stream, run.step, look),
+            name="heads" if stage == 1 else f"heads of stage {stage}",
+            checkpoint=checkpoint,
+            checkpoint_every=self.checkpoint_every,
+            progress=self.progress,
         )
-        with run.training(), bar:
-            while run.stopped is None:
-                run.step(stream)
-                bar.update(trainer.steps - bar.n)
-                due = trainer.steps % settings["eval_every"] == 0 or run.stopped is not None
-                if run.loss_steps and due:
-                    row = run.record(evaluation)
-                    bar.set_postfix_str(_summary(row))
-                    run.decide(row, self.patience, self.callback)
-                due = trainer.steps % self.checkpoint_every == 0 or run.stopped is not None
-                if checkpoint is not None and due:
-                    run.save(checkpoint, stream)
 
     def further(
         self,

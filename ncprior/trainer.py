@@ -18,7 +18,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from ncprior.prior import NCPrior, group_losses
 
-__all__ = ["NCETrainer", "StepMetrics"]
+__all__ = [
+    "NCETrainer",
+    "StepMetrics",
+    "average_over_ranks",
+    "check_parameters",
+    "reduce_and_clip",
+    "share_weights",
+    "zero_gradients",
+]
 
 
 class StepMetrics(NamedTuple):
@@ -84,12 +92,7 @@ class NCETrainer:
                 "backward group by group, beside which DDP leaves gradients unreduced, and "
                 "averages them over the ranks itself. Pass prior.module."
             )
-        heads = {id(p) for p in prior.parameters()}
-        if any(id(p) not in heads for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                "The optimizer holds parameters that are not the heads'; the VAE stays frozen. "
-                "Make it from prior.parameters()."
-            )
+        check_parameters(optimizer, prior, "the heads'", "prior.parameters()")
         self.prior = prior
         self.optimizer = optimizer
         self.backward = backward
@@ -97,10 +100,7 @@ class NCETrainer:
         self.num_draws = num_draws
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.steps = 0
-        if _world_size() > 1:
-            with torch.no_grad():
-                for tensor in prior.state_dict().values():
-                    dist.broadcast(tensor, src=0)
+        share_weights(prior)
 
     def step(self, x: Any) -> StepMetrics:  # noqa: ANN401
         """Takes one optimizer step on one batch.
@@ -120,37 +120,20 @@ class NCETrainer:
             >>> trainer.step(x).loss  # 2 log 2 before the first step
             tensor([1.3863])
         """
-        self._zero_gradients()
+        zero_gradients(self.prior)
         losses = []
         for loss in group_losses(self.prior, x, self.noise_weight, self.num_draws):
             if loss.requires_grad:  # not a head without parameters
                 self.backward(loss)
             losses.append(loss.detach())
         mean_loss = average_over_ranks(torch.stack(losses))
-        norms = torch.stack([self._reduce_and_clip(head) for head in self.prior.heads])
+        norms = torch.stack(
+            [reduce_and_clip(head, self.max_grad_norm) for head in self.prior.heads]
+        )
         self._refuse_non_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
         return StepMetrics(mean_loss, norms)
-
-    def _zero_gradients(self) -> None:
-        # Gradients live from here on: made in the middle of a backward pass, they would lie between
-        # activations and keep the allocator from using that memory again for the next group.
-        for p in self.prior.parameters():
-            if p.grad is not None:
-                p.grad.zero_()
-            elif p.requires_grad:
-                p.grad = torch.zeros_like(p)
-
-    def _reduce_and_clip(self, head: nn.Module) -> Tensor:
-        gradients = [p.grad for p in head.parameters() if p.grad is not None]
-        if _world_size() > 1 and gradients:
-            flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
-            for gradient, mean in zip(
-                gradients, flat.split([g.numel() for g in gradients]), strict=True
-            ):
-                gradient.copy_(mean.view_as(gradient))
-        return clip_grad_norm_(head.parameters(), self.max_grad_norm)
 
     def _refuse_non_finite(self, losses: Tensor, norms: Tensor) -> None:
         finite = torch.isfinite(losses) & torch.isfinite(norms.to(losses))
@@ -162,6 +145,77 @@ class NCETrainer:
                 f"{norms[k].item():.4g} at step {self.steps}. The heads are as they were before "
                 f"this step. Look for NaN or infinity in x, or take a lower learning rate."
             )
+
+
+def check_parameters(
+    optimizer: torch.optim.Optimizer, module: nn.Module, whose: str, remedy: str
+) -> None:
+    """Refuses an optimizer of parameters other than those of what is trained.
+
+    Raises:
+        ValueError: If it holds any other.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
+        >>> check_parameters(optimizer, prior, "the heads'", "prior.parameters()")
+        Traceback (most recent call last):
+        ValueError: The optimizer holds parameters that are not the heads'; the VAE stays frozen. Make it from prior.parameters().
+    """
+    own = {id(p) for p in module.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"The optimizer holds parameters that are not {whose}; the VAE stays frozen. "
+            f"Make it from {remedy}."
+        )
+
+
+@torch.no_grad()
+def share_weights(module: nn.Module) -> None:
+    """Gives all ranks of the process group rank 0's weights; does nothing without one.
+
+    Example:
+        >>> share_weights(prior)
+    """
+    if _world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def zero_gradients(module: nn.Module) -> None:
+    """Makes every gradient zero, and one for every parameter that has none.
+
+    Gradients live from here on: made in the middle of a backward pass, they would lie between
+    activations and keep the allocator from using that memory again for the next group.
+
+    Example:
+        >>> zero_gradients(prior)
+        >>> any(p.grad is None for p in prior.parameters())
+        False
+    """
+    for p in module.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+        elif p.requires_grad:
+            p.grad = torch.zeros_like(p)
+
+
+def reduce_and_clip(module: nn.Module, max_norm: float) -> Tensor:
+    """Averages a module's gradients over the ranks and clips them; returns their norm before.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> net(torch.full((1, 2), 4.0)).backward()  # gradients 4, 4 and 1
+        >>> reduce_and_clip(net, 1.0).item(), round(net.weight.grad.norm().item(), 2)
+        (5.744562..., 0.98)
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if _world_size() > 1 and gradients:
+        flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+    return clip_grad_norm_(module.parameters(), max_norm)
 
 
 def average_over_ranks(tensor: Tensor) -> Tensor:

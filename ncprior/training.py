@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, in_order, own_generators, random_state, set_random_state
-from ncprior.files import load_tensors, pack, save_tensors, unpack
+from ncprior.batches import Stream, in_order, own_generators
 from ncprior.prior import NCPrior
+from ncprior.runs import Training, weights_of
 from ncprior.source import num_rows
 from ncprior.trainer import NCETrainer
 
@@ -100,43 +97,25 @@ class History(NamedTuple):
         return text
 
 
-class Run:
-    """The state of one training: all that a checkpoint holds."""
+class Run(Training):
+    """The state of one training of heads."""
 
     def __init__(
         self, prior: NCPrior, trainer: NCETrainer, settings: dict[str, Any], split_seed: int
     ) -> None:
-        self.prior, self.trainer = prior, trainer
-        self.settings, self.split_seed = settings, split_seed
-        self.device = next((p.device for p in prior.parameters()), torch.device("cpu"))
-        self.average = _copy(prior.heads)
+        super().__init__(prior, prior.heads, trainer, settings)
+        self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
         self.best: dict[str, Tensor] | None = None
         self.best_loss = [math.inf] * len(prior.heads)
         self.best_error = [math.inf] * len(prior.heads)
         self.best_step = [0] * len(prior.heads)
-        self.rows: list[Row] = []
         self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
-        self.loss_steps = 0
-        self.stopped: str | None = None
-        self.seconds, self.since = 0.0, time.perf_counter()
 
     def step(self, stream: Stream) -> None:
-        total = self.settings["steps"]
-        progress = self.trainer.steps / total
-        for group in self.trainer.optimizer.param_groups:
-            group["lr"] = 0.5 * self.settings["learning_rate"] * (1 + math.cos(math.pi * progress))
-        try:
-            x = next(stream)
-        except StopIteration:
-            self.stopped = f"data used up after {self.trainer.steps} of {total} steps"
-            return
-        x = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
-        self.loss_sum += self.trainer.step(x).loss
-        self.loss_steps += 1
-        t = self.trainer.steps
-        self._update_average(min(self.settings["ema_decay"], (1 + t) / (10 + t)))
-        if t == total:
-            self.stopped = f"all {total} steps taken"
+        x = self.next_batch(stream)
+        if self.stopped is None:
+            self.loss_sum += self.trainer.step(x).loss
+            self.stepped()
 
     def record(self, evaluation: HeldOut | None) -> Row:
         """Adds a row to the history; keeps each group's averaged weights where they are best."""
@@ -146,19 +125,18 @@ class Run:
                 held_out, errors = evaluation(self.device)
             self._refuse_non_finite(held_out)
             if self.best is None:
-                self.best = _copy(self.prior.heads)
+                self.best = weights_of(self.prior.heads)
             for k, new in enumerate(held_out):
                 if new < self.best_loss[k]:
                     self.best_loss[k], self.best_step[k] = new, self.trainer.steps
                     self.best_error[k] = errors[k]
                     for name in self._names(k):
                         self.best[name].copy_(self.average[name])
-        self.seconds, self.since = self._elapsed(), time.perf_counter()
-        loss = (self.loss_sum / max(1, self.loss_steps)).tolist()
-        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
+        loss = (self.loss_sum / max(1, self.steps_since_row)).tolist()
+        self.loss_sum, self.steps_since_row = torch.zeros_like(self.loss_sum), 0
         rate: float = self.trainer.optimizer.param_groups[0]["lr"]
-        self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.seconds))
-        return self.rows[-1]
+        self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.elapsed()))
+        return self.rows[-1]  # type: ignore[no-any-return]
 
     def _refuse_non_finite(self, held_out: list[float]) -> None:
         for k, loss in enumerate(held_out):
@@ -178,18 +156,9 @@ class Run:
         elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
             self.stopped = f"no progress on held-out data since step {last}"
 
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Training mode; on leaving, however, the kept weights: the best, or else the averaged."""
-        self.prior.train()
-        try:
-            yield
-        finally:
-            kept = self.average if self.best is None else self.best
-            for name, tensor in self.prior.heads.state_dict().items():
-                tensor.copy_(kept[name])
-            self.trainer.optimizer.zero_grad()
-            self.prior.eval()
+    def kept(self) -> Mapping[str, Tensor]:
+        """The best weights, or else the averaged."""
+        return self.average if self.best is None else self.best
 
     def history(self) -> History:
         stopped = str(self.stopped)
@@ -198,74 +167,30 @@ class Run:
             return History(self.rows, steps, None, None, stopped)
         return History(self.rows, self.best_step, self.best_loss, self.best_error, stopped)
 
-    def save(self, path: str | os.PathLike[str], stream: Stream) -> None:
-        tree, tensors = pack(
-            {
-                "settings": self.settings,
-                "split_seed": self.split_seed,
-                "steps": self.trainer.steps,
-                "heads": dict(self.prior.heads.state_dict()),
-                "average": self.average,
-                "best": self.best,
-                "best_loss": self.best_loss,
-                "best_error": self.best_error,
-                "best_step": self.best_step,
-                "optimizer": self.trainer.optimizer.state_dict(),
-                "rows": [tuple(row) for row in self.rows],
-                "loss_sum": self.loss_sum,
-                "loss_steps": self.loss_steps,
-                "stopped": self.stopped,
-                "seconds": self._elapsed(),
-                "stream": stream.state(),
-                "generators": random_state(),
-            }
-        )
-        save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
+    def state(self) -> dict[str, Any]:
+        """Adds the best weights so far."""
+        return {
+            **super().state(),
+            "split_seed": self.split_seed,
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "best_error": self.best_error,
+            "best_step": self.best_step,
+            "loss_sum": self.loss_sum,
+        }
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
-        for name, now in self.settings.items():
-            if saved["settings"].get(name) != now:
-                raise ValueError(
-                    f"The checkpoint belongs to a training with {name}="
-                    f"{saved['settings'].get(name)}; got {name}={now}. Pass the same data and "
-                    f"settings, or another checkpoint file."
-                )
-        if _shapes(self.prior.heads.state_dict()) != _shapes(saved["heads"]):
-            raise ValueError(
-                "The checkpoint holds heads of other shapes. Build the prior as it was, or pass "
-                "another checkpoint file."
-            )
-        self.prior.heads.load_state_dict(saved["heads"])
-        for name, tensor in self.average.items():
-            tensor.copy_(saved["average"][name])
+        """Takes the best weights up too."""
+        super().restore(saved, stream)
         if saved["best"] is not None:
             self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
         self.best_loss, self.best_step = saved["best_loss"], saved["best_step"]
         self.best_error = saved["best_error"]
-        self.trainer.optimizer.load_state_dict(saved["optimizer"])
-        self.trainer.steps = saved["steps"]
         self.rows = [Row(*row) for row in saved["rows"]]
         self.loss_sum.copy_(saved["loss_sum"])
-        self.loss_steps = saved["loss_steps"]
-        self.stopped = saved["stopped"]
-        self.seconds = saved["seconds"]
-        if self.stopped is None:
-            stream.restore(saved["stream"])
-        set_random_state(saved["generators"])
-
-    def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self.since
 
     def _names(self, k: int) -> list[str]:
         return [name for name in self.average if name.startswith(f"{k}.")]
-
-    @torch.no_grad()
-    def _update_average(self, decay: float) -> None:
-        for name, tensor in self.prior.heads.state_dict().items():
-            if tensor.is_floating_point():
-                self.average[name].lerp_(tensor, 1 - decay)
-            else:
-                self.average[name].copy_(tensor)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -322,21 +247,3 @@ class HeldOut:
         # Batches of n rows scatter around the mean by a variance in proportion to 1/n.
         spread = weight @ (loss - mean).square() / max(1, len(rows) - 1)
         return mean.tolist(), spread.sqrt().tolist()
-
-
-def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    if path is None or not Path(path).exists():
-        return None
-    tensors, metadata = load_tensors(path)
-    if metadata.get("kind") != "checkpoint":
-        raise ValueError(f"{os.fspath(path)} is not a checkpoint of fit. Pass another file.")
-    state: dict[str, Any] = unpack(metadata["state"], tensors)
-    return state
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _copy(heads: nn.ModuleList) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in heads.state_dict().items()}

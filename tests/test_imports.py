@@ -26,13 +26,14 @@ PUBLIC = {
 GROUND = {
     *("distributions", "heads", "samplers", "nce", "batches", "fitting"),
     *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
+    *("energies", "spectral", "replay"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"dynamics", "smc", "accept", "combine"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "prior", "stages"}
 SERVICES = {
-    *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
+    *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -56,8 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoder_noise": {"bases", "batches", "source"},
     "vaebm": {"dynamics", "noise_walk", "prior", "samplers", "source"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},
-    "training": {*CORE, "trainer"},
-    "loop": {*CORE, "trainer", "training", "diagnostics"},
+    "runs": {"batches", "files"},
+    "training": {*CORE, "trainer", "runs"},
+    "loop": {*CORE, "trainer", "training", "runs", "diagnostics"},
     "report": {"calibration"},
     "recommend": {"report", "samplers", "smc"},
     "report_plot": {"report"},
