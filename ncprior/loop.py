@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
-from ncprior.runs import drive, load
+from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
 from ncprior.trainer import NCETrainer
@@ -125,13 +125,13 @@ def fit(
         "ema_decay": ema_decay,
         "eval_every": eval_every,
         "proposal_cache": proposal_cache,
-        "VAE": _fingerprint(prior.source),
-        "rows": _length(data),
+        "VAE": fingerprint_of(prior.source),
+        "rows": length_of(data),
     }
     _check_counts(settings, checkpoint_every, patience)
     _check_stages(prior, data, stages, calibrate, proposal_cache)
     saved = load(checkpoint)
-    split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
+    split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)
     _check_held_out(held_out, stages, calibrate)
     fitting = _Fitting(
@@ -146,7 +146,7 @@ def fit(
             "proposal_cache keeps draws of one prior for all rows: of a source with one group "
             "and without a context. Leave it out."
         )
-    with _unchanged(prior.source), _evaluating_after(prior):
+    with unchanged(prior.source), _evaluating_after(prior):
         history = fitting.train(prior, prior.source, checkpoint, proposal_cache)
         if gate:
             off = tuple(k for k, learnt in enumerate(history.learnt) if not learnt)
@@ -255,7 +255,7 @@ class _Fitting:
 
     def _stage_cache(self) -> int:
         batch_size = self.settings["batch_size"]
-        batches = _length(in_order(self.data, batch_size))
+        batches = length_of(in_order(self.data, batch_size))
         wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
         return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
 
@@ -367,30 +367,6 @@ def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN
             stacklevel=3,
         )
     return parts or (data, None)
-
-
-def _fingerprint(source: LatentSource[Any, Any]) -> str | None:
-    fingerprint: str | None = getattr(source, "fingerprint", lambda: None)()
-    return fingerprint
-
-
-@contextmanager
-def _unchanged(source: LatentSource[Any, Any]) -> Iterator[None]:
-    """Holds the source to its fingerprint, where it has one."""
-    before = _fingerprint(source)
-    yield
-    if _fingerprint(source) != before:
-        raise RuntimeError(
-            "The VAE has changed during training, although nothing here changes it. Does its "
-            "encoder, or a callback, write to parameters or buffers?"
-        )
-
-
-def _length(data: Any) -> int | None:  # noqa: ANN401
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 def _summary(row: Row) -> str:

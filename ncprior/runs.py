@@ -18,7 +18,15 @@ from torch.utils._pytree import tree_map_only
 from ncprior.batches import Stream, random_state, set_random_state
 from ncprior.files import load_tensors, pack, save_tensors, unpack
 
-__all__ = ["Training", "drive", "load", "weights_of"]
+__all__ = [
+    "Training",
+    "drive",
+    "fingerprint_of",
+    "length_of",
+    "load",
+    "unchanged",
+    "weights_of",
+]
 
 
 class Stepper(Protocol):
@@ -222,6 +230,50 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
         raise ValueError(f"{os.fspath(path)} is not a checkpoint of fit. Pass another file.")
     state: dict[str, Any] = unpack(metadata["state"], tensors)
     return state
+
+
+def fingerprint_of(source: Any) -> str | None:  # noqa: ANN401
+    """Returns a source's own fingerprint of its VAE, where it has one.
+
+    Example:
+        >>> fingerprint_of(source).split(":")[0]
+        'float32'
+    """
+    fingerprint: str | None = getattr(source, "fingerprint", lambda: None)()
+    return fingerprint
+
+
+def length_of(data: Any) -> int | None:  # noqa: ANN401
+    """Returns the length of data that has one.
+
+    Example:
+        >>> length_of([1, 2]), length_of(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+@contextmanager
+def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
+    """Holds a source to its fingerprint, where it has one.
+
+    Raises:
+        RuntimeError: If the VAE is another on leaving.
+
+    Example:
+        >>> with unchanged(source):
+        ...     _ = source.decode(source.advance(source.start(1), torch.zeros(1, 2)))
+    """
+    before = fingerprint_of(source)
+    yield
+    if fingerprint_of(source) != before:
+        raise RuntimeError(
+            "The VAE has changed during training, although nothing here changes it. Does its "
+            "encoder, or a callback, write to parameters or buffers?"
+        )
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "prior", "stages"}
 SERVICES = {
     *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
+    *("vaebm_trainer", "vaebm_fit"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -57,6 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoder_noise": {"bases", "batches", "source"},
     "vaebm": {"dynamics", "noise_walk", "prior", "samplers", "source"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},
+    "vaebm_trainer": {*CORE, "trainer"},
+    "vaebm_fit": {*CORE, "runs", "vaebm_trainer"},
     "runs": {"batches", "files"},
     "training": {*CORE, "trainer", "runs"},
     "loop": {*CORE, "trainer", "training", "runs", "diagnostics"},
