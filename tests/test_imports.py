@@ -34,7 +34,7 @@ ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "prior", "stages"}
 SERVICES = {
     *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
-    *("vaebm_trainer", "vaebm_fit"),
+    *("vaebm_trainer", "vaebm_fit", "ood"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prior": {"distributions", "source", "heads", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
+    "ood": {*CORE, "likelihood", "normaliser"},
     "noise_walk": {"dynamics", "prior", "samplers", "source"},
     "decoder_noise": {"bases", "batches", "source"},
     "vaebm": {"dynamics", "noise_walk", "prior", "samplers", "source"},

@@ -1,0 +1,153 @@
+"""Scores of images against exact densities, and AUROC against its closed forms."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, MultivariateNormal, Normal
+from toys import everything
+from vaebm_problems import LinearGaussian, Quadratic, Slope
+
+from ncprior import NCPrior, SingleGroup
+from ncprior.heads import MLPHead
+from ncprior.ood import OODScore, auroc, ood_score
+from ncprior.vaebm import VAEBM
+
+PROBLEM = LinearGaussian()
+ENERGY = Quadratic(3, a=0.4, h=0.3)
+
+
+def marginal(slope: Slope | None = None) -> MultivariateNormal:
+    mean, covariance = PROBLEM.law(Quadratic(3), slope)
+    return MultivariateNormal(mean[2:].float(), covariance[2:, 2:].float())
+
+
+def with_true_posterior() -> SingleGroup:
+    """The linear-Gaussian VAE with q(z | x) = p(z | x), a little wider."""
+    w, s = PROBLEM.weight, PROBLEM.scale
+    covariance = torch.linalg.inv(torch.eye(2) / s**2 + w.T @ w / PROBLEM.sigma**2)
+
+    def posterior(x: Tensor) -> MultivariateNormal:
+        b = PROBLEM.location / s**2 + x @ w / PROBLEM.sigma**2
+        return MultivariateNormal(b @ covariance, 1.1 * covariance)
+
+    source = PROBLEM.source()
+    return SingleGroup(source.prior, posterior, PROBLEM.decode, likelihood=PROBLEM.likelihood)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("energy", [False, True])
+def test_scores_are_log_densities_up_to_one_constant(heads: bool, energy: bool) -> None:
+    source, slope, x = with_true_posterior(), Slope(0.8, 0.2), 2 * torch.randn(60, 3)
+    prior: Any = NCPrior(source, slope) if heads else source
+    score = ood_score(VAEBM(prior, ENERGY) if energy else prior, x, num_samples=300)
+    exact = marginal(slope if heads else None).log_prob(x)
+    exact = exact - ENERGY(x).detach() if energy else exact
+    difference = score.total - exact
+    assert difference.std() < 0.05
+    if not heads:
+        assert difference.mean().abs() < 0.02
+    assert (score.vae - marginal().log_prob(x)).abs().max() < 0.2
+    assert bool(score.ncp.abs().max() > 0) == heads
+    assert torch.equal(score.energy.float(), -ENERGY(x).detach() * energy)
+
+
+def test_heads_that_have_learnt_nothing_add_nothing() -> None:
+    prior, x = NCPrior(PROBLEM.source(), MLPHead((2,))), torch.randn(10, 3)
+    score = ood_score(prior, [x[:7], x[7:]], num_samples=4)
+    assert torch.equal(score.ncp, torch.zeros(10).double())
+    assert torch.equal(score.total, score.vae)
+
+
+def test_nothing_is_changed_and_what_is_missing_is_named() -> None:
+    energy = Quadratic(3, a=0.1)
+    before = everything(energy)
+    ood_score(VAEBM(PROBLEM.source(), energy), torch.randn(4, 3), num_samples=2)
+    assert everything(energy) == before
+    with pytest.raises(ValueError, match=r"does not know p\(x \| z\)"):
+        ood_score(PROBLEM.source(likelihood=None), torch.randn(4, 3))
+
+
+def test_a_batch_may_be_a_tuple() -> None:
+    x = torch.randn(8, 3)
+    score = ood_score(VAEBM(PROBLEM.source(), ENERGY), [(x, torch.zeros(8))], num_samples=2)
+    assert torch.allclose(score.energy.float(), -ENERGY(x).detach())
+
+
+# --- AUROC ---
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0, 2.5])
+def test_two_gaussians_have_the_closed_form(distance: float) -> None:
+    found = auroc(torch.randn(4000) + distance, torch.randn(3000))
+    exact = NormalDist().cdf(distance / math.sqrt(2))
+    assert abs(found.value - exact) < 4 * found.error
+    assert found.error < 0.01 and found.low < found.value < found.high
+
+
+def test_the_standard_error_is_that_of_repetitions() -> None:
+    found = [auroc(torch.randn(50) + 1, torch.randn(80)) for _ in range(600)]
+    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    errors = torch.tensor([f.error for f in found], dtype=torch.float64)
+    assert errors.square().mean().sqrt().item() == pytest.approx(
+        values.std().item(), rel=4 / math.sqrt(2 * 600)
+    )
+    exact = NormalDist().cdf(1 / math.sqrt(2))
+    covered = sum(f.low <= exact <= f.high for f in found) / 600
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 600)
+    narrow = [auroc(torch.randn(50) + 1, torch.randn(80), level=0.5) for _ in range(600)]
+    covered = sum(f.low <= exact <= f.high for f in narrow) / 600
+    assert abs(covered - 0.5) < 4 * math.sqrt(0.25 / 600)
+
+
+def test_ties_count_one_half() -> None:
+    a, b = torch.randint(5, (30,)).float() + 1, torch.randint(5, (20,)).float()
+    pairs = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
+    found = auroc(a, b)
+    assert found.value == pytest.approx(pairs.mean().item())
+    variance = pairs.mean(1).var() / 30 + pairs.mean(0).var() / 20
+    assert found.error == pytest.approx(variance.sqrt().item())
+    back = auroc(b, a)
+    assert back.value == pytest.approx(1 - found.value)
+    assert back.error == pytest.approx(found.error)
+
+
+def test_perfect_order_and_infinite_scores() -> None:
+    assert auroc(torch.ones(3) + 1, torch.ones(4))[:3] == (1.0, 1.0, 1.0)
+    assert auroc(torch.zeros(3), torch.tensor([-math.inf, -math.inf])).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "level"),
+    [
+        (torch.zeros(1), torch.zeros(5), 0.95),
+        (torch.zeros(5), torch.zeros(0), 0.95),
+        (torch.zeros(5), torch.zeros(5), 1.0),
+        (torch.tensor([0.0, math.nan]), torch.zeros(5), 0.95),
+    ],
+)
+def test_scores_that_make_no_sense_are_refused(
+    inside: Tensor, outside: Tensor, level: float
+) -> None:
+    with pytest.raises(ValueError, match="two scores or more|NaN"):
+        auroc(inside, outside, level=level)
+
+
+def test_an_energy_turns_the_verdict_of_the_vae_round() -> None:
+    """Data lie away from the VAE's mode; what lies at the mode is likelier under the VAE."""
+    p, shift = marginal(), torch.tensor([2.0, -1.0, -1.0])
+    law = Independent(Normal(p.mean + shift, 0.4), 1)
+    inside, outside = law.sample((300,)), p.mean + 0.4 * torch.randn(300, 3)
+
+    def energy(x: Tensor) -> Tensor:
+        return p.log_prob(x) - law.log_prob(x)
+
+    model = VAEBM(with_true_posterior(), energy)
+    scores: list[OODScore] = [ood_score(model, x, num_samples=8) for x in (inside, outside)]
+    assert auroc(scores[0].vae, scores[1].vae).high < 0.5
+    assert auroc(scores[0].total, scores[1].total).low > 0.9
