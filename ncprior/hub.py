@@ -8,28 +8,33 @@ model card.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.utils import HFValidationError
 from torch import Tensor, nn
 
 from ncprior.adapters.flows import Flow
 from ncprior.bases import GaussianMixture, Rebased, rebase
 from ncprior.card import model_card
-from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
-from ncprior.fingerprints import base_fingerprint
+from ncprior.files import load_tensors, read_metadata
 from ncprior.flow_matching import FlowMatching
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.prior import NCPrior
+from ncprior.repository import (
+    check_fingerprints,
+    check_tensors,
+    fingerprints,
+    locate,
+    refuse,
+    upload,
+    version,
+    write_files,
+)
 from ncprior.source import device_of
 from ncprior.stages import ProductHead
 
@@ -124,20 +129,15 @@ def push_to_hub(
         >>> push_to_hub(prior, "user/my-prior", card_data={"license": "mit"})  # doctest: +SKIP
         'https://huggingface.co/user/my-prior/commit/0f3c...'
     """
-    api = HfApi(token=token, library_name="ncprior", library_version=_version())
-    visibility: dict[str, Any] = {} if private is None else {"private": private}
-    repo_id = api.create_repo(repo_id, exist_ok=True, **visibility).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
     data = {"base_model": base_model, **(card_data or {})}
-    with TemporaryDirectory() as directory:
-        _write(prior, Path(directory), repo_id, report=report, card_data=data)
-        files = sorted(Path(directory).iterdir())
-        operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=f) for f in files]
-        commit = api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision
-        )
-    return commit.commit_url
+    return upload(
+        partial(_write, prior, report=report, card_data=data),
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        commit_message=commit_message,
+    )
 
 
 def from_pretrained(
@@ -178,7 +178,7 @@ def from_pretrained(
         >>> NCPrior.from_pretrained(source, directory).active
         [True]
     """
-    path = _locate(path_or_repo, revision)
+    path = locate(path_or_repo, FILE, revision)
     tensors, config = load_tensors(path)
     _check_configuration(path, config)
     saved_base = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("base.")}
@@ -193,7 +193,7 @@ def from_pretrained(
             else heads
         )
         prior = NCPrior(source, new)
-    _check_tensors(path, tensors, prior.state_dict())
+    check_tensors(path, tensors, prior.state_dict(), "heads")
     prior.load_state_dict(tensors, assign=heads is None)
     prior.strength, prior.active = config["strength"], config["active"]
     return prior.to(device_of(source)).eval()
@@ -222,7 +222,7 @@ def inspect(
         >>> inspect(directory)["heads"][0]["kind"]
         'MLPHead'
     """
-    return read_metadata(_locate(path_or_repo, revision))
+    return read_metadata(locate(path_or_repo, FILE, revision))
 
 
 def configuration(prior: NCPrior) -> dict[str, Any]:
@@ -234,13 +234,13 @@ def configuration(prior: NCPrior) -> dict[str, Any]:
     """
     return {
         "format": FORMAT,
-        "ncprior": _version(),
+        "ncprior": version(),
         "num_groups": len(prior.heads),
         "heads": [_head_entry(head) for head in prior.heads],
         "base": _base_entry(prior.source),
         "strength": float(prior.strength),
         "active": [bool(on) for on in prior.active],
-        "fingerprint": _fingerprint(prior.source),
+        "fingerprint": fingerprints(prior.source),
     }
 
 
@@ -260,12 +260,6 @@ _SOUND: dict[str, Callable[[Any], bool]] = {  # what loading wants of each value
 }
 
 
-def _version() -> str:
-    from ncprior import __version__
-
-    return __version__
-
-
 def _write(
     prior: NCPrior,
     directory: Path,
@@ -278,14 +272,8 @@ def _write(
     tensors = dict(prior.state_dict())
     if (base := _own_base(prior.source)) is not None:
         tensors |= {f"base.{name}": tensor for name, tensor in base.tensors().items()}
-    save_tensors(directory / FILE, tensors, config)
-    texts = {
-        "config.json": json.dumps(config, indent=2) + "\n",
-        "README.md": model_card(prior, name, config, report=report, card_data=card_data),
-    }
-    for file, text in texts.items():
-        with write_atomically(directory / file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    card = model_card(prior, name, config, report=report, card_data=card_data)
+    write_files(directory, FILE, tensors, config, card)
 
 
 def _head_entry(head: nn.Module) -> dict[str, Any]:
@@ -312,52 +300,21 @@ def _base_entry(source: LatentSource[Any, Any]) -> dict[str, Any] | None:
     return {"kind": CUSTOM, "config": {}} if is_function else None
 
 
-def _fingerprint(source: LatentSource[Any, Any]) -> dict[str, str | None]:
-    """Fingerprints of the VAE, where the source has one, and of a base that is not in the VAE."""
-    fingerprint = getattr(source, "fingerprint", None)
-    return {
-        "vae": None if fingerprint is None else fingerprint(),
-        "base": base_fingerprint(getattr(source, "prior", None)),
-    }
-
-
-def _locate(path_or_repo: str | os.PathLike[str], revision: str | None) -> Path:
-    """Finds the file: in a directory, as such, or on the Hub."""
-    path = Path(path_or_repo)
-    is_local = path.exists() or not isinstance(path_or_repo, str) or path.suffix == ".safetensors"
-    if is_local and revision is not None:
-        raise ValueError(f"A revision is one of a Hub repository; {path} is a local path.")
-    if is_local:
-        return path / FILE if path.is_dir() else path
-    name, version = str(path_or_repo), _version()
-    try:
-        found = hf_hub_download(
-            name, FILE, revision=revision, library_name="ncprior", library_version=version
-        )
-    except (OSError, HFValidationError) as error:
-        at = "" if revision is None else f" at revision {revision}"
-        raise FileNotFoundError(
-            f"There is no directory {name}, and no {FILE} to be had from a Hub repository "
-            f"{name}{at}: {error}"
-        ) from error
-    return Path(found)
-
-
 def _check_configuration(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("format") != FORMAT:
-        _refuse(
+        refuse(
             path,
-            f"it has format {config.get('format')!r}, and ncprior {_version()} reads format "
+            f"it has format {config.get('format')!r}, and ncprior {version()} reads format "
             f"{FORMAT}. Install the version of ncprior that wrote it",
         )
     if unknown := sorted(config.keys() - _SOUND.keys()):
-        _refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
+        refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
     wrong = [key for key, sound in _SOUND.items() if key not in config or not sound(config[key])]
     if not wrong:
         k = config["num_groups"]
         wrong = [key for key in ("heads", "active") if len(config[key]) != k]
     if wrong:
-        _refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
+        refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
 
 
 def _check_source(
@@ -368,29 +325,14 @@ def _check_source(
     check_fingerprint: bool,
 ) -> None:
     if config["num_groups"] != source.num_groups:
-        _refuse(
+        refuse(
             path,
             f"it has heads for {config['num_groups']} latent groups, and the source has "
             f"{source.num_groups}",
         )
     if not check_fingerprint:
         return
-    stored, given = config["fingerprint"], _fingerprint(source)
-    for part, what in (("vae", "VAE"), ("base", "base prior")):
-        if None not in (stored[part], given[part]) and stored[part] != given[part]:
-            _refuse(
-                path,
-                f"its heads were trained on the {what} {stored[part]}, and the source's is "
-                f"{given[part]}. Pass the one it was trained on, or check_fingerprint=False",
-            )
-    if None in (stored["vae"], given["vae"]):
-        whose = "The file" if stored["vae"] is None else "The source"
-        warnings.warn(
-            f"{whose} has no fingerprint of the VAE, so that nothing tells whether the heads in "
-            f"{path} were trained on this one. Give SingleGroup module=vae, or a source of your "
-            f"own a method fingerprint().",
-            stacklevel=4,
-        )
+    check_fingerprints(path, config["fingerprint"], fingerprints(source))
 
 
 def _new_head(path: Path, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
@@ -404,15 +346,15 @@ def _new_head(path: Path, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
 def _new_factor(path: Path, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
     match entry:
         case {"kind": "custom", "config": {"class": name}}:
-            _refuse(path, f"head {k} is a {name} of its author's own; pass heads=")
+            refuse(path, f"head {k} is a {name} of its author's own; pass heads=")
         case {"kind": str(kind), "config": dict(arguments)} if kind in HEADS:
             try:
                 return HEADS[kind](**arguments)
             except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-                _refuse(path, f"head {k} is not made as a {kind} is ({error})")
+                refuse(path, f"head {k} is not made as a {kind} is ({error})")
         case _:
             known = ", ".join((*HEADS, PRODUCT))
-            _refuse(path, f"head {k} is none of {known}, and nothing else is built: {entry}")
+            refuse(path, f"head {k} is none of {known}, and nothing else is built: {entry}")
 
 
 def _new_base(
@@ -421,7 +363,7 @@ def _new_base(
     own = {name.removeprefix("base."): tensor for name, tensor in tensors.items()}
     match entry:
         case {"kind": "custom"}:
-            _refuse(
+            refuse(
                 path,
                 "its heads were trained on a base of their author's own, a function of the group or "
                 "the draws of another prior. Put it on the source: rebase(source, base), or "
@@ -432,25 +374,6 @@ def _new_base(
                 with torch.random.fork_rng(devices=[]):  # networks draw weights to be overwritten
                     return BASES[kind].rebuild(own, config)
             except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                _refuse(path, f"its base is not made as a {kind} is ({error})")
+                refuse(path, f"its base is not made as a {kind} is ({error})")
         case _:
-            _refuse(path, f"its base is none of {', '.join(BASES)}, and nothing else is built")
-
-
-def _check_tensors(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    differences = {
-        "missing": sorted(own.keys() - saved.keys()),
-        "unexpected": sorted(saved.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(saved[name].shape)} for {tuple(own[name].shape)}"
-            for name in sorted(own.keys() & saved.keys())
-            if saved[name].shape != own[name].shape
-        ],
-    }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
-    if found:
-        _refuse(path, f"its tensors are not those of the heads ({'; '.join(found)})")
-
-
-def _refuse(path: Path, reason: str) -> NoReturn:
-    raise ValueError(f"Cannot load {path}: {reason}.")
+            refuse(path, f"its base is none of {', '.join(BASES)}, and nothing else is built")

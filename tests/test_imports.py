@@ -35,7 +35,7 @@ CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "prior", "stages"}
 SERVICES = {
     *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
-    *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
+    *("diagnostics", "report", "report_plot", "recommend", "repository", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
 
@@ -68,7 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recommend": {"report", "samplers", "smc"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},
-    "hub": {*CORE, "card", "adapters"},
+    "repository": {"files", "fingerprints"},
+    "hub": {*CORE, "card", "adapters", "repository"},
     **dict.fromkeys(DEMO_PARTS, CORE),
     "demo": {*CORE, *SERVICES, *DEMO_PARTS},
     "cli": {*CORE, *SERVICES, "demo", "__init__"},
