@@ -21,6 +21,7 @@ References:
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -240,6 +241,74 @@ class VAEBM(nn.Module):
         )
         end = walk(_parts(draw.z, shapes))
         return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **card: Any) -> None:  # noqa: ANN401
+        """Saves the energy and nothing else.
+
+        Arguments:
+            directory: Where to; made if missing.
+            card: ``base_model`` and ``card_data``, see :func:`ncprior.energy_hub.save_pretrained`.
+
+        Example:
+            >>> import tempfile
+            >>> from ncprior.heads import MLPHead
+            >>> VAEBM(source, MLPHead((3,))).save_pretrained(tempfile.mkdtemp())
+        """
+        from ncprior import energy_hub
+
+        energy_hub.save_pretrained(self, directory, **card)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        prior: NCPrior | LatentSource[Any, Any],
+        path_or_repo: str | os.PathLike[str],
+        **options: Any,  # noqa: ANN401
+    ) -> VAEBM:
+        """Puts a saved energy on the VAE, or the NCP prior, that it was trained on.
+
+        Arguments:
+            prior: The VAE or the NCP prior, set up as it was in training.
+            path_or_repo: A directory of :meth:`save_pretrained`, or a Hugging Face Hub repository.
+            options: ``revision``, ``energy`` and ``check_fingerprint``, see
+                :func:`ncprior.energy_hub.from_pretrained`.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such directory or repository.
+            ValueError: If the file is damaged, or does not fit.
+
+        Example:
+            >>> import tempfile
+            >>> from ncprior.heads import MLPHead
+            >>> directory = tempfile.mkdtemp()
+            >>> VAEBM(source, MLPHead((3,))).save_pretrained(directory)
+            >>> VAEBM.from_pretrained(source, directory).langevin_target
+            'exact'
+        """
+        from ncprior import energy_hub
+
+        return energy_hub.from_pretrained(prior, path_or_repo, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # noqa: ANN401
+        """Saves to the Hugging Face Hub what :meth:`save_pretrained` writes, as one commit.
+
+        Arguments:
+            repo_id: The repository, such as ``"user/my-energy"``; made if missing.
+            options: See :func:`ncprior.energy_hub.push_to_hub`.
+
+        Returns:
+            The URL of the commit.
+
+        Example:
+            >>> model.push_to_hub("user/my-energy", private=True)  # doctest: +SKIP
+            'https://huggingface.co/user/my-energy/commit/0f3c...'
+        """
+        from ncprior import energy_hub
+
+        return energy_hub.push_to_hub(self, repo_id, **options)
 
     def extra_repr(self) -> str:
         """Tells what ``print(model)`` shows besides the energy."""

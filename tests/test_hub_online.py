@@ -73,6 +73,29 @@ print(json.dumps({name: try_to_load(name) for name in ("tester/my-prior", "teste
 """
 
 
+ENERGY = """
+from ncprior.heads import MLPHead
+from ncprior.decoder_noise import SquaredError
+from ncprior.vaebm import VAEBM
+
+source = SquaredError(gaussian(), 0.1)
+net = MLPHead((3,), width=8)
+with torch.no_grad():
+    net.out.weight.normal_()
+model = VAEBM(source, net, num_steps=3)
+url = model.push_to_hub("tester/my-energy", base_model="tester/vae", private=True)
+loaded = VAEBM.from_pretrained(source, "tester/my-energy", revision=url.split("/")[-1])
+x = torch.randn(5, 3)
+try:
+    VAEBM.from_pretrained(source, "tester/my-prior")
+except FileNotFoundError as error:
+    absent = str(error)
+print(json.dumps({
+    "equal": torch.equal(model(x), loaded(x)), "url": url, "absent": absent,
+}))
+"""
+
+
 def run_client(code: str, environment: dict[str, str]) -> dict[str, Any]:
     """Runs code in a process of its own, since HF_ENDPOINT is read when the library is imported."""
     done = subprocess.run(
@@ -133,7 +156,7 @@ def test_the_card_on_the_hub_names_the_repository(
 def test_only_the_one_file_is_downloaded(
     pushed: dict[str, Any], hub_and_home: tuple[HubServer, Path]
 ) -> None:
-    asked = [request for request in hub_and_home[0].requests if "/resolve/" in request]
+    asked = [r for r in hub_and_home[0].requests if "/resolve/" in r and "energy" not in r]
     assert asked and all(request.endswith(f"/{FILE}") for request in asked)
 
 
@@ -163,6 +186,19 @@ def test_without_a_connection_what_was_downloaded_is_still_there(
     found = run_client(LOAD, hub.environment(home) | {"HF_HUB_OFFLINE": "1"})
     assert found["tester/my-prior"] == 1
     assert "no directory tester/never-seen" in found["tester/never-seen"]
+
+
+def test_an_energy_comes_back_from_the_hub(
+    pushed: dict[str, Any], hub_and_home: tuple[HubServer, Path]
+) -> None:
+    hub, home = hub_and_home
+    found = run_client(ENERGY, hub.environment(home))
+    repository = hub.repositories["tester/my-energy"]
+    files = repository.commits[repository.branches["main"]]
+    assert found["equal"] and repository.private and len(repository.commits) == 2
+    assert files.keys() == {".gitattributes", "vaebm.safetensors", "config.json", "README.md"}
+    assert 'VAEBM.from_pretrained(source, "tester/my-energy")' in files["README.md"].decode()
+    assert "no vaebm.safetensors to be had from a Hub repository" in found["absent"]
 
 
 @pytest.mark.slow  # huggingface_hub tries for a minute

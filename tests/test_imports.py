@@ -36,6 +36,7 @@ SERVICES = {
     *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
     *("diagnostics", "report", "report_plot", "recommend", "repository", "hub", "card"),
+    *("energy_hub", "energy_card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
 
@@ -68,6 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recommend": {"report", "samplers", "smc"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},
+    "energy_card": {"vaebm"},
+    "energy_hub": {*CORE, "repository", "energy_card"},
     "repository": {"files", "fingerprints"},
     "hub": {*CORE, "card", "adapters", "repository"},
     **dict.fromkeys(DEMO_PARTS, CORE),
