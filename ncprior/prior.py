@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
+from ncprior.features import as_seen, seen
 from ncprior.heads import make_head
 from ncprior.nce import nce_loss
 from ncprior.samplers import Draw, Sampler
@@ -127,7 +128,7 @@ class NCPrior(nn.Module):
             group = source.group(state)
             z = posterior_of(group).sample()
             with _naming(k):
-                heads.append(make_head(group, **options))
+                heads.append(make_head(as_seen(source, k, group, z), **options))
             state = source.advance(state, z)
         x_hat = source.decode(state)
         if not isinstance(x_hat, Tensor) or len(x_hat) != len(z):
@@ -243,8 +244,9 @@ class NCPrior(nn.Module):
             >>> prior.log_r(0, torch.randn(100, 5, 2), None).shape
             torch.Size([100, 5])
         """
+        h = seen(self.source, k, z)
         with _no_autocast(z.device.type):
-            log_r: Tensor = self.heads[k](_wide(z), None if context is None else _wide(context))
+            log_r: Tensor = self.heads[k](_wide(h), None if context is None else _wide(context))
         return log_r
 
     def is_on(self, k: int) -> bool:

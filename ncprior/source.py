@@ -82,8 +82,9 @@ class LatentSource(Protocol[E, S]):
     :func:`ncprior.testing.check_source` tests an implementation.
 
     Optional are ``module``, the VAE, for the checks that it stays as it was; ``fingerprint() ->
-    str``, to refuse heads of another VAE; and ``likelihood(state) -> Distribution`` over x, for
-    :mod:`ncprior.likelihood`.
+    str``, to refuse heads of another VAE; ``likelihood(state) -> Distribution`` over x, for
+    :mod:`ncprior.likelihood`; and ``features(k, z) -> Tensor``, what the ratio head of group k sees
+    in place of z_k: from ``(*, B, *event)`` to ``(*, B, ...)``, a function of z_k alone.
 
     Example:
         >>> state = source.start(4)                    # no x: the prior's walk
@@ -134,6 +135,10 @@ class SingleGroup:
         condition: Picks a condition c, with shape ``(B, C)``, out of a batch as the loader yields
             it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
             ratio head sees it as context, and a walk without x needs it as ``condition``.
+        features: Maps z, with shape ``(N, *event)``, to what the ratio head sees in its place,
+            ``(N, ...)``: a function of z alone, such as the frozen decoder's first layers,
+            ``vae.decoder[:2]``. Of many latents that are a feature map to the decoder, a
+            :class:`~ncprior.heads.ConvHead` on that map learns faster than a perceptron on z.
 
     Raises:
         ValueError: If the prior has a batch shape.
@@ -162,6 +167,7 @@ class SingleGroup:
         module: nn.Module | None = None,
         likelihood: Callable[..., Distribution] | None = None,
         condition: Callable[[Any], Tensor] | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not isinstance(prior, Sampleable):
             raise TypeError(f"The prior needs a method `sample`; got {type(prior).__name__}.")
@@ -179,6 +185,7 @@ class SingleGroup:
         self._decoder = decoder
         self._likelihood = likelihood
         self._condition = condition
+        self._features = features
 
     class Encoding(NamedTuple):
         """What the walk needs of x: the posterior's parameters, or else the batch itself."""
@@ -256,6 +263,14 @@ class SingleGroup:
             )
         return self._likelihood(*self._decoder_arguments(state))
 
+    def features(self, k: int, z: Tensor) -> Tensor:
+        """Returns what the ratio head sees of z, ``(*, B, *event)``: by default z itself."""
+        if self._features is None:
+            return z
+        lead = z.shape[: z.ndim - self.prior.sample().ndim]
+        h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
+        return h.reshape(*lead, *h.shape[1:])
+
     def fingerprint(self) -> str | None:
         """Returns :func:`module_fingerprint` of the VAE, or ``None`` without ``module``."""
         return None if self.module is None else module_fingerprint(self.module)
@@ -263,10 +278,13 @@ class SingleGroup:
     def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
         if state.z is None:
             raise ValueError("Decoding needs z; this walk has none yet. Call advance(state, z).")
-        z = state.z
-        if z.is_floating_point() and self.module is not None:
-            z = z.to(next((p.dtype for p in self.module.parameters()), z.dtype))
+        z = self._for_module(state.z)
         return (z,) if state.condition is None else (z, state.condition)
+
+    def _for_module(self, z: Tensor) -> Tensor:
+        if z.is_floating_point() and self.module is not None:
+            return z.to(next((p.dtype for p in self.module.parameters()), z.dtype))
+        return z
 
     def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
         q = self._posterior(x) if c is None else self._posterior(x, c)

@@ -31,7 +31,7 @@ GROUND = {
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"dynamics", "smc", "accept", "combine"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
-CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "prior", "stages"}
+CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "features", "prior", "stages"}
 SERVICES = {
     *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bases": {"distributions", "source", "batches", "mixtures"},
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
-    "prior": {"distributions", "source", "heads", "samplers", "nce"},
+    "features": {"source"},
+    "prior": {"distributions", "source", "features", "heads", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
     "ood": {*CORE, "likelihood", "normaliser"},
