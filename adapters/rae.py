@@ -251,6 +251,8 @@ class RAESource(SingleGroup):
         model: The VAE or RAE, in evaluation mode when it is used.
         noise: Standard deviation of q(z | x) around a RAE's code, in units of z; a tenth of the
             codes' own standard deviation is little for the decoder. A VAE takes none.
+        maps: Whether ratio heads see the 8×8 feature maps that the decoder's first layer makes of
+            z, in place of z. On CIFAR-10's 128 latents they learn much faster so.
 
     Raises:
         TypeError: If the model is neither.
@@ -265,7 +267,9 @@ class RAESource(SingleGroup):
         torch.Size([5, 16])
     """
 
-    def __init__(self, model: VAE | RAE, *, noise: float | None = None) -> None:
+    def __init__(
+        self, model: VAE | RAE, *, noise: float | None = None, maps: bool = False
+    ) -> None:
         prior: Sampleable
         posterior: Callable[[Tensor], Distribution]
         likelihood: Callable[[Tensor], Distribution]
@@ -276,11 +280,16 @@ class RAESource(SingleGroup):
                 )
             prior, posterior, likelihood = model.prior(), model.posterior, model.likelihood
         elif isinstance(model, RAE):
-            prior = NoPrior("A RAE has no prior of its own.")
+            prior = NoPrior("A RAE has no prior of its own.", (model.latents,))
             posterior, likelihood = partial(_around_code, model, _checked(noise)), _refuse
         else:
             raise TypeError(f"RAESource takes a VAE or a RAE; got {type(model).__name__}.")
-        super().__init__(prior, posterior, model.decode, module=model, likelihood=likelihood)
+        super().__init__(
+            *(prior, posterior, model.decode),
+            module=model,
+            likelihood=likelihood,
+            features=model.decoder[:2] if maps else None,
+        )
 
 
 def _around_code(model: RAE, noise: float, x: Tensor) -> Distribution:

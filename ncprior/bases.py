@@ -10,7 +10,7 @@ training encodings themselves, a tempered prior. Decoder and posterior stay the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -44,6 +44,7 @@ class NoPrior:
 
     Arguments:
         reason: Why there is none, as one sentence.
+        event_shape: Shape of z without batch, where it is known.
 
     Example:
         >>> NoPrior("An AE has no prior.").sample()
@@ -51,8 +52,8 @@ class NoPrior:
         ValueError: An AE has no prior. Fit one: rebase(source, fit_mixture(latents_of(source, x))).
     """
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: str, event_shape: Sequence[int] | None = None) -> None:
+        self.reason, self.event_shape = reason, event_shape
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Refuses.

@@ -267,7 +267,9 @@ class SingleGroup:
         """Returns what the ratio head sees of z, ``(*, B, *event)``: by default z itself."""
         if self._features is None:
             return z
-        lead = z.shape[: z.ndim - self.prior.sample().ndim]
+        shape = getattr(self.prior, "event_shape", None)
+        event_ndim = self.prior.sample().ndim if shape is None else len(shape)
+        lead = z.shape[: z.ndim - event_ndim]
         h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
         return h.reshape(*lead, *h.shape[1:])
 

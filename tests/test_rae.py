@@ -381,3 +381,19 @@ def test_settling_makes_the_statistics_those_of_the_images() -> None:
     assert torch.allclose(norm.running_mean, mean, atol=1e-5)  # type: ignore[arg-type]
     assert norm.momentum == 0.01
     assert not model.training
+
+
+@pytest.mark.parametrize(("model", "options"), [(VAE, {}), (RAE, {"noise": 0.1})])
+def test_heads_may_see_the_maps_of_the_decoders_first_layer(
+    model: type[VAE | RAE], options: dict[str, float]
+) -> None:
+    torch.manual_seed(0)
+    networks = small(model)
+    source = RAESource(networks, maps=True, **options)
+    z = torch.randn(3, 5, networks.latents)
+    maps = torch.stack([networks.decoder[:2](row) for row in z])
+    assert torch.equal(source.features(0, z), maps)
+    closer = rebase(source, fit_mixture(torch.randn(50, networks.latents), 2))
+    head = NCPrior.for_source(closer, images(), width=8).heads[0]
+    assert head.event_shape == maps.shape[2:]
+    assert RAESource(networks, **options).features(0, z) is z

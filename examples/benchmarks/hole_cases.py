@@ -129,11 +129,11 @@ def _classifier(bench: Bench, name: str, net: Classifier, data: Labelled, steps:
     bench.network(f"classifier-{name}", net, partial(do, name="classifier"), steps=steps)
 
 
-def _flat_source(vae: Any) -> SingleGroup:  # noqa: ANN401
+def _flat_source(vae: Any, features: Any = None) -> SingleGroup:  # noqa: ANN401
     def posterior(h: Tensor) -> Independent:
         return Independent(Normal(*h.chunk(2, -1), validate_args=False), 1, validate_args=False)
 
-    return SingleGroup(vae.prior(), posterior, vae.decode, module=vae)
+    return SingleGroup(vae.prior(), posterior, vae.decode, module=vae, features=features)
 
 
 def _encoded(vae: Any, images: Tensor) -> Tensor:  # noqa: ANN401
