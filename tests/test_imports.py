@@ -29,7 +29,7 @@ GROUND = {
     *("energies", "spectral", "replay"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
-SAMPLERS = {"dynamics", "smc", "accept", "combine"}
+SAMPLERS = {"dynamics", "smc", "accept", "combine", "components"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "features", "prior", "stages"}
 SERVICES = {
@@ -45,6 +45,7 @@ DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     **{name: {"samplers"} for name in ("dynamics", "accept", "combine")},
+    "components": {"mixtures", "samplers"},
     "smc": {"samplers", "dynamics"},
     "source": {"distributions"},
     "mixtures": {"fitting"},

@@ -35,6 +35,7 @@ from ncprior.bases import (
     stored_numbers,
 )
 from ncprior.combine import sequence
+from ncprior.components import within_components
 from ncprior.diagnostics import diagnose
 from ncprior.flow_matching import fit_flow_matching
 from ncprior.recommend import recommend_sampler
@@ -344,9 +345,13 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         partial(langevin, num_steps=12, step_size=0.1, adjusted=True),
     )
     smc = partial(tempered_smc, num_particles=1, share=True, num_moves=8)
+    within = [
+        ("SIR(50) within", within_components(few)),
+        ("SIR(500) within", within_components(many)),
+    ]
     for where in ("", "mixture of 10", "mixture of 100"):
         name = f"NCP on {where or 'N(0, I)'}"
-        own = [("SIR(50)", few), ("SIR(500)", many), ("SMC", smc)]
+        own = [("SIR(50)", few), ("SIR(500)", many), ("SMC", smc), *(within if where else [])]
         found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
     last = "mixture of 100"
     found += [

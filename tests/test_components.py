@@ -1,0 +1,133 @@
+"""Sampling within the components of a mixture base."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from problems import GaussianPair, SampleOnly, SIRLaw
+from scipy import stats
+from torch import Tensor
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+from ncprior import langevin, sir
+from ncprior.bases import GaussianMixture, fit_mixture
+from ncprior.components import Components, within_components
+from ncprior.smc import tempered_smc
+
+FAR = 20.0
+PAIR = GaussianPair(kl=4.0, dim=1)
+
+
+def mixture(covariance: str = "full") -> GaussianMixture:
+    torch.manual_seed(0)
+    factor = torch.randn(3, 4, 4).tril(-1) + torch.eye(4) * torch.rand(3, 1, 4).add(0.5)
+    scale = factor if covariance == "full" else factor.diagonal(dim1=1, dim2=2).contiguous()
+    return GaussianMixture(torch.randn(3), torch.randn(3, 4), scale, event_shape=(2, 2))
+
+
+def two_components() -> GaussianMixture:
+    """2/5 of N(0, 1) and 3/5 of N(FAR, 1)."""
+    return GaussianMixture(
+        torch.tensor([2.0, 3.0]).log(), torch.tensor([[0.0], [FAR]]), torch.ones(2, 1)
+    )
+
+
+def log_r(z: Tensor) -> Tensor:
+    """q leaves the first component as it is and moves the second away by a KL of 4 nats."""
+    u = z[..., 0]
+    return torch.where(u < FAR / 2, 0.0, PAIR.log_r(z - FAR))
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_rows_have_the_law_of_their_component(covariance: str) -> None:
+    whole, labels = mixture(covariance), torch.tensor([2, 0, 2, 1, 0])
+    rows = Components(whole, labels)
+    scale = whole.scale if whole.is_full else torch.diag_embed(whole.scale)
+    exact = MultivariateNormal(whole.loc[labels], scale_tril=scale[labels])
+    z = rows.sample((20_000,))
+    assert z.shape == (20_000, 5, 2, 2)
+    assert torch.allclose(rows.log_prob(z), exact.log_prob(z.flatten(2)), atol=1e-4)
+    assert rows.log_prob(z[0]).shape == (5,)
+    assert torch.equal(rows.mean.flatten(1), whole.loc[labels])
+    for b in range(5):
+        drawn, variance = z[:, b].flatten(1), exact.covariance_matrix[b].diagonal()
+        assert ((drawn.mean(0) - exact.mean[b]).abs() < 4.5 * (variance / 20_000).sqrt()).all()
+        spread = (variance[:, None] * variance + exact.covariance_matrix[b].square()) / 20_000
+        error = drawn.T.cov() - exact.covariance_matrix[b]
+        assert (error.abs() < 4.5 * spread.sqrt()).all()
+
+
+def test_best_of_m_takes_mass_from_hard_components_and_within_them_it_does_not() -> None:
+    num_proposals, rows = 20, 20_000
+    prior, sampler = two_components().expand((rows,)), partial(sir, num_proposals=num_proposals)
+    u, step = PAIR.law.nodes, np.arange(-9.0, 9.0, 0.05)
+    easy = np.exp(-0.5 * step**2)
+    law = SIRLaw(
+        np.concatenate([step, FAR + u]),
+        np.concatenate([0.4 * easy / easy.sum(), 0.6 * PAIR.law.weight]),
+        np.concatenate([0 * step, PAIR.law.log_r]),
+    )
+    expected = law.mean((law.nodes > FAR / 2).astype(float), num_proposals)
+    assert expected < 0.45  # q gives it 0.6
+    torch.manual_seed(0)
+    shares = [
+        (s(prior, log_r).z > FAR / 2).float().mean().item()
+        for s in (sampler, within_components(sampler))
+    ]
+    error = 4.5 * math.sqrt(0.25 / rows)
+    assert abs(shares[0] - expected) < error
+    assert abs(shares[1] - 0.6) < error
+
+
+def test_within_a_component_the_draw_has_the_samplers_own_law() -> None:
+    num_proposals, rows = 50, 20_000
+    torch.manual_seed(0)
+    draw = within_components(partial(sir, num_proposals=num_proposals))(
+        two_components().expand((rows,)), log_r
+    )
+    hard = draw.z[:, 0] > FAR / 2
+    u = draw.z[hard, 0] - FAR
+    nodes = PAIR.law.nodes
+    exact = PAIR.law.mean(nodes, num_proposals)
+    sd = math.sqrt(PAIR.law.mean((nodes - exact) ** 2, num_proposals))
+    assert abs(u.mean().item() - exact) < 4.5 * sd / math.sqrt(len(u))
+    assert draw.log_mean_weight is not None
+    assert draw.log_mean_weight[~hard].abs().max() < 1e-5  # log Z_j of r = 1
+    log_z = PAIR.law.mean_log_z(num_proposals)
+    measured = draw.log_mean_weight[hard]
+    assert abs(measured.mean().item() - log_z) < 4.5 * measured.std().item() / math.sqrt(len(u))
+
+
+def test_chains_and_populations_stay_within_their_component_too() -> None:
+    walk = partial(langevin, num_steps=40, step_size=0.8, adjusted=True)
+    smc = partial(tempered_smc, num_particles=32)
+    for sampler in (walk, smc):
+        torch.manual_seed(0)
+        z = within_components(sampler)(two_components().expand((1000,)), log_r).z[:, 0]
+        hard = z > FAR / 2
+        assert abs(hard.float().mean().item() - 0.6) < 4.5 * math.sqrt(0.25 / 1000)
+        assert stats.kstest(z[~hard].numpy(), stats.norm().cdf).pvalue > 0.01
+        exact = stats.norm(loc=FAR + PAIR.shift).cdf
+        assert stats.kstest(z[hard].numpy(), exact).statistic < 0.2
+
+
+def test_where_expectation_maximisation_rests_every_component_has_z_of_one() -> None:
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(6000, 1).exp(), -3 + 0.5 * torch.rand(4000, 1)])  # no Gaussians
+    fitted = fit_mixture(z, 3, max_steps=2000, tolerance=1e-9)
+    # Z_j = E_q[p(j | z)] / π_j, with q the law of the encodings
+    responsible = fitted.log_joint(z).softmax(1).mean(0)
+    assert torch.allclose(responsible, fitted.logits.softmax(0), rtol=0.02)
+
+
+def test_other_priors_are_refused() -> None:
+    sampler = within_components(partial(sir, num_proposals=5))
+    for prior in (Independent(Normal(torch.zeros(3, 2), 1.0), 1), SampleOnly(PAIR.prior)):
+        with pytest.raises(TypeError, match="needs a mixture base.*got (Independent|SampleOnly)"):
+            sampler(prior, log_r)
+    with pytest.raises(TypeError, match="needs a mixture base"):
+        sampler(two_components(), log_r)
