@@ -48,7 +48,7 @@ class Labelled(NamedTuple):
         return Labelled(self.images[index], self.labels[index])
 
 
-def read_images(repo: str, part: str) -> Labelled:
+def read_images(repo: str, part: str, label: str = "label") -> Labelled:
     """Reads labelled images from the Parquet files of a data set of the Hugging Face Hub.
 
     Files ``<part>*.parquet`` anywhere below ``$NCPRIOR_DATA/<repo>`` are read where there are any;
@@ -57,13 +57,14 @@ def read_images(repo: str, part: str) -> Labelled:
     Arguments:
         repo: The data set's repository, such as ``"ylecun/mnist"``.
         part: Its part, such as ``"train"`` or ``"test"``.
+        label: The column of the classes.
 
     Returns:
         The images, grey (C = 1) or RGB (C = 3), and labels, in the order of the files.
 
     Raises:
         FileNotFoundError: If there are no such files, here or on the Hub.
-        ValueError: If the files have no column ``image`` or ``img``, or none named ``label``, or
+        ValueError: If the files have no column ``image`` or ``img``, or none of the classes, or
             images of several sizes.
         ImportError: If pyarrow or Pillow is missing.
 
@@ -80,13 +81,13 @@ def read_images(repo: str, part: str) -> Labelled:
     for path in _locate(repo, part):
         table = parquet.read_table(path)
         column = next((name for name in _COLUMNS if name in table.column_names), None)
-        if column is None or "label" not in table.column_names:
+        if column is None or label not in table.column_names:
             raise ValueError(
-                f"{path} must have a column named {' or '.join(_COLUMNS)} and one named label; "
+                f"{path} must have a column named {' or '.join(_COLUMNS)} and one named {label}; "
                 f"it has {', '.join(table.column_names)}."
             )
         images.append(_decode(table[column], Image.open))
-        labels.append(torch.tensor(table["label"].to_pylist()))
+        labels.append(torch.tensor(table[label].to_pylist()))
     return Labelled(torch.cat(images), torch.cat(labels))
 
 

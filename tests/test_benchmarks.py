@@ -27,6 +27,7 @@ SCRIPTS = [
     "loss_ess.py",
     "sampler_cost.py",
     "prior_hole.py",
+    "vaebm.py",
 ]
 
 
@@ -230,3 +231,54 @@ def test_pythaes_model_of_a_frozen_vae_is_that_vae(hole: ModuleType) -> None:
     assert torch.allclose(out.embedding, q.mean)
     assert torch.allclose((0.5 * out.log_covariance).exp(), q.stddev)
     assert torch.equal(model.decoder(q.mean).reconstruction, vae.decode(q.mean))
+
+
+def test_sets_outside_have_the_shape_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    module = load("ood_sets")
+
+    def read(repo: str, part: str, label: str) -> Any:
+        if repo != "ylecun/mnist":
+            raise FileNotFoundError(repo)
+        return SimpleNamespace(images=torch.rand(50, 1, 28, 28))
+
+    monkeypatch.setattr(module, "read_images", read)
+    for name, shape, sets in (
+        ("digits", (1, 8, 8), set()),
+        ("mnist", (1, 28, 28), {"digits"}),
+        ("cifar10", (3, 32, 32), {"digits", "MNIST"}),
+    ):
+        inside = torch.rand(40, *shape)
+        found = module.outside(name, inside, 30)
+        assert found.keys() == {"interpolations", "uniform noise", "constants"} | sets
+        for images in found.values():
+            assert images.shape == (30, *shape)
+            assert images.min() >= 0 and images.max() <= 1
+        flat = found["constants"].flatten(2)
+        assert torch.equal(flat.amax(2), flat.amin(2))
+        again = module.outside(name, inside, 30)
+        assert all(torch.equal(again[key], images) for key, images in found.items())
+
+
+def test_the_table_of_areas_has_a_column_per_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = load("vaebm")
+    for name in ("hole_methods", "hole_cases", "bench", "ood_sets"):
+        monkeypatch.delitem(sys.modules, name)
+    rows = [
+        {
+            "method": "VAE",
+            "seed": 0,
+            "auroc": {"noise": [0.5, 0.4, 0.6], "MNIST": [0.7, 0.6, 0.8]},
+        },
+        {"method": "VAE", "seed": 0, "steps": 4},
+    ]
+    lines = module.area_table(rows).splitlines()
+    assert lines[0].split() == ["method", "seed", "noise", "MNIST", "mean"]
+    assert lines[1].split() == [
+        "VAE",
+        "0",
+        *["0.500", "(0.400–0.600)", "0.700", "(0.600–0.800)", "0.600"],
+    ]
+    assert len(lines) == 2

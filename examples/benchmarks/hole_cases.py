@@ -1,4 +1,4 @@
-"""The frozen VAEs of prior_hole.py, what judges their samples, and what heads are trained on.
+"""The frozen VAEs of prior_hole.py and vaebm.py, what judges their samples, and what heads are trained on.
 
 Not a benchmark itself. Every VAE is trained on the plain ELBO before any prior is looked at, and
 kept in --cache; so is the classifier whose features the Fréchet distances are taken on.
@@ -44,6 +44,7 @@ class Case:
     rows: Tensor
     num_held_out: int
     images: Tensor
+    test_images: Tensor  # those of the reference
     features: Callable[[Tensor], Tensor]
     reference: Tensor
     facts: dict[str, Any]
@@ -173,6 +174,7 @@ def _flat(
         source=_flat_source(vae),
         rows=_encoded(vae, data.images),
         images=data.images,
+        test_images=test.images,
         features=net.features,
         reference=in_batches(net.features, test.images),
         facts={key: value.mean().item() for key, value in facts.items()},
@@ -241,6 +243,7 @@ def _cifar10(bench: Bench) -> Case:
         rows=_encoded(vae, data.images[:count]),
         num_held_out=count // 20,
         images=data.images[:count],
+        test_images=test.images,
         features=net.features,
         reference=in_batches(net.features, test.images),
         facts={"classifier's accuracy": right.float().mean().item()},
@@ -274,6 +277,7 @@ def _hierarchical(bench: Bench) -> Case:
         rows=data.images,
         num_held_out=3000,
         images=data.images,
+        test_images=test.images,
         features=net.features,
         reference=in_batches(net.features, test.images),
         facts={

@@ -308,16 +308,16 @@ BASES: dict[str, Callable[[Case], Any]] = {
     "flow": lambda case: fit_flow(case.encodings, steps=case.base_steps),
     "flow matching": lambda case: fit_flow_matching(case.encodings, steps=case.base_steps),
     "VampPrior": lambda case: fit_vamp(
-        _on_images(case), _images_of(case)[0], 100, steps=case.base_steps
+        on_images(case), _images_of(case)[0], 100, steps=case.base_steps
     ),
     "training encodings": lambda case: Empirical(case.encodings),
 }
 
 
-def _on_images(case: Case) -> SingleGroup:
-    """The flat VAE as a source of images, for what learns inputs of its encoder."""
+def on_images(case: Case, **options: Any) -> SingleGroup:  # noqa: ANN401
+    """The flat VAE as a source of images, for what sees or learns inputs of its encoder."""
     vae: Any = case.vae
-    return SingleGroup(vae.prior(), vae.posterior, vae.decode, module=vae)
+    return SingleGroup(vae.prior(), vae.posterior, vae.decode, module=vae, **options)
 
 
 def methods(case: Case, heads: Heads) -> list[Method]:

@@ -1,0 +1,338 @@
+"""VAEBM and NCP on one frozen VAE: each alone, and the energy on top of the ratio heads.
+
+    NCPRIOR_DATA=... python examples/benchmarks/vaebm.py --data mnist --seed 0 1 2 --json vaebm.json
+    python examples/benchmarks/vaebm.py --data digits --quick     # some minutes
+
+The VAE, the classifier whose features judge and the ratio heads are those of prior_hole.py. An energy
+is trained by short Langevin chains, started from the VAE or from NCP's own sampler, and images are
+drawn by chains of the same kind; rows of other `steps` are the same chains, looked at earlier and
+later. Judged are the decoder's means; its noise, which the energy sees, is one σ fitted on held-out
+residuals (`--noise none`: a Bernoulli, which has none). `gap_closed` is 0 for the VAE's own prior and 1 for decoded
+posterior samples, with an interval over 5 generations and a resampled reference; `fd_cut` is the
+share of the VAE's Fréchet distance that is gone. `over_alone` is the paired difference in gap closed
+of both together to the better of the two alone.
+
+The second table is out-of-distribution detection by unnormalised log-density, as AUROC against test
+images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.ood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench import Bench, Row, machine, parser, table
+from hole_cases import Case, make_case, slug
+from hole_methods import BATCH, Heads, on_images
+from ood_sets import outside
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution, Independent
+
+from ncprior import NCPrior, sir
+from ncprior.bases import Rebased, rebase
+from ncprior.decoder_noise import SquaredError
+from ncprior.demo_arms import in_batches
+from ncprior.energies import EnergyNet
+from ncprior.evaluation import GapClosed, gap_closed, gap_difference, precision_recall
+from ncprior.ood import auroc, ood_score
+from ncprior.samplers import Sampler
+from ncprior.vaebm import VAEBM
+from ncprior.vaebm_fit import fit_vaebm
+
+COLUMNS = {
+    "method": "<11",
+    "dataset": "<8",
+    "steps": ">5",
+    "seed": ">4",
+    "fd": ">7.2f",
+    "fd_cut": ">7.3f",
+    "gap_closed": ">10.3f",
+    "gap_low": ">7.3f",
+    "gap_high": ">8.3f",
+    "over_alone": ">10.3f",
+    "over_low": ">8.3f",
+    "over_high": ">9.3f",
+    "precision": ">9.3f",
+    "recall": ">6.3f",
+    "fit_seconds": ">11.0f",
+    "seconds_per_1k": ">14.2f",
+}
+GENERATIONS = 5
+LENGTHS = (2, 4, 8, 16, 32)  # at which chains are looked at
+MAIN = 16  # the length that energies are trained with, and the paper's
+SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its training
+    "digits": {"width": 16, "steps": 1500, "step_size": 0.05, "count": 2000},
+    "mnist": {"width": 24, "steps": 2000, "step_size": 0.02, "count": 10_000},
+    "cifar10": {"width": 32, "steps": 3000, "step_size": 0.01, "count": 10_000},
+}
+QUICK = {"digits": 300, "mnist": 120, "cifar10": 60}  # steps of a quick training
+Drawn = Mapping[str, Tensor]
+
+
+class Comparison:
+    """All arms on one case and one seed."""
+
+    def __init__(self, bench: Bench, case: Case, seed: int, samples: Path | None) -> None:
+        self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
+        torch.manual_seed(seed)
+        self.source: Any = on_images(case, likelihood=partial(_pixels, case.vae))
+        if bench.settings["noise"] == "fitted":
+            self.source = SquaredError.fitted(self.source, case.test_images[:2000])
+        trained = Heads(bench).on(case, seed, bench.settings["base"])
+        self.prior, self.head_seconds = self._on_images(trained.prior), trained.seconds
+        self.sampler: Sampler = partial(sir, num_proposals=bench.settings["num_proposals"])
+        self.energies = {
+            "VAEBM": self._energy("alone", self.source, None),
+            "NCP×VAEBM": self._energy("on-ncp", self.prior, self.sampler),
+        }
+
+    def rows(self) -> list[Row]:
+        """One row per method and number of steps; the main ones with their AUROC."""
+        drawn = {name: self._drawn(name) for name in ("VAE", "posterior", "NCP", *self.energies)}
+        gaps = {
+            (name, steps): self._gap(found[f"features{steps}"], drawn)
+            for name, found in drawn.items()
+            for steps in self._lengths(name)
+        }
+        alone = max((gaps["NCP", 0], gaps["VAEBM", MAIN]), key=lambda gap: gap.gap_closed)
+        areas = self._areas()
+        rows = []
+        for (name, steps), gap in gaps.items():
+            features = drawn[name][f"features{steps}"][0]
+            judged = precision_recall(self.case.reference[:5000], features[:5000])
+            row = {
+                "method": name,
+                "steps": steps,
+                "fd": gap.d_ours,
+                "fd_cut": 1 - gap.d_ours / gap.d_base,
+                "gap_closed": gap.gap_closed,
+                "gap_low": gap.low,
+                "gap_high": gap.high,
+                "precision": judged.precision,
+                "recall": judged.recall,
+                "fit_seconds": self._fit_seconds(name),
+                "seconds_per_1k": drawn[name][f"seconds{steps}"].item(),
+            }
+            if name == "NCP×VAEBM":
+                over = gap_difference(gap, alone)
+                row |= {
+                    "over_alone": over.difference,
+                    "over_low": over.low,
+                    "over_high": over.high,
+                }
+            if steps == self._main(name) and name in areas:
+                row["auroc"] = areas[name]
+            rows.append(row)
+        return rows
+
+    def _on_images(self, prior: NCPrior) -> NCPrior:
+        """The heads on the VAE as a source of images, with its decoder's noise."""
+        source = self.source
+        if isinstance(prior.source, Rebased):
+            source = rebase(source, prior.source.prior)
+        return NCPrior(source, prior.heads).eval()
+
+    def _energy(self, kind: str, prior: Any, sampler: Sampler | None) -> tuple[VAEBM, float]:  # noqa: ANN401
+        """A trained model and its seconds; trained, taken up, or taken from the cache."""
+        bench, case = self.bench, self.case
+        asked = ("noise", "base", "width", "step_size", "energy_steps", "num_proposals", "quick")
+        key = slug("-".join(str(bench.settings[name]) for name in asked))
+        folder = bench.cache / f"vaebm-{case.name}-{kind}-{key}-{self.seed}"
+        if not (folder / "seconds").exists():
+            torch.manual_seed(self.seed)
+            net = EnergyNet(case.images.shape[1:], width=bench.settings["width"])
+            model = VAEBM(prior, net, num_steps=MAIN, step_size=bench.settings["step_size"])
+            history = fit_vaebm(
+                *(model, case.images[: -case.num_held_out]),
+                steps=bench.settings["energy_steps"],
+                sampler=sampler,
+                checkpoint=folder / "training.safetensors",
+                checkpoint_every=50,
+            )
+            model.save_pretrained(folder)
+            (folder / "history.txt").write_text(str(history), encoding="utf-8")
+            seconds = history.rows[-1].seconds if history.rows else 0.0
+            (folder / "seconds").write_text(str(seconds), encoding="utf-8")
+        print(f"{folder.name}: {(folder / 'history.txt').read_text(encoding='utf-8')}", flush=True)
+        model = VAEBM.from_pretrained(prior, folder)
+        return model, float((folder / "seconds").read_text())
+
+    @staticmethod
+    def _main(name: str) -> int:
+        return MAIN if "VAEBM" in name else 0
+
+    def _lengths(self, name: str) -> tuple[int, ...]:
+        return LENGTHS if "VAEBM" in name else (0,)
+
+    def _fit_seconds(self, name: str) -> float:
+        seconds = self.head_seconds if "NCP" in name else 0.0
+        return seconds + (self.energies[name][1] if name in self.energies else 0.0)
+
+    def _drawn(self, name: str) -> Drawn:
+        """Features of every generation at every length, and seconds per 1,000; once."""
+        key = slug(f"vaebm-{self.case.name}-{name}-{self.seed}-drawn")
+        make = partial(self._draw, name)
+        if self.samples is not None and not self._file(name).exists():
+            return make()
+        return self.bench.tensors(key, make, **self.bench.settings)[0]
+
+    def _draw(self, name: str) -> dict[str, Tensor]:
+        count, lengths = self.bench.settings["count"], self._lengths(name)
+        features: dict[int, list[Tensor]] = {steps: [] for steps in lengths}
+        seconds, images = dict.fromkeys(lengths, 0.0), []
+        for generation in range(GENERATIONS):
+            torch.manual_seed(1000 * self.seed + generation)
+            parts: dict[int, list[Tensor]] = {steps: [] for steps in lengths}
+            for part in torch.empty(count).split(BATCH):
+                started = time.perf_counter()
+                for steps, x in self._batch(name, len(part)):
+                    seconds[steps] += time.perf_counter() - started
+                    parts[steps].append(in_batches(self.case.features, x.clamp(0, 1)))
+                    started = time.perf_counter()
+                    if steps == self._main(name):
+                        images.append(x)
+            for steps in lengths:
+                features[steps].append(torch.cat(parts[steps]))
+        if self.samples is not None:
+            self._save(name, images)
+        print(f"{name}, seed {self.seed}: drawn in {sum(seconds.values()):.0f} s", flush=True)
+        found = {f"features{steps}": torch.stack(features[steps]) for steps in lengths}
+        spent = np.cumsum([seconds[steps] for steps in lengths]) * 1000 / (GENERATIONS * count)
+        return found | {
+            f"seconds{steps}": torch.tensor(float(s))
+            for steps, s in zip(lengths, spent, strict=True)
+        }
+
+    def _batch(self, name: str, count: int) -> Any:  # noqa: ANN401
+        """Yields images at every length of a method's chains."""
+        if name == "posterior":
+            yield 0, self.case.posterior(count)[0]
+        elif name == "NCP":
+            yield 0, self.prior.sample(count, self.sampler).x
+        elif name == "VAE":
+            yield 0, self.energies["VAEBM"][0].sample(count, num_steps=0).mean
+        else:
+            model, _ = self.energies[name]
+            noise = model.draw_noise(count, sampler=None if model.prior is None else self.sampler)
+            taken = 0
+            for steps in LENGTHS:
+                chains = model.walk_on(noise, num_steps=steps - taken)
+                noise, taken = chains.noise, steps
+                yield steps, chains.mean
+
+    def _gap(self, features: Tensor, drawn: Mapping[str, Drawn]) -> GapClosed:
+        base, posterior = (list(drawn[name]["features0"]) for name in ("VAE", "posterior"))
+        return gap_closed(self.case.reference, base=base, ours=list(features), posterior=posterior)
+
+    def _areas(self) -> dict[str, dict[str, list[float]]]:
+        """AUROC with its interval, by method and set."""
+        settings = self.bench.settings
+        inside = self.case.test_images[-settings["ood_count"] :]
+        sets = {"inside": inside}
+        sets |= outside(self.case.name, self.case.test_images, settings["ood_count"])
+        scores = {name: self._scores(images) for name, images in sets.items()}
+        own = scores.pop("inside")
+        return {
+            method: {
+                name: list(auroc(own[method], found[method])[:3]) for name, found in scores.items()
+            }
+            for method in own
+        }
+
+    def _scores(self, images: Tensor) -> dict[str, Tensor]:
+        torch.manual_seed(self.seed)
+        score = partial(ood_score, data=images, num_samples=self.bench.settings["iwae"])
+        alone, both = (score(model) for model, _ in self.energies.values())
+        return {
+            "VAE": alone.vae,
+            "NCP": both.vae + both.ncp,
+            "VAEBM": alone.total,
+            "NCP×VAEBM": both.total,
+        }
+
+    def _file(self, name: str) -> Path:
+        folder = Path(".") if self.samples is None else self.samples
+        return folder / f"{slug(f'{self.case.name}-{name}-{self.seed}')}.npy"
+
+    def _save(self, name: str, images: list[Tensor]) -> None:
+        file = self._file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = (torch.cat(images).clamp(0, 1) * 255).round().byte()
+        np.save(file, pixels.unflatten(0, (GENERATIONS, -1)).numpy())
+
+
+def _pixels(vae: Any, z: Tensor) -> Distribution:  # noqa: ANN401
+    """Pixels as shares of black: a law without a location and a scale, so that x is its mean."""
+    probs = vae.decode(z).clamp(1e-6, 1 - 1e-6)
+    return Independent(Bernoulli(probs, validate_args=False), 3)
+
+
+def area_table(rows: list[Row]) -> str:
+    """AUROC by method, one column per set."""
+    lines, found = [], [row for row in rows if row.get("auroc")]
+    for row in found:
+        areas = row["auroc"]
+        mean = sum(area[0] for area in areas.values()) / len(areas)
+        cells = {name: f"{v:.3f} ({low:.3f}–{high:.3f})" for name, (v, low, high) in areas.items()}
+        lines.append({"method": row["method"], "seed": row["seed"], **cells, "mean": mean})
+    columns = {"method": "<11", "seed": ">4", **dict.fromkeys(found[0]["auroc"], ">19")}
+    return table(lines, {**columns, "mean": ">6.3f"})
+
+
+def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    made.add_argument("--data", choices=list(SETTINGS), default="mnist")
+    made.add_argument("--noise", choices=["fitted", "none"], default="fitted")
+    made.add_argument(
+        "--base",
+        choices=["", "mixture of 10", "mixture of 100"],
+        default="",
+        help="of NCP, the VAE's own if empty",
+    )
+    made.add_argument("--step-size", type=float, help="λ of the chains")
+    made.add_argument("--energy-steps", type=int, metavar="N", help="training steps of an energy")
+    made.add_argument(
+        "--samples", type=Path, metavar="DIR", help="write every arm's images, (5, N, C, H, W)"
+    )
+    return made
+
+
+def settings_of(options: argparse.Namespace) -> Row:
+    """What rows of one file have in common."""
+    own = SETTINGS[options.data]
+    quick = options.quick
+    return {
+        "data": options.data,
+        "noise": options.noise,
+        "base": options.base,
+        "count": 1000 if quick else own["count"],
+        "width": 16 if quick else own["width"],
+        "step_size": options.step_size or own["step_size"],
+        "energy_steps": options.energy_steps or (QUICK[options.data] if quick else own["steps"]),
+        "num_proposals": 100 if quick else 500,
+        "ood_count": 200 if quick else 1000,
+        "iwae": 8 if quick else 64,
+    }
+
+
+def main() -> None:
+    options = with_options(parser(__doc__)).parse_args()
+    settings = settings_of(options)
+    bench = Bench(options, settings)
+    case = make_case(bench, options.data, "flat")
+    print(f"{machine()}; {settings}; {case.facts}", flush=True)
+    for seed in options.seed:
+        if not any(row["seed"] == seed for row in bench.rows):
+            compared = Comparison(bench, case, seed, options.samples)
+            print(compared.source, flush=True)
+            bench.add(compared.rows, dataset=options.data, seed=seed)
+    print(f"\n{table(bench.rows, COLUMNS)}\n\n{area_table(bench.rows)}")
+
+
+if __name__ == "__main__":
+    main()
