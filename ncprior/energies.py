@@ -34,7 +34,7 @@ class EnergyNet(nn.Module):
         ValueError: If the shape is not (C, H, W), or the width is below 1.
 
     References:
-        Xiao et al. (2021), appendix C: swish activations, no normalisation layers.
+        Swish: Searching for Activation Functions (Ramachandran et al., 2017).
 
     Example:
         >>> EnergyNet((3, 32, 32), width=8)(torch.rand(5, 3, 32, 32))

@@ -18,7 +18,7 @@ walked in z_k, and what the published code of VAEBM adds (see :class:`NoiseWalk`
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
-    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021), section 3.2
+    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021)
     | NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport
     | (Hoffman et al., 2019)
 """

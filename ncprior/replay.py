@@ -21,8 +21,8 @@ class ReplayBuffer:
         ValueError: If the size is below 1, or the share no probability.
 
     References:
-        Training Products of Experts by Minimizing Contrastive Divergence's persistent form
-        (Tieleman, 2008); Xiao et al. (2021), section 3.3.
+        Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient
+        (Tieleman, ICML 2008); Xiao et al. (2021), whose persistent chains keep ε_z alone.
 
     Example:
         >>> buffer = ReplayBuffer(100, share=1.0)

@@ -9,7 +9,7 @@ gradient, ∂R/∂W = u vᵀ.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
-    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021), section 3.1
+    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021)
     | Spectral Norm Regularization for Improving the Generalizability of Deep Learning
     | (Yoshida & Miyato, 2017)
 """

@@ -13,7 +13,7 @@ log p / p_data.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
-    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021), equation 7 and section 3.3
+    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021)
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class VAEBMTrainer:
             ``"mean"``, as the published code does on all but CIFAR-10.
         buffer: Where chains are kept to go on from; ``None`` starts each step afresh.
         spectral_weight: Weight of the spectral regularisation; the published code's is 0.2, for
-            nets a hundred times as large.
+            nets that are larger.
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
         condition: Picks the chains' condition out of a batch, if the source needs one.
 
