@@ -102,8 +102,21 @@ class NoiseWalk:
         return self._walk(batch_size, pick, torch.randn_like)
 
     def __call__(self, noise: tuple[Tensor, ...]) -> Walked:
-        """Walks from given noise, differentiably."""
-        return self._walk(len(noise[0]), lambda k, _: noise[k], lambda _: noise[-1])
+        """Walks from given noise, differentiably.
+
+        Raises:
+            ValueError: If it is not the noise of every group and, where there is any, the decoder.
+        """
+        needed = self.source.num_groups
+        if len(noise) in (needed, needed + 1):
+            walked = self._walk(len(noise[0]), lambda k, _: noise[k], lambda _: noise[-1])
+            needed = len(walked.noise)
+        if len(noise) != needed:
+            raise ValueError(
+                f"This walk needs {needed} parts of noise, one per group and one for a decoder "
+                f"with noise; got {len(noise)}. Take those of draw_noise or of other chains."
+            )
+        return walked
 
     def _walk(
         self,

@@ -416,6 +416,21 @@ def test_bad_energies_and_samplers_are_named() -> None:
         VAEBM(source, nothing).sample(4)
 
 
+def test_noise_of_another_walk_is_refused() -> None:
+    square = SingleGroup(  # whose latents and images have one shape
+        standard_normal(3),
+        lambda x: Independent(Normal(x, 1.0), 1),
+        lambda z: z,
+        likelihood=lambda z: Independent(Normal(z, 1.0), 1),
+    )
+    model, parts = VAEBM(square, nothing), torch.zeros(4, 5, 3)
+    for count, needed in ((1, 2), (3, 1), (4, 1)):
+        with pytest.raises(ValueError, match=f"needs {needed} parts of noise.*got {count}"):
+            model.walk_on(parts[:count])
+    with pytest.raises(ValueError, match="needs 1 parts of noise.*got 2"):
+        VAEBM(bernoulli(), nothing).walk_on(torch.zeros(2, 5, 2))
+
+
 def test_energies_are_in_float32_also_under_autocast() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Flatten(0))
     model = VAEBM(PROBLEM.source(), net)
