@@ -1,4 +1,4 @@
-"""The frozen VAEs of prior_hole.py and vaebm.py, what judges their samples, and what heads are trained on.
+"""The frozen VAEs of prior_hole.py and vaebm.py, their judges, and what heads are trained on.
 
 Not a benchmark itself. Every VAE is trained on the plain ELBO before any prior is looked at, and
 kept in --cache; so is the classifier whose features the Fréchet distances are taken on.
@@ -51,6 +51,7 @@ class Case:
     head: dict[str, Any]
     fit: dict[str, Any]
     quick: bool
+    maps: Callable[[Tensor], Tensor] | None = None  # what heads see of z, if not z itself
     binarise: bool = False
     base_steps: int = 3000  # of the bases that are trained by descent
     encodings: Tensor = field(init=False)
@@ -239,7 +240,8 @@ def _cifar10(bench: Bench) -> Case:
     return Case(
         name="cifar10",
         vae=vae,
-        source=_flat_source(vae),
+        source=_flat_source(vae, vae.decoder[:2]),
+        maps=vae.decoder[:2],
         rows=_encoded(vae, data.images[:count]),
         num_held_out=count // 20,
         images=data.images[:count],

@@ -317,7 +317,8 @@ BASES: dict[str, Callable[[Case], Any]] = {
 def on_images(case: Case, **options: Any) -> SingleGroup:  # noqa: ANN401
     """The flat VAE as a source of images, for what sees or learns inputs of its encoder."""
     vae: Any = case.vae
-    return SingleGroup(vae.prior(), vae.posterior, vae.decode, module=vae, **options)
+    parts = (vae.prior(), vae.posterior, vae.decode)
+    return SingleGroup(*parts, module=vae, features=case.maps, **options)
 
 
 def methods(case: Case, heads: Heads) -> list[Method]:
