@@ -16,15 +16,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
 
 from ncprior.heads import make_head
+from ncprior.inference import at_precision, given
 from ncprior.nce import nce_loss
-from ncprior.samplers import Draw, Sampler
+from ncprior.samplers import Draw, LogRatio, Sampler
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
 
 __all__ = ["NCPrior", "Sample", "group_losses"]
@@ -66,6 +67,9 @@ class NCPrior(nn.Module):
         heads: The heads, an ``nn.ModuleList``.
         strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
         active: One bool per group: whether its head is used.
+        precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
+            with sums in float32, see :func:`ncprior.inference.given`.
+        compiled: Whether heads are compiled for sampling, where that pays.
 
     Raises:
         ValueError: If there is not one head per group.
@@ -94,6 +98,8 @@ class NCPrior(nn.Module):
         self.heads = heads
         self.strength = 1.0
         self.active = [True] * source.num_groups
+        self.precision = torch.float32
+        self.compiled = False
         self._disabled = False
 
     @classmethod
@@ -243,7 +249,7 @@ class NCPrior(nn.Module):
             >>> prior.log_r(0, torch.randn(100, 5, 2), None).shape
             torch.Size([100, 5])
         """
-        with _no_autocast(z.device.type):
+        with at_precision(z.device.type, torch.float32):
             log_r: Tensor = self.heads[k](_wide(z), None if context is None else _wide(context))
         return log_r
 
@@ -281,7 +287,13 @@ class NCPrior(nn.Module):
         if not self.is_on(k):
             return Draw(group.prior.sample())
         with _naming(k):
-            return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))
+            return sampler(group.prior, self._ratio(k, group.context))
+
+    def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
+        """α log r_k(·, c), for many z of one context."""
+        c = None if context is None else _wide(context)
+        log_r = given(self.heads[k], c, precision=self.precision, compiled=self.compiled)
+        return lambda z: self.strength * log_r(_wide(z))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -394,6 +406,7 @@ class NCPrior(nn.Module):
 
         other = type(self)(self.source, deepcopy(self.heads, memo))
         other.strength, other.active = self.strength, list(self.active)
+        other.precision, other.compiled = self.precision, self.compiled
         return other.train(self.training)
 
 
@@ -454,9 +467,3 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -24,12 +24,12 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "samplers", "nce", "batches", "fitting"),
+    *("distributions", "heads", "nce", "batches", "fitting"),
     *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
-SAMPLERS = {"dynamics", "smc", "accept", "combine"}
-CORE = {*GROUND, *BASES, *SAMPLERS, "source", "prior", "stages"}
+SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine"}
+CORE = {*GROUND, *BASES, *SAMPLERS, "source", "inference", "prior", "stages"}
 SERVICES = {
     *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
@@ -48,7 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bases": {"distributions", "source", "batches", "mixtures"},
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
-    "prior": {"distributions", "source", "heads", "samplers", "nce"},
+    "inference": {"heads"},
+    "proposals": {"distributions"},
+    "samplers": {"proposals"},
+    "prior": {"source", "heads", "inference", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},
