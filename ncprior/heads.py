@@ -111,8 +111,7 @@ class MLPHead(_Head):
         z = self.scale(z)
         h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
         h = self.blocks(h + embedded)
-        log_r: Tensor = self.out(nn.functional.silu(self.norm(h))).squeeze(-1)
-        return log_r
+        return _in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
 
 
 class ConvHead(_Head):
@@ -186,8 +185,7 @@ class ConvHead(_Head):
         h = self.stem(self.scale(z).reshape(-1, *z.shape[-3:]))
         h = (h.reshape(*lead, *h.shape[-3:]) + embedded).reshape(h.shape)
         h = nn.functional.silu(self.norm(self.blocks(h)))
-        log_r: Tensor = self.out(reduce(h, "n c h w -> n c", "mean")).reshape(lead)
-        return log_r
+        return _in_full(self.out, reduce(h, "n c h w -> n c", "mean")).reshape(lead)
 
 
 class CategoricalHead(_Head):
@@ -405,6 +403,14 @@ class _ConvCell(nn.Module):
         gate = self.excite(reduce(update, "n c h w -> n c", "mean"))
         h = h + update * rearrange(gate, "n c -> n c 1 1")
         return h
+
+
+def _in_full(linear: nn.Linear, h: Tensor) -> Tensor:
+    """A linear layer in its own precision, also under autocast: log r is no 8-bit number."""
+    if not torch.is_autocast_enabled(h.device.type):
+        return linear(h)  # type: ignore[no-any-return]
+    with torch.autocast(h.device.type, enabled=False):
+        return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

@@ -16,13 +16,14 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
+from ncprior.batches import Loader, Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
 from ncprior.trainer import NCETrainer
 from ncprior.training import HeldOut, History, Row, Run, load
+from ncprior.walks import Walks, epochs_to_keep
 
 __all__ = ["calibrate_heads", "fit"]
 
@@ -52,6 +53,10 @@ def fit(
     stages: int | Literal["auto"] = 1,
     calibrate: bool = False,
     proposal_cache: int | None = None,
+    walk_epochs: float | Literal["auto"] | None = "auto",
+    walk_memory: float = 4.0,
+    precision: torch.dtype = torch.float32,
+    batched: bool | None = None,
     callback: Callable[[Row], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -92,6 +97,18 @@ def fit(
             a base is slow to draw from: for a single group without a context. A tenth more are
             made for the held-out losses. Further stages of such a group keep about ten per row of
             data, from 5,000 to 50,000.
+        walk_epochs: For so many epochs, each row of x goes through the VAE once: the parameters of
+            its groups are kept, and z_k is drawn anew from them at every step, see
+            :mod:`ncprior.walks`. With one group only the encoder's work is spared. With more, z_<k
+            repeat. ``math.inf`` is once for all, ``None`` never. ``"auto"`` is once where a step's
+            distribution stays what it is: for one group, rows of a tensor, and an encoder that
+            draws nothing at random.
+        walk_memory: GiB of memory for what is kept; if it is more, all of it is on disk, in the
+            system's folder for temporary files.
+        precision: Of the factors of the heads' products: ``torch.float32`` or ``torch.bfloat16``,
+            which is mixed precision: weights, log r and sums stay in float32.
+        batched: Whether heads of equal shape in several groups are one computation, whose memory
+            grows with the number of groups; by default on a GPU.
         callback: Called with each new :class:`Row`; stops training by returning True.
         checkpoint: A file to save to and resume from; further stages have files of their own
             beside it.
@@ -125,17 +142,29 @@ def fit(
         "ema_decay": ema_decay,
         "eval_every": eval_every,
         "proposal_cache": proposal_cache,
+        "walk_epochs": walk_epochs,
+        "precision": str(precision),
+        "batched": batched,
         "VAE": _fingerprint(prior.source),
         "rows": _length(data),
     }
     _check_counts(settings, checkpoint_every, patience)
-    _check_stages(prior, data, stages, calibrate, proposal_cache)
+    rereads = stages != 1 or proposal_cache is not None or walk_epochs not in ("auto", None)
+    if rereads and iter_is_self(data):
+        raise TypeError(
+            f"Stages, a proposal cache and walk_epochs need data that can be read again from its "
+            f"start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
+            f"or a list."
+        )
+    _check_stages(prior, stages, calibrate)
     saved = load(checkpoint)
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
     train, held_out = _parts(data, held_out, split_seed)
     _check_held_out(held_out, stages, calibrate)
     fitting = _Fitting(
         *(train, held_out, settings, split_seed),
+        precision=precision,
+        walk_bytes=int(walk_memory * 2**30),
         patience=patience,
         callback=callback,
         checkpoint_every=checkpoint_every,
@@ -174,6 +203,8 @@ class _Fitting:
     held_out: Any
     settings: dict[str, Any]
     split_seed: int
+    precision: torch.dtype
+    walk_bytes: int
     patience: int | None
     callback: Callable[[Row], Any] | None
     checkpoint_every: int
@@ -191,29 +222,48 @@ class _Fitting:
         held_out_source = source
         if cache is not None:
             source, held_out_source = cached(source, cache, self.split_seed + stage)
+        data, held_out = self.data, self.held_out
+        epochs = epochs_to_keep(source, data, self.settings, stage)
+        before = None
+        if epochs is not None:
+            walks = self._keep(source, data)
+            data, source, before = walks, walks.source, walks.renewal(epochs)
+            if held_out is not None:
+                walks = self._keep(held_out_source, held_out)
+                held_out, held_out_source = walks, walks.source
         trained = prior if source is prior.source else NCPrior(source, prior.heads)
-        measured = trained if cache is None else NCPrior(held_out_source, prior.heads)
+        same = held_out_source is source
+        measured = trained if same else NCPrior(held_out_source, prior.heads)
         settings = {**self.settings, "stage": stage}
-        options = {name: settings[name] for name in ("noise_weight", "num_draws", "max_grad_norm")}
+        names = ("noise_weight", "num_draws", "max_grad_norm", "batched")
+        options = {name: settings[name] for name in names}
         optimizer = torch.optim.AdamW(
-            prior.parameters(), settings["learning_rate"], weight_decay=settings["weight_decay"]
+            prior.parameters(),
+            settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            fused=_can_fuse(prior),
         )
-        trainer = NCETrainer(trained, optimizer, **options)
+        trainer = NCETrainer(trained, optimizer, precision=self.precision, **options)
         batch_size, saved = settings["batch_size"], load(checkpoint)
-        stream = Stream(self.data, batch_size, resumable=checkpoint is not None)
+        stream = Stream(data, batch_size, resumable=checkpoint is not None)
         evaluation = None
-        if self.held_out is not None:
-            evaluation = HeldOut(self.held_out, measured, batch_size, self.split_seed)
+        if held_out is not None:
+            evaluation = HeldOut(held_out, measured, batch_size, self.split_seed)
         run = Run(trained, trainer, settings, self.split_seed)
         if saved is not None:
             run.restore(saved, stream)
-        self._loop(run, stream, evaluation, checkpoint)
+        batches = Loader(stream, run.device, before=before, first=trainer.steps)
+        self._loop(run, batches, evaluation, checkpoint)
         return run.history()
+
+    def _keep(self, source: LatentSource[Any, Any], data: Any) -> Walks:  # noqa: ANN401
+        size = self.settings["batch_size"]
+        return Walks(source, data, batch_size=size, seed=self.split_seed, budget=self.walk_bytes)
 
     def _loop(
         self,
         run: Run,
-        stream: Stream,
+        batches: Loader,
         evaluation: HeldOut | None,
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
@@ -227,7 +277,7 @@ class _Fitting:
         )
         with run.training(), bar:
             while run.stopped is None:
-                run.step(stream)
+                run.step(batches)
                 bar.update(trainer.steps - bar.n)
                 due = trainer.steps % settings["eval_every"] == 0 or run.stopped is not None
                 if run.loss_steps and due:
@@ -236,7 +286,7 @@ class _Fitting:
                     run.decide(row, self.patience, self.callback)
                 due = trainer.steps % self.checkpoint_every == 0 or run.stopped is not None
                 if checkpoint is not None and due:
-                    run.save(checkpoint, stream)
+                    run.save(checkpoint, batches)
 
     def further(
         self,
@@ -320,6 +370,9 @@ def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int
         "patience": 1 if patience is None else patience,
         "proposal_cache": 1 if settings["proposal_cache"] is None else settings["proposal_cache"],
     }
+    epochs = settings["walk_epochs"]
+    if epochs not in ("auto", None):
+        counts["walk_epochs"] = epochs
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1; got {count}.")
@@ -329,13 +382,7 @@ def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int
         raise RuntimeError("fit runs in one process. In several, call NCETrainer.step in a loop.")
 
 
-def _check_stages(
-    prior: NCPrior,
-    data: Any,  # noqa: ANN401
-    stages: int | Literal["auto"],
-    calibrate: bool,
-    proposal_cache: int | None,
-) -> None:
+def _check_stages(prior: NCPrior, stages: int | Literal["auto"], calibrate: bool) -> None:
     """Refuses before training what cannot be done after it."""
     if stages != "auto" and (not isinstance(stages, int) or stages < 1):
         raise ValueError(f"stages must be a number from 1 or 'auto'; got {stages!r}.")
@@ -343,11 +390,6 @@ def _check_stages(
         raise ValueError(
             f"A further stage learns what the heads leave at strength 1; got {prior.strength}. "
             f"Set prior.strength = 1 for the training."
-        )
-    if (stages != 1 or proposal_cache is not None) and iter_is_self(data):
-        raise TypeError(
-            f"Stages and a proposal cache need data that can be read again from its start; got a "
-            f"one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
         )
     for head in prior.heads:
         if stages != 1:
@@ -391,6 +433,15 @@ def _unchanged(source: LatentSource[Any, Any]) -> Iterator[None]:
             "The VAE has changed during training, although nothing here changes it. Does its "
             "encoder, or a callback, write to parameters or buffers?"
         )
+
+
+def _can_fuse(prior: NCPrior) -> bool:
+    """Whether AdamW has a fused step for these weights: some five times as fast on a CPU."""
+    tensors = list(prior.parameters())
+    fusable = {"cpu", "cuda"}
+    return bool(tensors) and all(
+        p.device.type in fusable and p.is_floating_point() for p in tensors
+    )
 
 
 def _length(data: Any) -> int | None:  # noqa: ANN401

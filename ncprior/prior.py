@@ -28,7 +28,7 @@ from ncprior.nce import nce_loss
 from ncprior.samplers import Draw, LogRatio, Sampler
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
 
-__all__ = ["NCPrior", "Sample", "group_losses"]
+__all__ = ["NCPrior", "Sample", "contrasts", "group_losses"]
 
 
 class Sample(NamedTuple):
@@ -234,13 +234,21 @@ class NCPrior(nn.Module):
             state = self.source.advance(state, z)
         return torch.stack(log_r, dim=1)
 
-    def log_r(self, k: int, z: Tensor, context: Tensor | None) -> Tensor:
+    def log_r(
+        self,
+        k: int,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        precision: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Returns log r_k(z, c) of head k itself, in float32 or better, also under autocast.
 
         Arguments:
             k: The group, from 0.
             z: Latents of the group, with shape ``(*, B, *event)``.
             context: The group's context, with shape ``(B, ...)``, or ``None``.
+            precision: Of the factors of the head's products, see :mod:`ncprior.inference`.
 
         Returns:
             log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
@@ -249,9 +257,9 @@ class NCPrior(nn.Module):
             >>> prior.log_r(0, torch.randn(100, 5, 2), None).shape
             torch.Size([100, 5])
         """
-        with at_precision(z.device.type, torch.float32):
+        with at_precision(z.device.type, precision):
             log_r: Tensor = self.heads[k](_wide(z), None if context is None else _wide(context))
-        return log_r
+        return _wide(log_r)
 
     def is_on(self, k: int) -> bool:
         """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
@@ -415,6 +423,8 @@ def group_losses(
     x: Any,  # noqa: ANN401
     noise_weight: float,
     num_draws: int,
+    *,
+    precision: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
     """Yields each group's NCE loss in turn; one walk, of which only one head is alive at a time.
 
@@ -422,7 +432,33 @@ def group_losses(
         >>> for loss in group_losses(prior, x, noise_weight=1.0, num_draws=1):
         ...     loss.backward()
     """
-    source, count = prior.source, Size((num_draws,))
+    for k, (z, context) in enumerate(contrasts(prior.source, x, num_draws)):
+        log_r = prior.log_r(k, z, context, precision=precision)
+        yield nce_loss(log_r[0], log_r[1], noise_weight)
+
+
+def contrasts(
+    source: LatentSource[Any, Any],
+    x: Any,  # noqa: ANN401
+    num_draws: int = 1,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields, group by group, what its head is to tell apart, under z_<k of the posterior.
+
+    Arguments:
+        source: The VAE.
+        x: One batch, as the user's loader yields it.
+        num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with the
+            first.
+
+    Returns:
+        Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
+        context.
+
+    Example:
+        >>> [z.shape for z, context in contrasts(source, x)]
+        [torch.Size([2, 1, 4, 2])]
+    """
+    count = Size((num_draws,))
     require_eval(source, getattr(source, "module", None))
     with torch.no_grad():
         encoding = source.encode(x)
@@ -433,8 +469,8 @@ def group_losses(
             z_q, z_p = posterior_of(group).sample(count), group.prior.sample(count)
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
-        log_r = prior.log_r(k, torch.stack([z_q, z_p.to(z_q.dtype)]), group.context)
-        yield nce_loss(log_r[0], log_r[1], noise_weight)
+            z = torch.stack([z_q, z_p.to(z_q.dtype)])
+        yield z, group.context
 
 
 @contextmanager

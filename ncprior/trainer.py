@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ncprior.prior import NCPrior, group_losses
+from ncprior.batched import log_ratios
+from ncprior.nce import nce_loss
+from ncprior.prior import NCPrior, contrasts, group_losses
 
 __all__ = ["NCETrainer", "StepMetrics"]
 
@@ -52,6 +54,11 @@ class NCETrainer:
         num_draws: Draws of z_k per row and step, from posterior and prior each. Where the VAE's
             walk costs more than its heads, several make better use of it.
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
+        precision: Of the factors of the heads' products: ``torch.float32`` or ``torch.bfloat16``;
+            weights, log r and sums are in float32 in either case.
+        batched: Whether heads of equal shape in several groups are one computation, whose memory
+            grows with the number of groups; by default on a GPU. On a CPU it pays for heads of
+            some ten thousand weights.
 
     Raises:
         TypeError: If the prior is wrapped in DistributedDataParallel.
@@ -75,6 +82,8 @@ class NCETrainer:
         noise_weight: float = 1.0,
         num_draws: int = 1,
         max_grad_norm: float | None = 5.0,
+        precision: torch.dtype = torch.float32,
+        batched: bool | None = None,
     ) -> None:
         if num_draws < 1:
             raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
@@ -96,6 +105,8 @@ class NCETrainer:
         self.noise_weight = noise_weight
         self.num_draws = num_draws
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        self.precision = precision
+        self.batched = _on_accelerator(prior) if batched is None else batched
         self.steps = 0
         if _world_size() > 1:
             with torch.no_grad():
@@ -121,17 +132,31 @@ class NCETrainer:
             tensor([1.3863])
         """
         self._zero_gradients()
-        losses = []
-        for loss in group_losses(self.prior, x, self.noise_weight, self.num_draws):
-            if loss.requires_grad:  # not a head without parameters
-                self.backward(loss)
-            losses.append(loss.detach())
-        mean_loss = average_over_ranks(torch.stack(losses))
+        losses = self._all_at_once(x) if self.batched else self._in_turn(x)
+        mean_loss = average_over_ranks(losses)
         norms = torch.stack([self._reduce_and_clip(head) for head in self.prior.heads])
         self._refuse_non_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
         return StepMetrics(mean_loss, norms)
+
+    def _in_turn(self, x: Any) -> Tensor:  # noqa: ANN401
+        losses = []
+        for loss in group_losses(
+            self.prior, x, self.noise_weight, self.num_draws, precision=self.precision
+        ):
+            if loss.requires_grad:  # not a head without parameters
+                self.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _all_at_once(self, x: Any) -> Tensor:  # noqa: ANN401
+        pairs = list(contrasts(self.prior.source, x, self.num_draws))
+        log_r = log_ratios(list(self.prior.heads), pairs, precision=self.precision)
+        losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
+        if losses.requires_grad:
+            self.backward(losses.sum())
+        return losses.detach()
 
     def _zero_gradients(self) -> None:
         # Gradients live from here on: made in the middle of a backward pass, they would lie between
@@ -162,6 +187,10 @@ class NCETrainer:
                 f"{norms[k].item():.4g} at step {self.steps}. The heads are as they were before "
                 f"this step. Look for NaN or infinity in x, or take a lower learning rate."
             )
+
+
+def _on_accelerator(prior: NCPrior) -> bool:
+    return any(p.device.type != "cpu" for p in prior.parameters())
 
 
 def average_over_ranks(tensor: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, in_order, own_generators, random_state, set_random_state
+from ncprior.batches import (
+    Loader,
+    Stream,
+    in_order,
+    own_generators,
+    random_state,
+    set_random_state,
+)
 from ncprior.files import load_tensors, pack, save_tensors, unpack
 from ncprior.prior import NCPrior
 from ncprior.source import num_rows
@@ -120,17 +127,16 @@ class Run:
         self.stopped: str | None = None
         self.seconds, self.since = 0.0, time.perf_counter()
 
-    def step(self, stream: Stream) -> None:
+    def step(self, batches: Loader) -> None:
         total = self.settings["steps"]
         progress = self.trainer.steps / total
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = 0.5 * self.settings["learning_rate"] * (1 + math.cos(math.pi * progress))
         try:
-            x = next(stream)
+            x = next(batches)
         except StopIteration:
             self.stopped = f"data used up after {self.trainer.steps} of {total} steps"
             return
-        x = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
         self.loss_sum += self.trainer.step(x).loss
         self.loss_steps += 1
         t = self.trainer.steps
@@ -198,7 +204,7 @@ class Run:
             return History(self.rows, steps, None, None, stopped)
         return History(self.rows, self.best_step, self.best_loss, self.best_error, stopped)
 
-    def save(self, path: str | os.PathLike[str], stream: Stream) -> None:
+    def save(self, path: str | os.PathLike[str], batches: Loader) -> None:
         tree, tensors = pack(
             {
                 "settings": self.settings,
@@ -216,7 +222,7 @@ class Run:
                 "loss_steps": self.loss_steps,
                 "stopped": self.stopped,
                 "seconds": self._elapsed(),
-                "stream": stream.state(),
+                "stream": batches.state(),
                 "generators": random_state(),
             }
         )

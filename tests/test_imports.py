@@ -24,12 +24,12 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "nce", "batches", "fitting"),
+    *("distributions", "heads", "nce", "batches", "fitting", "rows"),
     *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine"}
-CORE = {*GROUND, *BASES, *SAMPLERS, "source", "inference", "prior", "stages"}
+CORE = {*GROUND, *BASES, *SAMPLERS, "source", "inference", "batched", "walks", "prior", "stages"}
 SERVICES = {
     *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
@@ -49,6 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
     "inference": {"heads"},
+    "batched": {"heads", "inference"},
+    "walks": {"batches", "distributions", "rows", "source"},
     "proposals": {"distributions"},
     "samplers": {"proposals"},
     "prior": {"source", "heads", "inference", "samplers", "nce"},
