@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ncprior.batches import Loader, Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
+from ncprior.ranks import align_generators, gather, num_ranks, on_first, rank
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
 from ncprior.trainer import NCETrainer
@@ -57,6 +57,7 @@ def fit(
     walk_memory: float = 4.0,
     precision: torch.dtype = torch.float32,
     batched: bool | None = None,
+    group_parallel: bool = False,
     callback: Callable[[Row], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -67,6 +68,9 @@ def fit(
     AdamW with a cosine schedule to 0; an exponential moving average of the weights is what is
     evaluated and kept, each group at its own best held-out loss. If ``checkpoint`` exists, training
     goes on from it as if it had never stopped: the weights come out the same, bit for bit.
+
+    In several processes with a process group, such as ``torchrun`` starts them, call it in each
+    with the same arguments. Rank 0 alone calls back, shows progress and writes the checkpoint.
 
     Arguments:
         prior: The prior; its heads end up with the kept weights, in evaluation mode.
@@ -109,6 +113,9 @@ def fit(
             which is mixed precision: weights, log r and sums stay in float32.
         batched: Whether heads of equal shape in several groups are one computation, whose memory
             grows with the number of groups; by default on a GPU.
+        group_parallel: In several processes, whether each of them trains the heads of some groups
+            alone, on whole batches, and no gradients are exchanged. Otherwise the rows of every
+            batch are dealt out to all, and gradients are averaged.
         callback: Called with each new :class:`Row`; stops training by returning True.
         checkpoint: A file to save to and resume from; further stages have files of their own
             beside it.
@@ -147,6 +154,8 @@ def fit(
         "batched": batched,
         "VAE": _fingerprint(prior.source),
         "rows": _length(data),
+        "ranks": num_ranks(),
+        "group_parallel": group_parallel,
     }
     _check_counts(settings, checkpoint_every, patience)
     rereads = stages != 1 or proposal_cache is not None or walk_epochs not in ("auto", None)
@@ -157,7 +166,9 @@ def fit(
             f"or a list."
         )
     _check_stages(prior, stages, calibrate)
-    saved = load(checkpoint)
+    _check_agreement(settings)
+    align_generators()
+    saved = on_first(lambda: load(checkpoint))
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved["split_seed"]
     train, held_out = _parts(data, held_out, split_seed)
     _check_held_out(held_out, stages, calibrate)
@@ -182,6 +193,7 @@ def fit(
             prior.active = [on and k not in off for k, on in enumerate(prior.active)]
             history = history._replace(gated=off)
         history = history._replace(stages=tuple(fitting.further(prior, stages, checkpoint)))
+        align_generators()
         if calibrate:
             history = history._replace(slopes=calibrate_heads(prior, held_out, batch_size))
     return history
@@ -219,6 +231,7 @@ class _Fitting:
         stage: int = 1,
     ) -> History:
         """Trains the heads of a prior against the base of a source, or against draws kept of it."""
+        align_generators()
         held_out_source = source
         if cache is not None:
             source, held_out_source = cached(source, cache, self.split_seed + stage)
@@ -235,7 +248,7 @@ class _Fitting:
         same = held_out_source is source
         measured = trained if same else NCPrior(held_out_source, prior.heads)
         settings = {**self.settings, "stage": stage}
-        names = ("noise_weight", "num_draws", "max_grad_norm", "batched")
+        names = ("noise_weight", "num_draws", "max_grad_norm", "batched", "group_parallel")
         options = {name: settings[name] for name in names}
         optimizer = torch.optim.AdamW(
             prior.parameters(),
@@ -244,7 +257,7 @@ class _Fitting:
             fused=_can_fuse(prior),
         )
         trainer = NCETrainer(trained, optimizer, precision=self.precision, **options)
-        batch_size, saved = settings["batch_size"], load(checkpoint)
+        batch_size, saved = settings["batch_size"], on_first(lambda: load(checkpoint))
         stream = Stream(data, batch_size, resumable=checkpoint is not None)
         evaluation = None
         if held_out is not None:
@@ -252,7 +265,10 @@ class _Fitting:
         run = Run(trained, trainer, settings, self.split_seed)
         if saved is not None:
             run.restore(saved, stream)
-        batches = Loader(stream, run.device, before=before, first=trainer.steps)
+        elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
+            torch.manual_seed(self.split_seed + stage + 2**32 * rank())
+        share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
+        batches = Loader(stream, run.device, share, before=before, first=trainer.steps)
         self._loop(run, batches, evaluation, checkpoint)
         return run.history()
 
@@ -273,7 +289,7 @@ class _Fitting:
             total=settings["steps"],
             initial=trainer.steps,
             desc=name,
-            disable=not self.progress,
+            disable=not self.progress or rank() > 0,
         )
         with run.training(), bar:
             while run.stopped is None:
@@ -287,6 +303,7 @@ class _Fitting:
                 due = trainer.steps % self.checkpoint_every == 0 or run.stopped is not None
                 if checkpoint is not None and due:
                     run.save(checkpoint, batches)
+            run.collect()
 
     def further(
         self,
@@ -378,8 +395,22 @@ def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int
             raise ValueError(f"{name} must be at least 1; got {count}.")
     if not 0 <= settings["ema_decay"] <= 1:
         raise ValueError(f"ema_decay must be from 0 to 1; got {settings['ema_decay']}.")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError("fit runs in one process. In several, call NCETrainer.step in a loop.")
+    if settings["batch_size"] < settings["ranks"]:
+        raise ValueError(
+            f"Every rank takes rows of every batch; got batches of {settings['batch_size']} rows "
+            f"for {settings['ranks']} ranks. Pass a larger batch_size."
+        )
+
+
+def _check_agreement(settings: dict[str, Any]) -> None:
+    """Refuses ranks that train on different terms: they would wait for each other, or diverge."""
+    for name, value in settings.items():
+        values = gather(value)
+        if any(other != value for other in values):
+            raise ValueError(
+                f"All ranks must be given the same; by rank, {name} is {values}. Start every "
+                f"process with the same arguments, data and VAE."
+            )
 
 
 def _check_stages(prior: NCPrior, stages: int | Literal["auto"], calibrate: bool) -> None:

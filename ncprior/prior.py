@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -425,14 +425,20 @@ def group_losses(
     num_draws: int,
     *,
     precision: torch.dtype = torch.float32,
+    groups: Container[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yields each group's NCE loss in turn; one walk, of which only one head is alive at a time.
+
+    Where ``groups`` are given, the others' losses are left out, and are 0.
 
     Example:
         >>> for loss in group_losses(prior, x, noise_weight=1.0, num_draws=1):
         ...     loss.backward()
     """
     for k, (z, context) in enumerate(contrasts(prior.source, x, num_draws)):
+        if groups is not None and k not in groups:
+            yield z.new_zeros((), dtype=torch.float32)
+            continue
         log_r = prior.log_r(k, z, context, precision=precision)
         yield nce_loss(log_r[0], log_r[1], noise_weight)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -19,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from ncprior.batched import log_ratios
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior, contrasts, group_losses
+from ncprior.ranks import average_over_ranks, from_rank, num_ranks, rank, sum_over_ranks
 
 __all__ = ["NCETrainer", "StepMetrics"]
 
@@ -59,6 +59,9 @@ class NCETrainer:
         batched: Whether heads of equal shape in several groups are one computation, whose memory
             grows with the number of groups; by default on a GPU. On a CPU it pays for heads of
             some ten thousand weights.
+        group_parallel: Whether each rank trains the heads of some groups alone, in turn from group
+            0, on all rows that it is given, and no gradients are exchanged. A head is then up to
+            date on its :meth:`owner`.
 
     Raises:
         TypeError: If the prior is wrapped in DistributedDataParallel.
@@ -84,6 +87,7 @@ class NCETrainer:
         max_grad_norm: float | None = 5.0,
         precision: torch.dtype = torch.float32,
         batched: bool | None = None,
+        group_parallel: bool = False,
     ) -> None:
         if num_draws < 1:
             raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
@@ -107,11 +111,23 @@ class NCETrainer:
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.precision = precision
         self.batched = _on_accelerator(prior) if batched is None else batched
+        self.group_parallel = group_parallel
         self.steps = 0
-        if _world_size() > 1:
-            with torch.no_grad():
-                for tensor in prior.state_dict().values():
-                    dist.broadcast(tensor, src=0)
+        for tensor in prior.state_dict().values():
+            from_rank(0, tensor)
+
+    def owner(self, k: int) -> int | None:
+        """Returns the one rank that trains head k, or ``None`` where all do.
+
+        Arguments:
+            k: The group, from 0.
+        """
+        return k % num_ranks() if self.group_parallel else None
+
+    @property
+    def groups(self) -> list[int]:
+        """The groups whose heads this rank trains."""
+        return [k for k in range(len(self.prior.heads)) if self.owner(k) in (None, rank())]
 
     def step(self, x: Any) -> StepMetrics:  # noqa: ANN401
         """Takes one optimizer step on one batch.
@@ -133,8 +149,10 @@ class NCETrainer:
         """
         self._zero_gradients()
         losses = self._all_at_once(x) if self.batched else self._in_turn(x)
-        mean_loss = average_over_ranks(losses)
-        norms = torch.stack([self._reduce_and_clip(head) for head in self.prior.heads])
+        if self.group_parallel:
+            mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms().to(losses)]))
+        else:
+            mean_loss, norms = average_over_ranks(losses), self._norms()
         self._refuse_non_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
@@ -143,7 +161,9 @@ class NCETrainer:
     def _in_turn(self, x: Any) -> Tensor:  # noqa: ANN401
         losses = []
         for loss in group_losses(
-            self.prior, x, self.noise_weight, self.num_draws, precision=self.precision
+            *(self.prior, x, self.noise_weight, self.num_draws),
+            precision=self.precision,
+            groups=self.groups,
         ):
             if loss.requires_grad:  # not a head without parameters
                 self.backward(loss)
@@ -152,24 +172,31 @@ class NCETrainer:
 
     def _all_at_once(self, x: Any) -> Tensor:  # noqa: ANN401
         pairs = list(contrasts(self.prior.source, x, self.num_draws))
-        log_r = log_ratios(list(self.prior.heads), pairs, precision=self.precision)
+        heads = [self.prior.heads[k] for k in self.groups]
+        log_r = log_ratios(heads, [pairs[k] for k in self.groups], precision=self.precision)
         losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
         if losses.requires_grad:
             self.backward(losses.sum())
-        return losses.detach()
+        all_groups = losses.new_zeros(len(pairs))
+        all_groups[self.groups] = losses.detach()
+        return all_groups
 
     def _zero_gradients(self) -> None:
         # Gradients live from here on: made in the middle of a backward pass, they would lie between
         # activations and keep the allocator from using that memory again for the next group.
-        for p in self.prior.parameters():
+        for p in (p for k in self.groups for p in self.prior.heads[k].parameters()):
             if p.grad is not None:
                 p.grad.zero_()
             elif p.requires_grad:
                 p.grad = torch.zeros_like(p)
 
+    def _norms(self) -> Tensor:
+        """Norms of the heads' gradients, which are averaged over the ranks and clipped."""
+        return torch.stack([self._reduce_and_clip(head) for head in self.prior.heads])
+
     def _reduce_and_clip(self, head: nn.Module) -> Tensor:
         gradients = [p.grad for p in head.parameters() if p.grad is not None]
-        if _world_size() > 1 and gradients:
+        if num_ranks() > 1 and gradients and not self.group_parallel:
             flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
             for gradient, mean in zip(
                 gradients, flat.split([g.numel() for g in gradients]), strict=True
@@ -191,20 +218,3 @@ class NCETrainer:
 
 def _on_accelerator(prior: NCPrior) -> bool:
     return any(p.device.type != "cpu" for p in prior.parameters())
-
-
-def average_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the mean of a tensor over the ranks of the process group; itself without one.
-
-    Example:
-        >>> average_over_ranks(torch.ones(2))
-        tensor([1., 1.])
-    """
-    if _world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor = tensor / _world_size()
-    return tensor
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

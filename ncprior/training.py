@@ -23,7 +23,8 @@ from ncprior.batches import (
     set_random_state,
 )
 from ncprior.files import load_tensors, pack, save_tensors, unpack
-from ncprior.prior import NCPrior
+from ncprior.prior import NCPrior, group_losses
+from ncprior.ranks import from_rank, gather, num_ranks, on_first, rank, sum_over_ranks
 from ncprior.source import num_rows
 from ncprior.trainer import NCETrainer
 
@@ -126,6 +127,7 @@ class Run:
         self.loss_steps = 0
         self.stopped: str | None = None
         self.seconds, self.since = 0.0, time.perf_counter()
+        self.own = set(trainer.groups)
 
     def step(self, batches: Loader) -> None:
         total = self.settings["steps"]
@@ -149,7 +151,7 @@ class Run:
         held_out = None
         if evaluation is not None:
             with self._averaged():
-                held_out, errors = evaluation(self.device)
+                held_out, errors = evaluation(self.device, self.own)
             self._refuse_non_finite(held_out)
             if self.best is None:
                 self.best = _copy(self.prior.heads)
@@ -179,7 +181,7 @@ class Run:
     ) -> None:
         last = max(self.best_step)
         limit = math.inf if patience is None else patience * self.settings["eval_every"]
-        if callback is not None and callback(row) is True:
+        if callback is not None and on_first(lambda: callback(row) is True):
             self.stopped = f"stopped by the callback at step {self.trainer.steps}"
         elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
             self.stopped = f"no progress on held-out data since step {last}"
@@ -197,6 +199,15 @@ class Run:
             self.trainer.optimizer.zero_grad()
             self.prior.eval()
 
+    def collect(self) -> None:
+        """Makes every rank's heads what they are on the rank that trains them."""
+        kept = (dict(self.prior.heads.state_dict()), self.average, self.best or {})
+        owners = [(k, self.trainer.owner(k)) for k in range(len(self.prior.heads))]
+        for k, owner in ((k, owner) for k, owner in owners if owner is not None):
+            for tensors in kept:
+                for name in (name for name in self._names(k) if name in tensors):
+                    from_rank(owner, tensors[name])
+
     def history(self) -> History:
         stopped = str(self.stopped)
         if self.best is None:
@@ -205,6 +216,10 @@ class Run:
         return History(self.rows, self.best_step, self.best_loss, self.best_error, stopped)
 
     def save(self, path: str | os.PathLike[str], batches: Loader) -> None:
+        self.collect()
+        optimizer, generators = self._optimizer_state(), gather(random_state())
+        if rank() > 0:
+            return
         tree, tensors = pack(
             {
                 "settings": self.settings,
@@ -216,14 +231,14 @@ class Run:
                 "best_loss": self.best_loss,
                 "best_error": self.best_error,
                 "best_step": self.best_step,
-                "optimizer": self.trainer.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "rows": [tuple(row) for row in self.rows],
                 "loss_sum": self.loss_sum,
                 "loss_steps": self.loss_steps,
                 "stopped": self.stopped,
                 "seconds": self._elapsed(),
                 "stream": batches.state(),
-                "generators": random_state(),
+                "generators": generators,
             }
         )
         save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
@@ -257,7 +272,18 @@ class Run:
         self.seconds = saved["seconds"]
         if self.stopped is None:
             stream.restore(saved["stream"])
-        set_random_state(saved["generators"])
+        set_random_state(saved["generators"][rank()])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, of each head from the rank that trains it."""
+        state: dict[str, Any] = self.trainer.optimizer.state_dict()
+        if not self.trainer.group_parallel:
+            return state
+        by_rank = gather(state["state"])
+        heads = enumerate(self.prior.heads)
+        owners = [self.trainer.owner(k) or 0 for k, head in heads for _ in head.parameters()]
+        merged = {i: by_rank[owner][i] for i, owner in enumerate(owners) if i in by_rank[owner]}
+        return {**state, "state": merged}
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.since
@@ -307,27 +333,38 @@ class HeldOut:
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
 
     @torch.no_grad()
-    def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
+    def __call__(self, device: torch.device, own: set[int]) -> tuple[list[float], list[float]]:
+        """The losses; where a rank's own are not all, it goes through all rows for them."""
         losses: list[Tensor] = []
         rows: list[int] = []
+        ranks = num_ranks() if len(own) == len(self.prior.heads) else 1
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + rank())
             for generator, state in self.own:
                 generator.set_state(state)
             while sum(rows) < _HELD_OUT_DRAWS:
                 before = len(rows)
                 for batch in self.batches:
-                    x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-                    losses.append(self.prior.nce_loss(x).to("cpu", torch.float64))
+                    losses.append(self._sum(batch, device, own, ranks))
                     rows.append(num_rows(batch))
                 if len(rows) == before:
                     raise ValueError("The held-out data has no batches.")
         weight = torch.tensor(rows, dtype=torch.float64) / sum(rows)
-        loss = torch.stack(losses)
+        loss = sum_over_ranks(torch.stack(losses)) / torch.tensor(rows)[:, None]
         mean = weight @ loss
         # Batches of n rows scatter around the mean by a variance in proportion to 1/n.
         spread = weight @ (loss - mean).square() / max(1, len(rows) - 1)
         return mean.tolist(), spread.sqrt().tolist()
+
+    def _sum(self, batch: Any, device: torch.device, own: set[int], ranks: int) -> Tensor:  # noqa: ANN401
+        """The losses of this rank's share of a batch, times its rows, (K,)."""
+        share = slice(rank() % ranks, None, ranks)
+        x = tree_map_only(Tensor, lambda t: t[share].to(device, non_blocking=True), batch)
+        count = num_rows(x)
+        if count == 0:
+            return torch.zeros(len(self.prior.heads), dtype=torch.float64)
+        losses = group_losses(self.prior, x, 1.0, 1, groups=own)
+        return count * torch.stack(list(losses)).to("cpu", torch.float64)
 
 
 def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "nce", "batches", "fitting", "rows"),
+    *("distributions", "heads", "nce", "batches", "fitting", "rows", "ranks"),
     *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
