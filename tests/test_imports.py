@@ -31,7 +31,7 @@ BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine"}
 CORE = {*GROUND, *BASES, *SAMPLERS, "source", "inference", "batched", "walks", "prior", "stages"}
 SERVICES = {
-    *("trainer", "training", "loop", "normaliser", "likelihood", "testing"),
+    *("trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
     *("diagnostics", "report", "report_plot", "recommend", "hub", "card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
     "inference": {"heads"},
     "batched": {"heads", "inference"},
+    "parts": {"batches", "files", "prior", "ranks", "samplers", "source"},
     "walks": {"batches", "distributions", "rows", "source"},
     "proposals": {"distributions"},
     "samplers": {"proposals"},
