@@ -266,7 +266,7 @@ class _Fitting:
         if saved is not None:
             run.restore(saved, stream)
         elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
-            torch.manual_seed(self.split_seed + stage + 2**32 * rank())
+            pass
         share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
         batches = Loader(stream, run.device, share, before=before, first=trainer.steps)
         self._loop(run, batches, evaluation, checkpoint)

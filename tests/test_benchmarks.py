@@ -27,6 +27,8 @@ SCRIPTS = [
     "loss_ess.py",
     "sampler_cost.py",
     "prior_hole.py",
+    "sampling_speed.py",
+    "training_speed.py",
 ]
 
 
