@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ncprior.blocks import at_precision
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
-from ncprior.inference import at_precision
 
 __all__ = ["log_ratios"]
 

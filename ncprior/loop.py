@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -207,6 +207,16 @@ def _evaluating_after(prior: NCPrior) -> Iterator[None]:
         prior.eval()
 
 
+class _Inputs(NamedTuple):
+    """A source and its data, to train on and to measure on; and what is done before a batch."""
+
+    source: LatentSource[Any, Any]
+    data: Any
+    held_out_source: LatentSource[Any, Any] | None = None
+    held_out: Any = None
+    before: Callable[[int], None] | None = None
+
+
 @dataclass(frozen=True)
 class _Fitting:
     """What all stages of one fit have in common."""
@@ -232,21 +242,8 @@ class _Fitting:
     ) -> History:
         """Trains the heads of a prior against the base of a source, or against draws kept of it."""
         align_generators()
-        held_out_source = source
-        if cache is not None:
-            source, held_out_source = cached(source, cache, self.split_seed + stage)
-        data, held_out = self.data, self.held_out
-        epochs = epochs_to_keep(source, data, self.settings, stage)
-        before = None
-        if epochs is not None:
-            walks = self._keep(source, data)
-            data, source, before = walks, walks.source, walks.renewal(epochs)
-            if held_out is not None:
-                walks = self._keep(held_out_source, held_out)
-                held_out, held_out_source = walks, walks.source
-        trained = prior if source is prior.source else NCPrior(source, prior.heads)
-        same = held_out_source is source
-        measured = trained if same else NCPrior(held_out_source, prior.heads)
+        inputs = self._inputs(source, cache, stage)
+        trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
         settings = {**self.settings, "stage": stage}
         names = ("noise_weight", "num_draws", "max_grad_norm", "batched", "group_parallel")
         options = {name: settings[name] for name in names}
@@ -258,19 +255,35 @@ class _Fitting:
         )
         trainer = NCETrainer(trained, optimizer, precision=self.precision, **options)
         batch_size, saved = settings["batch_size"], on_first(lambda: load(checkpoint))
-        stream = Stream(data, batch_size, resumable=checkpoint is not None)
+        stream = Stream(inputs.data, batch_size, resumable=checkpoint is not None)
         evaluation = None
-        if held_out is not None:
-            evaluation = HeldOut(held_out, measured, batch_size, self.split_seed)
+        if inputs.held_out_source is not None and inputs.held_out is not None:
+            measured = NCPrior(inputs.held_out_source, prior.heads)
+            evaluation = HeldOut(inputs.held_out, measured, batch_size, self.split_seed)
         run = Run(trained, trainer, settings, self.split_seed)
         if saved is not None:
             run.restore(saved, stream)
         elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
-            pass
+            torch.manual_seed(self.split_seed + stage + 2**32 * rank())
         share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
-        batches = Loader(stream, run.device, share, before=before, first=trainer.steps)
+        batches = Loader(stream, run.device, share, before=inputs.before, first=trainer.steps)
         self._loop(run, batches, evaluation, checkpoint)
         return run.history()
+
+    def _inputs(self, source: LatentSource[Any, Any], cache: int | None, stage: int) -> _Inputs:
+        """What is trained on and measured on, of draws and walks that are kept where asked for."""
+        held_out_source = source
+        if cache is not None:
+            source, held_out_source = cached(source, cache, self.split_seed + stage)
+        epochs = epochs_to_keep(source, self.data, self.settings, stage)
+        if epochs is None:
+            return _Inputs(source, self.data, held_out_source, self.held_out)
+        walks = self._keep(source, self.data)
+        inputs = _Inputs(walks.source, walks, before=walks.renewal(epochs))
+        if self.held_out is None:
+            return inputs
+        held_out = self._keep(held_out_source, self.held_out)
+        return inputs._replace(held_out_source=held_out.source, held_out=held_out)
 
     def _keep(self, source: LatentSource[Any, Any], data: Any) -> Walks:  # noqa: ANN401
         size = self.settings["batch_size"]

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
+from ncprior.blocks import at_precision
 from ncprior.heads import make_head
-from ncprior.inference import at_precision, given
+from ncprior.inference import given
 from ncprior.nce import nce_loss
 from ncprior.samplers import Draw, LogRatio, Sampler
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval

@@ -24,7 +24,7 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "nce", "batches", "fitting", "rows", "ranks"),
+    *("distributions", "heads", "nce", "batches", "fitting", "rows", "ranks", "blocks"),
     *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
@@ -48,13 +48,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bases": {"distributions", "source", "batches", "mixtures"},
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
-    "inference": {"heads"},
-    "batched": {"heads", "inference"},
+    "inference": {"blocks", "heads"},
+    "batched": {"blocks", "heads"},
     "parts": {"batches", "files", "prior", "ranks", "samplers", "source"},
     "walks": {"batches", "distributions", "rows", "source"},
     "proposals": {"distributions"},
     "samplers": {"proposals"},
-    "prior": {"source", "heads", "inference", "samplers", "nce"},
+    "prior": {"source", "heads", "blocks", "inference", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},

@@ -15,9 +15,10 @@ from torch.distributions import Independent, Normal
 from toys import ladder_prior, stir
 
 from ncprior import NCPrior, SingleGroup, sir
-from ncprior import inference as inference_module
+from ncprior import blocks as blocks_module
+from ncprior.blocks import at_precision
 from ncprior.heads import ConvHead, MLPHead
-from ncprior.inference import at_precision, given
+from ncprior.inference import given
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -28,7 +29,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.mark.parametrize("cache", [1, 2**9, 2**19])
 def test_it_is_the_head_itself(case: Case, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of one latent, of parts of the proposals, and in one."""
-    monkeypatch.setattr(inference_module, "_CACHE", cache)
+    monkeypatch.setattr(blocks_module, "_CACHE", cache)
     head, c = trained(case.make()), case.c()
     with torch.no_grad():
         log_r = given(head, c)
@@ -220,10 +221,10 @@ def test_autocast_outside_is_no_request() -> None:
 @pytest.fixture
 def compiler() -> Any:
     """A compiler of its own for every test: a failure is remembered."""
-    before = inference_module._compile
-    inference_module._compile = inference_module._Compiler()
+    before = blocks_module._compile
+    blocks_module._compile = blocks_module._Compiler()
     yield
-    inference_module._compile = before
+    blocks_module._compile = before
 
 
 def conv_prior() -> NCPrior:
@@ -267,7 +268,7 @@ def test_an_error_of_the_head_is_not_blamed_on_the_compiler(
     head = nn.Linear(3, 1)
     with torch.no_grad(), pytest.raises(TypeError, match="takes 2 positional arguments"):
         given(head, compiled=True)(torch.randn(5, 4, 3))
-    assert inference_module._compile.works
+    assert blocks_module._compile.works
 
 
 @pytest.mark.slow
@@ -280,7 +281,7 @@ def test_a_compiled_head_is_the_head_itself(compiler: None) -> None:
         torch.testing.assert_close(
             given(head, c, compiled=True)(z), head(z, c), rtol=1e-4, atol=1e-4
         )
-    assert inference_module._compile.works
+    assert blocks_module._compile.works
 
 
 def test_the_mean_weight_of_draws_is_that_of_the_head() -> None:
