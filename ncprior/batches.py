@@ -1,15 +1,19 @@
 """Batches, epoch after epoch, whose place can be saved and taken up again exactly."""
 
+import math
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 __all__ = [
+    "Loader",
+    "RowData",
     "Stream",
     "first_batch",
     "in_order",
@@ -107,6 +111,78 @@ class Stream:
         self._iterator, self._taken = iter(self.loader), 0
 
 
+class Loader:
+    """Batches of a stream, or this rank's share of each, on a device.
+
+    On a GPU, a batch is copied out of pinned memory while the one before is worked on.
+
+    Arguments:
+        stream: The stream.
+        device: Where to.
+        share: This rank's number and the number of ranks; rows are dealt out in turn.
+        before: Called with the number of a batch, from ``first``, before that batch is read.
+        first: The number of the first batch.
+
+    Example:
+        >>> loader = Loader(Stream(torch.arange(8), batch_size=4), torch.device("cpu"), (1, 2))
+        >>> len(next(loader))
+        2
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+        *,
+        before: Callable[[int], None] | None = None,
+        first: int = 0,
+    ) -> None:
+        self.stream, self.device, self.share = stream, device, share
+        self.before, self.number = before, first
+        self.is_ahead = device.type == "cuda"
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: Any = _END
+        self._place = stream.state()
+
+    def __next__(self) -> Any:  # noqa: ANN401
+        """Returns the next batch; stops where the stream does."""
+        batch = self._read() if self._next is _END else self._next
+        self._next, self._place = _END, self.stream.state()
+        if self._copying is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._copying)
+            tree_map_only(Tensor, lambda t: t.record_stream(current), batch)
+        if self.is_ahead:
+            try:
+                self._next = self._read()
+            except StopIteration:
+                pass  # and so it does again when it is asked for
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Returns the place in the data behind the last batch that was returned."""
+        return self._place
+
+    def _read(self) -> Any:  # noqa: ANN401
+        if self.before is not None:
+            self.before(self.number)
+        batch = next(self.stream)
+        self.number += 1
+        rank, ranks = self.share
+        if ranks > 1:
+            batch = tree_map_only(Tensor, lambda t: t[rank::ranks], batch)
+        if self._copying is None:
+            return tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        with torch.cuda.stream(self._copying):
+            return tree_map_only(Tensor, self._copied, batch)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
 def own_generators(loader: Any) -> list[torch.Generator]:  # noqa: ANN401
     """Returns a loader's own generators, which the global state does not cover.
 
@@ -160,8 +236,8 @@ def in_order(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
         [4, 4, 2]
     """
     data = _as_tensor(data)
-    if isinstance(data, Tensor):
-        return list(data.split(batch_size))
+    if isinstance(data, Tensor | RowData):
+        return _InOrder(data, batch_size)
     if _is_map_style(data):
         return DataLoader(data, batch_size)
     if iter_is_self(data):
@@ -230,10 +306,48 @@ def _as_tensor(data: Any) -> Any:  # noqa: ANN401
     return data
 
 
-class _Shuffled:
-    """Shuffled batches of a tensor; the last, smaller one is left out unless it is the only."""
+class RowData:
+    """Data besides tensors whose rows are taken by a tensor of their numbers, or as a slice.
 
-    def __init__(self, data: Tensor, batch_size: int) -> None:
+    Example:
+        >>> class Squares(RowData):
+        ...     device = torch.device("cpu")
+        ...     def __len__(self):
+        ...         return 10
+        ...     def __getitem__(self, rows):
+        ...         return torch.arange(10)[rows] ** 2
+        >>> len(next(Stream(Squares(), batch_size=4)))
+        4
+    """
+
+    device: torch.device
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, rows: Any) -> Any:  # noqa: ANN401
+        """Takes rows."""
+        raise NotImplementedError
+
+
+class _InOrder:
+    """Batches in order, taken when they are asked for."""
+
+    def __init__(self, data: Tensor | RowData, batch_size: int) -> None:
+        self.data, self.batch_size = data, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self.data), self.batch_size):
+            yield self.data[first : first + self.batch_size]
+
+
+class _Shuffled:
+    """Shuffled batches of rows; the last, smaller one is left out unless it is the only."""
+
+    def __init__(self, data: Tensor | RowData, batch_size: int) -> None:
         self.data, self.batch_size = data, min(batch_size, len(data))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -245,9 +359,9 @@ class _Shuffled:
 
 def _batches(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
     data = _as_tensor(data)
-    if (isinstance(data, Tensor) or _is_map_style(data)) and len(data) == 0:
+    if (isinstance(data, Tensor | RowData) or _is_map_style(data)) and len(data) == 0:
         return []
-    if isinstance(data, Tensor):
+    if isinstance(data, Tensor | RowData):
         return _Shuffled(data, batch_size)
     if isinstance(data, IterableDataset):
         return DataLoader(data, batch_size)

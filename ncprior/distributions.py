@@ -21,7 +21,7 @@ from torch.distributions import (
 if TYPE_CHECKING:
     from ncprior.source import Sampleable
 
-__all__ = ["build", "expand", "is_parameters", "parameters"]
+__all__ = ["build", "expand", "is_expanded", "is_parameters", "parameters"]
 
 Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """``{type name: {parameter name: tensor of shape (B, ...)}}``."""
@@ -92,6 +92,16 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
         return rows
     ((name, tensors),) = tree.items()
     return build({name: {key: t.expand(batch_size, *t.shape) for key, t in tensors.items()}})
+
+
+def is_expanded(prior: Sampleable) -> bool:
+    """Tells whether :func:`expand` made the rows of a sampler without a density.
+
+    Example:
+        >>> is_expanded(expand(Normal(0.0, 1.0), 5))  # this one has a density
+        False
+    """
+    return isinstance(prior, _Rows)
 
 
 class _Rows:

@@ -27,6 +27,7 @@ __all__ = ["CategoricalHead", "ConvHead", "MLPHead", "make_head"]
 class _Head(nn.Module):
     """What the heads share: their configuration, and the scale of what they are given."""
 
+    event_shape: tuple[int, ...]
     scale: _Standardise
     context: _MapContext | _VectorContext
     out: nn.Linear
@@ -47,6 +48,10 @@ class _Head(nn.Module):
         """Makes log r slope · log r + offset, in place; the offset is in nats."""
         self.out.weight.mul_(slope)
         self.out.bias.mul_(slope).add_(offset)
+
+    def check(self, z: Tensor, context: Tensor | None) -> None:
+        """Refuses latents of another shape, and a context of other rows."""
+        _checked_rows(_checked_event(z, self.event_shape), self.event_shape, context)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
         """Standardises latents and context by a batch of each, ``(B, *event)`` and ``(B, ...)``."""
@@ -98,12 +103,15 @@ class MLPHead(_Head):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
-        z = self.scale(_checked_event(z, self.event_shape))
-        _checked_rows(z, self.event_shape, context)
+        self.check(z, context)
+        return self.log_r(z, self.context(context))
+
+    def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
+        """Returns log r(z, c) in nats of a context that has been embedded."""
+        z = self.scale(z)
         h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
-        h = self.blocks(h + self.context(context))
-        log_r: Tensor = self.out(nn.functional.silu(self.norm(h))).squeeze(-1)
-        return log_r
+        h = self.blocks(h + embedded)
+        return _in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
 
 
 class ConvHead(_Head):
@@ -168,14 +176,16 @@ class ConvHead(_Head):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
-        z = self.scale(_checked_event(z, self.event_shape))
-        _checked_rows(z, self.event_shape, context)
+        self.check(z, context)
+        return self.log_r(z, self.context(context))
+
+    def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
+        """Returns log r(z, c) in nats of a context that has been embedded."""
         lead = z.shape[:-3]
-        h = self.stem(z.reshape(-1, *z.shape[-3:]))
-        h = (h.reshape(*lead, *h.shape[-3:]) + self.context(context)).reshape(h.shape)
+        h = self.stem(self.scale(z).reshape(-1, *z.shape[-3:]))
+        h = (h.reshape(*lead, *h.shape[-3:]) + embedded).reshape(h.shape)
         h = nn.functional.silu(self.norm(self.blocks(h)))
-        log_r: Tensor = self.out(reduce(h, "n c h w -> n c", "mean")).reshape(lead)
-        return log_r
+        return _in_full(self.out, reduce(h, "n c h w -> n c", "mean")).reshape(lead)
 
 
 class CategoricalHead(_Head):
@@ -239,11 +249,13 @@ class CategoricalHead(_Head):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
-        h = self.embedding(_checked_event(z, self.event_shape).long())
-        if self.event_shape:
-            h = rearrange(h, "... h w c -> ... c h w")
-        log_r: Tensor = self.head(h, context)
+        log_r: Tensor = self.head(self.embed(z), context)
         return log_r
+
+    def embed(self, z: Tensor) -> Tensor:
+        """Returns the features of codes, with shape ``(*, B, width)`` or ``(*, B, width, H, W)``."""
+        h: Tensor = self.embedding(_checked_event(z, self.event_shape).long())
+        return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
 
 
 def make_head(
@@ -391,6 +403,14 @@ class _ConvCell(nn.Module):
         gate = self.excite(reduce(update, "n c h w -> n c", "mean"))
         h = h + update * rearrange(gate, "n c -> n c 1 1")
         return h
+
+
+def _in_full(linear: nn.Linear, h: Tensor) -> Tensor:
+    """A linear layer in its own precision, also under autocast: log r is no 8-bit number."""
+    if not torch.is_autocast_enabled(h.device.type):
+        return linear(h)  # type: ignore[no-any-return]
+    with torch.autocast(h.device.type, enabled=False):
+        return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

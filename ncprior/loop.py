@@ -8,21 +8,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
+from ncprior.batches import Loader, Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.prior import NCPrior
+from ncprior.ranks import align_generators, gather, num_ranks, on_first, rank
 from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
 from ncprior.trainer import NCETrainer
 from ncprior.training import HeldOut, History, Row, Run
+from ncprior.walks import Walks, epochs_to_keep
 
 __all__ = ["calibrate_heads", "fit"]
 
@@ -52,6 +53,11 @@ def fit(
     stages: int | Literal["auto"] = 1,
     calibrate: bool = False,
     proposal_cache: int | None = None,
+    walk_epochs: float | Literal["auto"] | None = "auto",
+    walk_memory: float = 4.0,
+    precision: torch.dtype = torch.float32,
+    batched: bool | None = None,
+    group_parallel: bool = False,
     callback: Callable[[Row], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -62,6 +68,9 @@ def fit(
     AdamW with a cosine schedule to 0; an exponential moving average of the weights is what is
     evaluated and kept, each group at its own best held-out loss. If ``checkpoint`` exists, training
     goes on from it as if it had never stopped: the weights come out the same, bit for bit.
+
+    In several processes with a process group, such as ``torchrun`` starts them, call it in each
+    with the same arguments. Rank 0 alone calls back, shows progress and writes the checkpoint.
 
     Arguments:
         prior: The prior; its heads end up with the kept weights, in evaluation mode.
@@ -92,6 +101,21 @@ def fit(
             a base is slow to draw from: for a single group without a context. A tenth more are
             made for the held-out losses. Further stages of such a group keep about ten per row of
             data, from 5,000 to 50,000.
+        walk_epochs: For so many epochs, each row of x goes through the VAE once: the parameters of
+            its groups are kept, and z_k is drawn anew from them at every step, see
+            :mod:`ncprior.walks`. With one group only the encoder's work is spared. With more, z_<k
+            repeat. ``math.inf`` is once for all, ``None`` never. ``"auto"`` is once where a step's
+            distribution stays what it is: for one group, rows of a tensor, and an encoder that
+            draws nothing at random.
+        walk_memory: GiB of memory for what is kept; if it is more, all of it is on disk, in the
+            system's folder for temporary files.
+        precision: Of the factors of the heads' products: ``torch.float32`` or ``torch.bfloat16``,
+            which is mixed precision: weights, log r and sums stay in float32.
+        batched: Whether heads of equal shape in several groups are one computation, whose memory
+            grows with the number of groups; by default on a GPU.
+        group_parallel: In several processes, whether each of them trains the heads of some groups
+            alone, on whole batches, and no gradients are exchanged. Otherwise the rows of every
+            batch are dealt out to all, and gradients are averaged.
         callback: Called with each new :class:`Row`; stops training by returning True.
         checkpoint: A file to save to and resume from; further stages have files of their own
             beside it.
@@ -125,17 +149,33 @@ def fit(
         "ema_decay": ema_decay,
         "eval_every": eval_every,
         "proposal_cache": proposal_cache,
+        "walk_epochs": walk_epochs,
+        "precision": str(precision),
+        "batched": batched,
         "VAE": fingerprint_of(prior.source),
         "rows": length_of(data),
+        "ranks": num_ranks(),
+        "group_parallel": group_parallel,
     }
     _check_counts(settings, checkpoint_every, patience)
-    _check_stages(prior, data, stages, calibrate, proposal_cache)
-    saved = load(checkpoint)
+    rereads = stages != 1 or proposal_cache is not None or walk_epochs not in ("auto", None)
+    if rereads and iter_is_self(data):
+        raise TypeError(
+            f"Stages, a proposal cache and walk_epochs need data that can be read again from its "
+            f"start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
+            f"or a list."
+        )
+    _check_stages(prior, stages, calibrate)
+    _check_agreement(settings)
+    align_generators()
+    saved = on_first(lambda: load(checkpoint))
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)
     _check_held_out(held_out, stages, calibrate)
     fitting = _Fitting(
         *(train, held_out, settings, split_seed),
+        precision=precision,
+        walk_bytes=int(walk_memory * 2**30),
         patience=patience,
         callback=callback,
         checkpoint_every=checkpoint_every,
@@ -153,6 +193,7 @@ def fit(
             prior.active = [on and k not in off for k, on in enumerate(prior.active)]
             history = history._replace(gated=off)
         history = history._replace(stages=tuple(fitting.further(prior, stages, checkpoint)))
+        align_generators()
         if calibrate:
             history = history._replace(slopes=calibrate_heads(prior, held_out, batch_size))
     return history
@@ -166,6 +207,16 @@ def _evaluating_after(prior: NCPrior) -> Iterator[None]:
         prior.eval()
 
 
+class _Inputs(NamedTuple):
+    """A source and its data, to train on and to measure on; and what is done before a batch."""
+
+    source: LatentSource[Any, Any]
+    data: Any
+    held_out_source: LatentSource[Any, Any] | None = None
+    held_out: Any = None
+    before: Callable[[int], None] | None = None
+
+
 @dataclass(frozen=True)
 class _Fitting:
     """What all stages of one fit have in common."""
@@ -174,6 +225,8 @@ class _Fitting:
     held_out: Any
     settings: dict[str, Any]
     split_seed: int
+    precision: torch.dtype
+    walk_bytes: int
     patience: int | None
     callback: Callable[[Row], Any] | None
     checkpoint_every: int
@@ -188,32 +241,60 @@ class _Fitting:
         stage: int = 1,
     ) -> History:
         """Trains the heads of a prior against the base of a source, or against draws kept of it."""
-        held_out_source = source
-        if cache is not None:
-            source, held_out_source = cached(source, cache, self.split_seed + stage)
-        trained = prior if source is prior.source else NCPrior(source, prior.heads)
-        measured = trained if cache is None else NCPrior(held_out_source, prior.heads)
+        align_generators()
+        inputs = self._inputs(source, cache, stage)
+        trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
         settings = {**self.settings, "stage": stage}
-        options = {name: settings[name] for name in ("noise_weight", "num_draws", "max_grad_norm")}
+        names = ("noise_weight", "num_draws", "max_grad_norm", "batched", "group_parallel")
+        options = {name: settings[name] for name in names}
         optimizer = torch.optim.AdamW(
-            prior.parameters(), settings["learning_rate"], weight_decay=settings["weight_decay"]
+            prior.parameters(),
+            settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            fused=_can_fuse(prior),
         )
-        trainer = NCETrainer(trained, optimizer, **options)
-        batch_size, saved = settings["batch_size"], load(checkpoint)
-        stream = Stream(self.data, batch_size, resumable=checkpoint is not None)
+        trainer = NCETrainer(trained, optimizer, precision=self.precision, **options)
+        batch_size, saved = settings["batch_size"], on_first(lambda: load(checkpoint))
+        stream = Stream(inputs.data, batch_size, resumable=checkpoint is not None)
         evaluation = None
-        if self.held_out is not None:
-            evaluation = HeldOut(self.held_out, measured, batch_size, self.split_seed)
+        if inputs.held_out_source is not None and inputs.held_out is not None:
+            measured = NCPrior(inputs.held_out_source, prior.heads)
+            evaluation = HeldOut(
+                *(inputs.held_out, measured, batch_size, self.split_seed), groups=trainer.groups
+            )
         run = Run(trained, trainer, settings, self.split_seed)
         if saved is not None:
             run.restore(saved, stream)
-        self._loop(run, stream, evaluation, checkpoint)
+        elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
+            torch.manual_seed(self.split_seed + stage + 2**32 * rank())
+        share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
+        batches = Loader(stream, run.device, share, before=inputs.before, first=trainer.steps)
+        self._loop(run, batches, evaluation, checkpoint)
         return run.history()
+
+    def _inputs(self, source: LatentSource[Any, Any], cache: int | None, stage: int) -> _Inputs:
+        """What is trained on and measured on, of draws and walks that are kept where asked for."""
+        held_out_source = source
+        if cache is not None:
+            source, held_out_source = cached(source, cache, self.split_seed + stage)
+        epochs = epochs_to_keep(source, self.data, self.settings, stage)
+        if epochs is None:
+            return _Inputs(source, self.data, held_out_source, self.held_out)
+        walks = self._keep(source, self.data)
+        inputs = _Inputs(walks.source, walks, before=walks.renewal(epochs))
+        if self.held_out is None:
+            return inputs
+        held_out = self._keep(held_out_source, self.held_out)
+        return inputs._replace(held_out_source=held_out.source, held_out=held_out)
+
+    def _keep(self, source: LatentSource[Any, Any], data: Any) -> Walks:  # noqa: ANN401
+        size = self.settings["batch_size"]
+        return Walks(source, data, batch_size=size, seed=self.split_seed, budget=self.walk_bytes)
 
     def _loop(
         self,
         run: Run,
-        stream: Stream,
+        batches: Loader,
         evaluation: HeldOut | None,
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
@@ -224,7 +305,7 @@ class _Fitting:
 
         stage = run.settings["stage"]
         drive(
-            *(run, stream, run.step, look),
+            *(run, batches, run.step, look),
             name="heads" if stage == 1 else f"heads of stage {stage}",
             checkpoint=checkpoint,
             checkpoint_every=self.checkpoint_every,
@@ -313,22 +394,33 @@ def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int
         "patience": 1 if patience is None else patience,
         "proposal_cache": 1 if settings["proposal_cache"] is None else settings["proposal_cache"],
     }
+    epochs = settings["walk_epochs"]
+    if epochs not in ("auto", None):
+        counts["walk_epochs"] = epochs
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1; got {count}.")
     if not 0 <= settings["ema_decay"] <= 1:
         raise ValueError(f"ema_decay must be from 0 to 1; got {settings['ema_decay']}.")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError("fit runs in one process. In several, call NCETrainer.step in a loop.")
+    if settings["batch_size"] < settings["ranks"]:
+        raise ValueError(
+            f"Every rank takes rows of every batch; got batches of {settings['batch_size']} rows "
+            f"for {settings['ranks']} ranks. Pass a larger batch_size."
+        )
 
 
-def _check_stages(
-    prior: NCPrior,
-    data: Any,  # noqa: ANN401
-    stages: int | Literal["auto"],
-    calibrate: bool,
-    proposal_cache: int | None,
-) -> None:
+def _check_agreement(settings: dict[str, Any]) -> None:
+    """Refuses ranks that train on different terms: they would wait for each other, or diverge."""
+    for name, value in settings.items():
+        values = gather(value)
+        if any(other != value for other in values):
+            raise ValueError(
+                f"All ranks must be given the same; by rank, {name} is {values}. Start every "
+                f"process with the same arguments, data and VAE."
+            )
+
+
+def _check_stages(prior: NCPrior, stages: int | Literal["auto"], calibrate: bool) -> None:
     """Refuses before training what cannot be done after it."""
     if stages != "auto" and (not isinstance(stages, int) or stages < 1):
         raise ValueError(f"stages must be a number from 1 or 'auto'; got {stages!r}.")
@@ -336,11 +428,6 @@ def _check_stages(
         raise ValueError(
             f"A further stage learns what the heads leave at strength 1; got {prior.strength}. "
             f"Set prior.strength = 1 for the training."
-        )
-    if (stages != 1 or proposal_cache is not None) and iter_is_self(data):
-        raise TypeError(
-            f"Stages and a proposal cache need data that can be read again from its start; got a "
-            f"one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
         )
     for head in prior.heads:
         if stages != 1:
@@ -367,6 +454,15 @@ def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN
             stacklevel=3,
         )
     return parts or (data, None)
+
+
+def _can_fuse(prior: NCPrior) -> bool:
+    """Whether AdamW has a fused step for these weights: some five times as fast on a CPU."""
+    tensors = list(prior.parameters())
+    fusable = {"cpu", "cuda"}
+    return bool(tensors) and all(
+        p.device.type in fusable and p.is_floating_point() for p in tensors
+    )
 
 
 def _summary(row: Row) -> str:

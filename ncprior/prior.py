@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
 
+from ncprior.blocks import at_precision
 from ncprior.features import as_seen, seen
 from ncprior.heads import make_head
+from ncprior.inference import given
 from ncprior.nce import nce_loss
-from ncprior.samplers import Draw, Sampler
+from ncprior.samplers import Draw, LogRatio, Sampler
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
 
-__all__ = ["NCPrior", "Sample", "group_losses"]
+__all__ = ["NCPrior", "Sample", "contrasts", "group_losses"]
 
 
 class Sample(NamedTuple):
@@ -67,6 +69,9 @@ class NCPrior(nn.Module):
         heads: The heads, an ``nn.ModuleList``.
         strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
         active: One bool per group: whether its head is used.
+        precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
+            with sums in float32, see :func:`ncprior.inference.given`.
+        compiled: Whether heads are compiled for sampling, where that pays.
 
     Raises:
         ValueError: If there is not one head per group.
@@ -95,6 +100,8 @@ class NCPrior(nn.Module):
         self.heads = heads
         self.strength = 1.0
         self.active = [True] * source.num_groups
+        self.precision = torch.float32
+        self.compiled = False
         self._disabled = False
 
     @classmethod
@@ -229,13 +236,21 @@ class NCPrior(nn.Module):
             state = self.source.advance(state, z)
         return torch.stack(log_r, dim=1)
 
-    def log_r(self, k: int, z: Tensor, context: Tensor | None) -> Tensor:
+    def log_r(
+        self,
+        k: int,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        precision: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Returns log r_k(z, c) of head k itself, in float32 or better, also under autocast.
 
         Arguments:
             k: The group, from 0.
             z: Latents of the group, with shape ``(*, B, *event)``.
             context: The group's context, with shape ``(B, ...)``, or ``None``.
+            precision: Of the factors of the head's products, see :mod:`ncprior.inference`.
 
         Returns:
             log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
@@ -245,9 +260,9 @@ class NCPrior(nn.Module):
             torch.Size([100, 5])
         """
         h = seen(self.source, k, z)
-        with _no_autocast(z.device.type):
+        with at_precision(z.device.type, precision):
             log_r: Tensor = self.heads[k](_wide(h), None if context is None else _wide(context))
-        return log_r
+        return _wide(log_r)
 
     def is_on(self, k: int) -> bool:
         """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
@@ -283,7 +298,13 @@ class NCPrior(nn.Module):
         if not self.is_on(k):
             return Draw(group.prior.sample())
         with _naming(k):
-            return sampler(group.prior, lambda z: self.strength * self.log_r(k, z, group.context))
+            return sampler(group.prior, self._ratio(k, group.context))
+
+    def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
+        """α log r_k(·, c), for many z of one context."""
+        c = None if context is None else _wide(context)
+        log_r = given(self.heads[k], c, precision=self.precision, compiled=self.compiled)
+        return lambda z: self.strength * log_r(_wide(seen(self.source, k, z)))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -396,6 +417,7 @@ class NCPrior(nn.Module):
 
         other = type(self)(self.source, deepcopy(self.heads, memo))
         other.strength, other.active = self.strength, list(self.active)
+        other.precision, other.compiled = self.precision, self.compiled
         return other.train(self.training)
 
 
@@ -404,14 +426,48 @@ def group_losses(
     x: Any,  # noqa: ANN401
     noise_weight: float,
     num_draws: int,
+    *,
+    precision: torch.dtype = torch.float32,
+    groups: Container[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yields each group's NCE loss in turn; one walk, of which only one head is alive at a time.
+
+    Where ``groups`` are given, the others' losses are left out, and are 0.
 
     Example:
         >>> for loss in group_losses(prior, x, noise_weight=1.0, num_draws=1):
         ...     loss.backward()
     """
-    source, count = prior.source, Size((num_draws,))
+    for k, (z, context) in enumerate(contrasts(prior.source, x, num_draws)):
+        if groups is not None and k not in groups:
+            yield z.new_zeros((), dtype=torch.float32)
+            continue
+        log_r = prior.log_r(k, z, context, precision=precision)
+        yield nce_loss(log_r[0], log_r[1], noise_weight)
+
+
+def contrasts(
+    source: LatentSource[Any, Any],
+    x: Any,  # noqa: ANN401
+    num_draws: int = 1,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields, group by group, what its head is to tell apart, under z_<k of the posterior.
+
+    Arguments:
+        source: The VAE.
+        x: One batch, as the user's loader yields it.
+        num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with the
+            first.
+
+    Returns:
+        Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
+        context.
+
+    Example:
+        >>> [z.shape for z, context in contrasts(source, x)]
+        [torch.Size([2, 1, 4, 2])]
+    """
+    count = Size((num_draws,))
     require_eval(source, getattr(source, "module", None))
     with torch.no_grad():
         encoding = source.encode(x)
@@ -422,8 +478,8 @@ def group_losses(
             z_q, z_p = posterior_of(group).sample(count), group.prior.sample(count)
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
-        log_r = prior.log_r(k, torch.stack([z_q, z_p.to(z_q.dtype)]), group.context)
-        yield nce_loss(log_r[0], log_r[1], noise_weight)
+            z = torch.stack([z_q, z_p.to(z_q.dtype)])
+        yield z, group.context
 
 
 @contextmanager
@@ -456,9 +512,3 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, random_state, set_random_state
+from ncprior.batches import Loader, Stream, random_state, set_random_state
 from ncprior.files import load_tensors, pack, save_tensors, unpack
+from ncprior.ranks import gather, rank
 
 __all__ = [
     "Training",
@@ -52,7 +52,7 @@ class Training:
         >>> optimizer = torch.optim.SGD(prior.parameters(), 0.1)
         >>> trainer = SimpleNamespace(steps=0, optimizer=optimizer)
         >>> run = Training(prior, prior.heads, trainer, settings)
-        >>> x = run.next_batch(Stream(torch.ones(8, 3), 4))
+        >>> x = run.next_batch(Loader(Stream(torch.ones(8, 3), 4), run.device))
         >>> trainer.steps += 1
         >>> run.stepped()
         >>> x.shape, run.stopped
@@ -71,18 +71,17 @@ class Training:
         self.stopped: str | None = None
         self.seconds, self.since = 0.0, time.perf_counter()
 
-    def next_batch(self, stream: Stream) -> Any:  # noqa: ANN401
+    def next_batch(self, batches: Loader) -> Any:  # noqa: ANN401
         """Sets the learning rate, a cosine to 0, and returns a batch; None stops the training."""
         total, taken = self.settings["steps"], self.stepper.steps
         for group in self.stepper.optimizer.param_groups:
             progress = math.pi * taken / total
             group["lr"] = 0.5 * self.settings["learning_rate"] * (1 + math.cos(progress))
         try:
-            x = next(stream)
+            return next(batches)
         except StopIteration:
             self.stopped = f"data used up after {taken} of {total} steps"
             return None
-        return tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), x)
 
     def stepped(self) -> None:
         """Moves the average, after a step; stops after the last one."""
@@ -101,6 +100,14 @@ class Training:
     def kept(self) -> Mapping[str, Tensor]:
         """The weights that the training ends with."""
         return self.average
+
+    def collect(self) -> None:
+        """Makes the weights on every rank what they are on the rank that trains them."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, of all weights."""
+        state: dict[str, Any] = self.stepper.optimizer.state_dict()
+        return state
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -122,18 +129,21 @@ class Training:
             "steps": self.stepper.steps,
             "weights": dict(self.module.state_dict()),
             "average": self.average,
-            "optimizer": self.stepper.optimizer.state_dict(),
+            "optimizer": self.optimizer_state(),
             "rows": [tuple(row) for row in self.rows],
             "steps_since_row": self.steps_since_row,
             "stopped": self.stopped,
             "seconds": self.elapsed(),
         }
 
-    def save(self, path: str | os.PathLike[str], stream: Stream) -> None:
-        """Writes a checkpoint."""
-        place = {"stream": stream.state(), "generators": random_state()}
-        tree, tensors = pack({**self.state(), **place})
-        save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
+    def save(self, path: str | os.PathLike[str], batches: Loader) -> None:
+        """Writes a checkpoint, on rank 0, of what all ranks have."""
+        self.collect()
+        place = {"stream": batches.state(), "generators": gather(random_state())}
+        state = {**self.state(), **place}
+        if rank() == 0:
+            tree, tensors = pack(state)
+            save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
         """Takes up a training where a checkpoint left it.
@@ -162,7 +172,7 @@ class Training:
         self.stopped, self.seconds = saved["stopped"], saved["seconds"]
         if self.stopped is None:
             stream.restore(saved["stream"])
-        set_random_state(saved["generators"])
+        set_random_state(saved["generators"][rank()])
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
@@ -175,8 +185,8 @@ class Training:
 
 def drive(
     run: Training,
-    stream: Stream,
-    step: Callable[[Stream], None],
+    batches: Loader,
+    step: Callable[[Loader], None],
     look: Callable[[], str],
     *,
     name: str,
@@ -188,7 +198,7 @@ def drive(
 
     Arguments:
         run: The training.
-        stream: Its batches.
+        batches: Its batches.
         step: Takes one step.
         look: Adds a row every ``eval_every`` steps and at the end; says in short what it is.
         name: What is trained, for the progress bar.
@@ -197,20 +207,23 @@ def drive(
         progress: Whether to show a progress bar.
 
     Example:
-        >>> drive(run, stream, run.step, look, name="heads", **options)  # doctest: +SKIP
+        >>> drive(run, batches, run.step, look, name="heads", **options)  # doctest: +SKIP
     """
     total, every = run.settings["steps"], run.settings["eval_every"]
-    bar = tqdm(total=total, initial=run.stepper.steps, desc=name, disable=not progress)
+    bar = tqdm(
+        total=total, initial=run.stepper.steps, desc=name, disable=not progress or rank() > 0
+    )
     with run.training(), bar:
         while run.stopped is None:
-            step(stream)
+            step(batches)
             taken = run.stepper.steps
             bar.update(taken - bar.n)
             if run.steps_since_row and (taken % every == 0 or run.stopped is not None):
                 bar.set_postfix_str(look())
             due = taken % checkpoint_every == 0 or run.stopped is not None
             if checkpoint is not None and due:
-                run.save(checkpoint, stream)
+                run.save(checkpoint, batches)
+        run.collect()
 
 
 def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:

@@ -11,17 +11,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ncprior.prior import NCPrior, group_losses
+from ncprior.batched import log_ratios
+from ncprior.features import seen
+from ncprior.nce import nce_loss
+from ncprior.prior import NCPrior, contrasts, group_losses
+from ncprior.ranks import average_over_ranks, from_rank, num_ranks, rank, sum_over_ranks
 
 __all__ = [
     "NCETrainer",
     "StepMetrics",
-    "average_over_ranks",
     "check_parameters",
     "reduce_and_clip",
     "share_weights",
@@ -60,6 +62,14 @@ class NCETrainer:
         num_draws: Draws of z_k per row and step, from posterior and prior each. Where the VAE's
             walk costs more than its heads, several make better use of it.
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
+        precision: Of the factors of the heads' products: ``torch.float32`` or ``torch.bfloat16``;
+            weights, log r and sums are in float32 in either case.
+        batched: Whether heads of equal shape in several groups are one computation, whose memory
+            grows with the number of groups; by default on a GPU. On a CPU it pays for heads of
+            some ten thousand weights.
+        group_parallel: Whether each rank trains the heads of some groups alone, in turn from group
+            0, on all rows that it is given, and no gradients are exchanged. A head is then up to
+            date on its :meth:`owner`.
 
     Raises:
         TypeError: If the prior is wrapped in DistributedDataParallel.
@@ -83,6 +93,9 @@ class NCETrainer:
         noise_weight: float = 1.0,
         num_draws: int = 1,
         max_grad_norm: float | None = 5.0,
+        precision: torch.dtype = torch.float32,
+        batched: bool | None = None,
+        group_parallel: bool = False,
     ) -> None:
         if num_draws < 1:
             raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
@@ -99,8 +112,24 @@ class NCETrainer:
         self.noise_weight = noise_weight
         self.num_draws = num_draws
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        self.precision = precision
+        self.batched = _on_accelerator(prior) if batched is None else batched
+        self.group_parallel = group_parallel
         self.steps = 0
         share_weights(prior)
+
+    def owner(self, k: int) -> int | None:
+        """Returns the one rank that trains head k, or ``None`` where all do.
+
+        Arguments:
+            k: The group, from 0.
+        """
+        return k % num_ranks() if self.group_parallel else None
+
+    @property
+    def groups(self) -> list[int]:
+        """The groups whose heads this rank trains."""
+        return [k for k in range(len(self.prior.heads)) if self.owner(k) in (None, rank())]
 
     def step(self, x: Any) -> StepMetrics:  # noqa: ANN401
         """Takes one optimizer step on one batch.
@@ -120,20 +149,48 @@ class NCETrainer:
             >>> trainer.step(x).loss  # 2 log 2 before the first step
             tensor([1.3863])
         """
-        zero_gradients(self.prior)
-        losses = []
-        for loss in group_losses(self.prior, x, self.noise_weight, self.num_draws):
-            if loss.requires_grad:  # not a head without parameters
-                self.backward(loss)
-            losses.append(loss.detach())
-        mean_loss = average_over_ranks(torch.stack(losses))
-        norms = torch.stack(
-            [reduce_and_clip(head, self.max_grad_norm) for head in self.prior.heads]
-        )
+        for k in self.groups:
+            zero_gradients(self.prior.heads[k])
+        losses = self._all_at_once(x) if self.batched else self._in_turn(x)
+        if self.group_parallel:
+            mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms().to(losses)]))
+        else:
+            mean_loss, norms = average_over_ranks(losses), self._norms()
         self._refuse_non_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
         return StepMetrics(mean_loss, norms)
+
+    def _in_turn(self, x: Any) -> Tensor:  # noqa: ANN401
+        losses = []
+        for loss in group_losses(
+            *(self.prior, x, self.noise_weight, self.num_draws),
+            precision=self.precision,
+            groups=self.groups,
+        ):
+            if loss.requires_grad:  # not a head without parameters
+                self.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _all_at_once(self, x: Any) -> Tensor:  # noqa: ANN401
+        pairs = list(contrasts(self.prior.source, x, self.num_draws))
+        heads = [self.prior.heads[k] for k in self.groups]
+        seen_pairs = [(seen(self.prior.source, k, pairs[k][0]), pairs[k][1]) for k in self.groups]
+        log_r = log_ratios(heads, seen_pairs, precision=self.precision)
+        losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
+        if losses.requires_grad:
+            self.backward(losses.sum())
+        all_groups = losses.new_zeros(len(pairs))
+        all_groups[self.groups] = losses.detach()
+        return all_groups
+
+    def _norms(self) -> Tensor:
+        """Norms of the heads' gradients, which are averaged over the ranks and clipped."""
+        shared = not self.group_parallel
+        heads = self.prior.heads
+        norms = [reduce_and_clip(head, self.max_grad_norm, shared=shared) for head in heads]
+        return torch.stack(norms)
 
     def _refuse_non_finite(self, losses: Tensor, norms: Tensor) -> None:
         finite = torch.isfinite(losses) & torch.isfinite(norms.to(losses))
@@ -169,16 +226,14 @@ def check_parameters(
         )
 
 
-@torch.no_grad()
 def share_weights(module: nn.Module) -> None:
     """Gives all ranks of the process group rank 0's weights; does nothing without one.
 
     Example:
         >>> share_weights(prior)
     """
-    if _world_size() > 1:
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
+    for tensor in module.state_dict().values():
+        from_rank(0, tensor)
 
 
 def zero_gradients(module: nn.Module) -> None:
@@ -199,8 +254,11 @@ def zero_gradients(module: nn.Module) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def reduce_and_clip(module: nn.Module, max_norm: float) -> Tensor:
-    """Averages a module's gradients over the ranks and clips them; returns their norm before.
+def reduce_and_clip(module: nn.Module, max_norm: float, *, shared: bool = True) -> Tensor:
+    """Averages a module's gradients over the ranks, where they share it, and clips them.
+
+    Returns:
+        The norm before clipping.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -209,7 +267,7 @@ def reduce_and_clip(module: nn.Module, max_norm: float) -> Tensor:
         (5.744562..., 0.98)
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    if _world_size() > 1 and gradients:
+    if num_ranks() > 1 and gradients and shared:
         flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
         for gradient, mean in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True
@@ -218,18 +276,5 @@ def reduce_and_clip(module: nn.Module, max_norm: float) -> Tensor:
     return clip_grad_norm_(module.parameters(), max_norm)
 
 
-def average_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the mean of a tensor over the ranks of the process group; itself without one.
-
-    Example:
-        >>> average_over_ranks(torch.ones(2))
-        tensor([1., 1.])
-    """
-    if _world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor = tensor / _world_size()
-    return tensor
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _on_accelerator(prior: NCPrior) -> bool:
+    return any(p.device.type != "cpu" for p in prior.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, in_order, own_generators
-from ncprior.prior import NCPrior
+from ncprior.batches import Loader, Stream, in_order, own_generators
+from ncprior.prior import NCPrior, group_losses
+from ncprior.ranks import from_rank, gather, num_ranks, on_first, rank, sum_over_ranks
 from ncprior.runs import Training, weights_of
 from ncprior.source import num_rows
 from ncprior.trainer import NCETrainer
@@ -111,8 +112,8 @@ class Run(Training):
         self.best_step = [0] * len(prior.heads)
         self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
 
-    def step(self, stream: Stream) -> None:
-        x = self.next_batch(stream)
+    def step(self, batches: Loader) -> None:
+        x = self.next_batch(batches)
         if self.stopped is None:
             self.loss_sum += self.trainer.step(x).loss
             self.stepped()
@@ -151,7 +152,7 @@ class Run(Training):
     ) -> None:
         last = max(self.best_step)
         limit = math.inf if patience is None else patience * self.settings["eval_every"]
-        if callback is not None and callback(row) is True:
+        if callback is not None and on_first(lambda: callback(row) is True):
             self.stopped = f"stopped by the callback at step {self.trainer.steps}"
         elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
             self.stopped = f"no progress on held-out data since step {last}"
@@ -159,6 +160,15 @@ class Run(Training):
     def kept(self) -> Mapping[str, Tensor]:
         """The best weights, or else the averaged."""
         return self.average if self.best is None else self.best
+
+    def collect(self) -> None:
+        """Makes every rank's heads what they are on the rank that trains them."""
+        kept = (dict(self.prior.heads.state_dict()), self.average, self.best or {})
+        owners = [(k, self.trainer.owner(k)) for k in range(len(self.prior.heads))]
+        for k, owner in ((k, owner) for k, owner in owners if owner is not None):
+            for tensors in kept:
+                for name in (name for name in self._names(k) if name in tensors):
+                    from_rank(owner, tensors[name])
 
     def history(self) -> History:
         stopped = str(self.stopped)
@@ -189,6 +199,17 @@ class Run(Training):
         self.rows = [Row(*row) for row in saved["rows"]]
         self.loss_sum.copy_(saved["loss_sum"])
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, of each head from the rank that trains it."""
+        state = super().optimizer_state()
+        if not self.trainer.group_parallel:
+            return state
+        by_rank = gather(state["state"])
+        heads = enumerate(self.prior.heads)
+        owners = [self.trainer.owner(k) or 0 for k, head in heads for _ in head.parameters()]
+        merged = {i: by_rank[owner][i] for i, owner in enumerate(owners) if i in by_rank[owner]}
+        return {**state, "state": merged}
+
     def _names(self, k: int) -> list[str]:
         return [name for name in self.average if name.startswith(f"{k}.")]
 
@@ -212,7 +233,11 @@ class Run(Training):
 
 
 class HeldOut:
-    """The held-out NCE loss, with the same draws of z every time, and its standard error."""
+    """The held-out NCE loss, with the same draws of z every time, and its standard error.
+
+    Ranks that train all groups share the rows out; one that trains some goes through all rows for
+    them, and leaves the others to their ranks.
+    """
 
     def __init__(
         self,
@@ -220,9 +245,12 @@ class HeldOut:
         prior: NCPrior,
         batch_size: int,
         seed: int,
+        groups: Iterable[int] | None = None,
     ) -> None:
         self.batches, self.prior = in_order(data, batch_size), prior
         self.seed = seed
+        self.groups = list(range(len(prior.heads)) if groups is None else groups)
+        self.ranks = num_ranks() if len(self.groups) == len(prior.heads) else 1
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
 
     @torch.no_grad()
@@ -230,20 +258,29 @@ class HeldOut:
         losses: list[Tensor] = []
         rows: list[int] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + rank())
             for generator, state in self.own:
                 generator.set_state(state)
             while sum(rows) < _HELD_OUT_DRAWS:
                 before = len(rows)
                 for batch in self.batches:
-                    x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-                    losses.append(self.prior.nce_loss(x).to("cpu", torch.float64))
+                    losses.append(self._sum(batch, device))
                     rows.append(num_rows(batch))
                 if len(rows) == before:
                     raise ValueError("The held-out data has no batches.")
         weight = torch.tensor(rows, dtype=torch.float64) / sum(rows)
-        loss = torch.stack(losses)
+        loss = sum_over_ranks(torch.stack(losses)) / torch.tensor(rows)[:, None]
         mean = weight @ loss
         # Batches of n rows scatter around the mean by a variance in proportion to 1/n.
         spread = weight @ (loss - mean).square() / max(1, len(rows) - 1)
         return mean.tolist(), spread.sqrt().tolist()
+
+    def _sum(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
+        """The losses of this rank's share of a batch, times its rows, (K,)."""
+        share = slice(rank() % self.ranks, None, self.ranks)
+        x = tree_map_only(Tensor, lambda t: t[share].to(device, non_blocking=True), batch)
+        count = num_rows(x)
+        if count == 0:
+            return torch.zeros(len(self.prior.heads), dtype=torch.float64)
+        losses = group_losses(self.prior, x, 1.0, 1, groups=self.groups)
+        return count * torch.stack(list(losses)).to("cpu", torch.float64)

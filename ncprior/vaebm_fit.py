@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ncprior.batches import Stream
+from ncprior.batches import Loader, Stream
+from ncprior.ranks import num_ranks
 from ncprior.replay import ReplayBuffer
 from ncprior.runs import Training, drive, fingerprint_of, length_of, load, unchanged, weights_of
 from ncprior.samplers import Sampler
@@ -153,6 +154,10 @@ def fit_vaebm(
         "rows": length_of(data),
     }
     _check(settings, checkpoint_every)
+    if num_ranks() > 1:
+        raise RuntimeError(
+            "fit_vaebm runs in one process. In several, call VAEBMTrainer.step in a loop."
+        )
     saved = load(checkpoint)
     trainer = VAEBMTrainer(
         model,
@@ -170,7 +175,7 @@ def fit_vaebm(
         run.restore(saved, stream)
     with unchanged(model.source):
         drive(
-            *(run, stream, run.step, run.look),
+            *(run, Loader(stream, run.device), run.step, run.look),
             name="energy",
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
@@ -195,8 +200,8 @@ class _Run(Training):
         self.diverged = False
         self.sums = torch.zeros(len(EnergyMetrics._fields), device=self.device)
 
-    def step(self, stream: Stream) -> None:
-        x = self.next_batch(stream)
+    def step(self, batches: Loader) -> None:
+        x = self.next_batch(batches)
         if self.stopped is not None:
             return
         try:

@@ -25,12 +25,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ncprior.ranks import average_over_ranks
 from ncprior.replay import ReplayBuffer
 from ncprior.samplers import Sampler
 from ncprior.source import num_rows, require_eval
 from ncprior.spectral import SpectralPenalty
 from ncprior.trainer import (
-    average_over_ranks,
     check_parameters,
     reduce_and_clip,
     share_weights,

@@ -28,6 +28,8 @@ SCRIPTS = [
     "sampler_cost.py",
     "prior_hole.py",
     "vaebm.py",
+    "sampling_speed.py",
+    "training_speed.py",
 ]
 
 

@@ -25,7 +25,7 @@ def rank_main(rank: int, folder: Path) -> None:
     """One rank: its own gradients, those of the trainer, and what it is refused."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from ncprior import NCETrainer, fit
+    from ncprior import NCETrainer
 
     torch.set_num_threads(1)
     torch.manual_seed(100 + rank)  # other heads, other data and other noise on each rank
@@ -62,7 +62,6 @@ def rank_main(rank: int, folder: Path) -> None:
     ddp = DistributedDataParallel(prior)
     for name, call in {
         "ddp": lambda: NCETrainer(ddp, torch.optim.SGD(prior.parameters(), 0.1)),
-        "fit": lambda: fit(prior, x, steps=1, progress=False),
         # One rank alone has a bad batch: both must stop, and none may wait for the other.
         "nan": lambda: trainer.step(x if rank == 0 else x * torch.nan),
     }.items():
@@ -94,11 +93,16 @@ Ranks = list[tuple[dict[str, torch.Tensor], dict[str, Any]]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(ladder_prior().source.state_dict(), folder / "source.pt")
+    return launch(__file__, folder)
+
+
+def launch(script: str, folder: Path) -> Ranks:
+    """Runs a script as two ranks, and returns what they have saved."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
+    commands = [[sys.executable, script, str(rank), str(folder)] for rank in range(2)]
     processes = [
         subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands
     ]
@@ -165,13 +169,6 @@ def test_a_ddp_wrapped_prior_is_refused_with_the_reason(ranks: Ranks) -> None:
         assert "not DistributedDataParallel(prior)" in message
         assert "beside which DDP leaves gradients unreduced" in message
         assert "Pass prior.module" in message
-
-
-def test_fit_is_refused(ranks: Ranks) -> None:
-    for _, metadata in ranks:
-        kind, message = metadata["errors"]["fit"]
-        assert kind == "RuntimeError"
-        assert "fit runs in one process" in message and "NCETrainer.step" in message
 
 
 def test_a_non_finite_loss_of_one_rank_stops_both(ranks: Ranks) -> None:

@@ -6,14 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from problems import GaussianPair
+from problems import CorrelatedPair, GaussianPair
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, SingleGroup, fit, langevin, sir
+from ncprior import NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.bases import fit_gaussian, latents_of, rebase
 from ncprior.features import seen
 from ncprior.heads import ConvHead, MLPHead
+from ncprior.walks import Walks
 
 
 class MapVAE(nn.Module):
@@ -122,3 +123,31 @@ def test_a_source_without_features_shows_z_itself(vae: MapVAE) -> None:
     assert seen(vae.source(seen=False), 0, z) is z
     assert seen(vae.source(), 0, z).shape == (2, 8, 4, 4)
     assert not seen(vae.source(), 0, z).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions")
+def test_heads_at_once_and_walks_that_are_kept_show_the_features_too(vae: MapVAE) -> None:
+    prior, losses = NCPrior.for_source(vae.source(), data(64), width=8), []
+    nn.init.normal_(prior.heads[0].out.weight)
+    for batched in (False, True):
+        optimizer = torch.optim.SGD(prior.parameters(), lr=0.0)
+        torch.manual_seed(3)
+        losses.append(NCETrainer(prior, optimizer, batched=batched).step(data(8)).loss)
+    assert torch.allclose(losses[0], losses[1])
+    walks = Walks(prior.source, data(8), batch_size=4, seed=0)
+    z = torch.randn(2, 6)
+    assert torch.equal(seen(walks.source, 0, z), vae.first(z))
+
+
+class SeenPair(CorrelatedPair):
+    """Two groups, of whose latents heads see something else."""
+
+    def features(self, k: int, z: Tensor) -> Tensor:
+        return k + 2 * z
+
+
+def test_walks_of_several_groups_keep_the_features() -> None:
+    source = SeenPair()
+    walks = Walks(source, source.data(8), batch_size=4, seed=0)
+    z = torch.randn(3, 1)
+    assert torch.equal(seen(walks.source, 1, z), 1 + 2 * z)

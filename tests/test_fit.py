@@ -210,7 +210,7 @@ def test_it_is_adamw_with_cosine_on_the_nce_loss() -> None:
     history = without_warning(prior, x, steps=steps, eval_every=4, ema_decay=0.0, **options)
     scramble(3)
     torch.randint(2**31, (2,))  # the seeds of the split and of the data's own randomness
-    optimizer = torch.optim.AdamW(other.parameters(), 1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(other.parameters(), 1e-2, weight_decay=0.1, fused=True)
     trainer = NCETrainer(other, optimizer, noise_weight=2.0, max_grad_norm=0.5)
     other.train()
     losses = []
@@ -369,7 +369,7 @@ class Scripted:
         self.losses, self.weights, self.error = iter(losses), [], error
         monkeypatch.setattr("ncprior.loop.HeldOut", self._made)
 
-    def _made(self, data: Any, prior: NCPrior, *_: Any) -> Scripted:
+    def _made(self, data: Any, prior: NCPrior, *_: Any, **__: Any) -> Scripted:
         self.prior = prior
         return self
 

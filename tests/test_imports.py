@@ -24,16 +24,17 @@ PUBLIC = {
 
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
-    *("distributions", "heads", "samplers", "nce", "batches", "fitting"),
+    *("distributions", "heads", "nce", "batches", "fitting", "rows", "ranks", "blocks"),
     *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
     *("energies", "spectral", "replay"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
-SAMPLERS = {"dynamics", "smc", "accept", "combine", "components"}
+SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine", "components"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
-CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, "source", "features", "prior", "stages"}
+WALK = {"source", "features", "inference", "batched", "walks", "prior", "stages"}
+CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, *WALK}
 SERVICES = {
-    *("runs", "trainer", "training", "loop", "normaliser", "likelihood", "testing"),
+    *("runs", "trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
     *("diagnostics", "report", "report_plot", "recommend", "repository", "hub", "card"),
     *("energy_hub", "energy_card"),
@@ -54,7 +55,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
     "features": {"source"},
-    "prior": {"distributions", "source", "features", "heads", "samplers", "nce"},
+    "inference": {"blocks", "heads"},
+    "batched": {"blocks", "heads"},
+    "parts": {"batches", "files", "prior", "ranks", "samplers", "source"},
+    "walks": {"batches", "distributions", "rows", "source"},
+    "proposals": {"distributions"},
+    "samplers": {"proposals"},
+    "prior": {"source", "features", "heads", "blocks", "inference", "samplers", "nce"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
     "ood": {*CORE, "likelihood", "normaliser"},
@@ -64,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": {"samplers", "smc", "source", "bases", "prior"},
     "vaebm_trainer": {*CORE, "trainer"},
     "vaebm_fit": {*CORE, "runs", "vaebm_trainer"},
-    "runs": {"batches", "files"},
+    "runs": {"batches", "files", "ranks"},
     "training": {*CORE, "trainer", "runs"},
     "loop": {*CORE, "trainer", "training", "runs", "diagnostics"},
     "report": {"calibration"},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, OneHotCategorical
 
 from ncprior import langevin, sir
+from ncprior.distributions import expand
 from ncprior.heads import MLPHead
+from ncprior.proposals import Proposals
 
 LogRatio = Callable[[Tensor], Tensor]
 
@@ -378,7 +381,9 @@ def test_samplers_leave_no_gradients(sampler: Callable[..., tuple[Tensor | None,
 MEMORY = """
 import resource, sys, torch
 from torch.distributions import Independent, Normal
+from ncprior.distributions import expand
 from ncprior.heads import MLPHead
+from ncprior.proposals import Proposals
 from ncprior.samplers import sir
 
 torch.set_num_threads(1)
@@ -566,3 +571,110 @@ def test_langevin_names_the_step_that_is_not_finite(
     prior = Independent(Normal(torch.zeros(4, 2), 1.0, validate_args=validate), 1)
     with pytest.raises(FloatingPointError, match=r"step 2\b"):
         langevin(prior, log_ratio, num_steps=5, step_size=0.1, adjusted=adjusted)
+
+
+# Shared proposals
+
+
+def two_points(n: int) -> Categorical:
+    return Categorical(torch.tensor([0.7, 0.3]).expand(n, 2))
+
+
+@pytest.mark.parametrize(("batch", "num_proposals"), [(4, 3), (2, 7), (16, 5), (1, 4)])
+def test_shared_proposals_keep_the_law_of_a_row_and_tie_rows_together(
+    batch: int, num_proposals: int
+) -> None:
+    """On two points, with j of M proposals at the second: P(draw = 1 | j) = jr / (jr + M - j)."""
+    p, r, n = 0.3, 3.0, 1500 * batch
+    j = np.arange(num_proposals + 1)
+    weight = stats.binom.pmf(j, num_proposals, p)
+    given_j = j * r / (j * r + num_proposals - j)
+    mean, covariance = weight @ given_j, weight @ given_j**2 - (weight @ given_j) ** 2
+    draws = torch.stack(
+        [
+            sir(
+                two_points(batch),
+                lambda z: z * math.log(r),
+                num_proposals=num_proposals,
+                chunk_size=3 * batch,
+                share_proposals=True,
+            ).z
+            for _ in range(n // batch)
+        ]
+    ).double()
+    of_batch = draws.mean(1)
+    error = standard_error(of_batch)
+    assert abs(of_batch.mean() - mean) < 4 * error
+    assert abs(mean - two_point_law(p, r, num_proposals)) < 1e-12
+    expected = covariance + (mean * (1 - mean) - covariance) / batch
+    fourth = float((of_batch - of_batch.mean()).pow(4).mean())
+    assert abs(of_batch.var() - expected) < 4 * math.sqrt(fourth / len(of_batch))
+
+
+def test_two_rows_share_a_draw_with_the_probability_of_one_over_the_ess() -> None:
+    """With r = 1 that is 1/M, also where the last proposals do not fill all rows."""
+    n, m, batch = 5000, 23, 5
+    same = 0.0
+    for _ in range(n // batch):
+        draw = sir(rows(standard_normal(1), batch), flat, num_proposals=m, share_proposals=True)
+        pairs = (draw.z[:, None, 0] == draw.z[None, :, 0]).sum() - batch
+        same += float(pairs) / (batch * (batch - 1)) / (n // batch)
+        assert draw.ess is not None
+        assert (draw.ess - m).abs().max() < 1e-3
+    # Pairs of a batch are pairwise uncorrelated with r = 1.
+    assert abs(same - 1 / m) < 4 * math.sqrt(1 / m / (n / batch * batch * (batch - 1) / 2))
+
+
+def test_shared_proposals_are_evaluated_once_for_all_rows() -> None:
+    record = Recorder(GaussianPair(1.0).log_r)
+    draw = sir(
+        rows(standard_normal(2), 8),
+        record,
+        num_proposals=100,
+        chunk_size=1024,
+        share_proposals=True,
+    )
+    evaluated = sum(part.numel() for part in record.log_r) - 4 * 8  # but for the check
+    assert 100 <= evaluated < 100 + 8
+    z, log_r = torch.cat([record.z[0], *record.z[1:]]), torch.cat(record.log_r)
+    assert draw.z.shape == (8, 2)
+    assert all((z == row).all(-1).any() for row in draw.z)
+    assert draw.log_mean_weight is not None
+    used = torch.cat(record.log_r[1:]).double().flatten()[:100]
+    torch.testing.assert_close(
+        draw.log_mean_weight.double(),
+        (used.logsumexp(0) - math.log(100)).expand(8),
+        rtol=0,
+        atol=1e-5,
+    )
+    assert log_r.shape[1] == 8
+
+
+@pytest.mark.parametrize(
+    ("prior", "log_ratio", "reason"),
+    [
+        (Normal(torch.arange(4.0), 1.0), lambda z: z, "p.z. is not the same"),
+        (Normal(torch.zeros(4), 1.0), lambda z: z * torch.arange(4.0), "log r.z. is not the same"),
+        (SampleOnly(Normal(torch.zeros(4), 1.0)), lambda z: z, "SampleOnly can only be sampled"),
+    ],
+    ids=["prior", "ratio", "unknown"],
+)
+def test_rows_that_differ_do_not_share(prior: Any, log_ratio: LogRatio, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"share proposals only where.*{reason}"):
+        sir(prior, log_ratio, num_proposals=20, share_proposals=True)
+
+
+def test_what_a_source_makes_rows_of_can_be_shared() -> None:
+    samples = expand(SampleOnly(standard_normal(2)), 6)
+    draw = sir(samples, flat, num_proposals=20, share_proposals=True)
+    assert draw.z.shape == (6, 2)
+
+
+@pytest.mark.parametrize("prior", [Normal(torch.randn(5), 2.0), rows(standard_normal(3), 5)])
+def test_streamed_proposals_are_the_priors_own_bit_for_bit(prior: Distribution) -> None:
+    proposals = Proposals(prior)
+    for count in (1, 70, 3):
+        torch.manual_seed(1)
+        expected = prior.sample((count,))
+        torch.manual_seed(1)
+        assert torch.equal(proposals(count), expected)

@@ -13,7 +13,7 @@ from toys import Ladder, Rung, everything, flat, ladder_prior, same, stir, weigh
 
 from ncprior import Group, NCETrainer, NCPrior
 from ncprior.heads import MLPHead
-from ncprior.trainer import average_over_ranks
+from ncprior.ranks import average_over_ranks
 
 
 def sgd(prior: NCPrior, lr: float = 0.1) -> torch.optim.SGD:

@@ -547,3 +547,9 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     tensors, metadata = load_tensors(out)
     assert same(tensors, weights(whole))
     assert [tuple(row) for row in metadata["rows"]] == lines(expected)
+
+
+def test_several_processes_are_sent_to_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncprior.vaebm_fit.num_ranks", lambda: 2)
+    with pytest.raises(RuntimeError, match="one process. In several, call VAEBMTrainer.step"):
+        fit_vaebm(VAEBM(PROBLEM.source(), MLPHead((3,))), torch.randn(9, 3), progress=False)

@@ -1,0 +1,98 @@
+"""Heads of equal shape in several groups, as one computation: a product of stacks of matrices."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from ncprior.blocks import at_precision
+from ncprior.heads import CategoricalHead, ConvHead, MLPHead
+
+__all__ = ["log_ratios"]
+
+Contrast: TypeAlias = "tuple[Tensor, Tensor | None]"
+
+
+def log_ratios(
+    heads: Sequence[nn.Module],
+    contrasts: Sequence[Contrast],
+    *,
+    precision: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Returns log r_k(z_k, c_k) of every group, heads of one shape at once.
+
+    All their activations are in memory at the same time. Where a head costs little beside what it
+    takes to launch it, on a GPU or when it is small, that is the faster way. Heads that are not of
+    :mod:`ncprior.heads`, or differ from all others, are called in turn.
+
+    Arguments:
+        heads: One head per group.
+        contrasts: z of shape ``(*, B, *event)`` and the context per group, as of
+            :func:`ncprior.prior.contrasts`.
+        precision: Of the factors of products, see :mod:`ncprior.inference`.
+
+    Returns:
+        log r in nats per group, each with shape ``(*, B)``; gradients reach every head's own
+        parameters.
+
+    Example:
+        >>> heads = [MLPHead((2,)), MLPHead((2,)), MLPHead((3,))]
+        >>> z = [(torch.randn(5, 4, n), None) for n in (2, 2, 3)]
+        >>> [log_r.shape for log_r in log_ratios(heads, z)]
+        [torch.Size([5, 4]), torch.Size([5, 4]), torch.Size([5, 4])]
+    """
+    alike = defaultdict(list)
+    for k, (head, contrast) in enumerate(zip(heads, contrasts, strict=True)):
+        alike[_kind(head, contrast) or k].append(k)
+    log_r: dict[int, Tensor] = {}
+    with at_precision(contrasts[0][0].device.type, precision):
+        for groups in alike.values():
+            together = _together if len(groups) > 1 else _in_turn
+            found = together([heads[k] for k in groups], [contrasts[k] for k in groups])
+            log_r.update(zip(groups, found, strict=True))
+    return [_wide(log_r[k]) for k in range(len(heads))]
+
+
+def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
+    """What heads have in common that one computation can stand for; ``None`` for unknown heads."""
+    if type(head) not in (MLPHead, ConvHead, CategoricalHead):
+        return None
+    z, c = contrast
+    shapes = (z.shape, z.dtype, None if c is None else (c.shape, c.dtype))
+    return (type(head), str(head.config()), head.training, *shapes)  # type: ignore[operator]
+
+
+def _in_turn(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> list[Tensor]:
+    return [
+        head(_wide(z), None if c is None else _wide(c))
+        for head, (z, c) in zip(heads, contrasts, strict=True)
+    ]
+
+
+def _together(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> Sequence[Tensor]:
+    state = {
+        name: torch.stack([tensors[name] for tensors in map(_tensors, heads)])
+        for name in _tensors(heads[0])
+    }
+    z = torch.stack([_wide(z) for z, _ in contrasts])
+    contexts = [_wide(c) for _, c in contrasts if c is not None]
+
+    def one(tensors: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        log_r: Tensor = functional_call(heads[0], tensors, inputs)
+        return log_r
+
+    inputs = (z, torch.stack(contexts)) if contexts else (z,)
+    return vmap(one, randomness="different")(state, *inputs).unbind()
+
+
+def _tensors(head: nn.Module) -> dict[str, Tensor]:
+    return {**dict(head.named_parameters()), **dict(head.named_buffers())}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
