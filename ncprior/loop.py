@@ -259,9 +259,9 @@ class _Fitting:
         evaluation = None
         if inputs.held_out_source is not None and inputs.held_out is not None:
             measured = NCPrior(inputs.held_out_source, prior.heads)
-            evaluation = HeldOut(
-                *(inputs.held_out, measured, batch_size, self.split_seed), groups=trainer.groups
-            )
+            groups = trainer.groups if trainer.group_parallel else None
+            data = inputs.held_out
+            evaluation = HeldOut(data, measured, batch_size, seed=self.split_seed, groups=groups)
         run = Run(trained, trainer, settings, self.split_seed)
         if saved is not None:
             run.restore(saved, stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -235,8 +235,8 @@ class Run(Training):
 class HeldOut:
     """The held-out NCE loss, with the same draws of z every time, and its standard error.
 
-    Ranks that train all groups share the rows out; one that trains some goes through all rows for
-    them, and leaves the others to their ranks.
+    Ranks share the rows; or, where ``groups`` are this rank's own, each goes through all rows for
+    them.
     """
 
     def __init__(
@@ -245,12 +245,11 @@ class HeldOut:
         prior: NCPrior,
         batch_size: int,
         seed: int,
-        groups: Iterable[int] | None = None,
+        groups: Collection[int] | None = None,
     ) -> None:
         self.batches, self.prior = in_order(data, batch_size), prior
         self.seed = seed
-        self.groups = list(range(len(prior.heads)) if groups is None else groups)
-        self.ranks = num_ranks() if len(self.groups) == len(prior.heads) else 1
+        self.groups = groups
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
 
     @torch.no_grad()
@@ -277,7 +276,7 @@ class HeldOut:
 
     def _sum(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
         """The losses of this rank's share of a batch, times its rows, (K,)."""
-        share = slice(rank() % self.ranks, None, self.ranks)
+        share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
         x = tree_map_only(Tensor, lambda t: t[share].to(device, non_blocking=True), batch)
         count = num_rows(x)
         if count == 0:

@@ -107,7 +107,7 @@ def launch(script: str, folder: Path) -> Ranks:
         subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands
     ]
     try:
-        outputs = [process.communicate(timeout=120)[1] for process in processes]
+        outputs = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

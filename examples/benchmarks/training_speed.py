@@ -82,7 +82,7 @@ def straightforward(
         if (step + 1) % eval_every == 0:
             kept = {name: t.clone() for name, t in prior.heads.state_dict().items()}
             prior.heads.load_state_dict(average)
-            losses_now, _ = evaluate(held_out.device, set(range(len(prior.heads))))
+            losses_now, _ = evaluate(held_out.device)
             prior.heads.load_state_dict(kept)
             curve.append((now() - started, sum(losses_now) / len(losses_now)))
     return curve
