@@ -250,12 +250,13 @@ def _cifar10(bench: Bench) -> Case:
         reference=in_batches(net.features, test.images),
         facts={"classifier's accuracy": right.float().mean().item()},
         quick=quick,
-        head={"width": 256, "depth": 2, "dropout": 0.3},
+        head={"width": 16 if quick else 64, "depth": 1 if quick else 2, "dropout": 0.1},
         fit={
-            "steps": 300 if quick else 4000,
-            "batch_size": 512,
-            "weight_decay": 0.1,
-            "eval_every": 100 if quick else 200,
+            "steps": 100 if quick else 4000,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.05,
+            "precision": torch.bfloat16,
+            "eval_every": 50 if quick else 200,
         },
         base_steps=50 if quick else 2000,
     )
