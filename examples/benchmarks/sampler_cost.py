@@ -156,7 +156,7 @@ def peak_mib(vae: dict[str, Tensor], heads: dict[str, Tensor], sampler: Sampler)
     """The peak of resident memory over a batch of 100, above that before; None outside Linux."""
     model = VAE(28, latents=16, counts=1)
     model.load_state_dict(vae)
-    prior = NCPrior.for_source(model.eval().source(), torch.rand(8, 1, 28, 28), **HEAD).eval()
+    prior = NCPrior.for_source(model.eval().source(), torch.rand(4, 1, 28, 28), **HEAD).eval()
     prior.load_state_dict(heads)
     status = Path("/proc/self/status")
     if not status.exists():
