@@ -94,6 +94,6 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     return Recommendation(
         partial(tempered_smc, num_particles=1, share=True, num_moves=moves),
         2 * (1 + temperatures * moves),
-        f"{needed:,} proposals are needed, more than SIR can afford to settle with; a population "
-        f"is led there in about {temperatures} temperatures.",
+        f"{needed:,} proposals are needed, and SIR settles with {_PLENTY} times as many, beyond the "
+        f"budget; a population is led there in about {temperatures} temperatures.",
     )

@@ -122,10 +122,10 @@ def test_networks_are_trained_once_per_key(bench: ModuleType, tmp_path: Path) ->
 
 
 def test_a_table_leaves_gaps_where_a_row_knows_nothing(bench: ModuleType) -> None:
-    rows = [{"method": "VAE", "nll": 87.123, "n": 3}, {"method": "NCP", "nll": None}]
-    assert bench.table(rows, {"method": "<8", "nll": ">7.2f", "n": ">3"}).splitlines() == [
-        "method       nll   n",
-        "VAE        87.12   3",
+    rows = [{"method": "VAE", "nll": 87.123, "n": 3456}, {"method": "NCP", "nll": None}]
+    assert bench.table(rows, {"method": "<8", "nll": ">7.2f", "n": ">6,.0f"}).splitlines() == [
+        "method       nll      n",
+        "VAE        87.12  3,456",
         "NCP",
     ]
 

@@ -132,7 +132,7 @@ class BinaryMNIST:
 
 def table(rows: Sequence[Row], columns: dict[str, str]) -> str:
     """Rows under headings; `columns` maps each key to its format, such as '>8.2f' or '<24'."""
-    widths = {key: form.partition(".")[0].rstrip("dfs") for key, form in columns.items()}
+    widths = {key: form.partition(".")[0].rstrip("dfs,") for key, form in columns.items()}
     lines = [" ".join(f"{key:{width}}" for key, width in widths.items())]
     for row in rows:
         cells = []
