@@ -170,8 +170,9 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
 
 
 def _images_of(case: Case) -> tuple[Tensor, Tensor]:
+    """Training and held-out images; few of a quick run, as pythae's trainings take 100 epochs."""
     count = len(case.images) - case.num_held_out
-    return case.images[:count], case.images[count:]
+    return case.images[: min(count, 3000) if case.quick else count], case.images[count:]
 
 
 def _pythae_model(case: Case) -> Any:  # noqa: ANN401
