@@ -26,8 +26,9 @@ from ncprior.batches import random_state, set_random_state
 from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
 from ncprior.prior import NCPrior
 from ncprior.ranks import num_ranks, rank
+from ncprior.repository import fingerprints
 from ncprior.samplers import Sampler
-from ncprior.source import num_rows
+from ncprior.source import module_fingerprint, num_rows
 
 __all__ = ["read_parts", "sample_parts"]
 
@@ -61,7 +62,8 @@ def sample_parts(
         means, and ``z_0``, ``z_1``, … of the groups.
 
     Raises:
-        ValueError: If the folder holds another job, or a number is out of range.
+        ValueError: If the folder holds another job, or a number is out of range. A base that can
+            only be sampled does not tell which one it is.
 
     Example:
         >>> import tempfile
@@ -179,28 +181,31 @@ def _seeded(seed: int) -> Iterator[None]:
         set_random_state(outside)
 
 
-def _told(sampler: Any) -> str:  # noqa: ANN401
-    """A sampler in words that are the same in every process."""
-    if isinstance(sampler, partial):
-        told = [repr(a) for a in sampler.args]
-        told += [f"{name}={value!r}" for name, value in sorted(sampler.keywords.items())]
-        return f"{_told(sampler.func)}({', '.join(told)})"
-    return str(getattr(sampler, "__qualname__", type(sampler).__qualname__))
+def _told(value: Any) -> str:  # noqa: ANN401
+    """A sampler, or an option of one, in words that are the same in every process."""
+    if isinstance(value, partial):
+        told = [_told(a) for a in value.args]
+        told += [f"{name}={_told(a)}" for name, a in sorted(value.keywords.items())]
+        return f"{_told(value.func)}({', '.join(told)})"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_told, value))})"
+    if not callable(value):
+        return repr(value)
+    name = str(getattr(value, "__qualname__", type(value).__qualname__))
+    held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    return f"{name}({', '.join(map(_told, held))})" if held else name
 
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
-    """What the draws go by: heads, how they are used, the VAE where it tells, and the condition."""
-    fingerprint = getattr(prior.source, "fingerprint", lambda: None)()
-    used = (prior.strength, prior.active, str(prior.precision), prior.compiled, fingerprint)
-    digest = hashlib.sha256(str(used).encode())
+    """What the draws go by: heads, how they are used, VAE and base as they tell, the condition."""
+    used = (prior.strength, prior.active, str(prior.precision), prior.compiled)
+    told = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
+    digest = hashlib.sha256(str(told).encode())
 
     def update(tensor: Tensor) -> Tensor:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
         return tensor
 
-    for name, tensor in sorted(prior.state_dict().items()):
-        digest.update(name.encode())
-        update(tensor)
     tree_map_only(Tensor, update, condition)
     return digest.hexdigest()

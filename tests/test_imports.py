@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "features": {"source"},
     "inference": {"blocks", "heads"},
     "batched": {"blocks", "heads"},
-    "parts": {"batches", "files", "prior", "ranks", "samplers", "source"},
+    "parts": {"batches", "files", "prior", "ranks", "repository", "samplers", "source"},
     "walks": {"batches", "distributions", "rows", "source"},
     "proposals": {"distributions"},
     "samplers": {"proposals"},

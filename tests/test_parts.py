@@ -18,10 +18,13 @@ import torch
 from torch import Size, Tensor
 from toys import VAE, flat, ladder_prior, stir
 
-from ncprior import Draw, NCPrior, sir
+from ncprior import Draw, NCPrior, langevin, sir
+from ncprior.bases import GaussianMixture, rebase
 from ncprior.batches import random_state
+from ncprior.combine import at_temperature, sequence
+from ncprior.components import within_components
 from ncprior.heads import MLPHead
-from ncprior.parts import _seed, read_parts, sample_parts
+from ncprior.parts import _seed, _told, read_parts, sample_parts
 
 SAMPLER = partial(sir, num_proposals=200)
 JOB: dict[str, Any] = {"num_samples": 23, "part_size": 5, "seed": 7}
@@ -38,6 +41,11 @@ def slow(prior: Any, log_ratio: Any) -> Draw:
     """SIR that takes its time."""
     time.sleep(0.1)
     return SAMPLER(prior, log_ratio)
+
+
+def slow_by(prior: Any, log_ratio: Any, *, sampler: Any) -> Draw:
+    """Any sampler, taking its time."""
+    return sampler(prior, log_ratio)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -172,6 +180,17 @@ def _other_heads() -> NCPrior:
     return stir(made(), 0.01)
 
 
+def _on(base: GaussianMixture) -> NCPrior:
+    """Untrained heads on another base of the same VAE."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return NCPrior(rebase(flat(VAE().eval()), base), MLPHead((2,), width=8))
+
+
+def _mixture(shift: float) -> GaussianMixture:
+    return GaussianMixture(torch.zeros(2), torch.eye(2) + shift, torch.ones(2, 2))
+
+
 def _weaker() -> NCPrior:
     prior = made()
     prior.strength = 0.5
@@ -197,6 +216,32 @@ def test_parts_of_another_job_are_not_mixed_in(
         sample_parts(prior(), sampler, tmp_path, **{**JOB, **changes})
     assert named in str(error.value)
     assert contents(tmp_path) == before
+
+
+def test_parts_of_another_base_are_not_mixed_in(tmp_path: Path) -> None:
+    sample_parts(_on(_mixture(0.0)), SAMPLER, tmp_path, parts=[0], **JOB)
+    sample_parts(_on(_mixture(0.0)), SAMPLER, tmp_path, parts=[1], **JOB)
+    with pytest.raises(ValueError, match="parts of another job"):
+        sample_parts(_on(_mixture(0.1)), SAMPLER, tmp_path, **JOB)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        within_components,
+        partial(at_temperature, temperature=0.5),
+        lambda sampler: sequence(sampler, partial(langevin, num_steps=2, step_size=0.1)),
+        lambda sampler: sequence(SAMPLER, within_components(sampler)),
+        lambda sampler: partial(slow_by, sampler=sampler),
+    ],
+)
+def test_samplers_made_of_samplers_are_told_apart_and_known_again(
+    make: Any, tmp_path: Path
+) -> None:
+    few, more = (make(partial(sir, num_proposals=m)) for m in (5, 6))
+    assert _told(few) == _told(make(partial(sir, num_proposals=5)))
+    assert _told(few) != _told(more)
+    assert "0x" not in _told(few)  # no addresses, which differ between processes
 
 
 def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
