@@ -186,6 +186,9 @@ class SingleGroup:
         self._likelihood = likelihood
         self._condition = condition
         self._features = features
+        if features is not None:
+            shape = getattr(prior, "event_shape", None)
+            self._event_ndim = prior.sample().ndim if shape is None else len(shape)
 
     class Encoding(NamedTuple):
         """What the walk needs of x: the posterior's parameters, or else the batch itself."""
@@ -267,9 +270,7 @@ class SingleGroup:
         """Returns what the ratio head sees of z, ``(*, B, *event)``: by default z itself."""
         if self._features is None:
             return z
-        shape = getattr(self.prior, "event_shape", None)
-        event_ndim = self.prior.sample().ndim if shape is None else len(shape)
-        lead = z.shape[: z.ndim - event_ndim]
+        lead = z.shape[: z.ndim - self._event_ndim]
         h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
         return h.reshape(*lead, *h.shape[1:])
 

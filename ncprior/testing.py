@@ -26,10 +26,11 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     """Checks that a source keeps the laws of :class:`ncprior.LatentSource`.
 
     It is silent if all laws hold, and knows nothing of the numbers that the model itself gives:
-    compare those once (see ``adapters/README.md``). Checked are shapes and dtypes; that priors and contexts know nothing of x; that ``group`` is
-    pure and ``advance`` leaves the old state usable; that rows of a walk are the walk of those
-    rows, down to one row; that one seed gives one walk; that gradients reach every latent; and
-    that grad mode and the VAE (parameters, ``.grad``, buffers, flags) stay as they were.
+    compare those once (see ``adapters/README.md``). Checked are shapes and dtypes; that priors and
+    contexts know nothing of x; that ``group`` is pure and ``advance`` leaves the old state usable;
+    that rows of a walk are the walk of those rows, down to one row; that one seed gives one walk;
+    that ``features``, where there are any, are functions of z alone; that gradients reach every
+    latent; and that grad mode and the VAE (parameters, ``.grad``, buffers, flags) stay as they were.
 
     Arguments:
         source: The source to check.
@@ -66,6 +67,8 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
             _check_encoding_rows(source, x, encoding, rows)
             _check_walk_rows(source, walk, rows)
             _check_walk_rows(source, free, rows)
+        for k, z in enumerate(walk.latents):
+            _check_features(source, k, z)
         _check_gradients(source, walk)
         _check_gradients(source, free)
 
@@ -282,6 +285,22 @@ _COMPANY = (
     "no batch statistics, the batch as first axis of every encoding and state, and no number of "
     "rows kept in a state."
 )
+
+
+def _check_features(source: Source, k: int, z: Tensor) -> None:
+    """What heads see of z_k, if not z_k itself."""
+    if not hasattr(source, "features"):
+        return
+    generator, two = torch.get_rng_state(), torch.stack([z, z.flip(0)])
+    h, name = source.features(k, two), f"features({k}, z)"
+    drawn = not torch.equal(torch.get_rng_state(), generator)
+    _require(not drawn, f"{name} draws: it must be a function of z alone.")
+    _require(
+        isinstance(h, Tensor) and h.shape[:2] == two.shape[:2],
+        f"{name} must keep the leading axes of z, which are proposals and rows: from (*, B, *event) "
+        f"to (*, B, ...).",
+    )
+    _require_same(source.features(k, z[:1]), h[0, :1], f"{name}: {_COMPANY}", _tolerance(source))
 
 
 def _check_gradients(source: Source, walk: _Walk) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from problems import CorrelatedPair, GaussianPair
+from problems import CorrelatedPair, GaussianPair, SampleOnly
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -14,6 +15,7 @@ from ncprior import NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.bases import fit_gaussian, latents_of, rebase
 from ncprior.features import seen
 from ncprior.heads import ConvHead, MLPHead
+from ncprior.testing import check_source
 from ncprior.walks import Walks
 
 
@@ -116,6 +118,32 @@ def test_another_base_and_saved_heads_keep_the_features(vae: MapVAE, tmp_path: o
     )
     with pytest.raises(ValueError, match=r"takes z of shape \(\*, B, 8, 4, 4\)"):
         without.sample(2, partial(sir, num_proposals=5))
+
+
+def test_features_draw_nothing_whatever_the_prior_is(vae: MapVAE) -> None:
+    plain = vae.source()
+    base = SampleOnly(Independent(Normal(torch.zeros(6), 1.0), 1))
+    source = SingleGroup(base, plain._posterior, vae.decode, features=vae.first)
+    z, before = torch.randn(3, 2, 6), torch.get_rng_state()
+    assert torch.equal(source.features(0, z), plain.features(0, z))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (lambda k, z: z.mean(-1).mean(-1, keepdim=True), "leading axes"),
+        (lambda k, z: z - z.mean(-2, keepdim=True), "must not depend on its company"),
+        (lambda k, z: z + torch.rand(()), "draws"),
+    ],
+)
+def test_check_source_looks_at_features(features: Any, message: str) -> None:
+    source = CorrelatedPair()
+    check_source(SeenPair(), source.data(8))
+    wrong = SeenPair()
+    object.__setattr__(wrong, "features", features)  # a frozen dataclass
+    with pytest.raises(AssertionError, match=message):
+        check_source(wrong, source.data(8))
 
 
 def test_a_source_without_features_shows_z_itself(vae: MapVAE) -> None:
