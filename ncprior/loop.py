@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Loader, Stream, first_batch, in_order, iter_is_self, split
+from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
+from ncprior.loader import Loader
 from ncprior.prior import NCPrior
 from ncprior.ranks import align_generators, gather, num_ranks, on_first, rank
 from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged

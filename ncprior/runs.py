@@ -14,8 +14,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from ncprior.batches import Loader, Stream, random_state, set_random_state
+from ncprior.batches import Stream, random_state, set_random_state
 from ncprior.files import load_tensors, pack, save_tensors, unpack
+from ncprior.loader import Loader
 from ncprior.ranks import gather, rank
 
 __all__ = [

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ncprior.batches import Loader, Stream
+from ncprior.batches import Stream
+from ncprior.loader import Loader
 from ncprior.ranks import num_ranks
 from ncprior.replay import ReplayBuffer
 from ncprior.runs import Training, drive, fingerprint_of, length_of, load, unchanged, weights_of

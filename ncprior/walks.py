@@ -27,7 +27,7 @@ from ncprior.distributions import build, parameters
 from ncprior.rows import Rows
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
 
-__all__ = ["Kept", "Walked", "Walks", "epochs_to_keep"]
+__all__ = ["KeptEncodings", "KeptWalks", "Walks", "epochs_to_keep"]
 
 
 class Walks(RowData):
@@ -69,7 +69,9 @@ class Walks(RowData):
         self.budget, self.folder = budget, folder
         features = getattr(source, "features", None)
         several = source.num_groups > 1
-        self.source: Any = Walked(source.num_groups, features) if several else Kept(source)
+        self.source: Any = (
+            KeptWalks(source.num_groups, features) if several else KeptEncodings(source)
+        )
         self.number = -1
         self.renew(0)
 
@@ -131,14 +133,14 @@ def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
     return tree
 
 
-class Kept:
+class KeptEncodings:
     """A source of one group whose batches are encodings already.
 
     Arguments:
         source: The VAE, wrapped; ``start``, ``group`` and all else are its own.
 
     Example:
-        >>> kept = Kept(source)
+        >>> kept = KeptEncodings(source)
         >>> encoding = source.encode(x)
         >>> kept.encode(encoding) is encoding, kept.num_groups
         (True, 1)
@@ -158,7 +160,7 @@ class Kept:
         return getattr(self.source, name)
 
 
-class Walked:
+class KeptWalks:
     """A source of several groups whose batches are walks: it can be trained on, and no more.
 
     Arguments:
@@ -168,7 +170,7 @@ class Walked:
     Example:
         >>> law = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
         >>> walk = 3 * ({"prior": law, "posterior": law, "context": None},)
-        >>> source = Walked(3)
+        >>> source = KeptWalks(3)
         >>> source.group(source.start(4, source.encode(walk))).prior.sample().shape
         torch.Size([4, 2])
     """

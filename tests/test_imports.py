@@ -31,7 +31,7 @@ GROUND = {
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine", "components"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
-WALK = {"source", "features", "inference", "batched", "walks", "prior", "stages"}
+WALK = {"source", "features", "inference", "batched", "walks", "loader", "prior", "stages"}
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, *WALK}
 SERVICES = {
     *("runs", "trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
@@ -71,7 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": {"samplers", "smc", "source", "bases", "prior"},
     "vaebm_trainer": {*CORE, "trainer"},
     "vaebm_fit": {*CORE, "runs", "vaebm_trainer"},
-    "runs": {"batches", "files", "ranks"},
+    "loader": {"batches"},
+    "runs": {"batches", "files", "loader", "ranks"},
     "training": {*CORE, "trainer", "runs"},
     "loop": {*CORE, "trainer", "training", "runs", "diagnostics"},
     "report": {"calibration"},

@@ -16,11 +16,12 @@ from toys import VAE, Ladder, flat, ladder_prior, same, stir, weights
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
 from ncprior.bases import rebase
-from ncprior.batches import Loader, Stream
+from ncprior.batches import Stream
 from ncprior.heads import MLPHead
+from ncprior.loader import Loader
 from ncprior.prior import contrasts, group_losses
 from ncprior.source import posterior_of, sample_posterior
-from ncprior.walks import Walked, Walks, epochs_to_keep
+from ncprior.walks import KeptWalks, Walks, epochs_to_keep
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -268,7 +269,7 @@ def test_walks_train_the_heads_of_a_ladder() -> None:
     assert isinstance(prior.source, Ladder)
     latents, _ = sample_posterior(prior.source, x)
     assert prior.log_ratio(latents).shape == (400, 2)
-    assert Walked(2).num_groups == 2
+    assert KeptWalks(2).num_groups == 2
 
 
 # --- loading ---

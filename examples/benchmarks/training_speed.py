@@ -40,7 +40,7 @@ from ncprior.heads import MLPHead
 from ncprior.prior import group_losses
 from ncprior.source import LatentSource
 from ncprior.training import HeldOut
-from ncprior.walks import Walked
+from ncprior.walks import KeptWalks
 
 COLUMNS = {
     "name": "<24",
@@ -237,7 +237,7 @@ def stepping(count: int, batched: bool, device: torch.device) -> tuple[NCETraine
     group = {"prior": parameters(z), "posterior": parameters(z)}
     walk = tuple({**group, "context": torch.randn(256, 64, device=device)} for _ in range(count))
     heads = [MLPHead((16,), context_shape=(64,), width=128).to(device) for _ in range(count)]
-    prior = NCPrior(Walked(count), heads)  # type: ignore[arg-type]
+    prior = NCPrior(KeptWalks(count), heads)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(prior.parameters(), fused=True)
     return NCETrainer(prior, optimizer, batched=batched), walk
 
