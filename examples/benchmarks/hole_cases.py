@@ -54,6 +54,9 @@ class Case:
     maps: Callable[[Tensor], Tensor] | None = None  # what heads see of z, if not z itself
     binarise: bool = False
     base_steps: int = 3000  # of the bases that are trained by descent
+    bases: tuple[str, ...] = ("", "mixture of 10", "mixture of 100")  # that heads are trained on
+    proposals: tuple[int, ...] = (50, 500)
+    every_sampler: bool = True  # not SIR alone
     encodings: Tensor = field(init=False)
     fresh_encodings: Tensor = field(init=False)
 
@@ -199,6 +202,7 @@ def _mnist(bench: Bench) -> Case:
         fit={
             "steps": 500 if quick else 4000,
             "batch_size": 512,
+            "precision": torch.bfloat16,
             "eval_every": 100 if quick else 250,
         },
     )
@@ -259,6 +263,9 @@ def _cifar10(bench: Bench) -> Case:
             "eval_every": 50 if quick else 200,
         },
         base_steps=50 if quick else 2000,
+        bases=("", "mixture of 10"),  # a head is half an hour's work
+        proposals=(50,),
+        every_sampler=False,
     )
 
 

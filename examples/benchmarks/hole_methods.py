@@ -6,7 +6,9 @@ then asked for samples, again and again; what it costs is counted, not assumed.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import tempfile
 import threading
 import time
@@ -37,6 +39,7 @@ from ncprior.bases import (
 from ncprior.combine import sequence
 from ncprior.components import within_components
 from ncprior.diagnostics import diagnose
+from ncprior.files import write_atomically
 from ncprior.flow_matching import fit_flow_matching
 from ncprior.recommend import recommend_sampler
 from ncprior.samplers import Sampler
@@ -45,16 +48,17 @@ from ncprior.stages import nested
 from ncprior.vamp import fit_vamp
 
 BATCH = 1000  # samples drawn at once
+AFTER = ("gate", "stages", "calibrate")  # arguments of fit that act on what is trained
 
 Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
 
 class Fitted(NamedTuple):
-    """A fitted method: draws images with their latents, and what it stores."""
+    """A fitted method: draws images with their latents; what it took to fit and what it stores."""
 
     draw: Callable[[int], Images]
-    stored: int
-    head_seconds: float = 0.0  # of heads that several methods share
+    seconds: float = 0.0
+    stored: int = 0
     heads: tuple[nn.Module, ...] = ()
 
 
@@ -95,19 +99,19 @@ def from_ncp(prior: NCPrior, sampler: Sampler) -> Callable[[int], Images]:
 
 
 def base(case: Case, seed: int) -> Fitted:
-    return Fitted(from_source(case.source), 0)
+    return Fitted(from_source(case.source))
 
 
 def posterior(case: Case, seed: int) -> Fitted:
-    return Fitted(case.posterior, case.encodings.numel())
+    return Fitted(case.posterior, stored=case.encodings.numel())
 
 
-def fitted_base(make: Callable[[Case], Any]) -> Callable[[Case, int], Fitted]:
-    """A base of `ncprior.bases` and its kin, alone."""
+def alone(heads: Heads, name: str) -> Callable[[Case, int], Fitted]:
+    """A base of `ncprior.bases` and its kin, the one that heads are trained on."""
 
     def run(case: Case, seed: int) -> Fitted:
-        found = make(case)
-        return Fitted(from_source(rebase(case.source, found)), stored_numbers(found))
+        found, seconds = heads.base(case, seed, name)
+        return Fitted(from_source(rebase(case.source, found)), seconds, stored_numbers(found))
 
     return run
 
@@ -121,7 +125,7 @@ def colder(temperature: float) -> Callable[[Case, int], Fitted]:
         return Independent(normal, len(p.event_shape), validate_args=False)
 
     def run(case: Case, seed: int) -> Fitted:
-        return Fitted(from_source(rebase(case.source, tempered)), 1)
+        return Fitted(from_source(rebase(case.source, tempered)), stored=1)
 
     return run
 
@@ -133,6 +137,8 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
         from pythae import samplers
         from pythae.trainers import BaseTrainerConfig
 
+        for name in ("base_trainer.base_trainer", "training_callbacks"):
+            logging.getLogger(f"pythae.trainers.{name}").setLevel(logging.WARNING)
         np.random.seed(seed)
         model = _pythae_model(case)
         sampler = getattr(samplers, f"{kind}Sampler")(
@@ -144,7 +150,9 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
             if kind != "GaussianMixture":
                 options = {"eval_data": held_out}
                 options["training_config"] = BaseTrainerConfig(output_dir=folder, seed=seed)
+            started = time.perf_counter()
             sampler.fit(images, **options)
+            seconds = time.perf_counter() - started
         networks = [
             m for m in vars(sampler).values() if isinstance(m, nn.Module) and m is not model
         ]
@@ -164,7 +172,7 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
                 hook.remove()
             return x, torch.cat(seen)[:count]
 
-        return Fitted(draw, stored)
+        return Fitted(draw, seconds, stored)
 
     return run
 
@@ -205,46 +213,69 @@ def _pythae_model(case: Case) -> Any:  # noqa: ANN401
 
 
 class Heads:
-    """Trains the heads of each base and seed once, for all the samplers that draw from them."""
+    """Fits each base, and trains the heads on it, once per seed for all that draw from them."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.kept: dict[str, Trained] = {}
-        self.spent = 0.0  # seconds of all trainings so far, those from the cache not included
+        self.bases: dict[tuple[str, int], tuple[Any, float]] = {}
+        self.kept: dict[Path, Trained] = {}
+
+    def base(self, case: Case, seed: int, name: str) -> tuple[Any, float]:
+        """A base of `BASES`, the same whenever it is fitted, and the seconds that it took."""
+        if (name, seed) not in self.bases:
+            torch.manual_seed(seed)
+            started = time.perf_counter()
+            found = BASES[name](case)
+            self.bases[name, seed] = found, time.perf_counter() - started
+        return self.bases[name, seed]
 
     def on(self, case: Case, seed: int, base: str, **options: object) -> Trained:
-        """Heads on a base of `BASES`, or the VAE's own; trained, or taken from the cache."""
+        """Heads on a base of `BASES`, or the VAE's own; trained, or taken from the cache.
+
+        What `gate`, `calibrate` and `stages` do, they do to the same training, by its checkpoint.
+        """
         settings = {**case.fit, **options}
-        key = f"{base} {case.head} {settings} {case.base_steps}"
-        name = slug(f"hole-{case.name}-{base}-{'-'.join(options)}-{seed}")
-        folder = self.bench.cache / f"{name}{'-quick' * case.quick}"
-        if key + name not in self.kept:
-            made = _read(folder / "made.json")
-            if made.get("key") != key:
-                started = time.perf_counter()
-                prior, text = self._train(case, base, settings)
-                prior.save_pretrained(folder)
-                made = {"key": key, "seconds": time.perf_counter() - started, "history": text}
-                (folder / "made.json").write_text(json.dumps(made), encoding="utf-8")
-                self.spent += made["seconds"]
+        folder = self._path(case, seed, base, settings)
+        if folder not in self.kept:
+            plain = {key: value for key, value in options.items() if key not in AFTER}
+            seconds = 0.0 if plain == options else self.on(case, seed, base, **plain).seconds
+            file = folder / "made.json"
+            if not file.exists():
+                made = self._train(case, seed, base, settings)
+                with write_atomically(file) as temporary:
+                    temporary.write_text(json.dumps(made), encoding="utf-8")
+            made = json.loads(file.read_text(encoding="utf-8"))
             print(f"{folder.name}: {made['history']}", flush=True)
             prior = NCPrior.from_pretrained(case.source, folder)
-            self.kept[key + name] = Trained(prior, made["seconds"])
-        return self.kept[key + name]
+            prior.precision = settings.get("precision", torch.float32)
+            self.kept[folder] = Trained(prior, seconds + made["seconds"])
+        return self.kept[folder]
 
-    def _train(self, case: Case, base: str, options: dict[str, Any]) -> tuple[NCPrior, str]:
-        source = case.source
+    def _train(self, case: Case, seed: int, base: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Trains heads, or goes on from what was trained; the seconds are those of what was new."""
+        source, seconds = case.source, 0.0
         if base in BASES:
-            source = rebase(source, BASES[base](case))
+            found, seconds = self.base(case, seed, base)
+            source = rebase(source, found)
+        training = {key: value for key, value in settings.items() if key not in AFTER}
+        seconds = seconds if training == settings else 0.0
+        checkpoint = self._path(case, seed, base, training).with_suffix(".checkpoint")
+        torch.manual_seed(seed)
+        started = time.perf_counter()
         prior = NCPrior.for_source(source, case.rows[:512], **case.head)
-        if case.quick and "proposal_cache" in options:
-            options = {**options, "proposal_cache": 5000}
-        history = fit(prior, case.data, held_out=case.held_out, **options)
-        return prior, f"{history}\n{diagnose(prior, case.test_rows)}"
+        options = {**settings, "held_out": case.held_out, "checkpoint": checkpoint}
+        if case.quick and "proposal_cache" in settings:
+            options["proposal_cache"] = 5000
+        history = fit(prior, case.data, **options)
+        seconds += time.perf_counter() - started
+        prior.save_pretrained(self._path(case, seed, base, settings))
+        return {"seconds": seconds, "history": f"{history}\n{diagnose(prior, case.test_rows)}"}
 
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def _path(self, case: Case, seed: int, base: str, settings: dict[str, Any]) -> Path:
+        """A folder of its own for all that the heads depend on."""
+        key = f"{case.head} {settings} {case.base_steps}"
+        name = slug(f"hole-{case.name}-{base}-{seed}") + "-quick" * case.quick
+        return self.bench.cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 class Trained(NamedTuple):
@@ -268,7 +299,7 @@ def ours(
 
     def run(case: Case, seed: int) -> Fitted:
         prior, seconds = found = heads.on(case, seed, base, **options)
-        return Fitted(from_ncp(prior, sampler), found.stored, seconds, tuple(prior.heads))
+        return Fitted(from_ncp(prior, sampler), seconds, found.stored, tuple(prior.heads))
 
     return run
 
@@ -280,7 +311,7 @@ def recommended(heads: Heads, base: str, budget: int) -> Callable[[Case, int], F
         prior, seconds = found = heads.on(case, seed, base)
         choice = recommend_sampler(diagnose(prior, case.test_rows), budget=budget)
         print(f"{case.name}, seed {seed}, budget {budget}: {choice}", flush=True)
-        return Fitted(from_ncp(prior, choice.sampler), found.stored, seconds, tuple(prior.heads))
+        return Fitted(from_ncp(prior, choice.sampler), seconds, found.stored, tuple(prior.heads))
 
     return run
 
@@ -293,11 +324,13 @@ def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Ca
         source = nested(prior, partial(sir, num_proposals=first))
         second = NCPrior.for_source(source, case.held_out[:512], **case.head)
         options = {**case.fit, "proposal_cache": 5000 if case.quick else 50_000}
+        started = time.perf_counter()
         history = fit(second, case.data, held_out=case.held_out, **options)
+        seconds += time.perf_counter() - started
         print(f"{case.name}, seed {seed}, nested: {history}", flush=True)
         stored = found.stored + sum(p.numel() for p in second.parameters())
         draw = from_ncp(second, partial(sir, num_proposals=then))
-        return Fitted(draw, stored, seconds, (*prior.heads, *second.heads))
+        return Fitted(draw, seconds, stored, (*prior.heads, *second.heads))
 
     return run
 
@@ -324,7 +357,7 @@ def on_images(case: Case, **options: Any) -> SingleGroup:  # noqa: ANN401
 
 def methods(case: Case, heads: Heads) -> list[Method]:
     """All that is compared on a case, references first."""
-    ten, few, many = (partial(sir, num_proposals=m) for m in (10, 50, 500))
+    few, many = (partial(sir, num_proposals=m) for m in (50, 500))
     found = [Method("N(0, I)", "reference", base), Method("posterior", "reference", posterior)]
     if case.source.num_groups > 1:
         found[0] = found[0]._replace(name="base prior")
@@ -334,51 +367,50 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         found += [Method(name, "ours", ours(heads, "", s, **options)) for name, s, options in own]
         found.append(Method("NCP, recommended(500)", "ours", recommended(heads, "", 500)))
         return found
-    for name, make in BASES.items():
+    for name in BASES:
         family = "reference" if name == "training encodings" else "peer"
-        found.append(Method(name, family, fitted_base(make)))
+        found.append(Method(name, family, alone(heads, name)))
     for components in (10, 100):
         sampler = pythaes("GaussianMixture", n_components=components)
         found.append(Method(f"pythae mixture of {components}", "peer", sampler))
     for name, kind in (("MAF", "MAF"), ("IAF", "IAF"), ("two-stage", "TwoStageVAE")):
         found.append(Method(f"pythae {name}", "peer", pythaes(kind)))
+    smc = partial(tempered_smc, num_particles=1, share=True, num_moves=8)
+    for where in case.bases:
+        name = f"NCP on {where or 'N(0, I)'}"
+        own = [(f"SIR({m})", partial(sir, num_proposals=m)) for m in case.proposals]
+        if where:
+            own += [(f"{kind} within", within_components(sampler)) for kind, sampler in own]
+        if case.every_sampler:
+            own.append(("SMC", smc))
+        found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
+    last = case.bases[-1]
+    found += [
+        Method(f"NCP on {last}, recommended({m})", "ours", recommended(heads, last, m))
+        for m in case.proposals
+    ]
+    if case.every_sampler:
+        found += variants(heads, last)
+    automatic = ours(heads, last, few, stages="auto")
+    found.append(Method(f"NCP on {last}, stages auto, SIR(50)", "ours", automatic))
+    return found
+
+
+def variants(heads: Heads, last: str) -> list[Method]:
+    """Other samplers, bases whose draws cost more than the heads, and further training."""
+    ten, few = (partial(sir, num_proposals=m) for m in (10, 50))
     walk = sequence(
         partial(sir, num_proposals=25),
         partial(langevin, num_steps=12, step_size=0.1, adjusted=True),
     )
-    smc = partial(tempered_smc, num_particles=1, share=True, num_moves=8)
-    within = [
-        ("SIR(50) within", within_components(few)),
-        ("SIR(500) within", within_components(many)),
-    ]
-    for where in ("", "mixture of 10", "mixture of 100"):
-        name = f"NCP on {where or 'N(0, I)'}"
-        own = [("SIR(50)", few), ("SIR(500)", many), ("SMC", smc), *(within if where else [])]
-        found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
-    last = "mixture of 100"
-    found += [
-        Method(f"NCP on {last}, SIR(25) + MALA", "ours", ours(heads, last, walk)),
-        *(
-            Method(
-                f"NCP on {closer}, SIR(10)",
-                "ours",
-                ours(heads, closer, ten, proposal_cache=50_000),
-            )
-            for closer in ("flow", "flow matching")  # whose proposals cost more than the heads
-        ),
-        Method(
-            f"NCP on {last}, stages auto, SIR(50)", "ours", ours(heads, last, few, stages="auto")
-        ),
-        Method(
-            f"NCP on {last}, calibrated, SIR(50)", "ours", ours(heads, last, few, calibrate=True)
-        ),
-        Method(f"NCP on {last}, nested 7 × 7", "ours", second_stage(heads, last, 7, 7)),
-        *(
-            Method(f"NCP on {last}, recommended({b})", "ours", recommended(heads, last, b))
-            for b in (50, 500)
-        ),
-    ]
-    return found
+    found = {
+        f"{last}, SIR(25) + MALA": ours(heads, last, walk),
+        f"{last}, calibrated, SIR(50)": ours(heads, last, few, calibrate=True),
+        f"{last}, nested 7 × 7": second_stage(heads, last, 7, 7),
+        "flow, SIR(10)": ours(heads, "flow", ten, proposal_cache=50_000),
+        "flow matching, SIR(10)": ours(heads, "flow matching", ten, proposal_cache=50_000),
+    }
+    return [Method(f"NCP on {name}", "ours", fit) for name, fit in found.items()]
 
 
 # --- what it costs ---

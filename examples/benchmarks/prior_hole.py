@@ -133,9 +133,7 @@ class Comparison:
 
     def _drawn(self, method: Method) -> dict[str, Tensor]:
         torch.manual_seed(self.seed)
-        started, before = time.perf_counter(), self.heads.spent
         fitted = method.fit(self.case, self.seed)
-        seconds = time.perf_counter() - started - (self.heads.spent - before)
         features, images, copies, took = [], [], 0.0, 0.0
         with evaluations(list(fitted.heads)) as evaluated, peak_memory() as peak:
             for generation in range(GENERATIONS):
@@ -150,7 +148,7 @@ class Comparison:
         if self.samples is not None:
             self._save(method, images)
         costs = {
-            "fit_seconds": seconds + fitted.head_seconds,
+            "fit_seconds": fitted.seconds,
             "sample_seconds_per_10k": took * 10_000 / total,
             "head_evaluations": evaluated() / total,
             "stored_numbers": fitted.stored,
