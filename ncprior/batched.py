@@ -33,7 +33,7 @@ def log_ratios(
     Arguments:
         heads: One head per group.
         contrasts: z of shape ``(*, B, *event)`` and the context per group, as of
-            :func:`ncprior.prior.contrasts`.
+            :func:`ncprior.contrasts.contrasts`.
         precision: Of the factors of products, see :mod:`ncprior.inference`.
 
     Returns:

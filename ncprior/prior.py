@@ -15,22 +15,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from ncprior.blocks import at_precision
+from ncprior.contrasts import group_losses
 from ncprior.features import as_seen, seen
 from ncprior.heads import make_head
 from ncprior.inference import given
-from ncprior.nce import nce_loss
 from ncprior.samplers import Draw, LogRatio, Sampler
-from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
+from ncprior.source import Group, LatentSource, num_rows, posterior_of
 
-__all__ = ["NCPrior", "Sample", "contrasts", "group_losses"]
+__all__ = ["NCPrior", "Sample"]
 
 
 class Sample(NamedTuple):
@@ -419,67 +419,6 @@ class NCPrior(nn.Module):
         other.strength, other.active = self.strength, list(self.active)
         other.precision, other.compiled = self.precision, self.compiled
         return other.train(self.training)
-
-
-def group_losses(
-    prior: NCPrior,
-    x: Any,  # noqa: ANN401
-    noise_weight: float,
-    num_draws: int,
-    *,
-    precision: torch.dtype = torch.float32,
-    groups: Container[int] | None = None,
-) -> Iterator[Tensor]:
-    """Yields each group's NCE loss in turn; one walk, of which only one head is alive at a time.
-
-    Where ``groups`` are given, the others' losses are left out, and are 0.
-
-    Example:
-        >>> for loss in group_losses(prior, x, noise_weight=1.0, num_draws=1):
-        ...     loss.backward()
-    """
-    for k, (z, context) in enumerate(contrasts(prior.source, x, num_draws)):
-        if groups is not None and k not in groups:
-            yield z.new_zeros((), dtype=torch.float32)
-            continue
-        log_r = prior.log_r(k, z, context, precision=precision)
-        yield nce_loss(log_r[0], log_r[1], noise_weight)
-
-
-def contrasts(
-    source: LatentSource[Any, Any],
-    x: Any,  # noqa: ANN401
-    num_draws: int = 1,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields, group by group, what its head is to tell apart, under z_<k of the posterior.
-
-    Arguments:
-        source: The VAE.
-        x: One batch, as the user's loader yields it.
-        num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with the
-            first.
-
-    Returns:
-        Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
-        context.
-
-    Example:
-        >>> [z.shape for z, context in contrasts(source, x)]
-        [torch.Size([2, 1, 4, 2])]
-    """
-    count = Size((num_draws,))
-    require_eval(source, getattr(source, "module", None))
-    with torch.no_grad():
-        encoding = source.encode(x)
-        state = source.start(num_rows(encoding), encoding)
-    for k in range(source.num_groups):
-        with torch.no_grad():
-            group = source.group(state)
-            z_q, z_p = posterior_of(group).sample(count), group.prior.sample(count)
-            if k + 1 < source.num_groups:
-                state = source.advance(state, z_q[0])
-            z = torch.stack([z_q, z_p.to(z_q.dtype)])
-        yield z, group.context
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ncprior.batched import log_ratios
+from ncprior.contrasts import contrasts, group_losses
 from ncprior.features import seen
 from ncprior.nce import nce_loss
-from ncprior.prior import NCPrior, contrasts, group_losses
+from ncprior.prior import NCPrior
 from ncprior.ranks import average_over_ranks, from_rank, num_ranks, rank, sum_over_ranks
 
 __all__ = [

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import Stream, in_order, own_generators
+from ncprior.contrasts import group_losses
 from ncprior.loader import Loader
-from ncprior.prior import NCPrior, group_losses
+from ncprior.prior import NCPrior
 from ncprior.ranks import from_rank, gather, num_ranks, on_first, rank, sum_over_ranks
 from ncprior.runs import Training, weights_of
 from ncprior.source import num_rows

@@ -15,8 +15,8 @@ from toys import Ladder, ladder_prior, stir
 from ncprior import NCETrainer, NCPrior, fit
 from ncprior import batched as batched_module
 from ncprior.batched import log_ratios
+from ncprior.contrasts import contrasts
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
-from ncprior.prior import contrasts
 
 
 def many() -> tuple[list[nn.Module], list[tuple[Tensor, Tensor | None]]]:

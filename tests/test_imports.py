@@ -31,7 +31,17 @@ GROUND = {
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine", "components"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
-WALK = {"source", "features", "inference", "batched", "walks", "loader", "prior", "stages"}
+WALK = {
+    "source",
+    "features",
+    "inference",
+    "batched",
+    "walks",
+    "loader",
+    "contrasts",
+    "prior",
+    "stages",
+}
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, *WALK}
 SERVICES = {
     *("runs", "trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
@@ -61,7 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "walks": {"batches", "distributions", "rows", "source"},
     "proposals": {"distributions"},
     "samplers": {"proposals"},
-    "prior": {"source", "features", "heads", "blocks", "inference", "samplers", "nce"},
+    "contrasts": {"nce", "source"},
+    "prior": {"source", "features", "heads", "blocks", "inference", "samplers", "contrasts"},
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
     "ood": {*CORE, "likelihood", "normaliser"},

@@ -15,9 +15,9 @@ from torch.distributions import Independent, Normal
 from toys import VAE, Ladder, Rung, base, everything, flat, ladder_prior, same, stir, weights
 
 from ncprior import Draw, Group, NCPrior, SingleGroup, langevin, sir
+from ncprior.contrasts import group_losses
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.nce import nce_loss
-from ncprior.prior import group_losses
 from ncprior.samplers import LogRatio
 from ncprior.source import Sampleable, posterior_of
 

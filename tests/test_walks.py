@@ -17,9 +17,9 @@ from toys import VAE, Ladder, flat, ladder_prior, same, stir, weights
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
 from ncprior.bases import rebase
 from ncprior.batches import Stream
+from ncprior.contrasts import contrasts, group_losses
 from ncprior.heads import MLPHead
 from ncprior.loader import Loader
-from ncprior.prior import contrasts, group_losses
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.walks import KeptWalks, Walks, epochs_to_keep
 

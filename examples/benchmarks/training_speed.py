@@ -33,11 +33,11 @@ from sampler_cost import Table8
 from torch import Tensor, nn
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
+from ncprior.contrasts import group_losses
 from ncprior.data import read_images
 from ncprior.demo_models import VAE
 from ncprior.distributions import parameters
 from ncprior.heads import MLPHead
-from ncprior.prior import group_losses
 from ncprior.source import LatentSource
 from ncprior.training import HeldOut
 from ncprior.walks import KeptWalks
