@@ -1,4 +1,4 @@
-r"""Samplers made of samplers: one after the other, and at another temperature.
+r"""Samplers made of samplers: one after the other, at another temperature, and told in words.
 
 There are three temperatures, of different meaning. ``NCPrior.strength`` α draws from r^α·p: how far
 the prior is corrected. A temperature T here draws from (r·p)^{1/T}: how close to the modes of the
@@ -7,9 +7,11 @@ corrected prior. A source's or base's own temperature changes p, and with it wha
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ncprior.samplers import Draw, LogRatio, Sampler
 if TYPE_CHECKING:
     from ncprior.source import Sampleable
 
-__all__ = ["at_temperature", "sequence"]
+__all__ = ["at_temperature", "describe", "sequence"]
 
 
 def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
@@ -101,3 +103,35 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
         return sampler(prior, log_r_t)
 
     return tempered
+
+
+def describe(sampler: Any) -> str:  # noqa: ANN401
+    """Tells a sampler and its options in words that are the same in every process.
+
+    Arguments:
+        sampler: A sampler, as it is, configured by ``functools.partial``, or made of others.
+
+    Returns:
+        What it is; samplers of equal words are the same.
+
+    Example:
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> describe(partial(sir, num_proposals=50))
+        'sir(num_proposals=50)'
+        >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
+        'at_temperature.tempered(sir(num_proposals=50), 0.5)'
+    """
+    if isinstance(sampler, partial):
+        told = [describe(a) for a in sampler.args]
+        told += [f"{name}={describe(a)}" for name, a in sorted(sampler.keywords.items())]
+        return f"{describe(sampler.func)}({', '.join(told)})"
+    if isinstance(sampler, tuple | list):
+        return f"({', '.join(map(describe, sampler))})"
+    if not callable(sampler):
+        return repr(sampler)
+    sampler = inspect.unwrap(sampler)
+    name = str(getattr(sampler, "__qualname__", type(sampler).__qualname__))
+    held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
+    name = name.replace(".<locals>", "")
+    return f"{name}({', '.join(map(describe, held))})" if held else name

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from ncprior.batches import first_batch, in_order
 from ncprior.calibration import Mean, pareto_k, recalibrate, reliability
 from ncprior.dynamics import can_walk
+from ncprior.mixtures import GaussianMixture
 from ncprior.prior import NCPrior
 from ncprior.report import GroupReport, Report, Verdict
 from ncprior.samplers import sir
@@ -111,13 +112,8 @@ def diagnose(
         kinds = _kinds(prior, first_batch(held_out, batch_size))
     groups = []
     for k, is_on in enumerate(on):
-        context, gradient = kinds[k]
         report = GroupReport(
-            k,
-            Verdict.OFF,
-            ess={low: math.nan, high: math.nan},
-            has_context=context,
-            has_gradient=gradient,
+            k, Verdict.OFF, ess={low: math.nan, high: math.nan}, **kinds[k]._asdict()
         )
         if is_on:
             report = _with_loss(report, log_r[:, k], None if trained is None else trained[:, k])
@@ -162,8 +158,22 @@ def _measure(
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
 
 
-def _kinds(prior: NCPrior, x: Any) -> list[tuple[bool, bool]]:  # noqa: ANN401
-    """Of every group, whether it has a context, and whether its latents can be walked in."""
+class _Kind(NamedTuple):
+    """What samplers go by, of one group."""
+
+    has_context: bool
+    has_gradient: bool
+    num_components: int
+
+    @classmethod
+    def of(cls, group: Group) -> _Kind:
+        prior = group.prior
+        components = len(prior.logits) if isinstance(prior, GaussianMixture) else 1
+        return cls(group.context is not None, can_walk(prior), components)
+
+
+def _kinds(prior: NCPrior, x: Any) -> list[_Kind]:  # noqa: ANN401
+    """What kind each group is of."""
     device = next((p.device for p in prior.parameters()), None)
     if device is not None:
         x = tree_map_only(Tensor, lambda t: t.to(device), x)
@@ -171,7 +181,7 @@ def _kinds(prior: NCPrior, x: Any) -> list[tuple[bool, bool]]:  # noqa: ANN401
     state = prior.source.start(num_rows(encoding), encoding)
     for _ in range(prior.source.num_groups):
         group = prior.source.group(state)
-        kinds.append((group.context is not None, can_walk(group.prior)))
+        kinds.append(_Kind.of(group))
         state = prior.source.advance(state, posterior_of(group).sample())
     return kinds
 

@@ -13,7 +13,6 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import random_state, set_random_state
+from ncprior.combine import describe
 from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
 from ncprior.prior import NCPrior
 from ncprior.ranks import num_ranks, rank
@@ -88,7 +88,7 @@ def sample_parts(
     if not all(0 <= i < count for i in chosen):
         raise ValueError(f"The parts of this job are 0 to {count - 1}; got {list(chosen)}.")
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
-    job |= {"sampler": _told(sampler), "prior": _digest(prior, condition)}
+    job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
     folder = Path(folder)
     _claim(folder, job)
     for i in chosen:
@@ -179,21 +179,6 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(outside)
-
-
-def _told(value: Any) -> str:  # noqa: ANN401
-    """A sampler, or an option of one, in words that are the same in every process."""
-    if isinstance(value, partial):
-        told = [_told(a) for a in value.args]
-        told += [f"{name}={_told(a)}" for name, a in sorted(value.keywords.items())]
-        return f"{_told(value.func)}({', '.join(told)})"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_told, value))})"
-    if not callable(value):
-        return repr(value)
-    name = str(getattr(value, "__qualname__", type(value).__qualname__))
-    held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-    return f"{name}({', '.join(map(_told, held))})" if held else name
 
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401

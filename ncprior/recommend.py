@@ -6,6 +6,8 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+from ncprior.combine import describe
+from ncprior.components import within_components
 from ncprior.report import Report, Verdict
 from ncprior.samplers import Sampler, sir
 from ncprior.smc import tempered_smc
@@ -37,21 +39,17 @@ class Recommendation(NamedTuple):
 
     def __str__(self) -> str:
         """Says it in one line."""
-        function = self.sampler
-        options = getattr(function, "keywords", {})
-        name = getattr(getattr(function, "func", function), "__name__", "sampler")
-        arguments = ", ".join(f"{key}={value}" for key, value in options.items())
-        return (
-            f"{name}({arguments}), about {self.evaluations} evaluations per sample. {self.reason}"
-        )
+        sampler = describe(self.sampler)
+        return f"{sampler}, about {self.evaluations} evaluations per sample. {self.reason}"
 
 
 def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     """Picks a sampler and its settings for a trained prior.
 
     SIR where it has plenty of proposals, or where nothing else can be: the proposals needed grow
-    with e^KL. Else, for a single group without a context, whose latents can be walked in, tempered
-    sequential Monte Carlo over one population: its cost grows with KL itself.
+    with e^KL. Else, on a mixture base, SIR within its components. Else, for a single group without
+    a context, whose latents can be walked in, tempered sequential Monte Carlo over one population:
+    its cost grows with KL itself.
 
     Arguments:
         report: What :func:`ncprior.diagnostics.diagnose` has found.
@@ -82,6 +80,9 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     by_sir = partial(sir, num_proposals=each)
     if each >= _PLENTY * needed:
         return Recommendation(by_sir, budget, f"{needed:,} proposals are needed: plenty.")
+    if len(report.groups) == 1 and groups[0].num_components > 1:
+        reason = f"{needed:,} proposals are needed, fewer within the components of the base."
+        return Recommendation(within_components(by_sir), each, reason)
     if len(report.groups) > 1 or groups[0].has_context or not groups[0].has_gradient:
         enough = "enough" if each >= needed else "the budget is short, a closer base would help"
         reason = f"{needed:,} proposals are needed in the widest group: {enough}."

@@ -120,6 +120,7 @@ class GroupReport(NamedTuple):
         train_gap_error: Its standard error.
         has_context: Whether the group has a context: rows then have targets of their own.
         has_gradient: Whether Langevin dynamics can walk in the group's prior.
+        num_components: Components of the base where it is a Gaussian mixture, else 1.
         reliability: The reliability curve, ``None`` for a head that is off.
 
     Example:
@@ -154,6 +155,7 @@ class GroupReport(NamedTuple):
     train_gap_error: float = math.nan
     has_context: bool = False
     has_gradient: bool = False
+    num_components: int = 1
     reliability: Reliability | None = None
 
 

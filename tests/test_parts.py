@@ -21,10 +21,10 @@ from toys import VAE, flat, ladder_prior, stir
 from ncprior import Draw, NCPrior, langevin, sir
 from ncprior.bases import GaussianMixture, rebase
 from ncprior.batches import random_state
-from ncprior.combine import at_temperature, sequence
+from ncprior.combine import at_temperature, describe, sequence
 from ncprior.components import within_components
 from ncprior.heads import MLPHead
-from ncprior.parts import _seed, _told, read_parts, sample_parts
+from ncprior.parts import _seed, read_parts, sample_parts
 
 SAMPLER = partial(sir, num_proposals=200)
 JOB: dict[str, Any] = {"num_samples": 23, "part_size": 5, "seed": 7}
@@ -239,9 +239,9 @@ def test_samplers_made_of_samplers_are_told_apart_and_known_again(
     make: Any, tmp_path: Path
 ) -> None:
     few, more = (make(partial(sir, num_proposals=m)) for m in (5, 6))
-    assert _told(few) == _told(make(partial(sir, num_proposals=5)))
-    assert _told(few) != _told(more)
-    assert "0x" not in _told(few)  # no addresses, which differ between processes
+    assert describe(few) == describe(make(partial(sir, num_proposals=5)))
+    assert describe(few) != describe(more)
+    assert "0x" not in describe(few)  # no addresses, which differ between processes
 
 
 def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from problems import Codes, CorrelatedPair, GaussianPair, SampleOnly, TwoBumps, 
 from torch import Tensor
 
 from ncprior import NCPrior, SingleGroup, sir
+from ncprior.bases import rebase
 from ncprior.diagnostics import diagnose
+from ncprior.mixtures import GaussianMixture
 from ncprior.recommend import Recommendation, recommend_sampler
 from ncprior.report import GroupReport, Report, Verdict
 from ncprior.smc import tempered_smc
@@ -33,7 +35,7 @@ def test_smc_where_there_are_not() -> None:
     choice = recommend_sampler(report_of({"proposals_needed": 11, "kl": 1.0}), budget=300)
     assert choice.sampler.func is tempered_smc  # type: ignore[attr-defined]
     assert choice.evaluations <= 300
-    assert str(choice).startswith("tempered_smc(num_particles=1, share=True, num_moves=")
+    assert str(choice).startswith("tempered_smc(num_moves=16, num_particles=1, share=True), about 66")
 
 
 @pytest.mark.parametrize("kind", [{"has_context": True}, {"has_gradient": False}])
@@ -42,6 +44,30 @@ def test_sir_where_no_population_can_walk(kind: dict[str, bool]) -> None:
     choice = recommend_sampler(found, budget=100)
     assert choice.sampler.func is sir  # type: ignore[attr-defined]
     assert "closer base" in choice.reason
+
+
+def test_sir_within_the_components_of_a_mixture_base() -> None:
+    mixture = {"proposals_needed": 40, "kl": 1.0, "num_components": 10}
+    choice = recommend_sampler(report_of(mixture), budget=50)
+    assert str(choice).startswith("within_components.within(sir(num_proposals=50)), about 50 eval")
+    assert choice.evaluations == 50
+    plenty = recommend_sampler(report_of(mixture), budget=1200)  # sir is right at any base's rest
+    assert plenty.sampler.func is sir  # type: ignore[attr-defined]
+
+
+def test_diagnose_tells_the_components_of_a_mixture_base() -> None:
+    problem = GaussianPair()
+    base = GaussianMixture(torch.zeros(3), torch.randn(3, 2), torch.ones(3, 2))
+    source = rebase(problem.source(), base)
+    prior = NCPrior.for_source(source, problem.data(99))
+    report = diagnose(prior, problem.data(99))
+    assert report.groups[0].num_components == 3
+    assert (
+        diagnose(NCPrior(problem.source(), problem.head()), problem.data(99))
+        .groups[0]
+        .num_components
+        == 1
+    )
 
 
 def test_the_budget_is_shared_by_the_heads_in_use() -> None:
