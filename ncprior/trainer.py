@@ -152,7 +152,8 @@ class NCETrainer:
         """
         for k in self.groups:
             zero_gradients(self.prior.heads[k])
-        losses = self._all_at_once(x) if self.batched else self._in_turn(x)
+        at_once = self.batched and self.groups  # a rank may have none
+        losses = self._all_at_once(x) if at_once else self._in_turn(x)
         if self.group_parallel:
             mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms().to(losses)]))
         else:

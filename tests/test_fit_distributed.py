@@ -41,9 +41,8 @@ class Stored:
 class Replay:
     """A source of several groups whose batches are row numbers, and whose draws are stored."""
 
-    num_groups = GROUPS
-
-    def __init__(self) -> None:
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
         generator = torch.Generator().manual_seed(9)
         self.z = torch.randn(2, GROUPS, STEPS * ROWS, 2, generator=generator)
         self.z[0] += 0.7
@@ -66,10 +65,11 @@ class Replay:
         return state[0], state[1] + 1
 
 
-def replayed(**options: Any) -> NCPrior:
+def replayed(num_groups: int = GROUPS, **options: Any) -> NCPrior:
     """Heads trained on the stored draws, in as many steps as there are batches."""
     torch.manual_seed(4)
-    prior = NCPrior(Replay(), [MLPHead((2,), width=8, depth=1) for _ in range(GROUPS)])
+    heads = [MLPHead((2,), width=8, depth=1) for _ in range(num_groups)]
+    prior = NCPrior(Replay(num_groups), heads)
     rows = list(torch.arange(STEPS * ROWS).split(ROWS))
     held_out = torch.arange(37)
     options = {"held_out": held_out, "eval_every": 5, "patience": None, **options}
@@ -107,6 +107,9 @@ def rank_main(rank: int, folder: Path) -> None:
         keep(f"replayed {how}", prior)
         told[f"held out {how}"] = [row.held_out for row in prior.history.rows]
         told[f"loss {how}"] = [row.loss for row in prior.history.rows]
+
+    for batched in (False, True):  # more ranks than groups
+        keep(f"one group {batched}", replayed(1, group_parallel=True, batched=batched))
 
     x = torch.randn(400, 3, generator=torch.Generator().manual_seed(3))
     for how in (False, True):
@@ -183,6 +186,15 @@ def test_two_processes_given_the_same_z_are_one(ranks: Ranks, group_parallel: bo
         for i, row in enumerate(prior.history.rows):
             assert told[f"held out {group_parallel}"][i] == pytest.approx(row.held_out, abs=1e-5)
             assert told[f"loss {group_parallel}"][i] == pytest.approx(row.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_rank_without_a_group_goes_along(ranks: Ranks, batched: bool) -> None:
+    prior = replayed(1)
+    one, two = (named(rank, f"one group {batched}") for rank in ranks)
+    for name, tensor in prior.state_dict().items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("group_parallel", [False, True])

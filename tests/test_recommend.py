@@ -35,7 +35,9 @@ def test_smc_where_there_are_not() -> None:
     choice = recommend_sampler(report_of({"proposals_needed": 11, "kl": 1.0}), budget=300)
     assert choice.sampler.func is tempered_smc  # type: ignore[attr-defined]
     assert choice.evaluations <= 300
-    assert str(choice).startswith("tempered_smc(num_moves=16, num_particles=1, share=True), about 66")
+    assert str(choice).startswith(
+        "tempered_smc(num_moves=16, num_particles=1, share=True), about 66"
+    )
 
 
 @pytest.mark.parametrize("kind", [{"has_context": True}, {"has_gradient": False}])
