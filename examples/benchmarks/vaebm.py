@@ -83,7 +83,7 @@ class Comparison:
         torch.manual_seed(seed)
         self.source: Any = on_images(case, likelihood=partial(_pixels, case.vae))
         if bench.settings["noise"] == "fitted":
-            self.source = SquaredError.fitted(self.source, case.test_images[:2000])
+            self.source = SquaredError.fitted(self.source, case.images[-case.num_held_out :])
         trained = Heads(bench).on(case, seed, bench.settings["base"])
         self.prior, self.head_seconds = self._on_images(trained.prior), trained.seconds
         self.sampler: Sampler = partial(sir, num_proposals=bench.settings["num_proposals"])
