@@ -52,7 +52,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script that fills tables in, in a folder with results and a README of its own."""
     module = load("tables")
     monkeypatch.setattr(module, "FOLDER", tmp_path)
-    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    monkeypatch.setattr(module, "PAGES", [tmp_path / "README.md"])
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text(
         "# Ours\n\n<!-- table mnist_nll -->\n<!-- end -->\n\nEnd.\n"
@@ -163,6 +163,29 @@ def test_tables_are_filled_in_and_a_changed_number_is_noticed(
     assert run("--check") == 0
     write_results(tmp_path, gain=2.4)
     assert run("--check") == 1
+
+
+def test_a_table_may_show_some_methods_alone(tables: ModuleType, tmp_path: Path) -> None:
+    costs = dict.fromkeys(tables.COSTS, 1.0)
+    gap = {"gap_closed": 0.9, "gap_low": 0.85, "gap_high": 0.95, **costs}
+    over = {"over_peer": 0.1, "over_low": 0.05, "over_high": 0.15}
+    rows = [
+        {"method": "mixture of 10", "family": "peer", "seed": 0, **gap},
+        {"method": "NCP, SIR(50)", "family": "ours", "seed": 0, **gap, **over},
+        {"method": "flow", "family": "peer", "seed": 0, **gap},
+    ]
+    meta = {"settings": {"quick": False}, "machine": "a machine"}
+    path = tmp_path / "results" / "hole_mnist.json"
+    path.write_text(json.dumps({"rows": rows, "meta": meta}))
+    whole = tables.filled("<!-- table hole_mnist -->\n<!-- end -->")
+    assert whole.count("\n| ") == 4 and "| flow |" in whole
+    marked = "<!-- table hole_mnist: NCP, SIR(50); mixture of 10 -->\n<!-- end -->"
+    some = tables.filled(marked)
+    assert tables.filled(some) == some
+    assert "0.900 (0.850 to 0.950) | 0.100 (0.050 to 0.150) | 1.00 |" in some
+    assert some.count("\n| ") == 3 and "flow" not in some
+    with pytest.raises(SystemExit, match="no methods"):
+        tables.filled(marked.replace("50", "51"))
 
 
 def test_numbers_of_a_quick_run_are_refused(

@@ -1,9 +1,10 @@
-"""Writes the results of full runs, kept in results/*.json, into the README's tables.
+"""Writes the results of full runs, kept in results/*.json, into tables of README.md and its like.
 
-    python examples/benchmarks/tables.py            # rewrites README.md
+    python examples/benchmarks/tables.py            # rewrites README.md and examples/README.md
     python examples/benchmarks/tables.py --check    # exit status 1 if that would change it
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is that of a file of results.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is that of a file of results,
+`NAME: METHOD; METHOD` shows these rows of it alone.
 """
 
 import argparse
@@ -13,10 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-README = FOLDER.parents[1] / "README.md"
+PAGES = [FOLDER.parents[1] / "README.md", FOLDER.parent / "README.md"]
 Row = dict[str, Any]
 
 PAPER = {
@@ -31,7 +32,7 @@ def by_method(rows: list[Row]) -> list[list[Row]]:
     """Rows of one method and model, over seeds, in order of appearance."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["model"]), []).append(row)
+        groups.setdefault((row["method"], row.get("model", "")), []).append(row)
     return list(groups.values())
 
 
@@ -61,28 +62,79 @@ def likelihood(rows: list[Row], paper: dict[str, float]) -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
-    "mnist_nll": lambda rows: likelihood(rows, PAPER),
-    "hierarchical_nll": lambda rows: likelihood(rows, PAPER_HIERARCHICAL),
+def interval(group: list[Row], value: str, low: str, high: str) -> str:
+    """The mean over seeds with its spread, and in parentheses the mean interval of one seed."""
+    ends = " to ".join(f"{mean(row[end] for row in group):.3f}" for end in (low, high))
+    return f"{over_seeds([row[value] for row in group], 3)} ({ends})"
+
+
+def hole(rows: list[Row]) -> list[str]:
+    """Of prior_hole.py."""
+    titles = ["prior", "family", "seeds", "gap closed", "more than the best peer", *COSTS.values()]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for group in by_method(rows):
+        first, over = group[0], ""
+        if "over_peer" in first:
+            over = interval(group, "over_peer", "over_low", "over_high")
+        costs = {key: mean(row[key] for row in group) for key in COSTS}
+        lines.append(
+            f"| {first['method']} | {first['family']} | {len(group)} | "
+            f"{interval(group, 'gap_closed', 'gap_low', 'gap_high')} | {over} | "
+            + " | ".join(f"{cost:{'.2f' if cost < 2 else ',.0f'}}" for cost in costs.values())
+            + " |"
+        )
+    return lines
+
+
+COSTS = {
+    "head_evaluations": "heads",
+    "sample_seconds_per_10k": "s to draw",
+    "fit_seconds": "s to fit",
+    "stored_numbers": "stored",
+    "latent_nn_copy": "copying",
 }
 
 
-def render(name: str) -> str:
+class Table(NamedTuple):
+    """How results become a table, and what they were made with."""
+
+    lines: Callable[[list[Row]], list[str]]
+    command: str
+
+
+TABLES = {
+    "mnist_nll": Table(lambda rows: likelihood(rows, PAPER), "mnist_nll.py"),
+    "hierarchical_nll": Table(
+        lambda rows: likelihood(rows, PAPER_HIERARCHICAL), "hierarchical_nll.py"
+    ),
+    "hole_mnist": Table(hole, "prior_hole.py --data mnist"),
+    "hole_cifar10": Table(hole, "prior_hole.py --data cifar10"),
+    "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
+}
+
+
+def render(name: str, words: str) -> str:
     """The table of one file of results, in Markdown, with the machine that made them."""
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
     if found["meta"]["settings"]["quick"]:
         raise SystemExit(f"results/{name}.json is of a --quick run. Make a full one.")
-    lines = TABLES[name](found["rows"])
-    return "\n".join([*lines, "", f"`{name}.py`, on {found['meta']['machine']}."])
+    shown = [word.strip() for word in words.lstrip(":").split(";") if word.strip()]
+    rows = [row for row in found["rows"] if not shown or row["method"] in shown]
+    missing = set(shown) - {row["method"] for row in rows}
+    if missing:
+        raise SystemExit(f"results/{name}.json has no methods {sorted(missing)}.")
+    lines = TABLES[name].lines(rows)
+    return "\n".join([*lines, "", f"`{TABLES[name].command}`, on {found['meta']['machine']}."])
 
 
 def filled(text: str) -> str:
     """A page with its tables as they are now."""
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{render(match[2])}\n{match[3]}"
+        return f"{match[1]}\n{render(match[2], match[3])}\n{match[4]}"
 
-    return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
+    marks = r"(<!-- table (\w+)([^>]*?) -->)\n.*?(<!-- end -->)"
+    return re.sub(marks, table, text, flags=re.DOTALL)
 
 
 def main() -> int:
@@ -91,15 +143,16 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, only tell")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if after == before:
-        return 0
-    if options.check:
-        print("README.md is out of date: python examples/benchmarks/tables.py", file=sys.stderr)
-        return 1
-    README.write_text(after, encoding="utf-8")
-    return 0
+    status = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before and options.check:
+            print(f"{page} is out of date: python examples/benchmarks/tables.py", file=sys.stderr)
+            status = 1
+        elif after != before:
+            page.write_text(after, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":
