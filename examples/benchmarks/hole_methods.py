@@ -304,11 +304,13 @@ def ours(
     return run
 
 
-def recommended(heads: Heads, base: str, budget: int) -> Callable[[Case, int], Fitted]:
+def recommended(
+    heads: Heads, base: str, budget: int, **options: object
+) -> Callable[[Case, int], Fitted]:
     """Trained heads with the sampler that `recommend_sampler` picks for a budget."""
 
     def run(case: Case, seed: int) -> Fitted:
-        prior, seconds = found = heads.on(case, seed, base)
+        prior, seconds = found = heads.on(case, seed, base, **options)
         choice = recommend_sampler(diagnose(prior, case.test_rows), budget=budget)
         print(f"{case.name}, seed {seed}, budget {budget}: {choice}", flush=True)
         return Fitted(from_ncp(prior, choice.sampler), seconds, found.stored, tuple(prior.heads))
@@ -365,9 +367,14 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         own = [("NCP, SIR(50)", few, {}), ("NCP, SIR(500)", many, {})]
         own.append(("NCP gated and calibrated, SIR(50)", few, {"gate": True, "calibrate": True}))
         found += [Method(name, "ours", ours(heads, "", s, **options)) for name, s, options in own]
-        found.append(Method("NCP, recommended(500)", "ours", recommended(heads, "", 500)))
+        found += [
+            Method(f"NCP, recommended({m})", "ours", recommended(heads, "", m))
+            for m in (500, 5000)
+        ]
         return found
     for name in BASES:
+        if name == "mixture of 100" and name not in case.bases:
+            continue  # of many latents, twenty minutes; pythae's own is the same
         family = "reference" if name == "training encodings" else "peer"
         found.append(Method(name, family, alone(heads, name)))
     for components in (10, 100):
@@ -391,8 +398,8 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     ]
     if case.every_sampler:
         found += variants(heads, last)
-    automatic = ours(heads, last, few, stages="auto")
-    found.append(Method(f"NCP on {last}, stages auto, SIR(50)", "ours", automatic))
+    automatic = recommended(heads, last, 50, stages="auto")
+    found.append(Method(f"NCP on {last}, stages auto, recommended(50)", "ours", automatic))
     return found
 
 
