@@ -83,7 +83,9 @@ class Comparison:
         if self.samples is not None and not self._file(method).exists():
             return self._drawn(method)
         name = slug(f"hole-{self.case.name}-{method.name}-{self.seed}-drawn")
-        key = {"count": self.count, "head": str(self.case.head), "fit": str(self.case.fit)}
+        key: Row = {"count": self.count, "base_steps": self.case.base_steps}
+        if method.family == "ours":
+            key |= {"head": str(self.case.head), "fit": str(self.case.fit)}
         return self.bench.tensors(name, partial(self._drawn, method), **key)[0]
 
     def rows(self) -> list[Row]:
