@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from problems import GaussianPair, SampleOnly, SIRLaw
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import Independent, Normal
 
-from ncprior import langevin, sir
+from ncprior import Draw, langevin, sir
 from ncprior.bases import GaussianMixture, fit_mixture
-from ncprior.components import Components, within_components
+from ncprior.components import within_components
 from ncprior.smc import tempered_smc
 
 FAR = 20.0
@@ -44,21 +45,26 @@ def log_r(z: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
 def test_rows_have_the_law_of_their_component(covariance: str) -> None:
-    whole, labels = mixture(covariance), torch.tensor([2, 0, 2, 1, 0])
-    rows = Components(whole, labels)
+    whole, count, means = mixture(covariance), 60_000, []
+
+    def one_draw(prior: Any, log_ratio: Any) -> Draw:
+        noise = prior.sample()
+        assert noise.shape == (count, 2, 2)
+        means.append(log_ratio(0 * noise))
+        assert torch.equal(log_ratio(torch.stack([noise, noise]))[1], log_ratio(noise))
+        return Draw(noise)
+
+    z = within_components(one_draw)(whole.expand((count,)), lambda z: z.flatten(-2)).z.flatten(1)
+    labels = torch.cdist(means[0], whole.loc).argmin(1)
+    assert torch.equal(means[0], whole.loc[labels])
     scale = whole.scale if whole.is_full else torch.diag_embed(whole.scale)
-    exact = MultivariateNormal(whole.loc[labels], scale_tril=scale[labels])
-    z = rows.sample((20_000,))
-    assert z.shape == (20_000, 5, 2, 2)
-    assert torch.allclose(rows.log_prob(z), exact.log_prob(z.flatten(2)), atol=1e-4)
-    assert rows.log_prob(z[0]).shape == (5,)
-    assert torch.equal(rows.mean.flatten(1), whole.loc[labels])
-    for b in range(5):
-        drawn, variance = z[:, b].flatten(1), exact.covariance_matrix[b].diagonal()
-        assert ((drawn.mean(0) - exact.mean[b]).abs() < 4.5 * (variance / 20_000).sqrt()).all()
-        spread = (variance[:, None] * variance + exact.covariance_matrix[b].square()) / 20_000
-        error = drawn.T.cov() - exact.covariance_matrix[b]
-        assert (error.abs() < 4.5 * spread.sqrt()).all()
+    for j, weight in enumerate(whole.logits.softmax(0)):
+        drawn, cov = z[labels == j], scale[j] @ scale[j].T
+        n, variance = len(drawn), cov.diagonal()
+        assert abs(n / count - weight) < 4.5 * math.sqrt(0.25 / count)
+        assert ((drawn.mean(0) - whole.loc[j]).abs() < 4.5 * (variance / n).sqrt()).all()
+        spread = (variance[:, None] * variance + cov.square()) / n
+        assert ((drawn.T.cov() - cov).abs() < 4.5 * spread.sqrt()).all()
 
 
 def test_best_of_m_takes_mass_from_hard_components_and_within_them_it_does_not() -> None:
@@ -113,6 +119,17 @@ def test_chains_and_populations_stay_within_their_component_too() -> None:
         assert stats.kstest(z[~hard].numpy(), stats.norm().cdf).pvalue > 0.01
         exact = stats.norm(loc=FAR + PAIR.shift).cdf
         assert stats.kstest(z[hard].numpy(), exact).statistic < 0.2
+
+
+def test_chains_walk_in_the_noise_of_their_component() -> None:
+    """Where one direction is a thousand times as wide as another, and r moves both by one sd."""
+    width = torch.tensor([0.001, 1.0])
+    prior = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), width[None]).expand((2000,))
+    walk = partial(langevin, num_steps=40, step_size=0.8, adjusted=True)
+    torch.manual_seed(0)
+    z = within_components(walk)(prior, lambda z: (z / width).sum(-1)).z / width
+    for u in z.T:
+        assert stats.kstest(u.numpy(), stats.norm(loc=1.0).cdf).pvalue > 0.01
 
 
 def test_where_expectation_maximisation_rests_every_component_has_z_of_one() -> None:
