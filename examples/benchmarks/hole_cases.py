@@ -54,7 +54,7 @@ class Case:
     maps: Callable[[Tensor], Tensor] | None = None  # what heads see of z, if not z itself
     binarise: bool = False
     base_steps: int = 3000  # of the bases that are trained by descent
-    bases: tuple[str, ...] = ("", "mixture of 10", "mixture of 100")  # that heads are trained on
+    bases: tuple[str, ...] = ("", "mixture of 100", "mixture of 10")  # that heads are trained on
     proposals: tuple[int, ...] = (50, 500)
     every_sampler: bool = True  # not SIR alone
     encodings: Tensor = field(init=False)
@@ -200,10 +200,10 @@ def _mnist(bench: Bench) -> Case:
         num_held_out=3000,
         head={"width": 128 if quick else 256, "depth": 2 if quick else 3, "dropout": 0.1},
         fit={
-            "steps": 500 if quick else 4000,
+            "steps": 500 if quick else 12_000,
             "batch_size": 512,
             "precision": torch.bfloat16,
-            "eval_every": 100 if quick else 250,
+            "eval_every": 100 if quick else 500,
         },
     )
 

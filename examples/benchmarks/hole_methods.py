@@ -412,11 +412,11 @@ def variants(heads: Heads, last: str) -> list[Method]:
     """Other samplers, bases whose draws cost more than the heads, and further training."""
     ten, few = (partial(sir, num_proposals=m) for m in (10, 50))
     walk = sequence(
-        partial(sir, num_proposals=25),
-        partial(langevin, num_steps=12, step_size=0.1, adjusted=True),
+        partial(sir, num_proposals=10),
+        partial(langevin, num_steps=20, step_size=0.15, adjusted=True),
     )
     found = {
-        f"{last}, SIR(25) + MALA": ours(heads, last, walk),
+        f"{last}, SIR(10) + MALA within": ours(heads, last, within_components(walk)),
         f"{last}, calibrated, SIR(50)": ours(heads, last, few, calibrate=True),
         f"{last}, nested 7 × 7": second_stage(heads, last, 7, 7),
         "flow, SIR(10)": ours(heads, "flow", ten, proposal_cache=50_000),
