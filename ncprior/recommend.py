@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ncprior.combine import describe
 from ncprior.components import within_components
-from ncprior.report import Report, Verdict
+from ncprior.report import GroupReport, Report, Verdict
 from ncprior.samplers import Sampler, sir
 from ncprior.smc import tempered_smc
 
@@ -47,9 +47,9 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     """Picks a sampler and its settings for a trained prior.
 
     SIR where it has plenty of proposals, or where nothing else can be: the proposals needed grow
-    with e^KL. Else, on a mixture base, SIR within its components. Else, for a single group without
-    a context, whose latents can be walked in, tempered sequential Monte Carlo over one population:
-    its cost grows with KL itself.
+    with e^KL. Else, on a mixture base, SIR within its components if there are as many as needed,
+    and chains in their noise if not. Else, for a single group without a context, whose latents can
+    be walked in, tempered sequential Monte Carlo over one population: its cost grows with KL itself.
 
     Arguments:
         report: What :func:`ncprior.diagnostics.diagnose` has found.
@@ -81,8 +81,7 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     if each >= _PLENTY * needed:
         return Recommendation(by_sir, budget, f"{needed:,} proposals are needed: plenty.")
     if len(report.groups) == 1 and groups[0].num_components > 1:
-        reason = f"{needed:,} proposals are needed, fewer within the components of the base."
-        return Recommendation(within_components(by_sir), each, reason)
+        return _within(groups[0], each)
     if len(report.groups) > 1 or groups[0].has_context or not groups[0].has_gradient:
         enough = "enough" if each >= needed else "the budget is short, a closer base would help"
         reason = f"{needed:,} proposals are needed in the widest group: {enough}."
@@ -98,3 +97,18 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
         f"{needed:,} proposals are needed, and SIR settles with {_PLENTY} times as many, beyond the "
         f"budget; a population is led there in about {temperatures} temperatures.",
     )
+
+
+def _within(group: GroupReport, budget: int) -> Recommendation:
+    """Of a group whose base is a mixture."""
+    needed = f"{group.proposals_needed:,} proposals are needed"
+    moves = budget // 2 - 1
+    if budget >= group.proposals_needed or moves < 1 or not group.has_gradient:
+        by_sir = within_components(partial(sir, num_proposals=budget))
+        return Recommendation(
+            by_sir, budget, f"{needed}, fewer within the components of the base."
+        )
+    # One particle is a chain of MALA that finds its own step size.
+    chain = partial(tempered_smc, num_particles=1, num_moves=moves)
+    reason = f"{needed}, beyond the budget: chains walk within the components of the base."
+    return Recommendation(within_components(chain), 2 * (1 + moves), reason)

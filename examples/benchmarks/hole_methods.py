@@ -26,7 +26,7 @@ from hole_cases import Case, slug
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, langevin, sir
+from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, sir
 from ncprior.adapters.flows import fit_flow
 from ncprior.bases import (
     Empirical,
@@ -36,7 +36,6 @@ from ncprior.bases import (
     rebase,
     stored_numbers,
 )
-from ncprior.combine import sequence
 from ncprior.components import within_components
 from ncprior.diagnostics import diagnose
 from ncprior.files import write_atomically
@@ -392,7 +391,8 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         name = f"NCP on {where or 'N(0, I)'}"
         own = [(f"SIR({m})", partial(sir, num_proposals=m)) for m in case.proposals]
         if where:
-            own += [(f"{kind} within", within_components(sampler)) for kind, sampler in own]
+            walks = [*own, ("MALA(24)", partial(tempered_smc, num_particles=1, num_moves=24))]
+            own += [(f"{kind} within", within_components(sampler)) for kind, sampler in walks]
         if case.every_sampler:
             own.append(("SMC", smc))
         found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
@@ -411,12 +411,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
 def variants(heads: Heads, last: str) -> list[Method]:
     """Other samplers, bases whose draws cost more than the heads, and further training."""
     ten, few = (partial(sir, num_proposals=m) for m in (10, 50))
-    walk = sequence(
-        partial(sir, num_proposals=10),
-        partial(langevin, num_steps=20, step_size=0.15, adjusted=True),
-    )
     found = {
-        f"{last}, SIR(10) + MALA within": ours(heads, last, within_components(walk)),
         f"{last}, calibrated, SIR(50)": ours(heads, last, few, calibrate=True),
         f"{last}, nested 7 × 7": second_stage(heads, last, 7, 7),
         "flow, SIR(10)": ours(heads, "flow", ten, proposal_cache=50_000),
