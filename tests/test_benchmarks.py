@@ -18,7 +18,7 @@ from torch import nn
 
 from ncprior import NCPrior, langevin, sir
 from ncprior.demo_models import VAE
-from ncprior.stages import nested
+from ncprior.stages import ProductHead, nested
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 SCRIPTS = [
@@ -223,14 +223,21 @@ def test_evaluations_of_heads_are_counted_with_gradients_twice(hole: ModuleType)
         "mala": partial(langevin, num_steps=10, step_size=0.1, adjusted=True),
     }
     for name, sampler in samplers.items():
-        with hole.evaluations(list(prior.heads)) as evaluated:
+        with hole.evaluations([prior]) as evaluated:
             hole.from_ncp(prior, sampler)(20)
             counted[name] = evaluated() / 20
     assert counted == {"sir": 50, "ula": 20, "mala": 22}
+    prior.heads[0] = ProductHead([prior.heads[0], problem.head()])
+    with hole.evaluations([prior]) as evaluated:
+        hole.from_ncp(prior, samplers["sir"])(20)
+    assert evaluated() / 20 == 100
+    prior.heads[0] = problem.head()
+    hole.from_ncp(prior, samplers["sir"])(20)
+    assert evaluated() / 20 == 100  # and is no longer counted
     # Of a nested prior, both stages count: 5 draws of the first, and 5 weights of the second.
     source = nested(prior, partial(sir, num_proposals=7))
     second = NCPrior(source, problem.head())
-    with hole.evaluations([*prior.heads, *second.heads]) as evaluated:
+    with hole.evaluations([prior, second]) as evaluated:
         hole.from_ncp(second, partial(sir, num_proposals=5))(20)
     assert evaluated() / 20 == 5 * 7 + 5
 

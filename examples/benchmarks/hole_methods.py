@@ -12,8 +12,8 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -41,7 +41,7 @@ from ncprior.diagnostics import diagnose
 from ncprior.files import write_atomically
 from ncprior.flow_matching import fit_flow_matching
 from ncprior.recommend import recommend_sampler
-from ncprior.samplers import Sampler
+from ncprior.samplers import LogRatio, Sampler
 from ncprior.smc import tempered_smc
 from ncprior.stages import nested
 from ncprior.vamp import fit_vamp
@@ -58,7 +58,7 @@ class Fitted(NamedTuple):
     draw: Callable[[int], Images]
     seconds: float = 0.0
     stored: int = 0
-    heads: tuple[nn.Module, ...] = ()
+    priors: tuple[NCPrior, ...] = ()  # whose heads are evaluated
 
 
 class Method(NamedTuple):
@@ -303,7 +303,7 @@ def ours(
 
     def run(case: Case, seed: int) -> Fitted:
         prior, seconds = found = heads.on(case, seed, base, **options)
-        return Fitted(from_ncp(prior, sampler), seconds, found.stored, tuple(prior.heads))
+        return Fitted(from_ncp(prior, sampler), seconds, found.stored, (prior,))
 
     return run
 
@@ -317,7 +317,7 @@ def recommended(
         prior, seconds = found = heads.on(case, seed, base, **options)
         choice = recommend_sampler(diagnose(prior, case.test_rows), budget=budget)
         print(f"{case.name}, seed {seed}, budget {budget}: {choice}", flush=True)
-        return Fitted(from_ncp(prior, choice.sampler), seconds, found.stored, tuple(prior.heads))
+        return Fitted(from_ncp(prior, choice.sampler), seconds, found.stored, (prior,))
 
     return run
 
@@ -336,7 +336,7 @@ def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Ca
         print(f"{case.name}, seed {seed}, nested: {history}", flush=True)
         stored = found.stored + sum(p.numel() for p in second.parameters())
         draw = from_ncp(second, partial(sir, num_proposals=then))
-        return Fitted(draw, seconds, stored, (*prior.heads, *second.heads))
+        return Fitted(draw, seconds, stored, (prior, second))
 
     return run
 
@@ -424,20 +424,32 @@ def variants(heads: Heads, last: str) -> list[Method]:
 
 
 @contextmanager
-def evaluations(modules: list[nn.Module]) -> Iterator[Callable[[], int]]:
-    """Counts the rows that heads are evaluated at; with a gradient they count twice."""
+def evaluations(priors: Iterable[NCPrior]) -> Iterator[Callable[[], int]]:
+    """Counts the rows that heads are evaluated at by samplers, which go as fast as ever.
+
+    With a gradient they count twice, and of stages that are multiplied, each counts.
+    """
     total = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() * (2 if torch.is_grad_enabled() else 1)
+    def counted(ratio: Callable[..., LogRatio], heads: nn.ModuleList) -> Callable[..., LogRatio]:
+        def of_group(k: int, context: Tensor | None) -> LogRatio:
+            log_r, factors = ratio(k, context), len(getattr(heads[k], "heads", "1"))
 
-    hooks = [module.register_forward_hook(count) for module in modules]
-    try:
+            def counting(z: Tensor) -> Tensor:
+                nonlocal total
+                found = log_r(z)
+                total += found.numel() * factors * (2 if torch.is_grad_enabled() else 1)
+                return found
+
+            return counting
+
+        return of_group
+
+    with ExitStack() as stack:
+        for prior in priors:
+            prior._ratio = counted(prior._ratio, prior.heads)  # type: ignore[method-assign]
+            stack.callback(delattr, prior, "_ratio")
         yield lambda: total
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

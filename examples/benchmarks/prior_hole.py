@@ -137,7 +137,7 @@ class Comparison:
         torch.manual_seed(self.seed)
         fitted = method.fit(self.case, self.seed)
         features, images, copies, took = [], [], 0.0, 0.0
-        with evaluations(list(fitted.heads)) as evaluated, peak_memory() as peak:
+        with evaluations(fitted.priors) as evaluated, peak_memory() as peak:
             for generation in range(GENERATIONS):
                 torch.manual_seed(1000 * self.seed + generation)
                 started = time.perf_counter()
