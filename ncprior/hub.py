@@ -25,6 +25,7 @@ from ncprior.files import load_tensors, read_metadata
 from ncprior.flow_matching import FlowMatching
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.prior import NCPrior
+from ncprior.products import ProductHead
 from ncprior.repository import (
     check_fingerprints,
     check_tensors,
@@ -36,7 +37,6 @@ from ncprior.repository import (
     write_files,
 )
 from ncprior.source import device_of
-from ncprior.stages import ProductHead
 
 if TYPE_CHECKING:
     from ncprior.report import Report

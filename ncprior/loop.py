@@ -18,10 +18,11 @@ from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
 from ncprior.diagnostics import diagnose
 from ncprior.loader import Loader
 from ncprior.prior import NCPrior
+from ncprior.products import ProductHead, fresh_head, rescale_head
 from ncprior.ranks import align_generators, gather, num_ranks, on_first, rank
 from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged
 from ncprior.source import LatentSource, device_of, num_rows
-from ncprior.stages import ProductHead, cached, fresh_head, rescale_head, tilted
+from ncprior.stages import cached, tilted
 from ncprior.trainer import NCETrainer
 from ncprior.training import HeldOut, History, Row, Run
 from ncprior.walks import Walks, epochs_to_keep

@@ -18,7 +18,8 @@ from torch import nn
 
 from ncprior import NCPrior, langevin, sir
 from ncprior.demo_models import VAE
-from ncprior.stages import ProductHead, nested
+from ncprior.products import ProductHead
+from ncprior.stages import nested
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 SCRIPTS = [

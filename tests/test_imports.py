@@ -25,7 +25,7 @@ PUBLIC = {
 # Modules that know nothing of the package; the core, which is these and the walk; what serves it.
 GROUND = {
     *("distributions", "heads", "nce", "batches", "fitting", "rows", "ranks", "blocks"),
-    *("calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
+    *("products", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
     *("energies", "spectral", "replay"),
 }
 BASES = {"mixtures", "flow_matching", "bases", "vamp"}
@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {"source", "bases", "distributions", "batches", "fitting", "adapters"},
     "features": {"source"},
-    "inference": {"blocks", "heads"},
+    "inference": {"blocks", "heads", "products"},
     "batched": {"blocks", "heads"},
     "parts": {"batches", "combine", "files", "prior", "ranks", "repository", "samplers", "source"},
     "walks": {"batches", "distributions", "rows", "source"},

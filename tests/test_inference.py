@@ -16,9 +16,11 @@ from toys import ladder_prior, stir
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior import blocks as blocks_module
+from ncprior import inference as inference_module
 from ncprior.blocks import at_precision
 from ncprior.heads import ConvHead, MLPHead
 from ncprior.inference import given
+from ncprior.products import ProductHead
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -51,6 +53,21 @@ def test_selections_are_those_of_the_head_itself() -> None:
             draws.append(sir(prior, log_r, num_proposals=2000))
         assert torch.equal(draws[0].z, draws[1].z)
         torch.testing.assert_close(draws[0].ess, draws[1].ess, rtol=1e-3, atol=0)
+
+
+def test_a_product_is_as_fast_as_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = ProductHead(trained(MLPHead((5,), context_shape=(3,), width=w)) for w in (64, 32))
+    z, c = torch.randn(40, 8, 5), torch.randn(8, 3)
+    folded = []
+    block = inference_module._Folded.block
+    monkeypatch.setattr(
+        inference_module._Folded, "block", lambda *args: folded.append(1) or block(*args)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(given(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5)
+        assert len(folded) == 2
+        _hooked(product.heads[1])
+        torch.testing.assert_close(given(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5)
 
 
 def test_a_folded_head_does_not_lose_digits_where_latents_are_far_from_zero() -> None:

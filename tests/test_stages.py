@@ -21,9 +21,10 @@ from ncprior import Group, NCPrior, fit, langevin, sir
 from ncprior.bases import Empirical, rebase
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.loop import calibrate_heads
+from ncprior.products import ProductHead, fresh_head
 from ncprior.samplers import Draw
 from ncprior.smc import tempered_smc
-from ncprior.stages import Drawn, ProductHead, cached, fresh_head, nested, tilted
+from ncprior.stages import Drawn, cached, nested, tilted
 
 QUIET: dict[str, Any] = {"progress": False}
 
