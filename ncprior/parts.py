@@ -67,6 +67,7 @@ def sample_parts(
 
     Example:
         >>> import tempfile
+        >>> from functools import partial
         >>> from ncprior import sir
         >>> folder, sampler = tempfile.mkdtemp(), partial(sir, num_proposals=50)
         >>> files = sample_parts(prior, sampler, folder, num_samples=10, part_size=4)
