@@ -112,7 +112,8 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
         sampler: A sampler, as it is, configured by ``functools.partial``, or made of others.
 
     Returns:
-        What it is; samplers of equal words are the same.
+        What it is: functions by their names and what they hold, which is told in turn, and a
+        callable object by its type alone.
 
     Example:
         >>> from functools import partial

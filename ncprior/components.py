@@ -38,7 +38,8 @@ def within_components(sampler: Sampler) -> Sampler:
 
     Arguments:
         sampler: Any sampler, such as ``partial(sir, num_proposals=50)``. It draws the noise ε of
-            its row's component: the step sizes of chains are in squared units of ε.
+            its row's component: the step sizes of chains are in squared units of ε. Rows have
+            targets of their own, so that it must not share particles or proposals between them.
 
     Returns:
         The sampler; ``log_mean_weight`` of its draws is log Z_j of the row's component.

@@ -171,6 +171,7 @@ def fit(
     _check_agreement(settings)
     align_generators()
     saved = on_first(lambda: load(checkpoint))
+    # That of another kind of training has none, and is refused by its settings.
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)
     _check_held_out(held_out, stages, calibrate)

@@ -69,7 +69,7 @@ def interval(group: list[Row], value: str, low: str, high: str) -> str:
 
 
 def hole(rows: list[Row]) -> list[str]:
-    """Of prior_hole.py."""
+    """Of prior_hole.py: a row per method, with means over seeds."""
     titles = ["prior", "family", "seeds", "gap closed", "more than the best peer", *COSTS.values()]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows):
@@ -80,7 +80,7 @@ def hole(rows: list[Row]) -> list[str]:
         lines.append(
             f"| {first['method']} | {first['family']} | {len(group)} | "
             f"{interval(group, 'gap_closed', 'gap_low', 'gap_high')} | {over} | "
-            + " | ".join(f"{cost:{'.2f' if cost < 2 else ',.0f'}}" for cost in costs.values())
+            + " | ".join(f"{cost:{'.2f' if 0 < cost < 2 else ',.0f'}}" for cost in costs.values())
             + " |"
         )
     return lines
