@@ -89,6 +89,6 @@ def _equal_rows(values: Tensor) -> bool:
 
 def _refuse_sharing(reason: str) -> NoReturn:
     raise ValueError(
-        f"Rows can share proposals only where their p and r are one: {reason}. Pass "
-        f"share_proposals=False."
+        f"Rows can share proposals or particles only where their p and r are one: {reason}. Let "
+        f"every row have its own: share_proposals=False of sir, share=False of tempered_smc."
     )

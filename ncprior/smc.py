@@ -20,6 +20,7 @@ import torch
 from torch import Size, Tensor
 
 from ncprior.dynamics import Point, Target, mala_step
+from ncprior.proposals import require_same_rows
 from ncprior.samplers import Draw, LogRatio
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def tempered_smc(
         A draw with ``z``, ``log_mean_weight``, an estimate of log Z, and ``acceptance``.
 
     Raises:
-        ValueError: If a number is out of range, or β = 1 is not reached.
+        ValueError: If a number is out of range, rows that are to share their particles differ, or
+            β = 1 is not reached.
         TypeError: If the prior is discrete, bounded, or has no density.
         FloatingPointError: If log r is not finite.
 
@@ -106,7 +108,10 @@ class _Particles:
 
     def __init__(self, target: Target, num_particles: int, share: bool) -> None:
         self.target, self.share = target, share
-        self.at = target(target.prior.sample(Size((num_particles,))))  # z: (P, B, *event)
+        z = target.prior.sample(Size((num_particles,)))
+        if share:
+            require_same_rows(target.prior, target.log_ratio, z)
+        self.at = target(z)  # z: (P, B, *event)
         self.beta = 0.0
         self.log_z = torch.zeros_like(self.at.log_r[0])
 

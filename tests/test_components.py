@@ -141,6 +141,16 @@ def test_where_expectation_maximisation_rests_every_component_has_z_of_one() -> 
     assert torch.allclose(responsible, fitted.logits.softmax(0), rtol=0.02)
 
 
+def test_what_rows_of_several_components_cannot_share_is_refused() -> None:
+    prior = two_components().expand((50,))
+    for sampler in (
+        partial(sir, num_proposals=9, share_proposals=True),
+        partial(tempered_smc, num_particles=1, share=True),
+    ):
+        with pytest.raises(ValueError, match="not the same in all of them"):
+            within_components(sampler)(prior, lambda z: z[..., 0])
+
+
 def test_other_priors_are_refused() -> None:
     sampler = within_components(partial(sir, num_proposals=5))
     for prior in (Independent(Normal(torch.zeros(3, 2), 1.0), 1), SampleOnly(PAIR.prior)):

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     **{name: {"samplers"} for name in ("dynamics", "accept", "combine")},
     "components": {"mixtures", "samplers"},
-    "smc": {"samplers", "dynamics"},
+    "smc": {"proposals", "samplers", "dynamics"},
     "source": {"distributions"},
     "mixtures": {"fitting"},
     "flow_matching": {"fitting", "batches"},

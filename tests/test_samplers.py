@@ -660,7 +660,7 @@ def test_shared_proposals_are_evaluated_once_for_all_rows() -> None:
     ids=["prior", "ratio", "unknown"],
 )
 def test_rows_that_differ_do_not_share(prior: Any, log_ratio: LogRatio, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"share proposals only where.*{reason}"):
+    with pytest.raises(ValueError, match=f"share proposals or particles only where.*{reason}"):
         sir(prior, log_ratio, num_proposals=20, share_proposals=True)
 
 
