@@ -22,7 +22,7 @@ from ncprior import NCPrior, SingleGroup, fit, sir
 from ncprior.data import Labelled, read_images
 from ncprior.demo_arms import ARMS, draw_arms, in_batches
 from ncprior.demo_models import Classifier, train
-from ncprior.evaluation import gap_closed
+from ncprior.gap import gap_closed
 from ncprior.plots import plot_samples
 
 

@@ -30,7 +30,7 @@ from ncprior.bases import fit_gaussian, fit_mixture, latents_of, rebase
 from ncprior.data import Labelled, digits, read_images, split
 from ncprior.demo_arms import draw_arms, in_batches
 from ncprior.demo_models import Classifier, train
-from ncprior.evaluation import gap_closed
+from ncprior.gap import gap_closed
 from ncprior.heads import MLPHead
 
 try:

@@ -30,8 +30,9 @@ from ncprior.data import Labelled, read_images
 from ncprior.demo_arms import ARMS, Generation, draw_arms, in_batches
 from ncprior.demo_models import VAE, Classifier, train
 from ncprior.diagnostics import diagnose
-from ncprior.evaluation import gap_closed, mmd
+from ncprior.evaluation import mmd
 from ncprior.files import load_tensors, save_tensors
+from ncprior.gap import gap_closed
 from ncprior.geometry import PCA, nearest
 from ncprior.heads import MLPHead
 from ncprior.likelihood import log_likelihood

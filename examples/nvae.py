@@ -44,7 +44,8 @@ from ncprior.data import Labelled, read_images
 from ncprior.demo_arms import ARMS, draw_arms, in_batches
 from ncprior.demo_models import Classifier, train
 from ncprior.diagnostics import diagnose
-from ncprior.evaluation import frechet_distance, gap_closed
+from ncprior.evaluation import frechet_distance
+from ncprior.gap import gap_closed
 from ncprior.heads import ConvHead, MLPHead
 
 SMALL = {

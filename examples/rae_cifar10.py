@@ -35,8 +35,8 @@ from ncprior.adapters.rae import VAE, settle
 from ncprior.bases import fit_mixture, latents_of, rebase
 from ncprior.data import read_images
 from ncprior.demo_models import Classifier, train
-from ncprior.evaluation import GapClosed, gap_closed, gap_difference
 from ncprior.files import load_tensors, save_tensors
+from ncprior.gap import GapClosed, gap_closed, gap_difference
 from ncprior.source import sample_posterior
 
 

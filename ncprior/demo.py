@@ -28,8 +28,8 @@ from ncprior.demo_arms import ARMS, Generation, draw_arms, in_batches, log_z
 from ncprior.demo_files import staged, unwound_by_sigterm
 from ncprior.demo_models import VAE, Classifier, train
 from ncprior.diagnostics import diagnose
-from ncprior.evaluation import gap_closed
 from ncprior.files import save_tensors
+from ncprior.gap import gap_closed
 from ncprior.loop import fit
 from ncprior.plots import discriminant_axes, plot_latents, plot_samples
 from ncprior.prior import NCPrior

@@ -44,6 +44,7 @@ WALK = {
 }
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, *WALK}
 SERVICES = {
+    "gap",
     *("runs", "trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
     *("diagnostics", "report", "report_plot", "recommend", "repository", "hub", "card"),
@@ -83,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vaebm_trainer": {*CORE, "trainer"},
     "vaebm_fit": {*CORE, "runs", "vaebm_trainer"},
     "loader": {"batches"},
+    "gap": {"evaluation"},
     "runs": {"batches", "files", "loader", "ranks"},
     "training": {*CORE, "trainer", "runs"},
     "loop": {*CORE, "trainer", "training", "runs", "diagnostics"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -146,3 +147,17 @@ def everything(module: nn.Module) -> list[tuple[str, Any]]:
         state.append((name, (t.tolist(), str(t.dtype), t.requires_grad, grad, t.data_ptr())))
     hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in module.modules()]
     return [*state, ("hooks", hooks)]
+
+
+def exactly(mean: Tensor, cov: Tensor, count: int) -> Tensor:
+    """Features whose sample mean and (unbiased) covariance are exactly these."""
+    x = torch.randn(count, len(mean), dtype=torch.float64)
+    x = x - x.mean(0)
+    root = torch.linalg.cholesky(x.T @ x / (count - 1))
+    white = torch.linalg.solve_triangular(root, x.T, upper=False)
+    return mean + (torch.linalg.cholesky(cov) @ white).T
+
+
+def within(values: Tensor, truth: float) -> bool:
+    """Whether the mean of independent values is 4 standard errors from the truth at most."""
+    return bool((values.mean() - truth).abs() < 4 * values.std() / math.sqrt(len(values)))

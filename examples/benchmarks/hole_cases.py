@@ -200,7 +200,7 @@ def _mnist(bench: Bench) -> Case:
         num_held_out=3000,
         head={"width": 128 if quick else 256, "depth": 2 if quick else 3, "dropout": 0.1},
         fit={
-            "steps": 500 if quick else 12_000,
+            "steps": 3000 if quick else 12_000,
             "batch_size": 512,
             "precision": torch.bfloat16,
             "eval_every": 100 if quick else 500,

@@ -32,7 +32,8 @@ from hole_methods import BATCH, Fitted, Heads, Method, evaluations, methods, pea
 from torch import Tensor
 
 from ncprior.demo_arms import in_batches
-from ncprior.evaluation import GapClosed, gap_closed, gap_difference, precision_recall
+from ncprior.evaluation import precision_recall
+from ncprior.gap import GapClosed, gap_closed, gap_difference
 
 COLUMNS = {
     "method": "<38",

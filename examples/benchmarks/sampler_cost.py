@@ -25,7 +25,7 @@ from ncprior import Draw, NCPrior, fit, langevin, sir
 from ncprior.data import Labelled, read_images
 from ncprior.demo_arms import ARMS, draw_arms, in_batches
 from ncprior.demo_models import VAE, Classifier, train
-from ncprior.evaluation import gap_closed
+from ncprior.gap import gap_closed
 from ncprior.samplers import LogRatio, Sampler
 from ncprior.source import Sampleable
 

@@ -39,7 +39,8 @@ from ncprior.bases import Rebased, rebase
 from ncprior.decoder_noise import SquaredError
 from ncprior.demo_arms import in_batches
 from ncprior.energies import EnergyNet
-from ncprior.evaluation import GapClosed, gap_closed, gap_difference, precision_recall
+from ncprior.evaluation import precision_recall
+from ncprior.gap import GapClosed, gap_closed, gap_difference
 from ncprior.ood import auroc, ood_score
 from ncprior.samplers import Sampler
 from ncprior.vaebm import VAEBM
