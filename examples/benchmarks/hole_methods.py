@@ -11,7 +11,6 @@ import json
 import logging
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from bench import Bench
+from clock import now
 from hole_cases import Case, slug
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
@@ -155,9 +155,9 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
                 options["training_config"] = BaseTrainerConfig(
                     output_dir=folder, seed=seed, num_epochs=2 if case.quick else epochs
                 )
-            started = time.perf_counter()
+            started = now()
             sampler.fit(images, **options)
-            seconds = time.perf_counter() - started
+            seconds = now() - started
         networks = [
             m for m in vars(sampler).values() if isinstance(m, nn.Module) and m is not model
         ]
@@ -228,9 +228,9 @@ class Heads:
         """A base of `BASES`, the same whenever it is fitted, and the seconds that it took."""
         if (name, seed) not in self.bases:
             torch.manual_seed(seed)
-            started = time.perf_counter()
+            started = now()
             found = BASES[name](case)
-            self.bases[name, seed] = found, time.perf_counter() - started
+            self.bases[name, seed] = found, now() - started
         return self.bases[name, seed]
 
     def on(self, case: Case, seed: int, base: str, **options: object) -> Trained:
@@ -265,13 +265,13 @@ class Heads:
         seconds = seconds if training == settings else 0.0
         checkpoint = self._path(case, seed, base, training).with_suffix(".checkpoint")
         torch.manual_seed(seed)
-        started = time.perf_counter()
+        started = now()
         prior = NCPrior.for_source(source, case.rows[:512], **case.head)
         options = {**settings, "held_out": case.held_out, "checkpoint": checkpoint}
         if case.quick and "proposal_cache" in settings:
             options["proposal_cache"] = 5000
         history = fit(prior, case.data, **options)
-        seconds += time.perf_counter() - started
+        seconds += now() - started
         prior.save_pretrained(self._path(case, seed, base, settings))
         return {"seconds": seconds, "history": f"{history}\n{diagnose(prior, case.test_rows)}"}
 
@@ -330,9 +330,9 @@ def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Ca
         source = nested(prior, partial(sir, num_proposals=first))
         second = NCPrior.for_source(source, case.held_out[:512], **case.head)
         options = {**case.fit, "proposal_cache": 5000 if case.quick else 50_000}
-        started = time.perf_counter()
+        started = now()
         history = fit(second, case.data, held_out=case.held_out, **options)
-        seconds += time.perf_counter() - started
+        seconds += now() - started
         print(f"{case.name}, seed {seed}, nested: {history}", flush=True)
         stored = found.stored + sum(p.numel() for p in second.parameters())
         draw = from_ncp(second, partial(sir, num_proposals=then))

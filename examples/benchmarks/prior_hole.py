@@ -13,13 +13,13 @@ paired difference to the best peer of that seed.
 `family`: ours uses a trained ratio head; a reference is the base, the posterior, or what stores
 more than a tenth as many numbers as the training encodings; the rest are peers. pythae's samplers
 are run by pythae itself. `head_evaluations` are counted per sample, those with a gradient twice,
-those of earlier stages too. `latent_nn_copy` is the distance to the nearest training encoding, of
+those of earlier stages too. Seconds are of the core where there is one thread (OMP_NUM_THREADS=1),
+so that what else the machine does is not counted. `latent_nn_copy` is the distance to the nearest training encoding, of
 drawn latents over held-out ones: well below 1 is copying. `peak_mib` is the growth of resident
 memory while sampling.
 """
 
 import argparse
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
+from clock import now
 from hole_cases import Case, make_case, slug
 from hole_methods import BATCH, Fitted, Heads, Method, evaluations, methods, peak_memory
 from torch import Tensor
@@ -141,9 +142,9 @@ class Comparison:
         with evaluations(fitted.priors) as evaluated, peak_memory() as peak:
             for generation in range(GENERATIONS):
                 torch.manual_seed(1000 * self.seed + generation)
-                started = time.perf_counter()
+                started = now()
                 x, z = self._generation(fitted)
-                took += time.perf_counter() - started
+                took += now() - started
                 features.append(in_batches(self.case.features, x))
                 copies += self._copying(z) / GENERATIONS
                 images.append(x)

@@ -19,7 +19,6 @@ images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.ood.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
+from clock import now
 from hole_cases import Case, make_case, slug
 from hole_methods import BATCH, Heads, on_images
 from ood_sets import outside
@@ -191,11 +191,11 @@ class Comparison:
             torch.manual_seed(1000 * self.seed + generation)
             parts: dict[int, list[Tensor]] = {steps: [] for steps in lengths}
             for part in torch.empty(count).split(BATCH):
-                started = time.perf_counter()
+                started = now()
                 for steps, x in self._batch(name, len(part)):
-                    seconds[steps] += time.perf_counter() - started
+                    seconds[steps] += now() - started
                     parts[steps].append(in_batches(self.case.features, x.clamp(0, 1)))
-                    started = time.perf_counter()
+                    started = now()
                     if steps == self._main(name):
                         images.append(x)
             for steps in lengths:
