@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ncprior.blocks import at_precision
-from ncprior.heads import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads import CategoricalHead, ConvHead, MLPHead, is_as_made
 
 __all__ = ["log_ratios"]
 
@@ -28,7 +28,7 @@ def log_ratios(
 
     All their activations are in memory at the same time. Where a head costs little beside what it
     takes to launch it, on a GPU or when it is small, that is the faster way. Heads that are not of
-    :mod:`ncprior.heads`, or differ from all others, are called in turn.
+    :mod:`ncprior.heads` as they were made, or differ from all others, are called in turn.
 
     Arguments:
         heads: One head per group.
@@ -60,7 +60,7 @@ def log_ratios(
 
 def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
     """What heads have in common that one computation can stand for; ``None`` for unknown heads."""
-    if type(head) not in (MLPHead, ConvHead, CategoricalHead):
+    if type(head) not in (MLPHead, ConvHead, CategoricalHead) or not is_as_made(head):
         return None
     z, c = contrast
     shapes = (z.shape, z.dtype, None if c is None else (c.shape, c.dtype))

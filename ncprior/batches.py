@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = [
     "iter_is_self",
     "own_generators",
     "random_state",
+    "seeded",
     "set_random_state",
     "split",
 ]
@@ -58,7 +60,8 @@ class Stream:
         self._iterator: Iterator[Any] = iter(())
         self._epoch_start: dict[str, Any] | None = None
         self._taken = 0
-        self._generators = _seeded(int(torch.randint(2**31, ())))  # the data's, between batches
+        with seeded(int(torch.randint(2**31, ()))):
+            self._generators = random_state()  # the data's, between batches
 
     def __iter__(self) -> "Stream":
         return self
@@ -205,15 +208,29 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def _seeded(seed: int) -> dict[str, Any]:
-    """The generators' state after seeding all of them; they are left as they were."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators of torch, NumPy and Python, and leaves them as they were outside.
+
+    Arguments:
+        seed: A seed, of which 32 bits count.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with seeded(0):
+        ...     a = torch.randn(2)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
     outside = random_state()
+    seed %= 2**32
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-    seeded = random_state()
-    set_random_state(outside)
-    return seeded
+    try:
+        yield
+    finally:
+        set_random_state(outside)
 
 
 def iter_is_self(data: Any) -> bool:  # noqa: ANN401

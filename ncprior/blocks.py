@@ -57,11 +57,13 @@ class Whole:
     compiled = False
 
     def __call__(self, z: Tensor) -> Tensor:
-        head = self.head
-        if self.compiled and not torch.is_grad_enabled():
-            head = _compile(head)
+        compiled = self.compiled and not torch.is_grad_enabled()
+        return self.whole(z, _compile(self.head) if compiled else self.head)
+
+    def whole(self, z: Tensor, head: Callable[..., Tensor]) -> Tensor:
+        """log r of all z in one call."""
         with at_precision(z.device.type, self.precision):
-            log_r: Tensor = head(z, self.context)
+            log_r = head(z, self.context)
         return log_r if log_r.dtype == torch.float64 else log_r.float()
 
 
@@ -81,7 +83,7 @@ class InBlocks(Whole):
     def __call__(self, z: Tensor) -> Tensor:
         lead = z.shape[: z.ndim - len(self.head.event_shape)]
         if torch.is_grad_enabled() or lead[:-1].numel() < self.least:
-            return super().__call__(z)
+            return self.whole(z, self.head)
         self.head.check(z, self.context)
         z = z.reshape(-1, *z.shape[len(lead) - 1 :])
         log_r = z.new_empty(z.shape[:2], dtype=self.head.out.weight.dtype)
@@ -106,7 +108,8 @@ class InBlocks(Whole):
     def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
         """log r of a block, (n, b)."""
         log_r = self.head.log_r
-        if self.compiled and z.shape[:2] == size:  # the rest is not worth another compilation
+        # A last block or a single point is not worth a compilation of its own.
+        if self.compiled and z.shape[:2] == size and size[0] > 1:
             log_r = _compile(log_r)
         with at_precision(z.device.type, self.precision):
             log_r_block: Tensor = log_r(z, embedded)
@@ -117,7 +120,8 @@ class InBlocks(Whole):
         if weight.device.type != "cpu":
             return Size((count, rows))
         places = self.head.event_shape[1:] if weight.ndim == 4 else ()
-        most = max(1, _CACHE * torch.get_num_threads() // (len(weight) * Size(places).numel()))
+        features = max(weight.shape[:2]) * Size(places).numel()
+        most = max(1, _CACHE * torch.get_num_threads() // features)
         return Size((min(count, max(1, most // max(1, rows))), min(max(1, rows), most)))
 
 

@@ -68,7 +68,8 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
     Below 1, draws keep to the modes: fewer bad samples and less variety.
 
     Arguments:
-        sampler: A sampler.
+        sampler: A sampler of the whole of r·p; ``within_components`` keeps the components' shares,
+            which a temperature changes.
         temperature: T > 0; 1 changes nothing.
 
     Returns:

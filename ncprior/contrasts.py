@@ -46,11 +46,17 @@ def contrasts(
     for k in range(source.num_groups):
         with torch.no_grad():
             group = source.group(state)
-            z_q, z_p = posterior_of(group).sample(count), group.prior.sample(count)
+            z_q, z_p = _draw(posterior_of(group), count), _draw(group.prior, count)
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
             z = torch.stack([z_q, z_p.to(z_q.dtype)])
         yield z, group.context
+
+
+def _draw(law: Any, count: Size) -> Tensor:  # noqa: ANN401
+    """Draws of a law; a GPU need not wait for them, as a normal's ``sample`` makes it."""
+    z: Tensor = law.rsample(count) if getattr(law, "has_rsample", False) else law.sample(count)
+    return z
 
 
 def group_losses(

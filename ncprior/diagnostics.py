@@ -28,11 +28,12 @@ from ncprior.calibration import Mean, pareto_k, recalibrate, reliability
 from ncprior.dynamics import can_walk
 from ncprior.mixtures import GaussianMixture
 from ncprior.prior import NCPrior
+from ncprior.products import ProductHead
 from ncprior.report import GroupReport, Report, Verdict
 from ncprior.samplers import sir
 from ncprior.source import Group, num_rows, posterior_of, require_eval
 
-__all__ = ["GroupReport", "Report", "Verdict", "diagnose"]
+__all__ = ["GroupKind", "GroupReport", "Report", "Verdict", "diagnose", "group_kinds"]
 
 # Pools of SIR: ESS and log Z vary little between pools, and these evaluate the heads most.
 _NUM_POOLS = 64
@@ -109,7 +110,7 @@ def diagnose(
         if train is not None:
             trained, _ = _measure(prior, train, num_draws, batch_size)
         on = [prior.is_on(k) for k in range(prior.source.num_groups)]
-        kinds = _kinds(prior, first_batch(held_out, batch_size))
+        kinds = group_kinds(prior, first_batch(held_out, batch_size))
     groups = []
     for k, is_on in enumerate(on):
         report = GroupReport(
@@ -158,30 +159,48 @@ def _measure(
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
 
 
-class _Kind(NamedTuple):
-    """What samplers go by, of one group."""
+class GroupKind(NamedTuple):
+    """What samplers go by, of one group; see :class:`ncprior.report.GroupReport`.
+
+    Example:
+        >>> group_kinds(prior, torch.randn(2, 3))[0].has_gradient
+        True
+    """
 
     has_context: bool
     has_gradient: bool
     num_components: int
+    num_factors: int
 
     @classmethod
-    def of(cls, group: Group) -> _Kind:
+    def of(cls, group: Group, head: Any) -> GroupKind:  # noqa: ANN401
+        """Looks at a group and its head."""
         prior = group.prior
         components = len(prior.logits) if isinstance(prior, GaussianMixture) else 1
-        return cls(group.context is not None, can_walk(prior), components)
+        factors = len(head.heads) if isinstance(head, ProductHead) else 1
+        return cls(group.context is not None, can_walk(prior), components, factors)
 
 
-def _kinds(prior: NCPrior, x: Any) -> list[_Kind]:  # noqa: ANN401
-    """What kind each group is of."""
+@torch.no_grad()
+def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
+    """Returns what kind each group of a prior is of.
+
+    Arguments:
+        prior: The prior.
+        x: A batch of data, as the user's loader yields it.
+
+    Example:
+        >>> [kind.num_factors for kind in group_kinds(prior, torch.randn(2, 3))]
+        [1]
+    """
     device = next((p.device for p in prior.parameters()), None)
     if device is not None:
         x = tree_map_only(Tensor, lambda t: t.to(device), x)
     encoding, kinds = prior.source.encode(x), []
     state = prior.source.start(num_rows(encoding), encoding)
-    for _ in range(prior.source.num_groups):
+    for head in prior.heads:
         group = prior.source.group(state)
-        kinds.append(_Kind.of(group))
+        kinds.append(GroupKind.of(group, head))
         state = prior.source.advance(state, posterior_of(group).sample())
     return kinds
 

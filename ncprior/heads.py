@@ -9,8 +9,10 @@ is exactly 0: the base prior.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.distributions import Distribution
 if TYPE_CHECKING:
     from ncprior.source import Group
 
-__all__ = ["CategoricalHead", "ConvHead", "MLPHead", "make_head"]
+__all__ = ["CategoricalHead", "ConvHead", "MLPHead", "is_as_made", "make_head"]
 
 
 class _Head(nn.Module):
@@ -256,6 +258,40 @@ class CategoricalHead(_Head):
         """Returns the features of codes, with shape ``(*, B, width)`` or ``(*, B, width, H, W)``."""
         h: Tensor = self.embedding(_checked_event(z, self.event_shape).long())
         return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
+
+
+def is_as_made(head: nn.Module) -> bool:
+    """Tells whether a head's modules are what its class makes, so that its weights say it all.
+
+    Arguments:
+        head: Any module; of one that is not of this module's classes, hooks alone are looked for.
+
+    Example:
+        >>> head = MLPHead((2,))
+        >>> is_as_made(head)
+        True
+        >>> head.norm = nn.Identity()
+        >>> is_as_made(head)
+        False
+    """
+    for module in head.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    if not isinstance(head, _Head) or type(head) not in (MLPHead, ConvHead, CategoricalHead):
+        return True
+    return _layout(head) == _made_layout(type(head), json.dumps(head.config()))
+
+
+def _layout(head: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:
+    return tuple((name, type(module)) for name, module in head.named_modules())
+
+
+@cache
+def _made_layout(
+    kind: Callable[..., _Head], config: str
+) -> tuple[tuple[str, type[nn.Module]], ...]:
+    with torch.device("meta"):
+        return _layout(kind(**json.loads(config)))
 
 
 def make_head(

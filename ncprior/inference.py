@@ -24,7 +24,7 @@ from torch import Size, Tensor, nn
 from torch.nn.functional import silu
 
 from ncprior.blocks import InBlocks, Whole
-from ncprior.heads import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads import CategoricalHead, ConvHead, MLPHead, is_as_made
 from ncprior.products import ProductHead
 
 __all__ = ["given"]
@@ -69,7 +69,7 @@ def given(
     """
     if precision not in (torch.float32, torch.bfloat16):
         raise ValueError(f"precision must be torch.float32 or torch.bfloat16; got {precision}.")
-    plain = _as_made(head)
+    plain = is_as_made(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
         inner = given(head.head, context, precision=precision, compiled=compiled)
         return lambda z: inner(head.embed(z))
@@ -83,14 +83,8 @@ def given(
     return log_r
 
 
-def _as_made(head: nn.Module) -> bool:
-    """Whether what a head returns is decided by its weights alone."""
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or (isinstance(module, nn.Dropout) and module.training and module.p > 0)
-        for module in head.modules()
-    )
+def _drops_out(head: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in head.modules())
 
 
 class _Folded(InBlocks):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import Stream
+from ncprior.source import num_rows
 
 __all__ = ["Loader"]
 
@@ -76,6 +77,11 @@ class Loader:
         self.number += 1
         rank, ranks = self.share
         if ranks > 1:
+            if num_rows(batch) < ranks:  # every rank sees the whole batch, and so all raise
+                raise ValueError(
+                    f"Every rank takes rows of every batch; got a batch of {num_rows(batch)} rows "
+                    f"for {ranks} ranks. Make a DataLoader with drop_last=True, or larger batches."
+                )
             batch = tree_map_only(Tensor, lambda t: t[rank::ranks], batch)
         if self._copying is None:
             return tree_map_only(Tensor, lambda t: t.to(self.device), batch)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
-from ncprior.diagnostics import diagnose
+from ncprior.diagnostics import diagnose, group_kinds
 from ncprior.loader import Loader
 from ncprior.prior import NCPrior
 from ncprior.products import ProductHead, fresh_head, rescale_head
@@ -33,6 +33,8 @@ _HELD_OUT_FRACTION = 0.05
 _STAGE_CACHE = 50_000  # draws of the prior so far, where they can be kept: at most so many,
 _DRAWS_PER_ROW = 10  # and so many per row of data, but for
 _FEWEST_DRAWS = 5000
+_RANKS_APART = 1_000_003  # of a CPU's generator, 32 bits of a seed count
+_WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 _MOST_STAGES = 5  # of stages="auto"
 
 
@@ -96,13 +98,14 @@ def fit(
             standard errors. The paper does not.
         stages: Heads per group, multiplied: each further one learns what is left between q and
             the prior so far, see :mod:`ncprior.stages`, and is kept where it learns something that
-            holds on held-out data, as for ``gate``. ``"auto"`` goes on until none is kept.
+            holds on held-out data, as for ``gate``. ``"auto"`` goes on until none has 0.02 nats of
+            Jensen-Shannon divergence left to learn: every stage costs as much as the first again.
         calibrate: Whether to rescale each group's log r to a·log r + b, with the a and b that fit
             held-out data best, see :func:`calibrate_heads`.
         proposal_cache: So many draws of the base are made once, and used again and again, where
-            a base is slow to draw from: for a single group without a context. A tenth more are
-            made for the held-out losses. Further stages of such a group keep about ten per row of
-            data, from 5,000 to 50,000.
+            a base is slow to draw from: for a single group without a context. A tenth more, and at
+            least 2,048, are made for the held-out losses. Further stages of such a group keep about
+            ten per row of data, from 5,000 to 50,000.
         walk_epochs: For so many epochs, each row of x goes through the VAE once: the parameters of
             its groups are kept, and z_k is drawn anew from them at every step, see
             :mod:`ncprior.walks`. With one group only the encoder's work is spared. With more, z_<k
@@ -132,8 +135,8 @@ def fit(
             weights so far.
         ValueError: If the checkpoint belongs to another training, or the arguments do not go
             together.
-        TypeError: If the data cannot be read in the way that is asked for, or the heads cannot be
-            staged or calibrated.
+        TypeError: If the data cannot be read in the way that is asked for, or the heads or the
+            base cannot be staged, or the heads calibrated.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
@@ -168,6 +171,8 @@ def fit(
             f"or a list."
         )
     _check_stages(prior, stages, calibrate)
+    if stages != 1:
+        _check_walkable(prior, first_batch(data, batch_size))
     _check_agreement(settings)
     align_generators()
     saved = on_first(lambda: load(checkpoint))
@@ -192,7 +197,7 @@ def fit(
     with unchanged(prior.source), _evaluating_after(prior):
         history = fitting.train(prior, prior.source, checkpoint, proposal_cache)
         if gate:
-            off = tuple(k for k, learnt in enumerate(history.learnt) if not learnt)
+            off = tuple(k for k, learnt in enumerate(history.has_learnt()) if not learnt)
             prior.active = [on and k not in off for k, on in enumerate(prior.active)]
             history = history._replace(gated=off)
         history = history._replace(stages=tuple(fitting.further(prior, stages, checkpoint)))
@@ -269,7 +274,7 @@ class _Fitting:
         if saved is not None:
             run.restore(saved, stream)
         elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
-            torch.manual_seed(self.split_seed + stage + 2**32 * rank())
+            torch.manual_seed((self.split_seed + stage + _RANKS_APART * rank()) % 2**32)
         share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
         batches = Loader(stream, run.device, share, before=inputs.before, first=trainer.steps)
         self._loop(run, batches, evaluation, checkpoint)
@@ -328,7 +333,10 @@ class _Fitting:
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
             history = self.train(new, tilted(prior), path, cache, stage)
-            kept = [on and learnt for on, learnt in zip(prior.active, history.learnt, strict=True)]
+            least = _WORTH if stages == "auto" else 0.0
+            learnt = history.has_learnt(least)
+            kept = [on and new_one for on, new_one in zip(prior.active, learnt, strict=True)]
+            history = history._replace(kept=tuple(kept))
             for k in (k for k, keep in enumerate(kept) if keep):
                 before = prior.heads[k]
                 factors = list(before.heads) if isinstance(before, ProductHead) else [before]
@@ -437,6 +445,17 @@ def _check_stages(prior: NCPrior, stages: int | Literal["auto"], calibrate: bool
             fresh_head(head)
         if calibrate:
             rescale_head(head, 1.0, 0.0)
+
+
+def _check_walkable(prior: NCPrior, x: Any) -> None:  # noqa: ANN401
+    """Refuses stages of groups that tempered Monte Carlo cannot walk in."""
+    for k, kind in enumerate(group_kinds(prior, x)):
+        if prior.is_on(k) and not kind.has_gradient:
+            raise TypeError(
+                f"Stages are multiplied where draws of the prior so far can be made by walking in "
+                f"it; the base of group {k} has no density, or discrete or bounded latents. Nest "
+                f"stages instead: ncprior.stages.nested."
+            )
 
 
 def _check_held_out(held_out: Any, stages: int | Literal["auto"], calibrate: bool) -> None:  # noqa: ANN401

@@ -32,7 +32,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["nce_loss"]
+__all__ = ["nce_loss", "nce_terms"]
 
 
 def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float = 1.0) -> Tensor:
@@ -57,9 +57,34 @@ def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float =
         >>> nce_loss(torch.zeros(8), torch.zeros(8))  # r = 1 says nothing: 2 log 2
         tensor(1.3863)
     """
+    loss_q, loss_p = nce_terms(log_r_posterior, log_r_prior, noise_weight)
+    return loss_q.mean() + loss_p.mean()
+
+
+def nce_terms(
+    log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the terms whose means :func:`nce_loss` adds, one per draw.
+
+    Arguments:
+        log_r_posterior: log r(z) in nats at z ~ q(z), of any shape.
+        log_r_prior: log r(z) in nats at z ~ p(z), of any shape.
+        noise_weight: ν > 0.
+
+    Returns:
+        softplus(-(log r - log ν)) and ν softplus(log r - log ν) in nats, with the shapes of
+        log r.
+
+    Raises:
+        ValueError: If ν is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> nce_terms(torch.zeros(2), torch.zeros(1))
+        (tensor([0.6931, 0.6931]), tensor([0.6931]))
+    """
     if not 0 < noise_weight < math.inf:
         raise ValueError(f"noise_weight must be positive and finite; got {noise_weight}.")
     log_nu = math.log(noise_weight)
-    loss_q = softplus(-(log_r_posterior - log_nu)).mean()
-    loss_p = softplus(log_r_prior - log_nu).mean()
-    return loss_q + noise_weight * loss_p
+    loss_q = softplus(-(log_r_posterior - log_nu))
+    return loss_q, noise_weight * softplus(log_r_prior - log_nu)

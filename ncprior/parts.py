@@ -10,18 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import random_state, set_random_state
+from ncprior.batches import seeded
 from ncprior.combine import describe
 from ncprior.files import load_tensors, read_metadata, save_tensors, write_atomically
 from ncprior.prior import NCPrior
@@ -130,13 +127,17 @@ def _draw(
     seed: int,
     condition: Any,  # noqa: ANN401
 ) -> None:
-    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        unfinished.unlink()
-    with _seeded(seed):
+    with seeded(seed):
         some = tree_map_only(Tensor, lambda t: t[rows], condition)
         sample = prior.sample(rows.stop - rows.start, sampler, condition=some)
     tensors = {f"z_{k}": z for k, z in enumerate(sample.latents)}
-    save_tensors(path, {"x": sample.x, **tensors}, {"kind": "samples", "first": rows.start})
+    try:
+        save_tensors(path, {"x": sample.x, **tensors}, {"kind": "samples", "first": rows.start})
+    except FileNotFoundError:
+        if not _is_whole(path):  # or else another process was faster, and has tidied up
+            raise
+    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        unfinished.unlink(missing_ok=True)
 
 
 def _claim(folder: Path, job: dict[str, Any]) -> None:
@@ -165,21 +166,9 @@ def _path(folder: Path, i: int) -> Path:
 
 
 def _seed(seed: int, i: int) -> int:
-    """Seeds of parts that have nothing in common, whatever the job's seed is."""
-    digest = hashlib.sha256(f"{seed} {i}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")  # NumPy takes 32 bits
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    outside = random_state()
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        set_random_state(outside)
+    """Seeds that no two parts of a job share, nor jobs of nearby seeds."""
+    digest = hashlib.sha256(str(seed).encode()).digest()
+    return (int.from_bytes(digest[:4], "big") + i) % 2**32  # all that generators take
 
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401

@@ -83,6 +83,7 @@ def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None
 
 
 def _equal_rows(values: Tensor) -> bool:
+    values = values[values.isfinite().all(1)]  # what is not finite, the samplers speak of
     first = values[:, :1]
     return bool(((values - first).abs() <= _ROUNDING * (1 + first.abs())).all())
 

@@ -53,8 +53,8 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
 
     Arguments:
         report: What :func:`ncprior.diagnostics.diagnose` has found.
-        budget: Evaluations of heads that one sample may cost, over all groups; an evaluation with
-            a gradient counts twice. SMC picks its temperatures by the particles it sees, so
+        budget: Evaluations of heads that one sample may cost, over all groups and stages; an
+            evaluation with a gradient counts twice. SMC picks its temperatures by the particles it sees, so
             that it keeps to the budget roughly.
 
     Returns:
@@ -70,45 +70,46 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
         functools.partial(<function sir at ...>, num_proposals=100)
     """
     groups = [group for group in report.groups if group.verdict is not Verdict.OFF]
-    each = budget // max(1, len(groups))
-    if each < 1:
+    heads = sum(group.num_factors for group in groups)
+    if budget < max(1, heads):
         raise ValueError(
-            f"The budget must give every head in use an evaluation; got {budget} for "
-            f"{len(groups)} heads."
+            f"The budget must give every head in use an evaluation; got {budget} for {heads} heads."
         )
-    needed = max((group.proposals_needed for group in groups), default=1)
+    if not groups:
+        return Recommendation(partial(sir, num_proposals=1), 0, "No head is in use.")
+    each = budget // heads
+    needed = max(group.proposals_needed for group in groups)
     by_sir = partial(sir, num_proposals=each)
     if each >= _PLENTY * needed:
-        return Recommendation(by_sir, budget, f"{needed:,} proposals are needed: plenty.")
+        return Recommendation(by_sir, each * heads, f"{needed:,} proposals are needed: plenty.")
     if len(report.groups) == 1 and groups[0].num_components > 1:
         return _within(groups[0], each)
     if len(report.groups) > 1 or groups[0].has_context or not groups[0].has_gradient:
         enough = "enough" if each >= needed else "the budget is short, a closer base would help"
         reason = f"{needed:,} proposals are needed in the widest group: {enough}."
-        return Recommendation(by_sir, each * len(groups), reason)
+        return Recommendation(by_sir, each * heads, reason)
     # Gaussians that are δ apart have an ESS of e^{-δ²}, and are √(2 KL) apart in all.
     temperatures = max(1, math.ceil(math.sqrt(2 * max(0.0, groups[0].kl) / math.log(2))))
     moves = min(_MOST_MOVES, (each // 2 - 1) // temperatures)
     if moves < 1:
-        return Recommendation(by_sir, each, "The budget is too short for a walk.")
+        return Recommendation(by_sir, each * heads, "The budget is too short for a walk.")
     return Recommendation(
         partial(tempered_smc, num_particles=1, share=True, num_moves=moves),
-        2 * (1 + temperatures * moves),
+        2 * (1 + temperatures * moves) * heads,
         f"{needed:,} proposals are needed, and SIR settles with {_PLENTY} times as many, beyond the "
         f"budget; a population is led there in about {temperatures} temperatures.",
     )
 
 
-def _within(group: GroupReport, budget: int) -> Recommendation:
-    """Of a group whose base is a mixture."""
+def _within(group: GroupReport, each: int) -> Recommendation:
+    """Of a group whose base is a mixture, with so many evaluations of log r."""
     needed = f"{group.proposals_needed:,} proposals are needed"
-    moves = budget // 2 - 1
-    if budget >= group.proposals_needed or moves < 1 or not group.has_gradient:
-        by_sir = within_components(partial(sir, num_proposals=budget))
-        return Recommendation(
-            by_sir, budget, f"{needed}, fewer within the components of the base."
-        )
+    moves = each // 2 - 1
+    if each >= group.proposals_needed or moves < 1 or not group.has_gradient:
+        by_sir = within_components(partial(sir, num_proposals=each))
+        cost = each * group.num_factors
+        return Recommendation(by_sir, cost, f"{needed}, fewer within the components of the base.")
     # One particle is a chain of MALA that finds its own step size.
     chain = partial(tempered_smc, num_particles=1, num_moves=moves)
     reason = f"{needed}, beyond the budget: chains walk within the components of the base."
-    return Recommendation(within_components(chain), 2 * (1 + moves), reason)
+    return Recommendation(within_components(chain), 2 * (1 + moves) * group.num_factors, reason)

@@ -121,6 +121,7 @@ class GroupReport(NamedTuple):
         has_context: Whether the group has a context: rows then have targets of their own.
         has_gradient: Whether Langevin dynamics can walk in the group's prior.
         num_components: Components of the base where it is a Gaussian mixture, else 1.
+        num_factors: Heads that are multiplied, each of which an evaluation of log r costs.
         reliability: The reliability curve, ``None`` for a head that is off.
 
     Example:
@@ -156,6 +157,7 @@ class GroupReport(NamedTuple):
     has_context: bool = False
     has_gradient: bool = False
     num_components: int = 1
+    num_factors: int = 1
     reliability: Reliability | None = None
 
 

@@ -26,6 +26,7 @@ class Rows:
             first batch's.
         budget: Bytes that may be kept in memory, on the device where the tensors are. All lies on
             disk as soon as there are more; the operating system keeps in memory what it can of it.
+            While they are laid end to end, the largest tensor takes its room twice.
         folder: Where a temporary folder is made for that, by default the system's; it is removed
             with the rows.
 
@@ -57,12 +58,12 @@ class Rows:
             tensors = self._checked(leaves, spec)
             kept += sum(t.nbytes for t in tensors)
             for part, tensor in zip(parts, tensors, strict=True):
-                part.append(tensor.detach())
+                part.append(_of_its_own(tensor.detach()))
             if kept > budget:
                 self._spill(parts, folder)
         if not parts:
             raise ValueError("There are no batches to keep rows of.")
-        self._leaves = [torch.cat(p) for p in parts] if not self.on_disk else self._mapped()
+        self._leaves = self._mapped() if self.on_disk else [_joined(part) for part in parts]
 
     def __len__(self) -> int:
         return len(self._leaves[0])
@@ -115,3 +116,14 @@ class Rows:
 
     def _path(self, k: int) -> Path:
         return self._folder / f"{k}.bin"
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """A tensor that keeps nothing else alive, as a view does."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _joined(part: list[Tensor]) -> Tensor:
+    joined = torch.cat(part)
+    part.clear()
+    return joined

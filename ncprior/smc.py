@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["tempered_smc"]
 
 _BISECTIONS = 20
+_POPULATION = 512  # particles at least, where rows share them
 _ACCEPTANCE = 0.574  # optimal for MALA in many dimensions (Roberts & Rosenthal, 1998)
 
 
@@ -58,10 +59,10 @@ def tempered_smc(
         num_moves: Langevin steps per temperature.
         step_size: The first λ, in squared units of z.
         ess_share: Share of the particles that a step of β must keep effective, between 0 and 1.
-        share: Whether all rows share their particles, P · B of them, and all become draws where P
-            is 1. Draws of one batch then depend on each other a little, through their ancestors.
-            Only where p and log r are the same for every row, as in the first group of a VAE
-            without conditions.
+        share: Whether all rows share their particles, P · B of them but at least 512, and all
+            become draws where P is 1 and B at least 512. Draws of one batch then depend on each
+            other a little, through their ancestors. Only where p and log r are the same for every
+            row, as in the first group of a VAE without conditions.
         max_temperatures: Most values of β.
 
     Returns:
@@ -111,6 +112,8 @@ class _Particles:
         z = target.prior.sample(Size((num_particles,)))
         if share:
             require_same_rows(target.prior, target.log_ratio, z)
+            missing = -(-_POPULATION // z.shape[1]) - num_particles
+            z = torch.cat([z, target.prior.sample(Size((max(0, missing),)))])
         self.at = target(z)  # z: (P, B, *event)
         self.beta = 0.0
         self.log_z = torch.zeros_like(self.at.log_r[0])
@@ -122,7 +125,7 @@ class _Particles:
         self.beta = 1.0 if step == 1 - self.beta else self.beta + step
         log_w = self._population(step * self.at.log_r)
         self.log_z = self.log_z + log_w.logsumexp(0) - math.log(len(log_w))
-        rows = torch.multinomial(log_w.softmax(0).mT, len(log_w), replacement=True).mT
+        rows = _systematic(log_w)
         self.at = Point(*(self._resampled(part, rows) for part in self.at))
 
     def move(self, step_size: float) -> Tensor:
@@ -131,9 +134,12 @@ class _Particles:
         return accept.float()
 
     def draw(self, acceptance: Tensor) -> Draw:
-        """The first particle of every row: after resampling they are alike."""
+        """One particle of every row: after resampling they weigh the same."""
         self.target.raise_if_bad(self.at.z)
-        return Draw(self.at.z[0], log_mean_weight=self.log_z, acceptance=acceptance)
+        particles, batch = self.at.log_r.shape
+        picked = torch.randint(particles, (1, batch), device=self.at.z.device)
+        z = self.at.z[picked[0], torch.arange(batch, device=self.at.z.device)]
+        return Draw(z, log_mean_weight=self.log_z, acceptance=acceptance)
 
     def _step(self, most: float, ess_share: float) -> float:
         """The largest step of β that keeps the particles effective."""
@@ -157,3 +163,14 @@ class _Particles:
         if self.share:
             return part.flatten(0, 1)[rows[:, 0]].reshape(part.shape)
         return part[rows, torch.arange(part.shape[1], device=part.device)]
+
+
+def _systematic(log_w: Tensor) -> Tensor:
+    """Picks P of P particles, each ⌊P w⌋ or ⌈P w⌉ times, in random order; (P, B)."""
+    device = "cpu" if log_w.device.type == "mps" else log_w.device
+    w = log_w.to(device, torch.float64).softmax(0).mT
+    count = w.shape[1]
+    start = torch.rand(len(w), 1, dtype=torch.float64, device=device)
+    points = (torch.arange(count, device=device) + start) / count
+    rows = torch.searchsorted(w.cumsum(1), points).clamp(max=count - 1)
+    return rows[:, torch.randperm(count, device=device)].mT.to(log_w.device)

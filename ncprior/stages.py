@@ -42,6 +42,7 @@ __all__ = ["Drawn", "cached", "nested", "tilted"]
 
 _PARTICLES = 16  # per row, where rows have targets of their own
 _POPULATION = 2048  # particles that share one target
+_MOVES = 4  # per temperature: with fewer, particles stay close to their siblings
 _SCATTER = 0.5  # nats
 
 
@@ -122,7 +123,8 @@ def tilted(prior: NCPrior) -> Rebased:
 
     def base(k: int, group: Group) -> Drawn:
         share = k == 0 and group.context is None
-        smc = partial(tempered_smc, share=share, num_particles=1 if share else _PARTICLES)
+        particles = 1 if share else _PARTICLES
+        smc = partial(tempered_smc, share=share, num_particles=particles, num_moves=_MOVES)
         return Drawn(partial(prior.draw, k, group, smc))
 
     return rebase(prior.source, base)
@@ -134,7 +136,8 @@ def cached(source: LatentSource[Any, Any], count: int, seed: int) -> tuple[Rebas
 
     Arguments:
         source: A source of one group, whose prior is the same for every row.
-        count: The number of draws that are kept for training; a tenth more are kept apart.
+        count: The number of draws that are kept for training; a tenth more, and at least 2,048,
+            are kept apart. Where draws come in populations, both have populations of their own.
         seed: Seed of the draws; the generators outside stay as they are.
 
     Returns:
@@ -147,14 +150,16 @@ def cached(source: LatentSource[Any, Any], count: int, seed: int) -> tuple[Rebas
     Example:
         >>> train, held_out = cached(source, 100, seed=0)
         >>> len(train.prior.z), len(held_out.prior.z)
-        (100, 10)
+        (100, 2048)
     """
-    total = count + max(1, count // 10)
     device = device_of(source)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        base = source.group(source.start(min(total, _POPULATION))).prior
-        z = base.sample(Size((-(-total // min(total, _POPULATION)),))).flatten(0, 1)[:total]
+        base = source.group(source.start(_POPULATION)).prior
+        z, apart = (
+            base.sample(Size((-(-n // _POPULATION),))).flatten(0, 1)[:n]
+            for n in (count, max(_POPULATION, count // 10))
+        )
     log_z = torch.tensor(base.log_mean_weights if isinstance(base, Drawn) else [])
     if len(log_z) > 1 and log_z.std() > _SCATTER:
         warnings.warn(
@@ -162,4 +167,4 @@ def cached(source: LatentSource[Any, Any], count: int, seed: int) -> tuple[Rebas
             f"{log_z.std():.2f} nats between populations of {_POPULATION}. A closer base would help.",
             stacklevel=2,
         )
-    return rebase(source, Empirical(z[:count])), rebase(source, Empirical(z[count:]))
+    return rebase(source, Empirical(z)), rebase(source, Empirical(apart))

@@ -155,9 +155,9 @@ class NCETrainer:
         at_once = self.batched and self.groups  # a rank may have none
         losses = self._all_at_once(x) if at_once else self._in_turn(x)
         if self.group_parallel:
-            mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms().to(losses)]))
+            mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms(losses)]))
         else:
-            mean_loss, norms = average_over_ranks(losses), self._norms()
+            mean_loss, norms = average_over_ranks(losses), self._norms(losses)
         self._refuse_non_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
@@ -183,19 +183,18 @@ class NCETrainer:
         losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
         if losses.requires_grad:
             self.backward(losses.sum())
-        all_groups = losses.new_zeros(len(pairs))
-        all_groups[self.groups] = losses.detach()
-        return all_groups
+        found = dict(zip(self.groups, losses.detach(), strict=True))
+        return torch.stack([found.get(k, losses.new_zeros(())) for k in range(len(pairs))])
 
-    def _norms(self) -> Tensor:
+    def _norms(self, losses: Tensor) -> Tensor:
         """Norms of the heads' gradients, which are averaged over the ranks and clipped."""
         shared = not self.group_parallel
         heads = self.prior.heads
         norms = [reduce_and_clip(head, self.max_grad_norm, shared=shared) for head in heads]
-        return torch.stack(norms)
+        return torch.stack([norm.to(losses) for norm in norms])  # of no gradients, on the CPU
 
     def _refuse_non_finite(self, losses: Tensor, norms: Tensor) -> None:
-        finite = torch.isfinite(losses) & torch.isfinite(norms.to(losses))
+        finite = torch.isfinite(losses) & torch.isfinite(norms)
         if not finite.all():  # the one synchronisation of a step
             k = int((~finite).nonzero()[0])
             self.optimizer.zero_grad()

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import Stream, in_order, own_generators
-from ncprior.contrasts import group_losses
+from ncprior.contrasts import contrasts
 from ncprior.loader import Loader
+from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
 from ncprior.ranks import from_rank, gather, num_ranks, on_first, rank, sum_over_ranks
 from ncprior.runs import Training, weights_of
@@ -58,6 +59,7 @@ class History(NamedTuple):
         stopped: Why training ended.
         gated: The groups that training has switched off.
         stages: The histories of further stages; the last may have been left out.
+        kept: Of a further stage, per group, whether its head was multiplied in.
         slopes: Per group, what calibration has multiplied log r by.
 
     Example:
@@ -74,15 +76,19 @@ class History(NamedTuple):
     stopped: str
     gated: tuple[int, ...] = ()
     stages: tuple[History, ...] = ()
+    kept: tuple[bool, ...] = ()
     slopes: tuple[float, ...] = ()
 
-    @property
-    def learnt(self) -> list[bool]:
-        """Tells per group whether its loss is below 2 log 2, that of no head, by two errors."""
+    def has_learnt(self, least: float = 0.0) -> list[bool]:
+        """Tells per group whether its held-out JSD, log 2 - L/2, is above 0 by two errors of L.
+
+        Arguments:
+            least: Nats of JSD in place of 0.
+        """
         if self.best_loss is None or self.best_error is None:
             return [True] * len(self.best_step)
         pairs = zip(self.best_loss, self.best_error, strict=True)
-        return [loss + 2 * error < 2 * math.log(2) for loss, error in pairs]
+        return [loss + 2 * error < 2 * (math.log(2) - least) for loss, error in pairs]
 
     def __str__(self) -> str:
         """Says in one line what was kept, and why training ended."""
@@ -96,7 +102,7 @@ class History(NamedTuple):
         if self.slopes:
             text += f"; log r times {', '.join(f'{slope:.2f}' for slope in self.slopes)}"
         for number, stage in enumerate(self.stages, start=2):
-            text += f"\nstage {number}: {stage}" + ("" if any(stage.learnt) else "; left out")
+            text += f"\nstage {number}: {stage}" + ("" if any(stage.kept) else "; left out")
         return text
 
 
@@ -256,32 +262,41 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
-        losses: list[Tensor] = []
-        rows: list[int] = []
+        passes: list[Tensor] = []
+        rows = drawn = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed + rank())
-            for generator, state in self.own:
-                generator.set_state(state)
-            while sum(rows) < _HELD_OUT_DRAWS:
-                before = len(rows)
-                for batch in self.batches:
-                    losses.append(self._sum(batch, device))
-                    rows.append(num_rows(batch))
-                if len(rows) == before:
+            while drawn < _HELD_OUT_DRAWS:
+                for generator, state in self.own:  # the same rows again, in the same order
+                    generator.set_state(state)
+                parts = [(num_rows(b), self._losses(b, device)) for b in self.batches]
+                if not parts:
                     raise ValueError("The held-out data has no batches.")
-        weight = torch.tensor(rows, dtype=torch.float64) / sum(rows)
-        loss = sum_over_ranks(torch.stack(losses)) / torch.tensor(rows)[:, None]
-        mean = weight @ loss
-        # Batches of n rows scatter around the mean by a variance in proportion to 1/n.
-        spread = weight @ (loss - mean).square() / max(1, len(rows) - 1)
-        return mean.tolist(), spread.sqrt().tolist()
+                rows = sum(count for count, _ in parts)
+                passes.append(torch.cat([losses for _, losses in parts], dim=1))
+                drawn += rows
+        # Further draws of a row say less of other rows than further rows would.
+        losses = torch.stack(passes).mean(0)
+        mean = sum_over_ranks(losses.sum(1)) / rows
+        spread = sum_over_ranks(self._own_groups(losses - mean[:, None]).square().sum(1))
+        return mean.tolist(), (spread / (rows * max(1, rows - 1))).sqrt().tolist()
 
-    def _sum(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
-        """The losses of this rank's share of a batch, times its rows, (K,)."""
+    def _losses(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
+        """The losses of this rank's share of the rows of a batch, (K, n)."""
         share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
         x = tree_map_only(Tensor, lambda t: t[share].to(device, non_blocking=True), batch)
         count = num_rows(x)
-        if count == 0:
-            return torch.zeros(len(self.prior.heads), dtype=torch.float64)
-        losses = group_losses(self.prior, x, 1.0, 1, groups=self.groups)
-        return count * torch.stack(list(losses)).to("cpu", torch.float64)
+        losses = torch.zeros(len(self.prior.heads), count, dtype=torch.float64)
+        if count > 0:
+            for k, (z, context) in enumerate(contrasts(self.prior.source, x)):
+                if self.groups is None or k in self.groups:
+                    log_r = self.prior.log_r(k, z, context)[:, 0]
+                    losses[k] = sum(nce_terms(log_r[0], log_r[1]))
+        return losses
+
+    def _own_groups(self, losses: Tensor) -> Tensor:
+        """Losses of groups that other ranks measure are 0 here."""
+        if self.groups is not None:
+            others = [k for k in range(len(losses)) if k not in self.groups]
+            losses[others] = 0
+        return losses

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ncprior.batches import RowData, in_order
+from ncprior.batches import RowData, in_order, own_generators, seeded
 from ncprior.distributions import build, parameters
 from ncprior.rows import Rows
-from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
+from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, require_eval
 
 __all__ = ["KeptEncodings", "KeptWalks", "Walks", "epochs_to_keep"]
 
@@ -37,7 +37,7 @@ class Walks(RowData):
         source: The VAE.
         data: The data, as for :func:`ncprior.batches.in_order`.
         batch_size: Rows per batch, where batches are made here.
-        seed: Seed of the walks; generators outside stay as they are.
+        seed: Seed of the walks; the generators of torch, NumPy and Python stay as they are.
         budget: Bytes to keep in memory; the rest is on disk, see :class:`ncprior.rows.Rows`.
         folder: Where on disk.
 
@@ -73,6 +73,7 @@ class Walks(RowData):
             KeptWalks(source.num_groups, features) if several else KeptEncodings(source)
         )
         self.number = -1
+        self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
         self.renew(0)
 
     def renew(self, number: int) -> None:
@@ -81,8 +82,9 @@ class Walks(RowData):
             return
         device = device_of(self.vae)
         self._rows: Any = None  # lets go of the old ones first
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + number)
+        for generator, first in self._own:
+            generator.set_state(first)
+        with seeded(self.seed + number):
             self._rows = Rows(self._walk(device), budget=self.budget, folder=self.folder)
         self.number, self.device = number, self._rows.device
 
@@ -102,6 +104,7 @@ class Walks(RowData):
 
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
+        require_eval(self.vae, getattr(self.vae, "module", None))
         for batch in in_order(self.data, self.batch_size):
             x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
             encoding = self.vae.encode(x)

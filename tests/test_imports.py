@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": {"samplers", "smc", "source", "bases", "prior"},
     "vaebm_trainer": {*CORE, "trainer"},
     "vaebm_fit": {*CORE, "runs", "vaebm_trainer"},
-    "loader": {"batches"},
+    "loader": {"batches", "source"},
     "gap": {"evaluation"},
     "runs": {"batches", "files", "loader", "ranks"},
     "training": {*CORE, "trainer", "runs"},

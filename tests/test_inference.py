@@ -147,8 +147,10 @@ def test_weights_are_read_anew_for_every_draw() -> None:
 )
 def test_the_context_is_embedded_once_per_draw(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(head)
-    calls, embed = [], head.context.forward
-    monkeypatch.setattr(head.context, "forward", lambda c: calls.append(len(c)) or embed(c))
+    calls: list[int] = []
+    embed = type(head.context).forward
+    counted = lambda self, c: calls.append(len(c)) or embed(self, c)
+    monkeypatch.setattr(type(head.context), "forward", counted)
     prior = Independent(Normal(torch.zeros(8, *head.event_shape), 1.0), len(head.event_shape))
     c = torch.randn(8, *head.config()["context_shape"])
     sir(prior, given(head, c), num_proposals=2000, chunk_size=64)

@@ -142,7 +142,7 @@ def test_a_stage_that_learns_nothing_is_left_out_and_auto_stops_there() -> None:
     prior = mlp(problem, data, width=16)
     history = fit(prior, data, steps=300, learning_rate=3e-3, stages="auto", **QUIET)
     assert len(history.stages) >= 1
-    assert not any(history.stages[-1].learnt)
+    assert not any(history.stages[-1].kept)
     assert str(history).endswith("left out")
     kept = prior.heads[0]
     factors = len(kept.heads) if isinstance(kept, ProductHead) else 1
@@ -157,7 +157,7 @@ def test_stages_of_several_groups_are_kept_group_by_group() -> None:
     options = {"steps": 60, "batch_size": 64, "learning_rate": 3e-3, "eval_every": 30}
     history = fit(prior, data, stages=2, ema_decay=0.9, **options, **QUIET)
     assert len(history.stages) == 1
-    for learnt, head in zip(history.stages[0].learnt, prior.heads, strict=True):
+    for learnt, head in zip(history.stages[0].kept, prior.heads, strict=True):
         assert isinstance(head, ProductHead) is learnt
     assert history.stages[0].best_loss is not None
     assert history.stages[0].best_loss[1] < 2 * math.log(2)
@@ -252,9 +252,9 @@ def test_kept_draws_are_of_the_base_and_leave_the_generator_alone() -> None:
     assert isinstance(train.prior, Empirical) and isinstance(held_out.prior, Empirical)
     assert isinstance(again.prior, Empirical)
     assert torch.equal(train.prior.z, again.prior.z)
-    assert train.prior.z.shape == (5000, 3) and held_out.prior.z.shape == (500, 3)
+    assert train.prior.z.shape == (5000, 3) and held_out.prior.z.shape == (2048, 3)
     rows = torch.cat([train.prior.z, held_out.prior.z])
-    assert len(rows.unique(dim=0)) == 5500
+    assert len(rows.unique(dim=0)) == 7048
     assert stats.kstest(rows[:, 0].numpy(), "norm").pvalue > 0.01
 
 

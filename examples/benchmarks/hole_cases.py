@@ -57,30 +57,25 @@ class Case:
     bases: tuple[str, ...] = ("", "mixture of 100", "mixture of 10")  # that heads are trained on
     proposals: tuple[int, ...] = (50, 500)
     every_sampler: bool = True  # not SIR alone
+    train: Tensor = field(init=False)
+    held_out: Tensor = field(init=False)  # as the source encodes them, the same for all
     encodings: Tensor = field(init=False)
     fresh_encodings: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
+        cut = len(self.rows) - self.num_held_out
+        self.train, self.held_out = self.rows[:cut], self.inputs(self.rows[cut:])
         if self.source.num_groups == 1:
             self.encodings = latents_of(self.source, self.train)
             self.fresh_encodings = latents_of(self.source, self.held_out)
         else:
-            self.encodings = self._all_latents(self.train[:20_000])
+            self.encodings = self._all_latents(self.train)
             self.fresh_encodings = self._all_latents(self.held_out)
 
-    @property
-    def train(self) -> Tensor:
-        return self.rows[: -self.num_held_out]
-
-    @property
-    def held_out(self) -> Tensor:
-        return self.rows[-self.num_held_out :]
-
-    @property
-    def test_rows(self) -> Tensor:
-        """Held-out rows as the source encodes them."""
-        return self._x(self.held_out)
+    def inputs(self, rows: Tensor) -> Tensor:
+        """Rows as the source encodes them."""
+        return rows.bernoulli() if self.binarise else rows
 
     @property
     def data(self) -> Any:  # noqa: ANN401
@@ -94,16 +89,13 @@ class Case:
         total = len(self.train)
         passes = -(-count // total)  # again where there are fewer than samples
         rows = self.train[torch.cat([torch.randperm(total) for _ in range(passes)])[:count]]
-        parts = [sample_posterior(self.source, self._x(part)) for part in rows.split(1000)]
+        parts = [sample_posterior(self.source, self.inputs(part)) for part in rows.split(1000)]
         z = torch.cat([torch.cat([z.flatten(1) for z in latents], 1) for latents, _ in parts])
         return torch.cat([self.source.decode(state) for _, state in parts]), z
 
     def _all_latents(self, rows: Tensor) -> Tensor:
-        parts = [sample_posterior(self.source, self._x(part))[0] for part in rows.split(1000)]
+        parts = [sample_posterior(self.source, self.inputs(part))[0] for part in rows.split(1000)]
         return torch.cat([torch.cat([z.flatten(1) for z in latents], 1) for latents in parts])
-
-    def _x(self, rows: Tensor) -> Tensor:
-        return rows.bernoulli() if self.binarise else rows
 
 
 def make_case(bench: Bench, data: str, model: str) -> Case:
@@ -191,6 +183,8 @@ def _flat(
 def _mnist(bench: Bench) -> Case:
     quick = bench.settings["quick"]
     data, test = _images("ylecun/mnist")
+    if quick:
+        data = data.rows(slice(20_000))
     torch.manual_seed(0)
     return _flat(
         *(bench, "mnist", VAE(28, latents=16, counts=1)),

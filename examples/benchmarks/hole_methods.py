@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
@@ -158,10 +157,12 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
             started = now()
             sampler.fit(images, **options)
             seconds = now() - started
-        networks = [
-            m for m in vars(sampler).values() if isinstance(m, nn.Module) and m is not model
+        networks = [  # what is trained, but for a second copy of it
+            module
+            for name, module in vars(sampler).items()
+            if isinstance(module, nn.Module) and name not in ("model", "flow_contained_model")
         ]
-        stored = sum(p.numel() for net in networks for p in net.parameters())
+        stored = sum({p: p.numel() for net in networks for p in net.parameters()}.values())
         if kind == "GaussianMixture":
             gmm = sampler.gmm
             k, d = gmm.means_.shape
@@ -265,21 +266,37 @@ class Heads:
         seconds = seconds if training == settings else 0.0
         checkpoint = self._path(case, seed, base, training).with_suffix(".checkpoint")
         torch.manual_seed(seed)
-        started = now()
-        prior = NCPrior.for_source(source, case.rows[:512], **case.head)
+        clock = Stopwatch(self._path(case, seed, base, settings).with_suffix(".seconds"))
+        prior = NCPrior.for_source(source, case.inputs(case.rows[:512]), **case.head)
         options = {**settings, "held_out": case.held_out, "checkpoint": checkpoint}
         if case.quick and "proposal_cache" in settings:
             options["proposal_cache"] = 5000
-        history = fit(prior, case.data, **options)
-        seconds += now() - started
+        history = fit(prior, case.data, callback=clock.note, **options)
+        seconds += clock.seconds
         prior.save_pretrained(self._path(case, seed, base, settings))
-        return {"seconds": seconds, "history": f"{history}\n{diagnose(prior, case.test_rows)}"}
+        return {"seconds": seconds, "history": f"{history}\n{diagnose(prior, case.held_out)}"}
 
     def _path(self, case: Case, seed: int, base: str, settings: dict[str, Any]) -> Path:
         """A folder of its own for all that the heads depend on."""
         key = f"{case.head} {settings} {case.base_steps}"
         name = slug(f"hole-{case.name}-{base}-{seed}") + "-quick" * case.quick
         return self.bench.cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+class Stopwatch:
+    """Seconds that a training has taken, with those before it was broken off."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.started = file, now()
+        self.before = float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.before + now() - self.started
+
+    def note(self, _: object) -> None:
+        """Writes them down; a callback of fit."""
+        self.file.write_text(str(self.seconds), encoding="utf-8")
 
 
 class Trained(NamedTuple):
@@ -315,7 +332,7 @@ def recommended(
 
     def run(case: Case, seed: int) -> Fitted:
         prior, seconds = found = heads.on(case, seed, base, **options)
-        choice = recommend_sampler(diagnose(prior, case.test_rows), budget=budget)
+        choice = recommend_sampler(diagnose(prior, case.held_out), budget=budget)
         print(f"{case.name}, seed {seed}, budget {budget}: {choice}", flush=True)
         return Fitted(from_ncp(prior, choice.sampler), seconds, found.stored, (prior,))
 
@@ -346,9 +363,11 @@ BASES: dict[str, Callable[[Case], Any]] = {
     "mixture of 10": lambda case: fit_mixture(case.encodings, 10),
     "mixture of 100": lambda case: fit_mixture(case.encodings, 100),
     "flow": lambda case: fit_flow(case.encodings, steps=case.base_steps),
-    "flow matching": lambda case: fit_flow_matching(case.encodings, steps=case.base_steps),
+    "flow matching": lambda case: fit_flow_matching(
+        case.encodings, steps=case.base_steps if case.quick else 5000
+    ),
     "VampPrior": lambda case: fit_vamp(
-        on_images(case), _images_of(case)[0], 100, steps=case.base_steps
+        on_images(case), _images_of(case)[0], 500, steps=case.base_steps // 4
     ),
     "training encodings": lambda case: Empirical(case.encodings),
 }
@@ -387,16 +406,19 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     for name, kind in (("MAF", "MAF"), ("IAF", "IAF"), ("two-stage", "TwoStageVAE")):
         found.append(Method(f"pythae {name}", "peer", pythaes(kind)))
     smc = partial(tempered_smc, num_particles=1, share=True, num_moves=8)
+    last = case.bases[-1]
     for where in case.bases:
         name = f"NCP on {where or 'N(0, I)'}"
-        own = [(f"SIR({m})", partial(sir, num_proposals=m)) for m in case.proposals]
+        proposals = case.proposals if where in ("", last) else case.proposals[:1]
+        own = [(f"SIR({m})", partial(sir, num_proposals=m)) for m in proposals]
         if where:
-            walks = [*own, ("MALA(24)", partial(tempered_smc, num_particles=1, num_moves=24))]
-            own += [(f"{kind} within", within_components(sampler)) for kind, sampler in walks]
-        if case.every_sampler:
+            own += [(f"{kind} within", within_components(sampler)) for kind, sampler in own]
+        if where == last:
+            chain = partial(tempered_smc, num_particles=1, num_moves=24)
+            own.append(("MALA(24) within", within_components(chain)))
+        if case.every_sampler and where in ("", last):
             own.append(("SMC", smc))
         found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
-    last = case.bases[-1]
     found += [
         Method(f"NCP on {last}, recommended({m})", "ours", recommended(heads, last, m))
         for m in case.proposals
@@ -450,28 +472,3 @@ def evaluations(priors: Iterable[NCPrior]) -> Iterator[Callable[[], int]]:
             prior._ratio = counted(prior._ratio, prior.heads)  # type: ignore[method-assign]
             stack.callback(delattr, prior, "_ratio")
         yield lambda: total
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """Watches the resident memory, in MiB over what it was: a reading every 2 ms."""
-    status = Path("/proc/self/statm")
-    page = 4096 / 2**20
-
-    def resident() -> float:
-        return int(status.read_text().split()[1]) * page if status.exists() else 0.0
-
-    before, peak, done = resident(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident() - before)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: peak
-    finally:
-        done.set()
-        thread.join()

@@ -70,12 +70,19 @@ def interval(group: list[Row], value: str, low: str, high: str) -> str:
 
 def hole(rows: list[Row]) -> list[str]:
     """Of prior_hole.py: a row per method, with means over seeds."""
-    titles = ["prior", "family", "seeds", "gap closed", "more than the best peer", *COSTS.values()]
+    titles = [
+        "prior",
+        "family",
+        "seeds",
+        "gap closed",
+        "more than the best without heads",
+        *COSTS.values(),
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows):
         first, over = group[0], ""
-        if "over_peer" in first:
-            over = interval(group, "over_peer", "over_low", "over_high")
+        if "over_rival" in first:
+            over = interval(group, "over_rival", "over_low", "over_high")
         costs = {key: mean(row[key] for row in group) for key in COSTS}
         lines.append(
             f"| {first['method']} | {first['family']} | {len(group)} | "
