@@ -279,7 +279,8 @@ def is_as_made(head: nn.Module) -> bool:
             return False
     if not isinstance(head, _Head) or type(head) not in (MLPHead, ConvHead, CategoricalHead):
         return True
-    return _layout(head) == _made_layout(type(head), json.dumps(head.config()))
+    kind: Any = type(head)
+    return _layout(head) == _made_layout(kind, json.dumps(head.config()))
 
 
 def _layout(head: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:

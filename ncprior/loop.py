@@ -19,7 +19,7 @@ from ncprior.diagnostics import diagnose, group_kinds
 from ncprior.loader import Loader
 from ncprior.prior import NCPrior
 from ncprior.products import ProductHead, fresh_head, rescale_head
-from ncprior.ranks import align_generators, gather, num_ranks, on_first, rank
+from ncprior.ranks import align_generators, gather, num_ranks, on_first, own_seed, rank
 from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import cached, tilted
@@ -33,7 +33,6 @@ _HELD_OUT_FRACTION = 0.05
 _STAGE_CACHE = 50_000  # draws of the prior so far, where they can be kept: at most so many,
 _DRAWS_PER_ROW = 10  # and so many per row of data, but for
 _FEWEST_DRAWS = 5000
-_RANKS_APART = 1_000_003  # of a CPU's generator, 32 bits of a seed count
 _WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 _MOST_STAGES = 5  # of stages="auto"
 
@@ -274,7 +273,7 @@ class _Fitting:
         if saved is not None:
             run.restore(saved, stream)
         elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
-            torch.manual_seed((self.split_seed + stage + _RANKS_APART * rank()) % 2**32)
+            torch.manual_seed(own_seed(self.split_seed + stage, rank()))
         share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
         batches = Loader(stream, run.device, share, before=inputs.before, first=trainer.steps)
         self._loop(run, batches, evaluation, checkpoint)

@@ -16,11 +16,14 @@ __all__ = [
     "gather",
     "num_ranks",
     "on_first",
+    "own_seed",
     "rank",
     "sum_over_ranks",
 ]
 
 T = TypeVar("T")
+
+_APART = 1_000_003  # seeds of neighbouring ranks, so that stages and walks do not meet them
 
 
 def num_ranks() -> int:
@@ -131,6 +134,16 @@ def align_generators() -> None:
     """
     if num_ranks() > 1:
         torch.manual_seed(on_first(lambda: int(torch.randint(2**62, ()))))
+
+
+def own_seed(seed: int, number: int) -> int:
+    """Returns a rank's own seed of one that all ranks share; 32 bits, as a CPU's generator takes.
+
+    Example:
+        >>> own_seed(5, 0), own_seed(5, 2)
+        (5, 2000011)
+    """
+    return (seed + _APART * number) % 2**32
 
 
 def _reachable(tensor: Tensor) -> Tensor:

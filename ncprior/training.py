@@ -16,7 +16,7 @@ from ncprior.contrasts import contrasts
 from ncprior.loader import Loader
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
-from ncprior.ranks import from_rank, gather, num_ranks, on_first, rank, sum_over_ranks
+from ncprior.ranks import from_rank, gather, num_ranks, on_first, own_seed, rank, sum_over_ranks
 from ncprior.runs import Training, weights_of
 from ncprior.source import num_rows
 from ncprior.trainer import NCETrainer
@@ -265,7 +265,7 @@ class HeldOut:
         passes: list[Tensor] = []
         rows = drawn = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + rank())
+            torch.manual_seed(own_seed(self.seed, rank()))
             while drawn < _HELD_OUT_DRAWS:
                 for generator, state in self.own:  # the same rows again, in the same order
                     generator.set_state(state)

@@ -116,3 +116,22 @@ def test_a_wrapped_source_gives_the_same_contrasts() -> None:
     pairs = list(contrasts(source, x, 3))
     assert [z.shape for z, _ in pairs] == [(2, 3, 8, 2)] * 2
     assert len(log_ratios(list(prior.heads), pairs)) == 2
+
+
+def _other_norm(head: Any) -> None:
+    head.norm = nn.Identity()
+
+
+def _hook(head: Any) -> None:
+    head.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [_other_norm, _hook], ids=["another module", "a hook"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_head_that_is_no_longer_as_made_is_called_itself(which: int, change: Any) -> None:
+    heads = [trained(MLPHead((2,), width=8)) for _ in range(3)]
+    change(heads[which])
+    pairs = [(torch.randn(2, 5, 4, 2), None) for _ in heads]
+    expected = [head(z) for head, (z, _) in zip(heads, pairs, strict=True)]
+    for one, two in zip(log_ratios(heads, pairs), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

@@ -451,6 +451,19 @@ def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> No
     assert 0.85 < torch.tensor(scores).square().mean() / (15 / 13) < 1.3
 
 
+@pytest.mark.parametrize("rows", [50, 300])
+def test_the_standard_error_is_that_of_other_rows_not_of_further_draws(rows: int) -> None:
+    from ncprior.training import HeldOut
+
+    problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
+    exact = 2 * math.log(2) - 2 * problem.jsd
+    scores = []
+    for seed in range(200):
+        loss, error = HeldOut(problem.data(rows), prior, 256, seed)(torch.device("cpu"))
+        scores.append((loss[1] - exact) / error[1])
+    assert 0.7 < torch.tensor(scores).square().mean() < 1.3
+
+
 def test_gating_leaves_a_base_that_matches_and_keeps_a_head_that_helps() -> None:
     """Group 1 of the correlated pair has a hole, and group 0 has none."""
     problem = CorrelatedPair()

@@ -89,6 +89,11 @@ def _hooked(head: nn.Module) -> nn.Module:
     return head
 
 
+def _rectified(head: nn.Module) -> nn.Module:
+    head.blocks[0].layers[2] = nn.ReLU()
+    return head
+
+
 class _Doubled(MLPHead):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return 2 * super().forward(z, context)
@@ -98,11 +103,12 @@ class _Doubled(MLPHead):
     "head",
     [
         _hooked(MLPHead((3,), width=8)),
+        _rectified(MLPHead((3,), width=8)),
         _Doubled((3,), width=8),
         MLPHead((3,), width=8, dropout=0.5),
         nn.Sequential(nn.Linear(3, 1), nn.Flatten(-2)),
     ],
-    ids=["hook", "subclass", "dropout in training", "one's own"],
+    ids=["hook", "another module", "subclass", "dropout in training", "one's own"],
 )
 def test_a_head_that_is_more_than_its_weights_is_called_itself(
     head: nn.Module, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +256,28 @@ def conv_prior() -> NCPrior:
     base = Independent(Normal(torch.zeros(4, 2, 2), 1.0), 3)
     source = SingleGroup(base, lambda x: base.expand((len(x),)), lambda z: z)
     return NCPrior(source, trained(ConvHead((4, 2, 2), width=8)))
+
+
+def test_a_perceptron_is_not_compiled_nor_a_single_proposal(
+    compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def compile_(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(z: Tensor, *rest: Any) -> Tensor:
+            shapes.append(tuple(z.shape))
+            return function(z, *rest)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    prior = Independent(Normal(torch.zeros(3, 2, 4, 4), 1.0), 3)
+    head: Any = trained(MLPHead((2, 4, 4), width=8))
+    sir(prior, given(head, compiled=True), num_proposals=64, chunk_size=32)
+    assert not shapes
+    head = trained(ConvHead((2, 4, 4), width=8))
+    sir(prior, given(head, compiled=True), num_proposals=64, chunk_size=32)
+    assert shapes and all(shape[0] > 1 for shape in shapes)
 
 
 def test_without_a_compiler_heads_are_used_as_they_are(

@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from toys import VAE, flat, ladder_prior, stir
 
 from ncprior import Draw, NCPrior, langevin, sir
+from ncprior import parts as parts_module
 from ncprior.bases import GaussianMixture, rebase
 from ncprior.batches import random_state
 from ncprior.combine import at_temperature, describe, sequence
@@ -261,3 +262,28 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sample_parts(made(), slow, sys.argv[1], **JOB)
+
+
+def test_no_two_parts_of_a_job_share_a_seed() -> None:
+    assert len({_seed(0, i) for i in range(200_000)}) == 200_000
+    assert len({_seed(seed, 0) for seed in range(1000)}) == 1000
+
+
+def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Both draw part 3; the other is done first, and has tidied up what was unfinished."""
+    save = parts_module.save_tensors
+
+    def save_late(path: Path, *rest: Any) -> None:
+        path.write_bytes(whole[path.name])
+        raise FileNotFoundError(path)
+
+    parts_module.save_tensors = save_late
+    try:
+        sample_parts(made(), SAMPLER, tmp_path, parts=[3], **JOB)
+    finally:
+        parts_module.save_tensors = save
+    assert contents(tmp_path) == {
+        name: whole[name] for name in ("job.json", "part-00003.safetensors")
+    }

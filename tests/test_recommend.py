@@ -13,6 +13,7 @@ from ncprior import NCPrior, SingleGroup, sir
 from ncprior.bases import rebase
 from ncprior.diagnostics import diagnose
 from ncprior.mixtures import GaussianMixture
+from ncprior.products import ProductHead
 from ncprior.recommend import Recommendation, recommend_sampler
 from ncprior.report import GroupReport, Report, Verdict
 from ncprior.smc import tempered_smc
@@ -92,9 +93,31 @@ def test_a_budget_too_short_for_a_walk_is_spent_on_proposals() -> None:
 
 
 def test_nothing_in_use_needs_nothing() -> None:
-    choice = recommend_sampler(report_of({"verdict": Verdict.OFF}), budget=30)
+    choice = recommend_sampler(report_of({"verdict": Verdict.OFF}), budget=1)
     assert isinstance(choice, Recommendation)
     assert choice.sampler.func is sir  # type: ignore[attr-defined]
+    assert choice.evaluations == 0
+
+
+def test_heads_that_are_multiplied_share_the_budget() -> None:
+    """What is spent is counted in heads, whichever sampler it is."""
+    for found, evaluations in (
+        ({"proposals_needed": 1, "kl": 0.1}, 99),
+        ({"proposals_needed": 20, "kl": 1.0, "num_components": 10}, 99),
+        ({"proposals_needed": 500, "kl": 1.0, "num_components": 10}, 96),
+        ({"proposals_needed": 500, "kl": 1.0}, 90),
+        ({"proposals_needed": 500, "kl": 1.0, "has_context": True}, 99),
+    ):
+        choice = recommend_sampler(report_of({**found, "num_factors": 3}), budget=100)
+        assert choice.evaluations == evaluations
+    with pytest.raises(ValueError, match="got 2 for 3 heads"):
+        recommend_sampler(report_of({"num_factors": 3}), budget=2)
+
+
+def test_diagnose_counts_the_heads_of_a_product() -> None:
+    problem = GaussianPair()
+    prior = NCPrior(problem.source(), ProductHead([problem.head(), problem.head()]))
+    assert diagnose(prior, problem.data(50)).groups[0].num_factors == 2
 
 
 def test_diagnose_tells_what_can_be_walked_in() -> None:

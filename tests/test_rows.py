@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ncprior.rows import Rows
+from ncprior.rows import Rows, _of_its_own
 
 
 def batches() -> list[Any]:
@@ -75,3 +75,11 @@ def test_the_folder_goes_with_the_rows(tmp_path: Path) -> None:
 def test_batches_that_do_not_go_together_are_refused(made: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rows(made, budget=2**20)
+
+
+def test_a_view_does_not_keep_what_it_is_a_view_of() -> None:
+    wide = [torch.randn(8, 100) for _ in range(3)]
+    rows = Rows((w.chunk(4, 1)[0] for w in wide), budget=2**20)
+    assert torch.equal(rows[0:24], torch.cat(wide)[:, :25])
+    assert _of_its_own(wide[0][:, :25]).untyped_storage().nbytes() == 8 * 25 * 4
+    assert _of_its_own(wide[0]) is wide[0]

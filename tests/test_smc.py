@@ -1,6 +1,7 @@
 """Tempered sequential Monte Carlo, against targets that are known."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from ncprior.samplers import sir
-from ncprior.smc import tempered_smc
+from ncprior.smc import _systematic, tempered_smc
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -113,3 +114,47 @@ def test_priors_without_gradients_are_refused() -> None:
 def test_log_r_that_is_not_finite_is_reported() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         tempered_smc(GaussianPair().prior.expand((3,)), lambda z: z.sum(-1) / 0, num_particles=5)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_a_population_is_large_enough_however_small_the_batch(batch: int) -> None:
+    """Nine tenths in one mode, of which a chain from the base would know nothing."""
+    target = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.tensor([0.9, 0.1])),
+        torch.distributions.Normal(torch.tensor([4.0, -4.0]), 0.5),
+    )
+    base = torch.distributions.Normal(torch.zeros(batch), 1.0)
+
+    def log_r(z: Tensor) -> Tensor:
+        return target.log_prob(z) - torch.distributions.Normal(0.0, 1.0).log_prob(z)
+
+    torch.manual_seed(0)
+    smc = partial(tempered_smc, num_particles=1, num_moves=8, share=True)
+    z = torch.cat([smc(base, log_r).z for _ in range(max(2, 200 // batch))])
+    share = (z > 0).float().mean()
+    assert abs(share - 0.9) < 4 * math.sqrt(0.09 / len(z) + 0.002)  # 0.045: of a population
+
+
+def test_particles_are_resampled_as_often_as_they_weigh() -> None:
+    log_w = torch.randn(50, 3)
+    counts = torch.stack([_systematic(log_w)[:, row].bincount(minlength=50) for row in range(3)])
+    expected = 50 * log_w.softmax(0).mT
+    assert (counts - expected).abs().max() < 1
+    torch.manual_seed(0)
+    rows = torch.stack([_systematic(log_w) for _ in range(4000)])
+    mean = torch.stack([(rows == k).float().mean((0, 1)) for k in range(50)])
+    torch.testing.assert_close(mean, log_w.softmax(0), atol=0.002, rtol=0)
+    first = torch.stack(
+        [(rows[:, 0] == k).float().mean(0) for k in range(50)]
+    )  # any place is alike
+    torch.testing.assert_close(first, log_w.softmax(0), atol=0.03, rtol=0)
+
+
+def test_shared_rows_without_a_finite_ratio_are_not_told_of_a_context() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        tempered_smc(
+            GaussianPair().prior.expand((3,)),
+            lambda z: math.nan * z.sum(-1),
+            num_particles=1,
+            share=True,
+        )

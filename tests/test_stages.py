@@ -25,6 +25,7 @@ from ncprior.products import ProductHead, fresh_head
 from ncprior.samplers import Draw
 from ncprior.smc import tempered_smc
 from ncprior.stages import Drawn, cached, nested, tilted
+from ncprior.training import History
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -147,6 +148,24 @@ def test_a_stage_that_learns_nothing_is_left_out_and_auto_stops_there() -> None:
     kept = prior.heads[0]
     factors = len(kept.heads) if isinstance(kept, ProductHead) else 1
     assert factors == len(history.stages)
+
+
+def test_auto_goes_on_for_what_is_worth_a_head_alone() -> None:
+    jsd = 0.03
+    history = History([], [0, 0], [2 * (math.log(2) - jsd)] * 2, [0.001, 0.03], "")
+    assert history.has_learnt() == [True, False]
+    assert history.has_learnt(0.02) == [True, False]
+    assert history.has_learnt(0.04) == [False, False]
+
+
+@pytest.mark.parametrize("stages", [2, "auto"])
+def test_a_base_that_cannot_be_walked_in_is_refused_before_training(stages: Any) -> None:
+    problem, steps = GaussianPair(), []
+    source = rebase(problem.source(), Empirical(problem.data(200)))
+    prior = NCPrior.for_source(source, problem.data(50), width=8)
+    with pytest.raises(TypeError, match="group 0.*nested"):
+        fit(prior, problem.data(200), stages=stages, callback=steps.append, steps=4, **QUIET)
+    assert not steps
 
 
 def test_stages_of_several_groups_are_kept_group_by_group() -> None:

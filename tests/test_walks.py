@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import GaussianPair, SampleOnly
@@ -174,6 +175,38 @@ def test_z_is_new_at_every_step_and_contexts_are_for_some_epochs() -> None:
     assert torch.equal(walks[0:8][1]["context"], seen[12][2])  # by its number alone
 
 
+def test_a_vae_in_training_mode_is_refused_before_a_walk_changes_it() -> None:
+    prior = ladder_prior(2)
+    ladder = prior.source.train()
+    before = {name: t.clone() for name, t in ladder.state_dict().items()}
+    with pytest.raises(ValueError, match="evaluation mode"):
+        fit(prior, torch.randn(40, 3), walk_epochs=2, steps=2, batch_size=8, **QUIET)
+    assert all(torch.equal(t, before[name]) for name, t in ladder.state_dict().items())
+
+
+def test_a_walk_depends_on_its_number_alone() -> None:
+    """NumPy's randomness in the data and a loader's own generator included."""
+
+    class Noisy(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, row: int) -> Tensor:
+            return torch.full((3,), float(row)) + np.random.rand()
+
+    generator = torch.Generator().manual_seed(3)
+    data = torch.utils.data.DataLoader(Noisy(), 4, shuffle=True, generator=generator)
+    numpys = np.random.get_state()[1].copy()
+    walks = Walks(Ladder(2), data, batch_size=4, seed=1)
+    first = [walks[torch.arange(12)]]
+    walks.renew(1)
+    walks.renew(0)
+    first.append(walks[torch.arange(12)])
+    for one, two in zip(*map(torch.utils._pytree.tree_leaves, first), strict=True):
+        assert torch.equal(one, two)
+    assert (np.random.get_state()[1] == numpys).all()
+
+
 def test_walks_leave_the_generators_alone() -> None:
     source, before = Ladder(2), torch.get_rng_state()
     Walks(source, torch.randn(8, 3, generator=torch.Generator()), batch_size=8, seed=0)
@@ -302,6 +335,15 @@ def test_a_loader_stops_where_its_stream_does(ahead: bool) -> None:
     assert [float(next(loader)[0]) for _ in range(2)] == [0.0, 1.0]
     for _ in range(2):
         with pytest.raises(StopIteration):
+            next(loader)
+
+
+def test_a_batch_of_fewer_rows_than_ranks_is_refused_by_all_of_them() -> None:
+    x = torch.arange(9.0)
+    for rank in range(2):
+        loader = Loader(Stream(list(x.split(4)), 4), torch.device("cpu"), (rank, 2))
+        assert [len(next(loader)) for _ in range(2)] == [2, 2]
+        with pytest.raises(ValueError, match="a batch of 1 rows for 2 ranks.*drop_last"):
             next(loader)
 
 
