@@ -26,11 +26,10 @@ by e^(-E(x)). {missing} not in here and not changed. Saved by `ncprior` {version
 ## How to load it
 
 ```python
-from ncprior.vaebm import VAEBM
-
+{imports}
 {setup}
 model = VAEBM.from_pretrained({argument}, "{name}"{energy})
-x = model.sample(16).mean
+x = model.sample(16{start}).mean
 ```
 
 ## What it is
@@ -75,10 +74,20 @@ def energy_card(
     base_model, sigma = card_data.get("base_model"), configuration["sigma"]
     setup = "source = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder)"
     if sigma is not None:
-        setup += f"\nsource = SquaredError(source, {sigma!r})  # of ncprior.decoder_noise"
+        setup += f"\nsource = SquaredError(source, {sigma!r})"
     if model.prior is not None:
-        setup += '\nprior = NCPrior.from_pretrained(source, "...")  # of ncprior'
+        setup += '\nprior = NCPrior.from_pretrained(source, "...")'
     on_ncp = model.prior is not None
+    imports = ["from ncprior.vaebm import VAEBM"]
+    if on_ncp:
+        imports = [
+            "from functools import partial",
+            "",
+            "from ncprior import NCPrior, sir",
+            *imports,
+        ]
+    if sigma is not None:
+        imports.append("from ncprior.decoder_noise import SquaredError")
     return _CARD.format(
         data=data.to_yaml(),
         name=name,
@@ -86,7 +95,9 @@ def energy_card(
         of="a noise contrastive prior on it" if on_ncp else "its own prior",
         missing="The VAE and the ratio heads are" if on_ncp else "The VAE is",
         version=configuration["ncprior"],
+        imports="\n".join(imports) + "\n",
         setup=setup,
+        start=", sampler=partial(sir, num_proposals=500)" if on_ncp else "",
         argument="prior" if on_ncp else "source",
         energy=", energy=..." if configuration["energy"]["kind"] == "custom" else "",
         kind=configuration["energy"]["kind"],

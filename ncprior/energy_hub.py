@@ -35,7 +35,7 @@ from ncprior.repository import (
 from ncprior.source import LatentSource, device_of, module_fingerprint
 from ncprior.vaebm import VAEBM, LangevinTarget
 
-__all__ = ["configuration", "from_pretrained", "push_to_hub", "save_pretrained"]
+__all__ = ["configuration", "from_pretrained", "push_to_hub", "save_pretrained", "trained_on"]
 
 FILE = "vaebm.safetensors"
 FORMAT = 1  # of the configuration; a file of another format is refused
@@ -177,6 +177,18 @@ def configuration(model: VAEBM) -> dict[str, Any]:
         "num_steps": model.num_steps,
         "step_size": model.step_size,
         "langevin_target": model.langevin_target,
+        **trained_on(model),
+    }
+
+
+def trained_on(model: VAEBM) -> dict[str, Any]:
+    """Returns what an energy is trained on: the decoder's noise, the VAE, its base, the heads.
+
+    Example:
+        >>> trained_on(VAEBM(source, MLPHead((3,))))["sigma"] is None
+        True
+    """
+    return {
         "sigma": _sigma(model.source),
         "fingerprint": {**fingerprints(model.source), "heads": _heads(model.prior)},
     }
@@ -222,6 +234,13 @@ def _sigma(source: LatentSource[Any, Any]) -> float | None:
     return sigma if isinstance(sigma, float) else None
 
 
+def _same_sigma(one: float | None, other: float | None) -> bool:
+    """Fitted with other numbers of threads, σ differs by its rounding."""
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-6)
+
+
 def _heads(prior: NCPrior | None) -> str | None:
     """What tells one NCP prior from another: its heads, their strength, and which are on."""
     if prior is None:
@@ -256,7 +275,7 @@ def _check_trained_on(
             f"it was trained over {trained}, and now there is {now}. Pass the NCP prior, or the "
             f"source, that it was trained on, or check_fingerprint=False",
         )
-    if config["sigma"] != _sigma(source):
+    if not _same_sigma(config["sigma"], _sigma(source)):
         refuse(
             path,
             f"it was trained with decoder noise {config['sigma'] or 'of the likelihood'}, and the "

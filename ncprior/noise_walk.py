@@ -135,9 +135,10 @@ class NoiseWalk:
             noise.append(u)
             latents.append(z)
             log_weights.append(log_weight)
-        normal = normal_of(self._likelihood(state))
+        law = self._likelihood(state)
+        normal = normal_of(law)
         if normal is None:
-            x = mean = self.source.decode(state).float()
+            x = mean = _mean(law, self.source, state).float()
         else:
             mean, u = normal.loc.float(), pick_x(normal.loc.float())
             x, log_weight = self._image(normal, u)
@@ -188,6 +189,14 @@ def normal_of(law: object) -> Normal | None:
     while type(law) is Independent:
         law = law.base_dist
     return law if isinstance(law, Normal) else None
+
+
+def _mean(law: Distribution, source: LatentSource[Any, Any], state: Any) -> Tensor:  # noqa: ANN401
+    """The mean of p(x | z): the law's own, or else what the source decodes, at twice the price."""
+    try:
+        return law.mean
+    except (AttributeError, NotImplementedError):
+        return source.decode(state)
 
 
 def _require_density(k: int, group: Group) -> None:

@@ -25,6 +25,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ncprior.batches import in_order
@@ -107,19 +108,17 @@ def ood_score(
     prior = (model.prior or model.source) if isinstance(model, VAEBM) else model
     has_heads = isinstance(prior, NCPrior)
     zero = torch.zeros(1, dtype=torch.float64)
-    found = log_likelihood(
-        prior,
-        data,
-        num_samples=num_samples,
-        log_z=LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None,
-        batch_size=batch_size,
-        chunk_size=chunk_size,
-        progress=progress,
-    )
-    vae = found["base"].lower
-    ncp = found["ncp"].lower - vae if has_heads else torch.zeros_like(vae)
-    energy = -_energies(model, data, batch_size) if isinstance(model, VAEBM) else vae * 0
-    return OODScore(vae, ncp, energy.to(vae))
+    log_z = LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None
+    parts = []
+    for batch in tqdm(in_order(data, batch_size), desc="scores", disable=not progress):
+        found = log_likelihood(  # one batch at a time: read again, data might be in another order
+            prior, [batch], num_samples=num_samples, log_z=log_z, chunk_size=chunk_size
+        )
+        vae = found["base"].lower
+        ncp = found["ncp"].lower - vae if has_heads else torch.zeros_like(vae)
+        energy = _energy(model, batch).to(vae) if isinstance(model, VAEBM) else vae * 0
+        parts.append((vae, ncp, -energy))
+    return OODScore(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
@@ -168,9 +167,6 @@ def _share_below(scores: Tensor, others: Tensor) -> Tensor:
     return (ends[0] + ends[1]).double() / (2 * len(others))
 
 
-def _energies(model: VAEBM, data: Any, batch_size: int) -> Tensor:  # noqa: ANN401
-    device, energies = device_of(model.source), []
-    for batch in in_order(data, batch_size):
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        energies.append(model(x.to(device)).cpu())
-    return torch.cat(energies)
+def _energy(model: VAEBM, batch: Any) -> Tensor:  # noqa: ANN401
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    return model(x.to(device_of(model.source)))  # type: ignore[no-any-return]

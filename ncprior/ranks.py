@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "align_generators",
     "average_over_ranks",
+    "fail_together",
     "from_rank",
     "gather",
     "num_ranks",
@@ -124,6 +125,25 @@ def on_first(function: Callable[[], T]) -> T:
         raise RuntimeError(f"Rank 0 has failed: {sent[1]}")
     value: T = sent[0]
     return value
+
+
+def fail_together(error: Exception | None) -> None:
+    """Raises on all ranks if any has met an error, so that none waits for it.
+
+    Raises:
+        Exception: This rank's own.
+        RuntimeError: On ranks that have met none.
+
+    Example:
+        >>> fail_together(None)
+    """
+    failed = float(error is not None)
+    if num_ranks() > 1:
+        failed = float(sum_over_ranks(torch.tensor([failed])))
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("Another rank has failed; see its error.")
 
 
 def align_generators() -> None:

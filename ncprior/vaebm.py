@@ -33,7 +33,7 @@ from ncprior.dynamics import langevin
 from ncprior.noise_walk import NoiseWalk
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
-from ncprior.source import LatentSource, device_of
+from ncprior.source import LatentSource, device_of, require_eval
 
 __all__ = ["VAEBM", "Chains", "LangevinTarget"]
 
@@ -83,7 +83,8 @@ class VAEBM(nn.Module):
 
     Raises:
         TypeError: If a group's prior has no density on all of R^n, naming the group.
-        ValueError: If the source does not know p(x | z), or a number makes no sense.
+        ValueError: If the source does not know p(x | z), the VAE is in training mode, or a number
+            makes no sense.
 
     Example:
         >>> model = VAEBM(source, lambda x: 0.5 * x.square().sum(1))
@@ -334,6 +335,7 @@ class VAEBM(nn.Module):
     @torch.no_grad()
     def _probe(self) -> str:
         """Tells the decoder's noise from one walk, which refuses what cannot be walked in."""
+        require_eval(self.source, getattr(self.source, "module", None))
         device = device_of(self.source)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ncprior.batches import Stream
+from ncprior.combine import describe
+from ncprior.energy_hub import trained_on
 from ncprior.loader import Loader
 from ncprior.ranks import num_ranks
 from ncprior.replay import ReplayBuffer
-from ncprior.runs import Training, drive, fingerprint_of, length_of, load, unchanged, weights_of
+from ncprior.runs import Training, drive, length_of, load, unchanged, weights_of
 from ncprior.samplers import Sampler
-from ncprior.source import module_fingerprint
 from ncprior.vaebm import VAEBM
 from ncprior.vaebm_trainer import Contrast, EnergyMetrics, VAEBMTrainer
 
@@ -82,7 +83,7 @@ def fit_vaebm(
     contrast: Contrast = "x",
     buffer_size: int = 0,
     replay_share: float = 0.6,
-    spectral_weight: float = 0.02,
+    spectral_weight: float = 0.002,
     max_grad_norm: float | None = 5.0,
     ema_decay: float = 0.99,
     max_gap: float = 100.0,
@@ -150,8 +151,8 @@ def fit_vaebm(
         "max_gap": max_gap,
         "eval_every": eval_every,
         "langevin": [model.num_steps, model.step_size, model.langevin_target],
-        "heads": None if model.prior is None else module_fingerprint(model.prior.heads),
-        "VAE": fingerprint_of(model.source),
+        "sampler": None if sampler is None else describe(sampler),
+        **trained_on(model),
         "rows": length_of(data),
     }
     _check(settings, checkpoint_every)

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
-from ncprior.ranks import average_over_ranks
+from ncprior.ranks import average_over_ranks, fail_together
 from ncprior.replay import ReplayBuffer
 from ncprior.samplers import Sampler
 from ncprior.source import num_rows, require_eval
@@ -73,8 +73,8 @@ class VAEBMTrainer:
         contrast: What of a chain is set against data: ``"x"``, with the decoder's noise, or
             ``"mean"``, as the published code does on all but CIFAR-10.
         buffer: Where chains are kept to go on from; ``None`` starts each step afresh.
-        spectral_weight: Weight of the spectral regularisation; the published code's is 0.2, for
-            nets that are larger.
+        spectral_weight: Weight of the spectral regularisation. The published code's is 0.2, for
+            nets that are larger; a weight that outdoes a small gap keeps a new net flat.
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
         condition: Picks the chains' condition out of a batch, if the source needs one.
 
@@ -101,7 +101,7 @@ class VAEBMTrainer:
         sampler: Sampler | None = None,
         contrast: Contrast = "x",
         buffer: ReplayBuffer | None = None,
-        spectral_weight: float = 0.02,
+        spectral_weight: float = 0.002,
         max_grad_norm: float | None = 5.0,
         condition: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -145,7 +145,7 @@ class VAEBMTrainer:
             >>> trainer.step(x).gap.item()  # a new net's energy is 0
             0.0
         """
-        chains = self.chains(x)
+        chains = self._chains(x)
         data = x[0] if isinstance(x, tuple | list) else x
         drawn = chains.x if self.contrast == "x" else chains.mean
         if data.shape != drawn.shape:
@@ -186,6 +186,16 @@ class VAEBMTrainer:
         if self.buffer is not None:
             noise = self.buffer.mix(noise)
         return self.model.walk_on(noise, condition=condition)
+
+    def _chains(self, x: Any) -> Chains:  # noqa: ANN401
+        """Chains of all ranks, or an error on all."""
+        chains, error = None, None
+        try:
+            chains = self.chains(x)
+        except FloatingPointError as met:
+            error = met
+        fail_together(error)
+        return cast("Chains", chains)
 
     def _refuse_non_finite(self, metrics: EnergyMetrics) -> None:
         if not torch.isfinite(torch.stack([m.to(metrics.gap) for m in metrics])).all():

@@ -274,6 +274,12 @@ def test_sets_outside_have_the_shape_of_the_images(monkeypatch: pytest.MonkeyPat
             raise FileNotFoundError(repo)
         return SimpleNamespace(images=torch.rand(50, 1, 28, 28))
 
+    def nowhere(repo: str, part: str, label: str) -> Any:
+        raise FileNotFoundError(repo)
+
+    monkeypatch.setattr(module, "read_images", nowhere)
+    found = module.outside("cifar10", torch.rand(40, 3, 32, 32), 30)
+    assert found.keys() == {"interpolations", "uniform noise", "constants", "digits"}
     monkeypatch.setattr(module, "read_images", read)
     for name, shape, sets in (
         ("digits", (1, 8, 8), set()),

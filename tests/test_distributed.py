@@ -24,8 +24,12 @@ if __name__ != "__main__":
 def rank_main(rank: int, folder: Path) -> None:
     """One rank: its own gradients, those of the trainer, and what it is refused."""
     from torch.nn.parallel import DistributedDataParallel
+    from vaebm_problems import LinearGaussian
 
     from ncprior import NCETrainer
+    from ncprior.heads import MLPHead
+    from ncprior.vaebm import VAEBM
+    from ncprior.vaebm_trainer import VAEBMTrainer
 
     torch.set_num_threads(1)
     torch.manual_seed(100 + rank)  # other heads, other data and other noise on each rank
@@ -59,11 +63,15 @@ def rank_main(rank: int, folder: Path) -> None:
     keep("step")
 
     errors: dict[str, Any] = {}
+    energy = MLPHead((3,), width=8)
+    vaebm = VAEBM(LinearGaussian().source(), energy, step_size=1e38 if rank == 1 else 0.01)
+    energies = VAEBMTrainer(vaebm, torch.optim.SGD(energy.parameters(), 0.1))
     ddp = DistributedDataParallel(prior)
     for name, call in {
         "ddp": lambda: NCETrainer(ddp, torch.optim.SGD(prior.parameters(), 0.1)),
         # One rank alone has a bad batch: both must stop, and none may wait for the other.
         "nan": lambda: trainer.step(x if rank == 0 else x * torch.nan),
+        "chains": lambda: energies.step(x),
     }.items():
         try:
             call()
@@ -160,6 +168,12 @@ def test_metrics_are_of_all_ranks(ranks: Ranks) -> None:
     for k in range(3):
         head = [g.norm() for name, g in gradients.items() if name.startswith(f"heads.{k}.")]
         torch.testing.assert_close(one["norm"][k], torch.stack(head).norm())
+
+
+def test_a_chain_that_runs_away_on_one_rank_stops_both(ranks: Ranks) -> None:
+    found = [metadata["errors"]["chains"] for _, metadata in ranks]
+    assert [kind for kind, _ in found] == ["RuntimeError", "FloatingPointError"]
+    assert "Another rank" in found[0][1]
 
 
 def test_a_ddp_wrapped_prior_is_refused_with_the_reason(ranks: Ranks) -> None:

@@ -127,6 +127,9 @@ def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
     assert data["license"] == "mit" and data["base_model"] == "user/vae"
     assert {"vaebm", "digits", "ncprior"} <= set(data["tags"])
     for line in (
+        "from ncprior import NCPrior, sir",
+        "from ncprior.decoder_noise import SquaredError",
+        "x = model.sample(16, sampler=partial(sir, num_proposals=500)).mean",
         'model = VAEBM.from_pretrained(prior, "mine")',
         "source = SquaredError(source, 0.1)",
         "The VAE and the ratio heads are not in here",
@@ -153,6 +156,7 @@ def test_another_vae_base_noise_or_prior_is_refused(saved: Path) -> None:
         source(sigma=0.2),
         saved,
     )
+    VAEBM.from_pretrained(source(sigma=0.1 + 1e-9), saved)  # fitted with other threads
     prior = trained(source())
     refuses("trained over the VAE alone, and now there is heads float32:", prior, saved)
     for other in (source(seed=1), source(sigma=0.2), prior):

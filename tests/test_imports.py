@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vaebm": {"dynamics", "noise_walk", "prior", "samplers", "source"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},
     "vaebm_trainer": {*CORE, "trainer"},
-    "vaebm_fit": {*CORE, "runs", "vaebm_trainer"},
+    "vaebm_fit": {*CORE, "runs", "vaebm_trainer", "energy_hub"},
     "loader": {"batches", "source"},
     "gap": {"evaluation"},
     "runs": {"batches", "files", "loader", "ranks"},

@@ -79,6 +79,14 @@ def test_a_batch_may_be_a_tuple() -> None:
     assert torch.allclose(score.energy.float(), -ENERGY(x).detach())
 
 
+def test_rows_of_a_shuffled_loader_are_scored_by_all_parts_alike() -> None:
+    """The energy of an image stands beside its own log p: both grow with |x|²."""
+    x = torch.randn(40, 3) * torch.linspace(0.1, 4, 40)[:, None]
+    loader = torch.utils.data.DataLoader(x, batch_size=8, shuffle=True)
+    score = ood_score(VAEBM(PROBLEM.source(), lambda x: x.square().sum(1)), loader, num_samples=64)
+    assert torch.corrcoef(torch.stack([score.vae, score.energy]))[0, 1] > 0.9
+
+
 # --- AUROC ---
 
 

@@ -12,8 +12,8 @@ import torch
 from nvae_standin import nvae
 from problems import SampleOnly, standard_normal
 from scipy import stats
-from torch import Tensor
-from torch.distributions import Independent, Laplace, Normal
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Independent, Laplace, Normal
 from toys import everything, ladder_prior, same, stir, weights
 from vaebm_problems import (
     LinearGaussian,
@@ -414,6 +414,40 @@ def test_bad_energies_and_samplers_are_named() -> None:
         VAEBM(source, nothing).sample(4, sampler=partial(sir, num_proposals=2))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode forbids"):
         VAEBM(source, nothing).sample(4)
+
+
+def test_a_vae_in_training_mode_is_refused() -> None:
+    vae = nn.Linear(2, 3)
+    source = SingleGroup(
+        Independent(Normal(torch.zeros(2), 1.0), 1),
+        lambda x: Independent(Normal(x[:, :2], 1.0), 1),
+        vae,
+        module=vae.train(),
+        likelihood=lambda z: Independent(Normal(vae(z), 1.0), 1),
+    )
+    with pytest.raises(ValueError, match="evaluation mode"):
+        VAEBM(source, nothing)
+
+
+def test_a_decoder_without_noise_is_run_once_per_step() -> None:
+    calls = []
+
+    def likelihood(z: Tensor) -> Independent:
+        calls.append(1)
+        return Independent(Bernoulli(logits=z), 1)
+
+    source = SingleGroup(
+        Independent(Normal(torch.zeros(2), 1.0), 1),
+        lambda x: Independent(Normal(x, 1.0), 1),
+        lambda z: calls.append(1) or z.sigmoid(),
+        likelihood=likelihood,
+    )
+    model = VAEBM(source, lambda x: x.sum(1), num_steps=10)
+    noise = model.draw_noise(4)
+    calls.clear()
+    chains = model.walk_on(noise)
+    assert len(calls) == 11  # before every step, and where they end
+    torch.testing.assert_close(chains.mean, chains.latents[0].sigmoid())
 
 
 def test_noise_of_another_walk_is_refused() -> None:

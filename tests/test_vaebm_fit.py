@@ -23,6 +23,7 @@ from toys import VAE, base, everything, same, stir, weights
 from vaebm_problems import LinearGaussian, Quadratic, Slope
 
 from ncprior import NCPrior, SingleGroup, fit, sir
+from ncprior.decoder_noise import SquaredError
 from ncprior.files import load_tensors, save_tensors
 from ncprior.heads import MLPHead
 from ncprior.replay import ReplayBuffer
@@ -108,7 +109,9 @@ def test_over_ncp_the_energy_learns_what_the_heads_leave() -> None:
 
 def test_a_step_is_that_of_the_contrast_and_its_penalty() -> None:
     of, x = model(), data(16)
-    trainer = VAEBMTrainer(of, torch.optim.SGD(of.parameters(), 0.1), max_grad_norm=None)
+    trainer = VAEBMTrainer(
+        of, torch.optim.SGD(of.parameters(), 0.1), spectral_weight=0.02, max_grad_norm=None
+    )
     other = model()
     torch.manual_seed(3)
     chains = other.sample(16)
@@ -458,19 +461,29 @@ def test_a_training_that_diverged_is_taken_up_as_such(tmp_path: Path) -> None:
         {"heads": True},
         {"rows": 100},
         {"langevin_target": "official"},
+        {"sigma": 0.9},
+        {"strength": 0.5},
+        {"sampler": partial(sir, num_proposals=2)},
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint"
-    fit_vaebm(model(), data(), checkpoint=path, **SETTINGS, **QUIET)
-    settings = {**SETTINGS, **{k: v for k, v in change.items() if k in ("steps", "buffer_size")}}
-    settings |= {k: v for k, v in change.items() if k == "spectral_weight"}
-    of = model(
-        NCPrior(PROBLEM.source(), Slope(0.1, 0.0)) if "heads" in change else None,
-        **{k: v for k, v in change.items() if k in ("step_size", "langevin_target")},
-    )
+    over = None
+    if change.keys() & {"strength", "sampler"}:
+        over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
+    fit_vaebm(model(over), data(), checkpoint=path, **SETTINGS, **QUIET)
+    given = ("steps", "buffer_size", "spectral_weight", "sampler")
+    settings = {**SETTINGS, **{k: v for k, v in change.items() if k in given}}
+    if "heads" in change:
+        over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
+    if "sigma" in change:
+        over = SquaredError(PROBLEM.source(), change["sigma"])
+    if "strength" in change:
+        over.strength = change["strength"]
+    chains = {k: v for k, v in change.items() if k in ("step_size", "langevin_target")}
+    of = model(over, **chains)
     before = weights(of)
     with pytest.raises(ValueError, match="The checkpoint belongs to a training with"):
         fit_vaebm(of, data(change.get("rows", 200)), checkpoint=path, **settings, **QUIET)

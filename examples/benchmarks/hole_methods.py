@@ -296,6 +296,7 @@ class Stopwatch:
 
     def note(self, _: object) -> None:
         """Writes them down; a callback of fit."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(str(self.seconds), encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from ncprior.data import digits, read_images
 # The paper's: of the Hub, with their part and the column of the classes. (CelebA's images do not fit
 # into memory as read_images reads them.)
 _HUB = {
+    "MNIST": ("ylecun/mnist", "test", "label"),
     "SVHN": ("ufldl-stanford/svhn", "cropped_digits/test", "label"),
     "CIFAR-100": ("uoft-cs/cifar100", "test", "fine_label"),
 }
@@ -31,7 +32,6 @@ def outside(name: str, inside: Tensor, count: int) -> dict[str, Tensor]:
     if name != "digits":
         found["digits"] = _shown(digits().images, like)
     if name == "cifar10":
-        found["MNIST"] = _shown(_read("ylecun/mnist", "test", "label"), like)
         sets = {key: _read(*where) for key, where in _HUB.items()}
         found |= {key: _shown(images, like) for key, images in sets.items() if images is not None}
     return {key: images[: len(like)] for key, images in found.items()}

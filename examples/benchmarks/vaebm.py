@@ -6,8 +6,8 @@
 The VAE, the classifier whose features judge and the ratio heads are those of prior_hole.py. An energy
 is trained by short Langevin chains, started from the VAE or from NCP's own sampler, and images are
 drawn by chains of the same kind; rows of other `steps` are the same chains, looked at earlier and
-later. Judged are the decoder's means; its noise, which the energy sees, is one σ fitted on held-out
-residuals (`--noise none`: a Bernoulli, which has none). `gap_closed` is 0 for the VAE's own prior and 1 for decoded
+later. Judged are the decoder's means; its noise, which the energy sees, is one σ fitted on residuals
+of images that heads and energies do not see (`--noise none`: a Bernoulli, which has none). `gap_closed` is 0 for the VAE's own prior and 1 for decoded
 posterior samples, with an interval over 5 generations and a resampled reference; `fd_cut` is the
 share of the VAE's Fréchet distance that is gone. `over_alone` is the paired difference in gap closed
 of both together to the better of the two alone.
@@ -19,6 +19,8 @@ images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.ood.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now
 from hole_cases import Case, make_case, slug
-from hole_methods import BATCH, Heads, on_images
+from hole_methods import BATCH, Heads, Stopwatch, on_images
 from ood_sets import outside
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent
@@ -67,11 +69,12 @@ COLUMNS = {
 GENERATIONS = 5
 LENGTHS = (2, 4, 8, 16, 32)  # at which chains are looked at
 MAIN = 16  # the length that energies are trained with, and the paper's
-SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its training
+SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains
     "digits": {"width": 16, "steps": 1500, "step_size": 0.05, "count": 2000},
     "mnist": {"width": 24, "steps": 2000, "step_size": 0.02, "count": 10_000},
     "cifar10": {"width": 32, "steps": 3000, "step_size": 0.01, "count": 10_000},
 }
+TRAINING = {"batch_size": 64, "learning_rate": 1e-3, "spectral_weight": 0.002, "ema_decay": 0.99}
 QUICK = {"digits": 300, "mnist": 120, "cifar10": 60}  # steps of a quick training
 Drawn = Mapping[str, Tensor]
 
@@ -142,9 +145,19 @@ class Comparison:
     def _energy(self, kind: str, prior: Any, sampler: Sampler | None) -> tuple[VAEBM, float]:  # noqa: ANN401
         """A trained model and its seconds; trained, taken up, or taken from the cache."""
         bench, case = self.bench, self.case
-        asked = ("noise", "base", "width", "step_size", "energy_steps", "num_proposals", "quick")
-        key = slug("-".join(str(bench.settings[name]) for name in asked))
-        folder = bench.cache / f"vaebm-{case.name}-{kind}-{key}-{self.seed}"
+        asked = (
+            "noise",
+            "base",
+            "width",
+            "step_size",
+            "energy_steps",
+            "num_proposals",
+            "training",
+        )
+        key = json.dumps({name: bench.settings[name] for name in asked})
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8] + "-quick" * case.quick
+        folder = bench.cache / f"vaebm-{case.name}-{kind}-{self.seed}-{digest}"
+        clock = Stopwatch(folder / "so-far")
         if not (folder / "seconds").exists():
             torch.manual_seed(self.seed)
             net = EnergyNet(case.images.shape[1:], width=bench.settings["width"])
@@ -155,11 +168,12 @@ class Comparison:
                 sampler=sampler,
                 checkpoint=folder / "training.safetensors",
                 checkpoint_every=50,
+                callback=clock.note,
+                **bench.settings["training"],
             )
             model.save_pretrained(folder)
             (folder / "history.txt").write_text(str(history), encoding="utf-8")
-            seconds = history.rows[-1].seconds if history.rows else 0.0
-            (folder / "seconds").write_text(str(seconds), encoding="utf-8")
+            (folder / "seconds").write_text(str(clock.seconds), encoding="utf-8")
         print(f"{folder.name}: {(folder / 'history.txt').read_text(encoding='utf-8')}", flush=True)
         model = VAEBM.from_pretrained(prior, folder)
         return model, float((folder / "seconds").read_text())
@@ -318,6 +332,7 @@ def settings_of(options: argparse.Namespace) -> Row:
         "num_proposals": 100 if quick else 500,
         "ood_count": 200 if quick else 1000,
         "iwae": 8 if quick else 64,
+        "training": TRAINING,
     }
 
 
