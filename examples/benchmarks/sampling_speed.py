@@ -152,7 +152,7 @@ class Speed:
         rows = []
         for which, name in names.items():
             flops = mlp_flops(LATENTS, WIDTH, BLOCKS) * proposals * BATCH
-            is_full = kind == "mlp" and which != "shared"
+            is_full = kind == "mlp" and which == "fp32"  # the roofline is of float32
             rows.append(
                 {
                     "name": name,
