@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.batches import Stream, first_batch, in_order, iter_is_self, split
-from ncprior.diagnostics import diagnose, group_kinds
+from ncprior.batches import Stream, first_batch, in_order, split
+from ncprior.checks import check_terms
+from ncprior.diagnostics import diagnose
 from ncprior.loader import Loader
 from ncprior.prior import NCPrior
 from ncprior.products import ProductHead, fresh_head, rescale_head
-from ncprior.ranks import align_generators, gather, num_ranks, on_first, own_seed, rank
+from ncprior.ranks import align_generators, num_ranks, on_first, own_seed, rank
 from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.stages import cached, tilted
@@ -161,18 +162,13 @@ def fit(
         "ranks": num_ranks(),
         "group_parallel": group_parallel,
     }
-    _check_counts(settings, checkpoint_every, patience)
-    rereads = stages != 1 or proposal_cache is not None or walk_epochs not in ("auto", None)
-    if rereads and iter_is_self(data):
-        raise TypeError(
-            f"Stages, a proposal cache and walk_epochs need data that can be read again from its "
-            f"start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
-            f"or a list."
-        )
-    _check_stages(prior, stages, calibrate)
-    if stages != 1:
-        _check_walkable(prior, first_batch(data, batch_size))
-    _check_agreement(settings)
+    check_terms(
+        *(prior, data, settings),
+        stages=stages,
+        calibrate=calibrate,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+    )
     align_generators()
     saved = on_first(lambda: load(checkpoint))
     # That of another kind of training has none, and is refused by its settings.
@@ -395,66 +391,6 @@ def calibrate_heads(
             rescale_head(prior.heads[group.group], slope, group.offset)
         slopes.append(slope)
     return tuple(slopes)
-
-
-def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int | None) -> None:
-    counts = {name: settings[name] for name in ("steps", "batch_size", "eval_every")}
-    counts |= {
-        "checkpoint_every": checkpoint_every,
-        "patience": 1 if patience is None else patience,
-        "proposal_cache": 1 if settings["proposal_cache"] is None else settings["proposal_cache"],
-    }
-    epochs = settings["walk_epochs"]
-    if epochs not in ("auto", None):
-        counts["walk_epochs"] = epochs
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}.")
-    if not 0 <= settings["ema_decay"] <= 1:
-        raise ValueError(f"ema_decay must be from 0 to 1; got {settings['ema_decay']}.")
-    if settings["batch_size"] < settings["ranks"]:
-        raise ValueError(
-            f"Every rank takes rows of every batch; got batches of {settings['batch_size']} rows "
-            f"for {settings['ranks']} ranks. Pass a larger batch_size."
-        )
-
-
-def _check_agreement(settings: dict[str, Any]) -> None:
-    """Refuses ranks that train on different terms: they would wait for each other, or diverge."""
-    for name, value in settings.items():
-        values = gather(value)
-        if any(other != value for other in values):
-            raise ValueError(
-                f"All ranks must be given the same; by rank, {name} is {values}. Start every "
-                f"process with the same arguments, data and VAE."
-            )
-
-
-def _check_stages(prior: NCPrior, stages: int | Literal["auto"], calibrate: bool) -> None:
-    """Refuses before training what cannot be done after it."""
-    if stages != "auto" and (not isinstance(stages, int) or stages < 1):
-        raise ValueError(f"stages must be a number from 1 or 'auto'; got {stages!r}.")
-    if stages != 1 and prior.strength != 1:
-        raise ValueError(
-            f"A further stage learns what the heads leave at strength 1; got {prior.strength}. "
-            f"Set prior.strength = 1 for the training."
-        )
-    for head in prior.heads:
-        if stages != 1:
-            fresh_head(head)
-        if calibrate:
-            rescale_head(head, 1.0, 0.0)
-
-
-def _check_walkable(prior: NCPrior, x: Any) -> None:  # noqa: ANN401
-    """Refuses stages of groups that tempered Monte Carlo cannot walk in."""
-    for k, kind in enumerate(group_kinds(prior, x)):
-        if prior.is_on(k) and not kind.has_gradient:
-            raise TypeError(
-                f"Stages are multiplied where draws of the prior so far can be made by walking in "
-                f"it; the base of group {k} has no density, or discrete or bounded latents. Nest "
-                f"stages instead: ncprior.stages.nested."
-            )
 
 
 def _check_held_out(held_out: Any, stages: int | Literal["auto"], calibrate: bool) -> None:  # noqa: ANN401

@@ -184,8 +184,23 @@ def test_a_table_may_show_some_methods_alone(tables: ModuleType, tmp_path: Path)
     assert tables.filled(some) == some
     assert "0.900 (0.850 to 0.950) | 0.100 (0.050 to 0.150) | 1.00 |" in some
     assert some.count("\n| ") == 3 and "flow" not in some
-    with pytest.raises(SystemExit, match="no methods"):
+    with pytest.raises(SystemExit, match="no rows"):
         tables.filled(marked.replace("50", "51"))
+
+
+def test_a_table_of_speed_has_a_line_per_row(tables: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"name": "sir-mlp-fp32", "ms": 369.7, "ratio": 2.22, "roofline_fraction": 0.74},
+        {"name": "batch-4", "ms": 21.0, "ratio": None, "peak_mib": 6.04},
+    ]
+    meta = {"settings": {"quick": False}, "machine": "a machine"}
+    path = tmp_path / "results" / "sampling_speed.json"
+    path.write_text(json.dumps({"rows": rows, "meta": meta}))
+    some = tables.filled("<!-- table sampling_speed: batch-4 -->\n<!-- end -->")
+    assert "| batch-4 |  |  | 21.0 |  |  | 6.0 |  |  |" in some and "sir-mlp" not in some
+    assert "| sir-mlp-fp32 |  |  | 369.7 | 2.22 | 74% |" in tables.filled(
+        "<!-- table sampling_speed -->\n<!-- end -->"
+    )
 
 
 def test_numbers_of_a_quick_run_are_refused(

@@ -44,7 +44,7 @@ WALK = {
 }
 CORE = {*GROUND, *BASES, *SAMPLERS, *ENERGY, *WALK}
 SERVICES = {
-    "gap",
+    *("gap", "checks"),
     *("runs", "trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
     *("diagnostics", "report", "report_plot", "recommend", "repository", "hub", "card"),
@@ -87,7 +87,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gap": {"evaluation"},
     "runs": {"batches", "files", "loader", "ranks"},
     "training": {*CORE, "trainer", "runs"},
-    "loop": {*CORE, "trainer", "training", "runs", "diagnostics"},
+    "checks": {*CORE, "diagnostics"},
+    "loop": {*CORE, "trainer", "training", "runs", "diagnostics", "checks"},
     "report": {"calibration"},
     "recommend": {"combine", "components", "report", "samplers", "smc"},
     "report_plot": {"report"},

@@ -233,7 +233,7 @@ def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Ro
     }
     for proposals in (1000, 10_000, 100_000) if quick else (1000, 10_000, 100_000, 1_000_000):
         name = f"proposals-{proposals}"
-        found[name] = partial(speed.growth, proposals, 1, seed, name)
+        found[name] = partial(speed.growth, proposals, BATCH, seed, name)
     for batch in (1, 4, 16, 64):
         found[f"batch-{batch}"] = partial(speed.growth, 1000, batch, seed, f"batch-{batch}")
     for count in (1, 2) if speed.on_cpu else ():

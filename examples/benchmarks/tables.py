@@ -28,6 +28,11 @@ PAPER = {
 PAPER_HIERARCHICAL = {"NCP": 78.67 - 78.10}
 
 
+def label(row: Row) -> str:
+    """What a row is called."""
+    return str(row["method"] if "method" in row else row["name"])
+
+
 def by_method(rows: list[Row]) -> list[list[Row]]:
     """Rows of one method and model, over seeds, in order of appearance."""
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -102,6 +107,44 @@ COSTS = {
 }
 
 
+def columns(rows: list[Row], titles: dict[str, tuple[str, str]]) -> list[str]:
+    """A line per row, of the keys that are asked for, with their titles and formats."""
+    lines = [
+        "| " + " | ".join(title for title, _ in titles.values()) + " |",
+        "|---" * len(titles) + "|",
+    ]
+    for row in rows:
+        cells = [
+            "" if row.get(key) is None else f"{row[key]:{form}}"
+            for key, (_, form) in titles.items()
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+SAMPLING = {
+    "name": ("row", ""),
+    "proposals": ("M", ",.0f"),
+    "batch": ("B", ",.0f"),
+    "ms": ("ms", ",.1f"),
+    "ratio": ("times as fast", ".2f"),
+    "roofline_fraction": ("of the roofline", ".0%"),
+    "peak_mib": ("MiB", ".1f"),
+    "baseline_peak_mib": ("MiB, straightforward", ".0f"),
+    "kl_nats": ("KL of bf16's law, nats", ".0e"),
+}
+TRAINING = {
+    "name": ("row", ""),
+    "seconds": ("s", ",.1f"),
+    "baseline_seconds": ("s, straightforward", ",.1f"),
+    "ratio": ("times as fast", ".2f"),
+    "loss_cost": ("added loss, nats", ".4f"),
+    "ms_per_step": ("ms per step", ",.2f"),
+    "peak_mib": ("MiB", ".0f"),
+    "baseline_peak_mib": ("MiB, straightforward", ".0f"),
+}
+
+
 class Table(NamedTuple):
     """How results become a table, and what they were made with."""
 
@@ -114,6 +157,8 @@ TABLES = {
     "hierarchical_nll": Table(
         lambda rows: likelihood(rows, PAPER_HIERARCHICAL), "hierarchical_nll.py"
     ),
+    "sampling_speed": Table(lambda rows: columns(rows, SAMPLING), "sampling_speed.py"),
+    "training_speed": Table(lambda rows: columns(rows, TRAINING), "training_speed.py"),
     "hole_mnist": Table(hole, "prior_hole.py --data mnist"),
     "hole_cifar10": Table(hole, "prior_hole.py --data cifar10"),
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
@@ -126,10 +171,10 @@ def render(name: str, words: str) -> str:
     if found["meta"]["settings"]["quick"]:
         raise SystemExit(f"results/{name}.json is of a --quick run. Make a full one.")
     shown = [word.strip() for word in words.lstrip(":").split(";") if word.strip()]
-    rows = [row for row in found["rows"] if not shown or row["method"] in shown]
-    missing = set(shown) - {row["method"] for row in rows}
+    rows = [row for row in found["rows"] if not shown or label(row) in shown]
+    missing = set(shown) - {label(row) for row in rows}
     if missing:
-        raise SystemExit(f"results/{name}.json has no methods {sorted(missing)}.")
+        raise SystemExit(f"results/{name}.json has no rows {sorted(missing)}.")
     lines = TABLES[name].lines(rows)
     return "\n".join([*lines, "", f"`{TABLES[name].command}`, on {found['meta']['machine']}."])
 
