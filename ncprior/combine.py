@@ -124,16 +124,24 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
         >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
         'at_temperature.tempered(sir(num_proposals=50), 0.5)'
     """
+    return _told(sampler, ())
+
+
+def _told(sampler: Any, inside: tuple[int, ...]) -> str:  # noqa: ANN401
+    """What a sampler is, within functions that have been told already."""
+    if id(sampler) in inside:
+        return "..."  # of a function that calls itself
+    tell = partial(_told, inside=(*inside, id(sampler)))
     if isinstance(sampler, partial):
-        told = [describe(a) for a in sampler.args]
-        told += [f"{name}={describe(a)}" for name, a in sorted(sampler.keywords.items())]
-        return f"{describe(sampler.func)}({', '.join(told)})"
+        words = [tell(a) for a in sampler.args]
+        words += [f"{name}={tell(a)}" for name, a in sorted(sampler.keywords.items())]
+        return f"{tell(sampler.func)}({', '.join(words)})"
     if isinstance(sampler, tuple | list):
-        return f"({', '.join(map(describe, sampler))})"
+        return f"({', '.join(map(tell, sampler))})"
     if not callable(sampler):
         return repr(sampler)
     sampler = inspect.unwrap(sampler)
     name = str(getattr(sampler, "__qualname__", type(sampler).__qualname__))
     held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
     name = name.replace(".<locals>", "")
-    return f"{name}({', '.join(map(describe, held))})" if held else name
+    return f"{name}({', '.join(map(tell, held))})" if held else name

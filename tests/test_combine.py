@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ncprior import langevin, sir
 from ncprior.accept import independence
-from ncprior.combine import at_temperature, sequence
+from ncprior.combine import at_temperature, describe, sequence
 from ncprior.samplers import Draw
 
 
@@ -92,3 +93,13 @@ def test_a_temperature_needs_a_density() -> None:
 
     with pytest.raises(TypeError, match="can only be sampled"):
         cold(SampleOnly(GaussianPair().prior.expand((3,))), log_ratio)
+
+
+def test_a_sampler_that_calls_itself_is_told_once() -> None:
+    def again(prior: Any, log_ratio: Any, left: int = 2) -> Draw:
+        return (
+            again(prior, log_ratio, left - 1) if left else sir(prior, log_ratio, num_proposals=2)
+        )
+
+    assert describe(again).endswith("again(...)")
+    assert describe([again, again]) == f"({describe(again)}, {describe(again)})"
