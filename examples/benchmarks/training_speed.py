@@ -8,8 +8,9 @@ The straightforward loop takes every batch through the VAE anew, and has one Ada
 schedule, clipping, averaged weights and held-out losses are those of `fit`. `ratio` is its time over
 ours to the larger of the two least held-out losses, what is done once included, in time of the core
 with one thread. `train-flat`: a convolutional VAE on MNIST with 16 latents, ours in mixed precision;
-`train-flat-fp32` is without it. `train-hierarchical`: ten groups of latents; `walk-epochs-E` shares a
-walk for E epochs, and `loss_cost` is what that adds to the held-out loss in nats. `gain-95`: seconds
+`train-flat-fp32` is without it. `train-hierarchical`: ten groups of latents, mixed precision, walks
+shared for four epochs; `walk-epochs-E` shares them for E epochs in float32, and `loss_cost` is what
+that adds to the held-out loss in nats. `gain-95`: seconds
 to 95 % of the final gain in held-out loss. `groups-K`: heads alone, in turn and at once;
 `processes-N`: N processes of one thread.
 """
@@ -231,6 +232,7 @@ WAYS: dict[str, tuple[Callable[..., Curve], dict[str, Any]]] = {
     "straightforward": (straightforward, {}),
     "kept": (ours, {}),
     "kept, bf16": (ours, {"precision": torch.bfloat16}),
+    "walks, bf16": (ours, {"walk_epochs": 4, "precision": torch.bfloat16}),
     **{f"walk-epochs-{e:g}": (ours, {"walk_epochs": e}) for e in (1, 4, math.inf)},
 }
 
@@ -288,7 +290,7 @@ def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Ro
     if speed.device.type == "cpu":
         for count in (1, 2):
             found[f"processes {count}"] = partial(speed.processes, count, seed)
-    hierarchical = {"train-hierarchical": "walk-epochs-4"}
+    hierarchical = {"train-hierarchical": "walks, bf16"}
     if not quick:
         hierarchical |= {f"walk-epochs-{e}": f"walk-epochs-{e}" for e in ("1", "4", "inf")}
     for name, how in hierarchical.items():
