@@ -10,9 +10,9 @@ ours to the larger of the two least held-out losses, what is done once included,
 with one thread. `train-flat`: a convolutional VAE on MNIST with 16 latents, ours in mixed precision;
 `train-flat-fp32` is without it. `train-hierarchical`: ten groups of latents, mixed precision, walks
 shared for four epochs; `walk-epochs-E` shares them for E epochs in float32, and `loss_cost` is what
-that adds to the held-out loss in nats. `gain-95`: seconds
-to 95 % of the final gain in held-out loss. `groups-K`: heads alone, in turn and at once;
-`processes-N`: N processes of one thread.
+that adds to the held-out loss in nats. `gain-95`: seconds to 95 % of the final gain in held-out loss.
+`groups-K`: heads alone, in turn and at once; `processes-N`: N processes of one thread, steps of 1,024
+rows in all, on the clock: leave the machine to it.
 """
 
 import argparse
@@ -268,7 +268,7 @@ def _steps(rank: int, count: int, folder: str, steps: int, seed: int) -> None:
     vae = VAE(28, latents=16, counts=1).eval()
     prior = NCPrior(vae.source(), MLPHead((16,)))
     trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), fused=True))
-    x = torch.rand(512 // count, 1, 28, 28)
+    x = torch.rand(1024 // count, 1, 28, 28)
     trainer.step(x)
     dist.barrier()
     started = time.perf_counter()
