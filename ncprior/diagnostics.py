@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils._pytree import tree_map_only
 
@@ -28,7 +28,7 @@ from ncprior.calibration import Mean, pareto_k, recalibrate, reliability
 from ncprior.dynamics import can_walk
 from ncprior.mixtures import GaussianMixture
 from ncprior.prior import NCPrior
-from ncprior.products import ProductHead
+from ncprior.products import factors
 from ncprior.report import GroupReport, Report, Verdict
 from ncprior.samplers import sir
 from ncprior.source import Group, num_rows, posterior_of, require_eval
@@ -173,12 +173,11 @@ class GroupKind(NamedTuple):
     num_factors: int
 
     @classmethod
-    def of(cls, group: Group, head: Any) -> GroupKind:  # noqa: ANN401
+    def of(cls, group: Group, head: nn.Module) -> GroupKind:
         """Looks at a group and its head."""
         prior = group.prior
         components = len(prior.logits) if isinstance(prior, GaussianMixture) else 1
-        factors = len(head.heads) if isinstance(head, ProductHead) else 1
-        return cls(group.context is not None, can_walk(prior), components, factors)
+        return cls(group.context is not None, can_walk(prior), components, len(factors(head)))
 
 
 @torch.no_grad()

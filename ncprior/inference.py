@@ -25,7 +25,7 @@ from torch.nn.functional import silu
 
 from ncprior.blocks import InBlocks, Whole
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead, is_as_made
-from ncprior.products import ProductHead
+from ncprior.products import ProductHead, factors
 
 __all__ = ["given"]
 
@@ -74,8 +74,8 @@ def given(
         inner = given(head.head, context, precision=precision, compiled=compiled)
         return lambda z: inner(head.embed(z))
     if plain and type(head) is ProductHead:
-        factors = [given(h, context, precision=precision, compiled=compiled) for h in head.heads]
-        return lambda z: torch.stack([factor(z) for factor in factors]).sum(0)
+        parts = [given(h, context, precision=precision, compiled=compiled) for h in factors(head)]
+        return lambda z: torch.stack([part(z) for part in parts]).sum(0)
     kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
     kind = kinds.get(type(head), Whole) if plain else Whole
     log_r = kind(head, context, precision)

@@ -19,7 +19,7 @@ from ncprior.checks import check_terms
 from ncprior.diagnostics import diagnose
 from ncprior.loader import Loader
 from ncprior.prior import NCPrior
-from ncprior.products import ProductHead, fresh_head, rescale_head
+from ncprior.products import ProductHead, factors, fresh_head, rescale_head
 from ncprior.ranks import align_generators, num_ranks, on_first, own_seed, rank
 from ncprior.runs import drive, fingerprint_of, length_of, load, unchanged
 from ncprior.source import LatentSource, device_of, num_rows
@@ -328,14 +328,11 @@ class _Fitting:
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
             history = self.train(new, tilted(prior), path, cache, stage)
-            least = _WORTH if stages == "auto" else 0.0
-            learnt = history.has_learnt(least)
-            kept = [on and new_one for on, new_one in zip(prior.active, learnt, strict=True)]
+            learnt = history.has_learnt(_WORTH if stages == "auto" else 0.0)
+            kept = [on and has for on, has in zip(prior.active, learnt, strict=True)]
             history = history._replace(kept=tuple(kept))
             for k in (k for k, keep in enumerate(kept) if keep):
-                before = prior.heads[k]
-                factors = list(before.heads) if isinstance(before, ProductHead) else [before]
-                prior.heads[k] = ProductHead([*factors, new.heads[k]]).eval()
+                prior.heads[k] = ProductHead([*factors(prior.heads[k]), new.heads[k]]).eval()
             yield history
             if not any(kept):
                 return

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ProductHead", "fresh_head", "rescale_head"]
+__all__ = ["ProductHead", "factors", "fresh_head", "rescale_head"]
 
 
 class ProductHead(nn.Module):
@@ -37,6 +37,18 @@ class ProductHead(nn.Module):
             rescale_head(head, slope, offset if s == 0 else 0.0)
 
 
+def factors(head: nn.Module) -> list[nn.Module]:
+    """Returns the heads that are multiplied, first stage first; a head that is no product alone.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> head = MLPHead((2,))
+        >>> len(factors(ProductHead([head, head]))), len(factors(head))
+        (2, 1)
+    """
+    return list(head.heads) if isinstance(head, ProductHead) else [head]
+
+
 def fresh_head(head: nn.Module) -> nn.Module:
     """Makes an untrained head like another, of the same inputs and scales.
 
@@ -55,7 +67,7 @@ def fresh_head(head: nn.Module) -> nn.Module:
         >>> fresh_head(MLPHead((2,), width=32))(torch.randn(3, 2))
         tensor([0., 0., 0.], grad_fn=<SqueezeBackward1>)
     """
-    model = head.heads[0] if isinstance(head, ProductHead) else head
+    model = factors(head)[0]
     config: Any = getattr(model, "config", None)
     if config is None:
         raise TypeError(

@@ -54,8 +54,8 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     Arguments:
         report: What :func:`ncprior.diagnostics.diagnose` has found.
         budget: Evaluations of heads that one sample may cost, over all groups and stages; an
-            evaluation with a gradient counts twice. SMC picks its temperatures by the particles it sees, so
-            that it keeps to the budget roughly.
+            evaluation with a gradient counts twice. SMC picks its temperatures by the particles it
+            sees, so that it keeps to the budget roughly.
 
     Returns:
         The recommendation.

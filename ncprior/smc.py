@@ -113,7 +113,8 @@ class _Particles:
         if share:
             require_same_rows(target.prior, target.log_ratio, z)
             missing = -(-_POPULATION // z.shape[1]) - num_particles
-            z = torch.cat([z, target.prior.sample(Size((max(0, missing),)))])
+            if missing > 0:
+                z = torch.cat([z, target.prior.sample(Size((missing,)))])
         self.at = target(z)  # z: (P, B, *event)
         self.beta = 0.0
         self.log_z = torch.zeros_like(self.at.log_r[0])
@@ -137,8 +138,8 @@ class _Particles:
         """One particle of every row: after resampling they weigh the same."""
         self.target.raise_if_bad(self.at.z)
         particles, batch = self.at.log_r.shape
-        picked = torch.randint(particles, (1, batch), device=self.at.z.device)
-        z = self.at.z[picked[0], torch.arange(batch, device=self.at.z.device)]
+        picked = torch.randint(particles, (batch,), device=self.at.z.device)
+        z = self.at.z[picked, torch.arange(batch, device=self.at.z.device)]
         return Draw(z, log_mean_weight=self.log_z, acceptance=acceptance)
 
     def _step(self, most: float, ess_share: float) -> float:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -189,13 +189,13 @@ class VAEBMTrainer:
 
     def _chains(self, x: Any) -> Chains:  # noqa: ANN401
         """Chains of all ranks, or an error on all."""
-        chains, error = None, None
         try:
             chains = self.chains(x)
-        except FloatingPointError as met:
-            error = met
-        fail_together(error)
-        return cast("Chains", chains)
+        except FloatingPointError as error:
+            fail_together(error)
+            raise
+        fail_together(None)
+        return chains
 
     def _refuse_non_finite(self, metrics: EnergyMetrics) -> None:
         if not torch.isfinite(torch.stack([m.to(metrics.gap) for m in metrics])).all():

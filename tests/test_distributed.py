@@ -14,6 +14,7 @@ import torch.distributed as dist
 from toys import ladder_prior, stir
 
 from ncprior.files import load_tensors, save_tensors
+from ncprior.ranks import own_seed
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.skipif(
@@ -174,6 +175,14 @@ def test_a_chain_that_runs_away_on_one_rank_stops_both(ranks: Ranks) -> None:
     found = [metadata["errors"]["chains"] for _, metadata in ranks]
     assert [kind for kind, _ in found] == ["RuntimeError", "FloatingPointError"]
     assert "Another rank" in found[0][1]
+
+
+def test_ranks_have_seeds_of_their_own() -> None:
+    draws = []
+    for rank in range(4):
+        torch.manual_seed(own_seed(5, rank))
+        draws.append(torch.randn(4))
+    assert len(torch.stack(draws).unique(dim=0)) == 4
 
 
 def test_a_ddp_wrapped_prior_is_refused_with_the_reason(ranks: Ranks) -> None:

@@ -39,6 +39,7 @@ from ncprior.components import within_components
 from ncprior.diagnostics import diagnose
 from ncprior.files import write_atomically
 from ncprior.flow_matching import fit_flow_matching
+from ncprior.products import factors
 from ncprior.recommend import recommend_sampler
 from ncprior.samplers import LogRatio, Sampler
 from ncprior.smc import tempered_smc
@@ -367,7 +368,7 @@ BASES: dict[str, Callable[[Case], Any]] = {
     "flow matching": lambda case: fit_flow_matching(
         case.encodings, steps=case.base_steps if case.quick else 5000
     ),
-    "VampPrior": lambda case: fit_vamp(
+    "VampPrior": lambda case: fit_vamp(  # each step encodes all 500
         on_images(case), _images_of(case)[0], 500, steps=case.base_steps // 4
     ),
     "training encodings": lambda case: Empirical(case.encodings),
@@ -456,12 +457,12 @@ def evaluations(priors: Iterable[NCPrior]) -> Iterator[Callable[[], int]]:
 
     def counted(ratio: Callable[..., LogRatio], heads: nn.ModuleList) -> Callable[..., LogRatio]:
         def of_group(k: int, context: Tensor | None) -> LogRatio:
-            log_r, factors = ratio(k, context), len(getattr(heads[k], "heads", "1"))
+            log_r, count = ratio(k, context), len(factors(heads[k]))
 
             def counting(z: Tensor) -> Tensor:
                 nonlocal total
                 found = log_r(z)
-                total += found.numel() * factors * (2 if torch.is_grad_enabled() else 1)
+                total += found.numel() * count * (2 if torch.is_grad_enabled() else 1)
                 return found
 
             return counting

@@ -6,17 +6,18 @@
 The VAE is trained on the plain ELBO before any prior is looked at, and kept in --cache; seeds are
 those of the priors. Every method is fitted to the same training images, draws the same number of
 samples under the same seeds, and is judged by Fréchet distance on the features of a small
-classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior samples of
-training images, with an interval over 5 generations and a resampled reference. `over_rival` is
-the paired difference to the best of that seed that uses no ratio head, of whatever size.
+classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior
+samples of training images, with an interval over 5 generations and a resampled reference.
+`over_rival` is the paired difference to the best fitted prior of that seed that uses no ratio head,
+of whatever size.
 
 `family`: ours uses a trained ratio head; a reference is the base, the posterior, or what stores
 more than a tenth as many numbers as the training encodings; the rest are peers. pythae's samplers
 are run by pythae itself. `head_evaluations` are counted per sample, those with a gradient twice,
 those of earlier stages too. Seconds are of the core where there is one thread (OMP_NUM_THREADS=1),
-so that what else the machine does is not counted. `latent_nn_copy` is the distance to the nearest training encoding, of
-drawn latents over held-out ones: well below 1 is copying. `peak_mib` is the growth of resident
-memory in a batch of 1,000.
+so that what else the machine does is not counted. `latent_nn_copy` is the distance to the nearest
+training encoding, of drawn latents over held-out ones: well below 1 is copying. `peak_mib` is the
+growth of resident memory in a batch of 1,000.
 """
 
 import argparse

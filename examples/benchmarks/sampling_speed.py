@@ -8,12 +8,13 @@ The straightforward sampler draws all proposals, evaluates the head at all of th
 
     z = prior.sample((M,)); lw = head(cat([z, c.expand(M, …)], -1)); i = lw.softmax(0).T.multinomial(1)
 
-Rows `sir-mlp-…`: 16 latents, batches of 16, M = 5,000, a head of width 256 with two residual blocks.
-`sir-conv-context-…`: latents 20×4×4 with a context of 64×4×4. Contenders take turns in one process
-with --threads threads (one: in time of that core): `ratio` is the median of straightforward over ours, `roofline_fraction` what
-our best time makes of the best rate of (4096×256) @ (256×256), counting the products of the head
-alone. Peaks of memory are of fresh processes, above that before. `kl_nats` is KL(float32, bfloat16)
-between the laws that one draw has. Growth: in M, in B, in the number of groups and of processes.
+Rows `sir-mlp-…`: 16 latents, batches of 16, M = 5,000, a head of width 256 with two residual
+blocks. `sir-conv-context-…`: latents 20×4×4 with a context of 64×4×4. Contenders take turns in one
+process with --threads threads (one: in time of that core): `ratio` is the median of straightforward
+over ours, `roofline_fraction` what our best time makes of the best rate of (4096×256) @ (256×256),
+counting the products of the head alone. Peaks of memory are of fresh processes, above that before.
+`kl_nats` is KL(float32, bfloat16) between the laws that one draw has. Growth: in M, in B and in the
+number of processes, `ms` being per batch.
 """
 
 import argparse

@@ -3,14 +3,15 @@
     NCPRIOR_DATA=... python examples/benchmarks/vaebm.py --data mnist --seed 0 1 2 --json vaebm.json
     python examples/benchmarks/vaebm.py --data digits --quick     # some minutes
 
-The VAE, the classifier whose features judge and the ratio heads are those of prior_hole.py. An energy
-is trained by short Langevin chains, started from the VAE or from NCP's own sampler, and images are
-drawn by chains of the same kind; rows of other `steps` are the same chains, looked at earlier and
-later. Judged are the decoder's means; its noise, which the energy sees, is one σ fitted on residuals
-of images that heads and energies do not see (`--noise none`: a Bernoulli, which has none). `gap_closed` is 0 for the VAE's own prior and 1 for decoded
-posterior samples, with an interval over 5 generations and a resampled reference; `fd_cut` is the
-share of the VAE's Fréchet distance that is gone. `over_alone` is the paired difference in gap closed
-of both together to the better of the two alone.
+The VAE, the classifier whose features judge and the ratio heads are those of prior_hole.py. An
+energy is trained by short Langevin chains, started from the VAE or from NCP's own sampler, and
+images are drawn by chains of the same kind; rows of other `steps` are the same chains, looked at
+earlier and later. Judged are the decoder's means; its noise, which the energy sees, is one σ fitted
+on residuals of images that heads and energies do not see (`--noise none`: a Bernoulli, which has
+none). `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior samples, with an
+interval over 5 generations and a resampled reference; `fd_cut` is the share of the VAE's Fréchet
+distance that is gone. `over_alone` is the paired difference in gap closed of both together to the
+better of the two alone.
 
 The second table is out-of-distribution detection by unnormalised log-density, as AUROC against test
 images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.ood.
