@@ -13,13 +13,15 @@ blocks. `sir-conv-context-…`: latents 20×4×4 with a context of 64×4×4. Con
 process with --threads threads (one: in time of that core): `ratio` is the median of straightforward
 over ours, `roofline_fraction` what our best time makes of the best rate of (4096×256) @ (256×256),
 counting the products of the head alone. Peaks of memory are of fresh processes, above that before.
-`kl_nats` is KL(float32, bfloat16) between the laws that one draw has. Growth: in M, in B and in the
-number of processes, `ms` being per batch.
+`kl_nats` is KL(float32, bfloat16) between the laws that one draw has. Growth, `ms` being per batch:
+in M (`proposals-`), B (`batch-`), K (`groups-`: 16 latents each, the one before as context, M = 1,000)
+and processes; and of a job of N samples to disk in parts of 256 (`samples-`, M = 1,000), per job.
 """
 
 import argparse
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,9 +33,10 @@ from clock import FLOPS, Contender, add_device, by_turns, mlp_flops, peak_mib, r
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ncprior import sir
+from ncprior import Group, NCPrior, SingleGroup, sir
 from ncprior.heads import ConvHead, MLPHead
 from ncprior.inference import given
+from ncprior.parts import sample_parts
 
 COLUMNS = {
     "name": "<26",
@@ -51,6 +54,7 @@ COLUMNS = {
 LATENTS, WIDTH, BLOCKS = 16, 256, 2
 EVENT, CONTEXT = (20, 4, 4), (64, 4, 4)
 BATCH, PROPOSALS, CONV_PROPOSALS = 16, 5000, 1000
+PART = 256  # samples of a job's part
 
 
 def moved(head: nn.Module, device: torch.device) -> nn.Module:
@@ -74,7 +78,7 @@ def straightforward(
     with torch.no_grad():
         z = prior.sample((proposals,))
         inputs = (
-            z if context is None else torch.cat([z, context.expand(proposals, -1, -1, -1, -1)], 2)
+            z if context is None else torch.cat([z, context.expand(proposals, *context.shape)], 2)
         )
         i = head(inputs).softmax(0).T.multinomial(1)
         return z[i[:, 0], torch.arange(z.shape[1], device=z.device)]
@@ -112,6 +116,62 @@ def one(kind: str, which: str, proposals: int, batch: int, seed: int, device: st
     small = contenders(kind, min(proposals, 100), batch, seed, device)[which]
     small()
     return contenders(kind, proposals, batch, seed, device)[which]
+
+
+class Ladder:
+    """K groups of latents; the context of each is the latents of the one before."""
+
+    def __init__(self, num_groups: int, device: torch.device) -> None:
+        self.num_groups, self.device = num_groups, device
+
+    def start(self, batch_size: int, condition: None = None) -> Tensor:
+        return torch.zeros(batch_size, LATENTS, device=self.device)
+
+    def group(self, state: Tensor) -> Group:
+        return Group(base(len(state), (LATENTS,), state.device), context=state)
+
+    def advance(self, state: Tensor, z: Tensor) -> Tensor:
+        return z
+
+    def decode(self, state: Tensor) -> Tensor:
+        return state
+
+
+def of_groups(num_groups: int, seed: int, device: str = "cpu") -> dict[str, Contender]:
+    """A batch from K groups, one after the other."""
+    torch.manual_seed(seed)
+    where = torch.device(device)
+    shape = {"width": WIDTH, "depth": BLOCKS}
+    joined = [moved(MLPHead((2 * LATENTS,), **shape), where) for _ in range(num_groups)]
+    shape["context_shape"] = (LATENTS,)
+    heads = [moved(MLPHead((LATENTS,), **shape), where) for _ in range(num_groups)]
+    prior = NCPrior(Ladder(num_groups, where), heads)  # type: ignore[arg-type]
+
+    def in_turn() -> Tensor:
+        z = torch.zeros(BATCH, LATENTS, device=where)
+        for head in joined:
+            z = straightforward(base(BATCH, (LATENTS,), where), head, z, 1000)
+        return z
+
+    ours = partial(prior.sample, BATCH, partial(sir, num_proposals=1000))
+    return {"straightforward": in_turn, "fp32": ours}
+
+
+def job(num_samples: int, seed: int, device: str = "cpu") -> Contender:
+    """So many samples to disk; the first part once before, so that it is warm."""
+    torch.manual_seed(seed)
+    where = torch.device(device)
+    head = moved(MLPHead((LATENTS,), width=WIDTH, depth=BLOCKS), where)
+    p = Independent(Normal(torch.zeros(LATENTS, device=where), 1.0, validate_args=False), 1)
+    prior = NCPrior(SingleGroup(p, lambda x: p.expand((len(x),)), lambda z: z), head)
+    sampler = partial(sir, num_proposals=1000)
+
+    def run(count: int = num_samples) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            sample_parts(prior, sampler, folder, num_samples=count, part_size=PART, seed=seed)
+
+    run(PART)
+    return run
 
 
 def kl_of_bfloat16(kind: str, seed: int) -> float:
@@ -178,6 +238,20 @@ class Speed:
         peak = self._peak("mlp", "fp32", proposals, seed, batch)
         return [{"name": name, "proposals": proposals, "batch": batch, **row, "peak_mib": peak}]
 
+    def groups(self, count: int, seed: int) -> list[Row]:
+        """K groups."""
+        times = by_turns(of_groups(count, seed, str(self.device)), self.device, rounds=3)
+        times_of = self._times(times, "fp32")
+        return [{"name": f"groups-{count}", "proposals": 1000, "batch": BATCH, **times_of}]
+
+    def samples(self, count: int, seed: int) -> list[Row]:
+        """A job of N samples to disk."""
+        run = job(count, seed, str(self.device))
+        (spent,) = by_turns({"": run}, self.device, rounds=1)[""]
+        peak = peak_mib(job, count, seed) if self.on_cpu else None
+        row = {"proposals": 1000, "batch": PART, "ms": 1000 * spent, "peak_mib": peak}
+        return [{"name": f"samples-{count}", **row}]
+
     def processes(self, count: int, seed: int) -> list[Row]:
         """Samples per second of several processes of one thread each, each with its own draws."""
         with multiprocessing.get_context("spawn").Pool(count) as pool:
@@ -237,6 +311,10 @@ def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Ro
         found[name] = partial(speed.growth, proposals, BATCH, seed, name)
     for batch in (1, 4, 16, 64):
         found[f"batch-{batch}"] = partial(speed.growth, 1000, batch, seed, f"batch-{batch}")
+    for count in (1, 10, 30):
+        found[f"groups-{count}"] = partial(speed.groups, count, seed)
+    for samples in (256, 512, 1024) if quick else (256, 1024, 4096):
+        found[f"samples-{samples}"] = partial(speed.samples, samples, seed)
     for count in (1, 2) if speed.on_cpu else ():
         found[f"processes-{count}"] = partial(speed.processes, count, seed)
     return found
