@@ -98,6 +98,14 @@ def test_finished_rows_are_not_made_again(bench: ModuleType, tmp_path: Path) -> 
     assert "torch" in written["meta"]["machine"]
 
 
+def test_what_was_not_measured_is_null(bench: ModuleType, tmp_path: Path) -> None:
+    made = bench.Bench(options(tmp_path), {})
+    made.add(lambda: [{"peak_mib": float("nan"), "fd": 2.0}], method="NCP")
+    assert "NaN" not in (tmp_path / "rows.json").read_text()
+    again = bench.Bench(options(tmp_path), {}).rows
+    assert again == made.rows == [{"method": "NCP", "peak_mib": None, "fd": 2.0}]
+
+
 def test_rows_of_other_settings_are_not_mixed_in(bench: ModuleType, tmp_path: Path) -> None:
     bench.Bench(options(tmp_path), {"steps": 3}).add(lambda: [{}], method="NCP", seed=0)
     with pytest.raises(SystemExit, match="other settings"):

@@ -6,6 +6,7 @@ Not a benchmark itself. Finished rows are read back from --json FILE and finishe
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -76,7 +77,7 @@ class Bench:
         found = [row for row in self.rows if all(row[name] == key[name] for name in key)]
         if found:
             return found
-        made = [{**key, **row} for row in make()]
+        made = [{**key, **{name: _known(value) for name, value in row.items()}} for row in make()]
         self.rows += made
         if self.path is not None:
             meta = {"settings": self.settings, "machine": machine()}
@@ -114,6 +115,11 @@ class Bench:
         module.load_state_dict(tensors)
         module.eval()
         return seconds
+
+
+def _known(value: Any) -> Any:  # noqa: ANN401
+    """A value as JSON has it, which knows no NaN: None stands for what was not measured."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class BinaryMNIST:

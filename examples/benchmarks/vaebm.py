@@ -39,6 +39,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from ncprior import NCPrior, sir
 from ncprior.bases import Rebased, rebase
+from ncprior.components import within_components
 from ncprior.decoder_noise import SquaredError
 from ncprior.demo_arms import in_batches
 from ncprior.energies import EnergyNet
@@ -68,12 +69,18 @@ COLUMNS = {
     "seconds_per_1k": ">14.2f",
 }
 GENERATIONS = 5
-LENGTHS = (2, 4, 8, 16, 32)  # at which chains are looked at
+LENGTHS = (4, 8, 16, 24)  # at which chains are looked at
 MAIN = 16  # the length that energies are trained with, and the paper's
-SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains
-    "digits": {"width": 16, "steps": 1500, "step_size": 0.05, "count": 2000},
-    "mnist": {"width": 24, "steps": 2000, "step_size": 0.02, "count": 10_000},
-    "cifar10": {"width": 32, "steps": 3000, "step_size": 0.01, "count": 10_000},
+SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of NCP below it
+    "digits": {"width": 16, "steps": 1500, "step_size": 0.05, "count": 2000, "base": ""},
+    "mnist": {"width": 24, "steps": 1000, "step_size": 0.02, "count": 10_000, "base": ""},
+    "cifar10": {
+        "width": 32,
+        "steps": 400,
+        "step_size": 0.01,
+        "count": 2000,
+        "base": "mixture of 10",
+    },
 }
 TRAINING = {"batch_size": 64, "learning_rate": 1e-3, "spectral_weight": 0.002, "ema_decay": 0.99}
 QUICK = {"digits": 300, "mnist": 120, "cifar10": 60}  # steps of a quick training
@@ -92,6 +99,8 @@ class Comparison:
         trained = Heads(bench).on(case, seed, bench.settings["base"])
         self.prior, self.head_seconds = self._on_images(trained.prior), trained.seconds
         self.sampler: Sampler = partial(sir, num_proposals=bench.settings["num_proposals"])
+        if bench.settings["base"]:
+            self.sampler = within_components(self.sampler)
         self.energies = {
             "VAEBM": self._energy("alone", self.source, None),
             "NCP×VAEBM": self._energy("on-ncp", self.prior, self.sampler),
@@ -307,8 +316,7 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument(
         "--base",
         choices=["", "mixture of 10", "mixture of 100"],
-        default="",
-        help="of NCP, the VAE's own if empty",
+        help="of NCP, the VAE's own if empty (of cifar10: mixture of 10)",
     )
     made.add_argument("--step-size", type=float, help="λ of the chains")
     made.add_argument("--energy-steps", type=int, metavar="N", help="training steps of an energy")
@@ -321,19 +329,20 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def settings_of(options: argparse.Namespace) -> Row:
     """What rows of one file have in common."""
     own = SETTINGS[options.data]
-    quick = options.quick
+    quick, base = options.quick, own["base"] if options.base is None else options.base
     return {
         "data": options.data,
         "noise": options.noise,
-        "base": options.base,
+        "base": base,
         "count": 1000 if quick else own["count"],
         "width": 16 if quick else own["width"],
         "step_size": options.step_size or own["step_size"],
         "energy_steps": options.energy_steps or (QUICK[options.data] if quick else own["steps"]),
-        "num_proposals": 100 if quick else 500,
+        "num_proposals": 50 if base else 100 if quick else 500,
         "ood_count": 200 if quick else 1000,
         "iwae": 8 if quick else 64,
         "training": TRAINING,
+        "lengths": list(LENGTHS),
     }
 
 
