@@ -23,6 +23,7 @@ from ncprior.files import load_tensors
 from ncprior.heads import MLPHead
 from ncprior.prior import NCPrior
 from ncprior.repository import (
+    check_configuration,
     check_fingerprints,
     check_tensors,
     fingerprints,
@@ -151,7 +152,7 @@ def from_pretrained(
     """
     path = locate(path_or_repo, FILE, revision)
     tensors, config = load_tensors(path)
-    _check_configuration(path, config)
+    check_configuration(path, config, _SOUND, FORMAT)
     if check_fingerprint:
         _check_trained_on(path, config, prior)
     with torch.random.fork_rng(devices=[]):  # a new net draws weights only to be overwritten
@@ -247,20 +248,6 @@ def _heads(prior: NCPrior | None) -> str | None:
         return None
     on = "".join(str(int(active)) for active in prior.active)
     return f"{module_fingerprint(prior.heads)}:{float(prior.strength)!r}:{on}"
-
-
-def _check_configuration(path: Path, config: Mapping[str, Any]) -> None:
-    if config.get("format") != FORMAT:
-        refuse(
-            path,
-            f"it has format {config.get('format')!r}, and ncprior {version()} reads format "
-            f"{FORMAT}. Install the version of ncprior that wrote it",
-        )
-    if unknown := sorted(config.keys() - _SOUND.keys()):
-        refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
-    wrong = [key for key, sound in _SOUND.items() if key not in config or not sound(config[key])]
-    if wrong:
-        refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
 
 
 def _check_trained_on(

@@ -27,6 +27,7 @@ from ncprior.heads import CategoricalHead, ConvHead, MLPHead
 from ncprior.prior import NCPrior
 from ncprior.products import ProductHead
 from ncprior.repository import (
+    check_configuration,
     check_fingerprints,
     check_tensors,
     fingerprints,
@@ -301,19 +302,9 @@ def _base_entry(source: LatentSource[Any, Any]) -> dict[str, Any] | None:
 
 
 def _check_configuration(path: Path, config: Mapping[str, Any]) -> None:
-    if config.get("format") != FORMAT:
-        refuse(
-            path,
-            f"it has format {config.get('format')!r}, and ncprior {version()} reads format "
-            f"{FORMAT}. Install the version of ncprior that wrote it",
-        )
-    if unknown := sorted(config.keys() - _SOUND.keys()):
-        refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
-    wrong = [key for key, sound in _SOUND.items() if key not in config or not sound(config[key])]
-    if not wrong:
-        k = config["num_groups"]
-        wrong = [key for key in ("heads", "active") if len(config[key]) != k]
-    if wrong:
+    check_configuration(path, config, _SOUND, FORMAT)
+    k = config["num_groups"]
+    if wrong := [key for key in ("heads", "active") if len(config[key]) != k]:
         refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
 
 

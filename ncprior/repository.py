@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ncprior.source import LatentSource
 
 __all__ = [
+    "check_configuration",
     "check_fingerprints",
     "check_tensors",
     "fingerprints",
@@ -162,6 +163,36 @@ def fingerprints(source: LatentSource[Any, Any]) -> dict[str, str | None]:
         "vae": None if fingerprint is None else fingerprint(),
         "base": base_fingerprint(getattr(source, "prior", None)),
     }
+
+
+def check_configuration(
+    path: Path, config: Mapping[str, Any], sound: Mapping[str, Callable[[Any], bool]], form: int
+) -> None:
+    """Refuses the configuration of another format, with other keys, or with unsound values.
+
+    Arguments:
+        path: The file, for the message.
+        config: What its header says.
+        sound: What is wanted of the value of every key.
+        form: The format that this version reads.
+
+    Raises:
+        ValueError: If it is refused.
+
+    Example:
+        >>> check_configuration(Path("a"), {"format": 1}, {"format": lambda value: value == 1}, 1)
+    """
+    if config.get("format") != form:
+        refuse(
+            path,
+            f"it has format {config.get('format')!r}, and ncprior {version()} reads format "
+            f"{form}. Install the version of ncprior that wrote it",
+        )
+    if unknown := sorted(config.keys() - sound.keys()):
+        refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
+    wrong = [key for key, fits in sound.items() if key not in config or not fits(config[key])]
+    if wrong:
+        refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
 
 
 def check_fingerprints(
