@@ -33,7 +33,15 @@ from ncprior.report import GroupReport, Report, Verdict
 from ncprior.samplers import sir
 from ncprior.source import Group, num_rows, posterior_of, require_eval
 
-__all__ = ["GroupKind", "GroupReport", "Report", "Verdict", "diagnose", "group_kinds"]
+__all__ = [
+    "GroupKind",
+    "GroupReport",
+    "Report",
+    "Verdict",
+    "diagnose",
+    "evaluating",
+    "group_kinds",
+]
 
 # Pools of SIR: ESS and log Z vary little between pools, and these evaluate the heads most.
 _NUM_POOLS = 64
@@ -104,7 +112,7 @@ def diagnose(
             f"got {num_proposals}, {num_draws} and {batch_size}."
         )
     require_eval(prior.source, getattr(prior.source, "module", None))
-    with _evaluating(prior):
+    with evaluating(prior):
         log_r, pools = _measure(prior, held_out, num_draws, batch_size, (low, high))
         trained = None
         if train is not None:
@@ -202,6 +210,26 @@ def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
         kinds.append(GroupKind.of(group, head))
         state = prior.source.advance(state, posterior_of(group).sample())
     return kinds
+
+
+@contextmanager
+def evaluating(prior: NCPrior) -> Iterator[None]:
+    """Evaluation mode of the heads; on leaving, every module's own mode again.
+
+    Example:
+        >>> prior.train().training
+        True
+        >>> with evaluating(prior):
+        ...     prior.training
+        False
+    """
+    modes = [(module, module.training) for module in prior.modules()]
+    prior.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _walk(
@@ -341,15 +369,3 @@ def _share(rows: int, total: int) -> int:
 
 def _first(rows: int, encoding: Any) -> Any:  # noqa: ANN401
     return tree_map_only(Tensor, lambda t: t[:rows] if t.ndim else t, encoding)
-
-
-@contextmanager
-def _evaluating(prior: NCPrior) -> Iterator[None]:
-    """Evaluation mode of the heads; on leaving, every module's own mode again."""
-    modes = [(module, module.training) for module in prior.modules()]
-    prior.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

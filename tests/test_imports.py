@@ -47,7 +47,16 @@ SERVICES = {
     *("gap", "checks"),
     *("runs", "trainer", "training", "loop", "parts", "normaliser", "likelihood", "testing"),
     *("vaebm_trainer", "vaebm_fit", "ood"),
-    *("diagnostics", "report", "report_plot", "recommend", "repository", "hub", "card"),
+    *(
+        "diagnostics",
+        "report",
+        "report_plot",
+        "strength",
+        "recommend",
+        "repository",
+        "hub",
+        "card",
+    ),
     *("energy_hub", "energy_card"),
 }
 DEMO_PARTS = {"data", "plots", "demo_models", "demo_arms", "demo_files"}
@@ -93,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recommend": {"combine", "components", "report", "samplers", "smc"},
     "report_plot": {"report"},
     "diagnostics": {*CORE, "report"},
+    "strength": {*CORE, "diagnostics"},
     "energy_card": {"vaebm"},
     "energy_hub": {*CORE, "repository", "energy_card"},
     "repository": {"files", "fingerprints"},

@@ -35,6 +35,7 @@ from ncprior.bases import (
     rebase,
     stored_numbers,
 )
+from ncprior.combine import describe
 from ncprior.components import within_components
 from ncprior.diagnostics import diagnose
 from ncprior.files import write_atomically
@@ -44,6 +45,7 @@ from ncprior.recommend import recommend_sampler
 from ncprior.samplers import LogRatio, Sampler
 from ncprior.smc import tempered_smc
 from ncprior.stages import nested
+from ncprior.strength import match_strength
 from ncprior.vamp import fit_vamp
 
 BATCH = 1000  # samples drawn at once
@@ -316,27 +318,40 @@ class Trained(NamedTuple):
 
 
 def ours(
-    heads: Heads, base: str, sampler: Sampler, **options: object
+    heads: Heads, base: str, sampler: Sampler, *, matched: bool = False, **options: object
 ) -> Callable[[Case, int], Fitted]:
-    """Trained heads with one sampler."""
+    """Trained heads with one sampler, at strength 1 or at the one that matches the sampler."""
 
     def run(case: Case, seed: int) -> Fitted:
         prior, seconds = found = heads.on(case, seed, base, **options)
+        if matched:
+            prior, more = at_matched_strength(case, prior, sampler)
+            seconds += more
         return Fitted(from_ncp(prior, sampler), seconds, found.stored, (prior,))
 
     return run
 
 
+def at_matched_strength(case: Case, prior: NCPrior, sampler: Sampler) -> tuple[NCPrior, float]:
+    """The same heads at another strength, and the seconds that it took to find."""
+    started = now()
+    found = NCPrior(prior.source, prior.heads).eval()
+    found.precision = prior.precision
+    found.strength = match_strength(found, case.held_out[:2000], sampler, batch_size=BATCH)
+    print(f"{case.name}, {describe(sampler)}: strength {found.strength:.3f}", flush=True)
+    return found, now() - started
+
+
 def recommended(
     heads: Heads, base: str, budget: int, **options: object
 ) -> Callable[[Case, int], Fitted]:
-    """Trained heads with the sampler that `recommend_sampler` picks for a budget."""
+    """Trained heads with the sampler that `recommend_sampler` picks, its strength matched."""
 
     def run(case: Case, seed: int) -> Fitted:
-        prior, seconds = found = heads.on(case, seed, base, **options)
+        prior = heads.on(case, seed, base, **options).prior
         choice = recommend_sampler(diagnose(prior, case.held_out), budget=budget)
         print(f"{case.name}, seed {seed}, budget {budget}: {choice}", flush=True)
-        return Fitted(from_ncp(prior, choice.sampler), seconds, found.stored, (prior,))
+        return ours(heads, base, choice.sampler, matched=True, **options)(case, seed)
 
     return run
 
@@ -389,11 +404,15 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     if case.source.num_groups > 1:
         found[0] = found[0]._replace(name="base prior")
         found += [Method(f"temperature {t}", "peer", colder(t)) for t in (0.7, 0.8, 0.9)]
-        own = [("NCP, SIR(50)", few, {}), ("NCP, SIR(500)", many, {})]
-        own.append(("NCP gated and calibrated, SIR(50)", few, {"gate": True, "calibrate": True}))
+        own: list[tuple[str, Sampler, dict[str, Any]]] = [
+            ("NCP, SIR(50)", few, {}),
+            ("NCP, SIR(500)", many, {}),
+            ("NCP, SIR(50), matched", few, {"matched": True}),
+            ("NCP gated and calibrated, SIR(50)", few, {"gate": True, "calibrate": True}),
+        ]
         found += [Method(name, "ours", ours(heads, "", s, **options)) for name, s, options in own]
         found += [
-            Method(f"NCP, recommended({m})", "ours", recommended(heads, "", m))
+            Method(f"NCP, recommended({m}), matched", "ours", recommended(heads, "", m))
             for m in (500, 5000)
         ]
         return found
@@ -412,23 +431,30 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     for where in case.bases:
         name = f"NCP on {where or 'N(0, I)'}"
         proposals = case.proposals if where in ("", last) else case.proposals[:1]
-        own = [(f"SIR({m})", partial(sir, num_proposals=m)) for m in proposals]
+        kinds = [(f"SIR({m})", partial(sir, num_proposals=m)) for m in proposals]
         if where:
-            own += [(f"{kind} within", within_components(sampler)) for kind, sampler in own]
+            kinds += [(f"{kind} within", within_components(sampler)) for kind, sampler in kinds]
+        if case.every_sampler and where in ("", last):
+            kinds.append(("SMC", smc))
         if where == last:
             chain = partial(tempered_smc, num_particles=1, num_moves=24)
-            own.append(("MALA(24) within", within_components(chain)))
-        if case.every_sampler and where in ("", last):
-            own.append(("SMC", smc))
-        found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in own]
+            kinds.append(("MALA(24) within", within_components(chain)))
+        found += [Method(f"{name}, {kind}", "ours", ours(heads, where, s)) for kind, s in kinds]
+        found += [
+            Method(f"{name}, {kind}, matched", "ours", ours(heads, where, s, matched=True))
+            for kind, s in (kinds if case.every_sampler else kinds[-1:])
+            if where in ("", last)
+        ]
     found += [
-        Method(f"NCP on {last}, recommended({m})", "ours", recommended(heads, last, m))
+        Method(f"NCP on {last}, recommended({m}), matched", "ours", recommended(heads, last, m))
         for m in case.proposals
     ]
     if case.every_sampler:
         found += variants(heads, last)
     automatic = recommended(heads, last, 50, stages="auto")
-    found.append(Method(f"NCP on {last}, stages auto, recommended(50)", "ours", automatic))
+    found.append(
+        Method(f"NCP on {last}, stages auto, recommended(50), matched", "ours", automatic)
+    )
     return found
 
 

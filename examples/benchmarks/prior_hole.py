@@ -9,7 +9,7 @@ samples under the same seeds, and is judged by Fréchet distance on the features
 classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior
 samples of training images, with an interval over 5 generations and a resampled reference.
 `over_rival` is the paired difference to the best fitted prior of that seed that uses no ratio head,
-of whatever size.
+of whatever size. `matched`: at the strength that ncprior.strength finds for the sampler.
 
 `family`: ours uses a trained ratio head; a reference is the base, the posterior, or what stores
 more than a tenth as many numbers as the training encodings; the rest are peers. pythae's samplers
@@ -38,7 +38,7 @@ from ncprior.evaluation import precision_recall
 from ncprior.gap import GapClosed, gap_closed, gap_difference
 
 COLUMNS = {
-    "method": "<38",
+    "method": "<58",
     "family": "<9",
     "seed": ">4",
     "fd": ">7.2f",
