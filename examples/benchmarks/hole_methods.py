@@ -337,7 +337,8 @@ def at_matched_strength(case: Case, prior: NCPrior, sampler: Sampler) -> tuple[N
     started = now()
     found = NCPrior(prior.source, prior.heads).eval()
     found.precision = prior.precision
-    found.strength = match_strength(found, case.held_out[:2000], sampler, batch_size=BATCH)
+    held_out = case.held_out[: 300 if case.quick else 2000]
+    found.strength = match_strength(found, held_out, sampler, batch_size=BATCH)
     print(f"{case.name}, {describe(sampler)}: strength {found.strength:.3f}", flush=True)
     return found, now() - started
 
