@@ -1,8 +1,9 @@
 r"""Samplers made of samplers: one after the other, at another temperature, and told in words.
 
 There are three temperatures, of different meaning. ``NCPrior.strength`` α draws from r^α·p: how far
-the prior is corrected. A temperature T here draws from (r·p)^{1/T}: how close to the modes of the
-corrected prior. A source's or base's own temperature changes p, and with it what r is a ratio to.
+the prior is corrected; :mod:`ncprior.strength` finds the one that suits a sampler. A temperature T
+here draws from (r·p)^{1/T}: how close to the modes of the corrected prior. A source's or base's own
+temperature changes p, and with it what r is a ratio to.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     with e^KL. Else, on a mixture base, SIR within its components if there are as many as needed,
     and chains in their noise if not. Else, for a single group without a context, whose latents can
     be walked in, tempered sequential Monte Carlo over one population: its cost grows with KL itself.
+    Then let :func:`ncprior.strength.match_strength` suit the strength to the sampler.
 
     Arguments:
         report: What :func:`ncprior.diagnostics.diagnose` has found.
