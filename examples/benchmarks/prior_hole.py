@@ -30,6 +30,7 @@ import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now, peak_growth
 from hole_cases import Case, make_case, slug
+from hole_figure import save_figure
 from hole_methods import BATCH, Fitted, Heads, Method, evaluations, methods
 from torch import Tensor
 
@@ -198,52 +199,6 @@ COSTS = (
     *("fit_seconds", "sample_seconds_per_10k", "head_evaluations", "stored_numbers"),
     *("latent_nn_copy", "peak_mib"),
 )
-
-
-MARKS = {"ours": ("o", "tab:blue"), "peer": ("s", "tab:orange"), "reference": ("^", "tab:grey")}
-
-
-def save_figure(rows: list[Row], path: Path, title: str) -> None:
-    """Gap closed against the seconds of 10,000 samples, a number per method: means over seeds.
-
-    The base prior, 0 by definition, is left out, and so is what is worse than it by far.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    names = list(dict.fromkeys(row["method"] for row in rows))[1:]
-    for number, name in enumerate(names, start=1):
-        some = [row for row in rows if row["method"] == name]
-        x = np.mean([row["sample_seconds_per_10k"] for row in some])
-        y, low, high = (
-            np.mean([row[key] for row in some]) for key in ("gap_closed", "gap_low", "gap_high")
-        )
-        mark, colour = MARKS[some[0]["family"]]
-        axes.plot([x, x], [low, high], color=colour, linewidth=0.8, alpha=0.5)
-        axes.plot(x, y, mark, color=colour, markersize=5)
-        axes.annotate(str(number), (x, y), (4, 3), textcoords="offset points", fontsize=7)
-        place = (1.02, 1 - (number - 1) / (len(names) + 4))
-        axes.text(*place, f"{number}  {name}", transform=axes.transAxes, fontsize=7, va="top")
-    for family, (mark, colour) in MARKS.items():
-        axes.plot([], [], mark, color=colour, label=family)
-    axes.axhline(1.0, color="tab:grey", linewidth=0.8, linestyle=":")
-    axes.set(
-        xscale="log",
-        xlabel="seconds per 10,000 samples",
-        ylabel="share of the prior hole closed",
-        title=title,
-    )
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_ylim(-0.1, 1.05 * max(1.0, *(row["gap_high"] for row in rows)))
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
