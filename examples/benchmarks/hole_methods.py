@@ -387,6 +387,9 @@ BASES: dict[str, Callable[[Case], Any]] = {
     "VampPrior": lambda case: fit_vamp(  # each step encodes all 500
         on_images(case), _images_of(case)[0], 500, steps=case.base_steps // 4
     ),
+    "VampPrior, not trained": lambda case: fit_vamp(  # 500 random images as they are
+        on_images(case), _images_of(case)[0], 500, steps=0
+    ),
     "training encodings": lambda case: Empirical(case.encodings),
 }
 
