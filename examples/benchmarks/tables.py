@@ -99,6 +99,8 @@ def hole(rows: list[Row]) -> list[str]:
 
 
 COSTS = {
+    "precision": "precision",
+    "recall": "recall",
     "head_evaluations": "heads",
     "sample_seconds_per_10k": "s to draw",
     "fit_seconds": "s to fit",
