@@ -35,7 +35,8 @@ from ncprior.source import Group, device_of, num_rows, posterior_of, require_eva
 __all__ = ["match_strength"]
 
 _STEPS = 12  # of the search; each halves the interval at least every other time
-_CLOSE = 0.5  # standard errors of the difference: closer, chance decides
+_SURE = 3.0  # standard errors of the difference: below, draws are right as they are
+_CLOSE = 0.5  # standard errors: closer, a search gains nothing
 
 
 @torch.no_grad()
@@ -64,8 +65,8 @@ def match_strength(
         progress: Whether to show a progress bar.
 
     Returns:
-        α: 1 where the draws are right as they are, or nothing has been learnt; 0 where the base is
-        closer to the data than any correction.
+        α: 1 where the draws are right as they are, within three standard errors, or nothing has
+        been learnt; 0 where the base is closer to the data than any correction.
 
     Raises:
         ValueError: If no head is in use, there are fewer than 2 rows, or ``most`` is out of range.
@@ -138,7 +139,7 @@ def _log_r(
 def _root(excess: Callable[[float], Mean], most: float) -> float:
     """Where a rising function of α is 0 within its error, by the Illinois method."""
     at_one = excess(1.0)
-    if _is_close(at_one):
+    if abs(at_one.value) <= _SURE * at_one.error:
         return 1.0
     end = 0.0 if at_one.value > 0 else most
     at_end = excess(end)

@@ -48,10 +48,12 @@ def test_it_makes_up_for_too_few_proposals() -> None:
     assert mean() == pytest.approx(problem.shift, abs=3.5 * error)
 
 
-def test_an_exact_head_with_proposals_in_plenty_stays_about_as_it_is() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_an_exact_head_with_proposals_in_plenty_stays_as_it_is(seed: int) -> None:
+    torch.manual_seed(seed)
     problem = GaussianPair(kl=0.5)
-    found = match(prior_of(problem, 1.0), problem.data(ROWS), partial(sir, num_proposals=500))
-    assert found == pytest.approx(1, abs=0.08)
+    prior = prior_of(problem, 1.0)
+    assert match(prior, problem.data(ROWS), partial(sir, num_proposals=500)) == 1
 
 
 def test_groups_share_one_strength_under_the_posterior_walk() -> None:
