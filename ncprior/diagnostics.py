@@ -41,6 +41,8 @@ __all__ = [
     "diagnose",
     "evaluating",
     "group_kinds",
+    "scaled_log_r",
+    "walk_posterior",
 ]
 
 # Pools of SIR: ESS and log Z vary little between pools, and these evaluate the heads most.
@@ -156,14 +158,14 @@ def _measure(
         if device is not None:
             batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
         encoding = prior.source.encode(batch)
-        walked = [_walk(prior, encoding, _contrast, (2,)) for _ in range(walks)]
+        walked = [walk_posterior(prior, encoding, _contrast, (2,)) for _ in range(walks)]
         log_r.append(torch.stack(walked))
         # Pools from every batch: data may be ordered.
         before, seen = seen, seen + num_rows(encoding)
         rows = _share(seen, total) - _share(before, total)
         if num_proposals and rows:
             weigh, shape = partial(_weigh, num_proposals), (len(num_proposals), 2)
-            pools.append(_walk(prior, _first(rows, encoding), weigh, shape))
+            pools.append(walk_posterior(prior, _first(rows, encoding), weigh, shape))
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
 
 
@@ -232,13 +234,27 @@ def evaluating(prior: NCPrior) -> Iterator[None]:
             module.training = training
 
 
-def _walk(
+def walk_posterior(
     prior: NCPrior,
     encoding: Any,  # noqa: ANN401
     measure: Callable[[NCPrior, int, Group, Tensor], Tensor],
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] = (),
 ) -> Tensor:
-    """Measures every group under z_<k ~ q; returns ``(K, *shape, B)``, NaN where a head is off."""
+    """Measures every group whose head is in use, along a walk with every z_k ~ q.
+
+    Arguments:
+        prior: The prior.
+        encoding: What the source makes of a batch of data.
+        measure: Given the prior, k, the group and z_k ~ q, returns values of shape ``(*shape, B)``.
+        shape: The leading shape of what is measured.
+
+    Returns:
+        The values in float64 on the CPU, with shape ``(K, *shape, B)``; NaN where a head is off.
+
+    Example:
+        >>> walk_posterior(prior, source.encode(x), lambda prior, k, group, z: z.sum(-1)).shape
+        torch.Size([1, 4])
+    """
     num_groups, batch_size = prior.source.num_groups, num_rows(encoding)
     measured = torch.full((num_groups, *shape, batch_size), math.nan, dtype=torch.float64)
     state = prior.source.start(batch_size, encoding)
@@ -252,19 +268,17 @@ def _walk(
     return measured
 
 
-def _contrast(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
-    """α log r at z ~ q and at z ~ p, with shape (2, B)."""
-    return _log_r(prior, k, torch.stack([z, group.prior.sample().to(z.dtype)]), group)
+def scaled_log_r(prior: NCPrior, k: int, z: Tensor, group: Group) -> Tensor:
+    """Returns α log r_k(z) in nats, with shape ``(*, B)``, and refuses what is not finite.
 
+    Raises:
+        FloatingPointError: If log r is not finite, naming the group.
 
-def _weigh(ms: tuple[int, ...], prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
-    """ESS and log-mean-weight of one pool per row for each M, with shape (M, 2, B)."""
-    log_ratio = partial(_log_r, prior, k, group=group)
-    draws = [sir(group.prior, log_ratio, num_proposals=m) for m in ms]
-    return torch.stack([torch.stack(draw[1:3]) for draw in draws])  # type: ignore[arg-type]
-
-
-def _log_r(prior: NCPrior, k: int, z: Tensor, group: Group) -> Tensor:
+    Example:
+        >>> group = source.group(source.start(4))
+        >>> scaled_log_r(prior, 0, group.prior.sample(), group).shape
+        torch.Size([4])
+    """
     log_r = prior.strength * prior.log_r(k, z, group.context)
     if not torch.isfinite(log_r).all():
         raise FloatingPointError(
@@ -272,6 +286,18 @@ def _log_r(prior: NCPrior, k: int, z: Tensor, group: Group) -> Tensor:
             f"data, the prior or the context."
         )
     return log_r
+
+
+def _contrast(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
+    """α log r at z ~ q and at z ~ p, with shape (2, B)."""
+    return scaled_log_r(prior, k, torch.stack([z, group.prior.sample().to(z.dtype)]), group)
+
+
+def _weigh(ms: tuple[int, ...], prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
+    """ESS and log-mean-weight of one pool per row for each M, with shape (M, 2, B)."""
+    log_ratio = partial(scaled_log_r, prior, k, group=group)
+    draws = [sir(group.prior, log_ratio, num_proposals=m) for m in ms]
+    return torch.stack([torch.stack(draw[1:3]) for draw in draws])  # type: ignore[arg-type]
 
 
 def _with_loss(report: GroupReport, log_r: Tensor, trained: Tensor | None) -> GroupReport:

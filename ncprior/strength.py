@@ -27,14 +27,14 @@ from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import in_order, seeded
 from ncprior.calibration import Mean
-from ncprior.diagnostics import evaluating
+from ncprior.diagnostics import evaluating, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
-from ncprior.source import Group, device_of, num_rows, posterior_of, require_eval
+from ncprior.source import Group, device_of, require_eval
 
 __all__ = ["match_strength"]
 
-_STEPS = 12  # of the search; each halves the interval at least every other time
+_STEPS = 12  # of the search at most; a smooth function takes about five
 _SURE = 3.0  # standard errors of the difference: below, draws are right as they are
 _CLOSE = 0.5  # standard errors: closer, a search gains nothing
 
@@ -85,55 +85,38 @@ def match_strength(
     if not 1 <= most < math.inf:
         raise ValueError(f"most must be 1 or more and finite; got {most}.")
     require_eval(prior.source, getattr(prior.source, "module", None))
-    batches, seed = in_order(held_out, batch_size), int(torch.randint(2**31, ()))
-    with evaluating(prior), _at(prior, 1.0), tqdm(desc="strength", disable=not progress) as bar:
-        on = [k for k in range(prior.source.num_groups) if prior.is_on(k)]
-        if not on:
-            raise ValueError("No head is in use, and a strength acts on heads. See prior.active.")
+    device, seed = device_of(prior.source), int(torch.randint(2**31, ()))
+
+    def along_data(measure: Callable[[NCPrior, int, Group, Tensor], Tensor]) -> Tensor:
+        """What is measured at every row of data, summed over groups, with shape ``(rows,)``."""
+        found = []
         with seeded(seed):
-            of_data = _log_r(prior, batches, on, lambda k, group, z: z)
+            for batch in in_order(held_out, batch_size):
+                encoding = prior.source.encode(
+                    tree_map_only(Tensor, lambda t: t.to(device), batch)
+                )
+                found.append(walk_posterior(prior, encoding, measure).nansum(0))
+        return torch.cat(found) if found else torch.empty(0)
+
+    def excess(strength: float) -> Mean:
+        """How far the draws' mean log r is above that of the data."""
+
+        def of_draw(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
+            with _at(prior, strength):
+                z = prior.draw(k, group, sampler).z
+            return scaled_log_r(prior, k, z, group)
+
+        drawn = along_data(of_draw)
+        bar.update()
+        return Mean.of((drawn - of_data)[None])
+
+    with evaluating(prior), _at(prior, 1.0), tqdm(desc="strength", disable=not progress) as bar:
+        if not any(prior.is_on(k) for k in range(prior.source.num_groups)):
+            raise ValueError("No head is in use, and a strength acts on heads. See prior.active.")
+        of_data = along_data(lambda prior, k, group, z: scaled_log_r(prior, k, z, group))
         if len(of_data) < 2:
             raise ValueError(f"A mean with its error needs 2 rows of data; got {len(of_data)}.")
-
-        def excess(strength: float) -> Mean:
-            """How far the draws' mean log r is above that of the data."""
-            with _at(prior, strength), seeded(seed):
-                drawn = _log_r(
-                    prior, batches, on, lambda k, group, z: prior.draw(k, group, sampler).z
-                )
-            bar.update()
-            return Mean.of((drawn - of_data)[None])
-
         return _root(excess, most)
-
-
-def _log_r(
-    prior: NCPrior,
-    batches: Any,  # noqa: ANN401
-    on: list[int],
-    draw: Callable[[int, Group, Tensor], Tensor],
-) -> Tensor:
-    """Σ_k log r_k at what is drawn in place of z_k ~ q, with shape ``(rows,)``."""
-    device, found = device_of(prior.source), []
-    for batch in batches:
-        encoding = prior.source.encode(tree_map_only(Tensor, lambda t: t.to(device), batch))
-        state = prior.source.start(num_rows(encoding), encoding)
-        total = torch.zeros(num_rows(encoding), dtype=torch.float64)
-        for k in range(on[-1] + 1):
-            group = prior.source.group(state)
-            z = posterior_of(group).sample()
-            if k in on:
-                log_r = prior.log_r(k, draw(k, group, z), group.context)
-                if not torch.isfinite(log_r).all():
-                    raise FloatingPointError(
-                        f"Group {k}: log r is not finite. Look for NaN or infinity in the head's "
-                        f"weights, the data, the prior or the context."
-                    )
-                total += log_r.to("cpu", torch.float64)
-            if k < on[-1]:
-                state = prior.source.advance(state, z)
-        found.append(total)
-    return torch.cat(found) if found else torch.empty(0)
 
 
 def _root(excess: Callable[[float], Mean], most: float) -> float:
