@@ -257,7 +257,7 @@ def _cifar10(bench: Bench) -> Case:
             "eval_every": 50 if quick else 200,
         },
         base_steps=50 if quick else 2000,
-        bases=("", "mixture of 10", *(() if quick else ("mixture of 100",))),
+        bases=("", "mixture of 10"),
         proposals=(50,),
         every_sampler=False,
     )
