@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
+from ncprior.precision import wide
 from ncprior.source import Group, module_fingerprint, num_rows, posterior_of, require_eval
 
 __all__ = ["ByteImages", "VDVAESource"]
@@ -139,7 +140,7 @@ class VDVAESource:
         if state.prior is None or state.h is None:
             raise ValueError(f"The walk is behind the last of {self.num_groups} groups.")
         posterior = None if state.posterior is None else _diagonal(state.posterior, 1.0)
-        context = _wide(state.h) if state.k > 0 else None  # the first h is the same for every row
+        context = wide(state.h) if state.k > 0 else None  # the first h is the same for every row
         return Group(_diagonal(state.prior, self.temperature), posterior, context)
 
     def advance(self, state: State, z: Tensor) -> State:
@@ -158,7 +159,7 @@ class VDVAESource:
 
     def likelihood(self, state: State) -> Distribution:
         """Returns p(x | z) over images of bytes, ``(B, H, W, 3)``; nats per image, not per pixel."""
-        parameters = _wide(self._model.decoder.out_net(self._final(state))).permute(0, 3, 1, 2)
+        parameters = wide(self._model.decoder.out_net(self._final(state))).permute(0, 3, 1, 2)
         low_bit = self._model.H.dataset in _LOW_BIT
         return ByteImages(LogisticMixture(parameters, num_bits=5 if low_bit else 8))
 
@@ -230,8 +231,8 @@ class VDVAESource:
         posterior = None
         if activations is not None:
             q = block.enc(torch.cat([h, activations[block.base]], dim=1))
-            posterior = (_wide(q[:, : block.zdim]), _wide(q[:, block.zdim :]))
-        prior = (_wide(loc), _wide(log_scale))
+            posterior = (wide(q[:, : block.zdim]), wide(q[:, block.zdim :]))
+        prior = (wide(loc), wide(log_scale))
         return self.State(k, features, h, h + shift, prior, posterior, activations)
 
     def _final(self, state: State) -> Tensor:
@@ -347,7 +348,3 @@ def _kl(q: Parameters | None, p: Parameters | None) -> Tensor:
     ratio = (log_q.exp() ** 2 + (loc_q - loc_p) ** 2) / (log_p.exp() ** 2)
     kl: Tensor = -0.5 + log_p - log_q + 0.5 * ratio
     return kl
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ncprior.blocks import at_precision
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead, is_as_made
+from ncprior.precision import at_precision, wide
 
 __all__ = ["log_ratios"]
 
@@ -55,7 +55,7 @@ def log_ratios(
             together = _together if len(groups) > 1 else _in_turn
             found = together([heads[k] for k in groups], [contrasts[k] for k in groups])
             log_r.update(zip(groups, found, strict=True))
-    return [_wide(log_r[k]) for k in range(len(heads))]
+    return [wide(log_r[k]) for k in range(len(heads))]
 
 
 def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
@@ -69,7 +69,7 @@ def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
 
 def _in_turn(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> list[Tensor]:
     return [
-        head(_wide(z), None if c is None else _wide(c))
+        head(wide(z), None if c is None else wide(c))
         for head, (z, c) in zip(heads, contrasts, strict=True)
     ]
 
@@ -79,8 +79,8 @@ def _together(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> Sequ
         name: torch.stack([tensors[name] for tensors in map(_tensors, heads)])
         for name in _tensors(heads[0])
     }
-    z = torch.stack([_wide(z) for z, _ in contrasts])
-    contexts = [_wide(c) for _, c in contrasts if c is not None]
+    z = torch.stack([wide(z) for z, _ in contrasts])
+    contexts = [wide(c) for _, c in contrasts if c is not None]
 
     def one(tensors: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         log_r: Tensor = functional_call(heads[0], tensors, inputs)
@@ -92,7 +92,3 @@ def _together(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> Sequ
 
 def _tensors(head: nn.Module) -> dict[str, Tensor]:
     return {**dict(head.named_parameters()), **dict(head.named_buffers())}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-__all__ = ["InBlocks", "Whole", "at_precision"]
+from ncprior.precision import at_precision
+
+__all__ = ["InBlocks", "Whole"]
 
 _CACHE = 2**19  # features of a block per thread: 2 MiB, as much as a core's cache holds
-
-
-def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Makes products in bfloat16, or else in the tensors' own precision, whatever is outside.
-
-    Arguments:
-        device_type: Such as ``"cpu"``.
-        precision: ``torch.bfloat16`` or another.
-
-    Example:
-        >>> with at_precision("cpu", torch.bfloat16):
-        ...     (torch.eye(2) @ torch.eye(2)).dtype
-        torch.bfloat16
-    """
-    if precision == torch.bfloat16:
-        return torch.autocast(device_type, torch.bfloat16)
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class Whole:
@@ -40,7 +22,7 @@ class Whole:
     Arguments:
         head: The head.
         context: The context, with shape ``(B, ...)``, or ``None``.
-        precision: Of the factors of products, see :func:`at_precision`.
+        precision: Of the factors of products, see :func:`ncprior.precision.at_precision`.
 
     Attributes:
         compiled: Whether it is compiled, where gradients are not asked for.

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from einops import reduce
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, silu
+
+from ncprior.precision import in_full, wide
 
 __all__ = ["EnergyNet"]
 
@@ -69,9 +72,9 @@ class EnergyNet(nn.Module):
                 f"This energy takes images of shape (B, {', '.join(map(str, self.image_shape))}); "
                 f"got {tuple(x.shape)}."
             )
-        h = silu(self.cells(self.stem(2 * x.to(self.out.weight.dtype) - 1)))
-        energy: Tensor = self.out(reduce(h, "b c h w -> b c", "sum")).squeeze(-1)
-        return energy
+        x = x.to(self.out.weight.dtype, memory_format=torch.channels_last)
+        h = silu(self.cells(self.stem(2 * x - 1)))
+        return in_full(self.out, reduce(wide(h), "b c h w -> b c", "sum")).squeeze(-1)
 
     def config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, ready for JSON."""

@@ -20,6 +20,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ncprior.precision import in_full
+
 if TYPE_CHECKING:
     from ncprior.source import Group
 
@@ -113,7 +115,7 @@ class MLPHead(_Head):
         z = self.scale(z)
         h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
         h = self.blocks(h + embedded)
-        return _in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
+        return in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
 
 
 class ConvHead(_Head):
@@ -187,7 +189,7 @@ class ConvHead(_Head):
         h = self.stem(self.scale(z).reshape(-1, *z.shape[-3:]))
         h = (h.reshape(*lead, *h.shape[-3:]) + embedded).reshape(h.shape)
         h = nn.functional.silu(self.norm(self.blocks(h)))
-        return _in_full(self.out, reduce(h, "n c h w -> n c", "mean")).reshape(lead)
+        return in_full(self.out, reduce(h, "n c h w -> n c", "mean")).reshape(lead)
 
 
 class CategoricalHead(_Head):
@@ -440,14 +442,6 @@ class _ConvCell(nn.Module):
         gate = self.excite(reduce(update, "n c h w -> n c", "mean"))
         h = h + update * rearrange(gate, "n c -> n c 1 1")
         return h
-
-
-def _in_full(linear: nn.Linear, h: Tensor) -> Tensor:
-    """A linear layer in its own precision, also under autocast: log r is no 8-bit number."""
-    if not torch.is_autocast_enabled(h.device.type):
-        return linear(h)  # type: ignore[no-any-return]
-    with torch.autocast(h.device.type, enabled=False):
-        return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

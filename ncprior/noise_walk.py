@@ -26,6 +26,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.dynamics import can_walk, name_of
+from ncprior.precision import at_precision, wide
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
 from ncprior.source import Group, LatentSource
@@ -73,6 +75,9 @@ class NoiseWalk:
             code. It forgets the Jacobian: the target gets the factors Π 1/σ_k(z_<k) and
             Π 1/σ_x(z). And where a decoder's law tells a ``drawn_scale``, x is drawn with that and
             judged by the law's own scale, which VAEBM bounds from below.
+        precision: Of products on walks from given noise, of heads and, if it is
+            ``torch.bfloat16``, of the VAE, which else is as it is called; noise, z and log-weights
+            are in float32 or better.
 
     Example:
         >>> walk = NoiseWalk(source)
@@ -87,6 +92,7 @@ class NoiseWalk:
     prior: NCPrior | None = None
     condition: Any = None
     official: bool = False
+    precision: torch.dtype = torch.float32
 
     def draw(self, batch_size: int, sampler: Sampler | None = None) -> Walked:
         """Walks from fresh noise: of the VAE, or of the heads' own sampler if one is given."""
@@ -109,7 +115,9 @@ class NoiseWalk:
         """
         needed = self.source.num_groups
         if len(noise) in (needed, needed + 1):
-            walked = self._walk(len(noise[0]), lambda k, _: noise[k], lambda _: noise[-1])
+            low = self.precision == torch.bfloat16
+            with at_precision(noise[0].device.type, self.precision) if low else nullcontext():
+                walked = self._walk(len(noise[0]), lambda k, _: noise[k], lambda _: noise[-1])
             needed = len(walked.noise)
         if len(noise) != needed:
             raise ValueError(
@@ -138,9 +146,10 @@ class NoiseWalk:
         law = self._likelihood(state)
         normal = normal_of(law)
         if normal is None:
-            x = mean = _mean(law, self.source, state).float()
+            x = mean = wide(_mean(law, self.source, state))
         else:
-            mean, u = normal.loc.float(), pick_x(normal.loc.float())
+            mean = wide(normal.loc)
+            u = pick_x(mean)
             x, log_weight = self._image(normal, u)
             noise.append(u)
             log_weights.append(log_weight)
@@ -166,7 +175,7 @@ class NoiseWalk:
             if self.official:
                 log_weight = log_weight - _sum(normal.scale.log().expand_as(u))
         if self.prior is not None and self.prior.is_on(k):
-            log_r = self.prior.log_r(k, z, group.context)
+            log_r = self.prior.log_r(k, z, group.context, precision=self.precision)
             log_weight = log_weight + self.prior.strength * log_r
         return z, log_weight
 
@@ -210,5 +219,5 @@ def _require_density(k: int, group: Group) -> None:
 
 
 def _sum(u: Tensor) -> Tensor:
-    """The sum over all axes but the first."""
-    return u.reshape(len(u), -1).sum(1)
+    """The sum over all axes but the first, in float32 or better."""
+    return wide(u).reshape(len(u), -1).sum(1)

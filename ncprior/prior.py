@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncprior.blocks import at_precision
 from ncprior.contrasts import group_losses
 from ncprior.features import as_seen, seen
 from ncprior.heads import make_head
 from ncprior.inference import given
+from ncprior.precision import at_precision, wide
 from ncprior.samplers import Draw, LogRatio, Sampler
 from ncprior.source import Group, LatentSource, num_rows, posterior_of
 
@@ -261,8 +261,8 @@ class NCPrior(nn.Module):
         """
         h = seen(self.source, k, z)
         with at_precision(z.device.type, precision):
-            log_r: Tensor = self.heads[k](_wide(h), None if context is None else _wide(context))
-        return _wide(log_r)
+            log_r: Tensor = self.heads[k](wide(h), None if context is None else wide(context))
+        return wide(log_r)
 
     def is_on(self, k: int) -> bool:
         """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
@@ -302,9 +302,9 @@ class NCPrior(nn.Module):
 
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
         """α log r_k(·, c), for many z of one context."""
-        c = None if context is None else _wide(context)
+        c = None if context is None else wide(context)
         log_r = given(self.heads[k], c, precision=self.precision, compiled=self.compiled)
-        return lambda z: self.strength * log_r(_wide(seen(self.source, k, z)))
+        return lambda z: self.strength * log_r(wide(seen(self.source, k, z)))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -447,7 +447,3 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
             "model's own forward pass.",
             stacklevel=4,
         )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -31,6 +31,7 @@ from torch.distributions import Independent, Normal
 
 from ncprior.dynamics import langevin
 from ncprior.noise_walk import NoiseWalk
+from ncprior.precision import at_precision, wide
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
 from ncprior.source import LatentSource, device_of, require_eval
@@ -80,6 +81,9 @@ class VAEBM(nn.Module):
         langevin_target: ``"exact"``, or ``"official"`` for what the published code samples: with
             -log p(z) - log p(x | z) in place of ½|ε|², see :class:`~ncprior.noise_walk.NoiseWalk`.
             (Its clamping of x to [0, 1] is left out.)
+        precision: Of products and convolutions in VAE, heads and energy while chains move and the
+            energy is trained: ``torch.float32``, or ``torch.bfloat16``, some times faster. Noise,
+            nats, sums and weights stay in float32, and where chains end is decoded in it.
 
     Raises:
         TypeError: If a group's prior has no density on all of R^n, naming the group.
@@ -105,6 +109,7 @@ class VAEBM(nn.Module):
         num_steps: int = 16,
         step_size: float = 0.01,
         langevin_target: LangevinTarget = "exact",
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if num_steps < 0 or not 0 < step_size < math.inf:
@@ -117,24 +122,29 @@ class VAEBM(nn.Module):
                 f"langevin_target is one of {', '.join(get_args(LangevinTarget))}; "
                 f"got {langevin_target!r}."
             )
+        if precision not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"precision must be torch.float32 or torch.bfloat16; got {precision}."
+            )
         heads, source = (prior, prior.source) if isinstance(prior, NCPrior) else (None, prior)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
         object.__setattr__(self, "source", source)
         self.energy = energy
         self.num_steps, self.step_size = num_steps, step_size
-        self.langevin_target = langevin_target
+        self.langevin_target, self.precision = langevin_target, precision
         self.decoder_noise = self._probe()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns E(x) in nats, with shape ``(B,)``, in float32 or better, also under autocast.
 
+        Products are in the model's ``precision``, whatever is outside.
+
         Example:
             >>> VAEBM(source, lambda x: x.sum(1))(torch.ones(4, 3))
             tensor([3., 3., 3., 3.])
         """
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        with torch.autocast(x.device.type, enabled=False):
-            energy: Tensor = self.energy(x)
+        with at_precision(x.device.type, self.precision):
+            energy: Tensor = wide(self.energy(wide(x)))
         if energy.shape != x.shape[:1]:
             raise ValueError(
                 f"The energy must map x of shape {tuple(x.shape)} to shape ({len(x)},); "
@@ -223,7 +233,7 @@ class VAEBM(nn.Module):
             >>> model.walk_on(model.draw_noise(4), adjusted=True).acceptance.shape
             torch.Size([4])
         """
-        walk = self._walk(condition)
+        walk, precise = self._walk(condition, self.precision), self._walk(condition)
         shapes = [part.shape for part in noise]
         u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
 
@@ -240,7 +250,7 @@ class VAEBM(nn.Module):
             adjusted=adjusted,
             init=u,
         )
-        end = walk(_parts(draw.z, shapes))
+        end = precise(_parts(draw.z, shapes))
         return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
 
     def save_pretrained(self, directory: str | os.PathLike[str], **card: Any) -> None:  # noqa: ANN401
@@ -328,9 +338,9 @@ class VAEBM(nn.Module):
         other._modules = {name: deepcopy(m, memo) for name, m in self._modules.items()}
         return other
 
-    def _walk(self, condition: Any) -> NoiseWalk:  # noqa: ANN401
+    def _walk(self, condition: Any, precision: torch.dtype = torch.float32) -> NoiseWalk:  # noqa: ANN401
         official = self.langevin_target == "official"
-        return NoiseWalk(self.source, self.prior, condition, official)
+        return NoiseWalk(self.source, self.prior, condition, official, precision)
 
     @torch.no_grad()
     def _probe(self) -> str:

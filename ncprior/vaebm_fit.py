@@ -151,6 +151,7 @@ def fit_vaebm(
         "max_gap": max_gap,
         "eval_every": eval_every,
         "langevin": [model.num_steps, model.step_size, model.langevin_target],
+        "precision": str(model.precision),
         "sampler": None if sampler is None else describe(sampler),
         **trained_on(model),
         "rows": length_of(data),

@@ -40,6 +40,18 @@ def test_an_energy_is_smooth() -> None:
     assert curvature.diff().abs().max() < 0.05 * curvature.abs().max()
 
 
+def test_an_energy_under_autocast_is_a_number_of_float32() -> None:
+    """Features carry 8 bits; their sum does not: images that are close differ in E as they do."""
+    torch.manual_seed(0)
+    net, x = stirred(EnergyNet((3, 32, 32), width=8)), torch.rand(64, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        energy = net(x)
+    assert energy.dtype == torch.float32
+    off = (energy - net(x)).detach()
+    assert 0 < off.abs().mean() < 0.05 * net(x).detach().std()
+    assert (energy.detach().bfloat16().float() != energy.detach()).any()
+
+
 def test_an_energy_is_made_again_from_its_configuration() -> None:
     net = stirred(EnergyNet((3, 32, 32), width=6))
     again = EnergyNet(**net.config())  # type: ignore[operator]

@@ -17,9 +17,9 @@ from toys import ladder_prior, stir
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior import blocks as blocks_module
 from ncprior import inference as inference_module
-from ncprior.blocks import at_precision
 from ncprior.heads import ConvHead, MLPHead
 from ncprior.inference import given
+from ncprior.precision import at_precision
 from ncprior.products import ProductHead
 
 

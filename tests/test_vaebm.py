@@ -472,3 +472,63 @@ def test_energies_are_in_float32_also_under_autocast() -> None:
         assert model(torch.randn(4, 3)).dtype == torch.float32
         assert model(torch.randn(4, 3).bfloat16()).dtype == torch.float32
         assert model.sample(4).x.dtype == torch.float32
+
+
+# --- mixed precision ---
+
+
+class Flat(nn.Module):
+    """A net of one number per row; any context is left aside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The number, with shape (*, B)."""
+        return self.net(x).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class Linear(nn.Linear):
+    """A linear layer that notes what its products come out in."""
+
+    seen: list[torch.dtype]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        self.seen = [*getattr(self, "seen", []), y.dtype]
+        return y
+
+
+@pytest.mark.parametrize("target", ["exact", "official"])
+def test_chains_in_bfloat16_are_those_of_float32_but_for_rounding(target: Any) -> None:
+    """Products carry 8 bits, so that one step of λ = 0.05 is off by some 0.4 % of ½λ∇log π."""
+    decoder, energy, head = (Linear(*sizes).eval() for sizes in ((2, 3), (3, 1), (2, 1)))
+
+    def likelihood(z: Tensor) -> Independent:
+        return Independent(Normal(decoder(z), 0.5, validate_args=False), 1)
+
+    source = SingleGroup(standard_normal(2), lambda _: None, decoder, likelihood=likelihood)
+    over = NCPrior(source, nn.ModuleList([Flat(head)]))
+    ends = []
+    for precision in (torch.float32, torch.bfloat16):
+        options = {"num_steps": 20, "step_size": 0.05, "langevin_target": target}
+        model = VAEBM(over, Flat(energy), precision=precision, **options)
+        noise = seeded(lambda m=model: m.draw_noise(500))
+        for net in (decoder, energy, head):
+            net.seen = []
+        chains = seeded(lambda m=model, n=noise: m.walk_on(n))
+        assert decoder.seen[:20] == head.seen[:20] == energy.seen == [precision] * 20
+        assert torch.equal(chains.mean, decoder(chains.latents[0]))
+        parts = (chains.x, *chains.latents, *chains.noise)
+        assert all(part.dtype == torch.float32 for part in parts)
+        ends.append(flat(chains.noise))
+        x = torch.randn(4, 3)
+        assert model(x).dtype == torch.float32
+    difference = (ends[1] - ends[0]).abs().max()
+    assert 0 < difference < 20 * 0.5 * 0.05 * 2 * 0.004 * 5
+
+
+def test_another_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32 or torch.bfloat16; got torch.float16"):
+        VAEBM(PROBLEM.source(), nothing, precision=torch.float16)

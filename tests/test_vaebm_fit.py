@@ -461,6 +461,7 @@ def test_a_training_that_diverged_is_taken_up_as_such(tmp_path: Path) -> None:
         {"heads": True},
         {"rows": 100},
         {"langevin_target": "official"},
+        {"precision": torch.bfloat16},
         {"sigma": 0.9},
         {"strength": 0.5},
         {"sampler": partial(sir, num_proposals=2)},
@@ -482,7 +483,8 @@ def test_a_checkpoint_of_another_training_is_refused(
         over = SquaredError(PROBLEM.source(), change["sigma"])
     if "strength" in change:
         over.strength = change["strength"]
-    chains = {k: v for k, v in change.items() if k in ("step_size", "langevin_target")}
+    of_chains = ("step_size", "langevin_target", "precision")
+    chains = {k: v for k, v in change.items() if k in of_chains}
     of = model(over, **chains)
     before = weights(of)
     with pytest.raises(ValueError, match="The checkpoint belongs to a training with"):

@@ -83,6 +83,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of 
     },
 }
 TRAINING = {"batch_size": 64, "learning_rate": 1e-3, "spectral_weight": 0.002, "ema_decay": 0.99}
+PRECISION = torch.bfloat16  # of chains and training
 QUICK = {"digits": 300, "mnist": 120, "cifar10": 60}  # steps of a quick training
 Drawn = Mapping[str, Tensor]
 
@@ -93,6 +94,7 @@ class Comparison:
     def __init__(self, bench: Bench, case: Case, seed: int, samples: Path | None) -> None:
         self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
         torch.manual_seed(seed)
+        case.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.source: Any = on_images(case, likelihood=partial(_pixels, case.vae))
         if bench.settings["noise"] == "fitted":
             self.source = SquaredError.fitted(self.source, case.images[-case.num_held_out :])
@@ -150,7 +152,9 @@ class Comparison:
         source = self.source
         if isinstance(prior.source, Rebased):
             source = rebase(source, prior.source.prior)
-        return NCPrior(source, prior.heads).eval()
+        found = NCPrior(source, prior.heads).eval()
+        found.precision = prior.precision
+        return found
 
     def _energy(self, kind: str, prior: Any, sampler: Sampler | None) -> tuple[VAEBM, float]:  # noqa: ANN401
         """A trained model and its seconds; trained, taken up, or taken from the cache."""
@@ -163,6 +167,7 @@ class Comparison:
             "energy_steps",
             "num_proposals",
             "training",
+            "precision",
         )
         key = json.dumps({name: bench.settings[name] for name in asked})
         digest = hashlib.sha256(key.encode()).hexdigest()[:8] + "-quick" * case.quick
@@ -172,6 +177,7 @@ class Comparison:
             torch.manual_seed(self.seed)
             net = EnergyNet(case.images.shape[1:], width=bench.settings["width"])
             model = VAEBM(prior, net, num_steps=MAIN, step_size=bench.settings["step_size"])
+            model.precision = PRECISION
             history = fit_vaebm(
                 *(model, case.images[: -case.num_held_out]),
                 steps=bench.settings["energy_steps"],
@@ -186,6 +192,7 @@ class Comparison:
             (folder / "seconds").write_text(str(clock.seconds), encoding="utf-8")
         print(f"{folder.name}: {(folder / 'history.txt').read_text(encoding='utf-8')}", flush=True)
         model = VAEBM.from_pretrained(prior, folder)
+        model.precision = PRECISION
         return model, float((folder / "seconds").read_text())
 
     @staticmethod
@@ -342,6 +349,7 @@ def settings_of(options: argparse.Namespace) -> Row:
         "ood_count": 200 if quick else 1000,
         "iwae": 8 if quick else 64,
         "training": TRAINING,
+        "precision": str(PRECISION),
         "lengths": list(LENGTHS),
     }
 

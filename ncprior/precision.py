@@ -1,0 +1,54 @@
+"""Mixed precision: products in bfloat16, and what stays in float32 all the same."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["at_precision", "in_full", "wide"]
+
+
+def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Makes products in bfloat16, or else in the tensors' own precision, whatever is outside.
+
+    Arguments:
+        device_type: Such as ``"cpu"``.
+        precision: ``torch.bfloat16`` or another.
+
+    Example:
+        >>> with at_precision("cpu", torch.bfloat16):
+        ...     (torch.eye(2) @ torch.eye(2)).dtype
+        torch.bfloat16
+    """
+    if precision == torch.bfloat16:
+        return torch.autocast(device_type, torch.bfloat16)
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
+    """Applies a linear layer in its own precision, also under autocast: nats are no 8-bit numbers.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     in_full(nn.Linear(3, 1), torch.ones(2, 3)).dtype
+        torch.float32
+    """
+    if not torch.is_autocast_enabled(h.device.type):
+        return linear(h)  # type: ignore[no-any-return]
+    with torch.autocast(h.device.type, enabled=False):
+        return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float32 or better.
+
+    Example:
+        >>> wide(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
