@@ -211,6 +211,35 @@ def test_a_table_of_speed_has_a_line_per_row(tables: ModuleType, tmp_path: Path)
     )
 
 
+def test_a_table_of_energies_has_a_line_per_length_and_the_areas_of_one(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    common = {"fd": 20.0, "fd_cut": 0.5, "precision": 0.8, "recall": 0.7, "fit_seconds": 60.0}
+    common |= {"gap_closed": 0.6, "gap_low": 0.5, "gap_high": 0.7, "seconds_per_1k": 2.0}
+    rows = [
+        {"method": "NCP×VAEBM", "steps": steps, "seed": seed, **common} for seed in (0, 1)
+        for steps in (4, 16)
+    ]  # fmt: skip
+    for row in rows:
+        row |= {"over_alone": 0.1 * row["seed"], "over_low": -0.1, "over_high": 0.2}
+        if row["steps"] == 16:
+            row["auroc"] = {
+                "noise": [0.8 + 0.1 * row["seed"], 0.7, 1.0],
+                "digits": [0.4, 0.3, 0.5],
+            }
+    meta = {"settings": {"quick": False}, "machine": "a machine"}
+    (tmp_path / "results" / "vaebm_mnist.json").write_text(
+        json.dumps({"rows": rows, "meta": meta})
+    )
+    lines = tables.render("vaebm_mnist", "").splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:4]] == [
+        ["| NCP×VAEBM", steps, "2"] for steps in ("4", "16")
+    ]
+    assert "| 20.00 ± 0.00 | 50% | 0.600 ± 0.000 (0.500 to 0.700) | 0.050 ± 0.071" in lines[2]
+    assert lines[5] == "| model | noise | digits | mean |"
+    assert lines[7] == "| NCP×VAEBM | 0.850 (0.700 to 1.000) | 0.400 (0.300 to 0.500) | 0.625 |"
+
+
 def test_numbers_of_a_quick_run_are_refused(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,11 +33,11 @@ def label(row: Row) -> str:
     return str(row["method"] if "method" in row else row["name"])
 
 
-def by_method(rows: list[Row]) -> list[list[Row]]:
-    """Rows of one method and model, over seeds, in order of appearance."""
+def by_method(rows: list[Row], kind: str = "model") -> list[list[Row]]:
+    """Rows of one method and of one `kind`, over seeds, in order of appearance."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row.get("model", "")), []).append(row)
+        groups.setdefault((row["method"], row.get(kind, "")), []).append(row)
     return list(groups.values())
 
 
@@ -95,6 +95,47 @@ def hole(rows: list[Row]) -> list[str]:
             + " | ".join(f"{cost:{'.2f' if 0 < cost < 2 else ',.0f'}}" for cost in costs.values())
             + " |"
         )
+    return lines
+
+
+def energies(rows: list[Row]) -> list[str]:
+    """Of vaebm.py: a row per method and length of chains, then how well each tells what is far."""
+    titles = ["model", "steps", "seeds", "D", "less", "gap closed", "more than either alone"]
+    titles += ["precision", "recall", "s to fit", "s per 1,000"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for group in by_method(rows, "steps"):
+        first = group[0]
+        over = (
+            interval(group, "over_alone", "over_low", "over_high") if "over_alone" in first else ""
+        )
+        known = {key: mean(row[key] for row in group) for key in ("fd_cut", *JUDGED)}
+        cells = [
+            *(first["method"], first["steps"] or "", len(group)),
+            over_seeds([row["fd"] for row in group]),
+            f"{known['fd_cut']:.0%}",
+            interval(group, "gap_closed", "gap_low", "gap_high"),
+            over,
+            *(f"{known[key]:{form}}" for key, form in JUDGED.items()),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, "", *areas([row for row in rows if row.get("auroc")])]
+
+
+JUDGED = {"precision": ".2f", "recall": ".2f", "fit_seconds": ",.0f", "seconds_per_1k": ",.1f"}
+
+
+def areas(rows: list[Row]) -> list[str]:
+    """AUROC of images that are far, a column per set, with the mean interval of one seed."""
+    sets = list(rows[0]["auroc"])
+    lines = [f"| model | {' | '.join(sets)} | mean |", "|---" * (len(sets) + 2) + "|"]
+    for group in by_method(rows, "steps"):
+        found = {
+            name: [mean(v) for v in zip(*(row["auroc"][name] for row in group), strict=True)]
+            for name in sets
+        }
+        cells = [f"{area:.3f} ({low:.3f} to {high:.3f})" for area, low, high in found.values()]
+        average = mean(area for area, *_ in found.values())
+        lines.append(f"| {group[0]['method']} | {' | '.join(cells)} | {average:.3f} |")
     return lines
 
 
@@ -163,6 +204,8 @@ TABLES = {
     "training_speed": Table(lambda rows: columns(rows, TRAINING), "training_speed.py"),
     "hole_mnist": Table(hole, "prior_hole.py --data mnist"),
     "hole_cifar10": Table(hole, "prior_hole.py --data cifar10"),
+    "vaebm_mnist": Table(energies, "vaebm.py --data mnist"),
+    "vaebm_cifar10": Table(energies, "vaebm.py --data cifar10"),
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
 }
 
