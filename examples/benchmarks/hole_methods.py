@@ -455,13 +455,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         Method(f"NCP on {last}, recommended({m}), matched", "ours", recommended(heads, last, m))
         for m in case.proposals
     ]
-    if case.every_sampler:
-        found += variants(heads, last)
-    automatic = recommended(heads, last, 50, stages="auto")
-    found.append(
-        Method(f"NCP on {last}, stages auto, recommended(50), matched", "ours", automatic)
-    )
-    return found
+    return found + variants(heads, last) if case.every_sampler else found
 
 
 def variants(heads: Heads, last: str) -> list[Method]:
@@ -472,6 +466,9 @@ def variants(heads: Heads, last: str) -> list[Method]:
         f"{last}, nested 7 × 7": second_stage(heads, last, 7, 7),
         "flow, SIR(10)": ours(heads, "flow", ten, proposal_cache=50_000),
         "flow matching, SIR(10)": ours(heads, "flow matching", ten, proposal_cache=50_000),
+        f"{last}, stages auto, recommended(50), matched": recommended(
+            heads, last, 50, stages="auto"
+        ),
     }
     return [Method(f"NCP on {name}", "ours", fit) for name, fit in found.items()]
 
