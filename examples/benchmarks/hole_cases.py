@@ -291,12 +291,12 @@ def _hierarchical(bench: Bench) -> Case:
         quick=quick,
         head={"kind": MLPHead, "width": 128},
         fit={
-            "steps": 300 if quick else 4000,
+            "steps": 300 if quick else 12_000,
             "num_draws": 4,
             "learning_rate": 2e-3,
             "walk_epochs": 3,
             "precision": torch.bfloat16,
-            "eval_every": 100 if quick else 200,
+            "eval_every": 100 if quick else 600,
         },
         binarise=True,
     )
