@@ -25,6 +25,7 @@ from torch.nn.functional import silu
 
 from ncprior.blocks import InBlocks, Whole
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead, is_as_made
+from ncprior.precision import check_precision
 from ncprior.products import ProductHead, factors
 
 __all__ = ["given"]
@@ -67,8 +68,7 @@ def given(
         >>> given(head, torch.randn(4, 3))(torch.randn(500, 4, 2)).shape
         torch.Size([500, 4])
     """
-    if precision not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"precision must be torch.float32 or torch.bfloat16; got {precision}.")
+    check_precision(precision)
     plain = is_as_made(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
         inner = given(head.head, context, precision=precision, compiled=compiled)

@@ -115,7 +115,7 @@ class NoiseWalk:
         """
         needed = self.source.num_groups
         if len(noise) in (needed, needed + 1):
-            low = self.precision == torch.bfloat16
+            low = self.precision == torch.bfloat16  # else the caller's own autocast holds
             with at_precision(noise[0].device.type, self.precision) if low else nullcontext():
                 walked = self._walk(len(noise[0]), lambda k, _: noise[k], lambda _: noise[-1])
             needed = len(walked.noise)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_precision", "in_full", "wide"]
+__all__ = ["at_precision", "check_precision", "in_full", "wide"]
 
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
@@ -28,6 +28,19 @@ def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextMan
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def check_precision(precision: torch.dtype) -> None:
+    """Refuses what :func:`at_precision` is not made for.
+
+    Raises:
+        ValueError: If the precision is neither ``torch.float32`` nor ``torch.bfloat16``.
+
+    Example:
+        >>> check_precision(torch.bfloat16)
+    """
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision must be torch.float32 or torch.bfloat16; got {precision}.")
 
 
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch.distributions import Independent, Normal
 
 from ncprior.dynamics import langevin
 from ncprior.noise_walk import NoiseWalk
-from ncprior.precision import at_precision, wide
+from ncprior.precision import at_precision, check_precision, wide
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
 from ncprior.source import LatentSource, device_of, require_eval
@@ -82,8 +82,9 @@ class VAEBM(nn.Module):
             -log p(z) - log p(x | z) in place of ½|ε|², see :class:`~ncprior.noise_walk.NoiseWalk`.
             (Its clamping of x to [0, 1] is left out.)
         precision: Of products and convolutions in VAE, heads and energy while chains move and the
-            energy is trained: ``torch.float32``, or ``torch.bfloat16``, some times faster. Noise,
-            nats, sums and weights stay in float32, and where chains end is decoded in it.
+            energy is trained: ``torch.float32``, or ``torch.bfloat16``, which is faster where
+            there are units for it. Noise, nats and weights stay in float32, and the last images are
+            decoded without it.
 
     Raises:
         TypeError: If a group's prior has no density on all of R^n, naming the group.
@@ -122,10 +123,7 @@ class VAEBM(nn.Module):
                 f"langevin_target is one of {', '.join(get_args(LangevinTarget))}; "
                 f"got {langevin_target!r}."
             )
-        if precision not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"precision must be torch.float32 or torch.bfloat16; got {precision}."
-            )
+        check_precision(precision)
         heads, source = (prior, prior.source) if isinstance(prior, NCPrior) else (None, prior)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
         object.__setattr__(self, "source", source)

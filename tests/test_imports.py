@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "adapters",
     },
     "features": {"source"},
-    "inference": {"blocks", "heads", "products"},
+    "inference": {"blocks", "heads", "precision", "products"},
     "batched": {"heads", "precision"},
     "parts": {"batches", "combine", "files", "prior", "ranks", "repository", "samplers", "source"},
     "walks": {"batches", "distributions", "rows", "source"},

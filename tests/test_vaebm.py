@@ -502,7 +502,8 @@ class Linear(nn.Linear):
 
 @pytest.mark.parametrize("target", ["exact", "official"])
 def test_chains_in_bfloat16_are_those_of_float32_but_for_rounding(target: Any) -> None:
-    """Products carry 8 bits, so that one step of λ = 0.05 is off by some 0.4 % of ½λ∇log π."""
+    """Each product is off by 2⁻⁸ at most, five on the way to ½λ∇log π: two weights, three results."""
+    steps, step_size, largest_gradient = 20, 0.05, 2.0
     decoder, energy, head = (Linear(*sizes).eval() for sizes in ((2, 3), (3, 1), (2, 1)))
 
     def likelihood(z: Tensor) -> Independent:
@@ -512,13 +513,13 @@ def test_chains_in_bfloat16_are_those_of_float32_but_for_rounding(target: Any) -
     over = NCPrior(source, nn.ModuleList([Flat(head)]))
     ends = []
     for precision in (torch.float32, torch.bfloat16):
-        options = {"num_steps": 20, "step_size": 0.05, "langevin_target": target}
+        options = {"num_steps": steps, "step_size": step_size, "langevin_target": target}
         model = VAEBM(over, Flat(energy), precision=precision, **options)
         noise = seeded(lambda m=model: m.draw_noise(500))
         for net in (decoder, energy, head):
             net.seen = []
         chains = seeded(lambda m=model, n=noise: m.walk_on(n))
-        assert decoder.seen[:20] == head.seen[:20] == energy.seen == [precision] * 20
+        assert decoder.seen[:steps] == head.seen[:steps] == energy.seen == [precision] * steps
         assert torch.equal(chains.mean, decoder(chains.latents[0]))
         parts = (chains.x, *chains.latents, *chains.noise)
         assert all(part.dtype == torch.float32 for part in parts)
@@ -526,7 +527,21 @@ def test_chains_in_bfloat16_are_those_of_float32_but_for_rounding(target: Any) -
         x = torch.randn(4, 3)
         assert model(x).dtype == torch.float32
     difference = (ends[1] - ends[0]).abs().max()
-    assert 0 < difference < 20 * 0.5 * 0.05 * 2 * 0.004 * 5
+    assert 0 < difference < steps * step_size / 2 * largest_gradient * 5 * 2**-8
+
+
+def test_a_vae_called_under_autocast_stays_under_it() -> None:
+    decoder, energy = Linear(2, 3).eval(), Linear(3, 1)
+
+    def likelihood(z: Tensor) -> Independent:
+        return Independent(Normal(decoder(z), 0.5, validate_args=False), 1)
+
+    source = SingleGroup(standard_normal(2), lambda _: None, decoder, likelihood=likelihood)
+    model = VAEBM(source, Flat(energy))
+    decoder.seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        model.sample(4, num_steps=3)
+    assert set(decoder.seen) == {torch.bfloat16} and set(energy.seen) == {torch.float32}
 
 
 def test_another_precision_is_refused() -> None:

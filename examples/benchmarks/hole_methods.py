@@ -279,7 +279,9 @@ class Heads:
         history = fit(prior, case.data, callback=clock.note, **options)
         seconds += clock.seconds
         prior.save_pretrained(self._path(case, seed, base, settings))
-        return {"seconds": seconds, "history": f"{history}\n{diagnose(prior, case.held_out)}"}
+        losses = ", ".join(f"{loss:.3f}" for loss in history.rows[-1].loss)
+        told = f"training NCE loss {losses} nats; {history}\n{diagnose(prior, case.held_out)}"
+        return {"seconds": seconds, "history": told}
 
     def _path(self, case: Case, seed: int, base: str, settings: dict[str, Any]) -> Path:
         """A folder of its own for all that the heads depend on."""
