@@ -153,6 +153,21 @@ def test_the_mean_may_be_contrasted_instead_of_x() -> None:
         assert trainer.step(x).gap.item() == pytest.approx(gap, abs=1e-6)
 
 
+def test_data_as_noisy_as_the_decoder_are_told_from_its_draws_by_nothing() -> None:
+    """Of data that are means, E = |x|² is 3σ² below that of draws; two means err by sd(E)·√(2/n)."""
+    n, energy = 20_000, Quadratic(3, a=2.0)
+    of = VAEBM(PROBLEM.source(), energy, num_steps=0)
+    torch.manual_seed(1)
+    means, x = of.sample(n).mean, of.sample(n).x
+    gaps = [
+        VAEBMTrainer(of, torch.optim.SGD(of.parameters(), 0.0), data_noise=sigma).step(means).gap
+        for sigma in (0.0, PROBLEM.sigma)
+    ]
+    error = energy(x).std().item() * (2 / n) ** 0.5
+    assert abs(gaps[0] + 3 * PROBLEM.sigma**2) < 4 * error
+    assert abs(gaps[1]) < 4 * error < 3 * PROBLEM.sigma**2
+
+
 def test_chains_go_on_from_the_buffer() -> None:
     of = model()
     buffer = ReplayBuffer(16, share=1.0)
@@ -223,6 +238,9 @@ def test_a_batch_may_be_a_tuple_with_a_condition_in_it() -> None:
         ({"contrast": "y"}, "contrast is one of x, mean"),
         ({"spectral_weight": -1.0}, "spectral_weight at least 0"),
         ({"spectral_weight": float("nan")}, "spectral_weight at least 0"),
+        ({"data_noise": -0.1}, "data_noise must be finite and at least 0"),
+        ({"data_noise": float("inf")}, "data_noise must be finite and at least 0"),
+        ({"data_noise": 0.1, "contrast": "mean"}, "means, which have no noise"),
         ({"condition": len, "buffer": ReplayBuffer(3, 0.5)}, "Leave out one of the two"),
     ],
 )
@@ -457,6 +475,7 @@ def test_a_training_that_diverged_is_taken_up_as_such(tmp_path: Path) -> None:
         {"steps": 13},
         {"buffer_size": 0},
         {"spectral_weight": 0.5},
+        {"data_noise": 0.5},
         {"step_size": 0.2},
         {"heads": True},
         {"rows": 100},
@@ -475,7 +494,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     if change.keys() & {"strength", "sampler"}:
         over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
     fit_vaebm(model(over), data(), checkpoint=path, **SETTINGS, **QUIET)
-    given = ("steps", "buffer_size", "spectral_weight", "sampler")
+    given = ("steps", "buffer_size", "spectral_weight", "data_noise", "sampler")
     settings = {**SETTINGS, **{k: v for k, v in change.items() if k in given}}
     if "heads" in change:
         over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
