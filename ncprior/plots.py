@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -18,10 +19,11 @@ _COLORS = ("#E69F00", "#0072B2", "#009E73")
 
 
 def plot_samples(rows: Mapping[str, Tensor]) -> Figure:
-    """Draws labelled rows of grey images.
+    """Draws labelled rows of grey images, dark on white, or of images in colour.
 
     Arguments:
-        rows: Images in [0, 1], with shape ``(N, 1, H, W)``, by the label of their row.
+        rows: Images in [0, 1], with shape ``(N, 1, H, W)`` or ``(N, 3, H, W)``, by the label of
+            their row.
 
     Returns:
         A figure of no window, to save.
@@ -39,8 +41,10 @@ def plot_samples(rows: Mapping[str, Tensor]) -> Figure:
     strips = figure.subplots(len(rows), squeeze=False).flat
     for axes, (label, images) in zip(strips, rows.items(), strict=True):
         gap = max(1, images.shape[-1] // 8)
-        tiles = torch.nn.functional.pad(images[:, 0], (0, gap)).permute(1, 0, 2).flatten(1)
-        axes.imshow(tiles[:, :-gap], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        white = 0.0 if images.shape[1] == 1 else 1.0  # ink of grey images, light of others
+        tiles = torch.nn.functional.pad(images, (0, gap), value=white)
+        tiles = rearrange(tiles, "n c h w -> h (n w) c")[:, :-gap]
+        axes.imshow(tiles, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=12, labelpad=10)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

@@ -385,6 +385,14 @@ def test_the_picture_shows_the_images_in_their_rows() -> None:
         assert torch.equal(shown[:, 8], torch.zeros(8))
 
 
+def test_images_in_colour_stand_apart_by_white() -> None:
+    images = torch.rand(3, 3, 8, 8)
+    shown = plot_samples({"data": images}).axes[0].images[0].get_array().data
+    assert shown.shape == (8, 3 * 9 - 1, 3)
+    assert torch.equal(torch.from_numpy(shown)[:, 9:17], images[1].movedim(0, -1))
+    assert (shown[:, 8] == 1).all()
+
+
 def test_the_clouds_are_projected() -> None:
     z, axes = torch.randn(50, 4), torch.eye(4)[:, [2, 0]]
     figure = plot_latents({"base prior": z, "NCP": z + 1}, axes)
