@@ -6,12 +6,16 @@
 The VAE, the classifier whose features judge and the ratio heads are those of prior_hole.py. An
 energy is trained by short Langevin chains, started from the VAE or from NCP's own sampler, and
 images are drawn by chains of the same kind; rows of other `steps` are the same chains, looked at
-earlier and later. Judged are the decoder's means; its noise, which the energy sees, is one σ fitted
-on residuals of images that heads and energies do not see (`--noise none`: a Bernoulli, which has
-none). `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior samples, with an
-interval over 5 generations and a resampled reference; `fd_cut` is the share of the VAE's Fréchet
-distance that is gone. `over_alone` is the paired difference in gap closed of both together to the
-better of the two alone.
+earlier and later. Judged are the decoder's means. Its noise is one σ. With `--noise fitted` it is
+that of residuals of images that heads and energies do not see, and data stay as they are; with
+`--noise none` there is none. A given σ is for draws and data alike, and several times the residuals:
+the energy sees else what no latent can mend, how sharp images are, and drives chains to what comes
+out sharpest, so that D falls and rises again.
+
+`gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior samples, with an interval over 5
+generations and a resampled reference; `fd_cut` is the share of the VAE's Fréchet distance that is
+gone. `over_alone` is the paired difference in gap closed of both together to the better of the two
+alone.
 
 The second table is out-of-distribution detection by unnormalised log-density, as AUROC against test
 images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.ood.
@@ -44,8 +48,10 @@ from ncprior.decoder_noise import SquaredError
 from ncprior.demo_arms import in_batches
 from ncprior.energies import EnergyNet
 from ncprior.evaluation import precision_recall
+from ncprior.files import write_atomically
 from ncprior.gap import GapClosed, gap_closed, gap_difference
 from ncprior.ood import auroc, ood_score
+from ncprior.plots import plot_samples
 from ncprior.samplers import Sampler
 from ncprior.vaebm import VAEBM
 from ncprior.vaebm_fit import fit_vaebm
@@ -72,17 +78,35 @@ GENERATIONS = 5
 LENGTHS = (4, 8, 16, 24)  # at which chains are looked at
 MAIN = 16  # the length that energies are trained with, and the paper's
 SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of NCP below it
-    "digits": {"width": 16, "steps": 1500, "step_size": 0.05, "count": 2000, "base": ""},
-    "mnist": {"width": 24, "steps": 1000, "step_size": 0.02, "count": 10_000, "base": ""},
+    "digits": {
+        "width": 16,
+        "steps": 1000,
+        "learning_rate": 1e-3,
+        "step_size": 0.05,
+        "noise": "0.12",
+        "count": 2000,
+        "base": "",
+    },
+    "mnist": {
+        "width": 24,
+        "steps": 600,
+        "learning_rate": 3e-4,
+        "step_size": 0.1,
+        "noise": "0.4",
+        "count": 10_000,
+        "base": "",
+    },
     "cifar10": {
         "width": 32,
-        "steps": 400,
-        "step_size": 0.01,
+        "steps": 250,
+        "learning_rate": 5e-4,
+        "step_size": 0.1,
+        "noise": "0.3",
         "count": 2000,
         "base": "mixture of 10",
     },
 }
-TRAINING = {"batch_size": 64, "learning_rate": 1e-3, "spectral_weight": 0.002, "ema_decay": 0.99}
+TRAINING = {"spectral_weight": 0.002, "ema_decay": 0.99}
 PRECISION = torch.bfloat16  # of chains and training
 QUICK = {"digits": 300, "mnist": 120, "cifar10": 60}  # steps of a quick training
 Drawn = Mapping[str, Tensor]
@@ -96,8 +120,12 @@ class Comparison:
         torch.manual_seed(seed)
         case.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.source: Any = on_images(case, likelihood=partial(_pixels, case.vae))
-        if bench.settings["noise"] == "fitted":
+        noise, self.data_noise = bench.settings["noise"], 0.0
+        if noise == "fitted":
             self.source = SquaredError.fitted(self.source, case.images[-case.num_held_out :])
+        elif noise != "none":
+            self.data_noise = float(noise)
+            self.source = SquaredError(self.source, self.data_noise)
         trained = Heads(bench).on(case, seed, bench.settings["base"])
         self.prior, self.head_seconds = self._on_images(trained.prior), trained.seconds
         self.sampler: Sampler = partial(sir, num_proposals=bench.settings["num_proposals"])
@@ -147,6 +175,16 @@ class Comparison:
             rows.append(row)
         return rows
 
+    def save_picture(self, file: Path) -> None:
+        """The same chains after more and more steps, of the energy alone and of that on NCP."""
+        rows = {}
+        for name in self.energies:
+            torch.manual_seed(self.seed)
+            for steps, x in self._chains(name, 16, (0, *LENGTHS)):
+                rows[f"{name}, {steps} steps"] = x.clamp(0, 1)
+        with write_atomically(file) as temporary:
+            plot_samples(rows).savefig(temporary, format="png", dpi=100)
+
     def _on_images(self, prior: NCPrior) -> NCPrior:
         """The heads on the VAE as a source of images, with its decoder's noise."""
         source = self.source
@@ -182,6 +220,7 @@ class Comparison:
                 *(model, case.images[: -case.num_held_out]),
                 steps=bench.settings["energy_steps"],
                 sampler=sampler,
+                data_noise=self.data_noise,
                 checkpoint=folder / "training.safetensors",
                 checkpoint_every=50,
                 callback=clock.note,
@@ -250,13 +289,17 @@ class Comparison:
         elif name == "VAE":
             yield 0, self.energies["VAEBM"][0].sample(count, num_steps=0).mean
         else:
-            model, _ = self.energies[name]
-            noise = model.draw_noise(count, sampler=None if model.prior is None else self.sampler)
-            taken = 0
-            for steps in LENGTHS:
-                chains = model.walk_on(noise, num_steps=steps - taken)
-                noise, taken = chains.noise, steps
-                yield steps, chains.mean
+            yield from self._chains(name, count, LENGTHS)
+
+    def _chains(self, name: str, count: int, lengths: tuple[int, ...]) -> Any:  # noqa: ANN401
+        """Yields the means of the same chains after every number of steps."""
+        model, _ = self.energies[name]
+        noise = model.draw_noise(count, sampler=None if model.prior is None else self.sampler)
+        taken = 0
+        for steps in lengths:
+            chains = model.walk_on(noise, num_steps=steps - taken)
+            noise, taken = chains.noise, steps
+            yield steps, chains.mean
 
     def _gap(self, features: Tensor, drawn: Mapping[str, Drawn]) -> GapClosed:
         base, posterior = (list(drawn[name]["features0"]) for name in ("VAE", "posterior"))
@@ -319,7 +362,9 @@ def area_table(rows: list[Row]) -> str:
 
 def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--data", choices=list(SETTINGS), default="mnist")
-    made.add_argument("--noise", choices=["fitted", "none"], default="fitted")
+    made.add_argument(
+        "--noise", type=_noise, metavar="SIGMA", help="of the decoder: a number, fitted, or none"
+    )
     made.add_argument(
         "--base",
         choices=["", "mixture of 10", "mixture of 100"],
@@ -330,7 +375,14 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument(
         "--samples", type=Path, metavar="DIR", help="write every arm's images, (5, N, C, H, W)"
     )
+    made.add_argument("--picture", type=Path, metavar="FILE", help="draw chains into this PNG")
     return made
+
+
+def _noise(given: str) -> str:
+    if given not in ("fitted", "none") and not float(given) > 0:
+        raise ValueError
+    return given
 
 
 def settings_of(options: argparse.Namespace) -> Row:
@@ -339,7 +391,7 @@ def settings_of(options: argparse.Namespace) -> Row:
     quick, base = options.quick, own["base"] if options.base is None else options.base
     return {
         "data": options.data,
-        "noise": options.noise,
+        "noise": options.noise or own["noise"],
         "base": base,
         "count": 1000 if quick else own["count"],
         "width": 16 if quick else own["width"],
@@ -348,7 +400,7 @@ def settings_of(options: argparse.Namespace) -> Row:
         "num_proposals": 50 if base else 100 if quick else 500,
         "ood_count": 200 if quick else 1000,
         "iwae": 8 if quick else 64,
-        "training": TRAINING,
+        "training": {"batch_size": 64, "learning_rate": own["learning_rate"], **TRAINING},
         "precision": str(PRECISION),
         "lengths": list(LENGTHS),
     }
@@ -361,9 +413,12 @@ def main() -> None:
     case = make_case(bench, options.data, "flat")
     print(f"{machine()}; {settings}; {case.facts}", flush=True)
     for seed in options.seed:
-        if not any(row["seed"] == seed for row in bench.rows):
+        picture = options.picture if seed == options.seed[0] else None
+        if picture is not None or not any(row["seed"] == seed for row in bench.rows):
             compared = Comparison(bench, case, seed, options.samples)
             print(compared.source, flush=True)
+            if picture is not None:
+                compared.save_picture(picture)
             bench.add(compared.rows, dataset=options.data, seed=seed)
     print(f"\n{table(bench.rows, COLUMNS)}\n\n{area_table(bench.rows)}")
 
