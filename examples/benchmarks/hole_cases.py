@@ -222,7 +222,7 @@ def _cifar10(bench: Bench) -> Case:
     data, test = _images("uoft-cs/cifar10")
     torch.manual_seed(0)
     vae, net = RAEVAE("cifar10", width=0.25), Classifier(32, num_features=64)
-    steps = 100 if quick else 4800
+    steps = 200 if quick else 4800
 
     def fit_vae() -> None:
         def loss(rows: Tensor) -> Tensor:
@@ -250,11 +250,11 @@ def _cifar10(bench: Bench) -> Case:
         quick=quick,
         head={"width": 16 if quick else 64, "depth": 1 if quick else 2, "dropout": 0.1},
         fit={
-            "steps": 100 if quick else 4000,
+            "steps": 400 if quick else 4000,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
             "precision": torch.bfloat16,
-            "eval_every": 50 if quick else 200,
+            "eval_every": 100 if quick else 200,
         },
         base_steps=50 if quick else 2000,
         bases=("", "mixture of 10"),

@@ -156,8 +156,10 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
                 options = {"eval_data": held_out}
                 many = case.encodings.shape[1] > 64
                 epochs = {"TwoStageVAE": 20, "IAF": 10 if many else 100}.get(kind, 100)
+                if case.quick:
+                    epochs = 1 if many else 2
                 options["training_config"] = BaseTrainerConfig(
-                    output_dir=folder, seed=seed, num_epochs=2 if case.quick else epochs
+                    output_dir=folder, seed=seed, num_epochs=epochs
                 )
             started = now()
             sampler.fit(images, **options)

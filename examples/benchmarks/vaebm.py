@@ -108,7 +108,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of 
 }
 TRAINING = {"spectral_weight": 0.002, "ema_decay": 0.99}
 PRECISION = torch.bfloat16  # of chains and training
-QUICK = {"digits": 300, "mnist": 120, "cifar10": 60}  # steps of a quick training
+QUICK = {"digits": 300, "mnist": 120, "cifar10": 50}  # steps of a quick training
 Drawn = Mapping[str, Tensor]
 
 
@@ -370,6 +370,9 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=["", "mixture of 10", "mixture of 100"],
         help="of NCP, the VAE's own if empty (of cifar10: mixture of 10)",
     )
+    made.add_argument(
+        "--proposals", type=int, metavar="M", help="of NCP's SIR (500; on a mixture 50)"
+    )
     made.add_argument("--step-size", type=float, help="λ of the chains")
     made.add_argument("--energy-steps", type=int, metavar="N", help="training steps of an energy")
     made.add_argument(
@@ -393,14 +396,18 @@ def settings_of(options: argparse.Namespace) -> Row:
         "data": options.data,
         "noise": options.noise or own["noise"],
         "base": base,
-        "count": 1000 if quick else own["count"],
+        "count": 700 if quick else own["count"],
         "width": 16 if quick else own["width"],
         "step_size": options.step_size or own["step_size"],
         "energy_steps": options.energy_steps or (QUICK[options.data] if quick else own["steps"]),
-        "num_proposals": 50 if base else 100 if quick else 500,
+        "num_proposals": options.proposals or (50 if base else 100 if quick else 500),
         "ood_count": 200 if quick else 1000,
         "iwae": 8 if quick else 64,
-        "training": {"batch_size": 64, "learning_rate": own["learning_rate"], **TRAINING},
+        "training": {
+            "batch_size": 64,
+            "learning_rate": 1e-3 if quick else own["learning_rate"],
+            **TRAINING,
+        },
         "precision": str(PRECISION),
         "lengths": list(LENGTHS),
     }
