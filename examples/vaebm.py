@@ -1,6 +1,6 @@
 """An energy on the images of a frozen VAE: three lines to wrap it, one to train it.
 
-    NCPRIOR_DATA=... python examples/vaebm.py            # MNIST, some 25 minutes on one core
+    NCPRIOR_DATA=... python examples/vaebm.py            # MNIST, some 20 minutes on one core
     python examples/vaebm.py --data digits               # 8×8 digits, a few minutes
     python examples/vaebm.py --data digits --quick       # under a minute; the numbers mean little
 
