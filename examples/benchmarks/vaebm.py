@@ -98,8 +98,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of 
     },
     "cifar10": {
         "width": 32,
-        "steps": 250,
-        "learning_rate": 5e-4,
+        "steps": 300,
+        "learning_rate": 1e-3,
         "step_size": 0.1,
         "noise": "0.3",
         "count": 2000,
