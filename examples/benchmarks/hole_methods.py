@@ -135,7 +135,8 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
     """A sampler of pythae, fitted and drawn from by pythae itself, with its default training.
 
     But for two that would take hours instead of its 100 epochs: the second stage of a VAE gets 20,
-    and IAF, which inverts itself latent by latent in training, 10 where there are many latents.
+    and IAF, which inverts itself latent by latent in training, 10 where there are many latents. A
+    quick run trains each for one or two.
     """
 
     def run(case: Case, seed: int) -> Fitted:
@@ -154,12 +155,10 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
             if kind != "GaussianMixture":
                 options = {"eval_data": held_out}
-                many = case.encodings.shape[1] > 64
-                epochs = {"TwoStageVAE": 20, "IAF": 10 if many else 100}.get(kind, 100)
-                if case.quick:
-                    epochs = 1 if many else 2
+                quick, iaf = (1, 10) if case.encodings.shape[1] > 64 else (2, 100)
+                full = {"TwoStageVAE": 20, "IAF": iaf}.get(kind, 100)
                 options["training_config"] = BaseTrainerConfig(
-                    output_dir=folder, seed=seed, num_epochs=epochs
+                    output_dir=folder, seed=seed, num_epochs=quick if case.quick else full
                 )
             started = now()
             sampler.fit(images, **options)

@@ -6,11 +6,13 @@
 The VAE, the classifier whose features judge and the ratio heads are those of prior_hole.py. An
 energy is trained by short Langevin chains, started from the VAE or from NCP's own sampler, and
 images are drawn by chains of the same kind; rows of other `steps` are the same chains, looked at
-earlier and later. Judged are the decoder's means. Its noise is one σ. With `--noise fitted` it is
-that of residuals of images that heads and energies do not see, and data stay as they are; with
-`--noise none` there is none. A given σ is for draws and data alike, and several times the residuals:
-the energy sees else what no latent can mend, how sharp images are, and drives chains to what comes
-out sharpest, so that D falls and rises again.
+earlier and later. Judged are the decoder's means.
+
+The decoder's noise is one σ. A given one is for draws and data alike, and should be several times the
+residuals, so that it hides what no latent can mend: how sharp images are. With `--noise fitted` σ is
+that of the residuals of images that heads and energies do not see, and data stay as they are; with
+`--noise none` there is none. Of both the energy may learn sharpness, and its chains go to whatever
+comes out sharpest, so that D falls and rises again.
 
 `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior samples, with an interval over 5
 generations and a resampled reference; `fd_cut` is the share of the VAE's Fréchet distance that is
@@ -106,7 +108,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of 
         "base": "mixture of 10",
     },
 }
-TRAINING = {"spectral_weight": 0.002, "ema_decay": 0.99}
+TRAINING = {"batch_size": 64, "spectral_weight": 0.002, "ema_decay": 0.99}
 PRECISION = torch.bfloat16  # of chains and training
 QUICK = {"digits": 300, "mnist": 120, "cifar10": 50}  # steps of a quick training
 Drawn = Mapping[str, Tensor]
@@ -383,8 +385,15 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _noise(given: str) -> str:
-    if given not in ("fitted", "none") and not float(given) > 0:
-        raise ValueError
+    """What --noise takes; argparse says the rest."""
+    if given in ("fitted", "none"):
+        return given
+    try:
+        is_sigma = float(given) > 0
+    except ValueError:
+        is_sigma = False
+    if not is_sigma:
+        raise argparse.ArgumentTypeError(f"needs a σ above 0, fitted or none; got {given!r}")
     return given
 
 
@@ -403,11 +412,7 @@ def settings_of(options: argparse.Namespace) -> Row:
         "num_proposals": options.proposals or (50 if base else 100 if quick else 500),
         "ood_count": 200 if quick else 1000,
         "iwae": 8 if quick else 64,
-        "training": {
-            "batch_size": 64,
-            "learning_rate": 1e-3 if quick else own["learning_rate"],
-            **TRAINING,
-        },
+        "training": {**TRAINING, "learning_rate": 1e-3 if quick else own["learning_rate"]},
         "precision": str(PRECISION),
         "lengths": list(LENGTHS),
     }
