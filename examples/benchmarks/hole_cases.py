@@ -221,8 +221,8 @@ def _cifar10(bench: Bench) -> Case:
     quick = bench.settings["quick"]
     data, test = _images("uoft-cs/cifar10")
     torch.manual_seed(0)
-    vae, net = RAEVAE("cifar10", width=0.25), Classifier(32, num_features=64)
-    steps = 200 if quick else 4800
+    vae, net = RAEVAE("cifar10", width=0.25), Classifier(32, num_features=32 if quick else 64)
+    steps = 300 if quick else 4800
 
     def fit_vae() -> None:
         def loss(rows: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _cifar10(bench: Bench) -> Case:
     bench.network("hole-vae-cifar10", vae, fit_vae, steps=steps)
     _classifier(bench, "cifar10", net, data, 300 if quick else 2000)
     right = in_batches(net, test.images).argmax(1) == test.labels
-    count = 10_000 if quick else len(data.images)
+    count = 8000 if quick else len(data.images)
     return Case(
         name="cifar10",
         vae=vae,
@@ -250,7 +250,7 @@ def _cifar10(bench: Bench) -> Case:
         quick=quick,
         head={"width": 16 if quick else 64, "depth": 1 if quick else 2, "dropout": 0.1},
         fit={
-            "steps": 400 if quick else 4000,
+            "steps": 500 if quick else 4000,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
             "precision": torch.bfloat16,

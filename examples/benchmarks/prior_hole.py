@@ -214,7 +214,7 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def main() -> None:
     options = with_options(parser(__doc__)).parse_args()
     counts = {"mnist": 10_000, "cifar10": 10_000, "digits": 2000}
-    few = {"mnist": 1000, "cifar10": 700, "digits": 1000}
+    few = {"mnist": 1000, "cifar10": 350, "digits": 1000}
     settings = {
         "data": options.data,
         "model": options.model,
