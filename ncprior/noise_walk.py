@@ -9,12 +9,14 @@ Where p(z_k | z_<k) and p(x | z) are normal, group by group
 The map is one to one and its Jacobian is the product of all σ, so that p(z, x) pulled back to ε is
 N(0, I), whatever μ and σ do. Three cases have no such noise:
 
-* a group of another density, such as a mixture or a flow, is walked in z_k itself;
+* a group of another density, such as a flow, is walked in z_k itself, a mixture of Gaussians in
+  u_k of z_k = m + S u_k, with m its mean and S Sᵀ the mean covariance of its components, so that no
+  direction is narrow (:meth:`ncprior.mixtures.GaussianMixture.whiten`);
 * a decoder whose law is not normal, such as a Bernoulli, gives its mean as x, without ε_x;
 * a group that is discrete, bounded or can only be sampled cannot be walked in, and is refused.
 
 Everything that is not N(0, I) is in one log-weight: log r_k of the heads, log p(z_k) of groups
-walked in z_k, and what the published code of VAEBM adds (see :class:`NoiseWalk`).
+walked in z_k or u_k, and what the published code of VAEBM adds (see :class:`NoiseWalk`).
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -35,6 +37,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.dynamics import can_walk, name_of
+from ncprior.mixtures import GaussianMixture
 from ncprior.precision import at_precision, wide
 from ncprior.prior import NCPrior
 from ncprior.samplers import Sampler
@@ -47,8 +50,8 @@ class Walked(NamedTuple):
     """One walk from noise to an image.
 
     Attributes:
-        noise: ε_k of every group, each ``(B, *event)``, or z_k where the group is walked in z_k;
-            and, of a normal decoder, ε_x as the last.
+        noise: ε_k of every group, each ``(B, *event)``, or z_k or u_k where the group is walked in
+            those; and, of a normal decoder, ε_x as the last.
         latents: z_k of every group, each ``(B, *event)``.
         mean: The decoder's mean, with shape ``(B, ...)``.
         x: The mean with the decoder's noise on it; the mean itself where there is none.
@@ -102,6 +105,8 @@ class NoiseWalk:
                 z = group.prior.sample()
             else:
                 z = self.prior.draw(k, group, sampler).z
+            if isinstance(group.prior, GaussianMixture):
+                return group.prior.whiten(z)
             normal = normal_of(group.prior)
             return z if normal is None else (z - normal.loc) / normal.scale
 
@@ -168,8 +173,9 @@ class NoiseWalk:
         """z_k at noise u, and its log-weight."""
         normal, log_weight = normal_of(group.prior), torch.zeros(len(u), device=u.device)
         if normal is None:
-            z = u
-            log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
+            with at_precision(u.device.type, torch.float32):  # whatever the VAE's products are in
+                z = group.prior.unwhiten(u) if isinstance(group.prior, GaussianMixture) else u
+                log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
         else:
             z = normal.loc + normal.scale * u
             if self.official:

@@ -95,7 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(("trainer", "normaliser", "testing", "card"), CORE),
     "likelihood": {*CORE, "normaliser"},
     "ood": {*CORE, "likelihood", "normaliser"},
-    "noise_walk": {"dynamics", "precision", "prior", "samplers", "source"},
+    "noise_walk": {"dynamics", "mixtures", "precision", "prior", "samplers", "source"},
     "decoder_noise": {"bases", "batches", "source"},
     "vaebm": {"dynamics", "noise_walk", "precision", "prior", "samplers", "source"},
     "stages": {"samplers", "smc", "source", "bases", "prior"},

@@ -13,7 +13,14 @@ from nvae_standin import nvae
 from problems import SampleOnly, standard_normal
 from scipy import stats
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Independent, Laplace, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    Normal,
+)
 from toys import everything, ladder_prior, same, stir, weights
 from vaebm_problems import (
     LinearGaussian,
@@ -27,7 +34,7 @@ from vaebm_problems import (
 
 from ncprior import NCPrior, SingleGroup, langevin, sir
 from ncprior.adapters.nvae import NVAESource, on_cpu
-from ncprior.bases import fit_mixture, rebase
+from ncprior.bases import GaussianMixture, fit_mixture, rebase
 from ncprior.decoder_noise import SquaredError
 from ncprior.heads import MLPHead
 from ncprior.noise_walk import NoiseWalk
@@ -126,14 +133,14 @@ def test_with_a_bernoulli_decoder_it_is_langevin_in_z_itself() -> None:
 
 def test_groups_of_other_densities_are_walked_in_z() -> None:
     """Two components apart: standardised coordinates would be others."""
-    z = torch.cat([torch.randn(200, 2) - 2, 0.5 * torch.randn(200, 2) + 2])
-    source, head = rebase(PROBLEM.source(), fit_mixture(z, 2)), Slope(0.3, 0.2)
+    parts = Independent(Normal(torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), 0.7), 1)
+    mixture = MixtureSameFamily(Categorical(torch.ones(2)), parts)
+    source, head = rebase(PROBLEM.source(), mixture), Slope(0.3, 0.2)
     model = VAEBM(NCPrior(source, head), nothing)
     chains = seeded(lambda: model.sample(50, step_size=0.05))
 
     def chain() -> Any:
         u = flat(model.draw_noise(50))
-        mixture = source.group(source.start(50)).prior
 
         def log_ratio(u: Tensor) -> Tensor:
             return mixture.log_prob(u[:, :2]) + 0.5 * u[:, :2].square().sum(1) + head(u[:, :2])
@@ -143,6 +150,52 @@ def test_groups_of_other_densities_are_walked_in_z() -> None:
     draw = seeded(chain)
     assert torch.allclose(flat(chains.noise), draw.z, atol=1e-5)
     assert torch.equal(chains.noise[0], chains.latents[0])
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_mixtures_are_walked_where_their_components_are_round(
+    covariance: str, precision: torch.dtype
+) -> None:
+    z = torch.cat([torch.randn(200, 2) - 2, 0.3 * torch.randn(200, 2) + 2])
+    mixture = fit_mixture(z @ torch.tensor([[1.0, 0.5], [0.0, 0.1]]), 2, covariance=covariance)
+    source, head = rebase(PROBLEM.source(), mixture), Slope(0.3, 0.2)
+    model = VAEBM(NCPrior(source, head), nothing, precision=precision)
+    chains = seeded(lambda: model.sample(50, step_size=0.01))
+    scale = mixture.scale if covariance == "full" else mixture.scale.diag_embed()
+    weights = mixture.logits.softmax(0)
+    within = torch.einsum("k,kij,klj->il", weights, scale, scale)
+    factor = torch.linalg.cholesky(within)
+
+    def place(u: Tensor) -> Tensor:
+        return u[:, :2] @ factor.mT + weights @ mixture.loc
+
+    def chain() -> Any:
+        u = flat(model.draw_noise(50))
+
+        def log_ratio(u: Tensor) -> Tensor:
+            log_p = mixture.log_prob(place(u))
+            return log_p + 0.5 * u[:, :2].square().sum(1) + head(place(u))
+
+        return langevin(unit(u), log_ratio, num_steps=16, step_size=0.01, init=u)
+
+    draw = seeded(chain)
+    tolerance = 1e-3 if precision == torch.float32 else 0.05  # the slope of the head, in 8 bits
+    assert torch.allclose(flat(chains.noise), draw.z, atol=tolerance)
+    assert torch.allclose(chains.latents[0], place(draw.z), atol=tolerance)
+
+
+def test_a_narrow_base_needs_no_small_steps() -> None:
+    """One Gaussian in any coordinates: ULA's bias is that of a unit Gaussian, 1 / (1 - λ/4)."""
+    turn = torch.linalg.qr(torch.randn(2, 2)).Q
+    factor = torch.linalg.cholesky(turn @ torch.tensor([4.0, 0.01]).diag() @ turn.mT)
+    narrow = GaussianMixture(torch.zeros(1), torch.tensor([[3.0, -1.0]]), factor[None])
+    model = VAEBM(rebase(PROBLEM.source(), narrow), nothing)
+    latents = model.sample(20_000, num_steps=60, step_size=0.8).latents[0]
+    white = torch.linalg.solve_triangular(factor, (latents - narrow.loc).mT, upper=False)
+    known = torch.eye(2) / (1 - 0.8 / 4)
+    # Variances of 20,000 have a standard error of 1.25 * sqrt(2 / 20,000) = 0.0125.
+    assert torch.allclose(white.cov(), known, atol=0.05)
 
 
 def test_with_heads_that_have_learnt_nothing_it_is_vaebm_alone() -> None:
