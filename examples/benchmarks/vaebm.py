@@ -317,7 +317,7 @@ class Comparison:
         inside = self.case.test_images[-settings["ood_count"] :]
         sets = {"inside": inside}
         sets |= outside(self.case.name, self.case.test_images, settings["ood_count"])
-        scores = {name: self._scores(images) for name, images in sets.items()}
+        scores = {name: self._scores(name, images) for name, images in sets.items()}
         own = scores.pop("inside")
         return {
             method: {
@@ -326,7 +326,12 @@ class Comparison:
             for method in own
         }
 
-    def _scores(self, images: Tensor) -> dict[str, Tensor]:
+    def _scores(self, name: str, images: Tensor) -> Mapping[str, Tensor]:
+        """Scores of one set of images, by method; once."""
+        key = slug(f"vaebm-{self.case.name}-{name}-{self.seed}-scores")
+        return self.bench.tensors(key, partial(self._score, images), **self.bench.settings)[0]
+
+    def _score(self, images: Tensor) -> dict[str, Tensor]:
         torch.manual_seed(self.seed)
         score = partial(ood_score, data=images, num_samples=self.bench.settings["iwae"])
         alone, both = (score(model) for model, _ in self.energies.values())
