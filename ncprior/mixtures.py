@@ -116,8 +116,7 @@ class GaussianMixture(Distribution):
     @property
     def mean(self) -> Tensor:
         """E[z], with shape ``(*batch, *event)``."""
-        mean = self._weights @ self.loc
-        return mean.reshape(self.event_shape).expand(self._extended_shape())
+        return self._centre.expand(self._extended_shape())
 
     @property
     def variance(self) -> Tensor:
@@ -231,6 +230,7 @@ class GaussianMixture(Distribution):
 
     @lazy_property
     def _centre(self) -> Tensor:
+        """E[z], of event shape."""
         return (self._weights @ self.loc).reshape(self.event_shape)
 
     @lazy_property

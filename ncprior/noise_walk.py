@@ -105,10 +105,7 @@ class NoiseWalk:
                 z = group.prior.sample()
             else:
                 z = self.prior.draw(k, group, sampler).z
-            if isinstance(group.prior, GaussianMixture):
-                return group.prior.whiten(z)
-            normal = normal_of(group.prior)
-            return z if normal is None else (z - normal.loc) / normal.scale
+            return _to_noise(group.prior, z)
 
         return self._walk(batch_size, pick, torch.randn_like)
 
@@ -172,13 +169,11 @@ class NoiseWalk:
     def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
         """z_k at noise u, and its log-weight."""
         normal, log_weight = normal_of(group.prior), torch.zeros(len(u), device=u.device)
-        if normal is None:
-            with at_precision(u.device.type, torch.float32):  # whatever the VAE's products are in
-                z = group.prior.unwhiten(u) if isinstance(group.prior, GaussianMixture) else u
+        with at_precision(u.device.type, torch.float32):  # whatever the VAE's products are in
+            z = _from_noise(group.prior, u)
+            if normal is None:
                 log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
-        else:
-            z = normal.loc + normal.scale * u
-            if self.official:
+            elif self.official:
                 log_weight = log_weight - _sum(normal.scale.log().expand_as(u))
         if self.prior is not None and self.prior.is_on(k):
             log_r = self.prior.log_r(k, z, group.context, precision=self.precision)
@@ -192,6 +187,22 @@ class NoiseWalk:
         drawn = getattr(normal, "drawn_scale", normal.scale)
         log_ratio = -0.5 * (drawn / normal.scale * u).square() - normal.scale.log()
         return normal.loc + drawn * u, _sum(log_ratio + 0.5 * u.square())
+
+
+def _to_noise(prior: object, z: Tensor) -> Tensor:
+    """ε_k of z_k; u_k of a mixture; else z_k itself."""
+    normal = normal_of(prior)
+    if normal is not None:
+        return (z - normal.loc) / normal.scale
+    return prior.whiten(z) if isinstance(prior, GaussianMixture) else z
+
+
+def _from_noise(prior: object, u: Tensor) -> Tensor:
+    """z_k of ε_k or u_k: the inverse of :func:`_to_noise`."""
+    normal = normal_of(prior)
+    if normal is not None:
+        return normal.loc + normal.scale * u
+    return prior.unwhiten(u) if isinstance(prior, GaussianMixture) else u
 
 
 def normal_of(law: object) -> Normal | None:

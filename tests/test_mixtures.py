@@ -104,12 +104,12 @@ def test_whitening_makes_components_round_on_average(kind: str) -> None:
     assert torch.allclose(p.unwhiten(torch.zeros(1, 3, 2, 2))[0], p.mean)
     k, weights = len(p.loc), p.logits.softmax(0)
     if p.is_full:  # the columns of a component's factor, each a row of z
-        columns = p.whiten((p.scale.mT.flatten(0, 1)).reshape(-1, 3, 2, 2) + p.mean)
+        columns = p.whiten(p.scale.mT.reshape(-1, 3, 2, 2) + p.mean)
         columns = columns.reshape(k, 12, 12)
         within = torch.einsum("k,kji,kjl->il", weights, columns, columns)
         assert torch.allclose(within, torch.eye(12), atol=1e-4)
     else:
-        u = p.whiten((p.scale).reshape(k, 3, 2, 2) + p.mean).flatten(1)
+        u = p.whiten(p.scale.reshape(k, 3, 2, 2) + p.mean).flatten(1)
         assert torch.allclose(weights @ u.square(), torch.ones(12))
 
 

@@ -110,7 +110,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of 
 }
 TRAINING = {"batch_size": 64, "spectral_weight": 0.002, "ema_decay": 0.99}
 PRECISION = torch.bfloat16  # of chains and training
-QUICK: dict[str, dict[str, Any]] = {  # VAEs of quick runs are blurrier: σ is larger
+# Of quick runs. Their VAEs of digits and of CIFAR-10 are blurrier, which a larger σ hides.
+QUICK: dict[str, dict[str, Any]] = {
     "digits": {"steps": 300, "noise": "0.3", "count": 700},
     "mnist": {"steps": 120, "learning_rate": 1e-3, "count": 700},
     "cifar10": {"steps": 60, "learning_rate": 2e-3, "noise": "0.5", "count": 350},
