@@ -49,8 +49,8 @@ class Chains(NamedTuple):
             are not clamped.
         mean: The decoder's means, without the noise, ``(B, ...)``.
         latents: z_k of every group, each ``(B, *event)``.
-        noise: Where to go on from: ε_k of every group (z_k itself where its prior is not normal),
-            and ε_x where the decoder has noise.
+        noise: Where to go on from: ε_k of every group (where its prior is not normal, what
+            :mod:`ncprior.noise_walk` walks in), and ε_x where the decoder has noise.
         acceptance: Share of accepted steps of every chain, ``(B,)``, when adjusted.
     """
 
