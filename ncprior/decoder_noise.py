@@ -47,7 +47,7 @@ class SquaredError:
             raise ValueError(f"σ of the decoder must be positive and finite; got {sigma}.")
         if isinstance(source, Rebased):
             raise TypeError(
-                "Decoder noise goes below another base, which hides it else from saving. Use "
+                "Decoder noise goes below another base, which would hide it from saving. Use "
                 "rebase(SquaredError(source, sigma), base)."
             )
         self.source, self.sigma, self.origin = source, float(sigma), origin
