@@ -7,8 +7,8 @@
 Trains a small VAE, then
 
     source = SquaredError(vae.source(), 0.4)             # σ of decoder noise
-    model = VAEBM(source, EnergyNet((1, 28, 28)))
-    fit_vaebm(model, images, data_noise=0.4)             # as noisy as its draws
+    model = VAEBM(source, EnergyNet((1, 28, 28)), data_noise=0.4)  # as noisy as its draws
+    fit_vaebm(model, images)
 
 VAEBM moves draws of the VAE by 16 Langevin steps in the VAE's own noise, downhill in an energy that
 was trained to be low on data and high on where such chains end. Both have noise of one σ, on MNIST
@@ -98,10 +98,10 @@ def main() -> None:
     sigma, rate = (0.12, 1e-3) if small else (0.4, 3e-4)
     energy = EnergyNet(data.images.shape[1:], width=16 if small else 24)
     source = SquaredError(vae.source(), sigma)
-    model = VAEBM(source, energy, step_size=0.05 if small else 0.1)
+    model = VAEBM(source, energy, step_size=0.05 if small else 0.1, data_noise=sigma)
     print(model)
     steps = 100 if options.quick else 600
-    print(fit_vaebm(model, data.images, steps=steps, learning_rate=rate, data_noise=sigma))
+    print(fit_vaebm(model, data.images, steps=steps, learning_rate=rate))
 
     count = 500 if options.quick else 5000
     reference = in_batches(net.features, test.images)

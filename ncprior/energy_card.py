@@ -40,6 +40,7 @@ x = model.sample(16{start}).mean
 | Chains | {num_steps} Langevin steps of {step_size:g} |
 | Target | {langevin_target} |
 | Decoder noise | {noise} |
+| Noise on data | {data_noise} |
 """
 
 
@@ -103,5 +104,6 @@ def energy_card(
         kind=configuration["energy"]["kind"],
         parameters=sum(p.numel() for p in model.parameters()),
         noise=f"one σ = {sigma:.4g}" if sigma is not None else model.decoder_noise,
+        data_noise=f"σ = {model.data_noise:.4g}" if model.data_noise else "none",
         **{key: configuration[key] for key in ("num_steps", "step_size", "langevin_target")},
     )

@@ -42,6 +42,7 @@ FILE = "vaebm.safetensors"
 FORMAT = 1  # of the configuration; a file of another format is refused
 ENERGIES: dict[str, type[EnergyNet | MLPHead]] = {"EnergyNet": EnergyNet, "MLPHead": MLPHead}
 CUSTOM = "custom"  # a net of the user's own: only its tensors are saved
+_SETTINGS = ("num_steps", "step_size", "langevin_target", "data_noise")  # of the model
 
 
 def save_pretrained(
@@ -158,8 +159,7 @@ def from_pretrained(
     with torch.random.fork_rng(devices=[]):  # a new net draws weights only to be overwritten
         new = _new_energy(path, config["energy"]) if energy is None else energy
     check_tensors(path, tensors, new.state_dict(), "energy")
-    chains = {name: config[name] for name in ("num_steps", "step_size", "langevin_target")}
-    model = VAEBM(prior, new, **chains)
+    model = VAEBM(prior, new, **{name: config[name] for name in _SETTINGS})
     new.load_state_dict(tensors, assign=energy is None)
     return model.to(device_of(model.source)).eval()
 
@@ -175,9 +175,7 @@ def configuration(model: VAEBM) -> dict[str, Any]:
         "format": FORMAT,
         "ncprior": version(),
         "energy": _energy_entry(model.energy),
-        "num_steps": model.num_steps,
-        "step_size": model.step_size,
-        "langevin_target": model.langevin_target,
+        **{name: getattr(model, name) for name in _SETTINGS},
         **trained_on(model),
     }
 
@@ -202,6 +200,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {  # what loading wants of each value
     "num_steps": lambda value: type(value) is int and value >= 0,
     "step_size": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
     "langevin_target": lambda value: value in get_args(LangevinTarget),
+    "data_noise": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
     "sigma": lambda value: value is None or (isinstance(value, float) and value > 0),
     "fingerprint": lambda value: (
         isinstance(value, dict)

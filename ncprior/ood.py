@@ -10,6 +10,14 @@ log p of VAE, NCP, VAEBM or both, up to a constant that is the same for every x:
 left out. Expectations are over the same S draws of z, by importance sampling; log p_VAE is the
 lower bound of the importance weighted autoencoder, IWAE-S.
 
+A VAEBM of data with noise, x + σε, knows no images without. Its score is the mean over the noise:
+E(x + σε) is averaged over S draws, and the bound on log p_VAE(x), with p(x|z) of this σ, is one on
+the mean of log p_VAE(x + σε) too, but for a constant, by Jensen's inequality:
+
+.. math::
+    E_ε \log E_{q(z|x)} [w(x + σε)] \ge
+    \log E_{q(z|x)} \exp E_ε \log w(x + σε) = \log E_{q(z|x)} [w(x)] - \tfrac{1}{2} D.
+
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
     | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021), table 6
@@ -44,7 +52,7 @@ class OODScore(NamedTuple):
     Attributes:
         vae: The IWAE-S lower bound of log p(x) of the VAE.
         ncp: What the heads add, 0 without.
-        energy: -E(x), 0 without an energy.
+        energy: -E(x), or its mean over the noise on data; 0 without an energy.
 
     Example:
         >>> OODScore(torch.ones(2), torch.ones(2), -torch.ones(2)).total
@@ -89,7 +97,7 @@ def ood_score(
         model: A VAE, an NCP prior on it, or a VAEBM on either. The source needs ``likelihood``, and
             densities of priors and posteriors.
         data: Images: a tensor or map-style dataset, a ``DataLoader``, or a list of batches.
-        num_samples: S, the draws of z per image.
+        num_samples: S, the draws of z per image, and of noise where data have any.
         batch_size: Images per batch, where batches are made here.
         chunk_size: Most z at once.
         progress: Whether to show a progress bar.
@@ -116,7 +124,9 @@ def ood_score(
         )
         vae = found["base"].lower
         ncp = found["ncp"].lower - vae if has_heads else torch.zeros_like(vae)
-        energy = _energy(model, batch).to(vae) if isinstance(model, VAEBM) else vae * 0
+        energy = vae * 0
+        if isinstance(model, VAEBM):
+            energy = _energy(model, batch, num_samples).to(vae)
         parts.append((vae, ncp, -energy))
     return OODScore(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -167,6 +177,10 @@ def _share_below(scores: Tensor, others: Tensor) -> Tensor:
     return (ends[0] + ends[1]).double() / (2 * len(others))
 
 
-def _energy(model: VAEBM, batch: Any) -> Tensor:  # noqa: ANN401
-    x = batch[0] if isinstance(batch, tuple | list) else batch
-    return model(x.to(device_of(model.source)))  # type: ignore[no-any-return]
+def _energy(model: VAEBM, batch: Any, num_samples: int) -> Tensor:  # noqa: ANN401
+    """E of a batch in nats, ``(B,)``, averaged over the noise on data."""
+    x = (batch[0] if isinstance(batch, tuple | list) else batch).to(device_of(model.source))
+    if not model.data_noise:
+        return model(x)  # type: ignore[no-any-return]
+    noisy = (x + model.data_noise * torch.randn_like(x) for _ in range(num_samples))
+    return torch.stack([model(one) for one in noisy]).mean(0)

@@ -81,6 +81,10 @@ class VAEBM(nn.Module):
         langevin_target: ``"exact"``, or ``"official"`` for what the published code samples: with
             -log p(z) - log p(x | z) in place of ½|ε|², see :class:`~ncprior.noise_walk.NoiseWalk`.
             (Its clamping of x to [0, 1] is left out.)
+        data_noise: σ of normal noise on data that this is a model of, 0 for data as they are. With
+            the σ of a decoder of one σ, data are as noisy as what is drawn: without it an energy
+            tells them apart by the noise, which short chains cannot take away, and grows steep.
+            Training puts it on data, scores are means over it, and it is saved with the energy.
         precision: Of products and convolutions in VAE, heads and energy while chains move and the
             energy is trained: ``torch.float32``, or ``torch.bfloat16``, which is faster where
             there are units for it. Noise, nats and weights stay in float32, and the last images are
@@ -110,6 +114,7 @@ class VAEBM(nn.Module):
         num_steps: int = 16,
         step_size: float = 0.01,
         langevin_target: LangevinTarget = "exact",
+        data_noise: float = 0.0,
         precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -123,6 +128,8 @@ class VAEBM(nn.Module):
                 f"langevin_target is one of {', '.join(get_args(LangevinTarget))}; "
                 f"got {langevin_target!r}."
             )
+        if not 0 <= data_noise < math.inf:
+            raise ValueError(f"data_noise must be finite and at least 0; got {data_noise}.")
         check_precision(precision)
         heads, source = (prior, prior.source) if isinstance(prior, NCPrior) else (None, prior)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
@@ -130,6 +137,7 @@ class VAEBM(nn.Module):
         self.energy = energy
         self.num_steps, self.step_size = num_steps, step_size
         self.langevin_target, self.precision = langevin_target, precision
+        self.data_noise = float(data_noise)
         self.decoder_noise = self._probe()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -323,9 +331,10 @@ class VAEBM(nn.Module):
         """Tells what ``print(model)`` shows besides the energy."""
         of = "" if self.prior is None else f"{len(self.prior.heads)} ratio heads on "
         name = repr(self.source) if hasattr(self.source, "sigma") else type(self.source).__name__
+        on_data = f"; noise on data: σ = {self.data_noise:g}" if self.data_noise else ""
         return (
             f"{of}{name}, {self.num_steps} steps of {self.step_size:g}, "
-            f"{self.langevin_target}; decoder noise: {self.decoder_noise}"
+            f"{self.langevin_target}; decoder noise: {self.decoder_noise}{on_data}"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEBM:

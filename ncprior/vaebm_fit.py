@@ -81,7 +81,6 @@ def fit_vaebm(
     weight_decay: float = 3e-5,
     sampler: Sampler | None = None,
     contrast: Contrast = "x",
-    data_noise: float = 0.0,
     buffer_size: int = 0,
     replay_share: float = 0.6,
     spectral_weight: float = 0.002,
@@ -110,7 +109,6 @@ def fit_vaebm(
         weight_decay: Adam's L2 penalty.
         sampler: How chains' starts are drawn from NCP's heads; ``None`` starts from the base.
         contrast: ``"x"`` or ``"mean"``, see :class:`VAEBMTrainer`.
-        data_noise: σ of the noise that data get, see :class:`VAEBMTrainer`.
         buffer_size: Chains kept to go on from; 0 starts each step afresh.
         replay_share: Probability that a chain goes on from a kept one.
         spectral_weight: Weight of the spectral regularisation.
@@ -145,7 +143,6 @@ def fit_vaebm(
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "contrast": contrast,
-        "data_noise": data_noise,
         "buffer_size": buffer_size,
         "replay_share": replay_share,
         "spectral_weight": spectral_weight,
@@ -154,6 +151,7 @@ def fit_vaebm(
         "max_gap": max_gap,
         "eval_every": eval_every,
         "langevin": [model.num_steps, model.step_size, model.langevin_target],
+        "data_noise": model.data_noise,
         "precision": str(model.precision),
         "sampler": None if sampler is None else describe(sampler),
         **trained_on(model),
@@ -170,7 +168,6 @@ def fit_vaebm(
         torch.optim.Adam(model.parameters(), learning_rate, weight_decay=weight_decay),
         sampler=sampler,
         contrast=contrast,
-        data_noise=data_noise,
         buffer=ReplayBuffer(buffer_size, replay_share) if buffer_size else None,
         spectral_weight=spectral_weight,
         max_grad_norm=max_grad_norm,

@@ -71,11 +71,8 @@ class VAEBMTrainer:
         backward: Back-propagates a loss.
         sampler: How chains' starts are drawn from NCP's heads; ``None`` starts from the base.
         contrast: What of a chain is set against data: ``"x"``, with the decoder's noise, or
-            ``"mean"``, as the published code does on all but CIFAR-10.
-        data_noise: σ of normal noise that data get, anew in every step. The σ of a decoder with
-            squared error makes data as noisy as chains: without it the energy tells them apart by
-            the noise, which short chains cannot take away, and grows steep. It is then the energy
-            of images with this noise.
+            ``"mean"``, as the published code does on all but CIFAR-10. Data get the model's
+            ``data_noise``, anew in every step.
         buffer: Where chains are kept to go on from; ``None`` starts each step afresh.
         spectral_weight: Weight of the spectral regularisation. The published code's is 0.2, for
             nets that are larger; a weight that outdoes a small gap keeps a new net flat.
@@ -104,7 +101,6 @@ class VAEBMTrainer:
         backward: Callable[[Tensor], Any] = Tensor.backward,
         sampler: Sampler | None = None,
         contrast: Contrast = "x",
-        data_noise: float = 0.0,
         buffer: ReplayBuffer | None = None,
         spectral_weight: float = 0.002,
         max_grad_norm: float | None = 5.0,
@@ -115,10 +111,10 @@ class VAEBMTrainer:
                 f"contrast is one of {', '.join(get_args(Contrast))} and spectral_weight at least "
                 f"0; got {contrast!r} and {spectral_weight}."
             )
-        if not 0 <= data_noise < math.inf or (data_noise and contrast == "mean"):
+        if model.data_noise and contrast == "mean":
             raise ValueError(
-                f"data_noise must be finite and at least 0, and 0 where means, which have no noise, "
-                f"are set against data; got {data_noise} with contrast={contrast!r}."
+                f"Means have no noise, and data of this model have σ = {model.data_noise:g}. Take "
+                f'contrast="x", or a model without data_noise.'
             )
         if condition is not None and buffer is not None:
             raise ValueError(
@@ -129,7 +125,6 @@ class VAEBMTrainer:
         self.model, self.optimizer, self.backward = model, optimizer, backward
         self.sampler, self.contrast, self.buffer = sampler, contrast, buffer
         self.spectral_weight, self.condition = spectral_weight, condition
-        self.data_noise = data_noise
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.steps = 0
         share_weights(model)
@@ -165,8 +160,8 @@ class VAEBMTrainer:
                 f"{tuple(data.shape)} and {tuple(drawn.shape)}."
             )
         data = data.to(drawn)
-        if self.data_noise:
-            data = data + self.data_noise * torch.randn_like(data)
+        if self.model.data_noise:
+            data = data + self.model.data_noise * torch.randn_like(data)
         zero_gradients(self.model)
         energy, energy_drawn = self.model(torch.cat([data, drawn])).chunk(2)
         gap, spectral = energy.mean() - energy_drawn.mean(), self.penalty()

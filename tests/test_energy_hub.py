@@ -77,6 +77,7 @@ CASES: dict[str, Callable[[], VAEBM]] = {
     "an image": images,
     "over NCP": lambda: model(trained(source()).eval()),
     "official": lambda: model(langevin_target="official"),
+    "of noisy data": lambda: model(data_noise=0.3),
     "a base of its own": lambda: model(
         rebase(source(), Independent(Normal(torch.ones(2), torch.ones(2)), 1))
     ),
@@ -91,7 +92,7 @@ def test_a_saved_energy_comes_back_bit_for_bit(case: str, tmp_path: Path) -> Non
     loaded = VAEBM.from_pretrained(of.source if of.prior is None else of.prior, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert same(weights(loaded), weights(of)) and type(loaded.energy) is type(of.energy)
-    settings = ("num_steps", "step_size", "langevin_target", "decoder_noise")
+    settings = ("num_steps", "step_size", "langevin_target", "data_noise", "decoder_noise")
     assert all(getattr(loaded, name) == getattr(of, name) for name in settings)
     assert equal_chains(of, loaded)
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
@@ -118,7 +119,7 @@ def test_the_file_holds_the_energy_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
-    of = model(trained(source()))
+    of = model(trained(source()), data_noise=0.3)
     of.save_pretrained(
         tmp_path / "mine", base_model="user/vae", card_data={"license": "mit", "tags": ["digits"]}
     )
@@ -135,11 +136,13 @@ def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
         "The VAE and the ratio heads are not in here",
         "3 Langevin steps of 0.3",
         "one σ = 0.1",
+        "Noise on data | σ = 0.3",
     ):
         assert line in card
     images().save_pretrained(tmp_path / "other")
     card = (tmp_path / "other" / "README.md").read_text()
     assert 'VAEBM.from_pretrained(source, "other")' in card and "EnergyNet, " in card
+    assert "Noise on data | none" in card
 
 
 def refuses(match: str, prior: Any, path: Path, **options: Any) -> None:
@@ -223,6 +226,8 @@ def test_a_damaged_file_is_refused(saved: Path) -> None:
         ({"num_steps": 1.5}, "makes no sense of: num_steps"),
         ({"step_size": 0}, "makes no sense of: step_size"),
         ({"langevin_target": "other"}, "makes no sense of: langevin_target"),
+        ({"data_noise": -0.5}, "makes no sense of: data_noise"),
+        ({"data_noise": "much"}, "makes no sense of: data_noise"),
         ({"sigma": "wide"}, "makes no sense of: sigma"),
         ({"fingerprint": {"vae": None}}, "makes no sense of: fingerprint"),
         ({"energy": {"kind": "os.system", "config": {}}}, "none of EnergyNet, MLPHead"),

@@ -57,6 +57,21 @@ def test_scores_are_log_densities_up_to_one_constant(heads: bool, energy: bool) 
     assert torch.equal(score.energy.float(), -ENERGY(x).detach() * energy)
 
 
+def test_scores_of_noisy_data_are_means_over_the_noise() -> None:
+    """Of x + σε the means of E and of log p are E(x) + aDσ²/2 and log p(x) - σ² tr(C⁻¹)/2."""
+    sigma, count, x = PROBLEM.sigma, 400, 2 * torch.randn(60, 3)
+    score = ood_score(VAEBM(with_true_posterior(), ENERGY, data_noise=sigma), x, num_samples=count)
+    a, slope = ENERGY.a.item(), ENERGY.a.detach() * x + ENERGY.h.detach()
+    exact = -(ENERGY(x).detach() + 1.5 * a * sigma**2)
+    variance = sigma**2 * slope.square().sum(1) + 1.5 * a**2 * sigma**4
+    assert ((score.energy - exact).abs() < 4.5 * (variance / count).sqrt()).all()
+    assert (score.energy - exact).abs().max() > 0  # drawn, not E(x) itself
+    p = marginal()
+    log_p = p.log_prob(x) - 0.5 * sigma**2 * p.precision_matrix.trace()
+    assert (score.vae - 1.5 < log_p).all()
+    assert (score.vae - log_p).std() < 0.05  # a linear decoder's bound is off by a constant
+
+
 def test_heads_that_have_learnt_nothing_add_nothing() -> None:
     prior, x = NCPrior(PROBLEM.source(), MLPHead((2,))), torch.randn(10, 3)
     score = ood_score(prior, [x[:7], x[7:]], num_samples=4)

@@ -330,6 +330,8 @@ def test_one_sigma_is_fitted_to_held_out_residuals() -> None:
     chains = VAEBM(fitted, nothing).sample(2000, num_steps=0)
     assert (chains.x - chains.mean).std().item() == pytest.approx(expected, rel=0.05)
     assert "decoder noise of one σ = 0.3" in repr(VAEBM(fitted, nothing))
+    assert "noise on data" not in repr(VAEBM(fitted, nothing))
+    assert "noise on data: σ = 0.25" in repr(VAEBM(fitted, nothing, data_noise=0.25))
 
 
 def test_a_fitted_sigma_is_the_likeliest() -> None:
@@ -445,6 +447,9 @@ def test_a_condition_reaches_the_walk() -> None:
     ("options", "message"),
     [
         ({"num_steps": -1}, "num_steps must be at least 0"),
+        ({"data_noise": -0.1}, "data_noise must be finite and at least 0"),
+        ({"data_noise": float("inf")}, "data_noise must be finite and at least 0"),
+        ({"data_noise": float("nan")}, "data_noise must be finite and at least 0"),
         ({"step_size": 0.0}, "step_size positive"),
         ({"step_size": float("nan")}, "step_size positive"),
         ({"langevin_target": "exactly"}, "one of exact, official; got 'exactly'"),

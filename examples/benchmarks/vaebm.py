@@ -221,13 +221,17 @@ class Comparison:
         if not (folder / "seconds").exists():
             torch.manual_seed(self.seed)
             net = EnergyNet(case.images.shape[1:], width=bench.settings["width"])
-            model = VAEBM(prior, net, num_steps=MAIN, step_size=bench.settings["step_size"])
-            model.precision = PRECISION
+            model = VAEBM(
+                *(prior, net),
+                num_steps=MAIN,
+                step_size=bench.settings["step_size"],
+                data_noise=self.data_noise,
+                precision=PRECISION,
+            )
             history = fit_vaebm(
                 *(model, case.images[: -case.num_held_out]),
                 steps=bench.settings["energy_steps"],
                 sampler=sampler,
-                data_noise=self.data_noise,
                 checkpoint=folder / "training.safetensors",
                 checkpoint_every=50,
                 callback=clock.note,
