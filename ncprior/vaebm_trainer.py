@@ -62,6 +62,8 @@ class EnergyMetrics(NamedTuple):
 class VAEBMTrainer:
     """One step of energy training, for a loop of one's own.
 
+    Data get the model's ``data_noise``, anew in every step.
+
     When a process group exists, the energies start from rank 0's weights and their gradients are
     averaged over the ranks.
 
@@ -71,8 +73,7 @@ class VAEBMTrainer:
         backward: Back-propagates a loss.
         sampler: How chains' starts are drawn from NCP's heads; ``None`` starts from the base.
         contrast: What of a chain is set against data: ``"x"``, with the decoder's noise, or
-            ``"mean"``, as the published code does on all but CIFAR-10. Data get the model's
-            ``data_noise``, anew in every step.
+            ``"mean"``, as the published code does on all but CIFAR-10.
         buffer: Where chains are kept to go on from; ``None`` starts each step afresh.
         spectral_weight: Weight of the spectral regularisation. The published code's is 0.2, for
             nets that are larger; a weight that outdoes a small gap keeps a new net flat.

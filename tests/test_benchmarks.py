@@ -227,6 +227,7 @@ def test_a_table_of_energies_has_a_line_per_length_and_the_areas_of_one(
                 "noise": [0.8 + 0.1 * row["seed"], 0.7, 1.0],
                 "digits": [0.4, 0.3, 0.5],
             }
+            row["auroc_gain"] = [0.05 + 0.1 * row["seed"], -0.1, 0.2]
     meta = {"settings": {"quick": False}, "machine": "a machine"}
     (tmp_path / "results" / "vaebm_mnist.json").write_text(
         json.dumps({"rows": rows, "meta": meta})
@@ -236,8 +237,9 @@ def test_a_table_of_energies_has_a_line_per_length_and_the_areas_of_one(
         ["| NCP×VAEBM", steps, "2"] for steps in ("4", "16")
     ]
     assert "| 20.00 ± 0.00 | 50% | 0.600 ± 0.000 (0.500 to 0.700) | 0.050 ± 0.071" in lines[2]
-    assert lines[5] == "| model | noise | digits | mean |"
-    assert lines[7] == "| NCP×VAEBM | 0.850 (0.700 to 1.000) | 0.400 (0.300 to 0.500) | 0.625 |"
+    assert lines[5] == "| model | noise | digits | mean | over the VAE |"
+    numbers = "0.850 (0.700 to 1.000) | 0.400 (0.300 to 0.500) | 0.625 | 0.100 (-0.100 to 0.200)"
+    assert lines[7] == f"| NCP×VAEBM | {numbers} |"
 
 
 def test_numbers_of_a_quick_run_are_refused(
@@ -361,14 +363,12 @@ def test_the_table_of_areas_has_a_column_per_set(monkeypatch: pytest.MonkeyPatch
             "method": "VAE",
             "seed": 0,
             "auroc": {"noise": [0.5, 0.4, 0.6], "MNIST": [0.7, 0.6, 0.8]},
+            "auroc_gain": [0.1, -0.1, 0.3],
         },
         {"method": "VAE", "seed": 0, "steps": 4},
     ]
     lines = module.area_table(rows).splitlines()
-    assert lines[0].split() == ["method", "seed", "noise", "MNIST", "mean"]
-    assert lines[1].split() == [
-        "VAE",
-        "0",
-        *["0.500", "(0.400–0.600)", "0.700", "(0.600–0.800)", "0.600"],
-    ]
+    assert lines[0].split() == ["method", "seed", "noise", "MNIST", "mean", "over", "the", "VAE"]
+    numbers = "0.500 (0.400 to 0.600) 0.700 (0.600 to 0.800) 0.600 0.100 (-0.100 to 0.300)"
+    assert lines[1].split() == ["VAE", "0", *numbers.split()]
     assert len(lines) == 2

@@ -15,7 +15,7 @@ from vaebm_problems import LinearGaussian, Quadratic, Slope
 
 from ncprior import NCPrior, SingleGroup
 from ncprior.heads import MLPHead
-from ncprior.ood import OODScore, auroc, ood_score
+from ncprior.ood import AUROC, OODScore, auroc, auroc_gain, ood_score
 from ncprior.vaebm import VAEBM
 
 PROBLEM = LinearGaussian()
@@ -157,8 +157,51 @@ def test_perfect_order_and_infinite_scores() -> None:
 def test_scores_that_make_no_sense_are_refused(
     inside: Tensor, outside: Tensor, level: float
 ) -> None:
-    with pytest.raises(ValueError, match="two scores or more|NaN"):
+    with pytest.raises(ValueError, match="two scores or more|NaN|level must"):
         auroc(inside, outside, level=level)
+
+
+def test_a_gain_is_the_mean_difference_of_the_areas() -> None:
+    inside, other = torch.randn(2, 70).unbind()
+    sets, other_sets = ([torch.randn(n) - 1 for n in (40, 90)] for _ in range(2))
+    found = auroc_gain(inside, sets, than=(other, other_sets))
+    areas = [
+        auroc(inside, s).value - auroc(other, o).value
+        for s, o in zip(sets, other_sets, strict=True)
+    ]
+    assert found.value == pytest.approx(sum(areas) / 2)
+    back = auroc_gain(other, other_sets, than=(inside, sets))
+    assert back.value == pytest.approx(-found.value) and back.error == pytest.approx(found.error)
+    assert found.low == pytest.approx(-back.high)
+
+
+def test_the_error_of_a_gain_is_that_of_repetitions() -> None:
+    """Scores of one image are alike: what they share is in neither the gain nor its error."""
+
+    def draw() -> AUROC:
+        shared = [torch.randn(n) for n in (60, 50, 80)]
+        ours, theirs = ([s + 0.3 * torch.randn(len(s)) for s in shared] for _ in range(2))
+        ours[0], theirs[0] = ours[0] + 1.5, theirs[0] + 1.0
+        return auroc_gain(ours[0], ours[1:], than=(theirs[0], theirs[1:]))
+
+    found = [draw() for _ in range(600)]
+    values = torch.tensor([f.value for f in found], dtype=torch.float64)
+    errors = torch.tensor([f.error for f in found], dtype=torch.float64)
+    assert errors.square().mean().sqrt().item() == pytest.approx(
+        values.std().item(), rel=4 / math.sqrt(2 * 600)
+    )
+    cdf = NormalDist().cdf
+    exact = cdf(1.5 / math.sqrt(2 * 1.09)) - cdf(1.0 / math.sqrt(2 * 1.09))
+    assert abs(values.mean().item() - exact) < 4 * values.std().item() / math.sqrt(600)
+
+
+@pytest.mark.parametrize("sets", [[], [3], [4, 5]])
+def test_a_gain_over_scores_of_other_images_is_refused(sets: list[int]) -> None:
+    outside = [torch.randn(n) for n in sets]
+    with pytest.raises(ValueError, match="two scores of the same images"):
+        auroc_gain(
+            torch.randn(5), outside, than=(torch.randn(5), [torch.randn(4)] * len(sets[:1]))
+        )
 
 
 def test_an_energy_turns_the_verdict_of_the_vae_round() -> None:

@@ -127,15 +127,19 @@ JUDGED = {"precision": ".2f", "recall": ".2f", "fit_seconds": ",.0f", "seconds_p
 def areas(rows: list[Row]) -> list[str]:
     """AUROC of images that are far, a column per set, with the mean interval of one seed."""
     sets = list(rows[0]["auroc"])
-    lines = [f"| model | {' | '.join(sets)} | mean |", "|---" * (len(sets) + 2) + "|"]
+    titles = ["model", *sets, "mean", "over the VAE"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows, "steps"):
-        found = {
-            name: [mean(v) for v in zip(*(row["auroc"][name] for row in group), strict=True)]
-            for name in sets
-        }
-        cells = [f"{area:.3f} ({low:.3f} to {high:.3f})" for area, low, high in found.values()]
-        average = mean(area for area, *_ in found.values())
-        lines.append(f"| {group[0]['method']} | {' | '.join(cells)} | {average:.3f} |")
+        found = [
+            [mean(v) for v in zip(*areas, strict=True)]
+            for areas in (
+                *([row["auroc"][name] for row in group] for name in sets),
+                [row["auroc_gain"] for row in group],
+            )
+        ]
+        cells = [f"{area:.3f} ({low:.3f} to {high:.3f})" for area, low, high in found]
+        cells.insert(-1, f"{mean(area for area, *_ in found[:-1]):.3f}")
+        lines.append(f"| {group[0]['method']} | {' | '.join(cells)} |")
     return lines
 
 
