@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from ncprior.batches import in_order
 from ncprior.distributions import expand, parameters
-from ncprior.mixtures import GaussianMixture, fit_gaussian, fit_mixture
+from ncprior.mixture_fit import fit_gaussian, fit_mixture
+from ncprior.mixtures import GaussianMixture
 from ncprior.source import Group, LatentSource, Sampleable, device_of, num_rows, posterior_of
 
 __all__ = [

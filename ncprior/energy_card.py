@@ -73,6 +73,7 @@ def energy_card(
     tags = [*_TAGS, *card_data.get("tags", ())]
     data = ModelCardData(**{"library_name": "ncprior", **card_data, "tags": tags})
     base_model, sigma = card_data.get("base_model"), configuration["sigma"]
+    data_noise = configuration["data_noise"]
     setup = "source = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder)"
     if sigma is not None:
         setup += f"\nsource = SquaredError(source, {sigma!r})"
@@ -104,6 +105,6 @@ def energy_card(
         kind=configuration["energy"]["kind"],
         parameters=sum(p.numel() for p in model.parameters()),
         noise=f"one σ = {sigma:.4g}" if sigma is not None else model.decoder_noise,
-        data_noise=f"σ = {model.data_noise:.4g}" if model.data_noise else "none",
+        data_noise=f"σ = {data_noise:.4g}" if data_noise else "none",
         **{key: configuration[key] for key in ("num_steps", "step_size", "langevin_target")},
     )

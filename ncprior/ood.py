@@ -74,7 +74,7 @@ class AUROC(NamedTuple):
     """Area under the receiver operating characteristic, or a difference of two such areas.
 
     Attributes:
-        value: The area, from 0 to 1.
+        value: The area, from 0 to 1, or the difference, from -1 to 1.
         low: Lower end of its interval.
         high: Upper end.
         error: Its standard error.

@@ -28,7 +28,7 @@ GROUND = {
     *("products", "calibration", "evaluation", "files", "fingerprints", "geometry", "bounds"),
     *("energies", "spectral", "replay", "precision"),
 }
-BASES = {"mixtures", "flow_matching", "bases", "vamp"}
+BASES = {"mixtures", "mixture_fit", "flow_matching", "bases", "vamp"}
 SAMPLERS = {"proposals", "samplers", "dynamics", "smc", "accept", "combine", "components"}
 ENERGY = {"noise_walk", "decoder_noise", "vaebm"}
 WALK = {
@@ -70,9 +70,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "components": {"mixtures", "samplers"},
     "smc": {"proposals", "samplers", "dynamics"},
     "source": {"distributions"},
-    "mixtures": {"fitting"},
+    "mixtures": set(),
+    "mixture_fit": {"fitting", "mixtures"},
     "flow_matching": {"fitting", "batches"},
-    "bases": {"distributions", "source", "batches", "mixtures"},
+    "bases": {"distributions", "source", "batches", "mixtures", "mixture_fit"},
     "vamp": {"distributions", "source", "batches", "fitting", "mixtures", "bases"},
     "adapters": {
         "source",

@@ -65,7 +65,6 @@ def test_scores_of_noisy_data_are_means_over_the_noise() -> None:
     exact = -(ENERGY(x).detach() + 1.5 * a * sigma**2)
     variance = sigma**2 * slope.square().sum(1) + 1.5 * a**2 * sigma**4
     assert ((score.energy - exact).abs() < 4.5 * (variance / count).sqrt()).all()
-    assert (score.energy - exact).abs().max() > 0  # drawn, not E(x) itself
     p = marginal()
     log_p = p.log_prob(x) - 0.5 * sigma**2 * p.precision_matrix.trace()
     assert (score.vae - 1.5 < log_p).all()
@@ -146,18 +145,18 @@ def test_perfect_order_and_infinite_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inside", "outside", "level"),
+    ("inside", "outside", "level", "message"),
     [
-        (torch.zeros(1), torch.zeros(5), 0.95),
-        (torch.zeros(5), torch.zeros(0), 0.95),
-        (torch.zeros(5), torch.zeros(5), 1.0),
-        (torch.tensor([0.0, math.nan]), torch.zeros(5), 0.95),
+        (torch.zeros(1), torch.zeros(5), 0.95, "got 1 inside and 5 outside"),
+        (torch.zeros(5), torch.zeros(0), 0.95, "got 5 inside and 0 outside"),
+        (torch.zeros(5), torch.zeros(5), 1.0, "level must be between 0 and 1; got 1.0"),
+        (torch.tensor([0.0, math.nan]), torch.zeros(5), 0.95, "Some scores are NaN"),
     ],
 )
 def test_scores_that_make_no_sense_are_refused(
-    inside: Tensor, outside: Tensor, level: float
+    inside: Tensor, outside: Tensor, level: float, message: str
 ) -> None:
-    with pytest.raises(ValueError, match="two scores or more|NaN|level must"):
+    with pytest.raises(ValueError, match=message):
         auroc(inside, outside, level=level)
 
 

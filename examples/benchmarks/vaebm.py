@@ -191,7 +191,7 @@ class Comparison:
             for steps, x in self._chains(name, 16, (0, *LENGTHS)):
                 rows[f"{name}, {steps} steps"] = x.clamp(0, 1)
         with write_atomically(file) as temporary:
-            plot_samples(rows).savefig(temporary, format="png", dpi=100)
+            plot_samples(rows).savefig(temporary, format="png", dpi=70)
 
     def _on_images(self, prior: NCPrior) -> NCPrior:
         """The heads on the VAE as a source of images, with its decoder's noise."""
