@@ -179,6 +179,9 @@ def test_mixtures_are_walked_where_their_components_are_round(
 
         return langevin(unit(u), log_ratio, num_steps=16, step_size=0.01, init=u)
 
+    drawn = seeded(lambda: source.group(source.start(50)).prior.sample())
+    start = seeded(lambda: model.sample(50, num_steps=0))
+    assert torch.allclose(start.latents[0], drawn, atol=1e-5)
     draw = seeded(chain)
     tolerance = 1e-3 if precision == torch.float32 else 0.05  # the slope of the head, in 8 bits
     assert torch.allclose(flat(chains.noise), draw.z, atol=tolerance)

@@ -188,7 +188,7 @@ class Comparison:
         rows = {}
         for name in self.energies:
             torch.manual_seed(self.seed)
-            for steps, x in self._chains(name, 16, (0, *LENGTHS)):
+            for steps, x in self._chains(name, 10, (0, *LENGTHS)):
                 rows[f"{name}, {steps} steps"] = x.clamp(0, 1)
         with write_atomically(file) as temporary:
             plot_samples(rows).savefig(temporary, format="png", dpi=70)
