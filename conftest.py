@@ -53,7 +53,7 @@ def doctest_names(request: pytest.FixtureRequest, seeded: None) -> None:
 def _small_vae() -> dict[str, Any]:
     # Imported here, so that coverage sees it.
     from ncprior import NCPrior, SingleGroup
-    from ncprior.heads import MLPHead
+    from ncprior.heads.networks import MLPHead
 
     vae = nn.ModuleDict({"encoder": nn.Linear(3, 4), "decoder": nn.Linear(2, 3)}).eval()
 

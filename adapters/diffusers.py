@@ -12,10 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ncprior.bases import NoPrior
+from ncprior.bases.empirical import NoPrior
 from ncprior.source import SingleGroup, require_eval
-
-__all__ = ["DiffusersSource"]
 
 _REFUSED = {
     "VQModel": (

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
-from ncprior.source import Group, module_fingerprint, require_eval
-
-__all__ = ["HVAE", "HVAESource", "train_hvae"]
+from ncprior.source import Group, require_eval
+from ncprior.utils.fingerprints import module_fingerprint
 
 _SIDE = 4  # of every group's map
 
@@ -142,7 +141,7 @@ def train_hvae(
         >>> vae.training
         False
     """
-    from ncprior.demo_models import train
+    from ncprior.utils.optimise import train
 
     steps, seen = epochs * len(images) // batch_size, 0
 
@@ -260,7 +259,7 @@ class HVAESource:
         return Independent(pixels, 3, validate_args=False)
 
     def fingerprint(self) -> str:
-        """Returns :func:`ncprior.source.module_fingerprint` of the VAE."""
+        """Returns :func:`ncprior.utils.module_fingerprint` of the VAE."""
         return module_fingerprint(self.module)
 
 

@@ -20,8 +20,6 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["LogisticMixture"]
-
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
 

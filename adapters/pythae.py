@@ -17,34 +17,39 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
-from ncprior.bases import GaussianMixture, NoPrior
-from ncprior.source import Sampleable, SingleGroup, require_eval
-
-__all__ = ["PythaeSource"]
+from ncprior.bases.empirical import NoPrior
+from ncprior.bases.mixture import GaussianMixture
+from ncprior.distributions import Sampleable
+from ncprior.source import SingleGroup, require_eval
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "
     "SingleGroup(prior, posterior, decoder, module=model) with a posterior that samples by "
     "model.embed(x)"
 )
+
 _CODES = (
     "its latents are codes of a codebook, hundreds of nats from any simple prior. Wrap it in a "
     "source of your own with an autoregressive base over the codes, and draw by sir"
 )
+
 _HAMILTON = (
     "its z is a draw moved by Hamiltonian steps, not the Gaussian of the encoder. Train a VAE or "
     "a VAMP on the same networks"
 )
+
 _CURVED = (
     "its latents lie on a curved space, where N(0, I) and the heads' Euclidean z do not apply. "
     "Train a VAE or a VAMP on the same networks"
 )
+
 _REFUSED = {
     **dict.fromkeys(("VQVAE", "HRQVAE"), _CODES),
     **dict.fromkeys(("VAE_IAF", "VAE_LinNF"), _FLOWS),
     **dict.fromkeys(("HVAE", "RHVAE"), _HAMILTON),
     **dict.fromkeys(("SVAE", "PoincareVAE"), _CURVED),
 }
+
 _NO_LIKELIHOOD = {
     "MSSSIM_VAE": "it was trained on structural similarity, which is no density of x",
     "VAEGAN": "it was trained on features of a discriminator, which give no density of x",

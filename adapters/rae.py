@@ -35,10 +35,9 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import pad
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ncprior.bases import NoPrior
-from ncprior.source import Sampleable, SingleGroup
-
-__all__ = ["RAE", "VAE", "RAESource", "pad_to_32", "settle"]
+from ncprior.bases.empirical import NoPrior
+from ncprior.distributions import Sampleable
+from ncprior.source import SingleGroup
 
 
 class _Setting(NamedTuple):
@@ -71,6 +70,7 @@ _SETTINGS = {
         rae={None: (1e-4, 0.0), "l2": (1e-4, 1e-7), "sn": (2.4e-3, 0.0)},
     ),
 }
+
 _DOWN = (128, 256, 512, 1024)
 
 

@@ -20,9 +20,8 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
-from ncprior.source import Group, module_fingerprint, require_eval
-
-__all__ = ["SCVISource"]
+from ncprior.source import Group, require_eval
+from ncprior.utils.fingerprints import module_fingerprint
 
 Condition: TypeAlias = dict[str, Tensor]
 
@@ -221,7 +220,7 @@ class SCVISource:
         )
 
     def fingerprint(self) -> str:
-        """Returns :func:`ncprior.source.module_fingerprint` of the network."""
+        """Returns :func:`ncprior.utils.module_fingerprint` of the network."""
         return module_fingerprint(self.module)
 
     def _checked(self, condition: Mapping[str, Tensor], count: int) -> Condition:

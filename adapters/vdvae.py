@@ -20,10 +20,9 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
-from ncprior.precision import wide
-from ncprior.source import Group, module_fingerprint, num_rows, posterior_of, require_eval
-
-__all__ = ["ByteImages", "VDVAESource"]
+from ncprior.source import Group, num_rows, posterior_of, require_eval
+from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.precision import wide
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
 _NORMALISATION = {
@@ -33,11 +32,15 @@ _NORMALISATION = {
     "ffhq_256": (112.8666757481, 69.84780273),
     "ffhq_1024": (0.4387 * 255, 0.2743 * 255),
 }
+
 _LOW_BIT = ("ffhq_256",)  # trained on bytes rounded down to multiples of 8
+
 _BLOCK = ("base", "mixin", "zdim", "enc", "prior", "z_proj", "resnet")
 
 Parameters: TypeAlias = tuple[Tensor, Tensor]  # location and log-scale, each (B, *event)
+
 Features: TypeAlias = dict[int, Tensor]  # by resolution, each (B, C, H, W)
+
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
 
@@ -66,7 +69,7 @@ class VDVAESource:
         ValueError: If its image size is not set, or the temperature is not positive.
 
     Example:
-        >>> from vdvae_standin import vdvae  # a small model of VDVAE's layout, in the tests
+        >>> from helpers.vdvae_standin import vdvae  # a small model of VDVAE's layout, in the tests
         >>> source = VDVAESource(vdvae())
         >>> x = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
         >>> state = source.start(4, source.encode(x))
@@ -164,7 +167,7 @@ class VDVAESource:
         return ByteImages(LogisticMixture(parameters, num_bits=5 if low_bit else 8))
 
     def fingerprint(self) -> str:
-        """Returns :func:`ncprior.source.module_fingerprint` of the model."""
+        """Returns :func:`ncprior.utils.module_fingerprint` of the model."""
         return module_fingerprint(self.module)
 
     @torch.no_grad()
@@ -184,7 +187,7 @@ class VDVAESource:
             ValueError: If the two disagree: the model is not of the layout known here.
 
         Example:
-            >>> from vdvae_standin import vdvae
+            >>> from helpers.vdvae_standin import vdvae
             >>> x = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
             >>> VDVAESource(vdvae()).self_check(x)
             0.0

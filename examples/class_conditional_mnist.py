@@ -19,11 +19,17 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from ncprior import NCPrior, SingleGroup, fit, sir
-from ncprior.data import Labelled, read_images
-from ncprior.demo_arms import ARMS, draw_arms, in_batches
-from ncprior.demo_models import Classifier, train
-from ncprior.gap import gap_closed
-from ncprior.plots import plot_samples
+from ncprior.demo import (
+    ARMS,
+    Classifier,
+    Labelled,
+    draw_arms,
+    in_batches,
+    plot_samples,
+    read_images,
+)
+from ncprior.evaluation import gap_closed
+from ncprior.utils import train
 
 
 class ConditionalVAE(nn.Module):

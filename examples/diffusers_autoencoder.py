@@ -27,11 +27,10 @@ from torch.nn.functional import cross_entropy, pad
 
 from ncprior import LatentSource, NCPrior, fit, sir
 from ncprior.bases import fit_gaussian, fit_mixture, latents_of, rebase
-from ncprior.data import Labelled, digits, read_images, split
-from ncprior.demo_arms import draw_arms, in_batches
-from ncprior.demo_models import Classifier, train
-from ncprior.gap import gap_closed
+from ncprior.demo import Classifier, Labelled, digits, draw_arms, in_batches, read_images, split
+from ncprior.evaluation import gap_closed
 from ncprior.heads import MLPHead
+from ncprior.utils import train
 
 try:
     from diffusers import AutoencoderKL

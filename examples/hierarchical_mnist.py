@@ -26,17 +26,22 @@ from torch.utils.data import Dataset
 
 from ncprior import NCPrior, SingleGroup, fit, sir
 from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
-from ncprior.data import Labelled, read_images
-from ncprior.demo_arms import ARMS, Generation, draw_arms, in_batches
-from ncprior.demo_models import VAE, Classifier, train
+from ncprior.demo import (
+    ARMS,
+    VAE,
+    Classifier,
+    Generation,
+    Labelled,
+    draw_arms,
+    in_batches,
+    plot_samples,
+    read_images,
+)
 from ncprior.diagnostics import diagnose
-from ncprior.evaluation import mmd
-from ncprior.files import load_tensors, save_tensors
-from ncprior.gap import gap_closed
-from ncprior.geometry import PCA, nearest
+from ncprior.evaluation import gap_closed, log_likelihood, mmd
 from ncprior.heads import MLPHead
-from ncprior.likelihood import log_likelihood
-from ncprior.plots import plot_samples
+from ncprior.saving import load_tensors, save_tensors
+from ncprior.utils import train
 
 
 class Binarised(Dataset[Tensor]):
@@ -106,7 +111,8 @@ def print_mmd(first: dict[str, Generation]) -> list[tuple[float, float]]:
             torch.cat([z.flatten(1)[:5000] for z in first[arm].latents[: k + 1]], dim=1)
             for arm in ARMS
         )
-        p, ours, q = map(PCA(q, 500), (p, ours, q))
+        mean, (_, _, v) = q.mean(0), torch.linalg.svd(q - q.mean(0), full_matrices=False)
+        p, ours, q = ((z - mean) @ v[:500].mT for z in (p, ours, q))  # principal components of q
         bandwidth = torch.pdist(torch.cat([p, q])[::10]).median().item()
         pair = (mmd(q, p, bandwidth=bandwidth).item(), mmd(q, ours, bandwidth=bandwidth).item())
         print(f"z_0..{k:<4} {pair[0]:>10.5f} {pair[1]:>14.5f}")
@@ -194,7 +200,8 @@ def run(num_groups: int, options: argparse.Namespace) -> dict[str, Any]:
     plot_samples({name: x[:16] for name, x in arms.items()}).savefig(out / "samples.png", dpi=150)
     report.plot().savefig(out / "report.png", dpi=150)
     queries = first["NCP"].x[:8]
-    rows = nearest(queries, data.images, 5).row.T
+    distances = torch.cdist(queries.flatten(1), data.images.flatten(1))
+    rows = distances.topk(5, largest=False).indices.T
     neighbours = {"NCP": queries}
     neighbours |= {f"neighbour {i + 1}": data.images[row] for i, row in enumerate(rows)}
     plot_samples(neighbours).savefig(out / "neighbours.png", dpi=150)

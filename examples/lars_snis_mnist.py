@@ -31,7 +31,7 @@ from ncprior.adapters.lars_snis import (
     SNISPrior,
     train_vae,
 )
-from ncprior.data import read_images
+from ncprior.demo import read_images
 
 LogRatio = Callable[[Tensor], Tensor]
 

@@ -40,13 +40,11 @@ from ncprior.adapters.nvae import (
     readjust_batchnorm,
     without_cuda,
 )
-from ncprior.data import Labelled, read_images
-from ncprior.demo_arms import ARMS, draw_arms, in_batches
-from ncprior.demo_models import Classifier, train
+from ncprior.demo import ARMS, Classifier, Labelled, draw_arms, in_batches, read_images
 from ncprior.diagnostics import diagnose
-from ncprior.evaluation import frechet_distance
-from ncprior.gap import gap_closed
+from ncprior.evaluation import frechet_distance, gap_closed
 from ncprior.heads import ConvHead, MLPHead
+from ncprior.utils import train
 
 SMALL = {
     "dataset": "mnist",

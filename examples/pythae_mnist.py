@@ -27,10 +27,9 @@ from torch.nn.functional import cross_entropy
 
 from ncprior import LatentSource, NCPrior, fit, sir
 from ncprior.bases import GaussianMixture, rebase
-from ncprior.data import Labelled, digits, read_images, split
-from ncprior.demo_arms import draw_arms, in_batches
-from ncprior.demo_models import Classifier, train
-from ncprior.gap import gap_closed, gap_difference
+from ncprior.demo import Classifier, Labelled, digits, draw_arms, in_batches, read_images, split
+from ncprior.evaluation import gap_closed, gap_difference
+from ncprior.utils import train
 
 try:
     from pythae.models import VAE, VAEConfig

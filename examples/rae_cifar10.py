@@ -33,11 +33,11 @@ from torch.nn.functional import cross_entropy
 from ncprior import LatentSource, NCPrior, SingleGroup, fit, sir
 from ncprior.adapters.rae import VAE, settle
 from ncprior.bases import fit_mixture, latents_of, rebase
-from ncprior.data import read_images
-from ncprior.demo_models import Classifier, train
-from ncprior.files import load_tensors, save_tensors
-from ncprior.gap import GapClosed, gap_closed, gap_difference
+from ncprior.demo import Classifier, read_images
+from ncprior.evaluation import GapClosed, gap_closed, gap_difference
+from ncprior.saving import load_tensors, save_tensors
 from ncprior.source import sample_posterior
+from ncprior.utils import train
 
 
 def trained_vae(images: Tensor, cache: Path, width: float, steps: int, seed: int) -> VAE:

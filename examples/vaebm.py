@@ -25,16 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ncprior.data import Labelled, digits, read_images, split
-from ncprior.decoder_noise import SquaredError
-from ncprior.demo_arms import in_batches
-from ncprior.demo_models import VAE, Classifier, train
-from ncprior.energies import EnergyNet
-from ncprior.evaluation import frechet_distance
-from ncprior.ood import auroc, ood_score
-from ncprior.plots import plot_samples
-from ncprior.vaebm import VAEBM
-from ncprior.vaebm_fit import fit_vaebm
+from ncprior.demo import (
+    VAE,
+    Classifier,
+    Labelled,
+    digits,
+    in_batches,
+    plot_samples,
+    read_images,
+    split,
+)
+from ncprior.evaluation import auroc, frechet_distance, ood_score
+from ncprior.utils import train
+from ncprior.vaebm import VAEBM, EnergyNet, SquaredError, fit_vaebm
 
 
 def read(name: str) -> tuple[Labelled, Labelled]:

@@ -24,7 +24,7 @@ from torch import nn
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.vdvae import VDVAESource
-from ncprior.data import read_images
+from ncprior.demo import read_images
 from ncprior.diagnostics import diagnose
 from ncprior.source import sample_posterior
 

@@ -1,12 +1,14 @@
 """Better priors for pretrained VAEs by noise contrastive estimation."""
 
-from ncprior.dynamics import langevin
-from ncprior.loop import fit
+from ncprior._version import __version__
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior, Sample
-from ncprior.samplers import Draw, sir
+from ncprior.samplers.base import Draw
+from ncprior.samplers.langevin import langevin
+from ncprior.samplers.sir import sir
 from ncprior.source import Group, LatentSource, SingleGroup
 from ncprior.trainer import NCETrainer
+from ncprior.training.fit import fit
 
 __all__ = [
     "Draw",
@@ -22,5 +24,3 @@ __all__ = [
     "nce_loss",
     "sir",
 ]
-
-__version__ = "0.1.0"

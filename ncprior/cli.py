@@ -16,8 +16,6 @@ import torch
 
 import ncprior
 
-__all__ = ["main"]
-
 _IMPORTED = time.time()
 
 _DESCRIPTION = """\
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from ncprior.demo import run_demo
+    from ncprior.demo.run import run_demo
 
     result = run_demo(options.data, out=options.out, seed=options.seed, started=_started())
     if options.json:
@@ -80,7 +78,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from ncprior.diagnostics import diagnose
+    from ncprior.diagnostics.diagnose import diagnose
 
     with torch.random.fork_rng():
         source, data = _load_object(options.source), _load_object(options.data)
@@ -97,7 +95,7 @@ def _diagnose(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ncprior.hub import inspect
+    from ncprior.saving.heads import inspect
 
     configuration = inspect(options.path_or_repo, revision=options.revision)
     print(json.dumps(configuration, indent=2))

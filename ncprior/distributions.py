@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Size, Tensor
@@ -18,11 +18,6 @@ from torch.distributions import (
     OneHotCategorical,
 )
 
-if TYPE_CHECKING:
-    from ncprior.source import Sampleable
-
-__all__ = ["build", "expand", "is_expanded", "is_parameters", "parameters"]
-
 Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """``{type name: {parameter name: tensor of shape (B, ...)}}``."""
 
@@ -34,6 +29,7 @@ _PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
     Categorical: ("logits",),
     OneHotCategorical: ("logits",),
 }
+
 _TYPES: dict[str, Any] = {cls.__name__: cls for cls in _PARAMETERS}
 
 
@@ -112,3 +108,17 @@ class _Rows:
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         return self.prior.sample(Size((*sample_shape, self.batch_size)))
+
+
+@runtime_checkable
+class Sampleable(Protocol):
+    """Anything that draws samples; a torch ``Distribution`` is one.
+
+    Example:
+        >>> isinstance(Normal(0.0, 1.0), Sampleable)
+        True
+    """
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's own default)
+        """Draws samples of shape ``(*sample_shape, B, *event)``."""
+        ...

@@ -32,8 +32,6 @@ import math
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["nce_loss", "nce_terms"]
-
 
 def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float = 1.0) -> Tensor:
     """Returns the NCE objective E_q[softplus(-(log r - log ν))] + ν E_p[softplus(log r - log ν)].

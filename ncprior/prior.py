@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ncprior.contrasts import group_losses
-from ncprior.features import as_seen, seen
-from ncprior.heads import make_head
-from ncprior.inference import given
-from ncprior.precision import at_precision, wide
-from ncprior.samplers import Draw, LogRatio, Sampler
-from ncprior.source import Group, LatentSource, num_rows, posterior_of
-
-__all__ = ["NCPrior", "Sample"]
+from ncprior.heads.fast import given
+from ncprior.heads.inputs import as_seen, seen
+from ncprior.heads.make import make_head
+from ncprior.nce import nce_loss
+from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.source import Group, LatentSource, contrasts, num_rows, posterior_of
+from ncprior.utils.precision import at_precision, wide
 
 
 class Sample(NamedTuple):
@@ -70,7 +68,7 @@ class NCPrior(nn.Module):
         strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
         active: One bool per group: whether its head is used.
         precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
-            with sums in float32, see :func:`ncprior.inference.given`.
+            with sums in float32, see :func:`ncprior.heads.given`.
         compiled: Whether heads are compiled for sampling, where that pays.
 
     Raises:
@@ -170,7 +168,39 @@ class NCPrior(nn.Module):
             >>> prior.nce_loss(x).shape
             torch.Size([1])
         """
-        return torch.stack(list(group_losses(self, x, noise_weight, num_draws)))
+        return torch.stack(list(self.group_losses(x, noise_weight, num_draws)))
+
+    def group_losses(
+        self,
+        x: Any,  # noqa: ANN401
+        noise_weight: float = 1.0,
+        num_draws: int = 1,
+        *,
+        precision: torch.dtype = torch.float32,
+        groups: Container[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the NCE loss of each group in turn, so that one head's graph is alive at a time.
+
+        Arguments:
+            x: One batch, as the user's loader yields it.
+            noise_weight: ν, see :func:`ncprior.nce_loss`.
+            num_draws: Draws of z_k per row, from posterior and prior each.
+            precision: Precision of the factors of the heads' matrix products.
+            groups: Groups whose loss is computed; the loss of any other is 0. All by default.
+
+        Returns:
+            The losses in nats, scalars.
+
+        Example:
+            >>> for loss in prior.group_losses(x):
+            ...     loss.backward()
+        """
+        for k, (z, context) in enumerate(contrasts(self.source, x, num_draws)):
+            if groups is not None and k not in groups:
+                yield z.new_zeros((), dtype=torch.float32)
+                continue
+            log_r = self.log_r(k, z, context, precision=precision)
+            yield nce_loss(log_r[0], log_r[1], noise_weight)
 
     @torch.no_grad()
     def sample(self, batch_size: int, sampler: Sampler, *, condition: Any = None) -> Sample:  # noqa: ANN401
@@ -250,7 +280,7 @@ class NCPrior(nn.Module):
             k: The group, from 0.
             z: Latents of the group, with shape ``(*, B, *event)``.
             context: The group's context, with shape ``(B, ...)``, or ``None``.
-            precision: Of the factors of the head's products, see :mod:`ncprior.inference`.
+            precision: Of the factors of the head's products, see :mod:`ncprior.heads`.
 
         Returns:
             log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
@@ -328,13 +358,13 @@ class NCPrior(nn.Module):
         Arguments:
             directory: Where to; made if missing.
             card: What the model card tells: ``report``, ``base_model`` and ``card_data``, see
-                :func:`ncprior.hub.save_pretrained`.
+                :func:`ncprior.saving.save_pretrained`.
 
         Example:
             >>> import tempfile
             >>> prior.save_pretrained(tempfile.mkdtemp())
         """
-        from ncprior import hub
+        from ncprior.saving import heads as hub
 
         hub.save_pretrained(self, directory, **card)
 
@@ -358,7 +388,7 @@ class NCPrior(nn.Module):
             check_fingerprint: Whether to refuse another VAE or another base prior.
 
         Returns:
-            The prior, in evaluation mode, see :func:`ncprior.hub.from_pretrained`.
+            The prior, in evaluation mode, see :func:`ncprior.saving.from_pretrained`.
 
         Raises:
             FileNotFoundError: If there is no such directory or repository.
@@ -371,7 +401,7 @@ class NCPrior(nn.Module):
             >>> NCPrior.from_pretrained(source, directory).strength
             1.0
         """
-        from ncprior import hub
+        from ncprior.saving import heads as hub
 
         return hub.from_pretrained(
             source,
@@ -386,7 +416,7 @@ class NCPrior(nn.Module):
 
         Arguments:
             repo_id: The repository, such as ``"user/my-prior"``; made if missing.
-            options: See :func:`ncprior.hub.push_to_hub`.
+            options: See :func:`ncprior.saving.push_to_hub`.
 
         Returns:
             The URL of the commit.
@@ -395,7 +425,7 @@ class NCPrior(nn.Module):
             >>> prior.push_to_hub("user/my-prior", private=True)  # doctest: +SKIP
             'https://huggingface.co/user/my-prior/commit/0f3c...'
         """
-        from ncprior import hub
+        from ncprior.saving import heads as hub
 
         return hub.push_to_hub(self, repo_id, **options)
 

@@ -11,46 +11,22 @@ and, when there is an x, q(z_k | z_<k, x), ``advance`` takes a z_k and makes the
 choice of z_k. A state is a value: a walk can be forked, indexed, cached and compared.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import build, expand, is_parameters, parameters
-
-__all__ = [
-    "Group",
-    "LatentSource",
-    "Sampleable",
-    "SingleGroup",
-    "device_of",
-    "module_fingerprint",
-    "num_rows",
-    "posterior_of",
-    "require_eval",
-    "sample_posterior",
-]
+from ncprior.distributions import Sampleable, build, expand, is_parameters, parameters
+from ncprior.utils.fingerprints import module_fingerprint
 
 E = TypeVar("E")
+
 S = TypeVar("S")
-
-
-@runtime_checkable
-class Sampleable(Protocol):
-    """Anything that draws samples; a torch ``Distribution`` is one.
-
-    Example:
-        >>> isinstance(Normal(0.0, 1.0), Sampleable)
-        True
-    """
-
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008 (torch's own default)
-        """Draws samples of shape ``(*sample_shape, B, *event)``."""
-        ...
 
 
 class Group(NamedTuple):
@@ -83,7 +59,7 @@ class LatentSource(Protocol[E, S]):
 
     Optional are ``module``, the VAE, for the checks that it stays as it was; ``fingerprint() ->
     str``, to refuse heads of another VAE; ``likelihood(state) -> Distribution`` over x, for
-    :mod:`ncprior.likelihood`; and ``features(k, z) -> Tensor``, what the ratio head of group k sees
+    :mod:`ncprior.evaluation`; and ``features(k, z) -> Tensor``, what the ratio head of group k sees
     in place of z_k: from ``(*, B, *event)`` to ``(*, B, ...)``, a function of z_k alone.
 
     Example:
@@ -413,18 +389,43 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
-def module_fingerprint(module: nn.Module) -> str:
-    """Returns ``"<dtype>:<SHA-256>"`` over a module's sorted names, shapes and float32 values.
+def contrasts(
+    source: LatentSource[Any, Any],
+    x: Any,  # noqa: ANN401
+    num_draws: int = 1,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields, group by group, what its head is to tell apart, under z_<k of the posterior.
+
+    Arguments:
+        source: The VAE.
+        x: One batch, as the user's loader yields it.
+        num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with the
+            first.
+
+    Returns:
+        Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
+        context.
 
     Example:
-        >>> module_fingerprint(torch.nn.Linear(1, 1)).split(":")[0]
-        'float32'
+        >>> [z.shape for z, context in contrasts(source, x)]
+        [torch.Size([2, 1, 4, 2])]
     """
-    digest = hashlib.sha256()
-    tensors = module.state_dict()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
-    dtypes = {str(t.dtype) for t in tensors.values() if t.is_floating_point()}
-    return f"{'+'.join(sorted(dtypes)).replace('torch.', '') or 'none'}:{digest.hexdigest()}"
+    count = Size((num_draws,))
+    require_eval(source, getattr(source, "module", None))
+    with torch.no_grad():
+        encoding = source.encode(x)
+        state = source.start(num_rows(encoding), encoding)
+    for k in range(source.num_groups):
+        with torch.no_grad():
+            group = source.group(state)
+            z_q, z_p = _draw(posterior_of(group), count), _draw(group.prior, count)
+            if k + 1 < source.num_groups:
+                state = source.advance(state, z_q[0])
+            z = torch.stack([z_q, z_p.to(z_q.dtype)])
+        yield z, group.context
+
+
+def _draw(law: Any, count: Size) -> Tensor:  # noqa: ANN401
+    """Draws of a law; a GPU need not wait for them, as a normal's ``sample`` makes it."""
+    z: Tensor = law.rsample(count) if getattr(law, "has_rsample", False) else law.sample(count)
+    return z

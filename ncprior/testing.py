@@ -11,14 +11,15 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ncprior.distributions import parameters
-from ncprior.source import Group, LatentSource, Sampleable, num_rows, posterior_of
-
-__all__ = ["check_source"]
+from ncprior.distributions import Sampleable, parameters
+from ncprior.source import Group, LatentSource, num_rows, posterior_of
 
 Source: TypeAlias = LatentSource[Any, Any]
+
 Tree: TypeAlias = Any  # a pytree of tensors whose first axis is the batch
+
 Start: TypeAlias = tuple[int, Tree, Tree]  # batch size, encoding and condition
+
 _HALF = (torch.float16, torch.bfloat16)
 
 

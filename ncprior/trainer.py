@@ -11,25 +11,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
-from ncprior.batched import log_ratios
-from ncprior.contrasts import contrasts, group_losses
-from ncprior.features import seen
+from ncprior.heads.inputs import seen
+from ncprior.heads.stacked import log_ratios
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
-from ncprior.ranks import average_over_ranks, from_rank, num_ranks, rank, sum_over_ranks
-
-__all__ = [
-    "NCETrainer",
-    "StepMetrics",
-    "check_parameters",
-    "reduce_and_clip",
-    "share_weights",
-    "zero_gradients",
-]
+from ncprior.source import contrasts
+from ncprior.utils.distributed import (
+    average_over_ranks,
+    num_ranks,
+    rank,
+    sum_over_ranks,
+)
+from ncprior.utils.gradients import (
+    check_parameters,
+    reduce_and_clip,
+    share_weights,
+    zero_gradients,
+)
 
 
 class StepMetrics(NamedTuple):
@@ -165,8 +166,8 @@ class NCETrainer:
 
     def _in_turn(self, x: Any) -> Tensor:  # noqa: ANN401
         losses = []
-        for loss in group_losses(
-            *(self.prior, x, self.noise_weight, self.num_draws),
+        for loss in self.prior.group_losses(
+            *(x, self.noise_weight, self.num_draws),
             precision=self.precision,
             groups=self.groups,
         ):
@@ -203,78 +204,6 @@ class NCETrainer:
                 f"{norms[k].item():.4g} at step {self.steps}. The heads are as they were before "
                 f"this step. Look for NaN or infinity in x, or take a lower learning rate."
             )
-
-
-def check_parameters(
-    optimizer: torch.optim.Optimizer, module: nn.Module, whose: str, remedy: str
-) -> None:
-    """Refuses an optimizer of parameters other than those of what is trained.
-
-    Raises:
-        ValueError: If it holds any other.
-
-    Example:
-        >>> optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
-        >>> check_parameters(optimizer, prior, "the heads'", "prior.parameters()")
-        Traceback (most recent call last):
-        ValueError: The optimizer holds parameters that are not the heads'; the VAE stays frozen. Make it from prior.parameters().
-    """
-    own = {id(p) for p in module.parameters()}
-    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"The optimizer holds parameters that are not {whose}; the VAE stays frozen. "
-            f"Make it from {remedy}."
-        )
-
-
-def share_weights(module: nn.Module) -> None:
-    """Gives all ranks of the process group rank 0's weights; does nothing without one.
-
-    Example:
-        >>> share_weights(prior)
-    """
-    for tensor in module.state_dict().values():
-        from_rank(0, tensor)
-
-
-def zero_gradients(module: nn.Module) -> None:
-    """Makes every gradient zero, and one for every parameter that has none.
-
-    Gradients live from here on: made in the middle of a backward pass, they would lie between
-    activations and keep the allocator from using that memory again for the next group.
-
-    Example:
-        >>> zero_gradients(prior)
-        >>> any(p.grad is None for p in prior.parameters())
-        False
-    """
-    for p in module.parameters():
-        if p.grad is not None:
-            p.grad.zero_()
-        elif p.requires_grad:
-            p.grad = torch.zeros_like(p)
-
-
-def reduce_and_clip(module: nn.Module, max_norm: float, *, shared: bool = True) -> Tensor:
-    """Averages a module's gradients over the ranks, where they share it, and clips them.
-
-    Returns:
-        The norm before clipping.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> net(torch.full((1, 2), 4.0)).backward()  # gradients 4, 4 and 1
-        >>> reduce_and_clip(net, 1.0).item(), round(net.weight.grad.norm().item(), 2)
-        (5.744562..., 0.98)
-    """
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    if num_ranks() > 1 and gradients and shared:
-        flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(mean.view_as(gradient))
-    return clip_grad_norm_(module.parameters(), max_norm)
 
 
 def _on_accelerator(prior: NCPrior) -> bool:

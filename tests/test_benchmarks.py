@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import GaussianPair
+from helpers.problems import GaussianPair
 from torch import nn
 
 from ncprior import NCPrior, langevin, sir
-from ncprior.demo_models import VAE
-from ncprior.products import ProductHead
-from ncprior.stages import nested
+from ncprior.demo.networks import VAE
+from ncprior.heads.product import ProductHead
+from ncprior.training.stages import nested
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 SCRIPTS = [

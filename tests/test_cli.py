@@ -11,7 +11,7 @@ import torch
 
 from ncprior import NCPrior, SingleGroup
 from ncprior.cli import main
-from ncprior.heads import MLPHead
+from ncprior.heads.networks import MLPHead
 
 MY_VAE = """
 import torch
@@ -106,5 +106,5 @@ def test_an_interrupt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncprior.hub.inspect", interrupted)
+    monkeypatch.setattr("ncprior.saving.heads.inspect", interrupted)
     assert main(["inspect", "saved"]) == 130

@@ -24,7 +24,7 @@ def status(field: str) -> int:
 
 def main(how: str, num_groups: int, steps: int) -> None:
     """Prints the peak over the resident size before, less what the heads' state needs."""
-    from toys import ladder_prior
+    from helpers.toys import ladder_prior
 
     from ncprior import NCETrainer, fit
 

@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from problems import Codes, CorrelatedPair, GaussianPair, Ring
+from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
 from torch import Tensor, nn
 
 from ncprior import NCETrainer, NCPrior, nce_loss, sir
-from ncprior.heads import CategoricalHead, MLPHead
+from ncprior.heads.networks import CategoricalHead, MLPHead
 
 log = math.log
 

@@ -9,17 +9,28 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from problems import Codes, CorrelatedPair, ExactRatio, GaussianPair, SampleOnly
+from helpers.problems import Codes, CorrelatedPair, ExactRatio, GaussianPair, SampleOnly
+from helpers.toys import (
+    VAE,
+    Ladder,
+    Rung,
+    base,
+    everything,
+    flat,
+    ladder_prior,
+    same,
+    stir,
+    weights,
+)
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
-from toys import VAE, Ladder, Rung, base, everything, flat, ladder_prior, same, stir, weights
 
 from ncprior import Draw, Group, NCPrior, SingleGroup, langevin, sir
-from ncprior.contrasts import group_losses
-from ncprior.heads import CategoricalHead, ConvHead, MLPHead
+from ncprior.distributions import Sampleable
+from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.nce import nce_loss
-from ncprior.samplers import LogRatio
-from ncprior.source import Sampleable, posterior_of
+from ncprior.samplers.base import LogRatio
+from ncprior.source import posterior_of
 
 SIR = partial(sir, num_proposals=20)
 ULA = partial(langevin, num_steps=3, step_size=0.1)
@@ -301,7 +312,7 @@ def test_nce_loss_is_the_objective_of_every_group_along_the_posterior() -> None:
         torch.manual_seed(3)
         assert torch.equal(prior(x, nu), losses)
         torch.manual_seed(3)
-        assert torch.equal(torch.stack(list(group_losses(prior, x, nu, 1))), losses)
+        assert torch.equal(torch.stack(list(prior.group_losses(x, nu, 1))), losses)
 
 
 @UNTRAINED

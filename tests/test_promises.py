@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from problems import Codes
+from helpers.problems import Codes
+from helpers.toys import VAE, Ladder, everything, flat, weights
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from toys import VAE, Ladder, everything, flat, weights
 
 from ncprior import Draw, NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.testing import check_source

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import Codes, CorrelatedPair, GaussianPair, SampleOnly
+from helpers.problems import Codes, CorrelatedPair, GaussianPair, SampleOnly
+from helpers.toys import VAE, Ladder, Rung, base, everything, flat
 from torch import Tensor, nn
 from torch.distributions import (
     Bernoulli,
@@ -20,11 +21,11 @@ from torch.distributions import (
     OneHotCategorical,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
-from toys import VAE, Ladder, Rung, base, everything, flat
 
 from ncprior import Group, LatentSource, SingleGroup
-from ncprior.source import module_fingerprint, num_rows, posterior_of, sample_posterior
+from ncprior.source import num_rows, posterior_of, sample_posterior
 from ncprior.testing import check_source
+from ncprior.utils.fingerprints import module_fingerprint
 
 
 def mixture(rows: tuple[int, ...] = ()) -> MixtureSameFamily:

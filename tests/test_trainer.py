@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from problems import CorrelatedPair, GaussianPair
+from helpers.problems import CorrelatedPair, GaussianPair
+from helpers.toys import Ladder, Rung, everything, flat, ladder_prior, same, stir, weights
 from torch import Tensor, nn
-from toys import Ladder, Rung, everything, flat, ladder_prior, same, stir, weights
 
 from ncprior import Group, NCETrainer, NCPrior
-from ncprior.heads import MLPHead
-from ncprior.ranks import average_over_ranks
+from ncprior.heads.networks import MLPHead
+from ncprior.utils.distributed import average_over_ranks
 
 
 def sgd(prior: NCPrior, lr: float = 0.1) -> torch.optim.SGD:

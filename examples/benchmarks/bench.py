@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncprior.data import read_images
-from ncprior.files import load_tensors, save_tensors, write_atomically
+from ncprior.demo import read_images
+from ncprior.saving import load_tensors, save_tensors, write_atomically
 
 Row = dict[str, Any]
 

@@ -23,11 +23,9 @@ from torch import Tensor
 from ncprior import NCPrior, fit
 from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
 from ncprior.adapters.lars_snis import Binarised
-from ncprior.bounds import Bounds
 from ncprior.diagnostics import diagnose
+from ncprior.evaluation import Bounds, Likelihood, log_likelihood, log_normaliser
 from ncprior.heads import MLPHead
-from ncprior.likelihood import Likelihood, log_likelihood
-from ncprior.normaliser import log_normaliser
 
 COLUMNS = {
     "method": "<16",

@@ -23,11 +23,10 @@ from ncprior.adapters.lars_snis import Binarised
 from ncprior.adapters.rae import VAE as RAEVAE
 from ncprior.adapters.rae import settle
 from ncprior.bases import latents_of
-from ncprior.data import Labelled, digits, read_images, split
-from ncprior.demo_arms import in_batches
-from ncprior.demo_models import VAE, Classifier, train
+from ncprior.demo import VAE, Classifier, Labelled, digits, in_batches, read_images, split
 from ncprior.heads import MLPHead
 from ncprior.source import sample_posterior
+from ncprior.utils import train
 
 
 @dataclass

@@ -26,27 +26,22 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, sir
-from ncprior.adapters.flows import fit_flow
 from ncprior.bases import (
     Empirical,
     Rebased,
+    fit_flow,
+    fit_flow_matching,
     fit_gaussian,
     fit_mixture,
+    fit_vamp,
     rebase,
     stored_numbers,
 )
-from ncprior.combine import describe
-from ncprior.components import within_components
-from ncprior.diagnostics import diagnose
-from ncprior.files import write_atomically
-from ncprior.flow_matching import fit_flow_matching
-from ncprior.products import factors
-from ncprior.recommend import recommend_sampler
-from ncprior.samplers import LogRatio, Sampler
-from ncprior.smc import tempered_smc
-from ncprior.stages import nested
-from ncprior.strength import match_strength
-from ncprior.vamp import fit_vamp
+from ncprior.diagnostics import diagnose, match_strength, recommend_sampler
+from ncprior.heads import factors
+from ncprior.samplers import LogRatio, Sampler, describe, tempered_smc, within_components
+from ncprior.saving import write_atomically
+from ncprior.training import nested
 
 BATCH = 1000  # samples drawn at once
 AFTER = ("gate", "stages", "calibrate")  # arguments of fit that act on what is trained

@@ -35,10 +35,8 @@ from ncprior.adapters.lars_snis import (
     train_vae,
 )
 from ncprior.bases import GaussianMixture, fit_mixture, latents_of, rebase
-from ncprior.bounds import Bounds
+from ncprior.evaluation import Bounds, Likelihood, log_likelihood, log_normaliser
 from ncprior.heads import MLPHead
-from ncprior.likelihood import Likelihood, log_likelihood
-from ncprior.normaliser import log_normaliser
 
 COLUMNS = {
     "method": "<20",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ncprior.data import digits, read_images
+from ncprior.demo import digits, read_images
 
 # The paper's: of the Hub, with their part and the column of the classes. (CelebA's images do not fit
 # into memory as read_images reads them.)

@@ -9,7 +9,7 @@ samples under the same seeds, and is judged by Fréchet distance on the features
 classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior
 samples of training images, with an interval over 5 generations and a resampled reference.
 `over_rival` is the paired difference to the best fitted prior of that seed that uses no ratio head,
-of whatever size. `matched`: at the strength that ncprior.strength finds for the sampler.
+of whatever size. `matched`: at the strength that ncprior.diagnostics finds for the sampler.
 
 `family`: ours uses a trained ratio head; a reference is the base, the posterior, or what stores
 more than a tenth as many numbers as the training encodings; the rest are peers. pythae's samplers
@@ -34,9 +34,8 @@ from hole_figure import save_figure
 from hole_methods import BATCH, Fitted, Heads, Method, evaluations, methods
 from torch import Tensor
 
-from ncprior.demo_arms import in_batches
-from ncprior.evaluation import precision_recall
-from ncprior.gap import GapClosed, gap_closed, gap_difference
+from ncprior.demo import in_batches
+from ncprior.evaluation import GapClosed, gap_closed, gap_difference, precision_recall
 
 COLUMNS = {
     "method": "<58",

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ncprior import Draw, NCPrior, fit, langevin, sir
-from ncprior.data import Labelled, read_images
-from ncprior.demo_arms import ARMS, draw_arms, in_batches
-from ncprior.demo_models import VAE, Classifier, train
-from ncprior.gap import gap_closed
+from ncprior.demo import ARMS, VAE, Classifier, Labelled, draw_arms, in_batches, read_images
+from ncprior.distributions import Sampleable
+from ncprior.evaluation import gap_closed
 from ncprior.samplers import LogRatio, Sampler
-from ncprior.source import Sampleable
+from ncprior.utils import train
 
 COLUMNS = {
     "method": "<16",

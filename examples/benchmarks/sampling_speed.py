@@ -34,9 +34,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, NCPrior, SingleGroup, sir
-from ncprior.heads import ConvHead, MLPHead
-from ncprior.inference import given
-from ncprior.parts import sample_parts
+from ncprior.heads import ConvHead, MLPHead, given
+from ncprior.jobs import sample_parts
 
 COLUMNS = {
     "name": "<26",

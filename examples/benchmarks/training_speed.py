@@ -35,14 +35,12 @@ from sampler_cost import Table8
 from torch import Tensor, nn
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
-from ncprior.contrasts import group_losses
-from ncprior.data import read_images
-from ncprior.demo_models import VAE
+from ncprior.data import KeptWalks
+from ncprior.demo import VAE, read_images
 from ncprior.distributions import parameters
 from ncprior.heads import MLPHead
 from ncprior.source import LatentSource
-from ncprior.training import HeldOut
-from ncprior.walks import KeptWalks
+from ncprior.training.held_out import HeldOut
 
 COLUMNS = {
     "name": "<24",
@@ -72,7 +70,7 @@ def straightforward(
     prior.train()
     for step in range(steps):
         x = images[torch.randint(len(images), (batch,))].to(held_out.device)
-        losses = group_losses(prior, x, 1.0, 1)
+        losses = prior.group_losses(x, 1.0, 1)
         for head, optimizer, loss in zip(prior.heads, optimizers, losses, strict=True):
             optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()

@@ -20,7 +20,7 @@ gone. `over_alone` is the paired difference in gap closed of both together to th
 alone.
 
 The second table is out-of-distribution detection by unnormalised log-density, as AUROC against test
-images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.ood. Scores of an energy
+images, with DeLong's intervals: log p_VAE(x) is an IWAE bound, see ncprior.evaluation. Scores of an energy
 of noisy data are means over the noise. `over the VAE` is the paired difference of the means.
 """
 
@@ -46,18 +46,19 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from ncprior import NCPrior, sir
 from ncprior.bases import Rebased, rebase
-from ncprior.components import within_components
-from ncprior.decoder_noise import SquaredError
-from ncprior.demo_arms import in_batches
-from ncprior.energies import EnergyNet
-from ncprior.evaluation import precision_recall
-from ncprior.files import write_atomically
-from ncprior.gap import GapClosed, gap_closed, gap_difference
-from ncprior.ood import auroc, auroc_gain, ood_score
-from ncprior.plots import plot_samples
-from ncprior.samplers import Sampler
-from ncprior.vaebm import VAEBM
-from ncprior.vaebm_fit import fit_vaebm
+from ncprior.demo import in_batches, plot_samples
+from ncprior.evaluation import (
+    GapClosed,
+    auroc,
+    auroc_gain,
+    gap_closed,
+    gap_difference,
+    ood_score,
+    precision_recall,
+)
+from ncprior.samplers import Sampler, within_components
+from ncprior.saving import write_atomically
+from ncprior.vaebm import VAEBM, EnergyNet, SquaredError, fit_vaebm
 
 COLUMNS = {
     "method": "<11",

@@ -1,0 +1,28 @@
+"""Base priors that are closer to the aggregate posterior than the VAE's own."""
+
+from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
+from ncprior.bases.flow import Flow, fit_flow
+from ncprior.bases.flow_matching import FlowMatching, fit_flow_matching
+from ncprior.bases.latents import latents_of
+from ncprior.bases.mixture import GaussianMixture
+from ncprior.bases.mixture_em import fit_gaussian, fit_mixture
+from ncprior.bases.rebase import Base, Rebased, rebase
+from ncprior.bases.vamp import fit_vamp
+
+__all__ = [
+    "Base",
+    "Empirical",
+    "Flow",
+    "FlowMatching",
+    "GaussianMixture",
+    "NoPrior",
+    "Rebased",
+    "fit_flow",
+    "fit_flow_matching",
+    "fit_gaussian",
+    "fit_mixture",
+    "fit_vamp",
+    "latents_of",
+    "rebase",
+    "stored_numbers",
+]

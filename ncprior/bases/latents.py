@@ -1,0 +1,62 @@
+"""Latents drawn from the aggregate posterior, to fit a base to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_map_only
+
+from ncprior.data.stream import in_order
+from ncprior.source import LatentSource, device_of, num_rows, posterior_of
+
+
+@torch.no_grad()
+def latents_of(
+    source: LatentSource[Any, Any],
+    data: Any,  # noqa: ANN401
+    *,
+    k: int = 0,
+    of: str = "samples",
+    batch_size: int = 1000,
+) -> Tensor:
+    """Encodes data, for a base to be fitted to.
+
+    Arguments:
+        source: The VAE.
+        data: A tensor or map-style dataset of x, a ``DataLoader``, or a list of batches.
+        k: The group whose latents are wanted, from 0.
+        of: ``"samples"``, one z_k ~ q(z_k | z_<k, x) per row, which is what the heads will see; or
+            ``"means"`` of q, which is what RAE fits its mixture to.
+        batch_size: Rows per batch, where batches are made here.
+
+    Returns:
+        The latents, with shape ``(N, *event)``.
+
+    Raises:
+        ValueError: If there is no such group, or ``of`` is none of the two.
+
+    Example:
+        >>> latents_of(source, x).shape
+        torch.Size([4, 2])
+    """
+    if not 0 <= k < source.num_groups or of not in ("samples", "means"):
+        raise ValueError(
+            f"k must be from 0 to {source.num_groups - 1}, and of 'samples' or 'means'; "
+            f"got {k} and {of!r}."
+        )
+    device, latents = device_of(source), []
+    for batch in in_order(data, batch_size):
+        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        encoding = source.encode(batch)
+        state = source.start(num_rows(encoding), encoding)
+        for _ in range(k):
+            state = source.advance(state, _take(posterior_of(source.group(state)), of))
+        latents.append(_take(posterior_of(source.group(state)), of))
+    return torch.cat(latents)
+
+
+def _take(q: Distribution, of: str) -> Tensor:
+    return q.sample() if of == "samples" else q.mean

@@ -1,0 +1,151 @@
+r"""Other base priors for a frozen VAE: NCP on a closer base has less to correct.
+
+    source = rebase(source, fit_mixture(latents_of(source, x)))
+
+A base is anything that draws z_k: a fitted mixture (here), a VampPrior (:mod:`ncprior.bases`), a
+normalizing flow (:mod:`ncprior.bases`), flow matching (:mod:`ncprior.bases`), the
+training encodings themselves, a tempered prior. Decoder and posterior stay the wrapped source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ncprior.distributions import Sampleable, expand
+from ncprior.source import Group, LatentSource, num_rows
+
+Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
+
+
+def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
+    """Wraps a source with another base prior.
+
+    Arguments:
+        source: The VAE.
+        base: ``base(k, group)`` gives the new prior of group k from ``group.prior`` and
+            ``group.context``. With one group of latents it may be the prior itself, of empty batch
+            shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
+
+    Returns:
+        A source: the same VAE with that prior.
+
+    Raises:
+        ValueError: If one prior is given for several groups.
+        TypeError: If the base can neither be sampled nor called.
+
+    Example:
+        >>> from ncprior.bases import fit_gaussian, latents_of
+        >>> closer = rebase(source, fit_gaussian(latents_of(source, x)))
+        >>> closer.group(closer.start(4)).prior.sample().shape
+        torch.Size([4, 2])
+
+        The same prior at temperature 0.7:
+
+        >>> def tempered(k, group):
+        ...     p = group.prior
+        ...     return Independent(Normal(p.mean, 0.7 * p.stddev), len(p.event_shape))
+        >>> colder = rebase(source, tempered)
+    """
+    return Rebased(source, base)
+
+
+class Rebased:
+    """A source with another base prior, made by :func:`rebase`.
+
+    Whatever else the wrapped source can do, such as ``likelihood``, is asked of it.
+
+    Attributes:
+        source: The wrapped source.
+        prior: The prior itself, where one was given, else ``None``.
+        module: The VAE, where the wrapped source tells it, else ``None``.
+
+    Example:
+        >>> from ncprior.bases import fit_gaussian, latents_of
+        >>> closer = Rebased(source, fit_gaussian(latents_of(source, x)))
+        >>> closer.module is source.module, type(closer.prior).__name__
+        (True, 'GaussianMixture')
+    """
+
+    def __init__(self, source: LatentSource[Any, Any], base: Base) -> None:
+        prior, function = (base, None) if isinstance(base, Sampleable) else (None, base)
+        if prior is None and not callable(function):
+            raise TypeError(
+                f"A base is a prior with a method `sample`, or base(k, group) that makes one; "
+                f"got {type(base).__name__}."
+            )
+        if prior is not None and source.num_groups > 1:
+            raise ValueError(
+                f"One prior is given for the {source.num_groups} groups of the source. "
+                f"Pass base(k, group), which makes the prior of group k."
+            )
+        self.source = source
+        self.module = getattr(source, "module", None)
+        self.prior: Sampleable | None = prior
+        self._base: Any = function
+
+    class State(NamedTuple):
+        """The wrapped source's state, and the number of the group that it stands in front of."""
+
+        walk: Any
+        k: int
+
+    @property
+    def num_groups(self) -> int:
+        """K, the number of latent groups."""
+        return self.source.num_groups
+
+    def encode(self, x: Any) -> Any:  # noqa: ANN401
+        """Encodes one batch, as the wrapped source does."""
+        return self.source.encode(x)
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
+        """Makes the state in front of the first group."""
+        return self.State(self.source.start(batch_size, encoding, condition), 0)
+
+    def group(self, state: State) -> Group:
+        """Shows the group, with the new prior."""
+        group = self.source.group(state.walk)
+        prior = self._new_prior(state, group)
+        given = prior if self.prior is None else self.prior
+        self._check_event(state.k, given, group.posterior)
+        return group._replace(prior=prior)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Takes z_k, with shape ``(B, *event)``."""
+        return self.State(self.source.advance(state.walk, z), state.k + 1)
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the decoder's mean."""
+        return self.source.decode(state.walk)
+
+    def likelihood(self, state: State) -> Distribution:
+        """Returns p(x | z), where the wrapped source knows it."""
+        return self.__getattr__("likelihood")(state.walk)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Asks the wrapped source for what else it can do."""
+        if name.startswith("__") or "source" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def _new_prior(self, state: State, group: Group) -> Sampleable:
+        if self.prior is not None:
+            return expand(self.prior, num_rows(state.walk))
+        prior: Sampleable = self._base(state.k, group)
+        if isinstance(prior, Distribution) and not prior.batch_shape:
+            return expand(prior, num_rows(state.walk))
+        return prior
+
+    @staticmethod
+    def _check_event(k: int, prior: Sampleable, posterior: Distribution | None) -> None:
+        event_shape = getattr(prior, "event_shape", None)
+        if posterior is not None and event_shape not in (None, posterior.event_shape):
+            raise ValueError(
+                f"Group {k}: the base has latents of shape {tuple(event_shape)}, and "
+                f"q(z | x) of {tuple(posterior.event_shape)}. Fit it on latents_of(source, x), "
+                f"which keeps their shape."
+            )

@@ -1,0 +1,212 @@
+r"""VampPrior of a VAE that is trained already: the mixture of its own posteriors at learnt inputs.
+
+.. math::
+    p(z) = \frac{1}{K} \sum_k q(z | u_k)
+
+The best prior of a VAE is its aggregate posterior, this mixture over all training data. A few
+pseudo-inputs u_k stand for them: starting at training data, they climb E_q log p(z) through the
+frozen encoder.
+
+References:
+    | VAE with a VampPrior (Tomczak & Welling, AISTATS 2018) https://arxiv.org/abs/1705.07120
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.utils._pytree import tree_map_only
+
+from ncprior.bases.latents import latents_of
+from ncprior.bases.mixture import GaussianMixture
+from ncprior.data.stream import Stream, iter_is_self, split
+from ncprior.distributions import parameters
+from ncprior.source import LatentSource, device_of, num_rows, posterior_of
+from ncprior.utils.optimise import minimise
+
+_ROWS = 4096  # latents whose density is taken at once
+
+
+def fit_vamp(
+    source: LatentSource[Any, Any],
+    data: Any,  # noqa: ANN401
+    num_components: int = 500,
+    *,
+    held_out: Any = None,  # noqa: ANN401
+    bounds: tuple[float, float] | None = None,
+    steps: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-2,
+    patience: int | None = 10,
+    progress: bool = True,
+) -> GaussianMixture:
+    """Fits a VampPrior: the mixture of a VAE's posteriors q(z | u_k) at learnt pseudo-inputs u_k.
+
+    The gradient goes through the encoder to the pseudo-inputs alone, and the VAE stays as it was.
+    Each step encodes one batch and all pseudo-inputs. Those of the highest mean of log p(z) over
+    held-out data are kept.
+
+    Arguments:
+        source: The VAE, with one group of latents, no condition, and Gaussian posteriors.
+        data: A tensor or map-style dataset of x; or a ``DataLoader`` or list of batches, which
+            needs ``held_out``. Of a batch that is a tuple, x is the first item.
+        num_components: K, the number of pseudo-inputs.
+        held_out: Data of the same kind for early stopping; by default 5 % of the data.
+        bounds: Least and largest value of pseudo-inputs; if ``None``, 0 and 1 where all of the
+            training data they start at lie there, else none.
+        steps: Number of optimizer steps; with 0, pseudo-inputs stay random rows of the data.
+        batch_size: Rows per batch, where batches are made here.
+        learning_rate: The first learning rate, in standard deviations of x.
+        patience: Held-out losses, one every 100 steps, without progress before it stops;
+            ``None`` never stops early.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The mixture, of equal weights and diagonal covariances. The pseudo-inputs are not part of it.
+
+    Raises:
+        FloatingPointError: If the held-out mean of log p(z) is not finite.
+        TypeError: If the posterior is no diagonal Gaussian, or x no tensor of floating point.
+        ValueError: If the source or the data will not do for another reason.
+
+    References:
+        Tomczak & Welling (2018), equation 9.
+
+    Example:
+        >>> base = fit_vamp(source, torch.randn(100, 3), 5, steps=20, progress=False)
+        >>> base.loc.shape, base.is_full
+        (torch.Size([5, 2]), False)
+    """
+    train, held_out = _parts(data, held_out)
+    fixed, stream = latents_of(source, held_out), Stream(train, batch_size)
+    _gaussian(source, next(stream))  # refuses other VAEs before their pseudo-inputs do
+    pseudo = _PseudoInputs(source, _first_rows(train, num_components), bounds)
+    minimise(
+        lambda: pseudo.loss(latents_of(source, [next(stream)])),
+        lambda: pseudo.loss(fixed),
+        [pseudo.u],
+        steps=steps,
+        learning_rate=learning_rate * pseudo.spread,
+        patience=patience,
+        project=pseudo.project,
+        name="VampPrior",
+        progress=progress,
+    )
+    with torch.no_grad():
+        learnt = pseudo.mixture()
+    tensors = {name: t.detach().clone() for name, t in learnt.tensors().items()}
+    return GaussianMixture.rebuild(tensors, learnt.config())
+
+
+class _PseudoInputs:
+    """u, and the mixture that the frozen encoder makes of it."""
+
+    def __init__(
+        self, source: LatentSource[Any, Any], rows: Tensor, bounds: tuple[float, float] | None
+    ) -> None:
+        self.source = source
+        self.u = rows.to(device_of(source), copy=True).requires_grad_()
+        if bounds is None:
+            inside = bool(rows.amin() >= 0 and rows.amax() <= 1)
+            bounds = (0.0, 1.0) if inside else (-math.inf, math.inf)
+        self.bounds = bounds
+        self.project()
+        self.spread = rows.std(correction=0).item() or 1.0
+        self._check_gradient()
+
+    def mixture(self) -> GaussianMixture:
+        loc, scale, event_shape = _gaussian(self.source, self.u)
+        weights = loc.new_zeros(len(loc))
+        return GaussianMixture(weights, loc.flatten(1), scale.flatten(1), event_shape=event_shape)
+
+    def loss(self, z: Tensor) -> Tensor:
+        """The mean of -log p(z), in nats."""
+        p = self.mixture()
+        return -torch.cat([p.log_prob(part) for part in z.split(_ROWS)]).mean()
+
+    @torch.enable_grad()
+    def _check_gradient(self) -> None:
+        p = self.mixture()
+        total = p.loc.sum() + p.scale.sum()
+        reaches = total.requires_grad
+        if reaches:
+            reaches = any(
+                g is not None for g in torch.autograd.grad(total, self.u, allow_unused=True)
+            )
+        if not reaches:
+            raise ValueError(
+                "The encoder blocks gradients, which a VampPrior needs with respect to its "
+                "pseudo-inputs. Look for no_grad or detach in posterior(x)."
+            )
+
+    @torch.no_grad()
+    def project(self) -> None:
+        self.u.clamp_(*self.bounds)
+
+
+def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, Size]:  # noqa: ANN401
+    """Mean and standard deviation of q(z | x), and the shape of z."""
+    if source.num_groups != 1:
+        raise ValueError(
+            f"A VampPrior is of one group of latents; the source has {source.num_groups}. Take "
+            f"another base, such as fit_mixture(latents_of(source, x, k=0)) for the first group."
+        )
+    x = tree_map_only(Tensor, lambda t: t.to(device_of(source)), x)
+    encoding = source.encode(x)
+    group = source.group(source.start(num_rows(encoding), encoding))
+    if group.context is not None:
+        raise ValueError(
+            "A VampPrior is of a VAE without conditions; the source's posterior has one. Fit one "
+            "per condition, to a source without it, or take another base."
+        )
+    q = posterior_of(group)
+    tensors = (parameters(q) or {}).get("Normal")
+    if tensors is None:
+        raise TypeError(
+            f"A VampPrior is a mixture of diagonal Gaussians, with q(z | x) an "
+            f"Independent(Normal(mean, std), n); got {type(getattr(q, 'base_dist', q)).__name__}. Take another base."
+        )
+    return tensors["loc"], tensors["scale"], q.event_shape
+
+
+def _parts(data: Any, held_out: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """The data to train on, and those held out."""
+    if iter_is_self(data):
+        raise TypeError(
+            f"A VampPrior reads its data many times; got a one-shot {type(data).__name__}. Pass a "
+            f"tensor, a dataset, a DataLoader or a list of batches."
+        )
+    if held_out is not None:
+        return data, held_out
+    parts: tuple[Any, Any] | None = split(data, 0.05, seed=int(torch.randint(2**31, ())))
+    if parts is None:
+        raise ValueError(
+            f"Of a {type(data).__name__}, no rows can be held out. Pass held_out=, or a tensor or "
+            f"map-style dataset."
+        )
+    return parts
+
+
+def _first_rows(data: Any, count: int) -> Tensor:  # noqa: ANN401
+    """Random rows of x, where the data can be shuffled; else the first."""
+    if count < 1:
+        raise ValueError(f"num_components must be at least 1; got {count}.")
+    rows: list[Tensor] = []
+    for batch in Stream(data, count).loader:
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"Pseudo-inputs are learnt numbers in place of x, a tensor of floating point; got "
+                f"{what}. Pass x itself, as floats."
+            )
+        rows.append(x)
+        if sum(map(len, rows)) >= count:
+            return torch.cat(rows)[:count]
+    raise ValueError(
+        f"{count} pseudo-inputs start at as many rows of the data, which has "
+        f"{sum(map(len, rows))}. Pass a smaller num_components or more data."
+    )

@@ -1,0 +1,92 @@
+"""Batches on their way to a device, or to the ranks of a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ncprior.data.stream import Stream
+from ncprior.source import num_rows
+
+_END = object()
+
+
+class Loader:
+    """Batches of a stream, or this rank's share of each, on a device.
+
+    On a GPU, a batch is copied out of pinned memory while the one before is worked on.
+
+    Arguments:
+        stream: The stream.
+        device: Where to.
+        share: This rank's number and the number of ranks; rows are dealt out in turn.
+        before: Called with the number of a batch, from ``first``, before that batch is read.
+        first: The number of the first batch.
+
+    Example:
+        >>> loader = Loader(Stream(torch.arange(8), batch_size=4), torch.device("cpu"), (1, 2))
+        >>> len(next(loader))
+        2
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+        *,
+        before: Callable[[int], None] | None = None,
+        first: int = 0,
+    ) -> None:
+        self.stream, self.device, self.share = stream, device, share
+        self.before, self.number = before, first
+        self.is_ahead = device.type == "cuda"
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: Any = _END
+        self._place = stream.state()
+
+    def __next__(self) -> Any:  # noqa: ANN401
+        """Returns the next batch; stops where the stream does."""
+        batch = self._read() if self._next is _END else self._next
+        self._next, self._place = _END, self.stream.state()
+        if self._copying is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._copying)
+            tree_map_only(Tensor, lambda t: t.record_stream(current), batch)
+        if self.is_ahead:
+            try:
+                self._next = self._read()
+            except StopIteration:
+                pass  # and so it does again when it is asked for
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Returns the place in the data behind the last batch that was returned."""
+        return self._place
+
+    def _read(self) -> Any:  # noqa: ANN401
+        if self.before is not None:
+            self.before(self.number)
+        batch = next(self.stream)
+        self.number += 1
+        rank, ranks = self.share
+        if ranks > 1:
+            if num_rows(batch) < ranks:  # every rank sees the whole batch, and so all raise
+                raise ValueError(
+                    f"Every rank takes rows of every batch; got a batch of {num_rows(batch)} rows "
+                    f"for {ranks} ranks. Make a DataLoader with drop_last=True, or larger batches."
+                )
+            batch = tree_map_only(Tensor, lambda t: t[rank::ranks], batch)
+        if self._copying is None:
+            return tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        with torch.cuda.stream(self._copying):
+            return tree_map_only(Tensor, self._copied, batch)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,242 @@
+r"""Walks through a frozen VAE, taken once and used at many steps of training.
+
+What a step needs of the VAE is, group by group, the prior, the posterior and the context that its
+walk goes by. They are kept as parameters, and z_k is drawn anew from them at every step.
+
+With one group, they depend on x alone, and a step has the distribution that it had: only the
+encoder is spared. With more, they depend on z_<k too, which repeats for as long as a walk is kept:
+of the expectation over z_<k ~ q(z_<k | x), a row of x sees one draw per walk. Contrastive pairs
+are still drawn under the same z_<k, so that each loss is unbiased; but heads see fewer different
+contexts, and may learn them by heart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ncprior.data.row_store import Rows
+from ncprior.data.stream import RowData, in_order, own_generators
+from ncprior.distributions import build, parameters
+from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, require_eval
+from ncprior.utils.random_state import seeded
+
+
+class Walks(RowData):
+    """Walks of all rows of some data, taken anew with a seed of their own from time to time.
+
+    Arguments:
+        source: The VAE.
+        data: The data, as for :func:`ncprior.data.in_order`.
+        batch_size: Rows per batch, where batches are made here.
+        seed: Seed of the walks; the generators of torch, NumPy and Python stay as they are.
+        budget: Bytes to keep in memory; the rest is on disk, see :class:`ncprior.data.Rows`.
+        folder: Where on disk.
+
+    Attributes:
+        source: A source whose batches are the rows of these walks.
+
+    Raises:
+        TypeError: If a group of several has a prior or a posterior that is not known by its
+            parameters.
+
+    Example:
+        >>> walks = Walks(source, torch.randn(10, 3), batch_size=4, seed=0)
+        >>> group = walks.source.group(walks.source.start(2, walks[torch.tensor([7, 0])]))
+        >>> len(walks), group.posterior.sample().shape
+        (10, torch.Size([2, 2]))
+    """
+
+    def __init__(
+        self,
+        source: LatentSource[Any, Any],
+        data: Any,  # noqa: ANN401
+        *,
+        batch_size: int,
+        seed: int,
+        budget: int = 2**32,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
+        self.budget, self.folder = budget, folder
+        features = getattr(source, "features", None)
+        several = source.num_groups > 1
+        self.source: Any = (
+            KeptWalks(source.num_groups, features) if several else KeptEncodings(source)
+        )
+        self.number = -1
+        self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
+        self.renew(0)
+
+    def renew(self, number: int) -> None:
+        """Takes walks number 0, 1, …, unless they are those that are kept."""
+        if number == self.number:
+            return
+        device = device_of(self.vae)
+        self._rows: Any = None  # lets go of the old ones first
+        for generator, first in self._own:
+            generator.set_state(first)
+        with seeded(self.seed + number):
+            self._rows = Rows(self._walk(device), budget=self.budget, folder=self.folder)
+        self.number, self.device = number, self._rows.device
+
+    def renewal(self, epochs: float) -> Callable[[int], None] | None:
+        """What takes new walks in front of a batch, given its number, once in so many epochs."""
+        if math.isinf(epochs) or self.vae.num_groups == 1:
+            return None
+        period = epochs * max(1, len(self) // self.batch_size)
+        return lambda batch: self.renew(int(batch // period))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Tensor | slice) -> Any:  # noqa: ANN401
+        """Takes rows, by their numbers or as a slice."""
+        return self._rows[rows]
+
+    @torch.no_grad()
+    def _walk(self, device: torch.device) -> Iterator[Any]:
+        require_eval(self.vae, getattr(self.vae, "module", None))
+        for batch in in_order(self.data, self.batch_size):
+            x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+            encoding = self.vae.encode(x)
+            yield encoding if self.vae.num_groups == 1 else tuple(_groups(self.vae, encoding))
+
+
+def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401
+    state = source.start(num_rows(encoding), encoding)
+    for k in range(source.num_groups):
+        group = source.group(state)
+        q = posterior_of(group)
+        context = group.context
+        yield {
+            "prior": _known(group.prior, k),
+            "posterior": _known(q, k),
+            "context": None if context is None else context.contiguous(),
+        }
+        if k + 1 < source.num_groups:
+            state = source.advance(state, q.sample())
+
+
+def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
+    tree = parameters(distribution) if isinstance(distribution, Distribution) else None
+    if tree is None:
+        raise TypeError(
+            f"A walk is kept as parameters of its groups; group {k} has a "
+            f"{type(distribution).__name__}, whose parameters are not known. Pass walk_epochs=None."
+        )
+    return tree
+
+
+class KeptEncodings:
+    """A source of one group whose batches are encodings already.
+
+    Arguments:
+        source: The VAE, wrapped; ``start``, ``group`` and all else are its own.
+
+    Example:
+        >>> kept = KeptEncodings(source)
+        >>> encoding = source.encode(x)
+        >>> kept.encode(encoding) is encoding, kept.num_groups
+        (True, 1)
+    """
+
+    def __init__(self, source: LatentSource[Any, Any]) -> None:
+        self.source = source
+
+    def encode(self, x: Any) -> Any:  # noqa: ANN401
+        """Returns the encoding that it is given."""
+        return x
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Asks the wrapped source for what else it can do."""
+        if name.startswith("__") or name == "source":
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+class KeptWalks:
+    """A source of several groups whose batches are walks: it can be trained on, and no more.
+
+    Arguments:
+        num_groups: K.
+        features: What heads see of z_k, if the VAE tells.
+
+    Example:
+        >>> law = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
+        >>> walk = 3 * ({"prior": law, "posterior": law, "context": None},)
+        >>> source = KeptWalks(3)
+        >>> source.group(source.start(4, source.encode(walk))).prior.sample().shape
+        torch.Size([4, 2])
+    """
+
+    class State(NamedTuple):
+        """The walk, and the group that it stands in front of."""
+
+        walk: Any
+        k: int
+
+    def __init__(
+        self, num_groups: int, features: Callable[[int, Tensor], Tensor] | None = None
+    ) -> None:
+        self.num_groups, self.features = num_groups, features
+
+    def encode(self, x: Any) -> Any:  # noqa: ANN401
+        """Returns the walk that it is given."""
+        return x
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
+        """Makes the state in front of the first group."""
+        return self.State(encoding, 0)
+
+    def group(self, state: State) -> Group:
+        """Shows the group as it was on the walk."""
+        kept = state.walk[state.k]
+        return Group(build(kept["prior"]), build(kept["posterior"]), kept["context"])
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Goes on along the walk, whatever z is."""
+        return state._replace(k=state.k + 1)
+
+
+def epochs_to_keep(
+    source: LatentSource[Any, Any],
+    data: Any,  # noqa: ANN401
+    settings: Mapping[str, Any],
+    stage: int = 1,
+) -> float | None:
+    """Returns for how many epochs :func:`ncprior.fit` keeps a walk, ``None`` for no walks kept.
+
+    Arguments:
+        source: The VAE.
+        data: What it is trained on.
+        settings: Of them ``walk_epochs``, ``steps`` and ``batch_size``.
+        stage: From 1. Bases of later stages are drawn from along the walk, and are not kept with
+            several groups.
+    """
+    epochs: float | None | str = settings["walk_epochs"]
+    if not isinstance(epochs, str):
+        return None if stage > 1 and source.num_groups > 1 else epochs
+    seen = settings["steps"] * settings["batch_size"]
+    lasting = isinstance(data, Tensor) and source.num_groups == 1 and seen >= 2 * len(data)
+    return math.inf if lasting and _encodes_once_for_all(source, data[:2]) else None
+
+
+@torch.no_grad()
+def _encodes_once_for_all(source: LatentSource[Any, Any], x: Tensor) -> bool:
+    """Whether an encoding is neither x itself nor drawn at random."""
+    device = device_of(source)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        x = x.to(device)
+        first, second = (
+            [leaf for leaf in tree_leaves(source.encode(x)) if isinstance(leaf, Tensor)]
+            for _ in range(2)
+        )
+    return not any(t is x for t in first) and all(map(torch.equal, first, second))

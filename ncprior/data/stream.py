@@ -1,0 +1,272 @@
+"""Batches, epoch after epoch, whose place can be saved and taken up again exactly."""
+
+import math
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from ncprior.utils.random_state import random_state, seeded, set_random_state
+
+_END = object()
+
+
+class Stream:
+    """An endless iterator over the batches of ``data``, shuffled anew every epoch.
+
+    The data's own randomness (order, transforms) runs on generator states of its own, apart from
+    the caller's. Its place is their state at the start of the epoch and the number of batches
+    taken since: to restore it, the epoch starts again from that state and batches are skipped.
+
+    Arguments:
+        data: A tensor or a map-style dataset, of which batches are made; or a ``DataLoader`` or
+            any other iterable of batches, taken as they come.
+        batch_size: Rows per batch, where batches are made.
+        resumable: Whether the place has to be restorable.
+
+    Raises:
+        TypeError: If the data is none of these, or must be resumable and is a one-shot iterator.
+
+    Example:
+        >>> stream = Stream(torch.arange(10), batch_size=4)
+        >>> [len(next(stream)) for _ in range(5)]
+        [4, 4, 4, 4, 4]
+    """
+
+    def __init__(self, data: Any, batch_size: int, *, resumable: bool = False) -> None:  # noqa: ANN401
+        self.loader = _batches(data, batch_size)
+        if resumable and iter_is_self(self.loader):
+            raise TypeError(
+                f"A checkpoint needs data that can be read again from its start; got a one-shot "
+                f"{type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
+            )
+        self._iterator: Iterator[Any] = iter(())
+        self._epoch_start: dict[str, Any] | None = None
+        self._taken = 0
+        with seeded(int(torch.randint(2**31, ()))):
+            self._generators = random_state()  # the data's, between batches
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Any:  # noqa: ANN401
+        """Returns the next batch; stops only where a one-shot iterator is used up."""
+        outside = random_state()
+        set_random_state(self._generators)
+        try:
+            batch = self._draw()
+        finally:
+            self._generators = random_state()
+            set_random_state(outside)
+        if batch is _END:
+            if self._taken == 0:
+                raise ValueError("The data has no batches.")
+            raise StopIteration
+        self._taken += 1
+        return batch
+
+    def _draw(self) -> Any:  # noqa: ANN401
+        if self._epoch_start is None:
+            self._start_epoch()
+        batch = next(self._iterator, _END)
+        if batch is _END and not iter_is_self(self.loader):
+            self._start_epoch()
+            batch = next(self._iterator, _END)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Returns the place in the data."""
+        return {"epoch_start": self._epoch_start, "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to a place that :meth:`state` returned."""
+        start = state["epoch_start"]
+        self._generators = start["generators"]
+        for generator, own in zip(own_generators(self.loader), start["own"], strict=True):
+            generator.set_state(own)
+        for _ in range(state["taken"]):
+            next(self)
+
+    def _start_epoch(self) -> None:
+        self._epoch_start = {
+            "generators": random_state(),
+            "own": [generator.get_state() for generator in own_generators(self.loader)],
+        }
+        self._iterator, self._taken = iter(self.loader), 0
+
+
+def own_generators(loader: Any) -> list[torch.Generator]:  # noqa: ANN401
+    """Returns a loader's own generators, which the global state does not cover."""
+    batches = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
+    return [g for g in found.values() if isinstance(g, torch.Generator)]
+
+
+@overload
+def split(data: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None: ...  # noqa: ANN401
+
+
+def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
+    """Splits a tensor or a map-style dataset, shuffled, into a training and a held-out part.
+
+    Arguments:
+        data: What :class:`Stream` takes.
+        fraction: Share of the held-out part, which has at least one row.
+        seed: Seed of the shuffle.
+
+    Returns:
+        The two parts, or ``None`` for data without an index.
+
+    Example:
+        >>> [len(part) for part in split(torch.arange(100), 0.05, seed=0)]
+        [95, 5]
+    """
+    data = _as_tensor(data)
+    if not isinstance(data, Tensor) and not _is_map_style(data):
+        return None
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(fraction * len(data)))
+    if count >= len(data):
+        raise ValueError(f"{len(data)} rows cannot be split. Pass held_out= or more data.")
+    held_out, train = rows[:count], rows[count:]
+    if isinstance(data, Tensor):
+        return data[train.to(data.device)], data[held_out.to(data.device)]
+    return Subset(data, train.tolist()), Subset(data, held_out.tolist())
+
+
+def in_order(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+    """Returns the batches of one pass over ``data`` without shuffling, every row once.
+
+    Example:
+        >>> [len(batch) for batch in in_order(torch.arange(10), 4)]
+        [4, 4, 2]
+    """
+    data = _as_tensor(data)
+    if isinstance(data, Tensor | RowData):
+        return _InOrder(data, batch_size)
+    if _is_map_style(data):
+        return DataLoader(data, batch_size)
+    if iter_is_self(data):
+        raise TypeError(
+            f"Held-out data is read many times; got a one-shot {type(data).__name__}. "
+            f"Pass a tensor, a dataset, a DataLoader or a list of batches."
+        )
+    return _batches(data, batch_size)
+
+
+def iter_is_self(data: Any) -> bool:  # noqa: ANN401
+    """Tells whether an iterable is a one-shot iterator."""
+    return isinstance(data, Iterator)
+
+
+def _as_tensor(data: Any) -> Any:  # noqa: ANN401
+    if isinstance(data, np.ndarray):
+        return torch.from_numpy(data if data.flags.writeable else data.copy())
+    return data
+
+
+class RowData:
+    """Data besides tensors whose rows are taken by a tensor of their numbers, or as a slice.
+
+    Example:
+        >>> class Squares(RowData):
+        ...     device = torch.device("cpu")
+        ...     def __len__(self):
+        ...         return 10
+        ...     def __getitem__(self, rows):
+        ...         return torch.arange(10)[rows] ** 2
+        >>> len(next(Stream(Squares(), batch_size=4)))
+        4
+    """
+
+    device: torch.device
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, rows: Any) -> Any:  # noqa: ANN401
+        """Takes rows."""
+        raise NotImplementedError
+
+
+class _InOrder:
+    """Batches in order, taken when they are asked for."""
+
+    def __init__(self, data: Tensor | RowData, batch_size: int) -> None:
+        self.data, self.batch_size = data, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self.data), self.batch_size):
+            yield self.data[first : first + self.batch_size]
+
+
+class _Shuffled:
+    """Shuffled batches of rows; the last, smaller one is left out unless it is the only."""
+
+    def __init__(self, data: Tensor | RowData, batch_size: int) -> None:
+        self.data, self.batch_size = data, min(batch_size, len(data))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = torch.randperm(len(self.data)).to(self.data.device)
+        for batch in rows.split(self.batch_size):
+            if len(batch) == self.batch_size:
+                yield self.data[batch]
+
+
+def _batches(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+    data = _as_tensor(data)
+    if (isinstance(data, Tensor | RowData) or _is_map_style(data)) and len(data) == 0:
+        return []
+    if isinstance(data, Tensor | RowData):
+        return _Shuffled(data, batch_size)
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size)
+    if _is_map_style(data):
+        return DataLoader(data, min(batch_size, len(data)), shuffle=True, drop_last=True)
+    if isinstance(data, Iterable) and not isinstance(data, dict):
+        return data
+    raise TypeError(
+        f"Expected a tensor, a dataset, a DataLoader or an iterable of batches; "
+        f"got {type(data).__name__}."
+    )
+
+
+def _is_map_style(data: Any) -> bool:  # noqa: ANN401
+    return (
+        isinstance(data, Sized)
+        and hasattr(data, "__getitem__")
+        and not isinstance(data, DataLoader | IterableDataset | list | tuple | dict)
+    )
+
+
+def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
+    """Returns the first batch of data, and leaves all generators as they were.
+
+    Arguments:
+        data: As for :func:`in_order`.
+        batch_size: Rows per batch, where batches are made.
+
+    Example:
+        >>> first_batch(torch.arange(10), 4)
+        tensor([0, 1, 2, 3])
+    """
+    batches = in_order(data, batch_size)
+    own = [(generator, generator.get_state()) for generator in own_generators(batches)]
+    outside = random_state()
+    try:
+        return next(iter(batches))
+    finally:
+        set_random_state(outside)
+        for generator, state in own:
+            generator.set_state(state)

@@ -1,0 +1,147 @@
+"""The three arms that the demonstration compares: base prior, NCP and posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ncprior.prior import NCPrior
+from ncprior.samplers.base import Sampler
+from ncprior.source import num_rows, sample_posterior
+
+ARMS = ("base prior", "NCP", "posterior")
+
+_BATCH = 1000  # images drawn or judged at once
+
+
+class Generation(NamedTuple):
+    """One generation of one arm.
+
+    Attributes:
+        x: Images, with shape ``(N, C, H, W)``.
+        latents: One z_k per group, each with shape ``(N, *event)``.
+        ess: Effective sample size of the proposals of every group, NaN where there are none, with
+            shape ``(N, K)``.
+    """
+
+    x: Tensor
+    latents: tuple[Tensor, ...]
+    ess: Tensor
+
+
+def draw_arms(
+    prior: NCPrior,
+    sampler: Sampler,
+    x: Any,  # noqa: ANN401
+    *,
+    features: Callable[[Tensor], Tensor],
+    num_samples: int,
+    generations: int,
+    condition: Callable[[Any], Any] = lambda x: None,
+    progress: bool = True,
+) -> tuple[dict[str, list[Tensor]], dict[str, Generation]]:
+    """Draws every generation of every arm, of which it keeps features.
+
+    The i-th generations of all arms share a seed. The posterior arm takes training images in
+    random order, and again where there are fewer of them than samples.
+
+    Arguments:
+        prior: The prior.
+        sampler: How NCP is drawn.
+        x: Training data: images ``(N, C, H, W)``, or a tuple of them and what goes with them.
+        features: Maps images to features, ``(B, F)``.
+        num_samples: Samples per generation.
+        generations: R, the number of generations of each arm.
+        condition: Picks the condition of a walk without x out of a batch of training data, whose
+            conditions all arms then share.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The features of every generation, and each arm's first generation, by the arm's name.
+
+    Example:
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> features, first = draw_arms(
+        ...     prior,
+        ...     partial(sir, num_proposals=10),
+        ...     x,
+        ...     features=torch.sin,
+        ...     num_samples=20,
+        ...     generations=2,
+        ...     progress=False,
+        ... )
+        >>> len(features["NCP"]), first["posterior"].latents[0].shape
+        (2, torch.Size([20, 2]))
+    """
+    kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
+    first: dict[str, Generation] = {}
+    seeds = torch.randint(2**31, (generations,)).tolist()
+    work = [(seed, arm) for seed in seeds for arm in ARMS]
+    for seed, arm in tqdm(work, desc="samples", disable=not progress):
+        torch.manual_seed(seed)
+        total = num_rows(x)
+        passes = -(-num_samples // total)
+        rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
+        batches = [_rows(x, part) for part in rows.split(_BATCH)]
+        generation = _generate(prior, sampler, batches, arm, condition)
+        kept[arm].append(in_batches(features, generation.x))
+        first.setdefault(arm, generation)
+    return kept, first
+
+
+@torch.no_grad()
+def log_z(prior: NCPrior, num_draws: int) -> float:
+    """Returns log E_p[r] in nats over draws of the base prior of one group: 0 for an exact ratio."""
+    base = prior.source.group(prior.source.start(num_draws)).prior
+    log_r = prior.log_ratio([base.sample()])[:, 0]
+    return torch.logsumexp(log_r.double(), 0).item() - math.log(num_draws)
+
+
+@torch.no_grad()
+def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Applies a function of rows to many rows.
+
+    Example:
+        >>> in_batches(torch.exp, torch.zeros(2500, 1)).shape
+        torch.Size([2500, 1])
+    """
+    return torch.cat([function(batch) for batch in x.split(_BATCH)])
+
+
+@torch.no_grad()
+def _generate(
+    prior: NCPrior,
+    sampler: Sampler,
+    batches: list[Any],
+    arm: str,
+    condition: Callable[[Any], Any],
+) -> Generation:
+    """Draws as many samples as there are rows of data."""
+    images, latents, ess = [], [], []
+    for batch in batches:
+        if arm == "posterior":
+            drawn, state = sample_posterior(prior.source, batch)
+            images.append(prior.source.decode(state))
+            sizes: list[Tensor | None] = [None] * len(drawn)
+        else:
+            with prior.disabled() if arm == "base prior" else nullcontext():
+                sample = prior.sample(num_rows(batch), sampler, condition=condition(batch))
+            images.append(sample.x)
+            drawn, sizes = sample.latents, [draw.ess for draw in sample.draws]
+        latents.append(drawn)
+        nan = images[-1].new_full((len(images[-1]),), math.nan)
+        ess.append(torch.stack([nan if size is None else size for size in sizes], dim=1))
+    groups = zip(*latents, strict=True)
+    return Generation(torch.cat(images), tuple(map(torch.cat, groups)), torch.cat(ess))
+
+
+def _rows(x: Any, index: Tensor) -> Any:  # noqa: ANN401
+    return tree_map_only(Tensor, lambda t: t[index], x)

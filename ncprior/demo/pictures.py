@@ -1,0 +1,126 @@
+"""The demonstration's pictures: rows of samples, and clouds of latents. Needs the extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+_COLORS = ("#E69F00", "#0072B2", "#009E73")
+
+
+def plot_samples(rows: Mapping[str, Tensor]) -> Figure:
+    """Draws labelled rows of grey images, dark on white, or of images in colour.
+
+    Arguments:
+        rows: Images in [0, 1], with shape ``(N, 1, H, W)`` or ``(N, 3, H, W)``, by the label of
+            their row.
+
+    Returns:
+        A figure of no window, to save.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> figure = plot_samples({"data": torch.rand(5, 1, 8, 8), "prior": torch.rand(5, 1, 8, 8)})
+        >>> len(figure.axes)
+        2
+    """
+    count = max(len(images) for images in rows.values())
+    figure = _figure((0.62 * count + 1.6, 0.72 * len(rows) + 0.1))
+    strips = figure.subplots(len(rows), squeeze=False).flat
+    for axes, (label, images) in zip(strips, rows.items(), strict=True):
+        gap = max(1, images.shape[-1] // 8)
+        white = 0.0 if images.shape[1] == 1 else 1.0  # ink of grey images, light of others
+        tiles = torch.nn.functional.pad(images, (0, gap), value=white)
+        tiles = rearrange(tiles, "n c h w -> h (n w) c")[:, :-gap]
+        axes.imshow(tiles, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=12, labelpad=10)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def plot_latents(clouds: Mapping[str, Tensor], axes: Tensor) -> Figure:
+    """Draws clouds of latents side by side, projected to one plane.
+
+    Arguments:
+        clouds: Latents, with shape ``(N, D)``, by label, three at most.
+        axes: Two directions, with shape ``(D, 2)``, such as :func:`discriminant_axes`.
+
+    Returns:
+        A figure of no window, to save.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> z = torch.randn(100, 6)
+        >>> len(plot_latents({"prior": z, "posterior": z + 2}, torch.eye(6)[:, :2]).axes)
+        2
+    """
+    planes = {label: z @ axes for label, z in clouds.items()}
+    limit = 1.05 * max(float(points.abs().max()) for points in planes.values())
+    figure = _figure((3.6 * len(clouds) + 0.4, 4.1))
+    panels = figure.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True).flat
+    for panel, color, (label, points) in zip(panels, _COLORS, planes.items(), strict=False):
+        panel.scatter(*points.T, s=6, color=color, alpha=0.4, linewidths=0)
+        panel.set_title(label, fontsize=13)
+        panel.set(xlabel="axis 1", xlim=(-limit, limit), ylim=(-limit, limit))
+        panel.set_box_aspect(1)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("axis 2")
+    return figure
+
+
+def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
+    """Returns the plane in which classes of latents lie apart, as two orthonormal directions.
+
+    Its directions have the largest variance between classes, in units of that within them. N(0, I)
+    stays N(0, I) in it.
+
+    Arguments:
+        z: Latents, with shape ``(N, D)``.
+        labels: Their classes, with shape ``(N,)``; three or more of them.
+
+    Returns:
+        The directions, with shape ``(D, 2)``.
+
+    References:
+        The Utilization of Multiple Measurements in Problems of Biological Classification
+        (Rao, 1948), the linear discriminant analysis of several classes
+
+    Example:
+        >>> labels = torch.arange(4).repeat(500)
+        >>> z = torch.randn(2000, 3) * torch.tensor([9.0, 1.0, 1.0])
+        >>> z[:, 1] += 4 * (labels % 2)
+        >>> z[:, 2] += 4 * (labels // 2)
+        >>> discriminant_axes(z, labels).square().sum(1).round()  # the plane of axes 1 and 2
+        tensor([0., 1., 1.])
+    """
+    classes = [z[labels == label] for label in labels.unique()]
+    within = torch.stack([torch.cov(members.T) for members in classes]).mean(0)
+    between = torch.cov(torch.stack([members.mean(0) for members in classes]).T)
+    root = torch.linalg.cholesky(within)
+    whitened = torch.linalg.solve(root, torch.linalg.solve(root, between).T)
+    ascending = torch.linalg.solve(root.T, torch.linalg.eigh(whitened).eigenvectors)
+    axes: Tensor = torch.linalg.qr(ascending.flip(1)[:, :2]).Q
+    return axes
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which would choose a backend
+    except ImportError as error:
+        raise ImportError(
+            f"Pictures need matplotlib ({error}): pip install 'ncprior[plot]'"
+        ) from error
+    return Figure(figsize=size, layout="constrained")

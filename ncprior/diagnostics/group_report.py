@@ -1,0 +1,153 @@
+"""Statistics and verdict of one latent group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from ncprior.diagnostics.calibration import Reliability
+
+_UNRELIABLE_K = 0.7  # Vehtari et al. (2024): above it, averages of weights do not settle
+
+
+class Verdict(str, Enum):
+    """What is to be said of one group, in plain words.
+
+    Example:
+        >>> print(Verdict.GOOD)
+        head is good
+        >>> Verdict.TOO_FEW.advice[:29]
+        'Give sir as many proposals as'
+    """
+
+    GOOD = "head is good"
+    MATCHES = "base already matches"
+    CONSTANT = "base already matches, or the head is untrained"
+    TOO_FEW = "too few proposals"
+    OVER_CONFIDENT = "head over-confident"
+    TOO_FLAT = "head too flat"
+    MEMORISES = "head memorises"
+    TOO_WIDE = "gap too wide, use a closer base"
+    OFF = "off"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, in one sentence."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Verdict.GOOD: "Sample with sir, with at least the proposals needed.",
+    Verdict.MATCHES: (
+        "The head finds no difference that is worth correcting: leave the group to the base "
+        "(prior.active[k] = False)."
+    ),
+    Verdict.CONSTANT: (
+        "log r is constant, which cannot tell the two apart: train the head, then diagnose again."
+    ),
+    Verdict.TOO_FEW: (
+        "Give sir as many proposals as the table says are needed, or let recommend_sampler pick "
+        "another sampler."
+    ),
+    Verdict.OVER_CONFIDENT: (
+        "Its log r is larger than held-out data bear out: train with early stopping, dropout or "
+        "more data, or rescale it: fit(..., calibrate=True)."
+    ),
+    Verdict.TOO_FLAT: (
+        "Its log r is smaller than held-out data bear out: train longer or with a larger head, "
+        "or rescale it: fit(..., calibrate=True)."
+    ),
+    Verdict.MEMORISES: (
+        "It tells its training data from the prior, new data less so: train with more data, a "
+        "smaller head, dropout or weight decay, and stop by held-out data."
+    ),
+    Verdict.TOO_WIDE: (
+        "No practical number of proposals bridges it: fit a base to the aggregate posterior, such "
+        "as a Gaussian mixture, and train the head on that."
+    ),
+    Verdict.OFF: (
+        "The head is not used: the group is not active, the strength is 0, or the prior is "
+        "disabled."
+    ),
+}
+
+
+class GroupReport(NamedTuple):
+    """One group's report. What was not measured is NaN; ``_error`` is one standard error.
+
+    Attributes:
+        group: k, from 0.
+        verdict: What is to be said of it; ``verdict.advice`` says what to do.
+        nce_loss: L*, the plain NCE loss on held-out data, in nats.
+        nce_loss_error: Its standard error.
+        jsd: log 2 - L*/2 in nats: the Jensen-Shannon divergence of posterior and prior if log r is
+            exact, a lower bound of it otherwise; from 0 to 0.693, negative for a harmful head.
+        jsd_error: Its standard error.
+        kl: E_q[log r] in nats: KL(q || p) if log r is exact.
+        kl_error: Its standard error.
+        identity: E_q[D] + E_p[D] with D = σ(log r), a pure number: 1 if log r is exact.
+        identity_error: Its standard error.
+        slope: a of the recalibration a·log r + b: 1 calibrated, below over-confident, above flat.
+        slope_error: Its standard error.
+        offset: b in nats; no sampler sees it.
+        offset_error: Its standard error.
+        mean_r: E_p[r], a pure number: 1 if log r is exact and ``mean_r_k`` below 0.7.
+        mean_r_k: Pareto k̂ of r under p.
+        mean_inverse_r: E_q[1/r], a pure number: 1 if log r is exact, ``mean_inverse_r_k`` is below
+            0.7 and q is nowhere zero.
+        mean_inverse_r_k: Pareto k̂ of 1/r under q.
+        ess: Mean effective sample size of SIR, in proposals, for each number of proposals
+            M; from 1 to M.
+        log_z: Mean log (1/M) Σ r at the larger M, in nats: log Z, from below.
+        log_z_error: Its standard error.
+        proposals_needed: exp(KL + sd_q[log r]) of the recalibrated log r: the order of M from which
+            SIR is close to q. At most 10⁹.
+        train_loss: The plain NCE loss on training data, in nats.
+        train_gap: Held-out less training loss, in nats.
+        train_gap_error: Its standard error.
+        has_context: Whether the group has a context: rows then have targets of their own.
+        has_gradient: Whether Langevin dynamics can walk in the group's prior.
+        num_components: Components of the base where it is a Gaussian mixture, else 1.
+        num_factors: Heads that are multiplied, each of which an evaluation of log r costs.
+        reliability: The reliability curve, ``None`` for a head that is off.
+
+    Example:
+        >>> GroupReport(0, Verdict.OFF).proposals_needed  # the base's own draw
+        1
+    """
+
+    group: int
+    verdict: Verdict
+    nce_loss: float = math.nan
+    nce_loss_error: float = math.nan
+    jsd: float = math.nan
+    jsd_error: float = math.nan
+    kl: float = math.nan
+    kl_error: float = math.nan
+    identity: float = math.nan
+    identity_error: float = math.nan
+    slope: float = math.nan
+    slope_error: float = math.nan
+    offset: float = math.nan
+    offset_error: float = math.nan
+    mean_r: float = math.nan
+    mean_r_k: float = math.nan
+    mean_inverse_r: float = math.nan
+    mean_inverse_r_k: float = math.nan
+    ess: Mapping[int, float] = {}
+    log_z: float = math.nan
+    log_z_error: float = math.nan
+    proposals_needed: int = 1
+    train_loss: float = math.nan
+    train_gap: float = math.nan
+    train_gap_error: float = math.nan
+    has_context: bool = False
+    has_gradient: bool = False
+    num_components: int = 1
+    num_factors: int = 1
+    reliability: Reliability | None = None

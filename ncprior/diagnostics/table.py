@@ -1,0 +1,90 @@
+"""A report as a table of text."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from ncprior.diagnostics.group_report import _UNRELIABLE_K, GroupReport
+
+_WIDTH = 100  # columns of the table
+
+_LEGEND = (
+    "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] stand beside the shape k of "
+    "their Pareto tail; in parentheses, where k is above 0.7, they mean nothing."
+)
+
+
+class _Column(NamedTuple):
+    title: str
+    unit: str
+    cell: Callable[[GroupReport], str]
+    optional: bool = False  # shown only where some group has a value
+
+    def wanted(self, groups: tuple[GroupReport, ...]) -> bool:
+        return not self.optional or any(self.cell(g) != "-" for g in groups)
+
+
+def _columns(low: int, high: int) -> list[_Column]:
+    return [
+        _Column("group", "", lambda g: str(g.group)),
+        _Column("NCE loss", "nats", lambda g: _with_error(g.nce_loss, g.nce_loss_error, 3)),
+        _Column("JSD", "nats", lambda g: _number(g.jsd, 3)),
+        _Column("KL", "nats", lambda g: _number(g.kl, 2)),
+        _Column("slope", "", lambda g: _with_error(g.slope, g.slope_error, 2)),
+        _Column("E[D]", "q + p", lambda g: _number(g.identity, 2)),
+        _Column("E_p[r]", "k", lambda g: _with_tail(g.mean_r, g.mean_r_k)),
+        _Column("E_q[1/r]", "k", lambda g: _with_tail(g.mean_inverse_r, g.mean_inverse_r_k)),
+        _Column("ESS of", f"{low}/{high}", lambda g: _per(g.ess)),
+        _Column("log Z", "nats", lambda g: _number(g.log_z, 2)),
+        _Column("needed", "M", lambda g: _number(g.proposals_needed, 0)),
+        _Column("train", "gap", lambda g: _number(g.train_gap, 3), optional=True),
+    ]
+
+
+def _number(value: float, digits: int) -> str:
+    """A number in at most 6 characters, 7 with a sign."""
+    if math.isnan(value):
+        return "-"
+    if not abs(value) < 99_999.5:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:.{max(0, min(digits, 4 - len(f'{abs(value):.0f}')))}f}"
+
+
+def _with_error(value: float, error: float, digits: int) -> str:
+    if math.isnan(value):
+        return "-"
+    return (
+        f"{_number(value, digits)}±{_number(error, digits if error < 1 else 1).removeprefix('0')}"
+    )
+
+
+def _with_tail(mean: float, k: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    number = _number(mean, 2)
+    shape = _number(k, 1 if abs(k) < 10 else 0)
+    return f"({number}) {shape}" if k > _UNRELIABLE_K else f"{number} {shape:>3}"
+
+
+def _per(ess: Mapping[int, float]) -> str:
+    return (
+        "-" if any(map(math.isnan, ess.values())) else "/".join(f"{v:.0f}" for v in ess.values())
+    )
+
+
+def _ranges(groups: list[int]) -> str:
+    """Ascending numbers in words: 0-3, 7."""
+    words: list[list[int]] = []
+    for k in groups:
+        if words and words[-1][-1] == k - 1:
+            words[-1] = [words[-1][0], k]
+        else:
+            words.append([k])
+    return ", ".join("-".join(map(str, word)) for word in words)
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, subsequent_indent="  ")

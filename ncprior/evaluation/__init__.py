@@ -1,0 +1,41 @@
+"""Evaluation of samples and likelihoods."""
+
+from ncprior.evaluation.auroc import AUROC, auroc, auroc_gain
+from ncprior.evaluation.bounds import Bounds, bounds
+from ncprior.evaluation.gap import GapClosed, GapDifference, gap_closed, gap_difference
+from ncprior.evaluation.likelihood import Gain, Likelihood, log_likelihood
+from ncprior.evaluation.metrics import (
+    Features,
+    PrecisionRecall,
+    frechet_distance,
+    inception_features,
+    mmd,
+    precision_recall,
+)
+from ncprior.evaluation.normaliser import LogZ, log_normaliser
+from ncprior.evaluation.ood import OODScore, ood_score
+
+__all__ = [
+    "AUROC",
+    "Bounds",
+    "Features",
+    "Gain",
+    "GapClosed",
+    "GapDifference",
+    "Likelihood",
+    "LogZ",
+    "OODScore",
+    "PrecisionRecall",
+    "auroc",
+    "auroc_gain",
+    "bounds",
+    "frechet_distance",
+    "gap_closed",
+    "gap_difference",
+    "inception_features",
+    "log_likelihood",
+    "log_normaliser",
+    "mmd",
+    "ood_score",
+    "precision_recall",
+]

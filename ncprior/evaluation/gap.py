@@ -1,0 +1,233 @@
+r"""The share of the prior hole that is closed, with its interval: the yardstick across backbones.
+
+.. math::
+    \theta = \frac{D_\text{base} - D}{D_\text{base} - D_\text{post}}
+
+with D the Fréchet distance to held-out data of samples from the base prior, from ours, and from
+the posterior: 0 is the base prior, 1 is as good as the aggregate posterior, above 1 is possible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ncprior.evaluation.metrics import Moments, check_dimension, checked, frechet, moments
+
+Generations: TypeAlias = "Sequence[Tensor] | Tensor"
+
+
+class GapClosed(NamedTuple):
+    """The gap closed with its interval, and the Fréchet distances it is made of.
+
+    Attributes:
+        gap_closed: (D_base - D) / (D_base - D_post), between ``low`` and ``high``.
+        d_base: Distance of the base prior's samples, mean over the generations; likewise
+            ``d_post`` of the posterior's and ``d_ours`` of ours.
+        distances: Distance of every generation of base, ours and posterior, ``(3, R)``.
+        resampled: Means over the generations, to every resampled reference, ``(3, num_resamples)``.
+    """
+
+    gap_closed: float
+    low: float
+    high: float
+    d_base: float
+    d_post: float
+    d_ours: float
+    distances: Tensor
+    resampled: Tensor
+
+    def __str__(self) -> str:
+        value, low, high = (f"{100 * x:.0f}" for x in (self.gap_closed, self.low, self.high))
+        return f"prior hole closed: {value} % ({low}–{high})"
+
+
+class GapDifference(NamedTuple):
+    """The gap closed by one method less that closed by another, with its interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+@torch.no_grad()
+def gap_closed(
+    reference: Tensor,
+    *,
+    base: Generations,
+    ours: Generations,
+    posterior: Generations,
+    num_resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> GapClosed:
+    """Returns how much of the gap between base prior and posterior is closed, with its interval.
+
+    The estimate is (D_base - D) / (D_base - D_post), each D a mean over R generations of the
+    Fréchet distance to the full reference.
+
+    The interval is Fieller's for a ratio of means. The covariance of numerator and denominator is
+    that of the R generations, divided by R, plus that over references resampled with
+    replacement, the same for all arms. Duplicates in a resampled reference add to every distance
+    to it; only the covariance is used, from which such a constant drops out, whereas it would
+    move percentiles of the resampled ratio. R is small, hence Student's t, with Satterthwaite's
+    degrees of freedom.
+
+    It covers the randomness of sampling and of the choice of held-out data, not that of training.
+    The bias of Fréchet distances of finite samples cancels as far as the arms' covariances agree.
+
+    Arguments:
+        reference: Features of held-out data, with shape ``(N_ref, F)``.
+        base: Features of R ≥ 5 independent generations from the base prior, ``(N, F)`` each.
+        ours: The same of our prior. Share seeds between the i-th generations of all arms: what
+            they have in common drops out.
+        posterior: The same of decoded posterior samples of *training* data, other data for every
+            generation if possible; of the reference, the floor would be too low.
+        num_resamples: Number of resampled references.
+        level: Coverage of the interval.
+        seed: Seed of the resampled references, which depend on nothing else but N_ref: results
+            for several methods are paired (:func:`gap_difference`).
+
+    Returns:
+        The gap closed, its interval, and the distances.
+
+    Raises:
+        ValueError: If generations are missing, equal or unequal in size, F > min(N, N_ref) / 10,
+            or there is no hole: D_base does not exceed D_post by more than its sampling error.
+
+    References:
+        Some Problems in Interval Estimation (Fieller, 1954)
+
+    Example:
+        >>> reference, scale = torch.randn(1000, 2), torch.tensor([2.0, 1.2, 1.0])
+        >>> base, ours, posterior = scale.view(3, 1, 1, 1) * torch.randn(3, 5, 1000, 2)
+        >>> result = gap_closed(reference, base=base, ours=ours, posterior=posterior)
+        >>> result.low < 0.96 < result.high  # D = F (scale - 1)²
+        True
+    """
+    if num_resamples < 2 or not 0 < level < 1:
+        raise ValueError(
+            "num_resamples must be at least 2 and level between 0 and 1; "
+            f"got {num_resamples} and {level}."
+        )
+    reference = checked(reference, "reference")
+    arms = _checked_arms(reference, {"base": base, "ours": ours, "posterior": posterior})
+    distances = frechet(moments(reference), arms)
+    # A posterior without noise may well give the same samples again; a prior never does.
+    if any(len(row.unique()) < len(row) for row in distances[:2]):
+        raise ValueError("Two generations of an arm are the same; draw each with its own seed.")
+    references = _resampled_moments(reference, num_resamples, seed)
+    resampled = torch.stack([frechet(some, arms).mean(1) for some in references], dim=1)
+    gaps, resampled_gaps = (
+        torch.stack((d[0] - d[1], d[0] - d[2])) for d in (distances, resampled)
+    )
+    ratio = _ratio(gaps, resampled_gaps, level)
+    d_base, d_ours, d_post = distances.mean(1).tolist()
+    return GapClosed(*ratio, d_base, d_post, d_ours, distances, resampled)
+
+
+def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDifference:
+    """Returns how much more of the gap method a closes than method b, paired.
+
+    What the reference and, under equal seeds, the generations do to both alike drops out: the
+    interval is often far narrower than those of a and b.
+
+    Arguments:
+        a: Result of :func:`gap_closed`.
+        b: Result for another method, from the same reference, base and posterior.
+        level: Coverage of the interval.
+
+    Returns:
+        The difference (D_b - D_a) / (D_base - D_post) and its interval; above 0, a is better.
+
+    Raises:
+        ValueError: If the results differ in more than the method.
+
+    Example:
+        >>> reference = torch.randn(1000, 2)
+        >>> base, a, b, posterior = torch.randn(4, 5, 1000, 2)
+        >>> arms = {"base": 2 * base, "posterior": posterior}
+        >>> first = gap_closed(reference, ours=1.1 * a, **arms)
+        >>> second = gap_closed(reference, ours=1.5 * b, **arms)
+        >>> gap_difference(first, second).low > 0
+        True
+    """
+    pairs = (a.distances, b.distances), (a.resampled, b.resampled)
+    if not all(
+        x.shape == y.shape and torch.allclose(x[::2], y[::2], rtol=1e-9, atol=0) for x, y in pairs
+    ):
+        raise ValueError(
+            "A paired difference needs two results of one reference, base, posterior, "
+            "num_resamples and seed; got others."
+        )
+    gaps, resampled_gaps = (torch.stack((y[1] - x[1], x[0] - x[2])) for x, y in pairs)
+    return GapDifference(*_ratio(gaps, resampled_gaps, level))
+
+
+def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
+    """Moments of all generations, with batch shape (3, R)."""
+    counts = {name: [len(x) for x in generations] for name, generations in arms.items()}
+    fewest = min(len(count) for count in counts.values())
+    if fewest < 5:
+        raise ValueError(f"An interval needs at least 5 generations of every arm; got {fewest}.")
+    if any(count != counts["base"][:1] * fewest for count in counts.values()):
+        raise ValueError(
+            "The arms need equally many generations, all of one sample count; got the sample "
+            f"counts {counts}."
+        )
+    check_dimension(reference.shape[1], min(len(reference), *counts["base"]))
+    found = [
+        moments(checked(x, name, like=reference))
+        for name, generations in arms.items()
+        for x in generations
+    ]
+    mean, cov = (torch.stack(m).unflatten(0, (3, fewest)) for m in zip(*found, strict=True))
+    return Moments(mean, cov)
+
+
+def _resampled_moments(x: Tensor, num_resamples: int, seed: int) -> Iterator[Moments]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_resamples):
+        rows = torch.randint(len(x), (len(x),), generator=generator)
+        yield moments(x, rows.bincount(minlength=len(x)).to(x))
+
+
+def _ratio(generations: Tensor, resamples: Tensor, level: float) -> tuple[float, float, float]:
+    """Numerator over hole, with shapes (2, R) and (2, num_resamples), and Fieller's interval."""
+    means = generations.mean(1)
+    ratio = means[0] / means[1]
+    of_generations, of_reference = generations.cov() / generations.shape[1], resamples.cov()
+    direction = torch.stack((torch.ones_like(ratio), -ratio))
+    variances = [(direction @ cov @ direction).item() for cov in (of_generations, of_reference)]
+    degrees = generations.shape[1] - 1, resamples.shape[1] - 1
+    spread = sum(v**2 / n for v, n in zip(variances, degrees, strict=True))
+    freedom = max(sum(variances) ** 2 / spread, degrees[0]) if spread > 0 else degrees[0]
+    t = _student_quantile(0.5 + level / 2, freedom)
+    # θ is inside where (numerator - θ hole)² ≤ t² Var(numerator - θ hole).
+    quadratic = torch.outer(means, means) - t**2 * (of_generations + of_reference)
+    (c, b), (_, a) = quadratic.tolist()  # a θ² - 2 b θ + c ≤ 0
+    if means[1] <= 0 or a <= 0:
+        error = t * (of_generations + of_reference)[1, 1].sqrt()
+        raise ValueError(
+            f"There is no measurable hole to close: D_base - D_post = {means[1]:.4g} ± {error:.2g}. "
+            "The base prior may already match; if not, draw more samples or take other features."
+        )
+    half = math.sqrt(max(b * b - a * c, 0.0))
+    return ratio.item(), (b - half) / a, (b + half) / a
+
+
+def _student_quantile(probability: float, freedom: float) -> float:
+    """Quantile of Student's t, from that of the normal (Abramowitz and Stegun, 26.7.5)."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))

@@ -1,0 +1,316 @@
+r"""Two-sided estimates of log p(x) of a frozen VAE, with its base prior, SIR(M) and NCP, in nats.
+
+Each of the three models is measured by importance sampling with the same z^s ~ q(z|x), s ≤ S:
+
+.. math::
+    w_s = p(x|z^s) \prod_k \frac{p(z_k^s | z_{<k}^s)}{q(z_k^s | z_{<k}^s, x)} \, g_k(z_k^s),
+    \qquad E \, w_s = p(x).
+
+* base: g = 1.
+* SIR(M), the law that SIR with M proposals draws from: g is unbiased for p_SIR/p,
+
+  .. math::
+      \frac{r(z_k)}{\frac{1}{M} \big( r(z_k) + \sum_{j<M} r(z^j) \big)},
+      \qquad z^j \sim p(\cdot | z_{<k}),
+
+  averaged over L pools of fresh z^j inside the logarithm: a bound stays one for every L.
+* NCP, its limit: g = r, and log Z, one for all groups (:mod:`ncprior.evaluation`), is subtracted.
+
+SIR(M) is normalised group by group, NCP globally: they are models of their own.
+
+Of the w_s, :mod:`ncprior.evaluation` makes a lower bound, an estimate and an upper estimate.
+
+References:
+    | Importance Weighted Autoencoders (Burda et al., ICLR 2016)
+    | Energy-Inspired Models: Learning with Sampler-Induced Distributions (Lawson et al., 2019)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Size, Tensor
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_map_only
+
+from ncprior.data.stream import in_order
+from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
+from ncprior.evaluation.normaliser import LogZ
+from ncprior.prior import NCPrior
+from ncprior.samplers.base import LogRatio
+from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
+
+
+class Gain(NamedTuple):
+    """A mean difference of log p(x) with its standard error over x, both in nats.
+
+    Example:
+        >>> print(Gain(2.0, 0.05))
+        +2.00 ± 0.10 nats
+    """
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        """Shows the gain with its 95 % interval."""
+        return f"{self.value:+.2f} ± {1.96 * self.error:.2f} nats"
+
+
+class Likelihood(NamedTuple):
+    """Estimates of log p(x) of one model, row by row.
+
+    Attributes:
+        model: ``"base"``, ``"SIR(M)"`` with its M, or ``"NCP"``.
+        normalisation: ``"local"``, group by group, or ``"global"``.
+        lower: On average at most log p(x), in nats, with shape ``(N,)``.
+        estimate: The jackknife, in nats, with shape ``(N,)``.
+        upper: The upper estimate, in nats, with shape ``(N,)``.
+        num_samples: S.
+        num_pools: L; 0 where no pool is drawn.
+        seed: Seed of torch's generator in the run.
+
+    Example:
+        >>> x = torch.tensor([-85.0, -83.0])
+        >>> print(Likelihood("base", "local", x - 0.1, x, x + 0.1, 100, 0, 0))
+        base: NLL 83.90 to 84.10 nats (± 1.96 over 2 rows); S = 100, seed 0
+    """
+
+    model: str
+    normalisation: str
+    lower: Tensor
+    estimate: Tensor
+    upper: Tensor
+    num_samples: int
+    num_pools: int
+    seed: int
+
+    @property
+    def nll_lower(self) -> float:
+        """Mean of -log p(x) over the rows from below, in nats."""
+        return -self.upper.mean().item()
+
+    @property
+    def nll_upper(self) -> float:
+        """Mean of -log p(x) over the rows from above, in nats."""
+        return -self.lower.mean().item()
+
+    def bits_per_dim(self, num_dims: int) -> tuple[float, float]:
+        """Returns ``nll_lower`` and ``nll_upper`` in bits per dimension of x.
+
+        Example:
+            >>> x = torch.tensor([-8.0 * math.log(2.0)], dtype=torch.float64)
+            >>> Likelihood("base", "local", x, x, x, 8, 0, 0).bits_per_dim(8)
+            (1.0, 1.0)
+        """
+        unit = num_dims * math.log(2)
+        return self.nll_lower / unit, self.nll_upper / unit
+
+    def gain_over(self, other: Likelihood) -> Gain:
+        """Compares the lower bounds of log p(x) with another model's of the same rows, paired.
+
+        Example:
+            >>> found = log_likelihood(prior, x, num_samples=8, num_proposals=5)
+            >>> print(found["sir"].gain_over(found["base"]))  # a new head: r = 1
+            +0.00 ± 0.00 nats
+        """
+        difference = self.lower - other.lower
+        return Gain(difference.mean().item(), difference.std().item() / math.sqrt(len(difference)))
+
+    def __str__(self) -> str:
+        """Says in one line where -log p(x) lies, and by what means."""
+        error = 1.96 * self.estimate.std() / math.sqrt(len(self.estimate))
+        pools = f", L = {self.num_pools}" if self.num_pools else ""
+        kind = "" if self.model == "base" else f", {self.normalisation}ly normalised"
+        return (
+            f"{self.model}{kind}: NLL {self.nll_lower:.2f} to {self.nll_upper:.2f} nats "
+            f"(± {error:.2f} over {len(self.lower)} rows); S = {self.num_samples}{pools}, "
+            f"seed {self.seed}"
+        )
+
+
+@torch.no_grad()
+def log_likelihood(
+    prior: NCPrior | LatentSource[Any, Any],
+    data: Any,  # noqa: ANN401
+    *,
+    num_samples: int,
+    num_proposals: int | None = None,
+    num_pools: int = 1,
+    share_pools: bool = False,
+    log_z: LogZ | None = None,
+    batch_size: int = 50,
+    chunk_size: int = 4096,
+    progress: bool = False,
+) -> dict[str, Likelihood]:
+    """Estimates log p(x) from below and from above, of the base and, if asked for, SIR(M) and NCP.
+
+    Arguments:
+        prior: The prior, or a source, of which only the base is measured. The source needs
+            ``likelihood``, and densities of priors and posteriors.
+        data: Held-out x, of which the likelihood must know the first item: a tensor or map-style
+            dataset, a ``DataLoader``, or a list of batches.
+        num_samples: S, the draws of z per row. Below 8, there are only lower bounds.
+        num_proposals: M of SIR(M), which is measured if M is given.
+        num_pools: L, the pools of M - 1 proposals per draw and group.
+        share_pools: Whether all z of a chunk share their pools: M - 1 evaluations of a head for a
+            chunk, not for a z. Unbiased for each x, but its error is shared too and falls only
+            with the number of chunks. Only for groups without context, whose p is one for all rows.
+        log_z: What :func:`ncprior.evaluation.log_normaliser` found; NCP is measured if it is given.
+        batch_size: Rows per batch, where batches are made here.
+        chunk_size: Most z, and most latents given to a head, at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Per row, in nats, what was asked for of ``"base"``, ``"sir"`` and ``"ncp"``. All are measured
+        with the same draws of z, so that differences are paired.
+
+    Raises:
+        ValueError: If the source does not know p(x | z), a number is too small, or pools are to be
+            shared in a group with a context.
+        TypeError: If a prior has no density, or the data can be read only once.
+
+    References:
+        Burda et al. (2016), equation 8; Lawson et al. (2019), equation 5.
+
+    Example:
+        >>> found = log_likelihood(prior, x, num_samples=8, num_proposals=5)
+        >>> torch.equal(found["base"].lower, found["sir"].lower)  # a new head: r = 1
+        True
+    """
+    if min(num_samples, num_pools, 1 if num_proposals is None else num_proposals) < 1:
+        raise ValueError(
+            f"num_samples, num_proposals and num_pools must be at least 1; got {num_samples}, "
+            f"{num_proposals} and {num_pools}."
+        )
+    heads = prior if isinstance(prior, NCPrior) else None
+    source = prior.source if isinstance(prior, NCPrior) else prior
+    if heads is None and (num_proposals is not None or log_z is not None):
+        raise ValueError(
+            "num_proposals and log_z are of a reweighted prior; got a source. Pass the NCPrior."
+        )
+    if not hasattr(source, "likelihood"):
+        raise ValueError(
+            f"{type(source).__name__} does not know p(x | z): it has no method `likelihood`."
+        )
+    log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
+    batches, device = in_order(data, batch_size), device_of(source)
+    seed = torch.initial_seed()
+    columns: list[list[Bounds]] = [[], [], []]
+    for batch in tqdm(batches, desc="log p(x)", disable=not progress):
+        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
+            column.append(bounds(log_w))
+    base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)
+    found = {"base": Likelihood("base", "local", *base, num_samples, 0, seed)}
+    if num_proposals is not None:
+        model = f"SIR({num_proposals})"
+        found["sir"] = Likelihood(model, "local", *sir, num_samples, num_pools, seed)
+    if log_z is not None:
+        ncp = _normalised(ncp, log_z)
+        found["ncp"] = Likelihood("NCP", "global", *ncp, num_samples, 0, seed)
+    return found
+
+
+def _normalised(of: Bounds, log_z: LogZ) -> Bounds:
+    """Subtracts log Z: its upper end from the lower bound, its lower end from the upper one."""
+    middle = 0.5 * (log_z.lower + log_z.upper)
+    return Bounds(of.lower - log_z.upper, of.estimate - middle, of.upper - log_z.lower)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Draws z ~ q(z | x) and weighs them for the base, SIR(M) and NCP, whose log Z is left out."""
+
+    source: Any  # a LatentSource with `likelihood`
+    prior: NCPrior | None
+    num_proposals: int | None
+    num_pools: int
+    share_pools: bool
+    chunk_size: int
+
+    def __call__(self, x: Any, num_samples: int) -> Tensor:  # noqa: ANN401
+        """Returns log w of one batch, with shape ``(3, S, B)``, in float64."""
+        encoding = self.source.encode(x)
+        rows = num_rows(encoding)
+        at_once, chunks = max(1, self.chunk_size // rows), []
+        for block in torch.arange(num_samples).tensor_split(BLOCKS):  # which share no pools
+            for part in filter(len, block.split(at_once)):
+                log_w = self._walk(_tile(encoding, len(part)), _tile(x, len(part)))
+                chunks.append(log_w.reshape(3, len(part), rows))
+        return torch.cat(chunks, dim=1)
+
+    def _walk(self, encoding: Any, x: Any) -> Tensor:  # noqa: ANN401
+        state = self.source.start(num_rows(encoding), encoding)
+        log_w = torch.zeros(3, num_rows(encoding), dtype=torch.float64)
+        for k in range(self.source.num_groups):
+            group = self.source.group(state)
+            if not isinstance(group.prior, Distribution):
+                raise TypeError(
+                    f"The likelihood needs log p(z); the prior {type(group.prior).__name__} of "
+                    f"group {k} can only be sampled."
+                )
+            z, log_q = _sample_and_log_prob(posterior_of(group))
+            log_w += _wide(group.prior.log_prob(z) - log_q)
+            if self.prior is not None and self.prior.is_on(k):
+                log_r = partial(_log_r, self.prior, k, group.context)
+                own = log_r(z[None])[0]
+                log_w[2] += own
+                if self.num_proposals is not None:
+                    log_w[1] += self._sir(k, group, log_r, own, self.num_proposals)
+            state = self.source.advance(state, z)
+        pixels = x[0] if isinstance(x, tuple | list) else x
+        return log_w + _wide(self.source.likelihood(state).log_prob(pixels))
+
+    def _sir(self, k: int, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
+        """An unbiased estimate of p_SIR / p at z of log-ratio ``own``, as its logarithm, (B,)."""
+        if self.share_pools and group.context is not None:
+            raise ValueError(
+                f"Group {k} has a context, on which its proposals may depend: they cannot be "
+                f"shared. Pass share_pools=False."
+            )
+        estimates = []
+        for _ in range(self.num_pools):
+            total = own
+            for part in self._pool(group, len(own), m - 1):
+                total = torch.logaddexp(total, log_r(part).logsumexp(0))
+            estimates.append(own - total + math.log(m))
+        return torch.stack(estimates).logsumexp(0) - math.log(self.num_pools)
+
+    def _pool(self, group: Group, rows: int, count: int) -> Iterator[Tensor]:
+        """Yields proposals in parts: of shape (*, B, *event), or (*, 1, *event) if shared."""
+        if self.share_pools:
+            z = group.prior.sample(Size((-(-count // rows),))).flatten(0, 1)
+            yield from z[:count, None].split(self.chunk_size)
+            return
+        at_once = max(1, self.chunk_size // rows)
+        for first in range(0, count, at_once):
+            yield group.prior.sample(Size((min(at_once, count - first),)))
+
+
+def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
+    """α log r in nats, in float64."""
+    return _wide(prior.strength * prior.log_r(k, z, context))
+
+
+def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Draws z and its density; a flowed posterior may know it at its own draws alone."""
+    if hasattr(q, "sample_and_log_prob"):
+        z, log_q = q.sample_and_log_prob()
+        return z, log_q
+    z = q.sample()
+    return z, q.log_prob(z)
+
+
+def _tile(tree: Any, count: int) -> Any:  # noqa: ANN401
+    return tree_map_only(Tensor, lambda t: t.repeat(count, *(1,) * (t.ndim - 1)), tree)
+
+
+def _wide(log_p: Tensor) -> Tensor:
+    return log_p.to("cpu", torch.float64)

@@ -1,0 +1,18 @@
+"""Ratio heads: networks log r(z, c), and what prepares them for samplers."""
+
+from ncprior.heads.fast import given
+from ncprior.heads.inputs import seen
+from ncprior.heads.make import make_head
+from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.product import ProductHead, factors
+
+__all__ = [
+    "CategoricalHead",
+    "ConvHead",
+    "MLPHead",
+    "ProductHead",
+    "factors",
+    "given",
+    "make_head",
+    "seen",
+]

@@ -1,0 +1,288 @@
+r"""Heads in inference: log r(·, c) of one context for many z, in blocks that stay in cache.
+
+The context is embedded once. A :class:`~ncprior.heads.MLPHead` is folded besides: its residual
+stream h is read through layer normalisation alone, which does not see a shift of all features by
+one amount. With the mean over features taken out of every weight that writes to h, h is centred:
+
+.. math::
+    W_1 (\gamma \cdot \mathrm{LN}(h) + \beta) + b_1
+      = (|h|^2 / W + \epsilon)^{-1/2} \, (W_1 \mathrm{diag}(\gamma)) \, h + (b_1 + W_1 \beta),
+
+so that a block is two matrix products into buffers made once, a norm, a shift and an activation in
+place. Nothing but rounding is changed. In bfloat16, products take bfloat16 factors and accumulate
+in float32; the stream, its norm, and what stands before and behind the blocks stay in float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any, TypeAlias
+
+import torch
+from torch import Size, Tensor, nn
+from torch.nn.functional import silu
+
+from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, is_as_made
+from ncprior.heads.product import ProductHead, factors
+from ncprior.utils.precision import at_precision, check_precision
+
+_CACHE = 2**19  # features of a block per thread: 2 MiB, as much as a core's cache holds
+
+
+class Whole:
+    """Any head, called as it is.
+
+    Arguments:
+        head: The head.
+        context: The context, with shape ``(B, ...)``, or ``None``.
+        precision: Of the factors of products, see :func:`ncprior.utils.at_precision`.
+
+    Attributes:
+        compiled: Whether it is compiled, where gradients are not asked for.
+    """
+
+    def __init__(self, head: Any, context: Tensor | None, precision: torch.dtype) -> None:  # noqa: ANN401
+        self.head, self.context, self.precision = head, context, precision
+
+    compiled = False
+
+    def __call__(self, z: Tensor) -> Tensor:
+        compiled = self.compiled and not torch.is_grad_enabled()
+        return self.whole(z, _compile(self.head) if compiled else self.head)
+
+    def whole(self, z: Tensor, head: Callable[..., Tensor]) -> Tensor:
+        """log r of all z in one call."""
+        with at_precision(z.device.type, self.precision):
+            log_r = head(z, self.context)
+        return log_r if log_r.dtype == torch.float64 else log_r.float()
+
+
+class InBlocks(Whole):
+    """A head of this package, with its context embedded once, given a block of z at a time."""
+
+    embedded: Tensor | float | None = None
+    least = 1  # z per context that what is done once pays for
+
+    def __call__(self, z: Tensor) -> Tensor:
+        lead = z.shape[: z.ndim - len(self.head.event_shape)]
+        if torch.is_grad_enabled() or lead[:-1].numel() < self.least:
+            return self.whole(z, self.head)
+        self.head.check(z, self.context)
+        z = z.reshape(-1, *z.shape[len(lead) - 1 :])
+        log_r = z.new_empty(z.shape[:2], dtype=self.head.out.weight.dtype)
+        if self.embedded is None:
+            with at_precision(z.device.type, torch.float32):
+                self.embedded = self.prepare()
+        size = self._block_size(*log_r.shape)
+        for part, rows in _blocks(log_r.shape, size):
+            log_r[part, rows] = self.block(z[part, rows], self._embedded(rows), size)
+        return log_r.reshape(lead)
+
+    def _embedded(self, rows: slice) -> Any:  # noqa: ANN401
+        """The embedded context of some rows, or what is added to all of them."""
+        c = self.embedded
+        return c[rows] if isinstance(c, Tensor) and self.context is not None else c
+
+    def prepare(self) -> Tensor | float:
+        """Embeds the context; and whatever else is done once."""
+        embedded: Tensor | float = self.head.context(self.context)
+        return embedded
+
+    def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
+        """log r of a block, (n, b)."""
+        log_r = self.head.log_r
+        # A last block or a single point is not worth a compilation of its own.
+        if self.compiled and z.shape[:2] == size and size[0] > 1:
+            log_r = _compile(log_r)
+        with at_precision(z.device.type, self.precision):
+            log_r_block: Tensor = log_r(z, embedded)
+        return log_r_block
+
+    def _block_size(self, count: int, rows: int) -> Size:
+        weight = self.head.stem.weight
+        if weight.device.type != "cpu":
+            return Size((count, rows))
+        places = self.head.event_shape[1:] if weight.ndim == 4 else ()
+        features = max(weight.shape[:2]) * Size(places).numel()
+        most = max(1, _CACHE * torch.get_num_threads() // features)
+        return Size((min(count, max(1, most // max(1, rows))), min(max(1, rows), most)))
+
+
+def _blocks(shape: Size, size: Size) -> Iterator[tuple[slice, slice]]:
+    """Yields the blocks (part, rows) that make up a tensor of this shape."""
+    for first in range(0, shape[0], size[0]):
+        for row in range(0, shape[1], size[1]):
+            yield slice(first, first + size[0]), slice(row, row + size[1])
+
+
+class _Compiler:
+    """``torch.compile``, until it fails: a machine may have no compiler of C++."""
+
+    works = True
+
+    def __call__(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if not self.works:
+            return function
+        compiled = torch.compile(function)  # compiles nothing yet, and nothing twice
+
+        def call(*inputs: Tensor) -> Tensor:
+            try:
+                return compiled(*inputs)
+            except Exception as error:  # noqa: BLE001 (whatever a compiler may raise)
+                result = function(*inputs)  # if it fails too, the head is at fault
+                self.works = False
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"Heads are used as they are, not compiled: {reason}", stacklevel=2)
+                return result
+
+        return call
+
+
+_compile = _Compiler()
+
+LogRatio: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def given(
+    head: nn.Module,
+    context: Tensor | None = None,
+    *,
+    precision: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> LogRatio:
+    """Returns log r(·, c) of a head, for many z of one context.
+
+    The same function as the head, faster without gradients where the head is one of
+    :mod:`ncprior.heads` as it was made (no subclass, no hooks, no dropout). Its weights are those
+    that it has when the first latents come.
+
+    Arguments:
+        head: A ratio head.
+        context: The context, with shape ``(B, ...)``, or ``None``.
+        precision: Of the factors in matrix products and convolutions, ``torch.float32`` or
+            ``torch.bfloat16``; sums are in float32 in either case.
+        compiled: Whether to compile what is not a product of matrices in buffers anyway, that is,
+            heads other than :class:`~ncprior.heads.MLPHead`: some 20 s once per shape of latents.
+
+    Returns:
+        A function of z, with shape ``(*, B, *event)``, to log r(z, c) in nats, ``(*, B)``.
+
+    Raises:
+        ValueError: If the precision is another.
+
+    Warns:
+        UserWarning: If the head cannot be compiled here; it is then used as it is.
+
+    Example:
+        >>> head = MLPHead((2,), context_shape=(3,))
+        >>> given(head, torch.randn(4, 3))(torch.randn(500, 4, 2)).shape
+        torch.Size([500, 4])
+    """
+    check_precision(precision)
+    plain = is_as_made(head) and not _drops_out(head)
+    if plain and type(head) is CategoricalHead:
+        inner = given(head.head, context, precision=precision, compiled=compiled)
+        return lambda z: inner(head.embed(z))
+    if plain and type(head) is ProductHead:
+        parts = [given(h, context, precision=precision, compiled=compiled) for h in factors(head)]
+        return lambda z: torch.stack([part(z) for part in parts]).sum(0)
+    kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
+    kind = kinds.get(type(head), Whole) if plain else Whole
+    log_r = kind(head, context, precision)
+    log_r.compiled = compiled
+    return log_r
+
+
+def _drops_out(head: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in head.modules())
+
+
+class _Folded(InBlocks):
+    """A residual perceptron with centred weights, and buffers that are made once."""
+
+    least = 2
+
+    def prepare(self) -> Tensor | float:
+        head = self.head
+        self.stem, bias = _centred(head.stem)
+        self.layers = [self._fold(*block.layers) for block in head.blocks]
+        self.buffers: _Buffers | None = None
+        embedded = super().prepare()
+        if isinstance(embedded, Tensor):
+            embedded = embedded - embedded.mean(-1, keepdim=True)
+        return (bias + embedded).reshape(-1, len(bias))
+
+    def _fold(self, norm: Any, first: Any, *rest: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        second = rest[-1]
+        w_1, b_1 = (first.weight * norm.weight).mT, first.bias + first.weight @ norm.bias
+        w_2, b_2 = _centred(second)
+        if self.precision == torch.bfloat16:
+            w_1, b_1, w_2 = w_1.bfloat16(), b_1.bfloat16(), w_2.bfloat16()
+        return norm.eps, w_1.contiguous(), b_1, w_2, b_2
+
+    def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
+        """log r of a block, (n, b)."""
+        if self.buffers is None or len(self.buffers.h) < size.numel():
+            self.buffers = _Buffers(size.numel(), self.stem, self.precision)
+        head, buffers = self.head, self.buffers.rows(z.shape[:2].numel())
+        x, h, a, scale, out = buffers.x, buffers.h, buffers.a, buffers.scale, buffers.out
+        torch.sub(z.reshape(len(x), -1), head.scale.mean.flatten(), out=x)
+        torch.mm(x.div_(head.scale.sd.flatten()), self.stem, out=h)
+        h.view(*z.shape[:2], -1).add_(embedded)
+        step = _step_bfloat16 if self.precision == torch.bfloat16 else _step
+        for eps, *layers in self.layers:
+            _norm(h, eps, out=scale)
+            step(buffers, *layers)
+        torch.mul(h, _norm(h, head.norm.eps, out=scale), out=a)
+        silu(torch.addcmul(head.norm.bias, a, head.norm.weight, out=a), inplace=True)
+        torch.addmm(head.out.bias, a, head.out.weight.mT, out=out)
+        return out.view(z.shape[:2])
+
+
+class _Buffers:
+    """What a block of latents is computed in."""
+
+    def __init__(self, size: int, weight: Tensor, precision: torch.dtype) -> None:
+        inputs, width = weight.shape
+        self.x = weight.new_empty(size, inputs)  # z, standardised
+        self.h = weight.new_empty(size, width)  # the stream
+        self.a = weight.new_empty(size, width)  # activations
+        self.scale, self.out = weight.new_empty(size, 1), weight.new_empty(size, 1)
+        self.low = weight.new_empty(size * (precision == torch.bfloat16), width, dtype=precision)
+        self.low_2 = torch.empty_like(self.low)
+
+    def rows(self, size: int) -> _Buffers:
+        """The first rows of them."""
+        part = copy(self)
+        for name, tensor in vars(self).items():
+            setattr(part, name, tensor[:size])
+        return part
+
+
+def _step(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor) -> None:
+    """h += W₂ SiLU(W₁ LN(h) + b₁) + b₂."""
+    h, a = buffers.h, buffers.a
+    torch.addcmul(b_1, torch.mm(h, w_1, out=a), buffers.scale, out=a)
+    h.addmm_(silu(a, inplace=True), w_2).add_(b_2)
+
+
+def _step_bfloat16(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor) -> None:
+    """The same, with products of bfloat16 factors."""
+    h, a, low, low_2 = buffers.h, buffers.a, buffers.low, buffers.low_2
+    low.copy_(torch.mul(h, buffers.scale, out=a))
+    silu(torch.addmm(b_1, low, w_1, out=low_2), inplace=True)
+    h.add_(a.copy_(torch.mm(low_2, w_2, out=low))).add_(b_2)
+
+
+def _norm(h: Tensor, eps: float, *, out: Tensor) -> Tensor:
+    """(|h|²/W + ε)^{-1/2} of centred rows: what layer normalisation multiplies by."""
+    torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=out)
+    return out.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+
+
+def _centred(linear: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """A layer's weight (inputs, outputs) and bias, without the mean over its outputs."""
+    w, b = linear.weight.mT, linear.bias
+    return (w - w.mean(-1, keepdim=True)).contiguous(), b - b.mean()

@@ -1,0 +1,416 @@
+r"""Ratio heads: networks log r(z, c) that a classifier's logit is.
+
+A head is any ``nn.Module`` called as ``head(z, context=None) -> log_r``: z of shape
+``(*, B, *event)``, context of shape ``(B, ...)``, log r in nats of shape ``(*, B)``. The context is
+embedded once and broadcast over the leading axes, the proposals. A ratio is a function of z alone:
+no batch statistics, so that log r(z) does not change with the company z is in. log r of a new head
+is exactly 0: the base prior.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from ncprior.utils.precision import in_full
+
+
+class _Head(nn.Module):
+    """What the heads share: their configuration, and the scale of what they are given."""
+
+    event_shape: tuple[int, ...]
+    scale: _Standardise
+    context: _MapContext | _VectorContext
+    out: nn.Linear
+
+    def __init__(self, **config: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self._config = {
+            name: list(value) if isinstance(value, Sequence) else value
+            for name, value in config.items()
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, ready for JSON."""
+        return dict(self._config)
+
+    @torch.no_grad()
+    def rescale(self, slope: float, offset: float) -> None:
+        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        self.out.weight.mul_(slope)
+        self.out.bias.mul_(slope).add_(offset)
+
+    def check(self, z: Tensor, context: Tensor | None) -> None:
+        """Refuses latents of another shape, and a context of other rows."""
+        _checked_rows(_checked_event(z, self.event_shape), self.event_shape, context)
+
+    def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
+        """Standardises latents and context by a batch of each, ``(B, *event)`` and ``(B, ...)``."""
+        if z is not None:
+            self.scale.fit(z)
+        if context is not None:
+            self.context.scale.fit(context)
+
+
+class MLPHead(_Head):
+    """log r of a vector of latents: a residual multilayer perceptron with layer normalisation.
+
+    Arguments:
+        event_shape: Shape of z without batch; more than one axis is flattened.
+        context_shape: Shape of the context without batch, or ``None``.
+        width: Features of the hidden layers.
+        depth: Number of residual blocks of two layers each.
+        dropout: Dropout probability inside the blocks, while training.
+
+    Example:
+        >>> head = MLPHead((16,), context_shape=(10,))
+        >>> head(torch.randn(500, 4, 16), torch.randn(4, 10)).shape
+        torch.Size([500, 4])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context_shape: Sequence[int] | None = None,
+        width: int = 256,
+        depth: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            event_shape=event_shape,
+            context_shape=context_shape,
+            width=width,
+            depth=depth,
+            dropout=dropout,
+        )
+        self.event_shape = tuple(event_shape)
+        self.scale = _Standardise(self.event_shape)
+        self.stem = nn.Linear(math.prod(self.event_shape), width)
+        self.context = _VectorContext(context_shape, width)
+        self.blocks = nn.Sequential(*(_MLPBlock(width, dropout) for _ in range(depth)))
+        self.out = _zero(nn.Linear(width, 1))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log r(z, c) in nats, with shape ``(*, B)``."""
+        self.check(z, context)
+        return self.log_r(z, self.context(context))
+
+    def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
+        """Returns log r(z, c) in nats of a context that has been embedded."""
+        z = self.scale(z)
+        h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
+        h = self.blocks(h + embedded)
+        return in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
+
+
+class ConvHead(_Head):
+    """log r of a feature map of latents: residual cells with squeeze-and-excitation.
+
+    Cells are group-normalised, SiLU-activated 3×3 convolutions; a map of more than 8×8 is halved
+    by average pooling in front of a cell until it is not. Any spatial size from 1×1 up will do.
+
+    Arguments:
+        event_shape: Shape ``(C, H, W)`` of z without batch.
+        context_shape: Shape of the context without batch: ``(C', H, W)`` is joined as a map,
+            any other as a vector; or ``None``.
+        width: Channels of the hidden layers, a multiple of 8.
+        depth: Number of residual cells.
+        dropout: Dropout probability inside the cells, while training.
+
+    References:
+        Aneja et al. (2021), section 5; squeeze-and-excitation (Hu et al., 2018).
+
+    Example:
+        >>> head = ConvHead((20, 4, 4), context_shape=(64, 4, 4))
+        >>> head(torch.randn(5, 2, 20, 4, 4), torch.randn(2, 64, 4, 4)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        context_shape: Sequence[int] | None = None,
+        width: int = 64,
+        depth: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        if len(event_shape) != 3 or width % 8:
+            raise ValueError(
+                f"ConvHead needs an event shape (C, H, W) and a width that is a multiple of 8; "
+                f"got {tuple(event_shape)} and {width}."
+            )
+        super().__init__(
+            event_shape=event_shape,
+            context_shape=context_shape,
+            width=width,
+            depth=depth,
+            dropout=dropout,
+        )
+        self.event_shape = tuple(event_shape)
+        channels, height, side = self.event_shape
+        self.scale = _Standardise((channels, 1, 1))
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        if context_shape is not None and tuple(context_shape[1:]) == (height, side):
+            self.context = _MapContext(context_shape, width)
+        else:
+            self.context = _VectorContext(context_shape, width, spatial=True)
+        cells, size = [], max(height, side)
+        for _ in range(depth):
+            cells.append(_ConvCell(width, dropout, pool=size > 8))
+            size = -(-size // 2) if size > 8 else size
+        self.blocks = nn.Sequential(*cells)
+        self.norm = nn.GroupNorm(width // 8, width)
+        self.out = _zero(nn.Linear(width, 1))
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log r(z, c) in nats, with shape ``(*, B)``."""
+        self.check(z, context)
+        return self.log_r(z, self.context(context))
+
+    def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
+        """Returns log r(z, c) in nats of a context that has been embedded."""
+        lead = z.shape[:-3]
+        h = self.stem(self.scale(z).reshape(-1, *z.shape[-3:]))
+        h = (h.reshape(*lead, *h.shape[-3:]) + embedded).reshape(h.shape)
+        h = nn.functional.silu(self.norm(self.blocks(h)))
+        return in_full(self.out, reduce(h, "n c h w -> n c", "mean")).reshape(lead)
+
+
+class CategoricalHead(_Head):
+    """log r of codes: an embedding in front of a :class:`MLPHead` or a :class:`ConvHead`.
+
+    Arguments:
+        event_shape: ``()`` for one code, ``(H, W)`` for a grid of codes.
+        num_categories: Number of values of a code.
+        context_shape: Shape of the context without batch, or ``None``.
+        width: Features of the embedding and of the hidden layers, a multiple of 8 for a grid.
+        depth: Number of residual blocks or cells.
+        dropout: Dropout probability, while training.
+
+    Example:
+        >>> head = CategoricalHead((4, 4), 512)
+        >>> head(torch.randint(512, (3, 2, 4, 4))).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        num_categories: int,
+        *,
+        context_shape: Sequence[int] | None = None,
+        width: int = 64,
+        depth: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        if len(event_shape) not in (0, 2):
+            raise ValueError(
+                f"CategoricalHead takes codes of event shape () or (H, W); "
+                f"got {tuple(event_shape)}. Pass a head of your own for other shapes."
+            )
+        super().__init__(
+            event_shape=event_shape,
+            num_categories=num_categories,
+            context_shape=context_shape,
+            width=width,
+            depth=depth,
+            dropout=dropout,
+        )
+        self.event_shape = tuple(event_shape)
+        self.embedding = nn.Embedding(num_categories, width)
+        kind = ConvHead if event_shape else MLPHead
+        self.head = kind(
+            (width, *event_shape),
+            context_shape=context_shape,
+            width=width,
+            depth=depth,
+            dropout=dropout,
+        )
+
+    def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
+        """Standardises the context by a batch of it; codes have no scale."""
+        self.head.fit_scale(None, context)
+
+    def rescale(self, slope: float, offset: float) -> None:
+        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        self.head.rescale(slope, offset)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log r(z, c) in nats, with shape ``(*, B)``."""
+        log_r: Tensor = self.head(self.embed(z), context)
+        return log_r
+
+    def embed(self, z: Tensor) -> Tensor:
+        """Returns the features of codes, with shape ``(*, B, width)`` or ``(*, B, width, H, W)``."""
+        h: Tensor = self.embedding(_checked_event(z, self.event_shape).long())
+        return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
+
+
+def is_as_made(head: nn.Module) -> bool:
+    """Tells whether a head's modules are what its class makes, so that its weights say it all.
+
+    Arguments:
+        head: Any module; of one that is not of this module's classes, hooks alone are looked for.
+    """
+    for module in head.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    if not isinstance(head, _Head) or type(head) not in (MLPHead, ConvHead, CategoricalHead):
+        return True
+    kind: Any = type(head)
+    return _layout(head) == _made_layout(kind, json.dumps(head.config()))
+
+
+def _layout(head: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:
+    return tuple((name, type(module)) for name, module in head.named_modules())
+
+
+@cache
+def _made_layout(
+    kind: Callable[..., _Head], config: str
+) -> tuple[tuple[str, type[nn.Module]], ...]:
+    with torch.device("meta"):
+        return _layout(kind(**json.loads(config)))
+
+
+class _Standardise(nn.Module):
+    """(z - mean) / sd with fixed buffers: latents come in any scale, networks want unit scale."""
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(tuple(shape)))
+        self.register_buffer("sd", torch.ones(tuple(shape)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z.to(self.mean.dtype) - self.mean) / self.sd  # bf16 backbones, float32 heads
+
+    def fit(self, z: Tensor) -> None:
+        """Takes mean and standard deviation over the batch and over axes of size 1 here."""
+        axes = [0, *(i + 1 for i, size in enumerate(self.mean.shape) if size == 1)]
+        z = z.to(self.mean)
+        if not torch.isfinite(z).all():
+            raise FloatingPointError("The probed latents or context are not finite.")
+        sd = z.std(axes, keepdim=True, correction=0)[0]
+        self.mean.copy_(z.mean(axes, keepdim=True)[0])
+        self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
+
+
+class _VectorContext(nn.Module):
+    """Embeds a context as one feature vector per row, 0 without one."""
+
+    def __init__(self, shape: Sequence[int] | None, width: int, *, spatial: bool = False) -> None:
+        super().__init__()
+        self.shape = None if shape is None else tuple(shape)
+        self.spatial = spatial
+        if self.shape is not None:
+            self.scale = _Standardise(self.shape)
+            self.linear = nn.Linear(math.prod(self.shape), width)
+
+    def forward(self, context: Tensor | None) -> Tensor | float:
+        if _checked_context(context, self.shape) is None:
+            return 0.0
+        h: Tensor = self.linear(rearrange(self.scale(context), "b ... -> b (...)"))
+        return rearrange(h, "b c -> b c 1 1") if self.spatial else h
+
+
+class _MapContext(nn.Module):
+    """Embeds a context as one feature map per row."""
+
+    def __init__(self, shape: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.scale = _Standardise((shape[0], 1, 1))
+        self.conv = nn.Conv2d(shape[0], width, 3, padding=1)
+
+    def forward(self, context: Tensor | None) -> Tensor:
+        _checked_context(context, self.shape)
+        h: Tensor = self.conv(self.scale(context))
+        return h
+
+
+class _MLPBlock(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.layers(h)
+        return h
+
+
+class _ConvCell(nn.Module):
+    def __init__(self, width: int, dropout: float, *, pool: bool) -> None:
+        super().__init__()
+        self.pool = pool
+        self.layers = nn.Sequential(
+            nn.GroupNorm(width // 8, width),  # 8 channels each: not even a 1×1 map is all mean
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(width // 8, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.excite = nn.Sequential(
+            nn.Linear(width, width // 4), nn.SiLU(), nn.Linear(width // 4, width), nn.Sigmoid()
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.pool:
+            h = nn.functional.avg_pool2d(h, 2, ceil_mode=True)
+        update = self.layers(h)
+        gate = self.excite(reduce(update, "n c h w -> n c", "mean"))
+        h = h + update * rearrange(gate, "n c -> n c 1 1")
+        return h
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+    if z.ndim <= len(event_shape) or z.shape[z.ndim - len(event_shape) :] != event_shape:
+        raise ValueError(
+            f"The head takes z of shape (*, B, {', '.join(map(str, event_shape))}); "
+            f"got {tuple(z.shape)}."
+        )
+    return z
+
+
+def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
+    rows = z.shape[z.ndim - len(event_shape) - 1]
+    if context is not None and len(context) != rows:
+        raise ValueError(
+            f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
+            f"got {rows} rows of z and {len(context)} of context."
+        )
+
+
+def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:
+    got = None if context is None else tuple(context.shape[1:])
+    if got != shape:
+        raise ValueError(
+            f"The head was made for a context of shape (B, ...) with ... = {shape}; got {got}."
+        )
+    return context

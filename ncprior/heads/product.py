@@ -1,0 +1,94 @@
+"""Heads made of heads: the product of several stages' ratios, and what it takes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ProductHead(nn.Module):
+    """log r = Σ_s ℓ_s: the product of the ratios of several stages.
+
+    Arguments:
+        heads: The heads ℓ_s, first stage first.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> ProductHead([MLPHead((2,)), MLPHead((2,))])(torch.randn(5, 4, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log r(z, c) in nats, with shape ``(*, B)``."""
+        return torch.stack([head(z, context) for head in self.heads]).sum(0)
+
+    def rescale(self, slope: float, offset: float) -> None:
+        """Makes log r slope · log r + offset, in place."""
+        for s, head in enumerate(self.heads):
+            rescale_head(head, slope, offset if s == 0 else 0.0)
+
+
+def factors(head: nn.Module) -> list[nn.Module]:
+    """Returns the heads that are multiplied, first stage first; a head that is no product alone.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> head = MLPHead((2,))
+        >>> len(factors(ProductHead([head, head]))), len(factors(head))
+        (2, 1)
+    """
+    return list(head.heads) if isinstance(head, ProductHead) else [head]
+
+
+def fresh_head(head: nn.Module) -> nn.Module:
+    """Makes an untrained head like another, of the same inputs and scales.
+
+    Arguments:
+        head: A head whose ``config()`` are its constructor's arguments, or a product of such, of
+            which the first is taken.
+
+    Returns:
+        The head, on the same device.
+
+    Raises:
+        TypeError: If the head does not tell its configuration.
+    """
+    model = factors(head)[0]
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise TypeError(
+            f"A further stage needs a new head like the one before; {type(model).__name__} has no "
+            f"config() of its constructor's arguments. Give it one, or take a head of ncprior."
+        )
+    new: nn.Module = type(model)(**config())
+    for name, buffer in model.named_buffers():
+        new.get_buffer(name).copy_(buffer)
+    first = next(model.parameters())
+    return new.to(first.device, first.dtype)
+
+
+def rescale_head(head: nn.Module, slope: float, offset: float) -> None:
+    """Makes log r of a head slope · log r + offset, in place.
+
+    Arguments:
+        head: A head with a method ``rescale(slope, offset)``.
+        slope: The factor.
+        offset: What is added, in nats.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    rescale: Any = getattr(head, "rescale", None)
+    if rescale is None:
+        raise TypeError(
+            f"A calibrated log r is a·log r + b; {type(head).__name__} has no rescale(a, b) that "
+            f"makes it so in place. Give it one, or take a head of ncprior."
+        )
+    rescale(slope, offset)

@@ -1,0 +1,185 @@
+"""Large sampling jobs in parts on disk, which any number of processes may draw in any order.
+
+A part depends on the job's seed and on its own number alone. A job that was killed goes on with the
+parts that are missing, and its files are those of a job that was not, bit for bit, on a machine
+that computes the same with as many threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ncprior.prior import NCPrior
+from ncprior.samplers.base import Sampler
+from ncprior.samplers.compose import describe
+from ncprior.saving.checks import fingerprints
+from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors, write_atomically
+from ncprior.source import num_rows
+from ncprior.utils.distributed import num_ranks, rank
+from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.random_state import seeded
+
+
+def sample_parts(
+    prior: NCPrior,
+    sampler: Sampler,
+    folder: str | os.PathLike[str],
+    *,
+    num_samples: int,
+    part_size: int = 1000,
+    seed: int = 0,
+    condition: Any = None,  # noqa: ANN401
+    parts: Iterable[int] | None = None,
+) -> list[Path]:
+    """Draws samples part by part into a folder, and leaves alone the parts that are there.
+
+    Arguments:
+        prior: The prior.
+        sampler: As for :meth:`ncprior.NCPrior.sample`.
+        folder: Where to; made if missing.
+        num_samples: N, the number of samples of the whole job.
+        part_size: Samples per part, drawn at once; the last part may be smaller.
+        seed: Seed of the job. The generators outside stay as they are.
+        condition: What the source needs when there is no x, a pytree of N rows, or ``None``.
+        parts: The numbers of the parts that this process draws, such as those of a job array. By
+            default all, dealt out to the ranks of a process group where there is one.
+
+    Returns:
+        The files of the parts that this process was to draw: safetensors with ``x``, the decoder's
+        means, and ``z_0``, ``z_1``, … of the groups.
+
+    Raises:
+        ValueError: If the folder holds another job, or a number is out of range. A base that can
+            only be sampled does not tell which one it is.
+
+    Example:
+        >>> import tempfile
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> folder, sampler = tempfile.mkdtemp(), partial(sir, num_proposals=50)
+        >>> files = sample_parts(prior, sampler, folder, num_samples=10, part_size=4)
+        >>> [file.name for file in files]
+        ['part-00000.safetensors', 'part-00001.safetensors', 'part-00002.safetensors']
+        >>> torch.cat([part["x"] for part in read_parts(folder)]).shape
+        torch.Size([10, 3])
+    """
+    if num_samples < 1 or part_size < 1:
+        raise ValueError(
+            f"num_samples and part_size must be at least 1; got {num_samples} and {part_size}."
+        )
+    if condition is not None and num_rows(condition) != num_samples:
+        raise ValueError(
+            f"A condition has a row per sample; got {num_rows(condition)} for {num_samples}."
+        )
+    count = -(-num_samples // part_size)
+    chosen = range(rank(), count, num_ranks()) if parts is None else list(parts)
+    if not all(0 <= i < count for i in chosen):
+        raise ValueError(f"The parts of this job are 0 to {count - 1}; got {list(chosen)}.")
+    job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
+    job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
+    folder = Path(folder)
+    _claim(folder, job)
+    for i in chosen:
+        if not _is_whole(_path(folder, i)):
+            rows = slice(i * part_size, min((i + 1) * part_size, num_samples))
+            _draw(prior, sampler, _path(folder, i), rows, _seed(seed, i), condition)
+    return [_path(folder, i) for i in chosen]
+
+
+def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
+    """Yields the tensors of a whole job, part by part.
+
+    Arguments:
+        folder: The folder of :func:`sample_parts`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no job, or a part of it is missing.
+        ValueError: If a part is damaged.
+
+    Example:
+        >>> next(read_parts("nowhere"))
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere holds no sampling job. Run sample_parts first.
+    """
+    folder = Path(folder)
+    if not (folder / "job.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no sampling job. Run sample_parts first.")
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    for i in range(-(-job["num_samples"] // job["part_size"])):
+        yield load_tensors(_path(folder, i))[0]
+
+
+def _draw(
+    prior: NCPrior,
+    sampler: Sampler,
+    path: Path,
+    rows: slice,
+    seed: int,
+    condition: Any,  # noqa: ANN401
+) -> None:
+    with seeded(seed):
+        some = tree_map_only(Tensor, lambda t: t[rows], condition)
+        sample = prior.sample(rows.stop - rows.start, sampler, condition=some)
+    tensors = {f"z_{k}": z for k, z in enumerate(sample.latents)}
+    try:
+        save_tensors(path, {"x": sample.x, **tensors}, {"kind": "samples", "first": rows.start})
+    except FileNotFoundError:
+        if not _is_whole(path):  # or else another process was faster, and has tidied up
+            raise
+    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        unfinished.unlink(missing_ok=True)
+
+
+def _claim(folder: Path, job: dict[str, Any]) -> None:
+    """Writes down which job the folder holds, or refuses another one."""
+    path = folder / "job.json"
+    if not path.exists():
+        with write_atomically(path) as temporary:
+            temporary.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if other := {name: found.get(name) for name in job if found.get(name) != job[name]}:
+        raise ValueError(
+            f"{folder} holds parts of another job, of {other}; now it is "
+            f"{ {name: job[name] for name in other} }. Pass another folder."
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.exists() and read_metadata(path).get("kind") == "samples"
+    except ValueError:
+        return False
+
+
+def _path(folder: Path, i: int) -> Path:
+    return folder / f"part-{i:05d}.safetensors"
+
+
+def _seed(seed: int, i: int) -> int:
+    """Seeds that no two parts of a job share, nor jobs of nearby seeds."""
+    digest = hashlib.sha256(str(seed).encode()).digest()
+    return (int.from_bytes(digest[:4], "big") + i) % 2**32  # all that generators take
+
+
+def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
+    """What the draws go by: heads, how they are used, VAE and base as they tell, the condition."""
+    used = (prior.strength, prior.active, str(prior.precision), prior.compiled)
+    told = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
+    digest = hashlib.sha256(str(told).encode())
+
+    def update(tensor: Tensor) -> Tensor:
+        raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
+        return tensor
+
+    tree_map_only(Tensor, update, condition)
+    return digest.hexdigest()

@@ -1,0 +1,25 @@
+"""Samplers of p(z) ∝ r(z)·p(z): functions ``sampler(prior, log_ratio) -> Draw``."""
+
+from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.samplers.compose import at_temperature, describe, sequence
+from ncprior.samplers.langevin import can_walk, langevin
+from ncprior.samplers.mixture import within_components
+from ncprior.samplers.rejection import independence, rejection
+from ncprior.samplers.sir import sir
+from ncprior.samplers.smc import tempered_smc
+
+__all__ = [
+    "Draw",
+    "LogRatio",
+    "Sampler",
+    "at_temperature",
+    "can_walk",
+    "describe",
+    "independence",
+    "langevin",
+    "rejection",
+    "sequence",
+    "sir",
+    "tempered_smc",
+    "within_components",
+]

@@ -1,0 +1,81 @@
+r"""Samplers of p(z) ∝ r(z)·p(z): pure functions ``sampler(prior, log_ratio) -> Draw``.
+
+``prior`` is p(z) of batch shape ``(B,)``; ``log_ratio`` maps z, with shape ``(*, B, *event)``, to
+log r(z) in nats, with shape ``(*, B)``. Anything with this signature is a sampler; configure one
+with ``functools.partial(sir, num_proposals=500)``.
+
+References:
+    | A Contrastive Learning Approach for Training Variational Autoencoder Priors
+    | (Aneja et al., NeurIPS 2021), section 4.3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution
+
+from ncprior.distributions import Sampleable
+
+LogRatio: TypeAlias = Callable[[Tensor], Tensor]
+
+Sampler: TypeAlias = "Callable[[Sampleable, LogRatio], Draw]"
+
+_NOT_FINITE = (
+    "log r is not finite for some proposals. Look for NaN or infinity in the head's weights, the "
+    "prior or the context."
+)
+
+
+class Draw(NamedTuple):
+    """One draw per row, and what the sampler knows of its quality; what does not apply is None.
+
+    Attributes:
+        z: The latents, with shape ``(B, *event)``.
+        ess: Effective sample size of the proposals, (Σ r)² / Σ r², from 1 to M, with shape ``(B,)``.
+        log_mean_weight: log (1/M) Σ r, an estimate of log Z in nats, with shape ``(B,)``.
+        acceptance: Share of accepted proposals of a Markov chain, with shape ``(B,)``.
+
+    Example:
+        >>> Draw(z=torch.zeros(4, 2)).ess is None
+        True
+    """
+
+    z: Tensor
+    ess: Tensor | None = None
+    log_mean_weight: Tensor | None = None
+    acceptance: Tensor | None = None
+
+
+def check_rows(prior: Sampleable) -> None:
+    """Refuses a distribution that has not one row per sample."""
+    if isinstance(prior, Distribution) and len(prior.batch_shape) != 1:
+        raise ValueError(
+            f"The prior of a sampler has batch shape (B,); got {tuple(prior.batch_shape)} with "
+            f"event shape {tuple(prior.event_shape)}. Use prior.expand((B,))."
+        )
+
+
+def checked(log_r: Tensor, shape: Size) -> Tensor:
+    """log r in float32 or better, of the shape that it must have."""
+    if log_r.shape != shape:
+        raise ValueError(
+            f"log_ratio must map z of shape (*, B, *event) to log r of shape (*, B), here "
+            f"{tuple(shape)}; got {tuple(log_r.shape)}."
+        )
+    return log_r if log_r.dtype == torch.float64 else log_r.float()
+
+
+def finite(log_r: Tensor) -> Tensor:
+    """log r, if it is finite everywhere: one synchronisation."""
+    if not torch.isfinite(log_r).all():
+        raise FloatingPointError(_NOT_FINITE)
+    return log_r
+
+
+def like_event(mask: Tensor, z: Tensor) -> Tensor:
+    """A mask of rows, ready to broadcast over the event of z."""
+    return mask.reshape(mask.shape + (1,) * (z.ndim - mask.ndim))

@@ -1,0 +1,267 @@
+r"""Langevin dynamics in z on the energy E(z) = -log r(z) - log p(z), with and without correction.
+
+References:
+    | A Contrastive Learning Approach for Training Variational Autoencoder Priors
+    | (Aneja et al., NeurIPS 2021), section 4.3
+    | Exponential Convergence of Langevin Distributions and Their Discrete Approximations
+    | (Roberts & Tweedie, 1996)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from ncprior.distributions import Sampleable
+from ncprior.samplers.base import Draw, LogRatio, check_rows, checked, like_event
+
+
+@torch.no_grad()
+def langevin(
+    prior: Sampleable,
+    log_ratio: LogRatio,
+    *,
+    num_steps: int,
+    step_size: float,
+    adjusted: bool = False,
+    init: Tensor | None = None,
+) -> Draw:
+    r"""Langevin dynamics on the energy E(z) = -log r(z) - log p(z), in the paper's convention:
+
+    .. math::
+        z \leftarrow z - \tfrac{1}{2} \lambda \nabla E(z) + \sqrt{\lambda}\, \varepsilon,
+        \qquad \varepsilon \sim N(0, I).
+
+    Unadjusted (ULA), its stationary law differs from r·p / Z by O(λ). ``adjusted`` accepts or
+    rejects each step after Metropolis and Hastings (MALA), which leaves r·p / Z invariant.
+    Gradients are taken with respect to z alone.
+
+    Arguments:
+        prior: p(z), a continuous distribution of batch shape ``(B,)``.
+        log_ratio: Maps z, with shape ``(B, *event)``, to log r(z) in nats, ``(B,)``.
+        num_steps: Number of steps.
+        step_size: λ, in squared units of z.
+        adjusted: Whether to correct each step (MALA).
+        init: Where the chains start, ``(B, *event)``, such as the z of another draw; p(z) if None.
+
+    Returns:
+        A draw with ``z`` and, when adjusted, ``acceptance``.
+
+    Raises:
+        TypeError: If the prior is discrete, bounded, or has no density.
+        ValueError: If ``num_steps``, ``step_size`` or the shape of ``init`` is wrong.
+        FloatingPointError: If log r or log p is not finite on the way.
+
+    References:
+        Aneja et al. (2021), section 4.3.
+
+    Example:
+        >>> prior = Normal(torch.zeros(2000), 1.0)
+        >>> draw = langevin(prior, lambda z: 0.5 * z, num_steps=50, step_size=0.5, adjusted=True)
+        >>> round(draw.z.mean().item(), 1)
+        0.5
+    """
+    if num_steps < 0 or not 0 < step_size < math.inf:
+        raise ValueError(
+            f"num_steps must be at least 0 and step_size positive and finite; "
+            f"got {num_steps}, {step_size}."
+        )
+    target = Target(prior, log_ratio)
+    z = prior.sample() if init is None else _checked_init(init, target.prior)
+    if adjusted:
+        z, acceptance = _mala(target, z, num_steps, step_size)
+    else:
+        z, acceptance = _ula(target, z, num_steps, step_size), None
+    target.raise_if_bad(z)
+    return Draw(z, acceptance=acceptance)
+
+
+def _ula(target: Target, z: Tensor, num_steps: int, step_size: float) -> Tensor:
+    for _ in range(num_steps):
+        drift = target(z).score(1.0)
+        z = z + 0.5 * step_size * drift + step_size**0.5 * torch.randn_like(z)
+    return z
+
+
+def _mala(target: Target, z: Tensor, num_steps: int, step_size: float) -> tuple[Tensor, Tensor]:
+    point = target(z)
+    accepted = torch.zeros_like(point.log_r)
+    for _ in range(num_steps):
+        point, accept = mala_step(target, point, step_size)
+        accepted += accept
+    return point.z, accepted / max(1, num_steps)
+
+
+def mala_step(
+    target: Target, here: Point, step_size: float, beta: float = 1.0
+) -> tuple[Point, Tensor]:
+    """Takes one step of Langevin dynamics on r^β·p with Metropolis correction.
+
+    Arguments:
+        target: r·p.
+        here: Where the chains stand.
+        step_size: λ.
+        beta: β.
+
+    Returns:
+        Where they stand now, and which of them moved, with shape ``(*, B)``.
+    """
+    noise = torch.randn_like(here.z)
+    there = target(here.z + 0.5 * step_size * here.score(beta) + step_size**0.5 * noise)
+    # log q(z | z') - log q(z' | z), both Gaussian of variance λ.
+    back = (here.z - there.z - 0.5 * step_size * there.score(beta)) / step_size**0.5
+    log_q_ratio = 0.5 * (noise.square() - back.square()).reshape(*here.log_r.shape, -1).sum(-1)
+    log_a = there.log_density(beta) - here.log_density(beta) + log_q_ratio
+    accept = torch.rand_like(log_a).log() < log_a
+    pairs = zip(there, here, strict=True)
+    return Point(*(torch.where(like_event(accept, new), new, old) for new, old in pairs)), accept
+
+
+class Point(NamedTuple):
+    """Where chains stand, and all that a step on r^β·p from there needs, whatever β.
+
+    Attributes:
+        z: The latents, with shape ``(*, B, *event)``.
+        log_r: log r(z) in nats, with shape ``(*, B)``.
+        log_p: log p(z) in nats, with shape ``(*, B)``.
+        grad_log_r: ∇ log r(z), of the shape of z.
+        grad_log_p: ∇ log p(z), of the shape of z.
+    """
+
+    z: Tensor
+    log_r: Tensor
+    log_p: Tensor
+    grad_log_r: Tensor
+    grad_log_p: Tensor
+
+    def log_density(self, beta: float) -> Tensor:
+        """β log r(z) + log p(z) in nats, with shape ``(*, B)``."""
+        return beta * self.log_r + self.log_p
+
+    def score(self, beta: float) -> Tensor:
+        """The gradient of that, of the shape of z."""
+        return beta * self.grad_log_r + self.grad_log_p
+
+
+class Target:
+    """r·p as Langevin dynamics sees it; remembers the first place that is not finite.
+
+    Raises:
+        TypeError: If the prior is discrete, bounded, or has no density.
+        ValueError: If its batch shape is not ``(B,)``.
+    """
+
+    def __init__(self, prior: Sampleable, log_ratio: LogRatio) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Langevin dynamics takes gradients, which torch.inference_mode forbids. "
+                "Call it under torch.no_grad instead."
+            )
+        self.prior, self.log_ratio = _continuous(prior), log_ratio
+        check_rows(prior)
+        self.calls = 0
+        self.first_bad: Tensor | None = None  # stays on the device: no synchronisation per step
+
+    def __call__(self, z: Tensor) -> Point:
+        """Looks at z, with shape ``(*, B, *event)``."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_p = self.prior.log_prob(z)
+            log_r = checked(self.log_ratio(z), log_p.shape)
+            slopes = [_gradient(log_r, z), _gradient(log_p, z)]
+        point = Point(z.detach(), log_r.detach(), log_p.detach(), *slopes)
+        bad = ~torch.stack([torch.isfinite(part).all() for part in point[1:]]).all()
+        call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
+        self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
+        self.calls += 1
+        # A bad chain stands still, so that no validating prior complains of it in its own words.
+        still = [torch.where(bad, 0.0, slope) for slope in slopes]
+        return Point(*point[:3], *still)
+
+    def raise_if_bad(self, z: Tensor) -> None:
+        """Raises if anything so far, or the last z, is not finite: one synchronisation."""
+        first = self.calls if self.first_bad is None else min(self.calls, int(self.first_bad))
+        if first < self.calls or not torch.isfinite(z).all():
+            raise FloatingPointError(
+                f"The energy -log r - log p or its gradient is not finite at step {first} of "
+                f"Langevin dynamics. Take a smaller step_size, or look for NaN or infinity in "
+                f"the head's weights, the prior or the context."
+            )
+
+
+def can_walk(prior: Sampleable) -> bool:
+    """Tells whether Langevin dynamics can walk in a prior: not in discrete or bounded latents.
+
+    Example:
+        >>> can_walk(Normal(0.0, 1.0)), can_walk(torch.distributions.Bernoulli(0.5))
+        (True, False)
+    """
+    try:
+        _continuous(prior)
+    except TypeError:
+        return False
+    return True
+
+
+def _gradient(value: Tensor, z: Tensor) -> Tensor:
+    """∂ Σ value / ∂z; 0 where value is a constant."""
+    if not value.requires_grad:
+        return torch.zeros_like(z)
+    (gradient,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _continuous(prior: Sampleable) -> Distribution:
+    """The prior, if Langevin dynamics can walk in it."""
+    name = name_of(prior)
+    if not isinstance(prior, Distribution) and not hasattr(prior, "log_prob"):
+        raise TypeError(
+            f"Langevin dynamics needs log p(z); the prior {name} can only be sampled. Use sir."
+        )
+    try:
+        support = prior.support  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError):
+        return prior  # type: ignore[return-value]
+    if support.is_discrete:
+        raise TypeError(
+            f"Langevin dynamics differentiates the latents; the prior {name} is discrete. Use sir."
+        )
+    while hasattr(support, "base_constraint"):  # behind Independent and mixtures
+        support = support.base_constraint
+    if isinstance(support, _BOUNDED):
+        raise TypeError(
+            f"Langevin dynamics walks on all of R^n; the prior {name} is bounded. Use sir."
+        )
+    return prior  # type: ignore[return-value]
+
+
+_BOUNDED = tuple(
+    type(constraint)
+    for constraint in (
+        constraints.unit_interval,
+        constraints.half_open_interval(0, 1),
+        constraints.greater_than(0),
+        constraints.greater_than_eq(0),
+        constraints.less_than(0),
+        constraints.simplex,
+    )
+)
+
+
+def _checked_init(init: Tensor, prior: Distribution) -> Tensor:
+    if isinstance(prior, Distribution) and init.shape != prior.batch_shape + prior.event_shape:
+        raise ValueError(
+            f"init must have the prior's shape (B, *event), "
+            f"{tuple(prior.batch_shape + prior.event_shape)}; got {tuple(init.shape)}."
+        )
+    return init.detach()
+
+
+def name_of(prior: Sampleable) -> str:
+    """Returns the name of a prior's type, behind ``Independent`` and copies of it for every row."""
+    base = getattr(prior, "base_dist", prior)
+    return type(getattr(base, "prior", base)).__name__

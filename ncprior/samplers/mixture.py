@@ -1,0 +1,89 @@
+r"""Sampling within the components of a mixture base, which keeps their shares as they are.
+
+A mixture draws z in two steps, a component j ~ π_j and z ~ p_j(z). Best-of-M over the whole mixture
+takes mass from those components where q and p_j differ most, as good proposals are rare there: of M
+proposals, one of an easier component wins. Within the component each row is drawn from
+
+.. math::
+    \sum_j \pi_j \, \frac{r(z) \, p_j(z)}{Z_j}, \qquad Z_j = E_{p_j}[r].
+
+With the exact r = q/p this is q itself where π_j is the share of q that component j is responsible
+for, since Z_j = E_q[π_j p_j / p] / π_j: so it is for every mixture that expectation-maximisation on
+encodings has left at rest. M proposals are then as good as the average component asks for, not the
+worst.
+
+A sampler sees a component as its noise: z = μ_j + L_j ε with ε ~ N(0, I). Where components are narrow
+in some directions and wide in others, chains need no small steps for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from ncprior.bases.mixture import GaussianMixture
+from ncprior.distributions import Sampleable
+from ncprior.samplers.base import Draw, LogRatio, Sampler
+
+
+def within_components(sampler: Sampler) -> Sampler:
+    """Makes a sampler draw each row's component of a mixture base first, and z within it.
+
+    Arguments:
+        sampler: Any sampler, such as ``partial(sir, num_proposals=50)``. It draws the noise ε of
+            its row's component: the step sizes of chains are in squared units of ε. Rows have
+            targets of their own, so that it must not share particles or proposals between them.
+
+    Returns:
+        The sampler; ``log_mean_weight`` of its draws is log Z_j of the row's component.
+
+    Raises:
+        TypeError: When drawing, if the prior is no :class:`~ncprior.bases.GaussianMixture`.
+
+    Example:
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> mixture = GaussianMixture(torch.zeros(2), torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1))
+        >>> sampler = within_components(partial(sir, num_proposals=20))
+        >>> z = sampler(mixture.expand((4000,)), lambda z: 0.3 * z[..., 0]).z  # Z_2 ≫ Z_1
+        >>> round((z > 0).float().mean().item(), 1)
+        0.5
+    """
+
+    def within(prior: Sampleable, log_ratio: LogRatio) -> Draw:
+        if not isinstance(prior, GaussianMixture) or len(prior.batch_shape) != 1:
+            raise TypeError(
+                f"within_components needs a mixture base, such as rebase(source, "
+                f"fit_mixture(latents_of(source, x))); got {type(prior).__name__}."
+            )
+        weights = prior.logits.softmax(0)
+        place = _Places(prior, torch.multinomial(weights, prior.batch_shape[0], replacement=True))
+        draw = sampler(place.noise, lambda noise: log_ratio(place(noise)))
+        return draw._replace(z=place(draw.z))
+
+    return within
+
+
+class _Places:
+    """The map from noise to z of rows that have their components: z = μ_j + L_j ε."""
+
+    def __init__(self, mixture: GaussianMixture, labels: Tensor) -> None:
+        self.mixture = mixture
+        self.rows = [(j, (labels == j).nonzero()[:, 0]) for j in labels.unique().tolist()]
+        self.order = torch.cat([rows for _, rows in self.rows]).argsort()
+        event = mixture.event_shape
+        zeros = mixture.loc.new_zeros(len(labels), *event)
+        self.noise = Independent(
+            Normal(zeros, 1.0, validate_args=False), len(event), validate_args=False
+        )
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        """Returns z of noise, both with shape ``(*, B, *event)``; differentiable."""
+        mixture = self.mixture
+        flat = noise.flatten(noise.ndim - len(mixture.event_shape))
+        parts = []
+        for j, rows in self.rows:
+            mean, factor, own = mixture.loc[j], mixture.scale[j], flat[..., rows, :]
+            parts.append(mean + (own @ factor.mT if mixture.is_full else own * factor))
+        return torch.cat(parts, dim=-2)[..., self.order, :].reshape(noise.shape)

@@ -1,0 +1,158 @@
+"""One training of heads, with all that a checkpoint holds: what :func:`ncprior.fit` drives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncprior.data.device_loader import Loader
+from ncprior.data.stream import Stream
+from ncprior.prior import NCPrior
+from ncprior.trainer import NCETrainer
+from ncprior.training.engine import Training, weights_of
+from ncprior.training.held_out import HeldOut
+from ncprior.training.history import History, Row
+from ncprior.utils.distributed import (
+    from_rank,
+    gather,
+    on_first,
+)
+
+
+class Run(Training):
+    """The state of one training of heads."""
+
+    def __init__(
+        self, prior: NCPrior, trainer: NCETrainer, settings: dict[str, Any], split_seed: int
+    ) -> None:
+        super().__init__(prior, prior.heads, trainer, settings)
+        self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
+        self.best: dict[str, Tensor] | None = None
+        self.best_loss = [math.inf] * len(prior.heads)
+        self.best_error = [math.inf] * len(prior.heads)
+        self.best_step = [0] * len(prior.heads)
+        self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
+
+    def step(self, batches: Loader) -> None:
+        x = self.next_batch(batches)
+        if self.stopped is None:
+            self.loss_sum += self.trainer.step(x).loss
+            self.stepped()
+
+    def record(self, evaluation: HeldOut | None) -> Row:
+        """Adds a row to the history; keeps each group's averaged weights where they are best."""
+        held_out = None
+        if evaluation is not None:
+            with self._averaged():
+                held_out, errors = evaluation(self.device)
+            self._refuse_non_finite(held_out)
+            if self.best is None:
+                self.best = weights_of(self.prior.heads)
+            for k, new in enumerate(held_out):
+                if new < self.best_loss[k]:
+                    self.best_loss[k], self.best_step[k] = new, self.trainer.steps
+                    self.best_error[k] = errors[k]
+                    for name in self._names(k):
+                        self.best[name].copy_(self.average[name])
+        loss = (self.loss_sum / max(1, self.steps_since_row)).tolist()
+        self.loss_sum, self.steps_since_row = torch.zeros_like(self.loss_sum), 0
+        rate: float = self.trainer.optimizer.param_groups[0]["lr"]
+        self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.elapsed()))
+        return self.rows[-1]  # type: ignore[no-any-return]
+
+    def _refuse_non_finite(self, held_out: list[float]) -> None:
+        for k, loss in enumerate(held_out):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The held-out NCE loss of group {k} is {loss} at step {self.trainer.steps}. "
+                    f"Look for NaN or infinity in the held-out data."
+                )
+
+    def decide(
+        self, row: Row, patience: int | None, callback: Callable[[Row], Any] | None
+    ) -> None:
+        last = max(self.best_step)
+        limit = math.inf if patience is None else patience * self.settings["eval_every"]
+        if callback is not None and on_first(lambda: callback(row) is True):
+            self.stopped = f"stopped by the callback at step {self.trainer.steps}"
+        elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
+            self.stopped = f"no progress on held-out data since step {last}"
+
+    def kept(self) -> Mapping[str, Tensor]:
+        """The best weights, or else the averaged."""
+        return self.average if self.best is None else self.best
+
+    def collect(self) -> None:
+        """Makes every rank's heads what they are on the rank that trains them."""
+        kept = (dict(self.prior.heads.state_dict()), self.average, self.best or {})
+        owners = [(k, self.trainer.owner(k)) for k in range(len(self.prior.heads))]
+        for k, owner in ((k, owner) for k, owner in owners if owner is not None):
+            for tensors in kept:
+                for name in (name for name in self._names(k) if name in tensors):
+                    from_rank(owner, tensors[name])
+
+    def history(self) -> History:
+        stopped = str(self.stopped)
+        if self.best is None:
+            steps = [self.trainer.steps] * len(self.prior.heads)
+            return History(self.rows, steps, None, None, stopped)
+        return History(self.rows, self.best_step, self.best_loss, self.best_error, stopped)
+
+    def state(self) -> dict[str, Any]:
+        """Adds the best weights so far."""
+        return {
+            **super().state(),
+            "split_seed": self.split_seed,
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "best_error": self.best_error,
+            "best_step": self.best_step,
+            "loss_sum": self.loss_sum,
+        }
+
+    def restore(self, saved: dict[str, Any], stream: Stream) -> None:
+        """Takes the best weights up too."""
+        super().restore(saved, stream)
+        if saved["best"] is not None:
+            self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
+        self.best_loss, self.best_step = saved["best_loss"], saved["best_step"]
+        self.best_error = saved["best_error"]
+        self.rows = [Row(*row) for row in saved["rows"]]
+        self.loss_sum.copy_(saved["loss_sum"])
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, of each head from the rank that trains it."""
+        state = super().optimizer_state()
+        if not self.trainer.group_parallel:
+            return state
+        by_rank = gather(state["state"])
+        heads = enumerate(self.prior.heads)
+        owners = [self.trainer.owner(k) or 0 for k, head in heads for _ in head.parameters()]
+        merged = {i: by_rank[owner][i] for i, owner in enumerate(owners) if i in by_rank[owner]}
+        return {**state, "state": merged}
+
+    def _names(self, k: int) -> list[str]:
+        return [name for name in self.average if name.startswith(f"{k}.")]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Swaps the averaged weights in, and the heads into evaluation mode."""
+        self._swap()
+        self.prior.eval()
+        try:
+            yield
+        finally:
+            self._swap()
+            self.prior.train()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in self.prior.heads.state_dict().items():
+            trained = tensor.clone()
+            tensor.copy_(self.average[name])
+            self.average[name].copy_(trained)

@@ -1,0 +1,86 @@
+"""History of a training: one row per evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One line of a history.
+
+    Attributes:
+        step: Steps taken so far.
+        loss: NCE loss in nats per group, averaged over the steps since the row before.
+        held_out: NCE loss in nats per group of the averaged weights on held-out data, or ``None``.
+        learning_rate: The learning rate of the last step.
+        seconds: Time spent training so far, held-out losses included, in seconds.
+
+    Example:
+        >>> Row(100, [1.2], [1.3], 1e-3, 2.0).step
+        100
+    """
+
+    step: int
+    loss: list[float]
+    held_out: list[float] | None
+    learning_rate: float
+    seconds: float
+
+
+class History(NamedTuple):
+    """What :func:`fit` returns.
+
+    Attributes:
+        rows: One row every ``eval_every`` steps, and one at the end.
+        best_step: Per group, the step whose averaged weights were kept.
+        best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
+        best_error: Per group, the standard error of that.
+        stopped: Why training ended.
+        gated: The groups that training has switched off.
+        stages: The histories of further stages; the last may have been left out.
+        kept: Of a further stage, per group, whether its head was multiplied in.
+        slopes: Per group, what calibration has multiplied log r by.
+
+    Example:
+        >>> from ncprior import fit
+        >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
+        >>> history.stopped, history.best_step
+        ('all 20 steps taken', [20])
+    """
+
+    rows: list[Row]
+    best_step: list[int]
+    best_loss: list[float] | None
+    best_error: list[float] | None
+    stopped: str
+    gated: tuple[int, ...] = ()
+    stages: tuple[History, ...] = ()
+    kept: tuple[bool, ...] = ()
+    slopes: tuple[float, ...] = ()
+
+    def has_learnt(self, least: float = 0.0) -> list[bool]:
+        """Tells per group whether its held-out JSD, log 2 - L/2, is above 0 by two errors of L.
+
+        Arguments:
+            least: Nats of JSD in place of 0.
+        """
+        if self.best_loss is None or self.best_error is None:
+            return [True] * len(self.best_step)
+        pairs = zip(self.best_loss, self.best_error, strict=True)
+        return [loss + 2 * error < 2 * (math.log(2) - least) for loss, error in pairs]
+
+    def __str__(self) -> str:
+        """Says in one line what was kept, and why training ended."""
+        losses = self.rows[-1].loss if self.best_loss is None else self.best_loss
+        kind = "training" if self.best_loss is None else "held-out"
+        steps = ", ".join(map(str, self.best_step))
+        values = ", ".join(f"{loss:.3f}" for loss in losses)
+        text = f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
+        if self.gated:
+            text += f"; left at their base: {', '.join(map(str, self.gated))}"
+        if self.slopes:
+            text += f"; log r times {', '.join(f'{slope:.2f}' for slope in self.slopes)}"
+        for number, stage in enumerate(self.stages, start=2):
+            text += f"\nstage {number}: {stage}" + ("" if any(stage.kept) else "; left out")
+        return text

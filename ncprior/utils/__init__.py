@@ -1,0 +1,7 @@
+"""Helpers that know nothing of VAEs: precision, fingerprints, random states, process groups."""
+
+from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.optimise import train
+from ncprior.utils.precision import at_precision
+
+__all__ = ["at_precision", "module_fingerprint", "train"]

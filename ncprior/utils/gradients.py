@@ -1,0 +1,64 @@
+"""Gradients of one module: checked, zeroed, averaged over the ranks and clipped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from ncprior.utils.distributed import (
+    average_over_ranks,
+    from_rank,
+    num_ranks,
+)
+
+
+def check_parameters(
+    optimizer: torch.optim.Optimizer, module: nn.Module, whose: str, remedy: str
+) -> None:
+    """Refuses an optimizer of parameters other than those of what is trained.
+
+    Raises:
+        ValueError: If it holds any other.
+    """
+    own = {id(p) for p in module.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"The optimizer holds parameters that are not {whose}; the VAE stays frozen. "
+            f"Make it from {remedy}."
+        )
+
+
+def share_weights(module: nn.Module) -> None:
+    """Gives all ranks of the process group rank 0's weights; does nothing without one."""
+    for tensor in module.state_dict().values():
+        from_rank(0, tensor)
+
+
+def zero_gradients(module: nn.Module) -> None:
+    """Makes every gradient zero, and one for every parameter that has none.
+
+    Gradients live from here on: made in the middle of a backward pass, they would lie between
+    activations and keep the allocator from using that memory again for the next group.
+    """
+    for p in module.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+        elif p.requires_grad:
+            p.grad = torch.zeros_like(p)
+
+
+def reduce_and_clip(module: nn.Module, max_norm: float, *, shared: bool = True) -> Tensor:
+    """Averages a module's gradients over the ranks, where they share it, and clips them.
+
+    Returns:
+        The norm before clipping.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if num_ranks() > 1 and gradients and shared:
+        flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+    return clip_grad_norm_(module.parameters(), max_norm)

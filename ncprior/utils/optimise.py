@@ -1,0 +1,235 @@
+"""What fitted bases have in common: standardised latents, and descent with early stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+
+_EVAL_EVERY = 100  # steps between held-out losses
+
+_EMA_DECAY = 0.999  # per step, reached after a warm-up
+
+_MAX_GRAD_NORM = 5.0
+
+
+def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Flattens latents and gives each mean 0 and standard deviation 1.
+
+    Arguments:
+        z: Latents, with shape ``(N, *event)``.
+        dtype: That of what is returned.
+
+    Returns:
+        The flat, standardised latents, ``(N, D)``, their means and their standard deviations, both
+        ``(D,)``; the standard deviation of a constant is taken to be 1.
+
+    Raises:
+        ValueError: If they have no event axis, fewer than two rows or values that are not finite.
+    """
+    if z.ndim < 2 or len(z) < 2:
+        raise ValueError(
+            f"A base is fitted to latents of shape (N, *event), N at least 2; got "
+            f"{tuple(z.shape)}. latents_of(source, x) encodes data."
+        )
+    flat = z.detach().reshape(len(z), -1).to(dtype)
+    if not torch.isfinite(flat).all():
+        raise ValueError("Some latents are not finite. Look at what the encoder returns.")
+    centre, spread = flat.mean(0), flat.std(0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    return (flat - centre) / spread, centre, spread
+
+
+def minimise(
+    loss: Callable[[], Tensor],
+    held_out: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    patience: int | None = 10,
+    project: Callable[[], object] | None = None,
+    name: str = "fit",
+    progress: bool = False,
+) -> float:
+    """Changes parameters in place to those of the least held-out loss seen on a descent.
+
+    AdamW with clipped gradients and a cosine schedule to 0. As in :func:`ncprior.fit`, a moving
+    average of the parameters is what is evaluated and kept; the first candidate is what they were.
+
+    Arguments:
+        loss: Draws a batch and returns its mean loss, a scalar.
+        held_out: Returns the held-out loss, the same for the same parameters.
+        parameters: Leaves of the gradient; no other tensor gets one.
+        steps: Number of steps.
+        learning_rate: The first learning rate.
+        weight_decay: AdamW's weight decay.
+        patience: Held-out losses, one every 100 steps, without progress before it stops;
+            ``None`` never stops early.
+        project: Called after each step, to put parameters back where they must stay. The set must
+            be convex, for averages to stay in it.
+        name: What is fitted, for the progress bar and for errors.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The least held-out loss.
+
+    Raises:
+        FloatingPointError: If a held-out loss is not finite; the parameters are the best so far.
+        ValueError: If a number of steps or the learning rate makes no sense.
+    """
+    if steps < 0 or not 0 < learning_rate < math.inf or (patience is not None and patience < 1):
+        raise ValueError(
+            f"steps must be at least 0, learning_rate positive and finite and patience at least "
+            f"1; got {steps}, {learning_rate} and {patience}."
+        )
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+    best = _Best(parameters, held_out, name)
+    with best.kept(), tqdm(total=steps, desc=name, disable=not progress) as bar:
+        for step in range(1, steps + 1):
+            rate = 0.5 * learning_rate * (1 + math.cos(math.pi * (step - 1) / steps))
+            optimizer.param_groups[0]["lr"] = rate
+            _step(optimizer, loss, parameters)
+            if project is not None:
+                project()
+            best.average(step)
+            bar.update()
+            if step % _EVAL_EVERY == 0 or step == steps:
+                since = best.look(step)
+                bar.set_postfix_str(f"held-out {best.loss:.3f}")
+                if patience is not None and since >= patience * _EVAL_EVERY:
+                    break
+    return best.loss
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], parameters: Sequence[Tensor]
+) -> None:
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        # That of a sum is one number seen many times, which clipping in place cannot take.
+        parameter.grad = None if gradient is None else gradient.contiguous()
+    torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
+    optimizer.step()
+
+
+class _Best:
+    """The moving average of the parameters, and where its held-out loss was least."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], held_out: Callable[[], Tensor], name: str
+    ) -> None:
+        self.parameters, self.held_out, self.name = parameters, held_out, name
+        # Evaluated before it is copied: some layers initialise themselves on their first batch.
+        self.step, self.loss = 0, self._evaluate(0)
+        self.best, self.mean = self._copy(), self._copy()
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
+        for mean, parameter in zip(self.mean, self.parameters, strict=True):
+            mean.lerp_(parameter, 1 - decay)
+
+    def look(self, step: int) -> int:
+        """Evaluates the average; returns the number of steps since the best one."""
+        now = self._copy()
+        self._put(self.mean)
+        try:
+            loss = self._evaluate(step)
+        finally:
+            self._put(now)
+        if loss < self.loss:
+            self.step, self.loss = step, loss
+            self.best = [mean.clone() for mean in self.mean]
+        return step - self.step
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """On leaving, however, the parameters are the best ones, and without gradients."""
+        try:
+            yield
+        finally:
+            self._put(self.best)
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> float:
+        loss = self.held_out().item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The held-out loss of the {self.name} is {loss} at step {step}. Take a smaller "
+                f"learning_rate, or look for NaN or infinity in the data."
+            )
+        return loss
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    num_rows: int,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 2e-3,
+    max_grad_norm: float | None = None,
+    name: str = "training",
+    progress: bool = True,
+) -> None:
+    """Trains a network by Adam with a cosine schedule, and leaves it in evaluation mode.
+
+    Arguments:
+        module: The network.
+        loss: Maps the indices of a batch to its loss, a scalar.
+        num_rows: Number of rows to take indices from.
+        steps: Number of optimizer steps.
+        batch_size: Rows per batch.
+        learning_rate: The first learning rate.
+        max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
+        name: What the progress bar is called.
+        progress: Whether to show it.
+
+    Example:
+        >>> x, line = torch.randn(100, 1), nn.Linear(1, 1)
+        >>> def loss(rows):
+        ...     return (line(x[rows]) - 3 * x[rows]).square().mean()
+        >>> train(line, loss, 100, steps=100, batch_size=50, learning_rate=0.2, progress=False)
+        >>> round(line.weight.item(), 1)
+        3.0
+    """
+    optimizer = torch.optim.Adam(module.parameters(), learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = islice(_shuffled_rows(num_rows, min(batch_size, num_rows)), steps)
+    module.train()
+    with tqdm(batches, desc=name, total=steps, disable=not progress) as bar:
+        for rows in bar:
+            optimizer.zero_grad()
+            loss(rows).backward()
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+            optimizer.step()
+            schedule.step()
+    module.eval()
+
+
+def _shuffled_rows(num_rows: int, batch_size: int) -> Iterator[Tensor]:
+    """Yields batches of row indices, epoch after epoch; an incomplete last batch is left out."""
+    while True:
+        for rows in torch.randperm(num_rows).split(batch_size):
+            if len(rows) == batch_size:
+                yield rows

@@ -1,0 +1,51 @@
+"""Mixed precision: products in bfloat16, and what stays in float32 all the same."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Makes products in bfloat16, or else in the tensors' own precision, whatever is outside.
+
+    Arguments:
+        device_type: Such as ``"cpu"``.
+        precision: ``torch.bfloat16`` or another.
+
+    Example:
+        >>> with at_precision("cpu", torch.bfloat16):
+        ...     (torch.eye(2) @ torch.eye(2)).dtype
+        torch.bfloat16
+    """
+    if precision == torch.bfloat16:
+        return torch.autocast(device_type, torch.bfloat16)
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def check_precision(precision: torch.dtype) -> None:
+    """Refuses what :func:`at_precision` is not made for.
+
+    Raises:
+        ValueError: If the precision is neither ``torch.float32`` nor ``torch.bfloat16``.
+    """
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision must be torch.float32 or torch.bfloat16; got {precision}.")
+
+
+def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
+    """Applies a linear layer in its own precision, also under autocast: nats are no 8-bit numbers."""
+    if not torch.is_autocast_enabled(h.device.type):
+        return linear(h)  # type: ignore[no-any-return]
+    with torch.autocast(h.device.type, enabled=False):
+        return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float32 or better."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

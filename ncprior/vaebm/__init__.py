@@ -1,0 +1,19 @@
+"""VAEBM: an energy on images that reweights a VAE in data space."""
+
+from ncprior.vaebm.energy_net import EnergyNet
+from ncprior.vaebm.fit import EnergyHistory, EnergyRow, fit_vaebm
+from ncprior.vaebm.model import VAEBM, Chains
+from ncprior.vaebm.squared_error import SquaredError
+from ncprior.vaebm.trainer import EnergyMetrics, VAEBMTrainer
+
+__all__ = [
+    "VAEBM",
+    "Chains",
+    "EnergyHistory",
+    "EnergyMetrics",
+    "EnergyNet",
+    "EnergyRow",
+    "SquaredError",
+    "VAEBMTrainer",
+    "fit_vaebm",
+]

@@ -1,0 +1,93 @@
+"""Energy networks E(x) of VAEBM: small residual nets of images, smooth and without normalisation.
+
+An energy is any ``nn.Module`` called as ``energy(x) -> E``, x of shape ``(B, ...)``, E in nats of
+shape ``(B,)``. Of vectors a :class:`~ncprior.heads.MLPHead` does. E of a new net is exactly 0: the
+VAE itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, silu
+
+from ncprior.utils.precision import in_full, wide
+
+_SMALLEST = 4  # feature maps are halved until they are no larger
+
+
+class EnergyNet(nn.Module):
+    """E of an image: residual cells of two 3×3 convolutions, halved by average pooling to 4×4.
+
+    SiLU makes it smooth, which Langevin dynamics needs; no batch statistics, so that E(x) is a
+    function of x alone. Images of more than 16 pixels are halved by the first convolution.
+
+    Arguments:
+        image_shape: Shape ``(C, H, W)`` of x without batch, such as (1, 28, 28), (3, 32, 32) or
+            (3, 64, 64). Pixels are expected in [0, 1].
+        width: Channels of the first cell; each halving adds as many, up to four times.
+
+    Raises:
+        ValueError: If the shape is not (C, H, W), or the width is below 1.
+
+    References:
+        Swish: Searching for Activation Functions (Ramachandran et al., 2017).
+
+    Example:
+        >>> EnergyNet((3, 32, 32), width=8)(torch.rand(5, 3, 32, 32))
+        tensor([0., 0., 0., 0., 0.], grad_fn=<SqueezeBackward1>)
+    """
+
+    def __init__(self, image_shape: Sequence[int], *, width: int = 32) -> None:
+        super().__init__()
+        if len(image_shape) != 3 or width < 1:
+            raise ValueError(
+                f"EnergyNet takes images of shape (C, H, W) and a width of 1 or more; got "
+                f"{tuple(image_shape)} and {width}. For vectors, MLPHead((D,)) is an energy too."
+            )
+        self.image_shape, self.width = tuple(image_shape), width
+        channels, size = self.image_shape[0], max(self.image_shape[1:])
+        stride = 2 if size > 16 else 1
+        self.stem = nn.Conv2d(channels, width, 3, padding=1, stride=stride)
+        size, wide, cells = -(-size // stride), width, []
+        while size > _SMALLEST:
+            wider = min(wide + width, 4 * width)
+            cells.append(_Cell(wide, wider))
+            size, wide = -(-size // 2), wider
+        self.cells = nn.Sequential(*cells)
+        self.out = nn.Linear(wide, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns E(x) in nats, with shape ``(B,)``."""
+        if tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"This energy takes images of shape (B, {', '.join(map(str, self.image_shape))}); "
+                f"got {tuple(x.shape)}."
+            )
+        x = x.to(self.out.weight.dtype, memory_format=torch.channels_last)
+        h = silu(self.cells(self.stem(2 * x - 1)))
+        return in_full(self.out, reduce(wide(h), "b c h w -> b c", "sum")).squeeze(-1)
+
+    def config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, ready for JSON."""
+        return {"image_shape": list(self.image_shape), "width": self.width}
+
+
+class _Cell(nn.Module):
+    """A residual cell that halves its maps."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(before, after, 1)
+        self.first = nn.Conv2d(before, after, 3, padding=1)
+        self.second = nn.Conv2d(after, after, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.skip(h) + self.second(silu(self.first(silu(h))))
+        return avg_pool2d(h, 2, ceil_mode=True)

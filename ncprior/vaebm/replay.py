@@ -1,0 +1,58 @@
+"""A replay buffer of Langevin chains, so that the next step goes on where earlier ones ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ReplayBuffer:
+    """The noise of the last chains, from which a share of new chains goes on.
+
+    Arguments:
+        size: Most chains that are kept; the oldest are replaced first.
+        share: Probability that a chain goes on from a kept one, where there are any.
+
+    Raises:
+        ValueError: If the size is below 1, or the share no probability.
+
+    References:
+        Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient
+        (Tieleman, ICML 2008); Xiao et al. (2021), whose persistent chains keep ε_z alone.
+    """
+
+    def __init__(self, size: int, share: float) -> None:
+        if size < 1 or not 0 <= share <= 1:
+            raise ValueError(
+                f"A replay buffer keeps 1 chain or more and has a share from 0 to 1; got {size} "
+                f"and {share}."
+            )
+        self.size, self.share = size, share
+        self.kept: tuple[Tensor, ...] = ()  # each (at most size, *event)
+        self.pushed = 0
+
+    def mix(self, fresh: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Replaces some rows of fresh noise by kept ones, taken at random."""
+        if not self.kept:
+            return tuple(fresh)
+        rows, device = len(fresh[0]), fresh[0].device
+        replayed = torch.rand(rows, device=device) < self.share
+        index = torch.randint(len(self.kept[0]), (rows,), device=device)
+        return tuple(
+            torch.where(replayed.reshape(-1, *(1,) * (new.ndim - 1)), old[index].to(new), new)
+            for old, new in zip(self.kept, fresh, strict=True)
+        )
+
+    def push(self, noise: Sequence[Tensor]) -> None:
+        """Keeps where chains have ended."""
+        noise = [part.detach()[: self.size] for part in noise]
+        filled, count = len(self.kept[0]) if self.kept else 0, len(noise[0])
+        if filled < self.size:
+            parts = zip(self.kept, noise, strict=True) if self.kept else ((n,) for n in noise)
+            self.kept = tuple(torch.cat(pair)[: self.size] for pair in parts)
+        place = torch.arange(self.pushed, self.pushed + count) % self.size
+        for kept, new in zip(self.kept, noise, strict=True):
+            kept[place.to(kept.device)] = new
+        self.pushed += count

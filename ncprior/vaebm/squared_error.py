@@ -1,0 +1,106 @@
+"""Decoder noise for VAEs that were trained by squared error and say nothing of p(x | z)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+from torch.utils._pytree import tree_map_only
+
+from ncprior.bases.rebase import Rebased
+from ncprior.data.stream import in_order
+from ncprior.source import LatentSource, device_of, sample_posterior
+
+
+class SquaredError:
+    """A source with p(x | z) = N(x̂, σ² I), of which x̂ is the wrapped source's decoder.
+
+    Squared error is the likelihood of one σ, which training leaves out. Whatever else the wrapped
+    source can do is asked of it.
+
+    Arguments:
+        source: The VAE.
+        sigma: σ, in units of x.
+        origin: Where σ is from, as ``print`` shows it.
+
+    Raises:
+        ValueError: If σ is not positive and finite.
+        TypeError: If the source has had its base replaced: noise goes below, as in
+            ``rebase(SquaredError(source, 0.1), base)``.
+
+    Example:
+        >>> SquaredError(source, 0.1).likelihood(source.advance(source.start(4), torch.zeros(4, 2)))
+        Independent(Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1)
+        >>> SquaredError.fitted(source, torch.randn(100, 3)).num_groups
+        1
+    """
+
+    def __init__(
+        self, source: LatentSource[Any, Any], sigma: float, origin: str = "given"
+    ) -> None:
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"σ of the decoder must be positive and finite; got {sigma}.")
+        if isinstance(source, Rebased):
+            raise TypeError(
+                "Decoder noise goes below another base, which would hide it from saving. Use "
+                "rebase(SquaredError(source, sigma), base)."
+            )
+        self.source, self.sigma, self.origin = source, float(sigma), origin
+
+    @classmethod
+    @torch.no_grad()
+    def fitted(
+        cls,
+        source: LatentSource[Any, Any],
+        held_out: Any,  # noqa: ANN401
+        batch_size: int = 256,
+    ) -> SquaredError:
+        """Takes the σ under which held-out data are likeliest: that of their residuals.
+
+        σ² is the mean of (x - x̂)² over pixels, rows and z ~ q(z | x), which maximises
+        E_q log N(x; x̂, σ² I).
+
+        Arguments:
+            source: The VAE.
+            held_out: Data that it was not trained on: a tensor or map-style dataset of x, a
+                ``DataLoader``, or a list of batches. Of a batch that is a tuple, x is the first.
+            batch_size: Rows per batch, where batches are made here.
+
+        Returns:
+            The source with that noise.
+
+        Raises:
+            ValueError: If the decoder does not return images of the data's shape.
+        """
+        device, total, count, rows = device_of(source), 0.0, 0, 0
+        for batch in in_order(held_out, batch_size):
+            batch = tree_map_only(Tensor, lambda t: t.to(device), batch)
+            x = batch[0] if isinstance(batch, tuple | list) else batch
+            x_hat = source.decode(sample_posterior(source, batch)[1])
+            if x_hat.shape != x.shape:
+                raise ValueError(
+                    f"Residuals need x and the decoder's mean of one shape; got {tuple(x.shape)} "
+                    f"and {tuple(x_hat.shape)}."
+                )
+            total += float((x - x_hat).double().square().sum())
+            count, rows = count + x.numel(), rows + len(x)
+        return cls(source, math.sqrt(total / max(1, count)), f"fitted on {rows} held-out rows")
+
+    def likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
+        """Returns p(x | z) = N(x̂, σ² I)."""
+        mean = self.source.decode(state).float()
+        normal = Normal(mean, torch.full_like(mean, self.sigma), validate_args=False)
+        return Independent(normal, mean.ndim - 1, validate_args=False)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Asks the wrapped source for all the rest."""
+        if name.startswith("__") or "source" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __repr__(self) -> str:
+        kind = type(self.source).__name__
+        return f"SquaredError({kind}, decoder noise of one σ = {self.sigma:.4g}, {self.origin})"

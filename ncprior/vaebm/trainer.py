@@ -1,0 +1,215 @@
+r"""Training of VAEBM's energy: one step of contrastive maximum likelihood.
+
+With p_E(x) ∝ p(x)·e^{-E(x)}, p the VAE or NCP, the gradient of the likelihood is
+
+.. math::
+    - \nabla_\theta \, E_{p_{data}} [\log p_E(x)]
+        = E_{p_{data}} [\nabla_\theta E(x)] - E_{p_E} [\nabla_\theta E(x)],
+
+whose second mean is taken over the ends of short Langevin chains. Chains start from the VAE, from
+NCP's own sampler, or where earlier chains have ended. The energy that is learnt fits the chains
+that it was learnt with: where these are too short to forget their start, it is steeper than
+log p / p_data.
+
+References:
+    | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
+    | (Xiao, Kreis, Kautz & Vahdat, ICLR 2021)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ncprior.samplers.base import Sampler
+from ncprior.source import num_rows, require_eval
+from ncprior.utils.distributed import average_over_ranks, fail_together
+from ncprior.utils.gradients import (
+    check_parameters,
+    reduce_and_clip,
+    share_weights,
+    zero_gradients,
+)
+from ncprior.vaebm.model import VAEBM, Chains
+from ncprior.vaebm.replay import ReplayBuffer
+from ncprior.vaebm.spectral import SpectralPenalty
+
+Contrast = Literal["x", "mean"]
+
+
+class EnergyMetrics(NamedTuple):
+    """What one step measures, each a scalar.
+
+    Attributes:
+        gap: Mean E of the data less mean E of the chains, in nats; about 0 where the chains follow.
+        energy: Mean E of the data, in nats.
+        spectral: Sum of the largest singular values.
+        grad_norm: Norm of the gradient before clipping.
+    """
+
+    gap: Tensor
+    energy: Tensor
+    spectral: Tensor
+    grad_norm: Tensor
+
+
+class VAEBMTrainer:
+    """One step of energy training, for a loop of one's own.
+
+    Data get the model's ``data_noise``, anew in every step.
+
+    When a process group exists, the energies start from rank 0's weights and their gradients are
+    averaged over the ranks.
+
+    Arguments:
+        model: The model whose energy is trained; chains have its numbers of steps and its λ.
+        optimizer: An optimizer of the energy's parameters.
+        backward: Back-propagates a loss.
+        sampler: How chains' starts are drawn from NCP's heads; ``None`` starts from the base.
+        contrast: What of a chain is set against data: ``"x"``, with the decoder's noise, or
+            ``"mean"``, as the published code does on all but CIFAR-10.
+        buffer: Where chains are kept to go on from; ``None`` starts each step afresh.
+        spectral_weight: Weight of the spectral regularisation. The published code's is 0.2, for
+            nets that are larger; a weight that outdoes a small gap keeps a new net flat.
+        max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
+        condition: Picks the chains' condition out of a batch, if the source needs one.
+
+    Raises:
+        ValueError: If the optimizer holds parameters that are not the energy's, or the options do
+            not go together.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> model = VAEBM(source, MLPHead((3,)), num_steps=4)
+        >>> trainer = VAEBMTrainer(model, torch.optim.Adam(model.parameters(), lr=1e-3))
+        >>> for _ in range(3):
+        ...     metrics = trainer.step(x)
+        >>> metrics.gap.shape, trainer.steps
+        (torch.Size([]), 3)
+    """
+
+    def __init__(
+        self,
+        model: VAEBM,
+        optimizer: torch.optim.Optimizer,
+        *,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+        sampler: Sampler | None = None,
+        contrast: Contrast = "x",
+        buffer: ReplayBuffer | None = None,
+        spectral_weight: float = 0.002,
+        max_grad_norm: float | None = 5.0,
+        condition: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if contrast not in get_args(Contrast) or not 0 <= spectral_weight < math.inf:
+            raise ValueError(
+                f"contrast is one of {', '.join(get_args(Contrast))} and spectral_weight at least "
+                f"0; got {contrast!r} and {spectral_weight}."
+            )
+        if model.data_noise and contrast == "mean":
+            raise ValueError(
+                f"Means have no noise, and data of this model have σ = {model.data_noise:g}. Take "
+                f'contrast="x", or a model without data_noise.'
+            )
+        if condition is not None and buffer is not None:
+            raise ValueError(
+                "A replay buffer keeps chains, and not the conditions that they were drawn under. "
+                "Leave out one of the two."
+            )
+        check_parameters(optimizer, model, "the energy's", "model.parameters()")
+        self.model, self.optimizer, self.backward = model, optimizer, backward
+        self.sampler, self.contrast, self.buffer = sampler, contrast, buffer
+        self.spectral_weight, self.condition = spectral_weight, condition
+        self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        self.steps = 0
+        share_weights(model)
+        self.penalty = SpectralPenalty(model.energy)
+
+    def step(self, x: Any) -> EnergyMetrics:  # noqa: ANN401
+        """Takes one optimizer step on one batch.
+
+        Arguments:
+            x: One batch, as the user's loader yields it; of a tuple, the images are the first item.
+
+        Returns:
+            Energies and gradient norm, averaged over the ranks.
+
+        Raises:
+            FloatingPointError: If a chain, the loss or a gradient is not finite. The energy and the
+                buffer are then as they were before the step.
+            ValueError: If data and chains have other shapes.
+
+        Example:
+            >>> from ncprior.heads import MLPHead
+            >>> model = VAEBM(source, MLPHead((3,)))
+            >>> trainer = VAEBMTrainer(model, torch.optim.Adam(model.parameters()))
+            >>> trainer.step(x).gap.item()  # a new net's energy is 0
+            0.0
+        """
+        chains = self._chains(x)
+        data = x[0] if isinstance(x, tuple | list) else x
+        drawn = chains.x if self.contrast == "x" else chains.mean
+        if data.shape != drawn.shape:
+            raise ValueError(
+                f"The energy sets data against what the VAE decodes: images of one shape; got "
+                f"{tuple(data.shape)} and {tuple(drawn.shape)}."
+            )
+        data = data.to(drawn)
+        if self.model.data_noise:
+            data = data + self.model.data_noise * torch.randn_like(data)
+        zero_gradients(self.model)
+        energy, energy_drawn = self.model(torch.cat([data, drawn])).chunk(2)
+        gap, spectral = energy.mean() - energy_drawn.mean(), self.penalty()
+        self.backward(gap + self.spectral_weight * spectral)
+        measured = torch.stack([gap.detach(), energy.detach().mean(), spectral.detach()])
+        norm = reduce_and_clip(self.model, self.max_grad_norm)
+        gap, mean, spectral = average_over_ranks(measured)
+        metrics = EnergyMetrics(gap, mean, spectral, norm)
+        self._refuse_non_finite(metrics)
+        self.optimizer.step()
+        self.steps += 1
+        if self.buffer is not None:
+            self.buffer.push(chains.noise)
+        return metrics
+
+    @torch.no_grad()
+    def chains(self, x: Any) -> Chains:  # noqa: ANN401
+        """Draws the chains that a batch is set against.
+
+        Example:
+            >>> from ncprior.heads import MLPHead
+            >>> model = VAEBM(source, MLPHead((3,)))
+            >>> trainer = VAEBMTrainer(model, torch.optim.Adam(model.parameters()))
+            >>> trainer.chains(x).x.shape
+            torch.Size([4, 3])
+        """
+        source = self.model.source
+        require_eval(source, getattr(source, "module", None))
+        condition = None if self.condition is None else self.condition(x)
+        noise = self.model.draw_noise(num_rows(x), sampler=self.sampler, condition=condition)
+        if self.buffer is not None:
+            noise = self.buffer.mix(noise)
+        return self.model.walk_on(noise, condition=condition)
+
+    def _chains(self, x: Any) -> Chains:  # noqa: ANN401
+        """Chains of all ranks, or an error on all."""
+        try:
+            chains = self.chains(x)
+        except FloatingPointError as error:
+            fail_together(error)
+            raise
+        fail_together(None)
+        return chains
+
+    def _refuse_non_finite(self, metrics: EnergyMetrics) -> None:
+        if not torch.isfinite(torch.stack([m.to(metrics.gap) for m in metrics])).all():
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"The energy gap is {metrics.gap.item():.4g} with a gradient norm of "
+                f"{metrics.grad_norm.item():.4g} at step {self.steps}. The energy is as it was "
+                f"before this step. Look for NaN or infinity in x, or take a lower learning rate."
+            )

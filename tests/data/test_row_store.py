@@ -1,0 +1,85 @@
+"""Rows that are kept: in memory and on disk the same."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ncprior.data.row_store import Rows, _of_its_own
+
+
+def batches() -> list[Any]:
+    made = []
+    for n in (3, 1, 4):
+        made.append(
+            {
+                "law": {"loc": torch.randn(n, 2, 2), "scale": torch.rand(n, 2, 2).bfloat16()},
+                "code": (torch.randint(9, (n,)), None),
+                "flags": torch.rand(n, 5).bernoulli().bool(),
+                "scalar": 2.5,
+            }
+        )
+    return made
+
+
+@pytest.mark.parametrize("budget", [0, 100, 2**20])
+def test_rows_come_back_as_they_were(budget: int, tmp_path: Path) -> None:
+    """With all on disk, with what came first in memory for a while, and with all in memory."""
+    made = batches()
+    rows = Rows(made, budget=budget, folder=tmp_path)
+    assert len(rows) == 8
+    assert rows.on_disk == (budget < 2**20)
+    assert bool(list(tmp_path.iterdir())) == rows.on_disk
+    picked = rows[torch.tensor([7, 0, 3, 3])]
+    part = rows[2:6]
+    for name in ("loc", "scale"):
+        whole = torch.cat([b["law"][name] for b in made])
+        assert torch.equal(picked["law"][name], whole[[7, 0, 3, 3]])
+        assert torch.equal(part["law"][name], whole[2:6])
+        assert picked["law"][name].dtype == whole.dtype
+    assert torch.equal(picked["code"][0], torch.cat([b["code"][0] for b in made])[[7, 0, 3, 3]])
+    assert torch.equal(part["flags"], torch.cat([b["flags"] for b in made])[2:6])
+    assert picked["code"][1] is None
+    assert picked["scalar"] == 2.5
+
+
+def test_what_is_taken_is_a_copy(tmp_path: Path) -> None:
+    rows = Rows([torch.zeros(4)], budget=0, folder=tmp_path)
+    rows[torch.tensor([1])].fill_(5.0)
+    assert rows[1:2].item() == 0
+
+
+def test_the_folder_goes_with_the_rows(tmp_path: Path) -> None:
+    rows = Rows([torch.zeros(4)], budget=0, folder=tmp_path)
+    assert len(list(tmp_path.glob("*/*.bin"))) == 1
+    del rows
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([], "no batches"),
+        ([torch.zeros(2, 3), (torch.zeros(2, 3),)], "one pytree"),
+        ([(torch.zeros(2), torch.zeros(3))], "as many rows"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], r"one shape.*\(3,\).*\(4,\)"),
+        ([torch.zeros(2), torch.zeros(2, dtype=torch.long)], "float32.*int64"),
+        ([None], "one pytree"),
+    ],
+)
+def test_batches_that_do_not_go_together_are_refused(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rows(made, budget=2**20)
+
+
+def test_a_view_does_not_keep_what_it_is_a_view_of() -> None:
+    wide = [torch.randn(8, 100) for _ in range(3)]
+    rows = Rows((w.chunk(4, 1)[0] for w in wide), budget=2**20)
+    assert torch.equal(rows[0:24], torch.cat(wide)[:, :25])
+    assert _of_its_own(wide[0][:, :25]).untyped_storage().nbytes() == 8 * 25 * 4
+    assert _of_its_own(wide[0]) is wide[0]

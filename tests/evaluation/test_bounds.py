@@ -1,0 +1,68 @@
+"""Estimates of log E w from weights of which E w is known."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncprior.evaluation.bounds import bounds
+
+
+def gaussian_weights(count: int, rows: int, *, dim: int = 5, width: float = 2.0) -> Tensor:
+    """log w of importance sampling N(0, I) from N(0, width² I): E w = 1."""
+    z = width * torch.randn(count, rows, dim, dtype=torch.float64)
+    return (0.5 * (z / width) ** 2 - 0.5 * z**2 + math.log(width)).sum(-1)
+
+
+def spread(x: Tensor) -> float:
+    return (x.std() / math.sqrt(len(x))).item()
+
+
+def test_equal_weights_are_exact() -> None:
+    log_w = torch.full((100, 3), -84.0, dtype=torch.float64)
+    for found in bounds(log_w):
+        assert torch.allclose(found, log_w[0])
+
+
+@pytest.mark.parametrize("count", [100, 400])
+def test_the_three_are_in_order_around_the_truth(count: int) -> None:
+    """Weights of standard deviation 4.7 nats; what is known of the biases is of order 1/S."""
+    torch.manual_seed(0)
+    lower, estimate, upper = bounds(gaussian_weights(count, 4000))
+    assert lower.mean() < -3 * spread(lower)
+    assert upper.mean() > 3 * spread(upper)
+    assert abs(estimate.mean()) < 0.5 * abs(lower.mean()) + 3 * spread(estimate)
+
+
+def test_the_width_shrinks_like_one_over_s() -> None:
+    torch.manual_seed(0)
+    widths = []
+    for count in (100, 400, 1600):
+        lower, _, upper = bounds(gaussian_weights(count, 2000, dim=2))
+        widths.append((upper - lower).mean().item())
+    slopes = [math.log(b / a) / math.log(4) for a, b in pairwise(widths)]
+    assert slopes == pytest.approx([-1, -1], abs=0.2)
+
+
+def test_the_jackknife_is_that_of_its_definition() -> None:
+    torch.manual_seed(0)
+    log_w = torch.randn(10, 4, dtype=torch.float64)
+    without = [log_w[[j for j in range(10) if j != i]].exp().mean(0).log() for i in range(10)]
+    expected = 10 * log_w.exp().mean(0).log() - 9 * torch.stack(without).mean(0)
+    assert torch.allclose(bounds(log_w).estimate, expected)
+
+
+def test_one_weight_that_is_all_stays_finite() -> None:
+    log_w = torch.full((50, 1), -1e4, dtype=torch.float64)
+    log_w[7] = 0.0
+    for found in bounds(log_w):
+        assert torch.isfinite(found).all()
+
+
+def test_few_draws_make_lower_bounds_alone() -> None:
+    lower, estimate, upper = bounds(torch.zeros(7, 2, dtype=torch.float64))
+    assert torch.equal(lower, torch.zeros(2, dtype=torch.float64))
+    assert estimate.isnan().all()
+    assert upper.isnan().all()

@@ -1,0 +1,105 @@
+"""Samplers made of samplers."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers.problems import GaussianPair, SampleOnly
+from scipy import stats
+from torch import Tensor
+
+from ncprior import langevin, sir
+from ncprior.samplers.base import Draw
+from ncprior.samplers.compose import at_temperature, describe, sequence
+from ncprior.samplers.rejection import independence
+
+
+def test_a_sequence_starts_each_part_from_the_draw_before() -> None:
+    first = partial(sir, num_proposals=3)
+    still = partial(langevin, num_steps=0, step_size=0.1)
+    problem = GaussianPair()
+    torch.manual_seed(0)
+    alone = first(problem.prior.expand((5,)), problem.log_r)
+    torch.manual_seed(0)
+    both = sequence(first, still, still)(problem.prior.expand((5,)), problem.log_r)
+    assert torch.equal(alone.z, both.z)
+    assert alone.ess is not None and both.ess is not None
+    assert torch.equal(alone.ess, both.ess)
+
+
+def test_a_sequence_keeps_what_was_found_last() -> None:
+    prior = GaussianPair().prior.expand((5,))
+    mala = partial(langevin, num_steps=2, step_size=0.1, adjusted=True)
+    draw = sequence(partial(sir, num_proposals=2), mala)(prior, GaussianPair().log_r)
+    assert draw.ess is not None and draw.log_mean_weight is not None
+    assert draw.acceptance is not None and draw.acceptance.shape == (5,)
+
+
+def test_mala_after_sir_mends_what_few_proposals_miss() -> None:
+    problem, rows = GaussianPair(kl=2.0), 4000
+    prior = problem.prior.expand((rows,))
+    few = partial(sir, num_proposals=5)
+    mala = partial(langevin, num_steps=60, step_size=0.6, adjusted=True)
+    before = problem.project(few(prior, problem.log_r).z).mean() / problem.shift
+    after = problem.project(sequence(few, mala)(prior, problem.log_r).z)
+    assert before < 0.8
+    assert stats.kstest(after.numpy(), stats.norm(loc=problem.shift).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("kind", ["sir", "independence", "mala"])
+def test_a_temperature_gives_the_power_of_the_density(temperature: float, kind: str) -> None:
+    """r·p = N(mu, I), so that (r·p)^{1/T} is N(mu, T I)."""
+    samplers = {
+        "sir": partial(sir, num_proposals=3000),
+        "independence": partial(independence, num_steps=1500),
+        "mala": partial(langevin, num_steps=100, step_size=0.5, adjusted=True),
+    }
+    problem, rows = GaussianPair(kl=0.125, dim=1), 2000
+    sampler = at_temperature(samplers[kind], temperature)
+    u = problem.project(sampler(problem.prior.expand((rows,)), problem.log_r).z).numpy()
+    if kind == "mala" or temperature < 1:  # p has too thin tails to propose hotter draws
+        law = stats.norm(loc=problem.shift, scale=math.sqrt(temperature))
+        assert stats.kstest(u, law.cdf).pvalue > 0.01
+    else:
+        assert u.std() > 1.2
+
+
+def test_temperature_one_changes_nothing() -> None:
+    problem = GaussianPair()
+    draws: list[Draw] = []
+    for sampler in (
+        partial(sir, num_proposals=9),
+        at_temperature(partial(sir, num_proposals=9), 1.0),
+    ):
+        torch.manual_seed(0)
+        draws.append(sampler(problem.prior.expand((6,)), problem.log_r))
+    assert torch.equal(draws[0].z, draws[1].z)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_temperatures_are_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="positive and finite"):
+        at_temperature(partial(sir, num_proposals=2), temperature)
+
+
+def test_a_temperature_needs_a_density() -> None:
+    cold = at_temperature(partial(sir, num_proposals=2), 0.5)
+
+    def log_ratio(z: Tensor) -> Tensor:
+        return z.sum(-1)
+
+    with pytest.raises(TypeError, match="can only be sampled"):
+        cold(SampleOnly(GaussianPair().prior.expand((3,))), log_ratio)
+
+
+def test_a_sampler_that_calls_itself_is_told_once() -> None:
+    def again(prior: Any, log_ratio: Any, left: int = 2) -> Draw:
+        return (
+            again(prior, log_ratio, left - 1) if left else sir(prior, log_ratio, num_proposals=2)
+        )
+
+    assert describe(again).endswith("again(...)")
+    assert describe([again, again]) == f"({describe(again)}, {describe(again)})"

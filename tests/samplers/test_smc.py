@@ -1,0 +1,160 @@
+"""Tempered sequential Monte Carlo, against targets that are known."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from helpers.problems import Codes, GaussianPair, SampleOnly, TwoBumps
+from scipy import stats
+from torch import Tensor
+
+from ncprior.samplers.sir import sir
+from ncprior.samplers.smc import _systematic, tempered_smc
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_it_recovers_what_sir_cannot_at_kl_12(share: bool) -> None:
+    """The mean within 5 %, where SIR with 5,000 proposals gets 0.6956 of it (design, section 6)."""
+    problem, rows = GaussianPair(kl=12.0), 400
+    prior = problem.prior.expand((rows,))
+    draw = tempered_smc(
+        prior, problem.log_r, num_particles=1 if share else 30, num_moves=3, share=share
+    )
+    u = problem.project(draw.z)
+    assert u.mean() / problem.shift == pytest.approx(1, abs=0.05)
+    assert u.std() == pytest.approx(1, abs=0.15)
+    assert draw.log_mean_weight is not None
+    assert draw.log_mean_weight.mean().item() == pytest.approx(0, abs=0.5)
+    assert draw.acceptance is not None
+    assert 0.4 < draw.acceptance.mean() < 0.9
+    few = problem.project(sir(prior, problem.log_r, num_proposals=5000).z)
+    assert few.mean() / problem.shift == pytest.approx(0.6956, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_both_modes_are_found_in_their_shares(share: bool) -> None:
+    problem = TwoBumps(center=1.5, width=0.3)
+    prior = problem.prior.expand((2000,))
+    draw = tempered_smc(
+        prior, problem.log_r, num_particles=1 if share else 20, num_moves=4, share=share
+    )
+    z = draw.z[:, 0]
+    assert abs((z > 0).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(2000) * (2 if share else 1)
+
+    uniform = 2 * problem.target.cdf(z.abs()) - 1
+    assert stats.kstest(uniform.numpy(), "uniform").pvalue > 0.001
+
+
+def test_a_flat_ratio_takes_one_temperature_and_keeps_the_base() -> None:
+    prior = GaussianPair(kl=1.0).prior.expand((4000,))
+    calls = []
+
+    def flat(z: Tensor) -> Tensor:
+        calls.append(1)
+        return 0 * z.sum(-1)
+
+    draw = tempered_smc(prior, flat, num_particles=2, num_moves=1)
+    assert len(calls) == 2  # the start and the end of one move
+    assert torch.equal(draw.log_mean_weight, torch.zeros(4000))  # type: ignore[arg-type]
+    assert stats.kstest(draw.z[:, 0].numpy(), "norm").pvalue > 0.01
+
+
+def test_rows_keep_to_themselves_unless_they_share() -> None:
+    """Rows of different targets: each finds its own."""
+    means = torch.tensor([[-3.0], [0.0], [4.0]]).repeat(200, 1)
+    problem = GaussianPair(kl=1.0, dim=1)
+
+    def log_ratio(z: Tensor) -> Tensor:
+        return (z * means).sum(-1)
+
+    draw = tempered_smc(problem.prior.expand((600,)), log_ratio, num_particles=100, num_moves=3)
+    found = draw.z.reshape(200, 3).mean(0)
+    assert torch.allclose(found, means[:3, 0], atol=0.25)
+    assert draw.log_mean_weight is not None
+    log_z = draw.log_mean_weight.reshape(200, 3).mean(0)
+    assert torch.allclose(log_z, 0.5 * means[:3, 0] ** 2, atol=0.5)
+
+
+def test_the_log_mean_weight_is_an_estimate_of_log_z() -> None:
+    problem = GaussianPair(kl=4.0)
+    prior = problem.prior.expand((500,))
+    draw = tempered_smc(
+        prior, lambda z: 2 * problem.log_r(z), num_particles=50, num_moves=4, share=True
+    )
+    assert draw.log_mean_weight is not None
+    assert draw.log_mean_weight[0].item() == pytest.approx(8.0, abs=0.15)  # KL · 2 · (2 - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_particles", 0), ("num_moves", 0), ("ess_share", 1.0), ("max_temperatures", 0)],
+)
+def test_impossible_numbers_are_refused(name: str, value: float) -> None:
+    options = {"num_particles": 2, name: value}
+    with pytest.raises(ValueError, match="at least 1"):
+        tempered_smc(GaussianPair().prior.expand((3,)), lambda z: z.sum(-1), **options)  # type: ignore[arg-type]
+
+
+def test_too_few_temperatures_say_so() -> None:
+    problem = GaussianPair(kl=12.0)
+    with pytest.raises(ValueError, match="β is 0"):
+        tempered_smc(
+            problem.prior.expand((5,)), problem.log_r, num_particles=10, max_temperatures=2
+        )
+
+
+def test_priors_without_gradients_are_refused() -> None:
+    with pytest.raises(TypeError, match="discrete"):
+        tempered_smc(Codes().prior.expand((3,)), Codes().log_r, num_particles=5)
+    with pytest.raises(TypeError, match="can only be sampled"):
+        tempered_smc(SampleOnly(GaussianPair().prior), lambda z: z.sum(-1), num_particles=5)
+
+
+def test_log_r_that_is_not_finite_is_reported() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        tempered_smc(GaussianPair().prior.expand((3,)), lambda z: z.sum(-1) / 0, num_particles=5)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_a_population_is_large_enough_however_small_the_batch(batch: int) -> None:
+    """Nine tenths in one mode, of which a chain from the base would know nothing."""
+    target = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.tensor([0.9, 0.1])),
+        torch.distributions.Normal(torch.tensor([4.0, -4.0]), 0.5),
+    )
+    base = torch.distributions.Normal(torch.zeros(batch), 1.0)
+
+    def log_r(z: Tensor) -> Tensor:
+        return target.log_prob(z) - torch.distributions.Normal(0.0, 1.0).log_prob(z)
+
+    torch.manual_seed(0)
+    smc = partial(tempered_smc, num_particles=1, num_moves=8, share=True)
+    z = torch.cat([smc(base, log_r).z for _ in range(max(2, 200 // batch))])
+    share = (z > 0).float().mean()
+    assert abs(share - 0.9) < 4 * math.sqrt(0.09 / len(z) + 0.002)  # 0.045: of a population
+
+
+def test_particles_are_resampled_as_often_as_they_weigh() -> None:
+    log_w = torch.randn(50, 3)
+    counts = torch.stack([_systematic(log_w)[:, row].bincount(minlength=50) for row in range(3)])
+    expected = 50 * log_w.softmax(0).mT
+    assert (counts - expected).abs().max() < 1
+    torch.manual_seed(0)
+    rows = torch.stack([_systematic(log_w) for _ in range(4000)])
+    mean = torch.stack([(rows == k).float().mean((0, 1)) for k in range(50)])
+    torch.testing.assert_close(mean, log_w.softmax(0), atol=0.002, rtol=0)
+    first = torch.stack(
+        [(rows[:, 0] == k).float().mean(0) for k in range(50)]
+    )  # any place is alike
+    torch.testing.assert_close(first, log_w.softmax(0), atol=0.03, rtol=0)
+
+
+def test_shared_rows_without_a_finite_ratio_are_not_told_of_a_context() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        tempered_smc(
+            GaussianPair().prior.expand((3,)),
+            lambda z: math.nan * z.sum(-1),
+            num_particles=1,
+            share=True,
+        )

@@ -1,0 +1,518 @@
+import copy
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.hub_problems import equal_draws, gaussian, trained
+from helpers.problems import CorrelatedPair, SampleOnly, around, standard_normal
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+)
+
+from ncprior import Group, NCPrior, SingleGroup, sir
+from ncprior.bases.mixture_em import fit_mixture
+from ncprior.bases.rebase import rebase
+from ncprior.diagnostics.diagnose import diagnose
+from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.saving.heads import FILE, inspect
+from ncprior.saving.tensors import load_tensors, save_tensors
+from ncprior.training.stages import nested
+from ncprior.utils.fingerprints import base_fingerprint
+
+
+def conditional() -> SingleGroup:
+    vae = nn.Linear(2, 3).eval()
+
+    def posterior(x: Tensor, c: Tensor) -> Distribution:
+        return around(0.5)(x[:, :2] + c[:, :2])
+
+    return SingleGroup(
+        standard_normal(2), posterior, lambda z, _: vae(z), module=vae, condition=lambda x: x
+    )
+
+
+def maps() -> SingleGroup:
+    base = Independent(Normal(torch.zeros(3, 4, 4), torch.ones(3, 4, 4)), 3)
+    vae = nn.Identity().eval()
+    return SingleGroup(
+        base, lambda x: Independent(Normal(x, 1.0 + 0 * x), 3), lambda z: z, module=vae
+    )
+
+
+def codes() -> SingleGroup:
+    base = Independent(Categorical(logits=torch.zeros(2, 2, 5)), 2)
+
+    def posterior(x: Tensor) -> Distribution:
+        return Independent(Categorical(logits=nn.functional.one_hot(x, 5).float()), 2)
+
+    return SingleGroup(base, posterior, lambda z: z.float(), module=nn.Identity().eval())
+
+
+class Bowl(nn.Module):
+    """A head of a user's own: log r = a |z|²."""
+
+    def __init__(self, a: float = 0.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.a * (z**2).sum(-1)
+
+
+@pytest.fixture
+def prior() -> NCPrior:
+    return trained(gaussian())
+
+
+@pytest.fixture
+def saved(prior: NCPrior, tmp_path: Path) -> Path:
+    prior.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+CASES: dict[str, Callable[[], tuple[NCPrior, dict[str, Tensor]]]] = {
+    "vector": lambda: (trained(gaussian()), {}),
+    "condition": lambda: (
+        trained(conditional(), MLPHead((2,), context_shape=(4,), width=8, dropout=0.5)),
+        {"condition": torch.rand(8, 4)},
+    ),
+    "map": lambda: (trained(maps(), ConvHead((3, 4, 4), width=8, depth=1)), {}),
+    "codes": lambda: (trained(codes(), CategoricalHead((2, 2), 5, width=8)), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_prior_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+    prior, condition = CASES[case]()
+    prior.strength = 0.1 + 0.2  # no short decimal
+    prior.save_pretrained(tmp_path)
+    loaded = NCPrior.from_pretrained(prior.source, tmp_path)
+    assert loaded.strength == prior.strength
+    assert type(loaded.heads[0]) is type(prior.heads[0])
+    assert prior.training and not any(module.training for module in loaded.modules())
+    assert equal_draws(prior.eval(), loaded, **condition)
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_groups_that_are_off_stay_off(tmp_path: Path) -> None:
+    heads = [MLPHead((1,), width=8), MLPHead((1,), context_shape=(1,), width=8)]
+    prior = trained(CorrelatedPair(), *heads)
+    prior.active[0] = False
+    prior.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="The file has no fingerprint of the VAE"):
+        loaded = NCPrior.from_pretrained(CorrelatedPair(), tmp_path)
+    assert loaded.active == [False, True]
+    assert equal_draws(prior.eval(), loaded)
+
+
+def test_the_file_itself_can_be_named(prior: NCPrior, saved: Path) -> None:
+    for where in (saved, str(saved), saved / FILE, str(saved / FILE)):
+        assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, where))
+
+
+def test_the_file_holds_only_what_was_trained(prior: NCPrior, saved: Path) -> None:
+    with safe_open(saved / FILE, framework="pt") as file:
+        names = set(file.keys())
+        numbers = sum(file.get_tensor(name).numel() for name in names)
+    heads = {f"heads.{name}": t for name, t in prior.heads.state_dict().items()}
+    assert names == heads.keys()
+    assert numbers == sum(t.numel() for t in heads.values())
+    assert {path.name for path in saved.iterdir()} == {FILE, "config.json", "README.md"}
+
+
+def test_the_readable_copy_says_the_same_and_is_never_read(prior: NCPrior, saved: Path) -> None:
+    assert (
+        json.loads((saved / "config.json").read_text()) == inspect(saved) == inspect(saved / FILE)
+    )
+    (saved / "config.json").write_text("nonsense")
+    assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, saved))
+
+
+def test_inspecting_tells_what_is_in_the_file(saved: Path) -> None:
+    found = inspect(saved)
+    fingerprint = found.pop("fingerprint")
+    version = found.pop("ncprior")
+    config = {"event_shape": [2], "context_shape": None, "width": 8, "depth": 1, "dropout": 0.0}
+    assert found == {
+        "format": 1,
+        "num_groups": 1,
+        "heads": [{"kind": "MLPHead", "config": config}],
+        "base": None,
+        "strength": 1.0,
+        "active": [True],
+    }
+    assert re.fullmatch(r"\d+\.\d+.*", version)
+    assert re.fullmatch(r"float32:[0-9a-f]{64}", fingerprint["vae"])
+    assert re.fullmatch(r"Independent:[0-9a-f]{64}", fingerprint["base"])
+
+
+def test_saving_again_replaces_and_leaves_no_trace(prior: NCPrior, saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    prior.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    with torch.no_grad():
+        next(prior.parameters()).add_(1.0)
+    prior.save_pretrained(saved)
+    assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, saved))
+
+
+def test_loading_leaves_the_generator_alone(prior: NCPrior, saved: Path) -> None:
+    before = torch.get_rng_state()
+    NCPrior.from_pretrained(prior.source, saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_wider_numbers_stay_wide(tmp_path: Path) -> None:
+    prior = trained(gaussian()).double()
+    prior.save_pretrained(tmp_path)
+    loaded = NCPrior.from_pretrained(prior.source, tmp_path)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float64
+        assert torch.equal(tensor, prior.state_dict()[name])
+
+
+def test_loaded_heads_are_where_the_source_is(prior: NCPrior, tmp_path: Path) -> None:
+    """The meta device stands for any other than the heads'."""
+    prior.save_pretrained(tmp_path)
+    elsewhere = Independent(Normal(torch.zeros(2, device="meta"), 1.0, validate_args=False), 1)
+    source = gaussian(base=elsewhere)
+    loaded = NCPrior.from_pretrained(source, tmp_path, check_fingerprint=False)
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+
+
+class Conditioned:
+    """A source of one group that cannot start without a condition, and shows no prior of its own."""
+
+    num_groups = 1
+
+    def fingerprint(self) -> str:
+        return "float32:0"
+
+    def start(self, batch_size: int, encoding: object = None, condition: Any = None) -> Tensor:
+        return torch.zeros(batch_size) + condition
+
+    def group(self, state: Tensor) -> Group:
+        return Group(standard_normal(2).expand(state.shape))
+
+
+def test_a_source_that_cannot_start_gets_its_heads_on_the_cpu(tmp_path: Path) -> None:
+    source: Any = Conditioned()
+    prior = trained(source)
+    prior.save_pretrained(tmp_path)
+    loaded = NCPrior.from_pretrained(source, tmp_path)
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
+# Heads of the user's own
+
+
+def test_own_heads_are_passed_in(tmp_path: Path) -> None:
+    prior = trained(gaussian(), Bowl())
+    prior.save_pretrained(tmp_path)
+    head = Bowl()
+    loaded = NCPrior.from_pretrained(prior.source, tmp_path, heads=head)
+    assert loaded.heads[0] is head
+    assert equal_draws(prior.eval(), loaded)
+    assert inspect(tmp_path)["heads"] == [{"kind": "custom", "config": {"class": "Bowl"}}]
+    assert "from_pretrained(source, " in (card := (tmp_path / "README.md").read_text())
+    assert "heads=..." in card
+    with pytest.raises(ValueError, match="head 0 is a Bowl of its author's own; pass heads="):
+        NCPrior.from_pretrained(prior.source, tmp_path)
+
+
+def test_a_subclass_of_a_head_of_ours_is_ones_own(tmp_path: Path) -> None:
+    class Mine(MLPHead):
+        pass
+
+    trained(gaussian(), Mine((2,), width=8)).save_pretrained(tmp_path)
+    assert inspect(tmp_path)["heads"][0] == {"kind": "custom", "config": {"class": "Mine"}}
+
+
+@pytest.mark.parametrize("heads", [[Bowl(), Bowl()], []])
+def test_one_head_per_group(heads: list[nn.Module], prior: NCPrior, saved: Path) -> None:
+    with pytest.raises(ValueError, match="One ratio head per latent group"):
+        NCPrior.from_pretrained(prior.source, saved, heads=heads)
+
+
+# What is refused, and leaves everything as it was
+
+
+def refuses(match: str, source: Any, path: Path, **options: Any) -> None:
+    """Loading is refused in one clear sentence, and heads passed in are as they were."""
+    heads = MLPHead((2,), width=8, depth=1)
+    before = copy.deepcopy(heads.state_dict())
+    for given in ({}, {"heads": heads}):
+        with pytest.raises(ValueError, match=match) as caught:
+            NCPrior.from_pretrained(source, path, **given, **options)
+        assert str(path) in str(caught.value)
+        assert heads.training
+        for name, tensor in heads.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 9, 300, 900, -1])
+def test_a_truncated_file_is_refused(length: int, prior: NCPrior, saved: Path) -> None:
+    whole = (saved / FILE).read_bytes()
+    (saved / FILE).write_bytes(whole[:length])
+    refuses("not a whole safetensors file", prior.source, saved)
+
+
+def test_random_bytes_are_refused(prior: NCPrior, saved: Path) -> None:
+    (saved / FILE).write_bytes(torch.randint(256, (3000,), dtype=torch.uint8).numpy().tobytes())
+    refuses("not a whole safetensors file", prior.source, saved)
+
+
+def test_text_edited_in_the_header_is_refused(prior: NCPrior, saved: Path) -> None:
+    whole = (saved / FILE).read_bytes()
+    edited = whole.replace(b'\\"strength\\": 1.0', b'\\"strength\\": 9.0')
+    assert edited != whole
+    (saved / FILE).write_bytes(edited)
+    refuses("checksum differs", prior.source, saved)
+
+
+def edit(saved: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """Writes the file anew, checksum and all, as somebody determined would."""
+    tensors, config = load_tensors(saved / FILE)
+    change(config, tensors)
+    save_tensors(saved / FILE, tensors, config)
+
+
+EDITS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+    "has format 2, and ncprior .* reads format 1": lambda c, t: c.update(format=2),
+    "has format None": lambda c, t: c.pop("format"),
+    "unknown keys: code, more": lambda c, t: c.update(more=1, code="import os"),
+    "no sense of: strength": lambda c, t: c.update(strength="1"),
+    "sense of: strength": lambda c, t: c.update(strength=-1.0),
+    "of: strength": lambda c, t: c.pop("strength"),
+    "no sense of: active": lambda c, t: c.update(active=[1]),
+    "sense of: active": lambda c, t: c.update(active=[True, True]),
+    "no sense of: heads": lambda c, t: c.update(heads={}),
+    "sense of: heads, active": lambda c, t: c.update(num_groups=2),
+    "no sense of: fingerprint": lambda c, t: c.update(fingerprint={"vae": None}),
+    "of: fingerprint": lambda c, t: c["fingerprint"].update(base=1),
+    "no sense of: ncprior": lambda c, t: c.update(ncprior=None),
+    "missing: heads.0.out.bias; unexpected: heads.0.out.basis": lambda c, t: t.update(
+        {"heads.0.out.basis": t.pop("heads.0.out.bias")}
+    ),
+    r"of another shape: heads.0.out.bias \(2,\) for \(1,\)": lambda c, t: t.update(
+        {"heads.0.out.bias": torch.zeros(2)}
+    ),
+    "unexpected: vae.weight": lambda c, t: t.update({"vae.weight": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("match", EDITS)
+def test_an_edited_file_is_refused(match: str, prior: NCPrior, saved: Path) -> None:
+    edit(saved, EDITS[match])
+    refuses(match, prior.source, saved)
+
+
+HEADS: dict[str, object] = {
+    "head 0 is none of MLPHead, ConvHead, CategoricalHead": {"kind": "os.system", "config": {}},
+    "head 0 is none": {"kind": "torch.nn.Linear", "config": {"in_features": 1}},
+    "head 0 is none of": "MLPHead",
+    "is none of": {"kind": "MLPHead"},
+    "is none of MLPHead": {"kind": ["MLPHead"], "config": {}},
+    "is not made as a MLPHead is .*code": {
+        "kind": "MLPHead",
+        "config": {"event_shape": [2], "code": 1},
+    },
+    "is not made as a MLPHead is": {"kind": "MLPHead", "config": {}},
+    "not made as a MLPHead is": {"kind": "MLPHead", "config": {"event_shape": [2], "width": "8"}},
+    "not made as a ConvHead is": {"kind": "ConvHead", "config": {"event_shape": [2]}},
+    "tensors are not those of the heads .*of another shape": {
+        "kind": "MLPHead",
+        "config": {"event_shape": [2], "width": 16, "depth": 1},
+    },
+    r"missing: heads.0.blocks.1": {
+        "kind": "MLPHead",
+        "config": {"event_shape": [2], "width": 8, "depth": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("match", HEADS)
+def test_heads_come_from_a_fixed_table(match: str, prior: NCPrior, saved: Path) -> None:
+    edit(saved, lambda config, _: config.update(heads=[HEADS[match]]))
+    with pytest.raises(ValueError, match=match) as caught:
+        NCPrior.from_pretrained(prior.source, saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_the_number_of_groups_must_be_the_sources(saved: Path) -> None:
+    refuses("heads for 1 latent groups, and the source has 2", CorrelatedPair(), saved)
+
+
+def test_what_is_missing_is_named(prior: NCPrior, tmp_path: Path) -> None:
+    for where in (tmp_path, tmp_path / "absent", str(tmp_path / "absent.safetensors")):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            NCPrior.from_pretrained(prior.source, where)
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", Path("absent")])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
+    name: str | Path, prior: NCPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"There is no file {name}"):
+        NCPrior.from_pretrained(prior.source, name)
+
+
+def test_a_path_that_can_be_no_repository_is_not_asked_for(prior: NCPrior) -> None:
+    with pytest.raises(FileNotFoundError, match="no directory ./a/b/c"):
+        NCPrior.from_pretrained(prior.source, "./a/b/c")
+
+
+def test_a_local_path_has_no_revisions(prior: NCPrior, saved: Path) -> None:
+    with pytest.raises(ValueError, match="is a local path"):
+        NCPrior.from_pretrained(prior.source, saved, revision="main")
+
+
+# Fingerprints
+
+
+def test_another_vae_is_refused_and_both_are_named(prior: NCPrior, saved: Path) -> None:
+    other = gaussian(seed=1)
+    both = f"{prior.source.fingerprint()}.*{other.fingerprint()}"
+    refuses(f"on the VAE {both}.*check_fingerprint=False", other, saved)
+    loaded = NCPrior.from_pretrained(other, saved, check_fingerprint=False)
+    assert torch.equal(loaded.log_ratio([torch.ones(3, 2)]), prior.log_ratio([torch.ones(3, 2)]))
+
+
+def test_another_base_is_refused_and_both_are_named(prior: NCPrior, saved: Path) -> None:
+    other = Independent(Normal(torch.zeros(2), torch.full((2,), 1.1)), 1)
+    both = f"{base_fingerprint(prior.source.prior)}.*{base_fingerprint(other)}"
+    refuses(f"on the base prior {both}", gaussian(base=other), saved)
+    NCPrior.from_pretrained(gaussian(base=other), saved, check_fingerprint=False)
+
+
+def test_a_missing_fingerprint_is_warned_of(prior: NCPrior, saved: Path) -> None:
+    source = SingleGroup(standard_normal(2), around(0.5), lambda z: z)
+    with pytest.warns(UserWarning, match="The source has no fingerprint of the VAE") as caught:
+        NCPrior.from_pretrained(source, saved)
+    assert [warning.filename for warning in caught] == [__file__]
+    NCPrior.from_pretrained(source, saved, check_fingerprint=False)
+
+
+def test_a_base_that_is_only_sampled_is_not_compared(saved: Path) -> None:
+    base = SampleOnly(standard_normal(2))
+    assert base_fingerprint(base) is None
+    NCPrior.from_pretrained(gaussian(base=base), saved)
+
+
+# The model card
+
+
+def test_the_model_card_is_filled(prior: NCPrior, tmp_path: Path) -> None:
+    report = diagnose(prior, torch.rand(64, 2), num_draws=64, num_proposals=(5, 25))
+    prior.save_pretrained(tmp_path, report=report, base_model="someone/vae")
+    _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data == {
+        "library_name": "ncprior",
+        "base_model": "someone/vae",
+        "tags": ["ncprior", "vae", "noise-contrastive-prior"],
+    }
+    assert str(report) in text and str(report.groups[0].verdict) in text
+    parameters = sum(p.numel() for p in prior.parameters())
+    assert f"| 0 | MLPHead | {parameters:,} | yes |" in text
+    assert "[someone/vae](https://huggingface.co/someone/vae)" in text
+
+
+def test_the_model_cards_snippet_loads_the_prior(
+    prior: NCPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior.save_pretrained(tmp_path / "mine")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "mine/README.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"vae": prior.source}
+    exec(re.sub(r"source = .*", "source = vae", code), names)  # noqa: S102
+    assert names["x"].shape == (16, 3)
+    assert equal_draws(prior.eval(), names["prior"])
+
+
+def test_the_license_is_the_users(prior: NCPrior, tmp_path: Path) -> None:
+    from ncprior.saving.heads import save_pretrained
+
+    save_pretrained(prior, tmp_path, card_data={"license": "mit", "tags": ["faces"]})
+    data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
+    assert data["license"] == "mit" and data["tags"][-1] == "faces" and "ncprior" in data["tags"]
+    assert "base_model" not in data
+
+
+def rebased(seed: int = 0) -> tuple[SingleGroup, NCPrior]:
+    """A VAE, and a trained prior on a mixture fitted to it."""
+    source = gaussian()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = fit_mixture(torch.randn(200, 2) + 1, 3)
+    return source, trained(rebase(source, base))
+
+
+def test_a_fitted_base_is_saved_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    source, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    assert inspect(tmp_path)["base"] == {
+        "kind": "GaussianMixture",
+        "config": {"event_shape": [2]},
+    }
+    assert "fitted GaussianMixture" in (tmp_path / "README.md").read_text()
+    loaded = NCPrior.from_pretrained(source, tmp_path)
+    assert equal_draws(prior.eval(), loaded)
+    again = NCPrior.from_pretrained(prior.source, tmp_path)  # put on already
+    assert equal_draws(prior, again)
+
+
+def test_another_fitted_base_is_refused(tmp_path: Path) -> None:
+    _, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trained on the base prior GaussianMixture:"):
+        NCPrior.from_pretrained(rebased(seed=1)[1].source, tmp_path)
+
+
+def test_heads_on_a_base_of_ones_own_need_that_base(tmp_path: Path) -> None:
+    """A function of the group, as nested stages are: on the bare VAE, the heads would be wrong."""
+    first = trained(gaussian()).eval()
+    source = nested(first, partial(sir, num_proposals=3))
+    second = trained(source).eval()
+    second.save_pretrained(tmp_path)
+    assert inspect(tmp_path)["base"] == {"kind": "custom", "config": {}}
+    with pytest.raises(ValueError, match=r"nested\(prior, sampler\)"):
+        NCPrior.from_pretrained(gaussian(), tmp_path)
+    loaded = NCPrior.from_pretrained(nested(first, partial(sir, num_proposals=3)), tmp_path)
+    assert equal_draws(loaded, second)
+    assert "one of its author's own" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("match", "edit"),
+    {
+        "its base is none of GaussianMixture": lambda t, c: c.update(base={"kind": "os.system"}),
+        "its base is not made as": lambda t, c: t.pop("base.scale"),
+        "base is not made as a GaussianMixture": lambda t, c: t.update(
+            {"base.loc": torch.ones(2)}
+        ),
+        "makes no sense of: base": lambda t, c: c.update(base=3),
+    }.items(),
+)
+def test_a_base_comes_from_a_fixed_table(match: str, edit: Any, tmp_path: Path) -> None:
+    source, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    tensors, config = load_tensors(tmp_path / FILE)
+    edit(tensors, config)
+    save_tensors(tmp_path / FILE, tensors, config)
+    with pytest.raises(ValueError, match=match):
+        NCPrior.from_pretrained(source, tmp_path)

@@ -1,0 +1,301 @@
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ncprior.saving.codec import pack, unpack
+from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors, write_atomically
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "saved.safetensors"
+    save_tensors(path, {"a": torch.arange(6.0).view(2, 3)}, {"text": "π", "n": [1, None, True]})
+    return path
+
+
+def same(a: object, b: object) -> bool:
+    """Equality that tells 1 from 1.0 and True, tuples from lists, -0.0 from 0.0, and knows NaN."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return same(list(a.items()), list(b.items()))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return struct.pack("d", a) == struct.pack("d", b) if isinstance(a, float) else a == b
+
+
+def random_tree(rng: random.Random, depth: int) -> object:
+    leaves = [
+        lambda: None,
+        lambda: rng.random() < 0.5,
+        lambda: rng.getrandbits(rng.choice([8, 62, 200])) - 2**61,
+        lambda: rng.choice([rng.gauss(0, 1e-9), 1e300, 5e-324, 0.1, -0.0, float("inf"), 2.0]),
+        lambda: float("nan"),
+        lambda: rng.choice(["", "tensor", "π\n\0", "0"]),
+        lambda: torch.rand(rng.choice([(), (0,), (2, 3)])).to(
+            rng.choice([torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+        ),
+        lambda: np.ones(
+            rng.choice([(), (0, 3), (4,)]), rng.choice(["u4", "f8", ">i2", "c8", "?"])
+        ),
+    ]
+    if depth == 0 or rng.random() < 0.2:
+        return rng.choice(leaves)()
+    items = [random_tree(rng, depth - 1) for _ in range(rng.randrange(4))]
+    keys = rng.sample([0, "0", 2**70, None, (1, "a"), "dict", -1.5, "tuple"], len(items))
+    return rng.choice([list, tuple, lambda items: dict(zip(keys, items, strict=True))])(items)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_state_comes_back_exactly(seed: int, tmp_path: Path) -> None:
+    tree = random_tree(random.Random(seed), depth=4)
+    packed, tensors = pack(tree)
+    save_tensors(tmp_path / "a", tensors, {"state": packed})
+    loaded, metadata = load_tensors(tmp_path / "a")
+    assert same(unpack(metadata["state"], loaded), tree)
+
+
+def test_the_states_a_trainer_keeps_come_back_exactly(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), betas=(0.9, 0.99))
+    layer(torch.rand(3, 2)).sum().backward()
+    optimizer.step()
+    generator = np.random.default_rng(0)
+    tree = {
+        "optimizer": optimizer.state_dict(),
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.RandomState(3).get_state(),
+        "generator": generator.bit_generator.state,
+        "python": random.Random(5).getstate(),
+    }
+    packed, tensors = pack(tree)
+    save_tensors(tmp_path / "a", tensors, {"state": packed})
+    loaded, metadata = load_tensors(tmp_path / "a")
+    state = unpack(metadata["state"], loaded)
+    assert same(state, tree)
+    restored = random.Random()
+    restored.setstate(state["python"])
+    assert restored.random() == random.Random(5).random()
+
+
+def test_an_unpacked_array_can_be_written_to() -> None:
+    array = unpack(*pack(np.zeros(3)))
+    array[0] = 1.0
+    assert array.flags.owndata
+
+
+def test_an_ordered_dict_comes_back_as_a_dict() -> None:
+    assert same(unpack(*pack(OrderedDict(a=1))), {"a": 1})
+
+
+class Subclass(float):
+    pass
+
+
+@pytest.mark.parametrize(
+    "leaf", [{1}, b"x", object(), np.float64(1), np.array([None]), defaultdict(list), Subclass(1)]
+)
+def test_what_cannot_be_packed_is_named(leaf: object) -> None:
+    with pytest.raises(TypeError, match=rf"state\['a'\]\[1\], a {type(leaf).__name__}\."):
+        pack({"a": [0, leaf]})
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        {"a": 1, "b": 2},
+        {"module": "os"},
+        {"tensor": "0"},
+        {"tensor": []},
+        {"dict": 1},
+        {"dict": [[[1], 2]]},
+        {"dict": [[1]]},
+        {"array": ["0"]},
+        {"array": ["a", "O", [3]]},
+        {"float": "one"},
+        {"tuple": None},
+        1j,
+    ],
+)
+def test_a_tree_that_is_not_packed_is_refused(tree: object) -> None:
+    with pytest.raises(ValueError):
+        unpack([tree], {"a": torch.zeros(3, dtype=torch.uint8)})
+
+
+def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.rand(4, 3))
+    tensors = {
+        "parameter": weight,
+        "shared": weight,
+        "transposed": weight.mT,
+        "row of it": weight[1],
+        "expanded": torch.ones(1).expand(3),
+        "half": torch.rand(3).bfloat16(),
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 2),
+    }
+    metadata = {"nested": {"a": [1, 0.1, None, "π"]}, "big": 2**80}
+    save_tensors(tmp_path / "a", tensors, metadata)
+    loaded, read = load_tensors(tmp_path / "a")
+    assert same(dict(sorted(loaded.items())), {n: tensors[n].detach() for n in sorted(tensors)})
+    assert read == metadata == read_metadata(tmp_path / "a")
+
+
+def test_a_loaded_tensor_outlives_its_file(path: Path) -> None:
+    tensors, _ = load_tensors(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(tensors["a"], torch.arange(6.0).view(2, 3))
+
+
+def test_equal_contents_make_equal_files(path: Path, tmp_path: Path) -> None:
+    save_tensors(tmp_path / "again", *load_tensors(path))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_the_umask_decides_who_may_read(path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_configuration_holds_finite_numbers(value: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        save_tensors(tmp_path / "a", {}, {"a": value})
+
+
+def test_a_configuration_is_json(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        save_tensors(tmp_path / "a", {}, {"a": object()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_file_is_refused_at_every_length(path: Path) -> None:
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        for read in (load_tensors, read_metadata):
+            with pytest.raises(ValueError, match="saved.safetensors.*not a whole .* again"):
+                read(path)
+
+
+def test_a_changed_byte_is_noticed_wherever_it_is(path: Path) -> None:
+    whole = path.read_bytes()
+    expected = load_tensors(path)
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        try:
+            loaded = load_tensors(path)
+        except ValueError as error:
+            assert "saved.safetensors" in str(error)
+        else:  # another spelling of the same contents
+            assert same(list(loaded), list(expected))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_bytes_are_refused(seed: int, path: Path) -> None:
+    path.write_bytes(random.Random(seed).randbytes(1000))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_foreign_safetensors_file_is_refused(
+    metadata: dict[str, str] | None, path: Path
+) -> None:
+    save_file({"a": torch.zeros(2)}, path, metadata)
+    for read in (load_tensors, read_metadata):
+        with pytest.raises(ValueError, match="saved.safetensors.* without an ncprior config"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '"a"', "{}", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"]
+)
+def test_a_configuration_that_is_not_ours_is_refused(text: str, path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, path, {"ncprior": text})
+    for read in (load_tensors, read_metadata):
+        with pytest.raises(ValueError, match="saved.safetensors.*configuration is not"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["absent", "."])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}"):
+        load_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_the_old_file(error: type[BaseException], path: Path) -> None:
+    old = path.read_bytes()
+    with pytest.raises(error), write_atomically(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert path.read_bytes() == old
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_contents_reach_the_disk_before_the_rename(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        steps.append(("fsync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def record_replace(old: Path, new: Path) -> None:
+        steps.append(("replace", old.stat().st_ino))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    save_tensors(path, {}, {})
+    inode = path.stat().st_ino
+    assert steps == [("fsync", inode), ("replace", inode)]
+
+
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "runs" / "1" / "a", {}, {})
+    assert load_tensors(tmp_path / "runs" / "1" / "a") == ({}, {})
+
+
+KILLED = """
+import os, pathlib, signal, sys, torch
+from ncprior.saving import save_tensors
+
+def write_half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+save_tensors(sys.argv[1], {"a": torch.ones(1000)}, {"n": 1})
+pathlib.Path.write_bytes = write_half
+save_tensors(sys.argv[1], {"a": torch.zeros(1000)}, {"n": 2})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_kill_9_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2  # the old file, and half of the new one beside it
+    tensors, metadata = load_tensors(path)
+    assert metadata == {"n": 1} and torch.equal(tensors["a"], torch.ones(1000))

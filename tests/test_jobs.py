@@ -1,0 +1,290 @@
+"""Sampling jobs in parts: killed, in any order, by any number of processes, the same files."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.toys import VAE, flat, ladder_prior, stir
+from torch import Size, Tensor
+
+from ncprior import Draw, NCPrior, langevin, sir
+from ncprior import jobs as parts_module
+from ncprior.bases.mixture import GaussianMixture
+from ncprior.bases.rebase import rebase
+from ncprior.heads.networks import MLPHead
+from ncprior.jobs import _seed, read_parts, sample_parts
+from ncprior.samplers.compose import at_temperature, describe, sequence
+from ncprior.samplers.mixture import within_components
+from ncprior.utils.random_state import random_state
+
+SAMPLER = partial(sir, num_proposals=200)
+JOB: dict[str, Any] = {"num_samples": 23, "part_size": 5, "seed": 7}
+
+
+def made() -> NCPrior:
+    """The same prior in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return stir(ladder_prior(2))
+
+
+def slow(prior: Any, log_ratio: Any) -> Draw:
+    """SIR that takes its time."""
+    time.sleep(0.1)
+    return SAMPLER(prior, log_ratio)
+
+
+def slow_by(prior: Any, log_ratio: Any, *, sampler: Any) -> Draw:
+    """Any sampler, taking its time."""
+    return sampler(prior, log_ratio)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a job that one process draws at one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    sample_parts(made(), SAMPLER, folder, **JOB)
+    return contents(folder)
+
+
+def test_a_job_is_its_parts(whole: dict[str, bytes], tmp_path: Path) -> None:
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    parts = list(read_parts(tmp_path))
+    assert [len(part["x"]) for part in parts] == [5, 5, 5, 5, 3]
+    assert all(set(part) == {"x", "z_0", "z_1"} for part in parts)
+    rows = torch.cat([part["x"] for part in parts])
+    assert rows.unique(dim=0).shape == (23, 3)  # no two parts have the same noise
+    prior = made()
+    torch.manual_seed(_seed(7, 2))
+    sample = prior.sample(5, SAMPLER)
+    assert torch.equal(parts[2]["x"], sample.x)
+    assert torch.equal(parts[2]["z_1"], sample.latents[1])
+
+
+@pytest.mark.parametrize(
+    "orders", [[[4, 2, 0], [3, 1]], [[0], [1], [2, 3, 4]], [[1, 1, 0, 2, 3, 4]]]
+)
+def test_neither_order_nor_number_of_processes_matters(
+    orders: list[list[int]], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    for order in orders:
+        torch.manual_seed(sum(order))
+        files = sample_parts(made(), SAMPLER, tmp_path, parts=order, **JOB)
+        assert [file.name for file in files] == [f"part-{i:05d}.safetensors" for i in order]
+    assert contents(tmp_path) == whole
+
+
+def test_a_job_killed_and_started_again_gives_the_same_files(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "job"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder)]
+    process = subprocess.Popen(command, env=environment)
+    try:
+        while not (folder / "part-00001.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+    finally:
+        process.wait(60)
+    assert len(list(folder.glob("part-*"))) < 5
+    # What a process leaves that is killed while it writes:
+    (folder / ".part-00004.safetensors.0badcafe.tmp").write_bytes(whole["job.json"])
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    slow_job = contents(folder)
+    assert slow_job.pop("job.json") != whole["job.json"]  # another sampler by name, the same draws
+    assert slow_job == {name: whole[name] for name in whole if name != "job.json"}
+
+
+def test_what_is_there_is_not_drawn_again_and_what_is_damaged_is(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    drawn = []
+
+    def counting(prior: Any, log_ratio: Any) -> Draw:
+        drawn.append(1)
+        return SAMPLER(prior, log_ratio)
+
+    for expected in (5 * 2, 0):
+        drawn.clear()
+        sample_parts(made(), counting, tmp_path, **JOB)
+        assert len(drawn) == expected
+    path = tmp_path / "part-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    drawn.clear()
+    sample_parts(made(), counting, tmp_path, **JOB)
+    assert len(drawn) == 2
+    assert path.read_bytes() == whole[path.name]
+
+
+def test_generators_outside_stay_as_they_are(tmp_path: Path) -> None:
+    before = random_state()
+    sample_parts(made(), SAMPLER, tmp_path, **JOB)
+    after = random_state()
+    assert torch.equal(before["torch"], after["torch"])
+    assert before["python"] == after["python"]
+    assert np.array_equal(before["numpy"][1], after["numpy"][1])
+
+
+class NumpyBase:
+    """A base that draws from other generators than torch's."""
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        """Uniform, by NumPy and Python."""
+        return torch.from_numpy(np.random.rand(*sample_shape, 2)).float() + random.random()
+
+
+def test_the_seed_reaches_every_generator(tmp_path: Path) -> None:
+    source = flat(VAE())
+    source.prior = NumpyBase()
+    prior = NCPrior(source, MLPHead((2,), width=8))
+    for name in "ab":
+        np.random.seed(ord(name))
+        random.seed(name)
+        sample_parts(prior, SAMPLER, tmp_path / name, **JOB)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_conditions_go_with_their_rows(tmp_path: Path) -> None:
+    vae = VAE(condition=1)
+    prior = NCPrior(
+        flat(vae, condition=lambda x: x[1]), MLPHead((2,), context_shape=(1,), width=8)
+    )
+    c = torch.arange(23.0)[:, None]
+    sample_parts(prior, SAMPLER, tmp_path, condition=c, **JOB)
+    parts = list(read_parts(tmp_path))
+    z, x = (torch.cat([part[name] for part in parts]) for name in ("z_0", "x"))
+    with torch.no_grad():
+        torch.testing.assert_close(x, vae.decode(z, c))
+    with pytest.raises(ValueError, match="a row per sample; got 22 for 23"):
+        sample_parts(prior, SAMPLER, tmp_path, condition=c[1:], **JOB)
+
+
+def _other_heads() -> NCPrior:
+    return stir(made(), 0.01)
+
+
+def _on(base: GaussianMixture) -> NCPrior:
+    """Untrained heads on another base of the same VAE."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return NCPrior(rebase(flat(VAE().eval()), base), MLPHead((2,), width=8))
+
+
+def _mixture(shift: float) -> GaussianMixture:
+    return GaussianMixture(torch.zeros(2), torch.eye(2) + shift, torch.ones(2, 2))
+
+
+def _weaker() -> NCPrior:
+    prior = made()
+    prior.strength = 0.5
+    return prior
+
+
+@pytest.mark.parametrize(
+    ("prior", "sampler", "changes", "named"),
+    [
+        (made, SAMPLER, {"seed": 8}, "'seed': 7"),
+        (made, SAMPLER, {"part_size": 6}, "'part_size': 5"),
+        (made, partial(sir, num_proposals=100), {}, "num_proposals=200"),
+        (_other_heads, SAMPLER, {}, "'prior'"),
+        (_weaker, SAMPLER, {}, "'prior'"),
+    ],
+)
+def test_parts_of_another_job_are_not_mixed_in(
+    prior: Any, sampler: Any, changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    sample_parts(made(), SAMPLER, tmp_path, parts=[0], **JOB)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="parts of another job") as error:
+        sample_parts(prior(), sampler, tmp_path, **{**JOB, **changes})
+    assert named in str(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_parts_of_another_base_are_not_mixed_in(tmp_path: Path) -> None:
+    sample_parts(_on(_mixture(0.0)), SAMPLER, tmp_path, parts=[0], **JOB)
+    sample_parts(_on(_mixture(0.0)), SAMPLER, tmp_path, parts=[1], **JOB)
+    with pytest.raises(ValueError, match="parts of another job"):
+        sample_parts(_on(_mixture(0.1)), SAMPLER, tmp_path, **JOB)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        within_components,
+        partial(at_temperature, temperature=0.5),
+        lambda sampler: sequence(sampler, partial(langevin, num_steps=2, step_size=0.1)),
+        lambda sampler: sequence(SAMPLER, within_components(sampler)),
+        lambda sampler: partial(slow_by, sampler=sampler),
+    ],
+)
+def test_samplers_made_of_samplers_are_told_apart_and_known_again(
+    make: Any, tmp_path: Path
+) -> None:
+    few, more = (make(partial(sir, num_proposals=m)) for m in (5, 6))
+    assert describe(few) == describe(make(partial(sir, num_proposals=5)))
+    assert describe(few) != describe(more)
+    assert "0x" not in describe(few)  # no addresses, which differ between processes
+
+
+def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parts of this job are 0 to 4; got .5."):
+        sample_parts(made(), SAMPLER, tmp_path, parts=[5], **JOB)
+    with pytest.raises(ValueError, match="at least 1; got 0 and 5"):
+        sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "num_samples": 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    sample_parts(made(), SAMPLER, tmp_path, parts=[0, 1, 3, 4], **JOB)
+    with pytest.raises(FileNotFoundError, match="part-00002"):
+        list(read_parts(tmp_path))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sample_parts(made(), slow, sys.argv[1], **JOB)
+
+
+def test_no_two_parts_of_a_job_share_a_seed() -> None:
+    assert len({_seed(0, i) for i in range(200_000)}) == 200_000
+    assert len({_seed(seed, 0) for seed in range(1000)}) == 1000
+
+
+def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Both draw part 3; the other is done first, and has tidied up what was unfinished."""
+    save = parts_module.save_tensors
+
+    def save_late(path: Path, *rest: Any) -> None:
+        path.write_bytes(whole[path.name])
+        raise FileNotFoundError(path)
+
+    parts_module.save_tensors = save_late
+    try:
+        sample_parts(made(), SAMPLER, tmp_path, parts=[3], **JOB)
+    finally:
+        parts_module.save_tensors = save
+    assert contents(tmp_path) == {
+        name: whole[name] for name in ("job.json", "part-00003.safetensors")
+    }
