@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from ncprior.adapters.logistics import LogisticMixture
 from ncprior.source import Group, num_rows, posterior_of, require_eval
 from ncprior.utils.fingerprints import module_fingerprint
-from ncprior.utils.precision import wide
+from ncprior.utils.precision import at_least_float32
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
 _NORMALISATION = {
@@ -143,7 +143,9 @@ class VDVAESource:
         if state.prior is None or state.h is None:
             raise ValueError(f"The walk is behind the last of {self.num_groups} groups.")
         posterior = None if state.posterior is None else _diagonal(state.posterior, 1.0)
-        context = wide(state.h) if state.k > 0 else None  # the first h is the same for every row
+        context = (
+            at_least_float32(state.h) if state.k > 0 else None
+        )  # the first h is the same for every row
         return Group(_diagonal(state.prior, self.temperature), posterior, context)
 
     def advance(self, state: State, z: Tensor) -> State:
@@ -162,7 +164,9 @@ class VDVAESource:
 
     def likelihood(self, state: State) -> Distribution:
         """Returns p(x | z) over images of bytes, ``(B, H, W, 3)``; nats per image, not per pixel."""
-        parameters = wide(self._model.decoder.out_net(self._final(state))).permute(0, 3, 1, 2)
+        parameters = at_least_float32(self._model.decoder.out_net(self._final(state))).permute(
+            0, 3, 1, 2
+        )
         low_bit = self._model.H.dataset in _LOW_BIT
         return ByteImages(LogisticMixture(parameters, num_bits=5 if low_bit else 8))
 
@@ -234,8 +238,11 @@ class VDVAESource:
         posterior = None
         if activations is not None:
             q = block.enc(torch.cat([h, activations[block.base]], dim=1))
-            posterior = (wide(q[:, : block.zdim]), wide(q[:, block.zdim :]))
-        prior = (wide(loc), wide(log_scale))
+            posterior = (
+                at_least_float32(q[:, : block.zdim]),
+                at_least_float32(q[:, block.zdim :]),
+            )
+        prior = (at_least_float32(loc), at_least_float32(log_scale))
         return self.State(k, features, h, h + shift, prior, posterior, activations)
 
     def _final(self, state: State) -> Tensor:

@@ -6,7 +6,7 @@
 
 Trains a small VAE, then
 
-    source = SquaredError(vae.source(), 0.4)             # σ of decoder noise
+    source = GaussianDecoder(vae.source(), 0.4)             # σ of decoder noise
     model = VAEBM(source, EnergyNet((1, 28, 28)), data_noise=0.4)  # as noisy as its draws
     fit_vaebm(model, images)
 
@@ -37,7 +37,7 @@ from ncprior.demo import (
 )
 from ncprior.evaluation import auroc, frechet_distance, ood_score
 from ncprior.utils import train
-from ncprior.vaebm import VAEBM, EnergyNet, SquaredError, fit_vaebm
+from ncprior.vaebm import VAEBM, EnergyNet, GaussianDecoder, fit_vaebm
 
 
 def read(name: str) -> tuple[Labelled, Labelled]:
@@ -100,7 +100,7 @@ def main() -> None:
     small = options.data == "digits"
     sigma, rate = (0.12, 1e-3) if small else (0.4, 3e-4)
     energy = EnergyNet(data.images.shape[1:], width=16 if small else 24)
-    source = SquaredError(vae.source(), sigma)
+    source = GaussianDecoder(vae.source(), sigma)
     model = VAEBM(source, energy, step_size=0.05 if small else 0.1, data_noise=sigma)
     print(model)
     steps = 100 if options.quick else 600

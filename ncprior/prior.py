@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncprior.heads.fast import given
-from ncprior.heads.inputs import as_seen, seen
+from ncprior.heads.fast import prepare_head
+from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sampler
-from ncprior.source import Group, LatentSource, contrasts, num_rows, posterior_of
-from ncprior.utils.precision import at_precision, wide
+from ncprior.source import Group, LatentSource, contrastive_pairs, num_rows, posterior_of
+from ncprior.utils.precision import at_least_float32, at_precision
 
 
 class Sample(NamedTuple):
@@ -68,7 +68,7 @@ class NCPrior(nn.Module):
         strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
         active: One bool per group: whether its head is used.
         precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
-            with sums in float32, see :func:`ncprior.heads.given`.
+            with sums in float32, see :func:`ncprior.heads.prepare_head`.
         compiled: Whether heads are compiled for sampling, where that pays.
 
     Raises:
@@ -133,7 +133,7 @@ class NCPrior(nn.Module):
             group = source.group(state)
             z = posterior_of(group).sample()
             with _naming(k):
-                heads.append(make_head(as_seen(source, k, group, z), **options))
+                heads.append(make_head(with_head_inputs(source, k, group, z), **options))
             state = source.advance(state, z)
         x_hat = source.decode(state)
         if not isinstance(x_hat, Tensor) or len(x_hat) != len(z):
@@ -195,7 +195,7 @@ class NCPrior(nn.Module):
             >>> for loss in prior.group_losses(x):
             ...     loss.backward()
         """
-        for k, (z, context) in enumerate(contrasts(self.source, x, num_draws)):
+        for k, (z, context) in enumerate(contrastive_pairs(self.source, x, num_draws)):
             if groups is not None and k not in groups:
                 yield z.new_zeros((), dtype=torch.float32)
                 continue
@@ -289,10 +289,12 @@ class NCPrior(nn.Module):
             >>> prior.log_r(0, torch.randn(100, 5, 2), None).shape
             torch.Size([100, 5])
         """
-        h = seen(self.source, k, z)
+        h = head_input(self.source, k, z)
         with at_precision(z.device.type, precision):
-            log_r: Tensor = self.heads[k](wide(h), None if context is None else wide(context))
-        return wide(log_r)
+            log_r: Tensor = self.heads[k](
+                at_least_float32(h), None if context is None else at_least_float32(context)
+            )
+        return at_least_float32(log_r)
 
     def is_on(self, k: int) -> bool:
         """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
@@ -332,9 +334,9 @@ class NCPrior(nn.Module):
 
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
         """α log r_k(·, c), for many z of one context."""
-        c = None if context is None else wide(context)
-        log_r = given(self.heads[k], c, precision=self.precision, compiled=self.compiled)
-        return lambda z: self.strength * log_r(wide(seen(self.source, k, z)))
+        c = None if context is None else at_least_float32(context)
+        log_r = prepare_head(self.heads[k], c, precision=self.precision, compiled=self.compiled)
+        return lambda z: self.strength * log_r(at_least_float32(head_input(self.source, k, z)))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -238,7 +238,7 @@ class SingleGroup:
         if self._likelihood is None:
             raise ValueError(
                 "This source does not know p(x | z). Make it with SingleGroup(likelihood=...), or, of "
-                "a decoder trained by squared error, wrap it in SquaredError.fitted(source, held_out)."
+                "a decoder trained by squared error, wrap it in GaussianDecoder.fitted(source, held_out)."
             )
         return self._likelihood(*self._decoder_arguments(state))
 
@@ -389,7 +389,7 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
-def contrasts(
+def contrastive_pairs(
     source: LatentSource[Any, Any],
     x: Any,  # noqa: ANN401
     num_draws: int = 1,
@@ -407,7 +407,7 @@ def contrasts(
         context.
 
     Example:
-        >>> [z.shape for z, context in contrasts(source, x)]
+        >>> [z.shape for z, context in contrastive_pairs(source, x)]
         [torch.Size([2, 1, 4, 2])]
     """
     count = Size((num_draws,))

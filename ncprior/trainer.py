@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ncprior.heads.inputs import seen
+from ncprior.heads.inputs import head_input
 from ncprior.heads.stacked import log_ratios
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
-from ncprior.source import contrasts
+from ncprior.source import contrastive_pairs
 from ncprior.utils.distributed import (
     average_over_ranks,
     num_ranks,
@@ -177,9 +177,11 @@ class NCETrainer:
         return torch.stack(losses)
 
     def _all_at_once(self, x: Any) -> Tensor:  # noqa: ANN401
-        pairs = list(contrasts(self.prior.source, x, self.num_draws))
+        pairs = list(contrastive_pairs(self.prior.source, x, self.num_draws))
         heads = [self.prior.heads[k] for k in self.groups]
-        seen_pairs = [(seen(self.prior.source, k, pairs[k][0]), pairs[k][1]) for k in self.groups]
+        seen_pairs = [
+            (head_input(self.prior.source, k, pairs[k][0]), pairs[k][1]) for k in self.groups
+        ]
         log_r = log_ratios(heads, seen_pairs, precision=self.precision)
         losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
         if losses.requires_grad:

@@ -293,7 +293,7 @@ def _hierarchical(bench: Bench) -> Case:
             "steps": 300 if quick else 12_000,
             "num_draws": 4,
             "learning_rate": 2e-3,
-            "walk_epochs": 3,
+            "cache_epochs": 3,
             "precision": torch.bfloat16,
             "eval_every": 100 if quick else 600,
         },

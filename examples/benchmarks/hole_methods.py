@@ -270,8 +270,8 @@ class Heads:
         clock = Stopwatch(self._path(case, seed, base, settings).with_suffix(".seconds"))
         prior = NCPrior.for_source(source, case.inputs(case.rows[:512]), **case.head)
         options = {**settings, "held_out": case.held_out, "checkpoint": checkpoint}
-        if case.quick and "proposal_cache" in settings:
-            options["proposal_cache"] = 5000
+        if case.quick and "num_cached_proposals" in settings:
+            options["num_cached_proposals"] = 5000
         history = fit(prior, case.data, callback=clock.note, **options)
         seconds += clock.seconds
         prior.save_pretrained(self._path(case, seed, base, settings))
@@ -364,7 +364,7 @@ def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Ca
         prior, seconds = found = heads.on(case, seed, base)
         source = nested(prior, partial(sir, num_proposals=first))
         second = NCPrior.for_source(source, case.held_out[:512], **case.head)
-        options = {**case.fit, "proposal_cache": 5000 if case.quick else 50_000}
+        options = {**case.fit, "num_cached_proposals": 5000 if case.quick else 50_000}
         started = now()
         history = fit(second, case.data, held_out=case.held_out, **options)
         seconds += now() - started
@@ -462,8 +462,8 @@ def variants(heads: Heads, last: str) -> list[Method]:
     found = {
         f"{last}, calibrated, SIR(50)": ours(heads, last, few, calibrate=True),
         f"{last}, nested 7 × 7": second_stage(heads, last, 7, 7),
-        "flow, SIR(10)": ours(heads, "flow", ten, proposal_cache=50_000),
-        "flow matching, SIR(10)": ours(heads, "flow matching", ten, proposal_cache=50_000),
+        "flow, SIR(10)": ours(heads, "flow", ten, num_cached_proposals=50_000),
+        "flow matching, SIR(10)": ours(heads, "flow matching", ten, num_cached_proposals=50_000),
         f"{last}, stages auto, recommended(50), matched": recommended(
             heads, last, 50, stages="auto"
         ),

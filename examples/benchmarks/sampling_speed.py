@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, NCPrior, SingleGroup, sir
-from ncprior.heads import ConvHead, MLPHead, given
+from ncprior.heads import ConvHead, MLPHead, prepare_head
 from ncprior.jobs import sample_parts
 
 COLUMNS = {
@@ -98,7 +98,7 @@ def contenders(
         joined = head = moved(MLPHead((LATENTS,), width=WIDTH, depth=BLOCKS), where)
 
     def ours(*, share: bool = False, **options: Any) -> Tensor:  # noqa: ANN401
-        log_r = given(head, c, **options)
+        log_r = prepare_head(head, c, **options)
         return sir(prior, log_r, num_proposals=proposals, share_proposals=share).z
 
     found: dict[str, Contender] = {
@@ -186,9 +186,9 @@ def kl_of_bfloat16(kind: str, seed: int) -> float:
     )
     z = torch.randn(20_000, 1, *((LATENTS,) if kind == "mlp" else EVENT))
     with torch.no_grad():
-        head.rescale(3 / float(given(head, c)(z).std()), 0.0)  # type: ignore[operator]
+        head.rescale(3 / float(prepare_head(head, c)(z).std()), 0.0)  # type: ignore[operator]
         log_w, log_v = (
-            given(head, c, precision=precision)(z).double().log_softmax(0)
+            prepare_head(head, c, precision=precision)(z).double().log_softmax(0)
             for precision in (torch.float32, torch.bfloat16)
         )
     return float((log_w.exp() * (log_w - log_v)).sum())

@@ -35,7 +35,7 @@ from sampler_cost import Table8
 from torch import Tensor, nn
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
-from ncprior.data import KeptWalks
+from ncprior.data import CachedGroupsSource
 from ncprior.demo import VAE, read_images
 from ncprior.distributions import parameters
 from ncprior.heads import MLPHead
@@ -230,8 +230,8 @@ WAYS: dict[str, tuple[Callable[..., Curve], dict[str, Any]]] = {
     "straightforward": (straightforward, {}),
     "kept": (ours, {}),
     "kept, bf16": (ours, {"precision": torch.bfloat16}),
-    "walks, bf16": (ours, {"walk_epochs": 10, "precision": torch.bfloat16}),
-    **{f"walk-epochs-{e:g}": (ours, {"walk_epochs": e}) for e in (1, 4, math.inf)},
+    "walks, bf16": (ours, {"cache_epochs": 10, "precision": torch.bfloat16}),
+    **{f"walk-epochs-{e:g}": (ours, {"cache_epochs": e}) for e in (1, 4, math.inf)},
 }
 
 
@@ -241,7 +241,7 @@ def stepping(count: int, batched: bool, device: torch.device) -> tuple[NCETraine
     group = {"prior": parameters(z), "posterior": parameters(z)}
     walk = tuple({**group, "context": torch.randn(256, 64, device=device)} for _ in range(count))
     heads = [MLPHead((16,), context_shape=(64,), width=128).to(device) for _ in range(count)]
-    prior = NCPrior(KeptWalks(count), heads)  # type: ignore[arg-type]
+    prior = NCPrior(CachedGroupsSource(count), heads)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(prior.parameters(), fused=True)
     return NCETrainer(prior, optimizer, batched=batched), walk
 

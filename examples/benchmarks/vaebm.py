@@ -58,7 +58,7 @@ from ncprior.evaluation import (
 )
 from ncprior.samplers import Sampler, within_components
 from ncprior.saving import write_atomically
-from ncprior.vaebm import VAEBM, EnergyNet, SquaredError, fit_vaebm
+from ncprior.vaebm import VAEBM, EnergyNet, GaussianDecoder, fit_vaebm
 
 COLUMNS = {
     "method": "<11",
@@ -131,10 +131,10 @@ class Comparison:
         self.source: Any = on_images(case, likelihood=partial(_pixels, case.vae))
         noise, self.data_noise = bench.settings["noise"], 0.0
         if noise == "fitted":
-            self.source = SquaredError.fitted(self.source, case.images[-case.num_held_out :])
+            self.source = GaussianDecoder.fitted(self.source, case.images[-case.num_held_out :])
         elif noise != "none":
             self.data_noise = float(noise)
-            self.source = SquaredError(self.source, self.data_noise)
+            self.source = GaussianDecoder(self.source, self.data_noise)
         trained = Heads(bench).on(case, seed, bench.settings["base"])
         self.prior, self.head_seconds = self._on_images(trained.prior), trained.seconds
         self.sampler: Sampler = partial(sir, num_proposals=bench.settings["num_proposals"])

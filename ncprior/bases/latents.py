@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_map_only
 
-from ncprior.data.stream import in_order
+from ncprior.data.stream import one_pass
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
 
 
@@ -48,7 +48,7 @@ def latents_of(
             f"got {k} and {of!r}."
         )
     device, latents = device_of(source), []
-    for batch in in_order(data, batch_size):
+    for batch in one_pass(data, batch_size):
         batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
         encoding = source.encode(batch)
         state = source.start(num_rows(encoding), encoding)

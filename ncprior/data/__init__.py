@@ -1,19 +1,19 @@
 """Batches of data: streamed, moved to a device, and kept as encodings."""
 
 from ncprior.data.device_loader import Loader
-from ncprior.data.encodings import KeptEncodings, KeptWalks, Walks
-from ncprior.data.row_store import Rows
-from ncprior.data.stream import RowData, Stream, first_batch, in_order, split
+from ncprior.data.encodings import CachedEncodings, CachedGroupsSource, EncodedSource
+from ncprior.data.row_store import RowStore
+from ncprior.data.stream import RowData, Stream, first_batch, one_pass, split
 
 __all__ = [
-    "KeptEncodings",
-    "KeptWalks",
+    "CachedEncodings",
+    "CachedGroupsSource",
+    "EncodedSource",
     "Loader",
     "RowData",
-    "Rows",
+    "RowStore",
     "Stream",
-    "Walks",
     "first_batch",
-    "in_order",
+    "one_pass",
     "split",
 ]

@@ -22,22 +22,22 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ncprior.data.row_store import Rows
-from ncprior.data.stream import RowData, in_order, own_generators
+from ncprior.data.row_store import RowStore
+from ncprior.data.stream import RowData, one_pass, own_generators
 from ncprior.distributions import build, parameters
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, require_eval
 from ncprior.utils.random_state import seeded
 
 
-class Walks(RowData):
+class CachedEncodings(RowData):
     """Walks of all rows of some data, taken anew with a seed of their own from time to time.
 
     Arguments:
         source: The VAE.
-        data: The data, as for :func:`ncprior.data.in_order`.
+        data: The data, as for :func:`ncprior.data.one_pass`.
         batch_size: Rows per batch, where batches are made here.
         seed: Seed of the walks; the generators of torch, NumPy and Python stay as they are.
-        budget: Bytes to keep in memory; the rest is on disk, see :class:`ncprior.data.Rows`.
+        budget: Bytes to keep in memory; the rest is on disk, see :class:`ncprior.data.RowStore`.
         folder: Where on disk.
 
     Attributes:
@@ -48,7 +48,7 @@ class Walks(RowData):
             parameters.
 
     Example:
-        >>> walks = Walks(source, torch.randn(10, 3), batch_size=4, seed=0)
+        >>> walks = CachedEncodings(source, torch.randn(10, 3), batch_size=4, seed=0)
         >>> group = walks.source.group(walks.source.start(2, walks[torch.tensor([7, 0])]))
         >>> len(walks), group.posterior.sample().shape
         (10, torch.Size([2, 2]))
@@ -69,7 +69,7 @@ class Walks(RowData):
         features = getattr(source, "features", None)
         several = source.num_groups > 1
         self.source: Any = (
-            KeptWalks(source.num_groups, features) if several else KeptEncodings(source)
+            CachedGroupsSource(source.num_groups, features) if several else EncodedSource(source)
         )
         self.number = -1
         self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
@@ -84,7 +84,7 @@ class Walks(RowData):
         for generator, first in self._own:
             generator.set_state(first)
         with seeded(self.seed + number):
-            self._rows = Rows(self._walk(device), budget=self.budget, folder=self.folder)
+            self._rows = RowStore(self._walk(device), budget=self.budget, folder=self.folder)
         self.number, self.device = number, self._rows.device
 
     def renewal(self, epochs: float) -> Callable[[int], None] | None:
@@ -104,7 +104,7 @@ class Walks(RowData):
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
         require_eval(self.vae, getattr(self.vae, "module", None))
-        for batch in in_order(self.data, self.batch_size):
+        for batch in one_pass(self.data, self.batch_size):
             x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
             encoding = self.vae.encode(x)
             yield encoding if self.vae.num_groups == 1 else tuple(_groups(self.vae, encoding))
@@ -130,19 +130,19 @@ def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
     if tree is None:
         raise TypeError(
             f"A walk is kept as parameters of its groups; group {k} has a "
-            f"{type(distribution).__name__}, whose parameters are not known. Pass walk_epochs=None."
+            f"{type(distribution).__name__}, whose parameters are not known. Pass cache_epochs=None."
         )
     return tree
 
 
-class KeptEncodings:
+class EncodedSource:
     """A source of one group whose batches are encodings already.
 
     Arguments:
         source: The VAE, wrapped; ``start``, ``group`` and all else are its own.
 
     Example:
-        >>> kept = KeptEncodings(source)
+        >>> kept = EncodedSource(source)
         >>> encoding = source.encode(x)
         >>> kept.encode(encoding) is encoding, kept.num_groups
         (True, 1)
@@ -162,7 +162,7 @@ class KeptEncodings:
         return getattr(self.source, name)
 
 
-class KeptWalks:
+class CachedGroupsSource:
     """A source of several groups whose batches are walks: it can be trained on, and no more.
 
     Arguments:
@@ -172,7 +172,7 @@ class KeptWalks:
     Example:
         >>> law = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
         >>> walk = 3 * ({"prior": law, "posterior": law, "context": None},)
-        >>> source = KeptWalks(3)
+        >>> source = CachedGroupsSource(3)
         >>> source.group(source.start(4, source.encode(walk))).prior.sample().shape
         torch.Size([4, 2])
     """
@@ -206,7 +206,7 @@ class KeptWalks:
         return state._replace(k=state.k + 1)
 
 
-def epochs_to_keep(
+def epochs_to_cache(
     source: LatentSource[Any, Any],
     data: Any,  # noqa: ANN401
     settings: Mapping[str, Any],
@@ -217,11 +217,11 @@ def epochs_to_keep(
     Arguments:
         source: The VAE.
         data: What it is trained on.
-        settings: Of them ``walk_epochs``, ``steps`` and ``batch_size``.
+        settings: Of them ``cache_epochs``, ``steps`` and ``batch_size``.
         stage: From 1. Bases of later stages are drawn from along the walk, and are not kept with
             several groups.
     """
-    epochs: float | None | str = settings["walk_epochs"]
+    epochs: float | None | str = settings["cache_epochs"]
     if not isinstance(epochs, str):
         return None if stage > 1 and source.num_groups > 1 else epochs
     seen = settings["steps"] * settings["batch_size"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-class Rows:
+class RowStore:
     """Batches of one pytree, laid end to end, any rows of which can be taken again.
 
     Arguments:
@@ -32,7 +32,7 @@ class Rows:
         ValueError: If there are no batches, or one that is no such pytree.
 
     Example:
-        >>> rows = Rows([{"mean": torch.zeros(3, 2)}, {"mean": torch.ones(1, 2)}], budget=2**20)
+        >>> rows = RowStore([{"mean": torch.zeros(3, 2)}, {"mean": torch.ones(1, 2)}], budget=2**20)
         >>> len(rows), rows[torch.tensor([3, 0])]["mean"]
         (4, tensor([[1., 1.],
                 [0., 0.]]))

@@ -142,11 +142,11 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     return Subset(data, train.tolist()), Subset(data, held_out.tolist())
 
 
-def in_order(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+def one_pass(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
     """Returns the batches of one pass over ``data`` without shuffling, every row once.
 
     Example:
-        >>> [len(batch) for batch in in_order(torch.arange(10), 4)]
+        >>> [len(batch) for batch in one_pass(torch.arange(10), 4)]
         [4, 4, 2]
     """
     data = _as_tensor(data)
@@ -254,14 +254,14 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
     """Returns the first batch of data, and leaves all generators as they were.
 
     Arguments:
-        data: As for :func:`in_order`.
+        data: As for :func:`one_pass`.
         batch_size: Rows per batch, where batches are made.
 
     Example:
         >>> first_batch(torch.arange(10), 4)
         tensor([0, 1, 2, 3])
     """
-    batches = in_order(data, batch_size)
+    batches = one_pass(data, batch_size)
     own = [(generator, generator.get_state()) for generator in own_generators(batches)]
     outside = random_state()
     try:

@@ -24,13 +24,13 @@ from torch.nn.functional import softplus
 from torch.utils._pytree import tree_map_only
 
 from ncprior.bases.mixture import GaussianMixture
-from ncprior.data.stream import first_batch, in_order
+from ncprior.data.stream import first_batch, one_pass
 from ncprior.diagnostics.calibration import Mean, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.report import Report
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
-from ncprior.samplers.langevin import can_walk
+from ncprior.samplers.langevin import supports_langevin
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, num_rows, posterior_of, require_eval
 
@@ -143,7 +143,7 @@ def _measure(
         α log r at z ~ q and z ~ p, with shape (walks, K, 2, rows), and ESS and log-mean-weight of
         each M's pools, (K, M, 2, pools); in float64, NaN where a head is off.
     """
-    batches = in_order(data, batch_size)
+    batches = one_pass(data, batch_size)
     total = sum(num_rows(batch) for batch in batches)
     if total < 2:
         raise ValueError(f"A standard error needs at least 2 rows of data; got {total}.")
@@ -178,7 +178,9 @@ class GroupKind(NamedTuple):
         """Looks at a group and its head."""
         prior = group.prior
         components = len(prior.logits) if isinstance(prior, GaussianMixture) else 1
-        return cls(group.context is not None, can_walk(prior), components, len(factors(head)))
+        return cls(
+            group.context is not None, supports_langevin(prior), components, len(factors(head))
+        )
 
 
 @torch.no_grad()

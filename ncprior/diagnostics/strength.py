@@ -25,7 +25,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.data.stream import in_order
+from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import evaluating, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior
@@ -92,7 +92,7 @@ def match_strength(
         """What is measured at every row of data, summed over groups, with shape ``(rows,)``."""
         found = []
         with seeded(seed):
-            for batch in in_order(held_out, batch_size):
+            for batch in one_pass(held_out, batch_size):
                 encoding = prior.source.encode(
                     tree_map_only(Tensor, lambda t: t.to(device), batch)
                 )

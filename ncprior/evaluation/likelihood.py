@@ -39,7 +39,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_map_only
 
-from ncprior.data.stream import in_order
+from ncprior.data.stream import one_pass
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
@@ -200,7 +200,7 @@ def log_likelihood(
             f"{type(source).__name__} does not know p(x | z): it has no method `likelihood`."
         )
     log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
-    batches, device = in_order(data, batch_size), device_of(source)
+    batches, device = one_pass(data, batch_size), device_of(source)
     seed = torch.initial_seed()
     columns: list[list[Bounds]] = [[], [], []]
     for batch in tqdm(batches, desc="log p(x)", disable=not progress):

@@ -35,7 +35,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from ncprior.data.stream import in_order
+from ncprior.data.stream import one_pass
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
@@ -103,7 +103,7 @@ def ood_score(
     zero = torch.zeros(1, dtype=torch.float64)
     log_z = LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None
     parts = []
-    for batch in tqdm(in_order(data, batch_size), desc="scores", disable=not progress):
+    for batch in tqdm(one_pass(data, batch_size), desc="scores", disable=not progress):
         found = log_likelihood(  # one batch at a time: read again, data might be in another order
             prior, [batch], num_samples=num_samples, log_z=log_z, chunk_size=chunk_size
         )

@@ -1,7 +1,7 @@
 """Ratio heads: networks log r(z, c), and what prepares them for samplers."""
 
-from ncprior.heads.fast import given
-from ncprior.heads.inputs import seen
+from ncprior.heads.fast import prepare_head
+from ncprior.heads.inputs import head_input
 from ncprior.heads.make import make_head
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.heads.product import ProductHead, factors
@@ -12,7 +12,7 @@ __all__ = [
     "MLPHead",
     "ProductHead",
     "factors",
-    "given",
+    "head_input",
     "make_head",
-    "seen",
+    "prepare_head",
 ]

@@ -145,7 +145,7 @@ _compile = _Compiler()
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def given(
+def prepare_head(
     head: nn.Module,
     context: Tensor | None = None,
     *,
@@ -177,16 +177,18 @@ def given(
 
     Example:
         >>> head = MLPHead((2,), context_shape=(3,))
-        >>> given(head, torch.randn(4, 3))(torch.randn(500, 4, 2)).shape
+        >>> prepare_head(head, torch.randn(4, 3))(torch.randn(500, 4, 2)).shape
         torch.Size([500, 4])
     """
     check_precision(precision)
     plain = is_as_made(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
-        inner = given(head.head, context, precision=precision, compiled=compiled)
+        inner = prepare_head(head.head, context, precision=precision, compiled=compiled)
         return lambda z: inner(head.embed(z))
     if plain and type(head) is ProductHead:
-        parts = [given(h, context, precision=precision, compiled=compiled) for h in factors(head)]
+        parts = [
+            prepare_head(h, context, precision=precision, compiled=compiled) for h in factors(head)
+        ]
         return lambda z: torch.stack([part(z) for part in parts]).sum(0)
     kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
     kind = kinds.get(type(head), Whole) if plain else Whole

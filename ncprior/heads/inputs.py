@@ -20,7 +20,7 @@ from ncprior.source import Group, LatentSource, posterior_of
 _ONE = Size()
 
 
-def seen(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
+def head_input(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
     """Returns what head k sees of z_k.
 
     The VAE gets no gradient: of features there is one with respect to z alone, where z asks for it.
@@ -35,7 +35,7 @@ def seen(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
 
     Example:
         >>> z = torch.randn(5, 4, 2)
-        >>> seen(source, 0, z) is z
+        >>> head_input(source, 0, z) is z
         True
     """
     features = getattr(source, "features", None)
@@ -46,7 +46,7 @@ def seen(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
     return h
 
 
-def as_seen(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> Group:
+def with_head_inputs(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> Group:
     """Returns a group whose laws draw what head k sees, for heads to be made by.
 
     Arguments:
@@ -55,7 +55,7 @@ def as_seen(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> 
         group: The group, with a posterior.
         z: A draw of it.
     """
-    if seen(source, k, z) is z:
+    if head_input(source, k, z) is z:
         return group
     posterior: Any = _Seen(source, k, posterior_of(group))
     return group._replace(prior=_Seen(source, k, group.prior), posterior=posterior)
@@ -69,4 +69,4 @@ class _Seen(NamedTuple):
     law: Sampleable
 
     def sample(self, sample_shape: Size = _ONE) -> Tensor:
-        return seen(self.source, self.k, self.law.sample(sample_shape))
+        return head_input(self.source, self.k, self.law.sample(sample_shape))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, is_as_made
-from ncprior.utils.precision import at_precision, wide
+from ncprior.utils.precision import at_least_float32, at_precision
 
 Contrast: TypeAlias = "tuple[Tensor, Tensor | None]"
 
@@ -31,7 +31,7 @@ def log_ratios(
     Arguments:
         heads: One head per group.
         contrasts: z of shape ``(*, B, *event)`` and the context per group, as of
-            :func:`ncprior.source.contrasts`.
+            :func:`ncprior.source.contrastive_pairs`.
         precision: Of the factors of products, see :mod:`ncprior.heads`.
 
     Returns:
@@ -47,7 +47,7 @@ def log_ratios(
             together = _together if len(groups) > 1 else _in_turn
             found = together([heads[k] for k in groups], [contrasts[k] for k in groups])
             log_r.update(zip(groups, found, strict=True))
-    return [wide(log_r[k]) for k in range(len(heads))]
+    return [at_least_float32(log_r[k]) for k in range(len(heads))]
 
 
 def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
@@ -61,7 +61,7 @@ def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
 
 def _in_turn(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> list[Tensor]:
     return [
-        head(wide(z), None if c is None else wide(c))
+        head(at_least_float32(z), None if c is None else at_least_float32(c))
         for head, (z, c) in zip(heads, contrasts, strict=True)
     ]
 
@@ -71,8 +71,8 @@ def _together(heads: Sequence[nn.Module], contrasts: Sequence[Contrast]) -> Sequ
         name: torch.stack([tensors[name] for tensors in map(_tensors, heads)])
         for name in _tensors(heads[0])
     }
-    z = torch.stack([wide(z) for z, _ in contrasts])
-    contexts = [wide(c) for _, c in contrasts if c is not None]
+    z = torch.stack([at_least_float32(z) for z, _ in contrasts])
+    contexts = [at_least_float32(c) for _, c in contrasts if c is not None]
 
     def one(tensors: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         log_r: Tensor = functional_call(heads[0], tensors, inputs)

@@ -2,7 +2,7 @@
 
 from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.samplers.compose import at_temperature, describe, sequence
-from ncprior.samplers.langevin import can_walk, langevin
+from ncprior.samplers.langevin import langevin, supports_langevin
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.rejection import independence, rejection
 from ncprior.samplers.sir import sir
@@ -13,13 +13,13 @@ __all__ = [
     "LogRatio",
     "Sampler",
     "at_temperature",
-    "can_walk",
     "describe",
     "independence",
     "langevin",
     "rejection",
     "sequence",
     "sir",
+    "supports_langevin",
     "tempered_smc",
     "within_components",
 ]

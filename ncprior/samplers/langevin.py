@@ -193,11 +193,11 @@ class Target:
             )
 
 
-def can_walk(prior: Sampleable) -> bool:
+def supports_langevin(prior: Sampleable) -> bool:
     """Tells whether Langevin dynamics can walk in a prior: not in discrete or bounded latents.
 
     Example:
-        >>> can_walk(Normal(0.0, 1.0)), can_walk(torch.distributions.Bernoulli(0.5))
+        >>> supports_langevin(Normal(0.0, 1.0)), supports_langevin(torch.distributions.Bernoulli(0.5))
         (True, False)
     """
     try:

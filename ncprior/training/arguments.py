@@ -11,7 +11,7 @@ from ncprior.prior import NCPrior
 from ncprior.utils.distributed import gather
 
 
-def check_terms(
+def validate_fit_arguments(
     prior: NCPrior,
     data: Any,  # noqa: ANN401
     settings: dict[str, Any],
@@ -37,10 +37,13 @@ def check_terms(
         TypeError: If the data can be read only once, or heads or bases cannot be staged.
     """
     _check_counts(settings, checkpoint_every, patience)
-    given = settings["proposal_cache"] is not None or settings["walk_epochs"] not in ("auto", None)
+    given = settings["num_cached_proposals"] is not None or settings["cache_epochs"] not in (
+        "auto",
+        None,
+    )
     if (stages != 1 or given) and iter_is_self(data):
         raise TypeError(
-            f"Stages, a proposal cache and walk_epochs need data that can be read again from its "
+            f"Stages, a proposal cache and cache_epochs need data that can be read again from its "
             f"start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
             f"or a list."
         )
@@ -55,11 +58,13 @@ def _check_counts(settings: dict[str, Any], checkpoint_every: int, patience: int
     counts |= {
         "checkpoint_every": checkpoint_every,
         "patience": 1 if patience is None else patience,
-        "proposal_cache": 1 if settings["proposal_cache"] is None else settings["proposal_cache"],
+        "num_cached_proposals": 1
+        if settings["num_cached_proposals"] is None
+        else settings["num_cached_proposals"],
     }
-    epochs = settings["walk_epochs"]
+    epochs = settings["cache_epochs"]
     if epochs not in ("auto", None):
-        counts["walk_epochs"] = epochs
+        counts["cache_epochs"] = epochs
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1; got {count}.")

@@ -29,7 +29,7 @@ class Stepper(Protocol):
     optimizer: torch.optim.Optimizer
 
 
-class Training:
+class ResumableTraining:
     """The state of one training: all that a checkpoint holds.
 
     Arguments:
@@ -165,7 +165,7 @@ class Training:
 
 
 def drive(
-    run: Training,
+    run: ResumableTraining,
     batches: Loader,
     step: Callable[[Loader], None],
     look: Callable[[], str],

@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ncprior.data.device_loader import Loader
-from ncprior.data.encodings import Walks, epochs_to_keep
-from ncprior.data.stream import Stream, first_batch, in_order, split
+from ncprior.data.encodings import CachedEncodings, epochs_to_cache
+from ncprior.data.stream import Stream, first_batch, one_pass, split
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.heads.product import ProductHead, factors, fresh_head, rescale_head
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.trainer import NCETrainer
-from ncprior.training.arguments import check_terms
+from ncprior.training.arguments import validate_fit_arguments
 from ncprior.training.engine import drive, fingerprint_of, length_of, load, unchanged
-from ncprior.training.heads_run import Run
+from ncprior.training.heads_run import HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
-from ncprior.training.stages import cached, tilted
-from ncprior.utils.distributed import align_generators, num_ranks, on_first, own_seed, rank
+from ncprior.training.stages import reweighted, with_cached_proposals
+from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
 
 _HELD_OUT_FRACTION = 0.05
 
@@ -61,9 +61,9 @@ def fit(
     gate: bool = False,
     stages: int | Literal["auto"] = 1,
     calibrate: bool = False,
-    proposal_cache: int | None = None,
-    walk_epochs: float | Literal["auto"] | None = "auto",
-    walk_memory: float = 4.0,
+    num_cached_proposals: int | None = None,
+    cache_epochs: float | Literal["auto"] | None = "auto",
+    cache_memory: float = 4.0,
     precision: torch.dtype = torch.float32,
     batched: bool | None = None,
     group_parallel: bool = False,
@@ -107,17 +107,17 @@ def fit(
             Jensen-Shannon divergence left to learn: every stage costs as much as the first again.
         calibrate: Whether to rescale each group's log r to a·log r + b, with the a and b that fit
             held-out data best, see :func:`calibrate_heads`.
-        proposal_cache: So many draws of the base are made once, and used again and again, where
+        num_cached_proposals: So many draws of the base are made once, and used again and again, where
             a base is slow to draw from: for a single group without a context. A tenth more, and at
             least 2,048, are made for the held-out losses. Further stages of such a group keep about
             ten per row of data, from 5,000 to 50,000.
-        walk_epochs: For so many epochs, each row of x goes through the VAE once: the parameters of
+        cache_epochs: For so many epochs, each row of x goes through the VAE once: the parameters of
             its groups are kept, and z_k is drawn anew from them at every step, see
             :mod:`ncprior.data`. With one group only the encoder's work is spared. With more, z_<k
             repeat. ``math.inf`` is once for all, ``None`` never. ``"auto"`` is once where a step's
             distribution stays what it is: for one group, rows of a tensor, and an encoder that
             draws nothing at random.
-        walk_memory: GiB of memory for what is kept; if it is more, all of it is on disk, in the
+        cache_memory: GiB of memory for what is kept; if it is more, all of it is on disk, in the
             system's folder for temporary files.
         precision: Of the factors of the heads' products: ``torch.float32`` or ``torch.bfloat16``,
             which is mixed precision: weights, log r and sums stay in float32.
@@ -158,8 +158,8 @@ def fit(
         "max_grad_norm": max_grad_norm,
         "ema_decay": ema_decay,
         "eval_every": eval_every,
-        "proposal_cache": proposal_cache,
-        "walk_epochs": walk_epochs,
+        "num_cached_proposals": num_cached_proposals,
+        "cache_epochs": cache_epochs,
         "precision": str(precision),
         "batched": batched,
         "VAE": fingerprint_of(prior.source),
@@ -167,7 +167,7 @@ def fit(
         "ranks": num_ranks(),
         "group_parallel": group_parallel,
     }
-    check_terms(
+    validate_fit_arguments(
         *(prior, data, settings),
         stages=stages,
         calibrate=calibrate,
@@ -175,7 +175,7 @@ def fit(
         checkpoint_every=checkpoint_every,
     )
     align_generators()
-    saved = on_first(lambda: load(checkpoint))
+    saved = on_rank_zero(lambda: load(checkpoint))
     # That of another kind of training has none, and is refused by its settings.
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)
@@ -183,19 +183,19 @@ def fit(
     fitting = _Fitting(
         *(train, held_out, settings, split_seed),
         precision=precision,
-        walk_bytes=int(walk_memory * 2**30),
+        walk_bytes=int(cache_memory * 2**30),
         patience=patience,
         callback=callback,
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
-    if proposal_cache is not None and not fitting.can_cache(prior.source):
+    if num_cached_proposals is not None and not fitting.can_cache(prior.source):
         raise ValueError(
-            "proposal_cache keeps draws of one prior for all rows: of a source with one group "
+            "num_cached_proposals keeps draws of one prior for all rows: of a source with one group "
             "and without a context. Leave it out."
         )
     with unchanged(prior.source), _evaluating_after(prior):
-        history = fitting.train(prior, prior.source, checkpoint, proposal_cache)
+        history = fitting.train(prior, prior.source, checkpoint, num_cached_proposals)
         if gate:
             off = tuple(k for k, learnt in enumerate(history.has_learnt()) if not learnt)
             prior.active = [on and k not in off for k, on in enumerate(prior.active)]
@@ -262,7 +262,7 @@ class _Fitting:
             fused=_can_fuse(prior),
         )
         trainer = NCETrainer(trained, optimizer, precision=self.precision, **options)
-        batch_size, saved = settings["batch_size"], on_first(lambda: load(checkpoint))
+        batch_size, saved = settings["batch_size"], on_rank_zero(lambda: load(checkpoint))
         stream = Stream(inputs.data, batch_size, resumable=checkpoint is not None)
         evaluation = None
         if inputs.held_out_source is not None and inputs.held_out is not None:
@@ -270,7 +270,7 @@ class _Fitting:
             groups = trainer.groups if trainer.group_parallel else None
             data = inputs.held_out
             evaluation = HeldOut(data, measured, batch_size, seed=self.split_seed, groups=groups)
-        run = Run(trained, trainer, settings, self.split_seed)
+        run = HeadTraining(trained, trainer, settings, self.split_seed)
         if saved is not None:
             run.restore(saved, stream)
         elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
@@ -284,8 +284,8 @@ class _Fitting:
         """What is trained on and measured on, of draws and walks that are kept where asked for."""
         held_out_source = source
         if cache is not None:
-            source, held_out_source = cached(source, cache, self.split_seed + stage)
-        epochs = epochs_to_keep(source, self.data, self.settings, stage)
+            source, held_out_source = with_cached_proposals(source, cache, self.split_seed + stage)
+        epochs = epochs_to_cache(source, self.data, self.settings, stage)
         if epochs is None:
             return _Inputs(source, self.data, held_out_source, self.held_out)
         walks = self._keep(source, self.data)
@@ -295,13 +295,15 @@ class _Fitting:
         held_out = self._keep(held_out_source, self.held_out)
         return inputs._replace(held_out_source=held_out.source, held_out=held_out)
 
-    def _keep(self, source: LatentSource[Any, Any], data: Any) -> Walks:  # noqa: ANN401
+    def _keep(self, source: LatentSource[Any, Any], data: Any) -> CachedEncodings:  # noqa: ANN401
         size = self.settings["batch_size"]
-        return Walks(source, data, batch_size=size, seed=self.split_seed, budget=self.walk_bytes)
+        return CachedEncodings(
+            source, data, batch_size=size, seed=self.split_seed, budget=self.walk_bytes
+        )
 
     def _loop(
         self,
-        run: Run,
+        run: HeadTraining,
         batches: Loader,
         evaluation: HeldOut | None,
         checkpoint: str | os.PathLike[str] | None,
@@ -332,7 +334,7 @@ class _Fitting:
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
-            history = self.train(new, tilted(prior), path, cache, stage)
+            history = self.train(new, reweighted(prior), path, cache, stage)
             learnt = history.has_learnt(_WORTH if stages == "auto" else 0.0)
             kept = [on and has for on, has in zip(prior.active, learnt, strict=True)]
             history = history._replace(kept=tuple(kept))
@@ -344,7 +346,7 @@ class _Fitting:
 
     def _stage_cache(self) -> int:
         batch_size = self.settings["batch_size"]
-        batches = length_of(in_order(self.data, batch_size))
+        batches = length_of(one_pass(self.data, batch_size))
         wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
         return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
 

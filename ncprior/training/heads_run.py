@@ -14,17 +14,17 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.prior import NCPrior
 from ncprior.trainer import NCETrainer
-from ncprior.training.engine import Training, weights_of
+from ncprior.training.engine import ResumableTraining, weights_of
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
 from ncprior.utils.distributed import (
     from_rank,
     gather,
-    on_first,
+    on_rank_zero,
 )
 
 
-class Run(Training):
+class HeadTraining(ResumableTraining):
     """The state of one training of heads."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Run(Training):
     ) -> None:
         last = max(self.best_step)
         limit = math.inf if patience is None else patience * self.settings["eval_every"]
-        if callback is not None and on_first(lambda: callback(row) is True):
+        if callback is not None and on_rank_zero(lambda: callback(row) is True):
             self.stopped = f"stopped by the callback at step {self.trainer.steps}"
         elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
             self.stopped = f"no progress on held-out data since step {last}"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.data.stream import in_order, own_generators
+from ncprior.data.stream import one_pass, own_generators
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
-from ncprior.source import contrasts, num_rows
+from ncprior.source import contrastive_pairs, num_rows
 from ncprior.utils.distributed import (
     num_ranks,
     own_seed,
@@ -38,7 +38,7 @@ class HeldOut:
         seed: int,
         groups: Collection[int] | None = None,
     ) -> None:
-        self.batches, self.prior = in_order(data, batch_size), prior
+        self.batches, self.prior = one_pass(data, batch_size), prior
         self.seed = seed
         self.groups = groups
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
@@ -71,7 +71,7 @@ class HeldOut:
         count = num_rows(x)
         losses = torch.zeros(len(self.prior.heads), count, dtype=torch.float64)
         if count > 0:
-            for k, (z, context) in enumerate(contrasts(self.prior.source, x)):
+            for k, (z, context) in enumerate(contrastive_pairs(self.prior.source, x)):
                 if self.groups is None or k in self.groups:
                     log_r = self.prior.log_r(k, z, context)[:, 0]
                     losses[k] = sum(nce_terms(log_r[0], log_r[1]))

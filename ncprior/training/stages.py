@@ -100,7 +100,7 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
     return rebase(prior.source, base)
 
 
-def tilted(prior: NCPrior) -> Rebased:
+def reweighted(prior: NCPrior) -> Rebased:
     """Makes Π r·p itself a base, drawn from by tempered sequential Monte Carlo.
 
     Heads trained on it are multiplied in: stages in product form, which ``fit(stages=…)`` does.
@@ -123,7 +123,9 @@ def tilted(prior: NCPrior) -> Rebased:
 
 
 @torch.no_grad()
-def cached(source: LatentSource[Any, Any], count: int, seed: int) -> tuple[Rebased, Rebased]:
+def with_cached_proposals(
+    source: LatentSource[Any, Any], count: int, seed: int
+) -> tuple[Rebased, Rebased]:
     """Draws from a base once, for training to use again and again.
 
     Arguments:

@@ -56,7 +56,7 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def on_first(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], T]) -> T:
     """Returns on all ranks what a function returns on rank 0, the only one that calls it.
 
     Raises:
@@ -100,7 +100,7 @@ def fail_together(error: Exception | None) -> None:
 def align_generators() -> None:
     """Seeds torch's generators on all ranks with a number that rank 0 draws; nothing on one rank."""
     if num_ranks() > 1:
-        torch.manual_seed(on_first(lambda: int(torch.randint(2**62, ()))))
+        torch.manual_seed(on_rank_zero(lambda: int(torch.randint(2**62, ()))))
 
 
 def own_seed(seed: int, number: int) -> int:

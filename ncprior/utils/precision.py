@@ -46,6 +46,6 @@ def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
         return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Returns the tensor in float32 or better."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

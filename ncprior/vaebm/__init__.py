@@ -2,8 +2,8 @@
 
 from ncprior.vaebm.energy_net import EnergyNet
 from ncprior.vaebm.fit import EnergyHistory, EnergyRow, fit_vaebm
+from ncprior.vaebm.gaussian_decoder import GaussianDecoder
 from ncprior.vaebm.model import VAEBM, Chains
-from ncprior.vaebm.squared_error import SquaredError
 from ncprior.vaebm.trainer import EnergyMetrics, VAEBMTrainer
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "EnergyMetrics",
     "EnergyNet",
     "EnergyRow",
-    "SquaredError",
+    "GaussianDecoder",
     "VAEBMTrainer",
     "fit_vaebm",
 ]

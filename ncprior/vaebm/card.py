@@ -66,7 +66,7 @@ def energy_card(
     data_noise = configuration["data_noise"]
     setup = "source = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder)"
     if sigma is not None:
-        setup += f"\nsource = SquaredError(source, {sigma!r})"
+        setup += f"\nsource = GaussianDecoder(source, {sigma!r})"
     if model.prior is not None:
         setup += '\nprior = NCPrior.from_pretrained(source, "...")'
     on_ncp = model.prior is not None
@@ -79,7 +79,7 @@ def energy_card(
             *imports,
         ]
     if sigma is not None:
-        imports.append("from ncprior.vaebm import SquaredError")
+        imports.append("from ncprior.vaebm import GaussianDecoder")
     return _CARD.format(
         data=data.to_yaml(),
         name=name,

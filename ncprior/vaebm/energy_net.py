@@ -15,7 +15,7 @@ from einops import reduce
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, silu
 
-from ncprior.utils.precision import in_full, wide
+from ncprior.utils.precision import at_least_float32, in_full
 
 _SMALLEST = 4  # feature maps are halved until they are no larger
 
@@ -53,13 +53,13 @@ class EnergyNet(nn.Module):
         channels, size = self.image_shape[0], max(self.image_shape[1:])
         stride = 2 if size > 16 else 1
         self.stem = nn.Conv2d(channels, width, 3, padding=1, stride=stride)
-        size, wide, cells = -(-size // stride), width, []
+        size, at_least_float32, cells = -(-size // stride), width, []
         while size > _SMALLEST:
-            wider = min(wide + width, 4 * width)
-            cells.append(_Cell(wide, wider))
-            size, wide = -(-size // 2), wider
+            wider = min(at_least_float32 + width, 4 * width)
+            cells.append(_Cell(at_least_float32, wider))
+            size, at_least_float32 = -(-size // 2), wider
         self.cells = nn.Sequential(*cells)
-        self.out = nn.Linear(wide, 1)
+        self.out = nn.Linear(at_least_float32, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -72,7 +72,7 @@ class EnergyNet(nn.Module):
             )
         x = x.to(self.out.weight.dtype, memory_format=torch.channels_last)
         h = silu(self.cells(self.stem(2 * x - 1)))
-        return in_full(self.out, reduce(wide(h), "b c h w -> b c", "sum")).squeeze(-1)
+        return in_full(self.out, reduce(at_least_float32(h), "b c h w -> b c", "sum")).squeeze(-1)
 
     def config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, ready for JSON."""

@@ -18,7 +18,14 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
-from ncprior.training.engine import Training, drive, length_of, load, unchanged, weights_of
+from ncprior.training.engine import (
+    ResumableTraining,
+    drive,
+    length_of,
+    load,
+    unchanged,
+    weights_of,
+)
 from ncprior.utils.distributed import num_ranks
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
@@ -186,7 +193,7 @@ def fit_vaebm(
     return EnergyHistory(run.rows, run.kept_step, str(run.stopped), run.diverged)
 
 
-class _Run(Training):
+class _Run(ResumableTraining):
     """The state of one training of an energy."""
 
     def __init__(

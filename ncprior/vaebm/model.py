@@ -33,8 +33,8 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import langevin
 from ncprior.source import LatentSource, device_of, require_eval
-from ncprior.utils.precision import at_precision, check_precision, wide
-from ncprior.vaebm.noise import NoiseWalk
+from ncprior.utils.precision import at_least_float32, at_precision, check_precision
+from ncprior.vaebm.noise import NoiseMap
 
 LangevinTarget = Literal["exact", "official"]
 
@@ -69,7 +69,7 @@ class VAEBM(nn.Module):
     Arguments:
         prior: The VAE as a source, or an :class:`~ncprior.NCPrior` on it, whose log-ratios join the
             target. The source needs ``likelihood``: a normal one brings ε_x; any other, such as a
-            Bernoulli, works with its mean. :class:`~ncprior.vaebm.SquaredError` gives one
+            Bernoulli, works with its mean. :class:`~ncprior.vaebm.GaussianDecoder` gives one
             to a source without.
         energy: E: maps x, with shape ``(B, ...)``, to nats, ``(B,)``.
         num_steps: Langevin steps of a chain; the paper's is 16.
@@ -77,7 +77,7 @@ class VAEBM(nn.Module):
             the λ and the number of steps that it was trained with. The published code takes 3e-6
             to 8e-5 for NVAEs of 10⁵ dimensions, with the gradient of each chain on its own.
         langevin_target: ``"exact"``, or ``"official"`` for what the published code samples: with
-            -log p(z) - log p(x | z) in place of ½|ε|², see :class:`~ncprior.vaebm.NoiseWalk`.
+            -log p(z) - log p(x | z) in place of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`.
             (Its clamping of x to [0, 1] is left out.)
         data_noise: σ of normal noise on data that this is a model of, 0 for data as they are. With
             the σ of a decoder of one σ, data are as noisy as what is drawn: without it an energy
@@ -148,7 +148,7 @@ class VAEBM(nn.Module):
             tensor([3., 3., 3., 3.])
         """
         with at_precision(x.device.type, self.precision):
-            energy: Tensor = wide(self.energy(wide(x)))
+            energy: Tensor = at_least_float32(self.energy(at_least_float32(x)))
         if energy.shape != x.shape[:1]:
             raise ValueError(
                 f"The energy must map x of shape {tuple(x.shape)} to shape ({len(x)},); "
@@ -343,9 +343,9 @@ class VAEBM(nn.Module):
         other._modules = {name: deepcopy(m, memo) for name, m in self._modules.items()}
         return other
 
-    def _walk(self, condition: Any, precision: torch.dtype = torch.float32) -> NoiseWalk:  # noqa: ANN401
+    def _walk(self, condition: Any, precision: torch.dtype = torch.float32) -> NoiseMap:  # noqa: ANN401
         official = self.langevin_target == "official"
-        return NoiseWalk(self.source, self.prior, condition, official, precision)
+        return NoiseMap(self.source, self.prior, condition, official, precision)
 
     @torch.no_grad()
     def _probe(self) -> str:
@@ -357,7 +357,7 @@ class VAEBM(nn.Module):
                 self.source.start(1)
             except ValueError:
                 return "that of p(x | z), under a condition"
-            walked = NoiseWalk(self.source).draw(1)
+            walked = NoiseMap(self.source).draw(1)
         if len(walked.noise) > self.source.num_groups:
             return "location and scale of p(x | z)"
         return "none, as p(x | z) is not normal: x is its mean"

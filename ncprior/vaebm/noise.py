@@ -16,7 +16,7 @@ N(0, I), whatever μ and σ do. Three cases have no such noise:
 * a group that is discrete, bounded or can only be sampled cannot be walked in, and is refused.
 
 Everything that is not N(0, I) is in one log-weight: log r_k of the heads, log p(z_k) of groups
-walked in z_k or u_k, and what the published code of VAEBM adds (see :class:`NoiseWalk`).
+walked in z_k or u_k, and what the published code of VAEBM adds (see :class:`NoiseMap`).
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -39,9 +39,9 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.langevin import can_walk, name_of
+from ncprior.samplers.langevin import name_of, supports_langevin
 from ncprior.source import Group, LatentSource
-from ncprior.utils.precision import at_precision, wide
+from ncprior.utils.precision import at_least_float32, at_precision
 
 
 class Walked(NamedTuple):
@@ -65,7 +65,7 @@ class Walked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NoiseWalk:
+class NoiseMap:
     """Walks a VAE from noise to (z, x), with the log-weight of Π r_k p_k on the way.
 
     Arguments:
@@ -138,9 +138,9 @@ class NoiseWalk:
         law = self._likelihood(state)
         normal = normal_of(law)
         if normal is None:
-            x = mean = wide(_mean(law, self.source, state))
+            x = mean = at_least_float32(_mean(law, self.source, state))
         else:
-            mean = wide(normal.loc)
+            mean = at_least_float32(normal.loc)
             u = pick_x(mean)
             x, log_weight = self._image(normal, u)
             noise.append(u)
@@ -151,7 +151,7 @@ class NoiseWalk:
         if not hasattr(self.source, "likelihood"):
             raise ValueError(
                 f"VAEBM needs the decoder's noise; {type(self.source).__name__} has no method "
-                f"`likelihood`. Of a decoder trained by squared error, use SquaredError.fitted."
+                f"`likelihood`. Of a decoder trained by squared error, use GaussianDecoder.fitted."
             )
         law: Distribution = self.source.likelihood(state)
         return law
@@ -211,7 +211,7 @@ def _mean(law: Distribution, source: LatentSource[Any, Any], state: Any) -> Tens
 
 
 def _require_density(k: int, group: Group) -> None:
-    if not can_walk(group.prior):
+    if not supports_langevin(group.prior):
         kind = "is discrete or bounded" if isinstance(group.prior, Distribution) else "has none"
         raise TypeError(
             f"Group {k}: VAEBM walks by Langevin dynamics, which needs a density on all of R^n; "
@@ -222,4 +222,4 @@ def _require_density(k: int, group: Group) -> None:
 
 def _sum(u: Tensor) -> Tensor:
     """The sum over all axes but the first, in float32 or better."""
-    return wide(u).reshape(len(u), -1).sum(1)
+    return at_least_float32(u).reshape(len(u), -1).sum(1)

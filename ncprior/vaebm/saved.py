@@ -202,7 +202,7 @@ def _energy_entry(energy: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _sigma(source: LatentSource[Any, Any]) -> float | None:
-    """σ of a decoder that was given one by ``SquaredError``."""
+    """σ of a decoder that was given one by ``GaussianDecoder``."""
     sigma: float | None = getattr(source, "sigma", None)
     return sigma if isinstance(sigma, float) else None
 
@@ -239,7 +239,7 @@ def _check_trained_on(
             path,
             f"it was trained with decoder noise {config['sigma'] or 'of the likelihood'}, and the "
             f"source has {_sigma(source) or 'that of its likelihood'}. Wrap it in "
-            f"SquaredError(source, sigma), or leave that out",
+            f"GaussianDecoder(source, sigma), or leave that out",
         )
     check_fingerprints(path, config["fingerprint"], fingerprints(source))
 

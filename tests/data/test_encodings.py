@@ -18,10 +18,10 @@ from torch.distributions import Independent, Normal
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
 from ncprior.bases.rebase import rebase
 from ncprior.data.device_loader import Loader
-from ncprior.data.encodings import KeptWalks, Walks, epochs_to_keep
+from ncprior.data.encodings import CachedEncodings, CachedGroupsSource, epochs_to_cache
 from ncprior.data.stream import Stream
 from ncprior.heads.networks import MLPHead
-from ncprior.source import contrasts, posterior_of, sample_posterior
+from ncprior.source import contrastive_pairs, posterior_of, sample_posterior
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -40,9 +40,9 @@ def test_with_one_group_training_is_what_it_was(memory: float) -> None:
     options = {"steps": 30, "batch_size": 32, "eval_every": 15, **QUIET}
     kept, fresh = flat_prior(vae), flat_prior(vae)
     torch.manual_seed(1)
-    a = fit(fresh, x, walk_epochs=None, **options)
+    a = fit(fresh, x, cache_epochs=None, **options)
     torch.manual_seed(1)
-    b = fit(kept, x, walk_epochs=math.inf, walk_memory=memory, **options)
+    b = fit(kept, x, cache_epochs=math.inf, cache_memory=memory, **options)
     for one, two in zip(fresh.parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert a.best_loss == pytest.approx(b.best_loss, abs=1e-5)
@@ -92,9 +92,9 @@ def test_the_encoder_sees_every_row_once_where_that_changes_nothing(case: str, r
     if "list" in case:
         x, options["held_out"] = list(torch.randn(7 * 32, 3).split(32)), torch.randn(10, 3)
     if case == "never":
-        options["walk_epochs"] = None
+        options["cache_epochs"] = None
     if "asked" in case:
-        options["walk_epochs"] = math.inf
+        options["cache_epochs"] = math.inf
     fit(prior, x, **options)
     assert vae.rows == rows
 
@@ -106,17 +106,17 @@ def test_a_posterior_of_unknown_type_is_not_kept_unasked() -> None:
     vae = Counting()
     base = Independent(Normal(torch.zeros(2), 1.0), 1)
     source = SingleGroup(base, lambda x: Own(Normal(x[:, :2], 1.0), 1), vae.layer)
-    settings = {"walk_epochs": "auto", "steps": 100, "batch_size": 32}
-    assert epochs_to_keep(source, torch.randn(200, 3), settings) is None
+    settings = {"cache_epochs": "auto", "steps": 100, "batch_size": 32}
+    assert epochs_to_cache(source, torch.randn(200, 3), settings) is None
     # Its encoding is x itself: kept when asked for, to no use and no harm.
-    walks = Walks(source, torch.randn(200, 3), batch_size=32, seed=0)
+    walks = CachedEncodings(source, torch.randn(200, 3), batch_size=32, seed=0)
     assert walks[0:2].posterior.shape == (2, 3)
 
 
 def test_a_base_of_ones_own_is_kept_with_its_source() -> None:
     problem = GaussianPair(1.0)
     source = rebase(problem.source(), SampleOnly(problem.prior))
-    walks = Walks(source, problem.data(50), batch_size=16, seed=0)
+    walks = CachedEncodings(source, problem.data(50), batch_size=16, seed=0)
     state = walks.source.start(4, walks[torch.arange(4)])
     assert walks.source.group(state).prior.sample().shape == (4, 2)
     assert walks.source.num_groups == 1
@@ -124,8 +124,8 @@ def test_a_base_of_ones_own_is_kept_with_its_source() -> None:
 
 def test_an_iterator_cannot_be_walked_twice() -> None:
     prior = flat_prior(VAE())
-    with pytest.raises(TypeError, match="walk_epochs need data that can be read again"):
-        fit(prior, iter([torch.randn(4, 3)]), steps=1, walk_epochs=1, **QUIET)
+    with pytest.raises(TypeError, match="cache_epochs need data that can be read again"):
+        fit(prior, iter([torch.randn(4, 3)]), steps=1, cache_epochs=1, **QUIET)
 
 
 # --- several groups ---
@@ -134,7 +134,7 @@ def test_an_iterator_cannot_be_walked_twice() -> None:
 def test_a_kept_walk_is_a_walk_of_the_vae() -> None:
     """Each group's prior, posterior and context are those behind one z_<k ~ q(z_<k | x)."""
     source, x = Ladder(3), torch.randn(10, 3)
-    walks = Walks(source, x, batch_size=4, seed=3)
+    walks = CachedEncodings(source, x, batch_size=4, seed=3)
     torch.manual_seed(3)
     states = []
     for part in x.split(4):
@@ -158,13 +158,13 @@ def test_a_kept_walk_is_a_walk_of_the_vae() -> None:
 
 
 def test_z_is_new_at_every_step_and_contexts_are_for_some_epochs() -> None:
-    walks = Walks(Ladder(2), torch.randn(40, 3), batch_size=8, seed=0)
+    walks = CachedEncodings(Ladder(2), torch.randn(40, 3), batch_size=8, seed=0)
     renew = walks.renewal(2)
     assert renew is not None
     seen = []
     for batch in range(25):  # five batches make an epoch
         renew(batch)
-        pairs = list(contrasts(walks.source, walks[0:8]))
+        pairs = list(contrastive_pairs(walks.source, walks[0:8]))
         seen.append((walks.number, pairs[1][0], pairs[1][1]))
     assert [number for number, _, _ in seen] == [0] * 10 + [1] * 10 + [2] * 5
     for (n, z, c), (n_2, z_2, c_2) in pairwise(seen):
@@ -179,7 +179,7 @@ def test_a_vae_in_training_mode_is_refused_before_a_walk_changes_it() -> None:
     ladder = prior.source.train()
     before = {name: t.clone() for name, t in ladder.state_dict().items()}
     with pytest.raises(ValueError, match="evaluation mode"):
-        fit(prior, torch.randn(40, 3), walk_epochs=2, steps=2, batch_size=8, **QUIET)
+        fit(prior, torch.randn(40, 3), cache_epochs=2, steps=2, batch_size=8, **QUIET)
     assert all(torch.equal(t, before[name]) for name, t in ladder.state_dict().items())
 
 
@@ -196,7 +196,7 @@ def test_a_walk_depends_on_its_number_alone() -> None:
     generator = torch.Generator().manual_seed(3)
     data = torch.utils.data.DataLoader(Noisy(), 4, shuffle=True, generator=generator)
     numpys = np.random.get_state()[1].copy()
-    walks = Walks(Ladder(2), data, batch_size=4, seed=1)
+    walks = CachedEncodings(Ladder(2), data, batch_size=4, seed=1)
     first = [walks[torch.arange(12)]]
     walks.renew(1)
     walks.renew(0)
@@ -208,7 +208,7 @@ def test_a_walk_depends_on_its_number_alone() -> None:
 
 def test_walks_leave_the_generators_alone() -> None:
     source, before = Ladder(2), torch.get_rng_state()
-    Walks(source, torch.randn(8, 3, generator=torch.Generator()), batch_size=8, seed=0)
+    CachedEncodings(source, torch.randn(8, 3, generator=torch.Generator()), batch_size=8, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -218,7 +218,7 @@ def test_the_loss_of_kept_walks_is_that_of_fresh_ones_in_the_mean() -> None:
         fresh = torch.stack([prior.nce_loss(x) for _ in range(200)]).double()
         kept = []
         for number in range(200):
-            walks = Walks(prior.source, x, batch_size=64, seed=10_000 + number)
+            walks = CachedEncodings(prior.source, x, batch_size=64, seed=10_000 + number)
             pairs = NCPrior(walks.source, prior.heads)
             kept.append(torch.stack(list(pairs.group_losses(walks[0:64], 1.0, 1))))
         difference = fresh.mean(0) - torch.stack(kept).double().mean(0)
@@ -238,7 +238,7 @@ def test_an_interrupted_training_on_kept_walks_ends_as_if_it_had_not_been(
         "patience": None,
         "steps": 23,
         "batch_size": 8,
-        "walk_epochs": 2,
+        "cache_epochs": 2,
         **QUIET,
     }
 
@@ -277,31 +277,31 @@ def test_an_interrupted_training_on_kept_walks_ends_as_if_it_had_not_been(
 def test_a_group_without_known_parameters_is_named() -> None:
     source = rebase(Ladder(2), lambda k, group: SampleOnly(group.prior) if k else group.prior)
     prior = NCPrior(source, ladder_prior(2).heads)
-    with pytest.raises(TypeError, match="group 1 has a SampleOnly.*walk_epochs=None"):
-        fit(prior, torch.randn(20, 3), steps=2, batch_size=8, walk_epochs=1, **QUIET)
+    with pytest.raises(TypeError, match="group 1 has a SampleOnly.*cache_epochs=None"):
+        fit(prior, torch.randn(20, 3), steps=2, batch_size=8, cache_epochs=1, **QUIET)
 
 
 def test_later_stages_of_several_groups_walk_anew() -> None:
-    settings = {"walk_epochs": 3, "steps": 100, "batch_size": 8}
-    assert epochs_to_keep(Ladder(2), torch.randn(20, 3), settings) == 3
-    assert epochs_to_keep(Ladder(2), torch.randn(20, 3), settings, stage=2) is None
-    assert epochs_to_keep(flat(), torch.randn(20, 3), settings, stage=2) == 3
+    settings = {"cache_epochs": 3, "steps": 100, "batch_size": 8}
+    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), settings) == 3
+    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), settings, stage=2) is None
+    assert epochs_to_cache(flat(), torch.randn(20, 3), settings, stage=2) == 3
 
 
 def test_several_groups_are_not_kept_unasked() -> None:
-    settings = {"walk_epochs": "auto", "steps": 100, "batch_size": 8}
-    assert epochs_to_keep(Ladder(2), torch.randn(20, 3), settings) is None
+    settings = {"cache_epochs": "auto", "steps": 100, "batch_size": 8}
+    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), settings) is None
 
 
 def test_walks_train_the_heads_of_a_ladder() -> None:
     prior, x = ladder_prior(2), torch.randn(400, 3)
-    history = fit(prior, x, steps=200, batch_size=64, learning_rate=1e-2, walk_epochs=2, **QUIET)
+    history = fit(prior, x, steps=200, batch_size=64, learning_rate=1e-2, cache_epochs=2, **QUIET)
     assert history.best_loss is not None
     assert max(history.best_loss) < 2 * math.log(2)
     assert isinstance(prior.source, Ladder)
     latents, _ = sample_posterior(prior.source, x)
     assert prior.log_ratio(latents).shape == (400, 2)
-    assert KeptWalks(2).num_groups == 2
+    assert CachedGroupsSource(2).num_groups == 2
 
 
 # --- loading ---

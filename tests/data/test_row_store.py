@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ncprior.data.row_store import Rows, _of_its_own
+from ncprior.data.row_store import RowStore, _of_its_own
 
 
 def batches() -> list[Any]:
@@ -30,7 +30,7 @@ def batches() -> list[Any]:
 def test_rows_come_back_as_they_were(budget: int, tmp_path: Path) -> None:
     """With all on disk, with what came first in memory for a while, and with all in memory."""
     made = batches()
-    rows = Rows(made, budget=budget, folder=tmp_path)
+    rows = RowStore(made, budget=budget, folder=tmp_path)
     assert len(rows) == 8
     assert rows.on_disk == (budget < 2**20)
     assert bool(list(tmp_path.iterdir())) == rows.on_disk
@@ -48,13 +48,13 @@ def test_rows_come_back_as_they_were(budget: int, tmp_path: Path) -> None:
 
 
 def test_what_is_taken_is_a_copy(tmp_path: Path) -> None:
-    rows = Rows([torch.zeros(4)], budget=0, folder=tmp_path)
+    rows = RowStore([torch.zeros(4)], budget=0, folder=tmp_path)
     rows[torch.tensor([1])].fill_(5.0)
     assert rows[1:2].item() == 0
 
 
 def test_the_folder_goes_with_the_rows(tmp_path: Path) -> None:
-    rows = Rows([torch.zeros(4)], budget=0, folder=tmp_path)
+    rows = RowStore([torch.zeros(4)], budget=0, folder=tmp_path)
     assert len(list(tmp_path.glob("*/*.bin"))) == 1
     del rows
     gc.collect()
@@ -74,12 +74,12 @@ def test_the_folder_goes_with_the_rows(tmp_path: Path) -> None:
 )
 def test_batches_that_do_not_go_together_are_refused(made: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Rows(made, budget=2**20)
+        RowStore(made, budget=2**20)
 
 
 def test_a_view_does_not_keep_what_it_is_a_view_of() -> None:
     wide = [torch.randn(8, 100) for _ in range(3)]
-    rows = Rows((w.chunk(4, 1)[0] for w in wide), budget=2**20)
+    rows = RowStore((w.chunk(4, 1)[0] for w in wide), budget=2**20)
     assert torch.equal(rows[0:24], torch.cat(wide)[:, :25])
     assert _of_its_own(wide[0][:, :25]).untyped_storage().nbytes() == 8 * 25 * 4
     assert _of_its_own(wide[0]) is wide[0]

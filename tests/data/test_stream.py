@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ncprior.data.stream import Stream, in_order, split
+from ncprior.data.stream import Stream, one_pass, split
 from ncprior.utils.random_state import random_state, set_random_state
 
 ROWS = 10
@@ -148,7 +148,7 @@ def test_a_read_only_array_is_taken_without_a_warning() -> None:
         warnings.simplefilter("error")
         assert len(next(Stream(array, batch_size=4))) == 4
         assert split(array, 0.2, seed=0) is not None
-        assert len(list(in_order(array, 4))) == 3
+        assert len(list(one_pass(array, 4))) == 3
 
 
 def test_data_of_no_use_is_refused() -> None:
@@ -386,13 +386,13 @@ def test_what_has_no_rows_is_not_split() -> None:
     "name", [name for name in EVERY_KIND if name not in ("loader", "own iterable")]
 )
 def test_in_order_has_every_row_once_and_again(name: str) -> None:
-    batches = in_order(EVERY_KIND[name](), 4)
+    batches = one_pass(EVERY_KIND[name](), 4)
     for _ in range(2):
         assert [row for batch in batches for row in rows_of(batch)] == list(range(ROWS))
 
 
 def test_in_order_refuses_what_can_be_read_once() -> None:
     with pytest.raises(TypeError, match="read many times; got a one-shot generator"):
-        in_order((x for x in X.split(3)), 4)
+        one_pass((x for x in X.split(3)), 4)
     with pytest.raises(TypeError, match="got int"):
-        in_order(3, 4)
+        one_pass(3, 4)

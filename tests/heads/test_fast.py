@@ -17,7 +17,7 @@ from torch.distributions import Independent, Normal
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.heads import fast as blocks_module
 from ncprior.heads import fast as inference_module
-from ncprior.heads.fast import given
+from ncprior.heads.fast import prepare_head
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead
 from ncprior.utils.precision import at_precision
@@ -34,7 +34,7 @@ def test_it_is_the_head_itself(case: Case, cache: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(blocks_module, "_CACHE", cache)
     head, c = trained(case.make()), case.c()
     with torch.no_grad():
-        log_r = given(head, c)
+        log_r = prepare_head(head, c)
         for z in (case.z(7, 3), case.z(5), case.z(1), case.z()):
             expected = head(z, c)
             torch.testing.assert_close(log_r(z), expected, rtol=2e-5, atol=2e-5)
@@ -48,7 +48,7 @@ def test_selections_are_those_of_the_head_itself() -> None:
     ):
         prior = Independent(Normal(torch.randn(8, 5), 1.0), 1)
         draws = []
-        for log_r in (partial(head, context=c), given(head, c)):
+        for log_r in (partial(head, context=c), prepare_head(head, c)):
             torch.manual_seed(1)
             draws.append(sir(prior, log_r, num_proposals=2000))
         assert torch.equal(draws[0].z, draws[1].z)
@@ -64,10 +64,14 @@ def test_a_product_is_as_fast_as_its_factors(monkeypatch: pytest.MonkeyPatch) ->
         inference_module._Folded, "block", lambda *args: folded.append(1) or block(*args)
     )
     with torch.no_grad():
-        torch.testing.assert_close(given(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            prepare_head(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5
+        )
         assert len(folded) == 2
         _hooked(product.heads[1])
-        torch.testing.assert_close(given(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            prepare_head(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5
+        )
 
 
 def test_a_folded_head_does_not_lose_digits_where_latents_are_far_from_zero() -> None:
@@ -78,9 +82,12 @@ def test_a_folded_head_does_not_lose_digits_where_latents_are_far_from_zero() ->
     single.load_state_dict(head.state_dict())
     with torch.no_grad():
         truth = head(far)
-        own, folded = (single(far) - truth).abs().max(), (given(single)(far) - truth).abs().max()
-        assert given(head)(far).dtype == torch.float64
-        torch.testing.assert_close(given(head)(far), truth, rtol=1e-9, atol=1e-9)
+        own, folded = (
+            (single(far) - truth).abs().max(),
+            (prepare_head(single)(far) - truth).abs().max(),
+        )
+        assert prepare_head(head)(far).dtype == torch.float64
+        torch.testing.assert_close(prepare_head(head)(far), truth, rtol=1e-9, atol=1e-9)
     assert folded < 2 * own + 1e-5
 
 
@@ -122,13 +129,13 @@ def test_a_head_that_is_more_than_its_weights_is_called_itself(
         torch.manual_seed(1)
         expected = head(z)
         torch.manual_seed(1)
-        assert torch.equal(given(head)(z), expected)
+        assert torch.equal(prepare_head(head)(z), expected)
 
 
 def test_gradients_are_those_of_the_head() -> None:
     head, z = trained(MLPHead((3,), width=8)), torch.randn(50, 4, 3, requires_grad=True)
     (expected,) = torch.autograd.grad(head(z).sum(), z)
-    (gradient,) = torch.autograd.grad(given(head)(z).sum(), z)
+    (gradient,) = torch.autograd.grad(prepare_head(head)(z).sum(), z)
     assert torch.equal(gradient, expected)
 
 
@@ -159,7 +166,7 @@ def test_the_context_is_embedded_once_per_draw(head: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(type(head.context), "forward", counted)
     prior = Independent(Normal(torch.zeros(8, *head.event_shape), 1.0), len(head.event_shape))
     c = torch.randn(8, *head.config()["context_shape"])
-    sir(prior, given(head, c), num_proposals=2000, chunk_size=64)
+    sir(prior, prepare_head(head, c), num_proposals=2000, chunk_size=64)
     assert len(calls) <= 2  # the one proposal per row that comes first may be a perceptron's own
 
 
@@ -173,9 +180,9 @@ def test_wrong_shapes_are_refused_as_the_head_refuses_them() -> None:
             (torch.randn(5, 4, 3), None, "made for a context"),
         ):
             with pytest.raises(ValueError, match=message):
-                given(head, c)(z)
+                prepare_head(head, c)(z)
     with pytest.raises(ValueError, match="precision must be .* got torch.float16"):
-        given(head, precision=torch.float16)
+        prepare_head(head, precision=torch.float16)
 
 
 # --- bfloat16 ---
@@ -197,8 +204,8 @@ def test_what_bfloat16_does_to_the_law_of_a_draw() -> None:
     with torch.no_grad():
         log_r = head(z)
         head.rescale(4 / log_r.std().item(), 0.0)
-        log_r, low = head(z), given(head, precision=torch.bfloat16)(z)
-        in_whole = given(_hooked_nowhere(head), precision=torch.bfloat16)(z)
+        log_r, low = head(z), prepare_head(head, precision=torch.bfloat16)(z)
+        in_whole = prepare_head(_hooked_nowhere(head), precision=torch.bfloat16)(z)
     error = low - log_r
     assert low.dtype == torch.float32
     assert 1e-3 < error.std() < 0.05
@@ -233,9 +240,9 @@ def test_bfloat16_is_asked_for_on_the_prior_and_moves_no_other_number() -> None:
 def test_autocast_outside_is_no_request() -> None:
     head, z = trained(MLPHead((3,), width=32)), torch.randn(50, 4, 3)
     with torch.no_grad():
-        expected = given(head)(z)
+        expected = prepare_head(head)(z)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(given(head)(z), expected)
+            assert torch.equal(prepare_head(head)(z), expected)
             with at_precision("cpu", torch.float32):
                 assert (z[0] @ z[0].mT).dtype == torch.float32
 
@@ -273,10 +280,10 @@ def test_a_perceptron_is_not_compiled_nor_a_single_proposal(
     monkeypatch.setattr(torch, "compile", compile_)
     prior = Independent(Normal(torch.zeros(3, 2, 4, 4), 1.0), 3)
     head: Any = trained(MLPHead((2, 4, 4), width=8))
-    sir(prior, given(head, compiled=True), num_proposals=64, chunk_size=32)
+    sir(prior, prepare_head(head, compiled=True), num_proposals=64, chunk_size=32)
     assert not shapes
     head = trained(ConvHead((2, 4, 4), width=8))
-    sir(prior, given(head, compiled=True), num_proposals=64, chunk_size=32)
+    sir(prior, prepare_head(head, compiled=True), num_proposals=64, chunk_size=32)
     assert shapes and all(shape[0] > 1 for shape in shapes)
 
 
@@ -314,7 +321,7 @@ def test_an_error_of_the_head_is_not_blamed_on_the_compiler(
     monkeypatch.setattr(torch, "compile", lambda function: function)
     head = nn.Linear(3, 1)
     with torch.no_grad(), pytest.raises(TypeError, match="takes 2 positional arguments"):
-        given(head, compiled=True)(torch.randn(5, 4, 3))
+        prepare_head(head, compiled=True)(torch.randn(5, 4, 3))
     assert blocks_module._compile.works
 
 
@@ -326,7 +333,7 @@ def test_a_compiled_head_is_the_head_itself(compiler: None) -> None:
     z, c = torch.randn(100, ROWS, 4, 4, 4), torch.randn(ROWS, 3)
     with torch.no_grad():
         torch.testing.assert_close(
-            given(head, c, compiled=True)(z), head(z, c), rtol=1e-4, atol=1e-4
+            prepare_head(head, c, compiled=True)(z), head(z, c), rtol=1e-4, atol=1e-4
         )
     assert blocks_module._compile.works
 
@@ -335,7 +342,7 @@ def test_the_mean_weight_of_draws_is_that_of_the_head() -> None:
     """Σ r / M is unbiased for Z = E_p r, whatever M is."""
     head, n, m = trained(MLPHead((2,), width=8)), 20_000, 20
     prior = Independent(Normal(torch.zeros(n, 2), 1.0), 1)
-    draw = sir(prior, given(head), num_proposals=m)
+    draw = sir(prior, prepare_head(head), num_proposals=m)
     with torch.no_grad():
         log_r = head(torch.randn(200_000, 2)).double()
     assert draw.log_mean_weight is not None

@@ -15,8 +15,8 @@ from ncprior import NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_gaussian
 from ncprior.bases.rebase import rebase
-from ncprior.data.encodings import Walks
-from ncprior.heads.inputs import seen
+from ncprior.data.encodings import CachedEncodings
+from ncprior.heads.inputs import head_input
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.testing import check_source
 
@@ -34,13 +34,13 @@ class MapVAE(nn.Module):
         x: Tensor = self.last(self.first(z))
         return x
 
-    def source(self, *, seen: bool = True) -> SingleGroup:
+    def source(self, *, with_features: bool = True) -> SingleGroup:
         def posterior(x: Tensor) -> Independent:
             mean = self.encoder(x)
             return Independent(Normal(mean, torch.full_like(mean, 0.3)), 1)
 
         base = Independent(Normal(torch.zeros(6), 1.0), 1)
-        features = self.first if seen else None
+        features = self.first if with_features else None
         return SingleGroup(base, posterior, self.decode, module=self, features=features)
 
 
@@ -116,7 +116,7 @@ def test_another_base_and_saved_heads_keep_the_features(vae: MapVAE, tmp_path: o
     assert torch.equal(again.log_r(0, z, None), prior.log_r(0, z, None))
     assert prior.sample(3, partial(sir, num_proposals=20)).x.shape == (3, 10)
     without = NCPrior.from_pretrained(
-        vae.source(seen=False), str(tmp_path), check_fingerprint=False
+        vae.source(with_features=False), str(tmp_path), check_fingerprint=False
     )
     with pytest.raises(ValueError, match=r"takes z of shape \(\*, B, 8, 4, 4\)"):
         without.sample(2, partial(sir, num_proposals=5))
@@ -150,9 +150,9 @@ def test_check_source_looks_at_features(features: Any, message: str) -> None:
 
 def test_a_source_without_features_shows_z_itself(vae: MapVAE) -> None:
     z = torch.randn(2, 6)
-    assert seen(vae.source(seen=False), 0, z) is z
-    assert seen(vae.source(), 0, z).shape == (2, 8, 4, 4)
-    assert not seen(vae.source(), 0, z).requires_grad
+    assert head_input(vae.source(with_features=False), 0, z) is z
+    assert head_input(vae.source(), 0, z).shape == (2, 8, 4, 4)
+    assert not head_input(vae.source(), 0, z).requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:Reconstructions")
@@ -164,9 +164,9 @@ def test_heads_at_once_and_walks_that_are_kept_show_the_features_too(vae: MapVAE
         torch.manual_seed(3)
         losses.append(NCETrainer(prior, optimizer, batched=batched).step(data(8)).loss)
     assert torch.allclose(losses[0], losses[1])
-    walks = Walks(prior.source, data(8), batch_size=4, seed=0)
+    walks = CachedEncodings(prior.source, data(8), batch_size=4, seed=0)
     z = torch.randn(2, 6)
-    assert torch.equal(seen(walks.source, 0, z), vae.first(z))
+    assert torch.equal(head_input(walks.source, 0, z), vae.first(z))
 
 
 class SeenPair(CorrelatedPair):
@@ -178,6 +178,6 @@ class SeenPair(CorrelatedPair):
 
 def test_walks_of_several_groups_keep_the_features() -> None:
     source = SeenPair()
-    walks = Walks(source, source.data(8), batch_size=4, seed=0)
+    walks = CachedEncodings(source, source.data(8), batch_size=4, seed=0)
     z = torch.randn(3, 1)
-    assert torch.equal(seen(walks.source, 1, z), 1 + 2 * z)
+    assert torch.equal(head_input(walks.source, 1, z), 1 + 2 * z)

@@ -16,7 +16,7 @@ from ncprior import NCETrainer, NCPrior, fit
 from ncprior.heads import stacked as batched_module
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.heads.stacked import log_ratios
-from ncprior.source import contrasts
+from ncprior.source import contrastive_pairs
 
 
 def many() -> tuple[list[nn.Module], list[tuple[Tensor, Tensor | None]]]:
@@ -113,7 +113,7 @@ def test_fit_at_once_in_bfloat16() -> None:
 def test_a_wrapped_source_gives_the_same_contrasts() -> None:
     source, x = Ladder(2), torch.randn(8, 3)
     prior = NCPrior(source, ladder_prior(2).heads)
-    pairs = list(contrasts(source, x, 3))
+    pairs = list(contrastive_pairs(source, x, 3))
     assert [z.shape for z, _ in pairs] == [(2, 3, 8, 2)] * 2
     assert len(log_ratios(list(prior.heads), pairs)) == 2
 

@@ -75,10 +75,10 @@ print(json.dumps({name: try_to_load(name) for name in ("tester/my-prior", "teste
 
 ENERGY = """
 from ncprior.heads import MLPHead
-from ncprior.vaebm import SquaredError
+from ncprior.vaebm import GaussianDecoder
 from ncprior.vaebm import VAEBM
 
-source = SquaredError(gaussian(), 0.1)
+source = GaussianDecoder(gaussian(), 0.1)
 net = MLPHead((3,), width=8)
 with torch.no_grad():
     net.out.weight.normal_()

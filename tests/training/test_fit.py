@@ -586,7 +586,7 @@ def test_an_interrupt_in_the_callback_keeps_the_best_weights() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    counts = ("steps", "batch_size", "eval_every", "checkpoint_every", "proposal_cache")
+    counts = ("steps", "batch_size", "eval_every", "checkpoint_every", "num_cached_proposals")
     for name in counts:
         with pytest.raises(ValueError, match="must be at least 1; got .*0"):
             fit(small(), data(), **{name: 0}, **QUIET)

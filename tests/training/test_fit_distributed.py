@@ -131,7 +131,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
         train("stopped", steps=40, batch_size=50, callback=callback)
         told[f"calls {how}"] = calls
-        train("whole", steps=31, walk_epochs=1)
+        train("whole", steps=31, cache_epochs=1)
         path = folder / f"checkpoint-{how}"
 
         def interrupt(row: Any) -> None:
@@ -142,7 +142,7 @@ def rank_main(rank: int, folder: Path) -> None:
             train(
                 *("parts",),
                 steps=31,
-                walk_epochs=1,
+                cache_epochs=1,
                 callback=interrupt,
                 checkpoint=path,
                 checkpoint_every=7,
@@ -150,7 +150,7 @@ def rank_main(rank: int, folder: Path) -> None:
         except (Stopped, RuntimeError) as error:
             told[f"interrupted {how}"] = f"{type(error).__name__}: {error}"
         dist.barrier()
-        train("parts", steps=31, walk_epochs=1, checkpoint=path, checkpoint_every=7)
+        train("parts", steps=31, cache_epochs=1, checkpoint=path, checkpoint_every=7)
     for name, options in {"steps": {"steps": 5 + rank}, "rows": {"batch_size": 1}}.items():
         try:
             train("none", **{"steps": 5, **options})

@@ -26,7 +26,7 @@ from ncprior.samplers.base import Draw
 from ncprior.samplers.smc import tempered_smc
 from ncprior.training.fit import calibrate_heads
 from ncprior.training.history import History
-from ncprior.training.stages import Drawn, cached, nested, tilted
+from ncprior.training.stages import Drawn, nested, reweighted, with_cached_proposals
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -103,7 +103,7 @@ def test_a_fresh_head_has_the_scales_of_the_other_and_has_learnt_nothing() -> No
 def test_tilted_draws_are_those_of_r_p() -> None:
     """At KL 4, where SIR with 50 proposals gets 0.677 of the mean (design, section 6)."""
     problem = GaussianPair(kl=4.0)
-    source = tilted(NCPrior(problem.source(), problem.head()))
+    source = reweighted(NCPrior(problem.source(), problem.head()))
     z = source.group(source.start(2000)).prior.sample((2,))
     assert z.shape == (2, 2000, 2)
     u = problem.project(z[0]).numpy()
@@ -112,7 +112,7 @@ def test_tilted_draws_are_those_of_r_p() -> None:
 
 def test_rows_with_a_context_are_tilted_each_for_itself() -> None:
     pair = CorrelatedPair()
-    source = tilted(NCPrior(pair, pair.heads()))
+    source = reweighted(NCPrior(pair, pair.heads()))
     z_1 = torch.linspace(-2, 2, 5).repeat(300)[:, None]
     state = source.advance(source.start(1500), z_1)
     z_2 = source.group(state).prior.sample().reshape(300, 5)
@@ -128,7 +128,7 @@ def test_three_stages_halve_the_error_of_one_at_kl_12() -> None:
     for stages in (1, 3):
         torch.manual_seed(1)
         prior = mlp(problem, data)
-        options = {"steps": 400, "learning_rate": 3e-3, "proposal_cache": None}
+        options = {"steps": 400, "learning_rate": 3e-3, "num_cached_proposals": None}
         history = fit(prior, data, stages=stages, **options, **QUIET)
         errors[stages] = rmse(prior, problem, z)
     assert len(history.stages) == 2
@@ -242,7 +242,7 @@ def test_a_ratio_against_finite_sir_must_not_be_multiplied_in() -> None:
     source = nested(NCPrior(problem.source(), problem.head()), partial(sir, num_proposals=500))
     data = problem.data(4000)
     second = NCPrior.for_source(source, data[:200], width=32, depth=1)
-    options = {"steps": 300, "learning_rate": 3e-3, "proposal_cache": 2000}
+    options = {"steps": 300, "learning_rate": 3e-3, "num_cached_proposals": 2000}
     fit(second, data, **options, **QUIET)
     product = NCPrior(problem.source(), ProductHead([problem.head(), second.heads[0]]))
     z = problem.target.sample((4000,))
@@ -251,13 +251,13 @@ def test_a_ratio_against_finite_sir_must_not_be_multiplied_in() -> None:
     assert rmse(product, problem, z) > 1
     # What the product form does in its place: nothing, as there is nothing left to learn.
     staged = NCPrior(problem.source(), [MLPHead((2,), width=32, depth=1)])
-    history = fit_on(tilted(exact), staged, data)
+    history = fit_on(reweighted(exact), staged, data)
     assert history.best_loss is not None
     assert history.best_loss[0] > 2 * math.log(2) - 0.02
 
 
 def fit_on(source: Any, prior: NCPrior, data: Tensor) -> Any:
-    return fit(NCPrior(source, prior.heads), data, steps=100, proposal_cache=4000, **QUIET)
+    return fit(NCPrior(source, prior.heads), data, steps=100, num_cached_proposals=4000, **QUIET)
 
 
 # --- draws that are kept ---
@@ -266,8 +266,8 @@ def fit_on(source: Any, prior: NCPrior, data: Tensor) -> Any:
 def test_kept_draws_are_of_the_base_and_leave_the_generator_alone() -> None:
     source = GaussianPair(dim=3).source()
     before = torch.random.get_rng_state()
-    train, held_out = cached(source, 5000, seed=3)
-    again, _ = cached(source, 5000, seed=3)
+    train, held_out = with_cached_proposals(source, 5000, seed=3)
+    again, _ = with_cached_proposals(source, 5000, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert isinstance(train.prior, Empirical) and isinstance(held_out.prior, Empirical)
     assert isinstance(again.prior, Empirical)
@@ -289,16 +289,16 @@ def test_draws_of_a_sampler_that_does_not_settle_are_warned_of() -> None:
 
     source = rebase(problem.source(), base)
     with pytest.warns(UserWarning, match="not to be trusted"):
-        cached(source, 4000, seed=0)
+        with_cached_proposals(source, 4000, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cached(tilted(NCPrior(problem.source(), problem.head())), 4000, seed=0)
+        with_cached_proposals(reweighted(NCPrior(problem.source(), problem.head())), 4000, seed=0)
 
 
 def test_a_cache_needs_one_prior_for_all_rows() -> None:
     prior = NCPrior.for_source(CorrelatedPair(), CorrelatedPair().data(100), width=8)
     with pytest.raises(ValueError, match="one group"):
-        fit(prior, CorrelatedPair().data(100), proposal_cache=10, steps=2, **QUIET)
+        fit(prior, CorrelatedPair().data(100), num_cached_proposals=10, steps=2, **QUIET)
 
 
 def test_a_base_that_is_slow_is_drawn_from_once() -> None:
@@ -312,7 +312,7 @@ def test_a_base_that_is_slow_is_drawn_from_once() -> None:
     source = nested(NCPrior(problem.source(), problem.head()), slow)
     prior = NCPrior.for_source(source, data[:100], width=8)
     calls.clear()
-    fit(prior, data, proposal_cache=1000, steps=20, **QUIET)
+    fit(prior, data, num_cached_proposals=1000, steps=20, **QUIET)
     assert len(calls) < 5  # of which some only ask for the device
 
 
@@ -391,7 +391,7 @@ def test_training_in_stages_resumes_exactly(tmp_path: Path, at: int) -> None:
     problem = GaussianPair(kl=4.0)
     data = problem.data(600)
     options = {"steps": 40, "batch_size": 32, "eval_every": 8, "checkpoint_every": 8}
-    options |= {"stages": 2, "ema_decay": 0.9, "proposal_cache": 300, "learning_rate": 1e-2}
+    options |= {"stages": 2, "ema_decay": 0.9, "num_cached_proposals": 300, "learning_rate": 1e-2}
 
     def run(path: Path, seed: int, callback: Any = None) -> NCPrior:
         torch.manual_seed(0)

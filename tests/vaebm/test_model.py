@@ -39,9 +39,9 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture
 from ncprior.bases.rebase import rebase
 from ncprior.heads.networks import MLPHead
+from ncprior.vaebm.gaussian_decoder import GaussianDecoder
 from ncprior.vaebm.model import VAEBM
-from ncprior.vaebm.noise import NoiseWalk
-from ncprior.vaebm.squared_error import SquaredError
+from ncprior.vaebm.noise import NoiseMap
 
 PROBLEM = LinearGaussian()
 ENERGIES = {"bowl": Quadratic(3, a=1.5, h=0.4, centre=1.0), "slope": Quadratic(3, h=-0.7)}
@@ -215,7 +215,7 @@ def test_with_heads_that_have_learnt_nothing_it_is_vaebm_alone() -> None:
     with prior.disabled():
         off = seeded(lambda: stirred.sample(50, step_size=0.2))
     assert torch.equal(alone.x, off.x)
-    walk = NoiseWalk(source, prior)
+    walk = NoiseMap(source, prior)
     full = walk(alone.noise).log_weight
     prior.strength = 0.5
     assert torch.allclose(walk(alone.noise).log_weight, 0.5 * full)
@@ -272,7 +272,7 @@ def test_official_draws_pixels_with_one_scale_and_judges_them_by_the_bounded_one
 
 def test_each_difference_of_the_official_target_is_a_term() -> None:
     scaled = Scaled(a=0.7, b=0.4, floor=1.2)
-    exact, official = NoiseWalk(scaled), NoiseWalk(scaled, official=True)
+    exact, official = NoiseMap(scaled), NoiseMap(scaled, official=True)
     noise = exact.draw(30).noise
     z_1, e = noise[0][:, 0], noise[2][:, 0]
     drawn = (scaled.b * z_1).exp()
@@ -329,7 +329,7 @@ def test_one_sigma_is_fitted_to_held_out_residuals() -> None:
         lambda batch: Independent(Normal(batch[:, 3:], 1e-6), 1),  # z rides along with x
         lambda z: torch.cat([problem.decode(z), z], 1),
     )
-    fitted = SquaredError.fitted(known, torch.cat([x, z], 1))
+    fitted = GaussianDecoder.fitted(known, torch.cat([x, z], 1))
     expected = (0.25 * 3 / 5) ** 0.5  # two of five columns leave no residual
     assert fitted.sigma == pytest.approx(expected, rel=4 / (2 * 3 * n) ** 0.5)
     assert "fitted on 20000 held-out rows" in repr(fitted)
@@ -342,11 +342,11 @@ def test_one_sigma_is_fitted_to_held_out_residuals() -> None:
 
 def test_a_fitted_sigma_is_the_likeliest() -> None:
     source, x = PROBLEM.source(likelihood=None), torch.randn(400, 3)
-    sigma = SquaredError.fitted(source, x).sigma
+    sigma = GaussianDecoder.fitted(source, x).sigma
 
     def log_p(scale: float) -> float:
         torch.manual_seed(1)
-        noisy = SquaredError(source, scale)
+        noisy = GaussianDecoder(source, scale)
         state = source.start(len(x), source.encode(x))
         state = source.advance(state, source.group(state).posterior.sample())
         return float(noisy.likelihood(state).log_prob(x).mean())
@@ -359,15 +359,15 @@ def test_decoder_noise_that_makes_no_sense_is_refused() -> None:
     source = PROBLEM.source()
     for sigma in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="σ of the decoder must be positive"):
-            SquaredError(source, sigma)
+            GaussianDecoder(source, sigma)
     with pytest.raises(TypeError, match="below another base"):
-        SquaredError(rebase(source, standard_normal(2)), 0.1)
+        GaussianDecoder(rebase(source, standard_normal(2)), 0.1)
     with pytest.raises(ValueError, match=r"one shape; got \(9, 2\) and \(9, 3\)"):
         wrong = SingleGroup(
             standard_normal(2), lambda x: Independent(Normal(x, 1.0), 1), PROBLEM.decode
         )
-        SquaredError.fitted(wrong, torch.randn(9, 2))
-    below = rebase(SquaredError(source, 0.1), standard_normal(2))
+        GaussianDecoder.fitted(wrong, torch.randn(9, 2))
+    below = rebase(GaussianDecoder(source, 0.1), standard_normal(2))
     assert (below.likelihood(below.advance(below.start(2), torch.zeros(2, 2)))).mean.shape == (
         2,
         3,
@@ -424,9 +424,9 @@ def test_a_laplace_prior_is_walked_in_z() -> None:
 
 
 def test_sources_that_do_not_know_p_of_x_are_told_how() -> None:
-    with pytest.raises(ValueError, match=r"does not know p\(x \| z\).*SquaredError.fitted"):
+    with pytest.raises(ValueError, match=r"does not know p\(x \| z\).*GaussianDecoder.fitted"):
         VAEBM(PROBLEM.source(likelihood=None), nothing)
-    with pytest.raises(ValueError, match=r"Ladder has no method `likelihood`.*SquaredError"):
+    with pytest.raises(ValueError, match=r"Ladder has no method `likelihood`.*GaussianDecoder"):
         VAEBM(ladder_prior(), nothing)
 
 

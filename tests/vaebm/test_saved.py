@@ -23,13 +23,13 @@ from ncprior.bases.rebase import rebase
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors
 from ncprior.vaebm.energy_net import EnergyNet
+from ncprior.vaebm.gaussian_decoder import GaussianDecoder
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.saved import FILE
-from ncprior.vaebm.squared_error import SquaredError
 
 
-def source(seed: int = 0, sigma: float = 0.1, base: Any = None) -> SquaredError:
-    return SquaredError(gaussian(seed, base), sigma)
+def source(seed: int = 0, sigma: float = 0.1, base: Any = None) -> GaussianDecoder:
+    return GaussianDecoder(gaussian(seed, base), sigma)
 
 
 def stirred(energy: nn.Module) -> nn.Module:
@@ -62,7 +62,7 @@ def images(prior: Any = None) -> VAEBM:
         lambda z: vae(z).unflatten(1, (1, 8, 8)),
         module=vae,
     )
-    return VAEBM(SquaredError(like, 0.2), stirred(EnergyNet((1, 8, 8), width=2)))
+    return VAEBM(GaussianDecoder(like, 0.2), stirred(EnergyNet((1, 8, 8), width=2)))
 
 
 @pytest.fixture
@@ -129,10 +129,10 @@ def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
     assert {"vaebm", "digits", "ncprior"} <= set(data["tags"])
     for line in (
         "from ncprior import NCPrior, sir",
-        "from ncprior.vaebm import SquaredError",
+        "from ncprior.vaebm import GaussianDecoder",
         "x = model.sample(16, sampler=partial(sir, num_proposals=500)).mean",
         'model = VAEBM.from_pretrained(prior, "mine")',
-        "source = SquaredError(source, 0.1)",
+        "source = GaussianDecoder(source, 0.1)",
         "The VAE and the ratio heads are not in here",
         "3 Langevin steps of 0.3",
         "one σ = 0.1",
@@ -155,7 +155,7 @@ def test_another_vae_base_noise_or_prior_is_refused(saved: Path) -> None:
     base = Independent(Normal(torch.zeros(2), torch.full((2,), 1.1)), 1)
     refuses("trained on the base prior", source(base=base), saved)
     refuses(
-        r"decoder noise 0\.1, and the source has 0\.2\. Wrap it in SquaredError",
+        r"decoder noise 0\.1, and the source has 0\.2\. Wrap it in GaussianDecoder",
         source(sigma=0.2),
         saved,
     )
@@ -186,7 +186,7 @@ def test_a_missing_fingerprint_is_warned_of(saved: Path) -> None:
         standard_normal(2), lambda x: Independent(Normal(x, 1.0), 1), gaussian().module
     )
     with pytest.warns(UserWarning, match="The source has no fingerprint of the VAE") as caught:
-        VAEBM.from_pretrained(SquaredError(like, 0.1), saved)
+        VAEBM.from_pretrained(GaussianDecoder(like, 0.1), saved)
     assert [warning.filename for warning in caught] == [__file__]
 
 

@@ -26,9 +26,9 @@ from ncprior import NCPrior, SingleGroup, fit, sir
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.vaebm.fit import EnergyHistory, EnergyRow, fit_vaebm
+from ncprior.vaebm.gaussian_decoder import GaussianDecoder
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
-from ncprior.vaebm.squared_error import SquaredError
 from ncprior.vaebm.trainer import VAEBMTrainer
 
 PROBLEM = LinearGaussian()
@@ -506,7 +506,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     if "heads" in change:
         over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
     if "sigma" in change:
-        over = SquaredError(PROBLEM.source(), change["sigma"])
+        over = GaussianDecoder(PROBLEM.source(), change["sigma"])
     if "strength" in change:
         over.strength = change["strength"]
     of_chains = ("step_size", "langevin_target", "data_noise", "precision")

@@ -11,11 +11,11 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.utils._pytree import tree_map_only
 
 from ncprior.bases.rebase import Rebased
-from ncprior.data.stream import in_order
+from ncprior.data.stream import one_pass
 from ncprior.source import LatentSource, device_of, sample_posterior
 
 
-class SquaredError:
+class GaussianDecoder:
     """A source with p(x | z) = N(x̂, σ² I), of which x̂ is the wrapped source's decoder.
 
     Squared error is the likelihood of one σ, which training leaves out. Whatever else the wrapped
@@ -29,12 +29,12 @@ class SquaredError:
     Raises:
         ValueError: If σ is not positive and finite.
         TypeError: If the source has had its base replaced: noise goes below, as in
-            ``rebase(SquaredError(source, 0.1), base)``.
+            ``rebase(GaussianDecoder(source, 0.1), base)``.
 
     Example:
-        >>> SquaredError(source, 0.1).likelihood(source.advance(source.start(4), torch.zeros(4, 2)))
+        >>> GaussianDecoder(source, 0.1).likelihood(source.advance(source.start(4), torch.zeros(4, 2)))
         Independent(Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1)
-        >>> SquaredError.fitted(source, torch.randn(100, 3)).num_groups
+        >>> GaussianDecoder.fitted(source, torch.randn(100, 3)).num_groups
         1
     """
 
@@ -46,7 +46,7 @@ class SquaredError:
         if isinstance(source, Rebased):
             raise TypeError(
                 "Decoder noise goes below another base, which would hide it from saving. Use "
-                "rebase(SquaredError(source, sigma), base)."
+                "rebase(GaussianDecoder(source, sigma), base)."
             )
         self.source, self.sigma, self.origin = source, float(sigma), origin
 
@@ -57,7 +57,7 @@ class SquaredError:
         source: LatentSource[Any, Any],
         held_out: Any,  # noqa: ANN401
         batch_size: int = 256,
-    ) -> SquaredError:
+    ) -> GaussianDecoder:
         """Takes the σ under which held-out data are likeliest: that of their residuals.
 
         σ² is the mean of (x - x̂)² over pixels, rows and z ~ q(z | x), which maximises
@@ -76,7 +76,7 @@ class SquaredError:
             ValueError: If the decoder does not return images of the data's shape.
         """
         device, total, count, rows = device_of(source), 0.0, 0, 0
-        for batch in in_order(held_out, batch_size):
+        for batch in one_pass(held_out, batch_size):
             batch = tree_map_only(Tensor, lambda t: t.to(device), batch)
             x = batch[0] if isinstance(batch, tuple | list) else batch
             x_hat = source.decode(sample_posterior(source, batch)[1])
@@ -103,4 +103,4 @@ class SquaredError:
 
     def __repr__(self) -> str:
         kind = type(self.source).__name__
-        return f"SquaredError({kind}, decoder noise of one σ = {self.sigma:.4g}, {self.origin})"
+        return f"GaussianDecoder({kind}, decoder noise of one σ = {self.sigma:.4g}, {self.origin})"
