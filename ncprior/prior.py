@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.saving.heads import PretrainedHeads
 from ncprior.source import Group, LatentSource, contrastive_pairs, num_rows, posterior_of
 from ncprior.utils.precision import at_least_float32, at_precision
 
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     draws: tuple[Draw, ...]
 
 
-class NCPrior(nn.Module):
+class NCPrior(PretrainedHeads, nn.Module):
     """A frozen VAE with its prior reweighted, group by group, by ratio heads.
 
     The source is never registered, moved or changed: the parameters are the heads', and so is the
@@ -353,83 +353,6 @@ class NCPrior(nn.Module):
             yield
         finally:
             self._disabled = before
-
-    def save_pretrained(self, directory: str | os.PathLike[str], **card: Any) -> None:  # noqa: ANN401
-        """Saves what was trained, and nothing else.
-
-        Arguments:
-            directory: Where to; made if missing.
-            card: What the model card tells: ``report``, ``base_model`` and ``card_data``, see
-                :func:`ncprior.saving.save_pretrained`.
-
-        Example:
-            >>> import tempfile
-            >>> prior.save_pretrained(tempfile.mkdtemp())
-        """
-        from ncprior.saving import heads as hub
-
-        hub.save_pretrained(self, directory, **card)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: LatentSource[Any, Any],
-        path_or_repo: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        heads: nn.Module | Iterable[nn.Module] | None = None,
-        check_fingerprint: bool = True,
-    ) -> NCPrior:
-        """Puts saved heads on the VAE that they were trained on.
-
-        Arguments:
-            source: The VAE, set up as it was in training.
-            path_or_repo: A directory of :meth:`save_pretrained`, or a Hugging Face Hub repository.
-            revision: Branch, tag or commit of the repository.
-            heads: Your own heads to take the saved tensors, if the saved ones were your own.
-            check_fingerprint: Whether to refuse another VAE or another base prior.
-
-        Returns:
-            The prior, in evaluation mode, see :func:`ncprior.saving.from_pretrained`.
-
-        Raises:
-            FileNotFoundError: If there is no such directory or repository.
-            ValueError: If the file is damaged, or does not fit the source or the heads.
-
-        Example:
-            >>> import tempfile
-            >>> directory = tempfile.mkdtemp()
-            >>> prior.save_pretrained(directory)
-            >>> NCPrior.from_pretrained(source, directory).strength
-            1.0
-        """
-        from ncprior.saving import heads as hub
-
-        return hub.from_pretrained(
-            source,
-            path_or_repo,
-            revision=revision,
-            heads=heads,
-            check_fingerprint=check_fingerprint,
-        )
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # noqa: ANN401
-        """Saves to the Hugging Face Hub what :meth:`save_pretrained` writes, as one commit.
-
-        Arguments:
-            repo_id: The repository, such as ``"user/my-prior"``; made if missing.
-            options: See :func:`ncprior.saving.push_to_hub`.
-
-        Returns:
-            The URL of the commit.
-
-        Example:
-            >>> prior.push_to_hub("user/my-prior", private=True)  # doctest: +SKIP
-            'https://huggingface.co/user/my-prior/commit/0f3c...'
-        """
-        from ncprior.saving import heads as hub
-
-        return hub.push_to_hub(self, repo_id, **options)
 
     def extra_repr(self) -> str:
         """Tells what ``print(prior)`` shows besides the heads."""

@@ -20,7 +20,6 @@ FLOORS = """
     _version utils distributions nce < source < heads data testing < bases < samplers saving
     < prior adapters < trainer diagnostics jobs < training < vaebm < evaluation < demo < cli
 """
-UNDER_WAY = {"saving.cards", "saving.heads"}  # saving moves below the prior next
 FLOOR = {room: i for i, floor in enumerate(FLOORS.split("<")) for room in floor.split()}
 FLOOR |= {"__init__": len(FLOOR), "__main__": len(FLOOR)}
 
@@ -101,13 +100,10 @@ def test_every_import_looks_down(path: Path) -> None:
     room = room_of(module)
     assert room in FLOOR, f"Put {room!r} on a floor of FLOORS in {Path(__file__).name}."
     rooms = imported_rooms(path.read_text(), module, is_package=path.stem == "__init__")
-    if module.removeprefix("ncprior.") in UNDER_WAY:
-        pytest.xfail("moved below the prior next")
     upward = {r for r in rooms - {room} if FLOOR[r] >= FLOOR[room]}
     assert not upward, f"{module} imports {sorted(upward)}, which are not on a lower floor."
 
 
-@pytest.mark.xfail(strict=True, reason="saving moves below the prior next")
 def test_no_circle_of_files() -> None:
     """Within a folder, too, files can be put in an order in which each imports earlier ones."""
     names = set(MODULES)

@@ -157,7 +157,7 @@ def fit_flow(
         latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
         flow: A flow of your own over D standardised numbers, of zuko or normflows, which is trained
             in place and then frozen. One of your own is not saved with the heads; see
-            :func:`ncprior.saving.save_pretrained`.
+            :meth:`ncprior.NCPrior.save_pretrained`.
         steps: Number of optimizer steps.
         batch_size: Rows per batch.
         learning_rate: The first learning rate.

@@ -1,28 +1,18 @@
-"""The model card of a saved prior: what it is, how to load it, and how good it is."""
+"""Model cards, filled from names, numbers and text: what a model is, and how to load it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
-if TYPE_CHECKING:
-    from ncprior.diagnostics.report import Report
-    from ncprior.prior import NCPrior
-
-_TAGS = ["ncprior", "vae", "noise-contrastive-prior"]
-
-_CARD = """\
----
-{data}
----
-
+_PRIOR = """\
 # {name}
 
 A [noise contrastive prior](https://arxiv.org/abs/2010.02917) for {vae}. The VAE is not in here and
 was not changed: these are the ratio heads that reweigh its prior, so that what it decodes from
-the prior comes closer to what it decodes from its own posterior. Saved by `ncprior` {version}.
+the prior comes closer to what it decodes from its own posterior. Saved by `ncprior` {ncprior}.
 
 ## How to load it
 
@@ -32,8 +22,8 @@ from functools import partial
 from ncprior import NCPrior, sir
 
 source = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder, module=vae)
-prior = NCPrior.from_pretrained(source, "{name}"{heads})
-x = prior.sample(16, partial(sir, num_proposals={proposals})).x
+prior = NCPrior.from_pretrained(source, "{name}"{own})
+x = prior.sample(16, partial(sir, num_proposals={num_proposals})).x
 ```
 
 ## Latent groups
@@ -42,68 +32,121 @@ x = prior.sample(16, partial(sir, num_proposals={proposals})).x
 | ----: | :--- | ---------: | :----- |
 {rows}
 
-The ratio is used to the power of {strength:g}.{base}
-
-## Diagnostics
-
-{report}
+The ratio is used to the power of {strength:g}.{on_base}
 """
 
-_BASE = "The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
+_BASE = (
+    " The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
+)
 
-_OWN_BASE = "The base prior is one of its author's own: put it on the VAE's source before loading."
+_OWN_BASE = (
+    " The base prior is one of its author's own: put it on the VAE's source before loading."
+)
+
+_ENERGY = """\
+# {name}
+
+The energy of a [VAEBM](https://arxiv.org/abs/2010.00654) for {vae}: it reweighs the images of {of}
+by e^(-E(x)). {missing} not in here and not changed. Saved by `ncprior` {ncprior}.
+
+## How to load it
+
+```python
+{code}
+```
+
+## What it is
+
+| | |
+| :--- | :--- |
+| Network | {kind}, {size:,} parameters |
+| Chains | {num_steps} Langevin steps of {step_size:g} |
+| Target | {langevin_target} |
+| Decoder noise | {noise} |
+| Noise on data | {on_data} |
+"""
 
 
-def model_card(
-    prior: NCPrior,
-    name: str,
-    configuration: Mapping[str, Any],
-    *,
-    report: Report | None,
-    card_data: Mapping[str, Any],
-) -> str:
-    """Fills the model card.
+def model_card(text: str, tags: Sequence[str], data: Mapping[str, Any], report: str | None) -> str:
+    """Returns a card: Markdown below a YAML front matter, with a report at its end.
 
     Arguments:
-        prior: The trained prior.
-        name: What to load it by.
-        configuration: What is saved in the file's header.
-        report: What ``diagnose`` said of the prior.
-        card_data: Metadata for the Hub; its tags are added to ours.
-
-    Returns:
-        The card: Markdown below a YAML front matter.
+        text: The text of a prior or of an energy.
+        tags: Tags of all cards of this kind.
+        data: Metadata for the Hub; its tags are added.
+        report: Text of a report.
     """
-    tags = [*_TAGS, *card_data.get("tags", ())]
-    data = ModelCardData(**{"library_name": "ncprior", **card_data, "tags": tags})
-    base_model = card_data.get("base_model")
-    entries = zip(prior.heads, configuration["heads"], configuration["active"], strict=True)
+    tags = [*tags, *data.get("tags", ())]
+    front = ModelCardData(**{"library_name": "ncprior", **data, "tags": tags}).to_yaml()
+    end = "It was saved without a report." if report is None else f"```text\n{report}\n```"
+    return f"---\n{front}\n---\n\n{text}\n## Diagnostics\n\n{end}\n"
+
+
+def prior_text(config: Mapping[str, Any], sizes: Sequence[int], **names: Any) -> str:  # noqa: ANN401
+    """Returns the text of a prior's card.
+
+    Arguments:
+        config: The saved configuration.
+        sizes: Number of parameters of each head.
+        names: ``name`` to load it by, ``vae`` as a link, and ``num_proposals`` of the example.
+    """
+    base = config["base"]
+    groups = zip(sizes, config["heads"], config["active"], strict=True)
     rows = [
-        f"| {k} | {entry['kind']} | {sum(p.numel() for p in head.parameters()):,} "
-        f"| {'yes' if on else 'no'} |"
-        for k, (head, entry, on) in enumerate(entries)
+        f"| {k} | {entry['kind']} | {size:,} | {'yes' if on else 'no'} |"
+        for k, (size, entry, on) in enumerate(groups)
     ]
-    custom = any(map(_is_custom, configuration["heads"]))
-    return _CARD.format(
-        data=data.to_yaml(),
-        name=name,
-        vae=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a VAE",
-        version=configuration["ncprior"],
-        heads=", heads=..." if custom else "",
-        proposals=500 if report is None else report.num_proposals[-1],
+    return _PRIOR.format(
+        own=", heads=..." if any(map(_is_custom, config["heads"])) else "",
         rows="\n".join(rows),
-        strength=configuration["strength"],
-        base=_told(configuration["base"]),
-        report="It was saved without a report." if report is None else f"```text\n{report}\n```",
+        on_base="" if base is None else _OWN_BASE if _is_custom(base) else _BASE.format(**base),
+        **{key: config[key] for key in ("ncprior", "strength")},
+        **names,
     )
+
+
+def energy_text(config: Mapping[str, Any], size: int, noise: str, **names: Any) -> str:  # noqa: ANN401
+    """Returns the text of an energy's card.
+
+    Arguments:
+        config: The saved configuration.
+        size: Number of parameters.
+        noise: Description of the noise of a decoder without ``GaussianDecoder``.
+        names: ``name`` to load it by, ``vae`` as a link, and ``num_proposals`` of the example.
+    """
+    sigma, on_data = config["sigma"], config["data_noise"]
+    on_ncp = config["fingerprint"]["heads"] is not None
+    settings = ("ncprior", "num_steps", "step_size", "langevin_target")
+    return _ENERGY.format(
+        of="a noise contrastive prior on it" if on_ncp else "its own prior",
+        missing="The VAE and the ratio heads are" if on_ncp else "The VAE is",
+        code=_energy_code(config, on_ncp, names["name"], names["num_proposals"]),
+        kind=config["energy"]["kind"],
+        size=size,
+        noise=noise if sigma is None else f"one σ = {sigma:.4g}",
+        on_data=f"σ = {on_data:.4g}" if on_data else "none",
+        **{key: config[key] for key in settings},
+        **names,
+    )
+
+
+def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, num_proposals: int) -> str:
+    """Lines that load an energy and sample."""
+    sigma = config["sigma"]
+    prior = "prior" if on_ncp else "source"
+    own = ", energy=..." if _is_custom(config["energy"]) else ""
+    sampler = f", sampler=partial(sir, num_proposals={num_proposals})" if on_ncp else ""
+    lines = [
+        *(["from functools import partial\n", "from ncprior import NCPrior, sir"] * on_ncp),
+        "from ncprior.vaebm import VAEBM" + ", GaussianDecoder" * (sigma is not None),
+        "\nsource = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder)",
+        *([f"source = GaussianDecoder(source, {sigma!r})"] * (sigma is not None)),
+        *(['prior = NCPrior.from_pretrained(source, "...")'] * on_ncp),
+        f'model = VAEBM.from_pretrained({prior}, "{name}"{own})',
+        f"x = model.sample(16{sampler}).mean",
+    ]
+    return "\n".join(lines)
 
 
 def _is_custom(entry: Mapping[str, Any]) -> bool:
     return entry["kind"] == "custom" or any(map(_is_custom, entry["config"].get("heads", ())))
-
-
-def _told(base: Mapping[str, Any] | None) -> str:
-    """What the card says of the base prior."""
-    if base is None:
-        return ""
-    return f" {_OWN_BASE if base['kind'] == 'custom' else _BASE.format(kind=base['kind'])}"

@@ -1,21 +1,26 @@
-"""Checks of a saved file: configuration, fingerprints and tensors."""
+"""A saved file and its checks: of configuration, fingerprints, tensors and kinds of modules."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from torch import Tensor
 
 from ncprior._version import __version__
+from ncprior.saving.tensors import load_tensors
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import base_fingerprint
 
+FORMAT = 1  # of the configuration; loading a file of another format raises an error
+
+Validators: TypeAlias = Mapping[str, Callable[[Any], bool]]
+
 
 def fingerprints(source: LatentSource[Any, Any]) -> dict[str, str | None]:
-    """Returns those of the VAE, where the source has one, and of a base that is not in the VAE."""
+    """Returns the fingerprints of the VAE and of a base outside the VAE, ``None`` if unknown."""
     fingerprint = getattr(source, "fingerprint", None)
     return {
         "vae": None if fingerprint is None else fingerprint(),
@@ -23,88 +28,112 @@ def fingerprints(source: LatentSource[Any, Any]) -> dict[str, str | None]:
     }
 
 
-def check_configuration(
-    path: Path, config: Mapping[str, Any], sound: Mapping[str, Callable[[Any], bool]], form: int
-) -> None:
-    """Refuses the configuration of another format, with other keys, or with unsound values.
+def is_fingerprint(value: Any, *parts: str) -> bool:  # noqa: ANN401
+    """Returns whether a value holds a text or None for each of the parts, and nothing else."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(parts)
+        and all(isinstance(part, str | None) for part in value.values())
+    )
+
+
+class SavedFile:
+    """Configuration and tensors of a file, with checks whose errors name the file.
+
+    Every check raises a ValueError; the message names the remedy.
 
     Arguments:
-        path: The file, for the message.
-        config: What its header says.
-        sound: What is wanted of the value of every key.
-        form: The format that this version reads.
-
-    Raises:
-        ValueError: If it is refused.
+        path: The file.
+        validators: A check of the value of every key besides ``format`` and ``ncprior``.
     """
-    if config.get("format") != form:
-        refuse(
-            path,
-            f"it has format {config.get('format')!r}, and ncprior {__version__} reads format "
-            f"{form}. Install the version of ncprior that wrote it",
-        )
-    if unknown := sorted(config.keys() - sound.keys()):
-        refuse(path, f"its configuration has unknown keys: {', '.join(unknown)}")
-    wrong = [key for key, fits in sound.items() if key not in config or not fits(config[key])]
-    if wrong:
-        refuse(path, f"its configuration makes no sense of: {', '.join(wrong)}")
 
+    def __init__(self, path: Path, validators: Validators) -> None:
+        self.path = path
+        self.tensors, self.config = load_tensors(path)
+        self._check_configuration(validators)
 
-def check_fingerprints(
-    path: Path,
-    stored: Mapping[str, str | None],
-    given: Mapping[str, str | None],
-) -> None:
-    """Refuses what was trained on another VAE or base; warns where that cannot be told.
-
-    Raises:
-        ValueError: If one of the two differs.
-
-    Warns:
-        UserWarning: If there is no fingerprint of the VAE to compare.
-    """
-    for part, name in (("vae", "VAE"), ("base", "base prior")):
-        if None not in (stored[part], given[part]) and stored[part] != given[part]:
-            refuse(
-                path,
-                f"it was trained on the {name} {stored[part]}, and the source's is {given[part]}. Pass the one it was trained on, or check_fingerprint=False",
+    def _check_configuration(self, validators: Validators) -> None:
+        if (form := self.config.get("format")) != FORMAT:
+            self.refuse(
+                f"it has format {form!r}, and ncprior {__version__} reads format {FORMAT}. "
+                f"Install the version of ncprior that wrote it"
             )
-    if None in (stored["vae"], given["vae"]):
-        whose = "The file" if stored["vae"] is None else "The source"
-        warnings.warn(
-            f"{whose} has no fingerprint of the VAE, so that nothing tells whether {path} was "
-            f"trained on this one. Give SingleGroup module=vae, or a source of your own a method "
-            f"fingerprint().",
-            stacklevel=5,
+        validators = {"ncprior": lambda value: isinstance(value, str), **validators}
+        if unknown := sorted(self.config.keys() - validators.keys() - {"format"}):
+            self.refuse(f"its configuration has unknown keys: {', '.join(unknown)}")
+        self.refuse_values(
+            [
+                k
+                for k, valid in validators.items()
+                if k not in self.config or not valid(self.config[k])
+            ]
         )
 
+    def check_fingerprints(self, given: Mapping[str, str | None]) -> None:
+        """Validates that VAE and base are those of training; warns if the VAE is unknown."""
+        stored = self.config["fingerprint"]
+        for part, name in (("vae", "VAE"), ("base", "base prior")):
+            if None not in (stored[part], given[part]) and stored[part] != given[part]:
+                self.refuse(
+                    f"it was trained on the {name} {stored[part]}, and the source's is "
+                    f"{given[part]}. Pass the one it was trained on, or check_fingerprint=False"
+                )
+        if None in (stored["vae"], given["vae"]):
+            whose = "The file" if stored["vae"] is None else "The source"
+            warnings.warn(
+                f"{whose} has no fingerprint of the VAE, so that nothing tells whether "
+                f"{self.path} was trained on this one. Give SingleGroup module=vae, or a source "
+                f"of your own a method fingerprint().",
+                stacklevel=4,  # the caller of from_pretrained
+            )
 
-def check_tensors(
-    path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor], whose: str
-) -> None:
-    """Refuses tensors that are not, by name and shape, those of what is to take them.
+    def check_tensors(self, own: Mapping[str, Tensor], whose: str) -> None:
+        """Validates that the tensors have the names and shapes of a module's own."""
+        saved = self.tensors
+        differences = {
+            "missing": sorted(own.keys() - saved.keys()),
+            "unexpected": sorted(saved.keys() - own.keys()),
+            "of another shape": [
+                f"{name} {tuple(saved[name].shape)} for {tuple(own[name].shape)}"
+                for name in sorted(own.keys() & saved.keys())
+                if saved[name].shape != own[name].shape
+            ],
+        }
+        found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
+        if found:
+            self.refuse(f"its tensors are not those of the {whose} ({'; '.join(found)})")
 
-    Raises:
-        ValueError: If any is missing, unexpected or of another shape.
-    """
-    differences = {
-        "missing": sorted(own.keys() - saved.keys()),
-        "unexpected": sorted(saved.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(saved[name].shape)} for {tuple(own[name].shape)}"
-            for name in sorted(own.keys() & saved.keys())
-            if saved[name].shape != own[name].shape
-        ],
-    }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
-    if found:
-        refuse(path, f"its tensors are not those of the {whose} ({'; '.join(found)})")
+    def build(
+        self,
+        whose: str,
+        entry: Any,  # noqa: ANN401
+        table: Mapping[str, Callable[..., Any]],
+        remedy: str,
+    ) -> Any:  # noqa: ANN401
+        """Builds a module or a base from its entry, if its kind is in a table.
 
+        Arguments:
+            whose: Name of the part, for the message.
+            entry: The entry in the configuration: ``{"kind": name, "config": arguments}``.
+            table: What makes each kind from the arguments.
+            remedy: What to do about a part of the user's own, for the message.
+        """
+        match entry:
+            case {"kind": "custom", "config": dict(config)}:
+                name = config.get("class", "function")
+                self.refuse(f"{whose} is a {name} of its author's own; {remedy}")
+            case {"kind": str(kind), "config": dict(arguments)} if kind in table:
+                try:
+                    return table[kind](**arguments)
+                except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    self.refuse(f"{whose} is not made as a {kind} is ({error})")
+        self.refuse(f"{whose} is none of {', '.join(table)}, and nothing else is built: {entry}")
 
-def refuse(path: Path, reason: str) -> NoReturn:
-    """Raises the error of a file that cannot be loaded.
+    def refuse_values(self, keys: list[str]) -> None:
+        """Raises the error of values of the configuration that are invalid, if there are any."""
+        if keys:
+            self.refuse(f"its configuration makes no sense of: {', '.join(keys)}")
 
-    Raises:
-        ValueError: Always.
-    """
-    raise ValueError(f"Cannot load {path}: {reason}.")
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises the error of a file that cannot be loaded."""
+        raise ValueError(f"Cannot load {self.path}: {reason}.")

@@ -1,47 +1,17 @@
-"""What a saved model is as files: in a directory, or in a repository of the Hugging Face Hub.
-
-One safetensors file with the configuration in its header is all that loading reads; ``config.json``
-and ``README.md`` beside it are for people.
-"""
+"""Where saved files are: in a directory, or in a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.utils import HFValidationError
-from torch import Tensor
 
 from ncprior._version import __version__
-from ncprior.saving.tensors import save_tensors, write_atomically
-
-
-def write_files(
-    directory: Path,
-    file: str,
-    tensors: Mapping[str, Tensor],
-    configuration: Mapping[str, Any],
-    card: str,
-) -> None:
-    """Writes the file itself, the configuration as ``config.json`` and the card as ``README.md``.
-
-    Arguments:
-        directory: Where to; made if missing.
-        file: The safetensors file's name.
-        tensors: What was trained.
-        configuration: What goes into its header.
-        card: The model card.
-    """
-    save_tensors(directory / file, tensors, configuration)
-    texts = {"config.json": json.dumps(configuration, indent=2) + "\n", "README.md": card}
-    for name, text in texts.items():
-        with write_atomically(directory / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
 
 def upload(
@@ -53,18 +23,9 @@ def upload(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Commits to the Hub what a function writes.
+    """Commits the files that ``write(directory, repo_id)`` writes; returns the commit's URL.
 
-    Arguments:
-        write: Writes the files into a directory, given the repository's name too.
-        repo_id: The repository; made if missing.
-        private: Whether a repository made now is private; ``None`` is the account's default.
-        token: The access token; ``None`` is the one logged in with.
-        revision: The branch to commit to; made if missing. ``None`` is the main one.
-        commit_message: The first line of the commit.
-
-    Returns:
-        The URL of the commit.
+    The options are those of :meth:`ncprior.NCPrior.push_to_hub`.
     """
     api = HfApi(token=token, library_name="ncprior", library_version=__version__)
     visibility: dict[str, Any] = {} if private is None else {"private": private}
@@ -82,7 +43,7 @@ def upload(
 
 
 def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None) -> Path:
-    """Finds a file: in a directory, as such, or on the Hub.
+    """Returns the path of a file: in a directory, itself, or downloaded from the Hub.
 
     Raises:
         FileNotFoundError: If there is no such directory or repository.

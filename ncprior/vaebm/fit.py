@@ -159,7 +159,7 @@ def fit_vaebm(
         "data_noise": model.data_noise,
         "precision": str(model.precision),
         "sampler": None if sampler is None else describe(sampler),
-        **trained_on(model),
+        **trained_on(model.source, model.prior),
         "rows": length_of(data),
     }
     _check(settings, checkpoint_every)

@@ -21,9 +21,8 @@ References:
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Size, Tensor, nn
@@ -34,9 +33,8 @@ from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import langevin
 from ncprior.source import LatentSource, device_of, require_eval
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
-from ncprior.vaebm.noise import NoiseMap
-
-LangevinTarget = Literal["exact", "official"]
+from ncprior.vaebm.noise import LangevinTarget, NoiseMap
+from ncprior.vaebm.saved import PretrainedEnergy
 
 
 class Chains(NamedTuple):
@@ -59,7 +57,7 @@ class Chains(NamedTuple):
     acceptance: Tensor | None = None
 
 
-class VAEBM(nn.Module):
+class VAEBM(PretrainedEnergy, nn.Module):
     """A frozen VAE with an energy on its images, over its own prior or an NCP prior.
 
     Neither the VAE nor the ratio heads are registered, moved or changed: the parameters are the
@@ -256,74 +254,6 @@ class VAEBM(nn.Module):
         )
         end = precise(_parts(draw.z, shapes))
         return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
-
-    def save_pretrained(self, directory: str | os.PathLike[str], **card: Any) -> None:  # noqa: ANN401
-        """Saves the energy and nothing else.
-
-        Arguments:
-            directory: Where to; made if missing.
-            card: ``base_model`` and ``card_data``, see :func:`ncprior.vaebm.save_pretrained`.
-
-        Example:
-            >>> import tempfile
-            >>> from ncprior.heads import MLPHead
-            >>> VAEBM(source, MLPHead((3,))).save_pretrained(tempfile.mkdtemp())
-        """
-        from ncprior.vaebm import saved as energy_hub
-
-        energy_hub.save_pretrained(self, directory, **card)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        prior: NCPrior | LatentSource[Any, Any],
-        path_or_repo: str | os.PathLike[str],
-        **options: Any,  # noqa: ANN401
-    ) -> VAEBM:
-        """Puts a saved energy on the VAE, or the NCP prior, that it was trained on.
-
-        Arguments:
-            prior: The VAE or the NCP prior, set up as it was in training.
-            path_or_repo: A directory of :meth:`save_pretrained`, or a Hugging Face Hub repository.
-            options: ``revision``, ``energy`` and ``check_fingerprint``, see
-                :func:`ncprior.vaebm.from_pretrained`.
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: If there is no such directory or repository.
-            ValueError: If the file is damaged, or does not fit.
-
-        Example:
-            >>> import tempfile
-            >>> from ncprior.heads import MLPHead
-            >>> directory = tempfile.mkdtemp()
-            >>> VAEBM(source, MLPHead((3,))).save_pretrained(directory)
-            >>> VAEBM.from_pretrained(source, directory).langevin_target
-            'exact'
-        """
-        from ncprior.vaebm import saved as energy_hub
-
-        return energy_hub.from_pretrained(prior, path_or_repo, **options)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # noqa: ANN401
-        """Saves to the Hugging Face Hub what :meth:`save_pretrained` writes, as one commit.
-
-        Arguments:
-            repo_id: The repository, such as ``"user/my-energy"``; made if missing.
-            options: See :func:`ncprior.vaebm.push_to_hub`.
-
-        Returns:
-            The URL of the commit.
-
-        Example:
-            >>> model.push_to_hub("user/my-energy", private=True)  # doctest: +SKIP
-            'https://huggingface.co/user/my-energy/commit/0f3c...'
-        """
-        from ncprior.vaebm import saved as energy_hub
-
-        return energy_hub.push_to_hub(self, repo_id, **options)
 
     def extra_repr(self) -> str:
         """Tells what ``print(model)`` shows besides the energy."""

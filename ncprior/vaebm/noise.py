@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import name_of, supports_langevin
 from ncprior.source import Group, LatentSource
 from ncprior.utils.precision import at_least_float32, at_precision
+
+LangevinTarget = Literal["exact", "official"]
 
 
 class Walked(NamedTuple):

@@ -445,9 +445,7 @@ def test_the_model_cards_snippet_loads_the_prior(
 
 
 def test_the_license_is_the_users(prior: NCPrior, tmp_path: Path) -> None:
-    from ncprior.saving.heads import save_pretrained
-
-    save_pretrained(prior, tmp_path, card_data={"license": "mit", "tags": ["faces"]})
+    prior.save_pretrained(tmp_path, card_data={"license": "mit", "tags": ["faces"]})
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert data["license"] == "mit" and data["tags"][-1] == "faces" and "ncprior" in data["tags"]
     assert "base_model" not in data

@@ -129,7 +129,7 @@ def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
     assert {"vaebm", "digits", "ncprior"} <= set(data["tags"])
     for line in (
         "from ncprior import NCPrior, sir",
-        "from ncprior.vaebm import GaussianDecoder",
+        "from ncprior.vaebm import VAEBM, GaussianDecoder",
         "x = model.sample(16, sampler=partial(sir, num_proposals=500)).mean",
         'model = VAEBM.from_pretrained(prior, "mine")',
         "source = GaussianDecoder(source, 0.1)",

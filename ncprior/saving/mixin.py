@@ -1,0 +1,211 @@
+"""Saving of what was trained and nothing else, in a directory or on the Hugging Face Hub.
+
+A saved model is one safetensors file: the trained tensors, and in its header the configuration.
+Loading builds modules from a fixed table of names and runs no code that comes with the file. The
+files beside it are for people: ``config.json`` repeats the configuration and ``README.md`` is a
+model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ncprior._version import __version__
+from ncprior.saving.cards import model_card
+from ncprior.saving.checks import FORMAT, SavedFile, Validators
+from ncprior.saving.hub import locate, upload
+from ncprior.saving.tensors import save_tensors, write_atomically
+from ncprior.source import LatentSource, device_of
+
+Model = TypeVar("Model", bound="Pretrained")
+
+
+class CardReport(Protocol):
+    """Report for a model card, such as that of ``diagnose``; its text is ``str(report)``."""
+
+    @property
+    def num_proposals(self) -> tuple[int, ...]:
+        """Numbers of proposals of SIR; the card's example takes the last."""
+        ...
+
+
+class Pretrained(nn.Module):
+    """Mixin of models on a frozen VAE: saves the trained part, and loads it onto the VAE again.
+
+    A subclass defines the constants and the four methods at the end.
+    """
+
+    source: LatentSource[Any, Any]
+
+    _file: ClassVar[str]  # name of the safetensors file
+    _tags: ClassVar[tuple[str, ...]]  # of the model card
+    _validators: ClassVar[Validators]  # of each value of the configuration
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        report: CardReport | None = None,
+        base_model: str | None = None,
+        card_data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves the trained part and nothing of the VAE; earlier files are replaced.
+
+        An :class:`~ncprior.NCPrior` saves its heads, strength, active groups and a fitted base: a
+        ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
+        ``fit_flow`` makes itself. Put any other base, such as a flow of your own, on the source
+        again before loading. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
+        its chains, without the ratio heads.
+
+        Arguments:
+            directory: Directory of the files, made if missing: one safetensors file, which is all
+                that loading reads, ``config.json`` and the model card ``README.md``.
+            report: Report of :func:`ncprior.diagnostics.diagnose`, for the model card.
+            base_model: Hub repository of the VAE, for the model card.
+            card_data: Further metadata of the model card, such as ``{"license": "mit"}``.
+
+        Raises:
+            TypeError: If the energy of a VAEBM is no ``nn.Module``. Make it one.
+
+        Example:
+            >>> import tempfile
+            >>> prior.save_pretrained(tempfile.mkdtemp())
+        """
+        directory = Path(directory)
+        name = directory.resolve().name
+        self._write(directory, name, report=report, base_model=base_model, card_data=card_data)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        **card: Any,  # noqa: ANN401
+    ) -> str:
+        """Saves the files of :meth:`save_pretrained` to the Hugging Face Hub, as one commit.
+
+        Arguments:
+            repo_id: The repository, such as ``"user/my-prior"``; made if missing.
+            private: Whether a repository made now is private; ``None`` is the account's default.
+            token: The access token; ``None`` is the one logged in with.
+            revision: The branch to commit to; made if missing. ``None`` is the main one.
+            commit_message: First line of the commit; ``None`` names the class.
+            card: ``report``, ``base_model`` and ``card_data``, see :meth:`save_pretrained`.
+
+        Returns:
+            The URL of the commit.
+
+        Example:
+            >>> prior.push_to_hub("user/my-prior", private=True)  # doctest: +SKIP
+            'https://huggingface.co/user/my-prior/commit/0f3c...'
+        """
+        return upload(
+            partial(self._write, **card),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,  # noqa: ANN401
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        check_fingerprint: bool = True,
+        **own: Any,  # noqa: ANN401
+    ) -> Self:
+        """Loads the saved part onto the VAE that it was trained on.
+
+        Arguments:
+            source: The VAE, set up as it was in training; a saved base need not be put on it. A
+                :class:`~ncprior.vaebm.VAEBM` over an NCP prior takes that prior instead.
+            path_or_repo: Directory of :meth:`save_pretrained`, its safetensors file, or a Hub
+                repository, from which that one file is downloaded.
+            revision: Branch, tag or commit of the repository.
+            check_fingerprint: Whether another VAE or base prior raises an error; for an energy,
+                also another decoder noise or other ratio heads.
+            own: Modules of your own that take the saved tensors, needed if the saved ones were
+                your own: ``heads``, one per group, or ``energy``.
+
+        Returns:
+            The model, in evaluation mode, on the device of the source's prior.
+
+        Raises:
+            FileNotFoundError: If there is no such file, directory or repository.
+            ImportError: If the saved base is a flow, and zuko is not installed.
+            ValueError: If the file is damaged, or does not fit the source or your own modules,
+                which are then left unchanged. The message names the remedy.
+
+        Warns:
+            UserWarning: If the file or the source has no fingerprint of the VAE to compare.
+
+        Example:
+            >>> import tempfile
+            >>> from ncprior import NCPrior
+            >>> directory = tempfile.mkdtemp()
+            >>> prior.save_pretrained(directory)
+            >>> NCPrior.from_pretrained(source, directory).strength
+            1.0
+        """
+        saved = SavedFile(locate(path_or_repo, cls._file, revision), cls._validators)
+        with torch.random.fork_rng(devices=[]):  # new modules draw weights to be overwritten
+            model: Self = cls._build(saved, source, check_fingerprint, **own)
+        return model.to(device_of(model.source)).eval()
+
+    def _write(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        report: CardReport | None = None,
+        base_model: str | None = None,
+        card_data: Mapping[str, Any] | None = None,
+    ) -> None:
+        tensors = self._tensors()
+        config = {"format": FORMAT, "ncprior": __version__, **self._configuration()}
+        save_tensors(directory / self._file, tensors, config)
+        text = self._card_text(
+            config,
+            name=name,
+            vae=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a VAE",
+            num_proposals=500 if report is None else report.num_proposals[-1],
+        )
+        data = {"base_model": base_model, **(card_data or {})}
+        card = model_card(text, self._tags, data, None if report is None else str(report))
+        texts = {"config.json": json.dumps(config, indent=2) + "\n", "README.md": card}
+        for file, content in texts.items():
+            with write_atomically(directory / file) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The trained tensors by name."""
+        raise NotImplementedError
+
+    def _configuration(self) -> dict[str, Any]:
+        """Everything else that loading needs, ready for JSON."""
+        raise NotImplementedError
+
+    def _card_text(self, config: Mapping[str, Any], **names: Any) -> str:  # noqa: ANN401
+        """Text of the model card, given ``name``, ``vae`` and ``num_proposals``."""
+        raise NotImplementedError
+
+    @classmethod
+    def _build(cls, saved: SavedFile, source: Any, check_fingerprint: bool) -> Any:  # noqa: ANN401
+        """The model of a saved file on a source; a subclass also takes modules of one's own."""
+        raise NotImplementedError
