@@ -61,13 +61,8 @@ class SavedFile:
         validators = {"ncprior": lambda value: isinstance(value, str), **validators}
         if unknown := sorted(self.config.keys() - validators.keys() - {"format"}):
             self.refuse(f"its configuration has unknown keys: {', '.join(unknown)}")
-        self.refuse_values(
-            [
-                k
-                for k, valid in validators.items()
-                if k not in self.config or not valid(self.config[k])
-            ]
-        )
+        given = self.config
+        self.check_values({k: k in given and valid(given[k]) for k, valid in validators.items()})
 
     def check_fingerprints(self, given: Mapping[str, str | None]) -> None:
         """Validates that VAE and base are those of training; warns if the VAE is unknown."""
@@ -129,10 +124,10 @@ class SavedFile:
                     self.refuse(f"{whose} is not made as a {kind} is ({error})")
         self.refuse(f"{whose} is none of {', '.join(table)}, and nothing else is built: {entry}")
 
-    def refuse_values(self, keys: list[str]) -> None:
-        """Raises the error of values of the configuration that are invalid, if there are any."""
-        if keys:
-            self.refuse(f"its configuration makes no sense of: {', '.join(keys)}")
+    def check_values(self, valid: Mapping[str, bool]) -> None:
+        """Validates the values of the configuration, given whether each of them is valid."""
+        if wrong := [key for key, is_valid in valid.items() if not is_valid]:
+            self.refuse(f"its configuration makes no sense of: {', '.join(wrong)}")
 
     def refuse(self, reason: str) -> NoReturn:
         """Raises the error of a file that cannot be loaded."""

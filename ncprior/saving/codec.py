@@ -1,4 +1,8 @@
-"""Nested Python values as JSON and tensors."""
+"""Nested Python values as JSON and tensors, for checkpoints of a training.
+
+``torch.save`` with ``torch.load(weights_only=True)`` is no substitute: as tried with torch
+2.13, it loads a file with a flipped bit without an error, and cannot load NumPy arrays.
+"""
 
 import math
 from collections import OrderedDict
@@ -11,34 +15,24 @@ from torch import Tensor
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401
-    """Splits a nested state into a JSON tree and tensors; :func:`unpack` gives it back exactly.
+    """Splits a nested state into a JSON tree and tensors; :func:`unpack` restores it exactly.
 
     Arguments:
         tree: Nested dict (keys of any type below), list, tuple, str, int, float, bool, None,
             Tensor (detached) and numeric NumPy array. An ``OrderedDict`` comes back as a dict.
 
-    Returns:
-        The JSON tree and the tensors by name, for :func:`save_tensors`.
-
     Raises:
-        TypeError: If the tree holds anything else, naming where.
+        TypeError: If the tree holds anything else; names the place.
     """
     tensors: dict[str, Tensor] = {}
     return _pack(tree, tensors, "state"), tensors
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-    """Puts a state that :func:`pack` split together again.
-
-    Arguments:
-        tree: The JSON tree.
-        tensors: The tensors by name.
-
-    Returns:
-        The state. Its tensors are those given, on their device.
+    """Joins a JSON tree and tensors of :func:`pack`; the tensors stay on their device.
 
     Raises:
-        ValueError: If tree and tensors are not what :func:`pack` makes.
+        ValueError: If they were not made by :func:`pack`.
     """
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
@@ -88,6 +82,6 @@ def _pack(tree: Any, tensors: dict[str, Tensor], where: str) -> Any:  # noqa: AN
             ]
         }
     raise TypeError(
-        f"Cannot save {where}, a {type(tree).__name__}. What can be saved: dict, list, tuple, "
-        f"str, int, float, bool, None, Tensor and numeric NumPy arrays."
+        f"Cannot save {where}, a {type(tree).__name__}. Make it of dict, list, tuple, str, int, "
+        f"float, bool, None, Tensor and numeric NumPy arrays."
     )

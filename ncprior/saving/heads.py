@@ -109,7 +109,7 @@ def inspect(
 def _check_groups(saved: SavedFile, source: LatentSource[Any, Any]) -> None:
     """Validates that there is one head per latent group of the source."""
     count = saved.config["num_groups"]
-    saved.refuse_values([key for key in ("heads", "active") if len(saved.config[key]) != count])
+    saved.check_values({key: len(saved.config[key]) == count for key in ("heads", "active")})
     if count != source.num_groups:
         saved.refuse(
             f"it has heads for {count} latent groups, and the source has {source.num_groups}"

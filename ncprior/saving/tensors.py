@@ -1,7 +1,7 @@
 """Files: one safetensors file with a JSON configuration in its header, written atomically.
 
-Nothing here pickles and nothing runs code from a file. A file carries a SHA-256 over its
-configuration and tensors, so that a damaged file is refused rather than half believed.
+Nothing here pickles and nothing runs code from a file. A file carries a SHA-256 of its
+configuration and tensors, so that loading a damaged file raises an error.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ _KEY = "ncprior"  # one key, since safetensors writes several in any order
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path to write to; on success it replaces ``path`` in one rename.
+    """Context manager that yields a temporary path, which replaces ``path`` in one rename.
 
     The temporary file lies beside ``path`` (whose folder is made if missing), reaches the disk
-    before the rename, and is removed when anything is raised, KeyboardInterrupt included. A reader
-    sees the old file or the new one, never half of one.
+    before the rename, and is removed if anything is raised, KeyboardInterrupt included. A reader
+    finds the old file or the new one, never a part of one.
 
     Arguments:
         path: The file to write.
@@ -55,7 +55,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes tensors and their configuration as one safetensors file, atomically.
+    """Writes tensors and a configuration as one safetensors file, atomically.
 
     Arguments:
         path: The file to write; an existing one is replaced.
@@ -63,8 +63,8 @@ def save_tensors(
         metadata: The configuration: nested dict, list, str, int, finite float, bool and None.
 
     Raises:
-        TypeError: If the configuration holds something that JSON does not.
-        ValueError: If it holds a float that is not finite (:func:`pack` stores those).
+        TypeError: If the configuration holds a value that JSON has no form for.
+        ValueError: If it holds a float that is not finite.
 
     Example:
         >>> import tempfile
@@ -82,13 +82,10 @@ def save_tensors(
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a file of :func:`save_tensors`.
+    """Returns the tensors (by name, on the CPU) and the configuration of a file.
 
     Arguments:
-        path: The file to read.
-
-    Returns:
-        The tensors by name, on the CPU, and the configuration.
+        path: A file of :func:`save_tensors`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -112,13 +109,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the configuration of a file of :func:`save_tensors`, and none of its tensors.
+    """Returns the configuration of a file without reading its tensors or verifying its checksum.
 
     Arguments:
-        path: The file to read.
-
-    Returns:
-        The configuration. The checksum is not verified: that would need the tensors.
+        path: A file of :func:`save_tensors`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -138,7 +132,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields the open file and what its header holds under our key."""
+    """Yields the open file and the part of its header under the key of this package."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)}.")
     try:

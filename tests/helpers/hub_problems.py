@@ -1,6 +1,8 @@
 """A small VAE and priors on it, to be saved and loaded; also for clients in other processes."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.heads.networks import MLPHead
+from ncprior.saving.tensors import load_tensors, save_tensors
 
 SIR = partial(sir, num_proposals=20)
 
@@ -37,3 +40,10 @@ def equal_draws(a: NCPrior, b: NCPrior, **condition: Tensor) -> bool:
         sample = prior.sample(8, SIR, **condition)
         draws.append((*sample.latents, sample.x, prior.log_ratio(sample.latents, **condition)))
     return all(torch.equal(x, y) for x, y in zip(*draws, strict=True))
+
+
+def edit(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """Changes configuration and tensors of a file, checksum and all, as a determined person would."""
+    tensors, config = load_tensors(file)
+    change(config, tensors)
+    save_tensors(file, tensors, config)

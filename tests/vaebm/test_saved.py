@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -143,6 +143,20 @@ def test_the_card_tells_how_to_load_it(tmp_path: Path) -> None:
     card = (tmp_path / "other" / "README.md").read_text()
     assert 'VAEBM.from_pretrained(source, "other")' in card and "EnergyNet, " in card
     assert "Noise on data | none" in card
+
+
+class Verdict(NamedTuple):
+    num_proposals: tuple[int, ...] = (5, 25)
+
+    def __str__(self) -> str:
+        return "all is well"
+
+
+def test_the_card_takes_a_report(tmp_path: Path) -> None:
+    model(trained(source())).save_pretrained(tmp_path, report=Verdict())
+    card = (tmp_path / "README.md").read_text()
+    assert card.endswith("## Diagnostics\n\n```text\nall is well\n```\n")
+    assert "partial(sir, num_proposals=25)" in card
 
 
 def refuses(match: str, prior: Any, path: Path, **options: Any) -> None:

@@ -1,0 +1,180 @@
+"""Saving and loading in general: damaged and edited files, paths, fingerprints of the VAE."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.hub_problems import edit, equal_draws, gaussian
+from helpers.problems import CorrelatedPair, SampleOnly, around, standard_normal
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from ncprior import NCPrior, SingleGroup
+from ncprior.heads.networks import MLPHead
+from ncprior.saving.heads import FILE, inspect
+from ncprior.utils.fingerprints import base_fingerprint
+
+
+def test_the_file_itself_can_be_named(prior: NCPrior, saved: Path) -> None:
+    for where in (saved, str(saved), saved / FILE, str(saved / FILE)):
+        assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, where))
+
+
+def test_the_readable_copy_says_the_same_and_is_never_read(prior: NCPrior, saved: Path) -> None:
+    assert (
+        json.loads((saved / "config.json").read_text()) == inspect(saved) == inspect(saved / FILE)
+    )
+    (saved / "config.json").write_text("nonsense")
+    assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, saved))
+
+
+def test_saving_again_replaces_and_leaves_no_trace(prior: NCPrior, saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    prior.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    with torch.no_grad():
+        next(prior.parameters()).add_(1.0)
+    prior.save_pretrained(saved)
+    assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, saved))
+
+
+def test_loading_leaves_the_generator_alone(prior: NCPrior, saved: Path) -> None:
+    before = torch.get_rng_state()
+    NCPrior.from_pretrained(prior.source, saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What is refused, and leaves everything as it was
+
+
+def refuses(match: str, source: Any, path: Path, **options: Any) -> None:
+    """Loading is refused in one clear sentence, and heads passed in are as they were."""
+    heads = MLPHead((2,), width=8, depth=1)
+    before = copy.deepcopy(heads.state_dict())
+    for given in ({}, {"heads": heads}):
+        with pytest.raises(ValueError, match=match) as caught:
+            NCPrior.from_pretrained(source, path, **given, **options)
+        assert str(path) in str(caught.value)
+        assert heads.training
+        for name, tensor in heads.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 9, 300, 900, -1])
+def test_a_truncated_file_is_refused(length: int, prior: NCPrior, saved: Path) -> None:
+    whole = (saved / FILE).read_bytes()
+    (saved / FILE).write_bytes(whole[:length])
+    refuses("not a whole safetensors file", prior.source, saved)
+
+
+def test_random_bytes_are_refused(prior: NCPrior, saved: Path) -> None:
+    (saved / FILE).write_bytes(torch.randint(256, (3000,), dtype=torch.uint8).numpy().tobytes())
+    refuses("not a whole safetensors file", prior.source, saved)
+
+
+def test_text_edited_in_the_header_is_refused(prior: NCPrior, saved: Path) -> None:
+    whole = (saved / FILE).read_bytes()
+    edited = whole.replace(b'\\"strength\\": 1.0', b'\\"strength\\": 9.0')
+    assert edited != whole
+    (saved / FILE).write_bytes(edited)
+    refuses("checksum differs", prior.source, saved)
+
+
+EDITS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+    "has format 2, and ncprior .* reads format 1": lambda c, t: c.update(format=2),
+    "has format None": lambda c, t: c.pop("format"),
+    "unknown keys: code, more": lambda c, t: c.update(more=1, code="import os"),
+    "no sense of: strength": lambda c, t: c.update(strength="1"),
+    "sense of: strength": lambda c, t: c.update(strength=-1.0),
+    "of: strength": lambda c, t: c.pop("strength"),
+    "no sense of: active": lambda c, t: c.update(active=[1]),
+    "sense of: active": lambda c, t: c.update(active=[True, True]),
+    "no sense of: heads": lambda c, t: c.update(heads={}),
+    "sense of: heads, active": lambda c, t: c.update(num_groups=2),
+    "no sense of: fingerprint": lambda c, t: c.update(fingerprint={"vae": None}),
+    "of: fingerprint": lambda c, t: c["fingerprint"].update(base=1),
+    "no sense of: ncprior": lambda c, t: c.update(ncprior=None),
+    "missing: heads.0.out.bias; unexpected: heads.0.out.basis": lambda c, t: t.update(
+        {"heads.0.out.basis": t.pop("heads.0.out.bias")}
+    ),
+    r"of another shape: heads.0.out.bias \(2,\) for \(1,\)": lambda c, t: t.update(
+        {"heads.0.out.bias": torch.zeros(2)}
+    ),
+    "unexpected: vae.weight": lambda c, t: t.update({"vae.weight": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("match", EDITS)
+def test_an_edited_file_is_refused(match: str, prior: NCPrior, saved: Path) -> None:
+    edit(saved / FILE, EDITS[match])
+    refuses(match, prior.source, saved)
+
+
+def test_the_number_of_groups_must_be_the_sources(saved: Path) -> None:
+    refuses("heads for 1 latent groups, and the source has 2", CorrelatedPair(), saved)
+
+
+def test_what_is_missing_is_named(prior: NCPrior, tmp_path: Path) -> None:
+    for where in (tmp_path, tmp_path / "absent", str(tmp_path / "absent.safetensors")):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            NCPrior.from_pretrained(prior.source, where)
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", Path("absent")])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
+    name: str | Path, prior: NCPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"There is no file {name}"):
+        NCPrior.from_pretrained(prior.source, name)
+
+
+def test_a_path_that_can_be_no_repository_is_not_asked_for(prior: NCPrior) -> None:
+    with pytest.raises(FileNotFoundError, match="no directory ./a/b/c"):
+        NCPrior.from_pretrained(prior.source, "./a/b/c")
+
+
+def test_a_local_path_has_no_revisions(prior: NCPrior, saved: Path) -> None:
+    with pytest.raises(ValueError, match="is a local path"):
+        NCPrior.from_pretrained(prior.source, saved, revision="main")
+
+
+def test_a_model_takes_its_own_modules_only(prior: NCPrior, saved: Path) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'energy'"):
+        NCPrior.from_pretrained(prior.source, saved, energy=MLPHead((3,)))
+
+
+# Fingerprints
+
+
+def test_another_vae_is_refused_and_both_are_named(prior: NCPrior, saved: Path) -> None:
+    other = gaussian(seed=1)
+    both = f"{prior.source.fingerprint()}.*{other.fingerprint()}"
+    refuses(f"on the VAE {both}.*check_fingerprint=False", other, saved)
+    loaded = NCPrior.from_pretrained(other, saved, check_fingerprint=False)
+    assert torch.equal(loaded.log_ratio([torch.ones(3, 2)]), prior.log_ratio([torch.ones(3, 2)]))
+
+
+def test_another_base_is_refused_and_both_are_named(prior: NCPrior, saved: Path) -> None:
+    other = Independent(Normal(torch.zeros(2), torch.full((2,), 1.1)), 1)
+    both = f"{base_fingerprint(prior.source.prior)}.*{base_fingerprint(other)}"
+    refuses(f"on the base prior {both}", gaussian(base=other), saved)
+    NCPrior.from_pretrained(gaussian(base=other), saved, check_fingerprint=False)
+
+
+def test_a_missing_fingerprint_is_warned_of(prior: NCPrior, saved: Path) -> None:
+    source = SingleGroup(standard_normal(2), around(0.5), lambda z: z)
+    with pytest.warns(UserWarning, match="The source has no fingerprint of the VAE") as caught:
+        NCPrior.from_pretrained(source, saved)
+    assert [warning.filename for warning in caught] == [__file__]
+    NCPrior.from_pretrained(source, saved, check_fingerprint=False)
+
+
+def test_a_base_that_is_only_sampled_is_not_compared(saved: Path) -> None:
+    base = SampleOnly(standard_normal(2))
+    assert base_fingerprint(base) is None
+    NCPrior.from_pretrained(gaussian(base=base), saved)
