@@ -96,7 +96,7 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     if moves < 1:
         return Recommendation(by_sir, each * heads, "The budget is too short for a walk.")
     return Recommendation(
-        partial(tempered_smc, num_particles=1, share=True, num_moves=moves),
+        partial(tempered_smc, num_particles=1, share_particles=True, num_moves=moves),
         2 * (1 + temperatures * moves) * heads,
         f"{needed:,} proposals are needed, and SIR settles with {_PLENTY} times as many, beyond the "
         f"budget; a population is led there in about {temperatures} temperatures.",
