@@ -99,12 +99,12 @@ class Likelihood(NamedTuple):
 
     @property
     def nll_lower(self) -> float:
-        """Lower estimate of the mean negative log-likelihood over the rows, in nats."""
+        """Mean negative log-likelihood over the rows, from below, in nats."""
         return -self.upper.mean().item()
 
     @property
     def nll_upper(self) -> float:
-        """Upper bound on average of the mean negative log-likelihood over the rows, in nats."""
+        """Mean negative log-likelihood over the rows, from above on average, in nats."""
         return -self.lower.mean().item()
 
     def bits_per_dim(self, num_dims: int) -> tuple[float, float]:
