@@ -1,8 +1,8 @@
 """Large sampling jobs: samples in parts on disk, drawn by any number of processes in any order.
 
 A part depends on the seed of the job and on its own number alone. If a job is interrupted, run it
-again: it draws the missing parts only. On the same kind of machine, with as many threads, the files
-are bit for bit those of an uninterrupted job.
+again: it draws the missing parts only. On the same kind of machine, with as many threads, the
+files are bit for bit those of an uninterrupted job.
 """
 
 from __future__ import annotations
@@ -171,9 +171,7 @@ def _path(folder: Path, i: int) -> Path:
 def _seed(seed: int, i: int) -> int:
     """Seed of part i: different for all parts of a job, and for jobs of nearby seeds."""
     digest = hashlib.sha256(str(seed).encode()).digest()
-    return (
-        int.from_bytes(digest[:4], "big") + i
-    ) % 2**32  # 32 bits, the range of the generators' seeds
+    return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401

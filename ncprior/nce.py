@@ -1,7 +1,7 @@
 r"""Noise contrastive estimation of the ratio between a posterior and a prior.
 
-A classifier D(z) separates z ~ q(z) (label 1) from noise z ~ p(z) (label 0), which is drawn ν times as
-often. It minimises
+A classifier D(z) separates z ~ q(z) (label 1) from noise z ~ p(z) (label 0), which is drawn ν
+times as often. It minimises
 
 .. math::
     \mathcal{L}(D) = - E_{q(z)} [\log D(z)] - \nu E_{p(z)} [\log (1 - D(z))],
@@ -14,9 +14,9 @@ whose integrand -q log D - ν p log(1 - D) has its minimum over D, for every z, 
 
 A head therefore returns log r itself, and D = σ(log r - log ν) is never formed: with
 -log σ(a) = softplus(-a), both terms are softplus functions of the logit, finite for any log r.
-At ν = 1 the minimum of the loss is L* = 2 log 2 - 2 JSD(q, p), so that JSD = log 2 - L*/2 nats. The minimiser
-is the same for every ν. As ν grows, the gradient tends to that of maximum likelihood for r·p, which
-gives more weight to regions where r is large.
+At ν = 1 the minimum of the loss is L* = 2 log 2 - 2 JSD(q, p), so that JSD = log 2 - L*/2 nats.
+The minimiser is the same for every ν. As ν grows, the gradient tends to that of maximum likelihood
+for r·p, which gives more weight to regions where r is large.
 
 With K groups there are K such problems, each under the same z_<k ~ q(z_<k):
 log r_k(z_k | z_<k) = log q(z_k | z_<k) - log p(z_k | z_<k).

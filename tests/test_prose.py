@@ -1,7 +1,8 @@
-"""Docstrings in plain English: turns of phrase that stop non-native readers are counted and bounded.
+"""Docstrings in plain English: phrases that stop non-native readers are counted and bounded.
 
-The bounds are counts per 10,000 words of all docstrings of the package, with those of the adapters.
-The first sentence of a docstring names the thing with the noun that an ML paper would use.
+The bounds are counts per 10,000 words of all docstrings of the package, with those of the
+adapters. The first sentence of a docstring names the thing with the noun that an ML paper would
+use.
 """
 
 import ast
@@ -15,9 +16,10 @@ import ncprior
 
 PACKAGE = Path(ncprior.__file__).parent
 
-# What may stand in place of prose: code, mathematics, roles, quotations, examples.
+# Code, mathematics, roles, quotations and examples are no prose.
 NO_PROSE = re.compile(
-    r"``.+?``|:\w+:`.+?`|:math:`.+?`|`.+?`|\"[^\"]*\"|^ *(>>>|\.\.\. ).*$|^ *\.\. math::\n( {4,}.*\n|\n)+",
+    r"``.+?``|:\w+:`.+?`|`.+?`|\"[^\"]*\"|^ *(>>>|\.\.\. ).*$|"
+    r"^ *\.\. math::\n( {4,}.*\n|\n)+",
     re.MULTILINE | re.DOTALL,
 )
 EXAMPLE = re.compile(r"^ *Examples?:\n.*?(?=^ *[A-Z]\w+:\n|\Z)", re.MULTILINE | re.DOTALL)

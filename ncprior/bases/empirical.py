@@ -1,4 +1,4 @@
-"""The empirical distribution of latents, a placeholder for a missing prior, and the size of a base."""
+"""Empirical distribution of latents, placeholder of a missing prior, and size of a base."""
 
 from __future__ import annotations
 

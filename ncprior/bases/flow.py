@@ -3,8 +3,8 @@ r"""Normalizing flows as base priors: modules of zuko, or objects of normflows.
     source = rebase(source, fit_flow(latents_of(source, x)))
 
 A flow f maps standardised latents w to noise, so that
-log p(z) = log N(f(w); 0, I) + log |det ∂f/∂w| + log |∂w/∂z|. It fits curved densities better than a
-mixture, and it has a density, so that Langevin dynamics can refine draws of SIR.
+log p(z) = log N(f(w); 0, I) + log |det ∂f/∂w| + log |∂w/∂z|. It fits curved densities better than
+a mixture, and it has a density, so that Langevin dynamics can refine draws of SIR.
 
 References:
     | Neural Spline Flows (Durkan et al., NeurIPS 2019) https://arxiv.org/abs/1906.04032
@@ -35,8 +35,8 @@ class Flow(Distribution):
 
     Arguments:
         flow: The flow of flat, standardised latents; it is frozen. A flow of zuko is a module that
-            returns a distribution; a flow of normflows has ``log_prob(z)`` and ``sample(n)``, which
-            returns a pair.
+            returns a distribution; a flow of normflows has ``log_prob(z)`` and ``sample(n)``,
+            which returns a pair.
         loc: Means of the latents, with shape ``(D,)``.
         scale: Standard deviations of the latents, with shape ``(D,)``.
         event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
@@ -151,13 +151,13 @@ def fit_flow(
 
     5 % of the latents are held out for early stopping. The flow keeps the moving average of the
     weights. The default is a neural spline flow of coupling layers: samples and densities cost one
-    pass per layer, for any number of latents. An autoregressive flow needs D passes per sample, which
-    makes SIR with hundreds of proposals slow.
+    pass per layer, for any number of latents. An autoregressive flow needs D passes per sample,
+    which makes SIR with hundreds of proposals slow.
 
     Arguments:
         latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
-        flow: A flow of your own over D standardised numbers, of zuko or normflows. It is trained in
-            place and then frozen, and is not saved with the heads; see
+        flow: A flow of your own over D standardised numbers, of zuko or normflows. It is trained
+            in place and then frozen, and is not saved with the heads; see
             :func:`ncprior.saving.save_pretrained`.
         steps: Number of optimizer steps.
         batch_size: Rows per batch.
@@ -168,7 +168,8 @@ def fit_flow(
         progress: Whether to show a progress bar.
 
     Returns:
-        The distribution, on the device of the latents, in the dtype of your flow or else in float32.
+        The distribution, on the device of the latents, in the dtype of your flow or else in
+        float32.
 
     Raises:
         FloatingPointError: If the held-out mean of log p(z) is not finite.

@@ -5,8 +5,8 @@ A network v is fitted to the velocity of straight lines from noise z_0 ~ N(0, I)
 .. math::
     E \| v((1 - t) z_0 + t z_1, t) - (z_1 - z_0) \|^2, \qquad t \sim U(0, 1),
 
-whose minimiser is the mean velocity at each place and time. The flow dz/dt = v maps the distribution
-of the noise at t = 0 to the distribution of the latents at t = 1.
+whose minimiser is the mean velocity at each place and time. The flow dz/dt = v maps the
+distribution of the noise at t = 0 to the distribution of the latents at t = 1.
 
 References:
     | Flow Matching for Generative Modeling (Lipman et al., ICLR 2023)

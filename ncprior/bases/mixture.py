@@ -33,8 +33,8 @@ class GaussianMixture(Distribution):
     Arguments:
         logits: Unnormalised log-weights, with shape ``(K,)``.
         loc: Means, with shape ``(K, D)``; D is the number of latents.
-        scale: Standard deviations of diagonal covariances, with shape ``(K, D)``, or lower Cholesky
-            factors of full ones, with shape ``(K, D, D)``.
+        scale: Standard deviations of diagonal covariances, with shape ``(K, D)``, or lower
+            Cholesky factors of full ones, with shape ``(K, D, D)``.
         event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
 
     Raises:
@@ -193,9 +193,9 @@ class GaussianMixture(Distribution):
     def whiten(self, z: Tensor) -> Tensor:
         """Whitened latents u = S⁻¹ (z - m), both with shape ``(B, *event)``.
 
-        m is the mean of the mixture and S Sᵀ = Σ_j π_j Σ_j the mean covariance of its components. In
-        u the components are round on average, so that Langevin chains need no small steps for narrow
-        directions.
+        m is the mean of the mixture and S Sᵀ = Σ_j π_j Σ_j the mean covariance of its components.
+        In u the components are round on average, so that Langevin chains need no small steps for
+        narrow directions.
 
         Example:
             >>> narrow = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.tensor([[1, 1e-3]]))

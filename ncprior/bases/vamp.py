@@ -3,9 +3,9 @@ r"""VampPrior of a pretrained VAE: the mixture of its posteriors at learnt pseud
 .. math::
     p(z) = \frac{1}{K} \sum_k q(z | u_k)
 
-The best prior of a VAE is its aggregate posterior: this mixture over all training data. A VampPrior
-approximates it with K pseudo-inputs u_k. They start at training data and are optimised through the
-frozen encoder, to maximise E_q[log p(z)].
+The best prior of a VAE is its aggregate posterior: this mixture over all training data. A
+VampPrior approximates it with K pseudo-inputs u_k. They start at training data and are optimised
+through the frozen encoder, to maximise E_q[log p(z)].
 
 References:
     | VAE with a VampPrior (Tomczak & Welling, AISTATS 2018) https://arxiv.org/abs/1705.07120
@@ -45,9 +45,9 @@ def fit_vamp(
 ) -> GaussianMixture:
     """VampPrior: the mixture of a VAE's posteriors q(z | u_k) at learnt pseudo-inputs u_k.
 
-    Gradients flow through the encoder to the pseudo-inputs alone; the VAE does not change. Each step
-    encodes one batch and all pseudo-inputs. The pseudo-inputs with the highest mean of log p(z) over
-    held-out data are kept.
+    Gradients flow through the encoder to the pseudo-inputs alone; the VAE does not change. Each
+    step encodes one batch and all pseudo-inputs. The pseudo-inputs with the highest mean of log
+    p(z) over held-out data are kept.
 
     Arguments:
         source: The VAE, with one group of latents, no condition, and Gaussian posteriors.
@@ -55,8 +55,8 @@ def fit_vamp(
             needs ``held_out``. If a batch is a tuple such as (image, label), x is the first item.
         num_components: K, the number of pseudo-inputs.
         held_out: Data of the same kind for early stopping; by default 5 % of the data.
-        bounds: Least and largest value of pseudo-inputs. ``None`` takes 0 and 1 if all training data
-            at which they start lie between, else no bounds.
+        bounds: Least and largest value of pseudo-inputs. ``None`` takes 0 and 1 if all training
+            data at which they start lie between, else no bounds.
         steps: Number of optimizer steps; with 0, the pseudo-inputs are random rows of the data.
         batch_size: Rows per batch, where batches are made here.
         learning_rate: The first learning rate, in standard deviations of x.
@@ -69,9 +69,10 @@ def fit_vamp(
 
     Raises:
         FloatingPointError: If the held-out mean of log p(z) is not finite.
-        TypeError: If the posterior is not a diagonal Gaussian, or x is not a floating-point tensor.
-        ValueError: If the source has several groups or a condition, the encoder blocks gradients, or
-            there are fewer rows of data than pseudo-inputs.
+        TypeError: If the posterior is not a diagonal Gaussian, or x is not a floating-point
+            tensor.
+        ValueError: If the source has several groups or a condition, the encoder blocks gradients,
+            or there are fewer rows of data than pseudo-inputs.
 
     References:
         Tomczak & Welling (2018), equation 9.
@@ -160,8 +161,8 @@ def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, S
     group = source.group(source.start(num_rows(encoding), encoding))
     if group.context is not None:
         raise ValueError(
-            "A VampPrior needs a VAE without conditions; the group of this source has a context. Fit "
-            "one VampPrior per condition, to a source without it, or take another base."
+            "A VampPrior needs a VAE without conditions; the group of this source has a context. "
+            "Fit one VampPrior per condition, to a source without it, or take another base."
         )
     q = posterior_of(group)
     tensors = (parameters(q) or {}).get("Normal")

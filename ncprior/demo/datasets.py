@@ -50,8 +50,8 @@ class Labelled(NamedTuple):
 def read_images(repo: str, split: str, label: str = "label") -> Labelled:
     """Labelled images from the Parquet files of a data set of the Hugging Face Hub.
 
-    Files ``<split>*.parquet`` below ``$NCPRIOR_DATA/<repo>`` are read if there are any. Otherwise they
-    are downloaded once into the cache of the Hub.
+    Files ``<split>*.parquet`` below ``$NCPRIOR_DATA/<repo>`` are read if there are any. Otherwise
+    they are downloaded once into the cache of the Hub.
 
     Arguments:
         repo: The repository of the data set, such as ``"ylecun/mnist"``.
@@ -93,7 +93,8 @@ def read_images(repo: str, split: str, label: str = "label") -> Labelled:
 def digits() -> Labelled:
     """The 1,797 handwritten digits of 8×8 pixels in scikit-learn.
 
-    A pixel x is the fraction of black points among 16 points of a scan, so that 16 x is an integer.
+    A pixel x is the fraction of black points among 16 points of a scan, so that 16 x is an
+    integer.
 
     Raises:
         ImportError: If scikit-learn is not installed; install the extra ``demo``.

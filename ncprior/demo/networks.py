@@ -18,8 +18,8 @@ class VAE(nn.Module):
     Arguments:
         size: Height and width of the grey images, 8 (an MLP) or 28 (a convolutional network).
         latents: Number of latents.
-        counts: Binomial trials per pixel: pixel x is ``counts * x`` successes. 1 gives the Bernoulli
-            likelihood; for fractional x it is its expectation over binarised x.
+        counts: Binomial trials per pixel: pixel x is ``counts * x`` successes. 1 gives the
+            Bernoulli likelihood; for fractional x it is its expectation over binarised x.
 
     Example:
         >>> vae = VAE(8, latents=6, counts=16).eval()

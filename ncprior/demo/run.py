@@ -1,7 +1,8 @@
-"""The demonstration: a small VAE trained on real digits, its prior hole, and the gap closed by NCP.
+"""Demonstration: a small VAE trained on real digits, its prior hole, and the gap closed.
 
 A VAE is trained on the plain ELBO, then a ratio head on the frozen VAE. The gap closed is measured
-against held-out images, on features of a classifier trained on other images. Needs the extra ``demo``.
+against held-out images, on features of a classifier trained on other images. Needs the extra
+``demo``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 r"""Calibration of log r: logistic recalibration, the reliability curve and Pareto tails.
 
 With equally many z ~ q and z ~ p, the fraction of posterior samples at a given log r is
-σ(log q/p) = σ(log r) = D if log r is exact. All functions take log r at z ~ q and at z ~ p, with shape
-``(draws, rows)``. Several draws for one row x are not independent, so that standard errors are those
-of means over rows.
+σ(log q/p) = σ(log r) = D if log r is exact. All functions take log r at z ~ q and at z ~ p, with
+shape ``(draws, rows)``. Several draws for one row x are not independent, so that standard errors
+are those of means over rows.
 """
 
 import math
@@ -75,7 +75,7 @@ class Reliability(NamedTuple):
 
 
 def recalibrate(log_q: Tensor, log_p: Tensor) -> Recalibration:
-    r"""Logistic recalibration a·log r + b: minimises the NCE loss over a and b, by Newton's method.
+    r"""Logistic recalibration a·log r + b with the least NCE loss, by Newton's method.
 
     The standard errors are those of an M-estimator, H⁻¹ G H⁻¹ with H the Hessian (the Fisher
     information) and G the second moment of the gradients of the rows. They are valid for several
@@ -147,9 +147,9 @@ def reliability(log_q: Tensor, log_p: Tensor, num_bins: int = 10) -> Reliability
 def pareto_k(log_weights: Tensor) -> float:
     r"""Pareto k̂: the estimated shape of the generalised Pareto tail of exp(log_weights).
 
-    Weights of shape k have moments up to the order 1/k. Above k̂ = 0.7, no practical number of draws
-    gives a reliable estimate of their mean. The tail is the S' = min(S/5, 3√S) largest of S weights.
-    With θ = -k/σ, the profile likelihood and the posterior mean over a grid of θ are
+    Weights of shape k have moments up to the order 1/k. Above k̂ = 0.7, no practical number of
+    draws gives a reliable estimate of their mean. The tail is the S' = min(S/5, 3√S) largest of S
+    weights. With θ = -k/σ, the profile likelihood and the posterior mean over a grid of θ are
 
     .. math::
         k(\theta) = \tfrac{1}{n} \sum_i \log(1 - \theta x_i), \qquad
@@ -194,7 +194,7 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def _newton(features: Tensor, label: Tensor) -> Tensor:
-    """Minimiser of the NCE loss over the weights of a logit; the loss is convex, so 0 is a safe start."""
+    """Minimiser of the NCE loss, which is convex, over the weights of a logit."""
     weights = features.new_zeros(2)
     for _ in range(100):
         gradient, hessian = _derivatives(features, label, weights)

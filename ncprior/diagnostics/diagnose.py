@@ -1,7 +1,7 @@
 r"""Diagnosis of a trained prior, group by group, with a verdict and advice.
 
-All statistics are of held-out data x, at z ~ q and z ~ p under the same z_<k ~ q. A statistic leads
-to a verdict if it passes a threshold by three standard errors.
+All statistics are of held-out data x, at z ~ q and z ~ p under the same z_<k ~ q. A statistic
+leads to a verdict if it passes a threshold by three standard errors.
 
 References:
     | A Contrastive Learning Approach for Training Variational Autoencoder Priors
@@ -71,9 +71,10 @@ def diagnose(
 ) -> Report:
     """Diagnostic report on every group of a trained prior.
 
-    The statistics are of α log r, which the sampler uses: with a ``strength`` α other than 1 an exact
-    head appears as miscalibrated. Groups whose head is off are reported as off, without statistics.
-    The heads are set to evaluation mode during the diagnosis; prior and VAE do not change.
+    The statistics are of α log r, which the sampler uses: with a ``strength`` α other than 1 an
+    exact head appears as miscalibrated. Groups whose head is off are reported as off, without
+    statistics. The heads are set to evaluation mode during the diagnosis; prior and VAE do not
+    change.
 
     Arguments:
         prior: The prior.
@@ -83,9 +84,9 @@ def diagnose(
             enough.
         num_proposals: Two numbers M of proposals, ascending, for the effective sample size. The
             verdict assumes the larger one.
-        num_draws: Least number of draws of z per group, from the posterior and from the prior each;
-            each row is used several times if there are fewer rows. 8,192 draws give a standard error
-            of the JSD of about 0.005 nats.
+        num_draws: Least number of draws of z per group, from the posterior and from the prior
+            each; each row is used several times if there are fewer rows. 8,192 draws give a
+            standard error of the JSD of about 0.005 nats.
         batch_size: Rows per batch, where batches are made here.
 
     Returns:
@@ -205,7 +206,7 @@ def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
 
 @contextmanager
 def evaluating(prior: NCPrior) -> Iterator[None]:
-    """Context with the heads in evaluation mode; every module's own mode is restored at the end."""
+    """Context with the heads in evaluation mode; their own modes are restored at the end."""
     modes = [(module, module.training) for module in prior.modules()]
     prior.eval()
     try:

@@ -111,8 +111,8 @@ class GroupReport(NamedTuple):
             M; from 1 to M.
         log_z: Mean of log (1/M) Σ r at the larger M, in nats: an estimate of log Z from below.
         log_z_error: Its standard error.
-        proposals_needed: exp(KL + sd_q[log r]) of the recalibrated log r: the order of magnitude of M
-            from which draws of SIR are close to q. At most 10⁹.
+        proposals_needed: exp(KL + sd_q[log r]) of the recalibrated log r: the order of magnitude
+            of M from which draws of SIR are close to q. At most 10⁹.
         train_loss: The plain NCE loss on training data, in nats.
         train_gap: Held-out loss minus training loss, in nats.
         train_gap_error: Its standard error.

@@ -61,8 +61,8 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     Arguments:
         report: Result of :func:`ncprior.diagnostics.diagnose`.
         budget: Evaluations of heads that one sample may cost, over all groups and stages; an
-            evaluation with a gradient counts twice. Tempered SMC adapts its number of temperatures, so
-            that it keeps to the budget only approximately.
+            evaluation with a gradient counts twice. Tempered SMC adapts its number of
+            temperatures, so that it keeps to the budget only approximately.
 
     Returns:
         The recommendation.
@@ -103,8 +103,8 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     return Recommendation(
         partial(tempered_smc, num_particles=1, share_particles=True, num_moves=moves),
         2 * (1 + temperatures * moves) * heads,
-        f"{needed:,} proposals are needed, and SIR is exact enough with {_PLENTY} times as many, beyond "
-        f"the budget; shared particles reach β = 1 in about {temperatures} temperatures.",
+        f"{needed:,} proposals are needed, and SIR is exact enough with {_PLENTY} times as many, "
+        f"beyond the budget; shared particles reach β = 1 in about {temperatures} temperatures.",
     )
 
 

@@ -40,7 +40,7 @@ class Report(NamedTuple):
         return render(self.groups, self.num_proposals, [note])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as values ready for JSON; numbers that are not finite become ``None``.
+        """Returns the report as values ready for JSON; non-finite numbers become ``None``.
 
         Example:
             >>> report = Report((GroupReport(0, Verdict.OFF),), 100, 8200, (50, 500))

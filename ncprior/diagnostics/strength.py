@@ -1,15 +1,17 @@
 r"""Strength α of a prior at which a sampler's draws have the same mean log r as held-out data.
 
-The distributions :math:`p_\alpha \propto r^\alpha p` are an exponential family in log r. The member with
-the highest likelihood of encodings of held-out data has the same mean of log r as the encodings,
+The distributions :math:`p_\alpha \propto r^\alpha p` are an exponential family in log r. The
+member with the highest likelihood of encodings of held-out data has the same mean of log r as the
+encodings,
 
 .. math::
     \frac{d}{d\alpha} E_q[\log p_\alpha(z)] = E_q[\log r] - E_{p_\alpha}[\log r] = 0,
 
 and it is unique, as the log-likelihood is concave in α. For r = q/p it is α = 1. A trained head is
-accurate on average where p and q have samples, where its NCE loss and its calibration are measured; a
-sampler moves to where r is large. Moreover, SIR with few proposals and short Langevin chains draw from a
-distribution that is flatter than p_α. The same condition on the actual draws corrects for both.
+accurate on average where p and q have samples, where its NCE loss and its calibration are
+measured; a sampler moves to where r is large. Moreover, SIR with few proposals and short Langevin
+chains draw from a distribution that is flatter than p_α. The same condition on the actual draws
+corrects for both.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ def match_strength(
 
     Arguments:
         prior: The trained prior.
-        held_out: Data that no head was trained on, as for :func:`ncprior.diagnostics.diagnose`. All
-            of it is used about ten times: a few thousand rows are enough.
+        held_out: Data that no head was trained on, as for :func:`ncprior.diagnostics.diagnose`.
+            All of it is used about ten times: a few thousand rows are enough.
         sampler: The sampler whose strength is fitted, with its settings.
         max_strength: The largest strength, 1 or more. It is returned, with a warning, if the mean
             log r of the draws is still too low there. At larger strengths a sampler only picks the
@@ -67,8 +69,8 @@ def match_strength(
         progress: Whether to show a progress bar.
 
     Returns:
-        α. It is 1 if the draws at α = 1 match the data within three standard errors, or the head has
-        learnt nothing; 0 if the base is closer to the data than any correction.
+        α. It is 1 if the draws at α = 1 match the data within three standard errors, or the head
+        has learnt nothing; 0 if the base is closer to the data than any correction.
 
     Raises:
         ValueError: If no head is in use, there are fewer than 2 rows, or ``max_strength`` is
@@ -132,8 +134,8 @@ def _root(excess: Callable[[float], Mean], max_strength: float) -> float:
     if (at_end.value > 0) == (at_one.value > 0) or _is_close(at_end):
         if end > 0 and not _is_close(at_end):
             warnings.warn(
-                f"At strength {max_strength:g} the mean log r of the draws is still below that of the "
-                f"data, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
+                f"At strength {max_strength:g} the mean log r of the draws is still below that of "
+                f"the data, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
                 f"moves, or a closer base.",
                 stacklevel=4,
             )

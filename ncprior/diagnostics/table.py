@@ -12,8 +12,8 @@ from ncprior.diagnostics.group_report import UNRELIABLE_K, GroupReport, Verdict
 _WIDTH = 100  # columns of the table
 
 LEGEND = (
-    "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] are followed by the shape k of "
-    "their Pareto tail; in parentheses, where k is above 0.7, they are unreliable."
+    "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] are followed by the shape k "
+    "of their Pareto tail; in parentheses, where k is above 0.7, they are unreliable."
 )
 
 

@@ -1,4 +1,4 @@
-"""Area under the ROC curve (AUROC) with a confidence interval, and paired differences of AUROCs."""
+"""Area under the ROC curve (AUROC) with a confidence interval, and paired differences."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class AUROC(NamedTuple):
 def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
     """AUROC: the probability that a score from inside is larger than a score from outside.
 
-    Ties count one half. The variance is DeLong's. The interval is that of a normal distribution, cut
-    to [0, 1]; its width is 0 if every pair is in order.
+    Ties count one half. The variance is DeLong's. The interval is that of a normal distribution,
+    cut to [0, 1]; its width is 0 if every pair is in order.
 
     Arguments:
         inside: Scores of in-distribution data, with shape ``(N,)``.
@@ -45,8 +45,8 @@ def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
         The area with its interval.
 
     Raises:
-        ValueError: If there are fewer than two scores of either kind, a score is NaN, or the level is
-            not between 0 and 1.
+        ValueError: If there are fewer than two scores of either kind, a score is NaN, or the level
+            is not between 0 and 1.
 
     References:
         DeLong et al. (1988), equations 4 and 5
@@ -69,8 +69,8 @@ def auroc_gain(
 ) -> AUROC:
     """Paired difference between the AUROCs of two scores, averaged over out-of-distribution sets.
 
-    Both scores are of the same images, so that the difference is paired image by image: the variance
-    that the scores have in common cancels.
+    Both scores are of the same images, so that the difference is paired image by image: the
+    variance that the scores have in common cancels.
 
     Arguments:
         inside: Scores of in-distribution data, with shape ``(N,)``.
@@ -118,7 +118,7 @@ def _with_interval(value: float, error: float, level: float, *, lowest: float) -
 
 
 def _placements(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Fraction of scores of the other kind in the right order, per score; their mean is the AUROC."""
+    """Fraction of other scores in the right order, per score; the mean is the AUROC."""
     inside, outside = (scores.to("cpu", torch.float64).flatten() for scores in (inside, outside))
     if min(len(inside), len(outside)) < 2:
         raise ValueError(

@@ -1,13 +1,14 @@
 r"""Two-sided estimates of log E w, in nats, from S importance weights w_s ≥ 0.
 
-* *Lower bound*: :math:`\log \frac{1}{S} \sum_s w_s`, which is too small on average (Jensen); its bias
-  is of order 1/S.
+* *Lower bound*: :math:`\log \frac{1}{S} \sum_s w_s`, which is too small on average (Jensen); its
+  bias is of order 1/S.
 * *Estimate*: the jackknife of the lower bound, which removes the bias of order 1/S.
-* *Upper estimate*: the draws are split into blocks b with mean weights :math:`\hat w_b`. If one draw
-  of a block came from the distribution ∝ w, :math:`\log \hat w_b` would be too large on average. The
-  distribution of such blocks is that of the given blocks, reweighted by :math:`\hat w_b`. Therefore
-  :math:`\sum_b \hat w_b \log \hat w_b \,/\, \sum_b \hat w_b` is too large on average for many blocks;
-  for four blocks its bias is about twice as large as that of the lower bound.
+* *Upper estimate*: the draws are split into blocks b with mean weights :math:`\hat w_b`. If one
+  draw of a block came from the distribution ∝ w, :math:`\log \hat w_b` would be too large on
+  average. The distribution of such blocks is that of the given blocks, reweighted by :math:`\hat
+  w_b`. Therefore :math:`\sum_b \hat w_b \log \hat w_b \,/\, \sum_b \hat w_b` is too large on
+  average for many blocks; for four blocks its bias is about twice as large as that of the lower
+  bound.
 
 References:
     | Importance Weighted Autoencoders (Burda et al., ICLR 2016)
@@ -53,7 +54,8 @@ def bounds(log_w: Tensor) -> Bounds:
             axis must be independent.
 
     Returns:
-        The estimates in nats, with shape ``(N,)``. If S is below 8, all but the lower bound are NaN.
+        The estimates in nats, with shape ``(N,)``. If S is below 8, all but the lower bound are
+        NaN.
 
     Example:
         >>> log_w = 2 * torch.randn(200, 1000, dtype=torch.float64)  # log E w = 2

@@ -4,8 +4,8 @@ r"""Gap closed: the fraction of the prior hole that a new prior removes, with it
     \theta = \frac{D_\text{base} - D}{D_\text{base} - D_\text{post}}
 
 where D_base, D and D_post are the Fréchet distances between held-out data and samples of the base
-prior, of our prior and of the posterior. 0 is as good as the base prior, 1 as good as the aggregate
-posterior; values above 1 are possible.
+prior, of our prior and of the posterior. 0 is as good as the base prior, 1 as good as the
+aggregate posterior; values above 1 are possible.
 """
 
 from __future__ import annotations
@@ -78,19 +78,19 @@ def gap_closed(
 ) -> GapClosed:
     """Gap closed between base prior and posterior, with a confidence interval.
 
-    The estimate is (D_base - D) / (D_base - D_post), where each D is the mean over R generations of
-    the Fréchet distance to the full reference.
+    The estimate is (D_base - D) / (D_base - D_post), where each D is the mean over R generations
+    of the Fréchet distance to the full reference.
 
     The interval is Fieller's interval for a ratio of means. The covariance of numerator and
     denominator is the covariance over the R generations, divided by R, plus the covariance over
-    references resampled with replacement, which are the same for all arms. Duplicates in a resampled
-    reference add a constant to all distances: it cancels in the covariance, but would bias
-    percentiles of the resampled ratio. As R is small, the quantile is that of Student's t with
-    Satterthwaite's degrees of freedom.
+    references resampled with replacement, which are the same for all arms. Duplicates in a
+    resampled reference add a constant to all distances: it cancels in the covariance, but would
+    bias percentiles of the resampled ratio. As R is small, the quantile is that of Student's t
+    with Satterthwaite's degrees of freedom.
 
     The interval covers the randomness of sampling and of the choice of held-out data, but not that
-    of training. The finite-sample bias of Fréchet distances cancels as far as the covariances of the
-    arms agree.
+    of training. The finite-sample bias of Fréchet distances cancels as far as the covariances of
+    the arms agree.
 
     Arguments:
         reference: Features of held-out data, with shape ``(N_ref, F)``.
@@ -98,8 +98,8 @@ def gap_closed(
         ours: The same for our prior. Use one seed for the i-th generations of all arms: the noise
             that they have in common cancels.
         posterior: The same for decoded posterior samples of *training* data, if possible with
-            different data for every generation. With samples of the reference data, D_post would be
-            too low.
+            different data for every generation. With samples of the reference data, D_post would
+            be too low.
         num_resamples: Number of resampled references.
         level: Coverage of the interval.
         seed: Seed of the resampled references, which depend on the seed and N_ref alone, so that
@@ -110,8 +110,8 @@ def gap_closed(
 
     Raises:
         ValueError: If there are fewer than 5 generations, two generations are equal, their sizes
-            differ, F > min(N, N_ref) / 10, or there is no measurable hole: D_base exceeds D_post by
-            less than its sampling error. Draw more samples or take other features.
+            differ, F > min(N, N_ref) / 10, or there is no measurable hole: D_base exceeds D_post
+            by less than its sampling error. Draw more samples or take other features.
 
     References:
         Some Problems in Interval Estimation (Fieller, 1954)
@@ -147,8 +147,8 @@ def gap_closed(
 def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDifference:
     """Paired difference between the gaps closed by methods a and b.
 
-    The noise that both results have in common, of the reference and of generations with equal seeds,
-    cancels: the interval is often much narrower than those of a and b.
+    The noise that both results have in common, of the reference and of generations with equal
+    seeds, cancels: the interval is often much narrower than those of a and b.
 
     Arguments:
         a: Result of :func:`gap_closed`.

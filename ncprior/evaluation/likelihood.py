@@ -160,23 +160,23 @@ def log_likelihood(
     Arguments:
         prior: The prior; or a source, for which only the base is measured. The source needs
             ``likelihood``, and densities of its priors and posteriors.
-        data: Held-out x: a tensor or map-style dataset, a ``DataLoader``, or a list of batches. If a
-            batch is a tuple such as (image, label), p(x | z) is evaluated at its first item.
+        data: Held-out x: a tensor or map-style dataset, a ``DataLoader``, or a list of batches. If
+            a batch is a tuple such as (image, label), p(x | z) is evaluated at its first item.
         num_samples: S, the draws of z per row. If S is below 8, only lower bounds are estimated.
         num_proposals: M of SIR(M); ``None`` leaves SIR(M) out.
         num_pools: L, the pools of M - 1 proposals per draw and group.
         share_pools: Whether all z of a chunk share their pools: M - 1 evaluations of a head per
-            chunk instead of per z. The estimate is unbiased for each x, but the errors of all x are
-            correlated and fall only with the number of chunks. Only for groups without context, whose
-            p(z) is the same for all rows.
+            chunk instead of per z. The estimate is unbiased for each x, but the errors of all x
+            are correlated and fall only with the number of chunks. Only for groups without
+            context, whose p(z) is the same for all rows.
         log_z: Result of :func:`ncprior.evaluation.log_normaliser`; ``None`` leaves NCP out.
         batch_size: Rows per batch, where batches are made here.
         chunk_size: Largest number of z in memory, and of latents given to a head at once.
         progress: Whether to show a progress bar.
 
     Returns:
-        The estimates by model: ``"base"`` and, on request, ``"sir"`` and ``"ncp"``. All use the same
-        draws of z, so that differences are paired.
+        The estimates by model: ``"base"`` and, on request, ``"sir"`` and ``"ncp"``. All use the
+        same draws of z, so that differences are paired.
 
     Raises:
         ValueError: If the source has no method ``likelihood``, a number is too small, or
@@ -227,7 +227,7 @@ def log_likelihood(
 
 
 def _normalised(of: Bounds, log_z: LogZ) -> Bounds:
-    """Subtracts log Z: its upper end from the lower bound, its lower end from the upper estimate."""
+    """Subtracts log Z: its upper end from the lower bound, its lower from the upper estimate."""
     middle = 0.5 * (log_z.lower + log_z.upper)
     return Bounds(of.lower - log_z.upper, of.estimate - middle, of.upper - log_z.lower)
 

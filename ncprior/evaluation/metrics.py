@@ -1,7 +1,7 @@
 """Metrics of samples: Fréchet distance, precision and recall, maximum mean discrepancy (MMD).
 
-All metrics compare features: float matrices of shape ``(N, F)``. A feature function is any callable
-that maps images, or other outputs of the decoder, to such a matrix.
+All metrics compare features: float matrices of shape ``(N, F)``. A feature function is any
+callable that maps images, or other outputs of the decoder, to such a matrix.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Moments(NamedTuple):
 def frechet_distance(a: Tensor, b: Tensor, *, strict: bool = True) -> Tensor:
     """Squared Fréchet distance between Gaussians fitted to two sets of features.
 
-    The distance is |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½); with features of InceptionV3
-    it is the FID. From N samples it is biased upwards by an amount of order F²/N.
+    The distance is |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½); with features of
+    InceptionV3 it is the FID. From N samples it is biased upwards by an amount of order F²/N.
 
     Arguments:
         a: Features, with shape ``(N, F)``.
@@ -76,12 +76,14 @@ def precision_recall(
     """Precision and recall of generated features with respect to real ones.
 
     The manifold of a set is the union of balls around its members, with the distance to the k-th
-    nearest other member as radius. Precision is the fraction of generated samples inside the manifold
-    of the real ones; recall is the fraction of real samples inside the manifold of the generated ones.
+    nearest other member as radius. Precision is the fraction of generated samples inside the
+    manifold of the real ones; recall is the fraction of real samples inside the manifold of the
+    generated ones.
 
     Arguments:
         real: Features, with shape ``(N, F)``.
-        generated: Features, with shape ``(N', F)``; take N' = N, as both metrics depend on the counts.
+        generated: Features, with shape ``(N', F)``; take N' = N, as both metrics depend on the
+            counts.
         neighbours: k, the neighbour whose distance is the radius.
         chunk_size: Rows compared at once; memory holds ``chunk_size`` × max(N, N') numbers.
 
@@ -89,8 +91,8 @@ def precision_recall(
         Precision and recall, each between 0 and 1.
 
     Raises:
-        ValueError: If the numbers of features differ, a feature is not finite, or a set has at most k
-            samples.
+        ValueError: If the numbers of features differ, a feature is not finite, or a set has at
+            most k samples.
 
     References:
         Improved Precision and Recall Metric for Assessing Generative Models
@@ -118,8 +120,9 @@ def precision_recall(
 def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int = 1024) -> Tensor:
     """Unbiased estimate of the squared maximum mean discrepancy, MMD².
 
-    MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y) with k(x, y) = exp(-|x - y|² / (2 h²)), estimated over
-    distinct pairs only. Its mean is 0 if both distributions are the same, so that it can be negative.
+    MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y) with k(x, y) = exp(-|x - y|² / (2 h²)), estimated
+    over distinct pairs only. Its mean is 0 if both distributions are the same, so that it can be
+    negative.
 
     Arguments:
         a: Features, with shape ``(N, F)``.
@@ -132,7 +135,8 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int
         The estimate, a dimensionless float64 scalar, at most 2.
 
     Raises:
-        ValueError: If the numbers of features differ, a feature is not finite, or h is not positive.
+        ValueError: If the numbers of features differ, a feature is not finite, or h is not
+            positive.
 
     References:
         A Kernel Two-Sample Test (Gretton et al., JMLR 2012), equation 3 and section 8
@@ -256,7 +260,7 @@ def moments(x: Tensor, counts: Tensor | None = None) -> Moments:
 
 
 def frechet(a: Moments, b: Moments) -> Tensor:
-    """Squared Fréchet distances between one Gaussian a and Gaussians b, with the batch shape of b."""
+    """Squared Fréchet distances from a Gaussian a to Gaussians b, with the batch shape of b."""
     # With Σ_a = L Lᵀ, the eigenvalues of Σ_a Σ_b are those of the symmetric Lᵀ Σ_b L.
     eigenvalues, vectors = torch.linalg.eigh(a.cov)
     root = vectors * eigenvalues.clamp(min=0).sqrt()

@@ -12,7 +12,8 @@ weights is an unbiased estimate of Z. Therefore
 * *in reverse*, one of the particles is a draw z ~ p_NCP whose annealing runs backwards: 1/Ẑ is an
   unbiased estimate of 1/Z, so that log Ẑ ≥ log Z on average.
 
-With one group, T = 1 is plain importance sampling, and T > 1 is annealed importance sampling (AIS).
+With one group, T = 1 is plain importance sampling, and T > 1 is annealed importance sampling
+(AIS).
 
 References:
     | Annealed Importance Sampling (Neal, 2001)
@@ -180,14 +181,14 @@ def anneal(
     step_size: float = 0.2,
     backwards_from: Tensor | None = None,
 ) -> Annealed:
-    r"""Annealed importance sampling from p to r·p over r^β·p, β = 1/T, 2/T, …, 1: one chain per row.
+    r"""Annealed importance sampling over r^β·p, β = 1/T, 2/T, …, 1, with one chain per row.
 
     .. math::
         \log w = \frac{1}{T} \sum_{t=1}^{T} \log r(z_{t-1}), \qquad z_0 \sim p,
 
     where z_t is one step of MALA on r^{t/T}·p from z_{t-1}. E w = Z = E_p r, and (z_{T-1}, w) is a
-    weighted draw of r·p. Backwards, z_{T-1} is given and the steps are taken in the opposite order; if
-    z_{T-1} is a draw of r·p/Z, E 1/w = 1/Z.
+    weighted draw of r·p. Backwards, z_{T-1} is given and the steps are taken in the opposite
+    order; if z_{T-1} is a draw of r·p/Z, E 1/w = 1/Z.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
@@ -263,7 +264,7 @@ class _Particles:
         return self.source.start(rows, condition=condition)
 
     def _step(self, k: int, state: Any, z: Tensor | None) -> Annealed:  # noqa: ANN401
-        """Draws z_k, or takes the given one, and weights it; the weight is 1 if the head is off."""
+        """Draws or takes z_k, with its log-weight; the weight is 1 if the head is off."""
         group = self.source.group(state)
         if not self.prior.is_on(k):
             z = group.prior.sample() if z is None else z

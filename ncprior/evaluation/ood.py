@@ -6,13 +6,13 @@ The score of an image is
     \log p_{VAE}(x) + \log \frac{E_{q(z|x)}[w \, r]}{E_{q(z|x)}[w]} - E(x),
     \qquad w = \frac{p(x|z) \, p(z)}{q(z|x)},
 
-the log-density of x under the VAE, NCP, VAEBM or VAEBM on NCP, without log Z, which is the same for
-every x. Both expectations are importance-sampling estimates over the same S draws of z; log p_VAE is
-the lower bound of the importance weighted autoencoder, IWAE-S.
+the log-density of x under the VAE, NCP, VAEBM or VAEBM on NCP, without log Z, which is the same
+for every x. Both expectations are importance-sampling estimates over the same S draws of z; log
+p_VAE is the lower bound of the importance weighted autoencoder, IWAE-S.
 
-A VAEBM of noisy data, x + σε, is trained on noisy images only. Its score is the mean over the noise:
-E(x + σε) is averaged over S draws of ε. By Jensen's inequality, the bound on log p_VAE(x), with
-p(x|z) of the same σ, is up to a constant also a bound on the mean of log p_VAE(x + σε):
+A VAEBM of noisy data, x + σε, is trained on noisy images only. Its score is the mean over the
+noise: E(x + σε) is averaged over S draws of ε. By Jensen's inequality, the bound on log p_VAE(x),
+with p(x|z) of the same σ, is up to a constant also a bound on the mean of log p_VAE(x + σε):
 
 .. math::
     E_ε \log E_{q(z|x)} [w(x + σε)] \ge
@@ -79,8 +79,8 @@ def ood_score(
     """Out-of-distribution scores of images, by unnormalised log-density.
 
     Arguments:
-        model: A VAE, an NCP prior on it, or a VAEBM on either. The source needs ``likelihood``, and
-            densities of its priors and posteriors.
+        model: A VAE, an NCP prior on it, or a VAEBM on either. The source needs ``likelihood``,
+            and densities of its priors and posteriors.
         data: Images: a tensor or map-style dataset, a ``DataLoader``, or a list of batches.
         num_samples: S, the draws of z per image, and of the noise on data if the model has any.
         batch_size: Images per batch, where batches are made here.

@@ -35,7 +35,8 @@ class Draw(NamedTuple):
 
     Attributes:
         z: The latents, with shape ``(B, *event)``.
-        ess: Effective sample size of the proposals, (Σ r)² / Σ r², from 1 to M, with shape ``(B,)``.
+        ess: Effective sample size of the proposals, (Σ r)² / Σ r², from 1 to M, with shape
+            ``(B,)``.
         log_mean_weight: log (1/M) Σ r, an estimate of log Z in nats, with shape ``(B,)``.
         acceptance: Acceptance rate of a Markov chain, from 0 to 1, with shape ``(B,)``.
 

@@ -3,8 +3,8 @@ r"""Composition of samplers: sequences, tempering, and a description as text.
 Three settings sharpen or flatten samples, and each has its own meaning. ``NCPrior.strength`` α
 targets r^α·p: it sets how far the prior is corrected, and :mod:`ncprior.diagnostics` fits it to a
 sampler. The temperature T of :func:`at_temperature` targets (r·p)^{1/T}: it sets how close draws
-stay to the modes of the corrected prior. The temperature of a source or a base changes p itself, and
-therefore the ratio r = q/p: heads must be trained at that temperature.
+stay to the modes of the corrected prior. The temperature of a source or a base changes p itself,
+and therefore the ratio r = q/p: heads must be trained at that temperature.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
         then: Samplers that take ``init``, such as ``partial(langevin, …)``.
 
     Returns:
-        The sampler. The z of its draw is that of the last sampler; every other field is that of the
-        last sampler that returned one.
+        The sampler. The z of its draw is that of the last sampler; every other field is that of
+        the last sampler that returned one.
 
     Example:
         >>> from functools import partial
@@ -67,8 +67,8 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
     At T < 1 draws stay closer to the modes: fewer bad samples and less variety.
 
     Arguments:
-        sampler: A sampler of r·p. Do not pass one of ``within_components``: it keeps the weights of
-            the components, which a temperature should change.
+        sampler: A sampler of r·p. Do not pass one of ``within_components``: it keeps the weights
+            of the components, which a temperature should change.
         temperature: T > 0; T = 1 changes nothing.
 
     Returns:

@@ -36,10 +36,10 @@ def langevin(
         z \leftarrow z - \tfrac{1}{2} \lambda \nabla E(z) + \sqrt{\lambda}\, \varepsilon,
         \qquad \varepsilon \sim N(0, I).
 
-    By default this is the unadjusted Langevin algorithm (ULA), whose stationary distribution differs
-    from r·p / Z by O(λ). ``adjusted=True`` adds a Metropolis-Hastings correction of each step: the
-    Metropolis-adjusted Langevin algorithm (MALA), which leaves r·p / Z invariant. Gradients are
-    taken with respect to z alone.
+    By default this is the unadjusted Langevin algorithm (ULA), whose stationary distribution
+    differs from r·p / Z by O(λ). ``adjusted=True`` adds a Metropolis-Hastings correction of each
+    step: the Metropolis-adjusted Langevin algorithm (MALA), which leaves r·p / Z invariant.
+    Gradients are taken with respect to z alone.
 
     Arguments:
         prior: p(z), a continuous distribution of batch shape ``(B,)``.
@@ -47,8 +47,8 @@ def langevin(
         num_steps: Number of steps.
         step_size: λ, in squared units of z.
         adjusted: Whether to correct each step by Metropolis-Hastings (MALA).
-        init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws it
-            from p(z).
+        init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws
+            it from p(z).
 
     Returns:
         A draw with ``z`` and, when adjusted, ``acceptance``.
@@ -180,7 +180,7 @@ class Target:
         call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
         self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
         self.calls += 1
-        # A chain with a non-finite value stays where it is: priors that validate z would raise first.
+        # A chain with a non-finite value stays in place: priors that validate z would raise first.
         still = [torch.where(bad, 0.0, slope) for slope in slopes]
         return Point(*point[:3], *still)
 
@@ -200,7 +200,7 @@ class Target:
 
 
 def supports_langevin(prior: Sampleable) -> bool:
-    """Whether a prior supports Langevin dynamics: a density on all of R^n, neither discrete nor bounded.
+    """Whether a prior supports Langevin dynamics: it needs a density on all of R^n.
 
     Example:
         >>> supports_langevin(Normal(0.0, 1.0)), supports_langevin(torch.distributions.Bernoulli(0.5))

@@ -1,19 +1,20 @@
 r"""Sampling within the components of a Gaussian mixture base, with the mixture weights unchanged.
 
 A mixture draws z in two steps: a component j ~ π_j, then z ~ p_j(z). SIR over the whole mixture
-moves probability mass away from the components where q and p_j differ most: good proposals are rare
-there, so a proposal of an easier component is picked. Sampling within components draws each row from
+moves probability mass away from the components where q and p_j differ most: good proposals are
+rare there, so a proposal of an easier component is picked. Sampling within components draws each
+row from
 
 .. math::
     \sum_j \pi_j \, \frac{r(z) \, p_j(z)}{Z_j}, \qquad Z_j = E_{p_j}[r].
 
-With the exact ratio r = q/p, Z_j = E_q[π_j p_j / p] / π_j. If π_j is the fraction of q that component
-j is responsible for, then Z_j = 1 and this distribution is q itself. Every fixed point of
-expectation-maximisation on encodings has this property. The number of proposals M must then suit the
-average component instead of the hardest one.
+With the exact ratio r = q/p, Z_j = E_q[π_j p_j / p] / π_j. If π_j is the fraction of q that
+component j is responsible for, then Z_j = 1 and this distribution is q itself. Every fixed point
+of expectation-maximisation on encodings has this property. The number of proposals M must then
+suit the average component instead of the hardest one.
 
-Each component is reparametrised by noise: z = μ_j + L_j ε with ε ~ N(0, I). Chains move in ε, so that
-directions in which a component is narrow need no smaller steps.
+Each component is reparametrised by noise: z = μ_j + L_j ε with ε ~ N(0, I). Chains move in ε, so
+that directions in which a component is narrow need no smaller steps.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def within_components(sampler: Sampler) -> Sampler:
 
     Arguments:
         sampler: The sampler within a component, such as ``partial(sir, num_proposals=50)``. It
-            draws the noise ε of the component: step sizes of chains are in squared units of ε. Each
-            row has its own target, so the sampler must not share particles or proposals.
+            draws the noise ε of the component: step sizes of chains are in squared units of ε.
+            Each row has its own target, so the sampler must not share particles or proposals.
 
     Returns:
         The sampler; ``log_mean_weight`` of its draws estimates log Z_j of the row's component.

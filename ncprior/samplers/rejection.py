@@ -86,16 +86,16 @@ def independence(
 ) -> Draw:
     r"""Independence Metropolis: Metropolis-Hastings whose proposals are independent draws of p.
 
-    A proposal z' is accepted with probability min(1, r(z') / r(z)), which leaves r·p / Z invariant.
-    The sampler needs neither a gradient nor the density of p. The total
-    variation distance to r·p / Z falls at least as fast as (1 - Z / max r)^num_steps.
+    A proposal z' is accepted with probability min(1, r(z') / r(z)), which leaves r·p / Z
+    invariant. The sampler needs neither a gradient nor the density of p. The total variation
+    distance to r·p / Z falls at least as fast as (1 - Z / max r)^num_steps.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
         log_ratio: Maps z, with shape ``(*, B, *event)``, to log r(z) in nats, ``(*, B)``.
         num_steps: Number of proposals per row.
-        init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws it
-            from p(z).
+        init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws
+            it from p(z).
         chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
             per row if that is more.
 
@@ -128,9 +128,7 @@ def independence(
     while left:
         count = min(left, max(1, chunk_size // max(1, len(z))))
         new, log_r = _proposals(prior, log_ratio, count)
-        last = torch.full_like(
-            here, -1, dtype=torch.long
-        )  # index of each chain's current proposal
+        last = torch.full_like(here, -1, dtype=torch.long)  # each chain's current proposal
         for t, log_u in enumerate(torch.rand_like(log_r).log()):
             accept = log_u < log_r[t] - here
             here = torch.where(accept, log_r[t], here)

@@ -30,19 +30,20 @@ def sir(
     chunk_size: int = 4096,
     share_proposals: bool = False,
 ) -> Draw:
-    r"""Sampling-importance-resampling (SIR): keeps one of M proposals z ~ p(z), with probability ∝ r(z).
+    r"""Sampling-importance-resampling (SIR): picks one of M proposals of p, with probability ∝ r.
 
-    Resampling is one pass of Gumbel-max over chunks of proposals: with g ~ Gumbel(0, 1), the proposal
-    of the largest log r(z) + g is a draw from the categorical distribution of weights r(z). Memory
-    does not grow with M. The distribution of the draw tends to r·p / Z as M → ∞; M proposals correct
-    about log M nats.
+    Resampling is one pass of Gumbel-max over chunks of proposals: with g ~ Gumbel(0, 1), the
+    proposal of the largest log r(z) + g is a draw from the categorical distribution of weights
+    r(z). Memory does not grow with M. The distribution of the draw tends to r·p / Z as M → ∞; M
+    proposals correct about log M nats.
 
-    With ``share_proposals``, all B rows of a batch choose among the same M proposals, at 1/B of the
-    cost. The distribution of each row does not change, and rows are independent given the proposals.
-    But two rows pick the same proposal with probability E[1 / ESS], and the covariance of f(z)
-    between rows is the variance of the weighted mean of f over the proposals, about Var f / ESS. The
-    variance of a mean over n draws in batches of B is thus about Var f · (1/n + 1/(ESS · n / B)).
-    Sharing is harmless while B is well below the ESS; otherwise the draws of a batch look alike.
+    With ``share_proposals``, all B rows of a batch choose among the same M proposals, at 1/B of
+    the cost. The distribution of each row does not change, and rows are independent given the
+    proposals. But two rows pick the same proposal with probability E[1 / ESS], and the covariance
+    of f(z) between rows is the variance of the weighted mean of f over the proposals, about Var f
+    / ESS. The variance of a mean over n draws in batches of B is thus about Var f · (1/n + 1/(ESS
+    · n / B)). Sharing is harmless while B is well below the ESS; otherwise the draws of a batch
+    look alike.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
@@ -50,10 +51,10 @@ def sir(
             argument may be overwritten once it has returned.
         num_proposals: M, the number of proposals per row.
         chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
-            per row if that is more. Bounds the memory; the distribution of the draw does not depend
-            on it.
-        share_proposals: Whether all rows choose among the same M proposals. p and log r must be the
-            same for every row, as in the first group of a VAE without conditions.
+            per row if that is more. Bounds the memory; the distribution of the draw does not
+            depend on it.
+        share_proposals: Whether all rows choose among the same M proposals. p and log r must be
+            the same for every row, as in the first group of a VAE without conditions.
 
     Returns:
         A draw with ``z``, ``ess`` and ``log_mean_weight``.
@@ -77,7 +78,7 @@ def sir(
             f"num_proposals and chunk_size must be at least 1; got {num_proposals}, {chunk_size}."
         )
     check_rows(prior)
-    # The first chunk is one proposal per row: its shape gives B for any prior, sample-only ones too.
+    # The first chunk is one proposal per row: its shape gives B, also for sample-only priors.
     proposals = Proposals(prior)
     z = proposals(1)
     rows = z.shape[1]

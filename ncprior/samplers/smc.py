@@ -1,9 +1,9 @@
 r"""Tempered sequential Monte Carlo (SMC): particles move from p to r·p over r^β·p, β from 0 to 1.
 
-SIR weights its proposals once and corrects about log M nats. Tempered SMC alternates small increments
-of β, resampling and MALA moves: the nats that it can correct grow with the number of temperatures. If
-all rows have the same target, they can share their particles: 12 nats of a Gaussian then cost about
-a dozen gradients of log r per sample.
+SIR weights its proposals once and corrects about log M nats. Tempered SMC alternates small
+increments of β, resampling and MALA moves: the nats that it can correct grow with the number of
+temperatures. If all rows have the same target, they can share their particles: 12 nats of a
+Gaussian then cost about a dozen gradients of log r per sample.
 
 References:
     | Sequential Monte Carlo Samplers (Del Moral, Doucet & Jasra, 2006)
@@ -44,10 +44,10 @@ def tempered_smc(
 ) -> Draw:
     r"""Tempered sequential Monte Carlo: draws one of P particles per row, moved from p to r·p.
 
-    Each inverse temperature β is the largest at which the effective sample size of the particles is
-    still ``ess_fraction`` of their number, on average over the rows. At each β the particles are
-    resampled and take ``num_moves`` steps of MALA, whose λ is adapted to an acceptance rate of 0.57.
-    One sample costs P · (1 + temperatures · moves) gradients of log r.
+    Each inverse temperature β is the largest at which the effective sample size of the particles
+    is still ``ess_fraction`` of their number, on average over the rows. At each β the particles
+    are resampled and take ``num_moves`` steps of MALA, whose λ is adapted to an acceptance rate of
+    0.57. One sample costs P · (1 + temperatures · moves) gradients of log r.
 
     Arguments:
         prior: p(z), a continuous distribution of batch shape ``(B,)``.
@@ -57,18 +57,18 @@ def tempered_smc(
         step_size: The first λ, in squared units of z.
         ess_fraction: Effective sample size after a step of β, as a fraction of the number of
             particles, between 0 and 1.
-        share_particles: Whether all rows share one population of P · B particles, at least 512. With
-            P = 1 and B of 512 or more, every particle becomes a draw. The draws of one batch then
-            depend on each other a little, through common ancestors. p and log r must be the same for
-            every row, as in the first group of a VAE without conditions.
+        share_particles: Whether all rows share one population of P · B particles, at least 512.
+            With P = 1 and B of 512 or more, every particle becomes a draw. The draws of one batch
+            then depend on each other a little, through common ancestors. p and log r must be the
+            same for every row, as in the first group of a VAE without conditions.
         max_temperatures: Largest number of values of β.
 
     Returns:
         A draw with ``z``, ``log_mean_weight`` (an estimate of log Z in nats), and ``acceptance``.
 
     Raises:
-        ValueError: If a number is out of range, rows differ and cannot share particles, or β = 1 is
-            not reached; take more particles or temperatures.
+        ValueError: If a number is out of range, rows differ and cannot share particles, or β = 1
+            is not reached; take more particles or temperatures.
         TypeError: If the prior is discrete, bounded, or has no density.
         FloatingPointError: If log r is not finite.
 
@@ -133,7 +133,7 @@ class _Particles:
         return accept.float()
 
     def draw(self, acceptance: Tensor) -> Draw:
-        """Returns one particle per row, picked uniformly: after resampling their weights are equal."""
+        """Returns one particle per row, picked uniformly: resampling has made weights equal."""
         self.target.raise_if_bad(self.at.z)
         particles, batch = self.at.log_r.shape
         picked = torch.randint(particles, (batch,), device=self.at.z.device)
@@ -167,7 +167,7 @@ class _Particles:
 
 
 def _systematic(log_w: Tensor) -> Tensor:
-    """Systematic resampling: indices of P ancestors, each ⌊P w⌋ or ⌈P w⌉ times, in random order, (P, B)."""
+    """Systematic resampling: P ancestors, each ⌊P w⌋ or ⌈P w⌉ times, in random order, (P, B)."""
     device = "cpu" if log_w.device.type == "mps" else log_w.device
     w = log_w.to(device, torch.float64).softmax(0).mT
     count = w.shape[1]

@@ -1,4 +1,4 @@
-"""Operations over the ranks of a process group: sums, broadcasts and gathers; one rank without a group."""
+"""Sums, broadcasts and gathers over the ranks of a process group; one rank without a group."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def fail_together(error: Exception | None) -> None:
 
 
 def align_generators() -> None:
-    """Seeds torch's generators on all ranks with a number drawn by rank 0; no effect on one rank."""
+    """Seeds torch's generators on all ranks with a draw of rank 0; no effect on one rank."""
     if num_ranks() > 1:
         torch.manual_seed(on_rank_zero(lambda: int(torch.randint(2**62, ()))))
 

@@ -30,13 +30,13 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def base_fingerprint(base: object) -> str | None:
-    """Fingerprint ``"<type>:<SHA-256>"`` over a base distribution's types, shapes and float32 values.
+    """Fingerprint ``"<type>:<SHA-256>"`` over a base's types, shapes and float32 values.
 
     Only constructor arguments of the distribution count, not attributes derived from them.
 
     Arguments:
-        base: A prior. Its parameters are its attributes, including those of nested distributions and
-            transforms.
+        base: A prior. Its parameters are its attributes, including those of nested distributions
+            and transforms.
 
     Returns:
         The fingerprint, or ``None`` if ``base`` is not a ``Distribution``.

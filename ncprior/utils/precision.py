@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Context whose products are in bfloat16, or in the tensors' own precision, also under autocast.
+    """Context with products in bfloat16, or in the tensors' own precision, also under autocast.
 
     Arguments:
         device_type: Type of the device, such as ``"cpu"``.
@@ -47,5 +47,5 @@ def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Returns a tensor in float32, or in float64 if it is already."""
+    """Returns a tensor, converted to float32 if its precision is lower."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

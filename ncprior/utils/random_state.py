@@ -30,7 +30,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Context with seeded generators of torch, NumPy and Python; their states are restored at the end.
+    """Context with seeded generators of torch, NumPy and Python; restored at the end.
 
     Arguments:
         seed: The seed, used modulo 2**32.

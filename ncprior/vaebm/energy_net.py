@@ -21,16 +21,17 @@ _SMALLEST = 4  # feature maps are halved until they are at most this large
 
 
 class EnergyNet(nn.Module):
-    """Energy network on images: residual cells of two 3×3 convolutions, with average pooling to 4×4.
+    """Energy network on images: residual cells of 3×3 convolutions, with average pooling to 4×4.
 
     SiLU activations make the energy smooth, as Langevin dynamics requires. There are no batch
-    statistics, so that E(x) depends on x alone. The first convolution halves images of more than 16
-    pixels per side.
+    statistics, so that E(x) depends on x alone. The first convolution halves images of more than
+    16 pixels per side.
 
     Arguments:
         image_shape: Shape ``(C, H, W)`` of x without batch, such as (1, 28, 28), (3, 32, 32) or
             (3, 64, 64). Pixels are expected in [0, 1].
-        width: Channels of the first cell; each halving adds ``width`` channels, up to 4 × ``width``.
+        width: Channels of the first cell; each halving adds ``width`` channels, up to 4 ×
+            ``width``.
 
     Raises:
         ValueError: If the shape is not (C, H, W), or the width is below 1.

@@ -16,7 +16,7 @@ from ncprior.source import LatentSource, device_of, sample_posterior
 
 
 class GaussianDecoder:
-    """Source with the likelihood p(x | z) = N(x̂, σ² I), where x̂ is the output of a source's decoder.
+    """Source with the likelihood p(x | z) = N(x̂, σ² I), x̂ the output of a source's decoder.
 
     Training with squared error is maximum likelihood with an unknown σ. All other methods and
     attributes are those of the wrapped source.
@@ -66,8 +66,8 @@ class GaussianDecoder:
         Arguments:
             source: The VAE.
             held_out: Data that the VAE was not trained on: a tensor or map-style dataset of x, a
-                ``DataLoader``, or a list of batches. If a batch is a tuple such as (image, label), x
-                is its first item.
+                ``DataLoader``, or a list of batches. If a batch is a tuple such as (image, label),
+                x is its first item.
             batch_size: Rows per batch, where batches are made here.
 
         Returns:

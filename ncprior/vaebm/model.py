@@ -3,15 +3,16 @@ r"""VAEBM: a frozen VAE with an energy E(x) in data space, alone or on top of NC
 .. math::
     p(x, z) \propto \prod_k r_k(z_k | z_{<k})^\alpha \, p(z_k | z_{<k}) \; p(x | z) \; e^{-E(x)},
 
-with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^{-E(x)} / Z.
-Chains move by Langevin dynamics in the noise ε of all groups and of the decoder
+with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^{-E(x)} /
+Z. Chains move by Langevin dynamics in the noise ε of all groups and of the decoder
 (:mod:`ncprior.vaebm.noise`), in which the VAE is N(0, I) and the target is
 
 .. math::
     \log \pi(\varepsilon) = - \tfrac{1}{2} |\varepsilon|^2
         + \alpha \sum_k \log r_k(z_k | z_{<k}) - E(x) + \text{const}.
 
-NCP draws each group from r_k p_k / Z_k(z_<k), with local normalisation; VAEBM is normalised globally.
+NCP draws each group from r_k p_k / Z_k(z_<k), with local normalisation; VAEBM is normalised
+globally.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -46,8 +47,8 @@ class Chains(NamedTuple):
         x: Images with the decoder's noise, the inputs of the energy, ``(B, ...)``; not clamped.
         mean: The decoder's means, without the noise, ``(B, ...)``.
         latents: z_k of every group, each ``(B, *event)``.
-        noise: Start of further steps: ε_k of every group (z_k or u_k if its prior is not normal, see
-            :mod:`ncprior.vaebm.noise`), and ε_x if the decoder has noise.
+        noise: Start of further steps: ε_k of every group (z_k or u_k if its prior is not normal,
+            see :mod:`ncprior.vaebm.noise`), and ε_x if the decoder has noise.
         acceptance: Acceptance rate of every chain, ``(B,)``, when adjusted.
     """
 
@@ -61,33 +62,35 @@ class Chains(NamedTuple):
 class VAEBM(nn.Module):
     """VAEBM: a frozen VAE with an energy on its images, over its own prior or an NCP prior.
 
-    VAE and ratio heads are not registered as submodules, moved or changed: the parameters of the model
-    are those of the energy.
+    VAE and ratio heads are not registered as submodules, moved or changed: the parameters of the
+    model are those of the energy.
 
     Arguments:
-        prior: The VAE as a source, or an :class:`~ncprior.NCPrior` on it, whose log-ratios are added
-            to the target. The source needs ``likelihood``. A normal likelihood has noise ε_x; for any
-            other, such as a Bernoulli, x is its mean. :class:`~ncprior.vaebm.GaussianDecoder` adds a
-            normal likelihood to a source.
+        prior: The VAE as a source, or an :class:`~ncprior.NCPrior` on it, whose log-ratios are
+            added to the target. The source needs ``likelihood``. A normal likelihood has noise
+            ε_x; for any other, such as a Bernoulli, x is its mean.
+            :class:`~ncprior.vaebm.GaussianDecoder` adds a normal likelihood to a source.
         energy: Maps x, with shape ``(B, ...)``, to E(x) in nats, ``(B,)``.
         num_steps: Langevin steps of a chain; 16 in the paper.
         step_size: λ of the steps, in squared units of ε. An energy trained with short chains
-            suits the λ and the number of steps of its training. The published code uses 3e-6 to 8e-5
-            for NVAEs of 10⁵ dimensions, with a separate gradient for each chain.
+            suits the λ and the number of steps of its training. The published code uses 3e-6 to
+            8e-5 for NVAEs of 10⁵ dimensions, with a separate gradient for each chain.
         langevin_target: ``"exact"``, or ``"official"`` for the target of the published code, which
-            has -log p(z) - log p(x | z) instead of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`. Its
-            clamping of x to [0, 1] is left out.
+            has -log p(z) - log p(x | z) instead of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`.
+            Its clamping of x to [0, 1] is left out.
         data_noise: σ of the normal noise on the data that are modelled; 0 for data without noise.
             With the σ of a :class:`~ncprior.vaebm.GaussianDecoder`, data are as noisy as samples.
-            Otherwise the energy separates data from samples by the noise, which short chains cannot
-            remove, and grows steep. The noise is added to data in training, scores are means over
-            it, and σ is saved with the energy.
+            Otherwise the energy separates data from samples by the noise, which short chains
+            cannot remove, and grows steep. The noise is added to data in training, scores are
+            means over it, and σ is saved with the energy.
         precision: Precision of products and convolutions in VAE, heads and energy, in sampling and
-            training: ``torch.float32``, or ``torch.bfloat16``, which is faster on most GPUs. Noise,
-            log-densities and weights stay in float32, and the final images are decoded in float32.
+            training: ``torch.float32``, or ``torch.bfloat16``, which is faster on most GPUs.
+            Noise, log-densities and weights stay in float32, and the final images are decoded in
+            float32.
 
     Raises:
-        TypeError: If the prior of a group has no density on all of R^n; the message names the group.
+        TypeError: If the prior of a group has no density on all of R^n; the message names the
+            group.
         ValueError: If the source has no method ``likelihood``, the VAE is in training mode, or an
             argument is out of range.
 

@@ -6,8 +6,8 @@ Where p(z_k | z_<k) and p(x | z) are normal, group by group
     z_k = \mu_k(z_{<k}) + \sigma_k(z_{<k}) \, \varepsilon_k, \qquad
     x = \mu_x(z) + \sigma_x(z) \, \varepsilon_x, \qquad \varepsilon \sim N(0, I).
 
-The map is one to one and its Jacobian determinant is the product of all σ, so that the density of ε
-is N(0, I) for any μ and σ. Three cases have no such noise:
+The map is one to one and its Jacobian determinant is the product of all σ, so that the density of
+ε is N(0, I) for any μ and σ. Three cases have no such noise:
 
 * For a group with another density, such as a flow, chains move in z_k itself. For a mixture of
   Gaussians they move in u_k, with z_k = m + S u_k, m the mean of the mixture and S Sᵀ the mean
@@ -16,8 +16,9 @@ is N(0, I) for any μ and σ. Three cases have no such noise:
 * For a decoder whose distribution is not normal, such as a Bernoulli, x is its mean, without ε_x.
 * A group that is discrete, bounded or can only be sampled raises a ``TypeError``.
 
-All terms of the target besides N(0, I) form one log-weight: log r_k of the heads, log p(z_k) of groups
-in z_k or u_k, and the additional terms of the published code of VAEBM (see :class:`NoiseMap`).
+All terms of the target besides N(0, I) form one log-weight: log r_k of the heads, log p(z_k) of
+groups in z_k or u_k, and the additional terms of the published code of VAEBM (see
+:class:`NoiseMap`).
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -49,8 +50,8 @@ class Walked(NamedTuple):
     """Noise, latents and image of one walk through the groups.
 
     Attributes:
-        noise: ε_k of every group, each ``(B, *event)``, or z_k or u_k for groups that are not normal;
-            for a normal decoder, ε_x is the last one.
+        noise: ε_k of every group, each ``(B, *event)``, or z_k or u_k for groups that are not
+            normal; for a normal decoder, ε_x is the last one.
         latents: z_k of every group, each ``(B, *event)``.
         mean: The decoder's mean, with shape ``(B, ...)``.
         x: The mean plus the decoder's noise; the mean itself if the decoder has no noise.
@@ -74,12 +75,13 @@ class NoiseMap:
         prior: The NCP prior whose heads reweight the groups, or ``None``.
         condition: Condition of the source, such as labels, or ``None``.
         official: Whether -log p(z) - log p(x | z) stands in for ½|ε|², as in VAEBM's published
-            code. That target omits the Jacobian, and so has the additional factors Π 1/σ_k(z_<k) and
-            Π 1/σ_x(z). If the decoder's distribution has an attribute ``drawn_scale``, x is drawn with
-            that scale and evaluated with the distribution's own scale, which VAEBM bounds from below.
+            code. That target omits the Jacobian, and so has the additional factors Π 1/σ_k(z_<k)
+            and Π 1/σ_x(z). If the decoder's distribution has an attribute ``drawn_scale``, x is
+            drawn with that scale and evaluated with the distribution's own scale, which VAEBM
+            bounds from below.
         precision: Precision of products from given noise: ``torch.bfloat16`` applies to heads and
-            VAE, ``torch.float32`` to heads alone, with the caller's autocast for the VAE. Noise, z and
-            log-weights are in float32 or better.
+            VAE, ``torch.float32`` to heads alone, with the caller's autocast for the VAE. Noise, z
+            and log-weights are in float32 or better.
     """
 
     source: LatentSource[Any, Any]
@@ -104,7 +106,8 @@ class NoiseMap:
         """Maps given noise to z and x, differentiably.
 
         Raises:
-            ValueError: If the noise is not one tensor per group and, for a normal decoder, one more.
+            ValueError: If the noise is not one tensor per group and, for a normal decoder, one
+                more.
         """
         needed = self.source.num_groups
         if len(noise) in (needed, needed + 1):
@@ -152,7 +155,8 @@ class NoiseMap:
         if not hasattr(self.source, "likelihood"):
             raise ValueError(
                 f"VAEBM needs the decoder's noise; {type(self.source).__name__} has no method "
-                f"`likelihood`. For a decoder trained with squared error, use GaussianDecoder.fitted."
+                f"`likelihood`. For a decoder trained with squared error, use "
+                f"GaussianDecoder.fitted."
             )
         likelihood: Distribution = self.source.likelihood(state)
         return likelihood
@@ -160,9 +164,7 @@ class NoiseMap:
     def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns z_k at noise u, with its log-weight."""
         normal, log_weight = normal_of(group.prior), torch.zeros(len(u), device=u.device)
-        with at_precision(
-            u.device.type, torch.float32
-        ):  # also if products of the VAE are in bfloat16
+        with at_precision(u.device.type, torch.float32):  # also for a VAE in bfloat16
             z = _from_noise(group.prior, u)
             if normal is None:
                 log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
@@ -206,7 +208,7 @@ def normal_of(distribution: object) -> Normal | None:
 
 
 def _mean(likelihood: Distribution, source: LatentSource[Any, Any], state: Any) -> Tensor:  # noqa: ANN401
-    """Mean of p(x | z); from ``source.decode`` if the distribution has no mean, at twice the cost."""
+    """Mean of p(x | z); from ``source.decode``, at twice the cost, if there is no other."""
     try:
         return likelihood.mean
     except (AttributeError, NotImplementedError):
