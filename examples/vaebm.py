@@ -77,7 +77,7 @@ def chains_of(model: VAEBM, count: int) -> dict[str, Tensor]:
     """The decoder's means of the same chains, after more and more steps."""
     noise, taken, rows = model.draw_noise(count), 0, {}
     for steps in (0, 4, 8, 16):
-        chains = model.walk_on(noise, num_steps=steps - taken)
+        chains = model.run_chains(noise, num_steps=steps - taken)
         noise, taken = chains.noise, steps
         rows[f"{steps} steps"] = chains.mean
     return rows

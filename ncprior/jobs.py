@@ -1,8 +1,8 @@
-"""Large sampling jobs in parts on disk, which any number of processes may draw in any order.
+"""Large sampling jobs: samples in parts on disk, drawn by any number of processes in any order.
 
-A part depends on the job's seed and on its own number alone. A job that was killed goes on with the
-parts that are missing, and its files are those of a job that was not, bit for bit, on a machine
-that computes the same with as many threads.
+A part depends on the seed of the job and on its own number alone. If a job is interrupted, run it
+again: it draws the missing parts only. On the same kind of machine, with as many threads, the
+files are bit for bit those of an uninterrupted job.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sample_parts(
     condition: Any = None,  # noqa: ANN401
     parts: Iterable[int] | None = None,
 ) -> list[Path]:
-    """Draws samples part by part into a folder, and leaves alone the parts that are there.
+    """Samples, drawn part by part into a folder; existing parts are kept.
 
     Arguments:
         prior: The prior.
@@ -48,18 +48,18 @@ def sample_parts(
         folder: Where to; made if missing.
         num_samples: N, the number of samples of the whole job.
         part_size: Samples per part, drawn at once; the last part may be smaller.
-        seed: Seed of the job. The generators outside stay as they are.
-        condition: What the source needs when there is no x, a pytree of N rows, or ``None``.
-        parts: The numbers of the parts that this process draws, such as those of a job array. By
-            default all, dealt out to the ranks of a process group where there is one.
+        seed: Seed of the job. The caller's random generators do not change.
+        condition: Condition of the source, such as labels: a pytree of N rows, or ``None``.
+        parts: The numbers of the parts that this process draws, such as those of a job array. The
+            default is all parts, divided among the ranks of a process group if there is one.
 
     Returns:
-        The files of the parts that this process was to draw: safetensors with ``x``, the decoder's
+        The files of the parts of this process: safetensors with ``x``, the decoder's
         means, and ``z_0``, ``z_1``, … of the groups.
 
     Raises:
-        ValueError: If the folder holds another job, or a number is out of range. A base that can
-            only be sampled does not tell which one it is.
+        ValueError: If the folder holds another job, or a number is out of range. Two bases of one
+            type that can only be sampled cannot be distinguished.
 
     Example:
         >>> import tempfile
@@ -96,13 +96,13 @@ def sample_parts(
 
 
 def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
-    """Yields the tensors of a whole job, part by part.
+    """Tensors of a whole job, yielded part by part.
 
     Arguments:
         folder: The folder of :func:`sample_parts`.
 
     Raises:
-        FileNotFoundError: If the folder holds no job, or a part of it is missing.
+        FileNotFoundError: If the folder holds no job, or a part is missing; run the job again.
         ValueError: If a part is damaged.
 
     Example:
@@ -133,14 +133,18 @@ def _draw(
     try:
         save_tensors(path, {"x": sample.x, **tensors}, {"kind": "samples", "first": rows.start})
     except FileNotFoundError:
-        if not _is_whole(path):  # or else another process was faster, and has tidied up
+        if not _is_whole(path):  # otherwise another process has written it and removed ours
             raise
-    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # left by a process that was killed
         unfinished.unlink(missing_ok=True)
 
 
 def _claim(folder: Path, job: dict[str, Any]) -> None:
-    """Writes down which job the folder holds, or refuses another one."""
+    """Writes the job's settings to the folder, or compares them with those it holds.
+
+    Raises:
+        ValueError: If the folder holds another job; pass another folder.
+    """
     path = folder / "job.json"
     if not path.exists():
         with write_atomically(path) as temporary:
@@ -148,7 +152,7 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     if other := {name: found.get(name) for name in job if found.get(name) != job[name]}:
         raise ValueError(
-            f"{folder} holds parts of another job, of {other}; now it is "
+            f"{folder} holds parts of another job, with {other}; this job has "
             f"{ {name: job[name] for name in other} }. Pass another folder."
         )
 
@@ -165,16 +169,16 @@ def _path(folder: Path, i: int) -> Path:
 
 
 def _seed(seed: int, i: int) -> int:
-    """Seeds that no two parts of a job share, nor jobs of nearby seeds."""
+    """Seed of part i: different for all parts of a job, and for jobs of nearby seeds."""
     digest = hashlib.sha256(str(seed).encode()).digest()
-    return (int.from_bytes(digest[:4], "big") + i) % 2**32  # all that generators take
+    return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
-    """What the draws go by: heads, how they are used, VAE and base as they tell, the condition."""
+    """Digest of all that determines the draws: heads and their use, VAE, base and condition."""
     used = (prior.strength, prior.active, str(prior.precision), prior.compiled)
-    told = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
-    digest = hashlib.sha256(str(told).encode())
+    description = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
+    digest = hashlib.sha256(str(description).encode())
 
     def update(tensor: Tensor) -> Tensor:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)

@@ -1,12 +1,12 @@
 r"""Noise contrastive estimation of the ratio between a posterior and a prior.
 
-A classifier D(z) that tells z ~ q(z) (label 1) from z ~ p(z) (label 0), the noise drawn ν times as
-often, minimises
+A classifier D(z) separates z ~ q(z) (label 1) from noise z ~ p(z) (label 0), which is drawn ν
+times as often. It minimises
 
 .. math::
     \mathcal{L}(D) = - E_{q(z)} [\log D(z)] - \nu E_{p(z)} [\log (1 - D(z))],
 
-whose integrand -q log D - ν p log(1 - D) is least, z by z, at
+whose integrand -q log D - ν p log(1 - D) has its minimum over D, for every z, at
 
 .. math::
     D^*(z) = \frac{q(z)}{q(z) + \nu p(z)} = \sigma(\log r(z) - \log \nu),
@@ -14,9 +14,9 @@ whose integrand -q log D - ν p log(1 - D) is least, z by z, at
 
 A head therefore returns log r itself, and D = σ(log r - log ν) is never formed: with
 -log σ(a) = softplus(-a), both terms are softplus functions of the logit, finite for any log r.
-At ν = 1 the least loss is L* = 2 log 2 - 2 JSD(q, p), so that JSD = log 2 - L*/2 nats. The minimiser
-is the same for every ν; as ν grows, the gradient tends to that of maximum likelihood for r·p,
-which weighs regions where r is large more ("noisier" NCE).
+At ν = 1 the minimum of the loss is L* = 2 log 2 - 2 JSD(q, p), so that JSD = log 2 - L*/2 nats.
+The minimiser is the same for every ν. As ν grows, the gradient tends to that of maximum likelihood
+for r·p, which gives more weight to regions where r is large.
 
 With K groups there are K such problems, each under the same z_<k ~ q(z_<k):
 log r_k(z_k | z_<k) = log q(z_k | z_<k) - log p(z_k | z_<k).
@@ -34,7 +34,7 @@ from torch.nn.functional import softplus
 
 
 def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float = 1.0) -> Tensor:
-    """Returns the NCE objective E_q[softplus(-(log r - log ν))] + ν E_p[softplus(log r - log ν)].
+    """NCE loss E_q[softplus(-(log r - log ν))] + ν E_p[softplus(log r - log ν)].
 
     Arguments:
         log_r_posterior: log r(z) in nats at z ~ q(z), of any shape.
@@ -52,7 +52,7 @@ def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float =
 
     Example:
         >>> import torch
-        >>> nce_loss(torch.zeros(8), torch.zeros(8))  # r = 1 says nothing: 2 log 2
+        >>> nce_loss(torch.zeros(8), torch.zeros(8))  # r = 1: 2 log 2
         tensor(1.3863)
     """
     loss_q, loss_p = nce_terms(log_r_posterior, log_r_prior, noise_weight)
@@ -62,7 +62,7 @@ def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float =
 def nce_terms(
     log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the terms whose means :func:`nce_loss` adds, one per draw.
+    """The two terms of the NCE loss, one value per draw; :func:`nce_loss` adds their means.
 
     Arguments:
         log_r_posterior: log r(z) in nats at z ~ q(z), of any shape.

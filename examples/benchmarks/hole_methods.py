@@ -430,7 +430,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         found.append(Method(f"pythae mixture of {components}", "peer", sampler))
     for name, kind in (("MAF", "MAF"), ("IAF", "IAF"), ("two-stage", "TwoStageVAE")):
         found.append(Method(f"pythae {name}", "peer", pythaes(kind)))
-    smc = partial(tempered_smc, num_particles=1, share=True, num_moves=8)
+    smc = partial(tempered_smc, num_particles=1, share_particles=True, num_moves=8)
     last = case.bases[-1]
     for where in case.bases:
         name = f"NCP on {where or 'N(0, I)'}"

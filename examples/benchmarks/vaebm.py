@@ -310,7 +310,7 @@ class Comparison:
         noise = model.draw_noise(count, sampler=None if model.prior is None else self.sampler)
         taken = 0
         for steps in lengths:
-            chains = model.walk_on(noise, num_steps=steps - taken)
+            chains = model.run_chains(noise, num_steps=steps - taken)
             noise, taken = chains.noise, steps
             yield steps, chains.mean
 

@@ -1,4 +1,4 @@
-"""Base priors that are closer to the aggregate posterior than the VAE's own."""
+"""Base priors, fitted to the aggregate posterior of a VAE, in place of its own prior."""
 
 from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
 from ncprior.bases.flow import Flow, fit_flow

@@ -1,4 +1,4 @@
-"""Bases made of stored latents, and the number of floats that a base stores."""
+"""Empirical distribution of latents, placeholder of a missing prior, and size of a base."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ncprior.distributions import Sampleable, parameters
 
 
 class NoPrior:
-    """Stands for the prior of a model that has none, and refuses to be drawn from.
+    """Placeholder for the prior of a model without one, such as an autoencoder; sampling raises.
 
     Arguments:
-        reason: Why there is none, as one sentence.
-        event_shape: Shape of z without batch, where it is known.
+        reason: Why the model has no prior, as one sentence.
+        event_shape: Shape of z without batch, or ``None`` if unknown.
 
     Example:
         >>> NoPrior("An AE has no prior.").sample()
@@ -30,10 +30,10 @@ class NoPrior:
         self.reason, self.event_shape = reason, event_shape
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
-        """Refuses.
+        """Raises an error with the reason and the remedy.
 
         Raises:
-            ValueError: Always, with the reason and the remedy.
+            ValueError: Always; fit a base, such as a Gaussian mixture, and put it on the source.
         """
         raise ValueError(
             f"{self.reason} Fit one: rebase(source, fit_mixture(latents_of(source, x)))."
@@ -41,16 +41,16 @@ class NoPrior:
 
 
 class Empirical:
-    """The empirical distribution of stored latents: rows of them, drawn with replacement.
+    """Empirical distribution of stored latents: draws rows of them with replacement.
 
-    Of training encodings it is the reference that no other base can be closer than, and costs the
-    most numbers. It has no density.
+    On encodings of the training data it is the closest base to the aggregate posterior, and stores
+    the most numbers. It has no density.
 
     Arguments:
         z: Latents, with shape ``(N, *event)``.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no latents.
 
     Example:
         >>> from ncprior.bases import latents_of
@@ -78,18 +78,20 @@ class Empirical:
 
 
 def stored_numbers(base: Sampleable) -> int:
-    """Counts the numbers that a base stores: a fair price to set beside its quality.
+    """Number of floating-point numbers that a base stores: its cost, to compare with its quality.
 
-    Of Cholesky factors these are the lower triangles; masks and orders of a flow are none.
+    Cholesky factors count by their lower triangles. Integer and boolean tensors, such as masks and
+    permutations of a flow, do not count.
 
     Arguments:
-        base: A base of this package, or a distribution that :mod:`ncprior.distributions` knows.
+        base: A base of this package, or a distribution that :mod:`ncprior.distributions`
+            supports.
 
     Returns:
         The number of floating-point numbers.
 
     Raises:
-        TypeError: If there is no telling what the base stores.
+        TypeError: If the base does not expose its tensors; give it a method ``tensors()``.
 
     Example:
         >>> from ncprior.bases import fit_gaussian
@@ -105,7 +107,7 @@ def stored_numbers(base: Sampleable) -> int:
         known = parameters(base) if isinstance(base, Distribution) else None
         if known is None:
             raise TypeError(
-                f"There is no telling what a {type(base).__name__} stores. Give it a method "
+                f"Cannot count the numbers that a {type(base).__name__} stores. Give it a method "
                 f"tensors(), which returns its tensors by name."
             )
         (tensors,) = known.values()

@@ -1,10 +1,10 @@
-r"""Normalizing flows as base priors: those of zuko, or an object of normflows.
+r"""Normalizing flows as base priors: modules of zuko, or objects of normflows.
 
     source = rebase(source, fit_flow(latents_of(source, x)))
 
-A flow f carries latents to noise, so that log p(z) = log N(f(w); 0, I) + log |det ∂f/∂w| + log |∂w/∂z|
-with w the standardised latents. Unlike a mixture it bends, and it has a density, so that Langevin
-dynamics can follow SIR.
+A flow f maps standardised latents w to noise, so that
+log p(z) = log N(f(w); 0, I) + log |det ∂f/∂w| + log |∂w/∂z|. It fits curved densities better than
+a mixture, and it has a density, so that Langevin dynamics can refine draws of SIR.
 
 References:
     | Neural Spline Flows (Durkan et al., NeurIPS 2019) https://arxiv.org/abs/1906.04032
@@ -25,22 +25,23 @@ from torch.distributions import Distribution, constraints
 from ncprior.data.stream import Stream, split
 from ncprior.utils.optimise import minimise, standardise
 
-_ROWS = 4096  # latents whose held-out density is taken at once
+_ROWS = 4096  # latents per batch of the held-out density
 
-_MODEST = {"transforms": 4, "width": 128, "bins": 8}  # what fit_flow makes itself
+_MODEST = {"transforms": 4, "width": 128, "bins": 8}  # the default flow of fit_flow
 
 
 class Flow(Distribution):
     """A normalizing flow over latents of any event shape, of empty batch shape.
 
     Arguments:
-        flow: The flow of flat, standardised latents; frozen here. Zuko's is a module that returns a
-            distribution; normflows' has ``log_prob(z)`` and ``sample(n)``, which returns a pair.
+        flow: The flow of flat, standardised latents; it is frozen. A flow of zuko is a module that
+            returns a distribution; a flow of normflows has ``log_prob(z)`` and ``sample(n)``,
+            which returns a pair.
         loc: Means of the latents, with shape ``(D,)``.
         scale: Standard deviations of the latents, with shape ``(D,)``.
-        event_shape: Shape of z of D numbers in all; ``(D,)`` if ``None``.
-        spline: The sizes of the spline flow that :func:`fit_flow` makes; ``None`` of another flow,
-            which is not saved with the heads.
+        event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
+        spline: Sizes of the neural spline flow that :func:`fit_flow` makes; ``None`` for any other
+            flow, which is not saved with the heads.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -82,7 +83,7 @@ class Flow(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Flow:  # noqa: ANN401
-        """Makes independent rows, which share the flow."""
+        """Returns the distribution of independent rows, which share the flow."""
         new = copy.copy(self)
         new._batch_shape = Size(batch_shape)
         return new
@@ -102,7 +103,7 @@ class Flow(Distribution):
         return (log_p - self.scale.log().sum()).reshape(lead)
 
     def config(self) -> dict[str, Any] | None:
-        """Returns what a file says of the flow besides its tensors; ``None`` of one of your own."""
+        """Returns the configuration to save, ready for JSON; ``None`` for a flow of your own."""
         if self.spline is None:
             return None
         return {"event_shape": list(self.event_shape), "spline": self.spline}
@@ -114,7 +115,7 @@ class Flow(Distribution):
 
     @classmethod
     def rebuild(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Flow:
-        """Makes the flow that has this :meth:`config` and these :meth:`tensors`.
+        """Builds the flow from its :meth:`config` and :meth:`tensors`.
 
         Raises:
             ImportError: If zuko is not installed.
@@ -146,17 +147,17 @@ def fit_flow(
     patience: int | None = 10,
     progress: bool = True,
 ) -> Flow:
-    """Fits a normalizing flow to latents, by maximum likelihood.
+    """Normalizing flow fitted to latents by maximum likelihood.
 
-    5 % of the latents are held out for early stopping; the weights kept are averaged ones. The
-    flow made here is a neural spline flow of coupling layers: samples cost one pass per layer, as
-    densities do, however many latents there are. An autoregressive flow takes D passes per sample,
-    which SIR asks for by the hundred.
+    5 % of the latents are held out for early stopping. The flow keeps the moving average of the
+    weights. The default is a neural spline flow of coupling layers: samples and densities cost one
+    pass per layer, for any number of latents. An autoregressive flow needs D passes per sample,
+    which makes SIR with hundreds of proposals slow.
 
     Arguments:
         latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
-        flow: A flow of your own over D standardised numbers, of zuko or normflows, which is trained
-            in place and then frozen. One of your own is not saved with the heads; see
+        flow: A flow of your own over D standardised numbers, of zuko or normflows. It is trained
+            in place and then frozen, and is not saved with the heads; see
             :meth:`ncprior.NCPrior.save_pretrained`.
         steps: Number of optimizer steps.
         batch_size: Rows per batch.
@@ -167,13 +168,15 @@ def fit_flow(
         progress: Whether to show a progress bar.
 
     Returns:
-        The distribution, in the dtype of your flow, else in float32, on the device of the latents.
+        The distribution, on the device of the latents, in the dtype of your flow or else in
+        float32.
 
     Raises:
         FloatingPointError: If the held-out mean of log p(z) is not finite.
         ImportError: If no flow is given and zuko is not installed.
-        TypeError: If it is no flow of zuko or normflows.
-        ValueError: If the latents cannot be fitted, or the flow is not of D numbers.
+        TypeError: If ``flow`` is not a flow of zuko or normflows.
+        ValueError: If there are too few latents or some are not finite, or the flow is not over D
+            numbers.
 
     References:
         Durkan et al. (2019), with the coupling layers of Dinh et al. (2017).
@@ -206,7 +209,7 @@ def fit_flow(
 
 
 def _spline_flow(features: int, *, transforms: int, width: int, bins: int) -> nn.Module:
-    """A neural spline flow of coupling layers, which split the latents anew in each."""
+    """Neural spline flow of coupling layers, each with its own random split of the latents."""
     try:
         from zuko.flows import NSF
     except ImportError as error:
@@ -224,24 +227,25 @@ def _dtype(flow: nn.Module) -> torch.dtype:
         if parameter.requires_grad:
             return parameter.dtype
     raise TypeError(
-        f"A flow to be fitted is an nn.Module with parameters to train; got {type(flow).__name__}."
+        f"fit_flow needs a flow that is an nn.Module with trainable parameters; got "
+        f"{type(flow).__name__}. Pass a flow of zuko or normflows."
     )
 
 
 def _check_flow(flow: nn.Module, white: Tensor) -> None:
-    """Asks a flow for the density of its own training data: some initialise themselves by it."""
+    """Validates a flow by the density of training data, which also initialises some flows."""
     count, d = white.shape
     try:
         shape = tuple(_log_prob(flow, white).shape)
     except (AttributeError, TypeError) as error:
         raise TypeError(
-            f"A flow is zuko's, a module that returns a distribution, or has log_prob(z) and "
-            f"sample(n) as normflows' has; got {type(flow).__name__} ({error})."
+            f"A flow is a module of zuko, which returns a distribution, or an object of normflows, "
+            f"with log_prob(z) and sample(n); got {type(flow).__name__} ({error})."
         ) from error
     except (AssertionError, IndexError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"The flow does not take z of {d} numbers, which the latents have when flattened "
-            f"({error}). Make it of {d} features, without context."
+            f"The flow must take z of {d} numbers, the flattened latents; it fails ({error}). "
+            f"Make a flow of {d} features, without context."
         ) from error
     if shape != (count,):
         raise ValueError(
@@ -251,8 +255,8 @@ def _check_flow(flow: nn.Module, white: Tensor) -> None:
 
 
 def _log_prob(flow: Any, white: Tensor) -> Tensor:  # noqa: ANN401
-    law = flow if hasattr(flow, "log_prob") else flow()
-    log_p: Tensor = law.log_prob(white)
+    distribution = flow if hasattr(flow, "log_prob") else flow()
+    log_p: Tensor = distribution.log_prob(white)
     return log_p
 
 

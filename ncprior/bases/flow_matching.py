@@ -1,12 +1,12 @@
-r"""Flow matching on latents: a base prior that can be sampled and has no density at hand.
+r"""Flow matching on latents: a base prior that can be sampled, without a density.
 
 A network v is fitted to the velocity of straight lines from noise z_0 ~ N(0, I) to latents z_1,
 
 .. math::
     E \| v((1 - t) z_0 + t z_1, t) - (z_1 - z_0) \|^2, \qquad t \sim U(0, 1),
 
-whose minimum is the mean velocity at each place and time. Along dz/dt = v the law of noise at
-t = 0 becomes that of the latents at t = 1.
+whose minimiser is the mean velocity at each place and time. The flow dz/dt = v maps the
+distribution of the noise at t = 0 to the distribution of the latents at t = 1.
 
 References:
     | Flow Matching for Generative Modeling (Lipman et al., ICLR 2023)
@@ -30,11 +30,11 @@ from ncprior.utils.optimise import minimise, standardise
 
 _FREQUENCIES = 8  # of cosines and sines of the time
 
-_HELD_OUT_DRAWS = 2048  # at least so many lines make one held-out loss
+_HELD_OUT_DRAWS = 2048  # least number of lines in the held-out loss
 
 
 class VelocityNet(nn.Module):
-    """v(z, t): a residual multilayer perceptron that sees the time in every block.
+    """Velocity v(z, t): a residual MLP, with the time as an input of every block.
 
     Arguments:
         features: D, the number of latents.
@@ -75,23 +75,23 @@ class _Block(nn.Module):
 
 
 class FlowMatching:
-    """A sampler of latents: noise, carried along dz/dt = v(z, t) from t = 0 to 1.
+    """Base prior by flow matching: noise, integrated along dz/dt = v(z, t) from t = 0 to 1.
 
-    The equation is integrated by the midpoint method, whose error falls with the square of the
-    step. There is no density: samplers that need one, such as ``langevin``, refuse it.
+    The midpoint method integrates the equation, with an error of the order of the squared step.
+    There is no density: samplers that need one, such as ``langevin``, raise an error.
 
     Arguments:
-        network: v of flat, standardised latents; frozen here.
+        network: v of flat, standardised latents; it is frozen.
         loc: Means of the latents, with shape ``(D,)``.
         scale: Standard deviations of the latents, with shape ``(D,)``.
-        event_shape: Shape of z of D numbers in all; ``(D,)`` if ``None``.
+        event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
         num_steps: Steps of the midpoint method.
 
     Attributes:
-        num_evaluations: Evaluations of the network per sample, two a step.
+        num_evaluations: Evaluations of the network per sample, two for each step.
 
     Raises:
-        ValueError: If the shapes do not fit, or there is no step.
+        ValueError: If the shapes do not fit, or ``num_steps`` is below 1.
 
     Example:
         >>> base = FlowMatching(VelocityNet(6), torch.zeros(6), torch.ones(6), event_shape=(2, 3))
@@ -138,7 +138,7 @@ class FlowMatching:
         return (self.loc + self.scale * z).reshape(*sample_shape, *self.event_shape)
 
     def config(self) -> dict[str, Any]:
-        """Returns what a file says of the base besides its tensors, ready for JSON."""
+        """Returns the configuration to save besides the tensors, ready for JSON."""
         return {
             "event_shape": list(self.event_shape),
             "num_steps": self.num_steps,
@@ -153,7 +153,7 @@ class FlowMatching:
 
     @classmethod
     def rebuild(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> FlowMatching:
-        """Makes the base that has this :meth:`config` and these :meth:`tensors`.
+        """Builds the base from its :meth:`config` and :meth:`tensors`.
 
         Raises:
             KeyError: If a tensor or a setting is missing.
@@ -187,15 +187,16 @@ def fit_flow_matching(
     patience: int | None = 10,
     progress: bool = True,
 ) -> FlowMatching:
-    """Fits a velocity to latents, by flow matching on straight lines.
+    """Base prior fitted to latents by flow matching on straight lines.
 
-    5 % of the latents are held out for early stopping; the weights kept are averaged ones.
+    5 % of the latents are held out for early stopping. The network keeps the moving average of the
+    weights.
 
     Arguments:
         latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
         width: Features of the network's hidden layers.
         depth: Number of the network's residual blocks.
-        num_steps: Steps of the midpoint method in sampling, of two evaluations each.
+        num_steps: Steps of the midpoint method in sampling, with two evaluations each.
         steps: Number of optimizer steps.
         batch_size: Rows per batch.
         learning_rate: The first learning rate.
@@ -204,11 +205,11 @@ def fit_flow_matching(
         progress: Whether to show a progress bar.
 
     Returns:
-        The sampler, in float32, on the device of the latents.
+        The base, in float32, on the device of the latents.
 
     Raises:
         FloatingPointError: If a held-out loss is not finite.
-        ValueError: If the latents cannot be fitted.
+        ValueError: If there are too few latents, or some are not finite.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., ICLR 2023), with the straight lines
@@ -241,7 +242,7 @@ def fit_flow_matching(
 
 
 class _Lines:
-    """Straight lines from noise to latents, and a random time on each."""
+    """Straight lines from noise to latents, with a random time on each."""
 
     def __init__(self, latents: Tensor, count: int = 1) -> None:
         self.end = latents.repeat(math.ceil(count / len(latents)), 1)
@@ -249,7 +250,7 @@ class _Lines:
         self.t = torch.rand_like(self.end[:, :1])
 
     def loss(self, network: nn.Module) -> Tensor:
-        """The mean squared error of a velocity on them, per latent."""
+        """Mean squared error of a velocity on the lines, per latent."""
         z = (1 - self.t) * self.start + self.t * self.end
         error: Tensor = network(z, self.t) - (self.end - self.start)
         return error.square().mean()

@@ -1,4 +1,4 @@
-"""Latents drawn from the aggregate posterior, to fit a base to."""
+"""Samples of the aggregate posterior, as training data of a base."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def latents_of(
     of: str = "samples",
     batch_size: int = 1000,
 ) -> Tensor:
-    """Encodes data, for a base to be fitted to.
+    """Latents of data, encoded by a source: training data of a base.
 
     Arguments:
         source: The VAE.
         data: A tensor or map-style dataset of x, a ``DataLoader``, or a list of batches.
-        k: The group whose latents are wanted, from 0.
-        of: ``"samples"``, one z_k ~ q(z_k | z_<k, x) per row, which is what the heads will see; or
-            ``"means"`` of q, which is what RAE fits its mixture to.
+        k: Index of the latent group, from 0.
+        of: ``"samples"``, one z_k ~ q(z_k | z_<k, x) per row, the distribution on which heads are
+            trained; or ``"means"`` of q, to which RAE fits its mixture.
         batch_size: Rows per batch, where batches are made here.
 
     Returns:
         The latents, with shape ``(N, *event)``.
 
     Raises:
-        ValueError: If there is no such group, or ``of`` is none of the two.
+        ValueError: If there is no group k, or ``of`` is neither of the two.
 
     Example:
         >>> latents_of(source, x).shape

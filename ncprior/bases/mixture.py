@@ -1,10 +1,10 @@
-r"""Gaussian mixtures on latents; :mod:`ncprior.bases` fits them.
+r"""Gaussian mixtures on latents; :func:`ncprior.bases.fit_mixture` fits them.
 
 .. math::
     p(z) = \sum_j \pi_j \, N(z; \mu_j, \Sigma_j)
 
-With one component this is a Gaussian. As a base for NCP a fitted mixture leaves the heads less to
-correct: SIR with M proposals corrects about log M nats.
+With one component this is a Gaussian. A mixture fitted to the aggregate posterior leaves a smaller
+gap to the heads, and SIR with M proposals corrects about log M nats.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.distributions.utils import lazy_property
 
 _Shape: TypeAlias = "Size | list[int] | tuple[int, ...]"
 
-_BLOCK = 2**24  # numbers held at once for densities under many components
+_BLOCK = 2**24  # largest number of floats in memory for densities under many components
 
-_ROUNDING = 1e-5  # share of variances that covers for rounding in float32
+_ROUNDING = 1e-5  # added fraction of the variances, against rounding in float32
 
 
 class GaussianMixture(Distribution):
-    """A mixture of K Gaussians over latents of any event shape, of empty batch shape.
+    """Mixture of K Gaussians over latents of any event shape, of empty batch shape.
 
-    Proposals cost one matrix product per component and no more memory than themselves.
+    Samples cost one matrix product per component, and no memory beyond the samples themselves.
 
     Arguments:
         logits: Unnormalised log-weights, with shape ``(K,)``.
         loc: Means, with shape ``(K, D)``; D is the number of latents.
-        scale: Standard deviations of diagonal covariances, with shape ``(K, D)``, or lower Cholesky
-            factors of full ones, with shape ``(K, D, D)``.
-        event_shape: Shape of z of D numbers in all; ``(D,)`` if ``None``.
+        scale: Standard deviations of diagonal covariances, with shape ``(K, D)``, or lower
+            Cholesky factors of full ones, with shape ``(K, D, D)``.
+        event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -75,14 +75,14 @@ class GaussianMixture(Distribution):
         mixture: Any,  # noqa: ANN401
         event_shape: Sequence[int] | None = None,
     ) -> GaussianMixture:
-        """Takes over a fitted ``sklearn.mixture.GaussianMixture``, in float32.
+        """Converts a fitted ``sklearn.mixture.GaussianMixture``, to float32.
 
         Arguments:
             mixture: The fitted mixture, of any ``covariance_type``.
             event_shape: Shape of z; ``(D,)`` if ``None``.
 
         Raises:
-            ValueError: If it is not fitted.
+            ValueError: If the mixture is not fitted; call its ``fit`` first.
 
         Example:
             >>> from sklearn.mixture import GaussianMixture as Theirs
@@ -123,17 +123,17 @@ class GaussianMixture(Distribution):
 
     @property
     def is_full(self) -> bool:
-        """Whether the covariances are full ones."""
+        """Whether the covariances are full matrices, not diagonals."""
         return self.scale.ndim == 3
 
     def expand(self, batch_shape: _Shape, _instance: Any = None) -> GaussianMixture:  # noqa: ANN401
-        """Makes independent rows, which share the parameters."""
+        """Returns the distribution of independent rows, which share the parameters."""
         new = type(self)(**self.tensors(), event_shape=self.event_shape)
         new._batch_shape = Size(batch_shape)
         return new
 
     def config(self) -> dict[str, Any]:
-        """Returns what a file says of the mixture besides its tensors, ready for JSON."""
+        """Returns the configuration to save besides the tensors, ready for JSON."""
         return {"event_shape": list(self.event_shape)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -142,13 +142,13 @@ class GaussianMixture(Distribution):
 
     @classmethod
     def rebuild(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> GaussianMixture:
-        """Makes the mixture that has this :meth:`config` and these :meth:`tensors`.
+        """Builds the mixture from its :meth:`config` and :meth:`tensors`.
 
         Raises:
             TypeError: If a tensor is missing or unknown.
         """
-        parts: dict[str, Any] = {**tensors}
-        return cls(**parts, **config)
+        arguments: dict[str, Any] = {**tensors, **config}
+        return cls(**arguments)
 
     def to(self, device: torch.device | str) -> GaussianMixture:
         """Returns the mixture with its parameters on a device.
@@ -169,12 +169,12 @@ class GaussianMixture(Distribution):
         if not self.is_full:
             j = torch.multinomial(self._weights, max(1, count), replacement=True)[:count]
             return (self.loc[j] + self.scale[j] * noise).reshape(shape)
-        # One block of noise per component, then shuffled: the law of labels drawn one by one, by
-        # contiguous matrix products.
+        # One block of noise per component, then a shuffle: the same distribution as labels drawn
+        # one by one, with contiguous matrix products.
         labels = torch.multinomial(self._weights.cpu(), max(1, count), replacement=True)[:count]
         blocks = noise.split(labels.bincount(minlength=len(self.loc)).tolist())
-        parts = zip(self.loc, blocks, self.scale, strict=True)
-        z = torch.cat([mean + block @ factor.mT for mean, block, factor in parts])
+        components = zip(self.loc, blocks, self.scale, strict=True)
+        z = torch.cat([mean + block @ factor.mT for mean, block, factor in components])
         return z[torch.randperm(count, device=z.device)].reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class GaussianMixture(Distribution):
         return self.log_joint(value.reshape(-1, self.loc.shape[1])).logsumexp(1).reshape(lead)
 
     def log_joint(self, z: Tensor) -> Tensor:
-        """Returns log π_j N(z; μ_j, Σ_j) in nats of flat z, ``(N, D)``, with shape ``(N, K)``."""
+        """Returns log π_j N(z; μ_j, Σ_j) in nats for flat z, ``(N, D)``, with shape ``(N, K)``."""
         block = max(1, _BLOCK // max(1, z.numel()))
         squares = [self._squares(z, slice(j, j + block)) for j in range(0, len(self.loc), block)]
         constant = 0.5 * z.shape[1] * math.log(2 * math.pi)
@@ -191,10 +191,11 @@ class GaussianMixture(Distribution):
         return log_weight - 0.5 * torch.cat(squares, dim=1)
 
     def whiten(self, z: Tensor) -> Tensor:
-        """Returns u of z = m + S u, both with shape ``(B, *event)``.
+        """Whitened latents u = S⁻¹ (z - m), both with shape ``(B, *event)``.
 
-        m is the mean and S Sᵀ = Σ_j π_j Σ_j the mean covariance of a component: the latents in which
-        components are round on average, and chains need no small steps for narrow directions.
+        m is the mean of the mixture and S Sᵀ = Σ_j π_j Σ_j the mean covariance of its components.
+        In u the components are round on average, so that Langevin chains need no small steps for
+        narrow directions.
 
         Example:
             >>> narrow = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.tensor([[1, 1e-3]]))
@@ -208,13 +209,13 @@ class GaussianMixture(Distribution):
         return u.reshape(z.shape)
 
     def unwhiten(self, u: Tensor) -> Tensor:
-        """Returns z = m + S u of u, the inverse of :meth:`whiten`; differentiable."""
+        """Returns z = m + S u, the inverse of :meth:`whiten`; differentiable."""
         flat = u.flatten(1)
         away = flat @ self._spread.mT if self.is_full else flat * self._spread
         return away.reshape(u.shape) + self._centre
 
     def _squares(self, z: Tensor, block: slice) -> Tensor:
-        """Squared Mahalanobis distances to some components, ``(N, K')``."""
+        """Squared Mahalanobis distances to a block of components, ``(N, K')``."""
         away = z - self.loc[block, None]  # (K', N, D)
         white = away @ self._whitening[block] if self.is_full else away / self.scale[block, None]
         return white.square().sum(-1).mT
@@ -230,7 +231,7 @@ class GaussianMixture(Distribution):
 
     @lazy_property
     def _spread(self) -> Tensor:
-        """S of :meth:`whiten`: ``(D, D)``, or ``(D,)`` of diagonal covariances."""
+        """S of :meth:`whiten`: ``(D, D)``, or ``(D,)`` for diagonal covariances."""
         if not self.is_full:
             return (self._weights @ self.scale.square()).sqrt()
         factors = self._weights.sqrt()[:, None, None] * self.scale
@@ -241,7 +242,7 @@ class GaussianMixture(Distribution):
 
     @lazy_property
     def _whitening(self) -> Tensor:
-        """W with W Wᵀ = Σ⁻¹, of full covariances: (z - μ) W is N(0, I)."""
+        """W with W Wᵀ = Σ⁻¹ for full covariances, so that (z - μ) W is N(0, I)."""
         eye = torch.eye(self.loc.shape[1], dtype=self.loc.dtype, device=self.loc.device)
         inverse: Tensor = torch.linalg.solve_triangular(
             self.scale, eye.expand_as(self.scale), upper=False

@@ -1,4 +1,4 @@
-"""Gaussian mixtures fitted to latents by expectation-maximisation, from k-means++."""
+"""Gaussian mixtures fitted to latents by expectation-maximisation (EM), started by k-means++."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COVARIANCES = ("full", "diagonal")
 
 _KMEANS_ROWS, _KMEANS_STEPS = 20_000, 20
 
-_FIRST_STEPS = 10  # of expectation-maximisation, for each start
+_FIRST_STEPS = 10  # EM steps of each start
 
 
 def fit_gaussian(z: Tensor, *, covariance: str = "full") -> GaussianMixture:
-    """Fits one Gaussian by its moments.
+    """Gaussian fitted to latents by its moments.
 
     Arguments:
         z: Latents, with shape ``(N, *event)``.
@@ -56,10 +56,10 @@ def fit_mixture(
         z: Latents, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
         num_components: K.
         covariance: ``"full"`` or ``"diagonal"``.
-        max_steps: Most steps of expectation-maximisation.
+        max_steps: Largest number of EM steps.
         tolerance: Gain in mean log p(z), in nats, below which it stops.
-        regularisation: Added to the variances, as a share of each latent's variance.
-        starts: How many starts are tried for a few steps; the best one is carried on.
+        regularisation: Added to the variances, as a fraction of each latent's variance.
+        starts: Number of random starts, run for a few steps each; the best one is continued.
         batch_size: Rows of z visited at once.
 
     Returns:
@@ -98,20 +98,20 @@ def fit_mixture(
 
 
 class _EM:
-    """Expectation-maximisation on standardised, flat latents."""
+    """Expectation-maximisation (EM) on standardised, flat latents."""
 
     def __init__(self, z: Tensor, covariance: str, regularisation: float, batch_size: int) -> None:
         self.z, self.is_full = z, covariance == "full"
         self.regularisation, self.batch_size = regularisation, batch_size
 
     def start(self, num_components: int) -> GaussianMixture:
-        """Makes a first mixture from the clusters of k-means."""
+        """Returns a first mixture, from the clusters of k-means."""
         return self._maximise(self._labels(num_components))
 
     def run(
         self, mixture: GaussianMixture, max_steps: int, tolerance: float
     ) -> tuple[GaussianMixture, float]:
-        """Climbs to a maximum, and returns the mixture and its mean log p(z)."""
+        """Runs EM to convergence; returns the mixture and its mean log p(z) in nats."""
         mean = -math.inf
         for _ in range(max_steps):
             total, before = torch.zeros((), dtype=torch.float64), mean
@@ -131,7 +131,7 @@ class _EM:
     def _responsibilities(
         self, mixture: GaussianMixture, total: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The E-step: yields batches with p(j | z), and adds up log p(z)."""
+        """The E-step: yields batches of z with p(j | z), and adds log p(z) to ``total``."""
         for z in self.z.split(self.batch_size):
             log_joint = mixture.log_joint(z)
             log_p = log_joint.logsumexp(1, keepdim=True)
@@ -160,7 +160,7 @@ class _EM:
         return GaussianMixture(logits.to(self.z), loc.to(self.z), scale.to(self.z))
 
     def _factor(self, covariance: Tensor) -> Tensor:
-        """Cholesky factors; a covariance that rounding made indefinite gets more of a diagonal."""
+        """Cholesky factors, with more regularisation if rounding makes a covariance indefinite."""
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
         more = self.regularisation
         while True:
@@ -172,7 +172,7 @@ class _EM:
 
 
 def _kmeans(z: Tensor, k: int) -> Tensor:
-    """Centres of k-means, from k-means++."""
+    """Centres of k-means, started by k-means++."""
     centres = z[torch.randint(len(z), (1,), device=z.device)]
     for _ in range(k - 1):
         distance = torch.cdist(z, centres).amin(1).square() + 1e-12

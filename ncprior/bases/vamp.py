@@ -1,11 +1,11 @@
-r"""VampPrior of a VAE that is trained already: the mixture of its own posteriors at learnt inputs.
+r"""VampPrior of a pretrained VAE: the mixture of its posteriors at learnt pseudo-inputs.
 
 .. math::
     p(z) = \frac{1}{K} \sum_k q(z | u_k)
 
-The best prior of a VAE is its aggregate posterior, this mixture over all training data. A few
-pseudo-inputs u_k stand for them: starting at training data, they climb E_q log p(z) through the
-frozen encoder.
+The best prior of a VAE is its aggregate posterior: this mixture over all training data. A
+VampPrior approximates it with K pseudo-inputs u_k. They start at training data and are optimised
+through the frozen encoder, to maximise E_q[log p(z)].
 
 References:
     | VAE with a VampPrior (Tomczak & Welling, AISTATS 2018) https://arxiv.org/abs/1705.07120
@@ -27,7 +27,7 @@ from ncprior.distributions import parameters
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.optimise import minimise
 
-_ROWS = 4096  # latents whose density is taken at once
+_ROWS = 4096  # latents per batch of the density
 
 
 def fit_vamp(
@@ -43,21 +43,21 @@ def fit_vamp(
     patience: int | None = 10,
     progress: bool = True,
 ) -> GaussianMixture:
-    """Fits a VampPrior: the mixture of a VAE's posteriors q(z | u_k) at learnt pseudo-inputs u_k.
+    """VampPrior: the mixture of a VAE's posteriors q(z | u_k) at learnt pseudo-inputs u_k.
 
-    The gradient goes through the encoder to the pseudo-inputs alone, and the VAE stays as it was.
-    Each step encodes one batch and all pseudo-inputs. Those of the highest mean of log p(z) over
-    held-out data are kept.
+    Gradients flow through the encoder to the pseudo-inputs alone; the VAE does not change. Each
+    step encodes one batch and all pseudo-inputs. The pseudo-inputs with the highest mean of log
+    p(z) over held-out data are kept.
 
     Arguments:
         source: The VAE, with one group of latents, no condition, and Gaussian posteriors.
         data: A tensor or map-style dataset of x; or a ``DataLoader`` or list of batches, which
-            needs ``held_out``. Of a batch that is a tuple, x is the first item.
+            needs ``held_out``. If a batch is a tuple such as (image, label), x is the first item.
         num_components: K, the number of pseudo-inputs.
         held_out: Data of the same kind for early stopping; by default 5 % of the data.
-        bounds: Least and largest value of pseudo-inputs; if ``None``, 0 and 1 where all of the
-            training data they start at lie there, else none.
-        steps: Number of optimizer steps; with 0, pseudo-inputs stay random rows of the data.
+        bounds: Least and largest value of pseudo-inputs. ``None`` takes 0 and 1 if all training
+            data at which they start lie between, else no bounds.
+        steps: Number of optimizer steps; with 0, the pseudo-inputs are random rows of the data.
         batch_size: Rows per batch, where batches are made here.
         learning_rate: The first learning rate, in standard deviations of x.
         patience: Held-out losses, one every 100 steps, without progress before it stops;
@@ -65,12 +65,14 @@ def fit_vamp(
         progress: Whether to show a progress bar.
 
     Returns:
-        The mixture, of equal weights and diagonal covariances. The pseudo-inputs are not part of it.
+        The mixture, with equal weights and diagonal covariances, without the pseudo-inputs.
 
     Raises:
         FloatingPointError: If the held-out mean of log p(z) is not finite.
-        TypeError: If the posterior is no diagonal Gaussian, or x no tensor of floating point.
-        ValueError: If the source or the data will not do for another reason.
+        TypeError: If the posterior is not a diagonal Gaussian, or x is not a floating-point
+            tensor.
+        ValueError: If the source has several groups or a condition, the encoder blocks gradients,
+            or there are fewer rows of data than pseudo-inputs.
 
     References:
         Tomczak & Welling (2018), equation 9.
@@ -80,9 +82,9 @@ def fit_vamp(
         >>> base.loc.shape, base.is_full
         (torch.Size([5, 2]), False)
     """
-    train, held_out = _parts(data, held_out)
+    train, held_out = _with_held_out(data, held_out)
     fixed, stream = latents_of(source, held_out), Stream(train, batch_size)
-    _gaussian(source, next(stream))  # refuses other VAEs before their pseudo-inputs do
+    _gaussian(source, next(stream))  # validates the VAE first
     pseudo = _PseudoInputs(source, _first_rows(train, num_components), bounds)
     minimise(
         lambda: pseudo.loss(latents_of(source, [next(stream)])),
@@ -102,7 +104,7 @@ def fit_vamp(
 
 
 class _PseudoInputs:
-    """u, and the mixture that the frozen encoder makes of it."""
+    """The pseudo-inputs u, with the mixture of their posteriors."""
 
     def __init__(
         self, source: LatentSource[Any, Any], rows: Tensor, bounds: tuple[float, float] | None
@@ -123,9 +125,9 @@ class _PseudoInputs:
         return GaussianMixture(weights, loc.flatten(1), scale.flatten(1), event_shape=event_shape)
 
     def loss(self, z: Tensor) -> Tensor:
-        """The mean of -log p(z), in nats."""
+        """Mean of -log p(z), in nats."""
         p = self.mixture()
-        return -torch.cat([p.log_prob(part) for part in z.split(_ROWS)]).mean()
+        return -torch.cat([p.log_prob(some) for some in z.split(_ROWS)]).mean()
 
     @torch.enable_grad()
     def _check_gradient(self) -> None:
@@ -148,10 +150,10 @@ class _PseudoInputs:
 
 
 def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, Size]:  # noqa: ANN401
-    """Mean and standard deviation of q(z | x), and the shape of z."""
+    """Mean and standard deviation of q(z | x), and the event shape of z."""
     if source.num_groups != 1:
         raise ValueError(
-            f"A VampPrior is of one group of latents; the source has {source.num_groups}. Take "
+            f"A VampPrior needs one group of latents; the source has {source.num_groups}. Take "
             f"another base, such as fit_mixture(latents_of(source, x, k=0)) for the first group."
         )
     x = tree_map_only(Tensor, lambda t: t.to(device_of(source)), x)
@@ -159,8 +161,8 @@ def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, S
     group = source.group(source.start(num_rows(encoding), encoding))
     if group.context is not None:
         raise ValueError(
-            "A VampPrior is of a VAE without conditions; the source's posterior has one. Fit one "
-            "per condition, to a source without it, or take another base."
+            "A VampPrior needs a VAE without conditions; the group of this source has a context. "
+            "Fit one VampPrior per condition, to a source without it, or take another base."
         )
     q = posterior_of(group)
     tensors = (parameters(q) or {}).get("Normal")
@@ -172,8 +174,8 @@ def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, S
     return tensors["loc"], tensors["scale"], q.event_shape
 
 
-def _parts(data: Any, held_out: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    """The data to train on, and those held out."""
+def _with_held_out(data: Any, held_out: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """Training data and held-out data, split from ``data`` if none are given."""
     if iter_is_self(data):
         raise TypeError(
             f"A VampPrior reads its data many times; got a one-shot {type(data).__name__}. Pass a "
@@ -181,32 +183,32 @@ def _parts(data: Any, held_out: Any) -> tuple[Any, Any]:  # noqa: ANN401
         )
     if held_out is not None:
         return data, held_out
-    parts: tuple[Any, Any] | None = split(data, 0.05, seed=int(torch.randint(2**31, ())))
-    if parts is None:
+    both: tuple[Any, Any] | None = split(data, 0.05, seed=int(torch.randint(2**31, ())))
+    if both is None:
         raise ValueError(
-            f"Of a {type(data).__name__}, no rows can be held out. Pass held_out=, or a tensor or "
+            f"No rows of a {type(data).__name__} can be held out. Pass held_out=, or a tensor or "
             f"map-style dataset."
         )
-    return parts
+    return both
 
 
 def _first_rows(data: Any, count: int) -> Tensor:  # noqa: ANN401
-    """Random rows of x, where the data can be shuffled; else the first."""
+    """Random rows of x if the data can be shuffled, else the first rows."""
     if count < 1:
         raise ValueError(f"num_components must be at least 1; got {count}.")
     rows: list[Tensor] = []
     for batch in Stream(data, count).loader:
         x = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(
-                f"Pseudo-inputs are learnt numbers in place of x, a tensor of floating point; got "
-                f"{what}. Pass x itself, as floats."
+                f"Pseudo-inputs are optimised like x, which must be a floating-point tensor; got "
+                f"{kind}. Pass x as floats."
             )
         rows.append(x)
         if sum(map(len, rows)) >= count:
             return torch.cat(rows)[:count]
     raise ValueError(
-        f"{count} pseudo-inputs start at as many rows of the data, which has "
+        f"{count} pseudo-inputs start at as many rows of the data, which has only "
         f"{sum(map(len, rows))}. Pass a smaller num_components or more data."
     )

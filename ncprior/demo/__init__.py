@@ -1,4 +1,4 @@
-"""The demonstration: a small VAE, its prior hole, and the hole closed."""
+"""Demonstration: the prior hole of a small VAE, closed by a ratio head."""
 
 from ncprior.demo.arms import ARMS, Generation, draw_arms, in_batches
 from ncprior.demo.datasets import Labelled, digits, read_images, split

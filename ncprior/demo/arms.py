@@ -1,4 +1,4 @@
-"""The three arms that the demonstration compares: base prior, NCP and posterior."""
+"""The three arms of the comparison: samples of the base prior, of NCP and of the posterior."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ncprior.source import num_rows, sample_posterior
 
 ARMS = ("base prior", "NCP", "posterior")
 
-_BATCH = 1000  # images drawn or judged at once
+_BATCH = 1000  # images per batch
 
 
 class Generation(NamedTuple):
-    """One generation of one arm.
+    """One generation of samples of one arm.
 
     Attributes:
         x: Images, with shape ``(N, C, H, W)``.
         latents: One z_k per group, each with shape ``(N, *event)``.
-        ess: Effective sample size of the proposals of every group, NaN where there are none, with
-            shape ``(N, K)``.
+        ess: Effective sample size of the proposals of every group, with shape ``(N, K)``; NaN
+            without proposals.
     """
 
     x: Tensor
@@ -47,20 +47,20 @@ def draw_arms(
     condition: Callable[[Any], Any] = lambda x: None,
     progress: bool = True,
 ) -> tuple[dict[str, list[Tensor]], dict[str, Generation]]:
-    """Draws every generation of every arm, of which it keeps features.
+    """Features of every generation of every arm, and the first generations themselves.
 
-    The i-th generations of all arms share a seed. The posterior arm takes training images in
-    random order, and again where there are fewer of them than samples.
+    The i-th generations of all arms have the same seed. The posterior arm takes training images in
+    random order, several times if there are fewer images than samples.
 
     Arguments:
         prior: The prior.
-        sampler: How NCP is drawn.
-        x: Training data: images ``(N, C, H, W)``, or a tuple of them and what goes with them.
+        sampler: The sampler of NCP.
+        x: Training data: images ``(N, C, H, W)``, or a tuple of images and their conditions.
         features: Maps images to features, ``(B, F)``.
         num_samples: Samples per generation.
         generations: R, the number of generations of each arm.
-        condition: Picks the condition of a walk without x out of a batch of training data, whose
-            conditions all arms then share.
+        condition: Maps a batch of training data to the condition of the source; all arms have the
+            same conditions.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -90,7 +90,7 @@ def draw_arms(
         total = num_rows(x)
         passes = -(-num_samples // total)
         rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
-        batches = [_rows(x, part) for part in rows.split(_BATCH)]
+        batches = [_rows(x, some) for some in rows.split(_BATCH)]
         generation = _generate(prior, sampler, batches, arm, condition)
         kept[arm].append(in_batches(features, generation.x))
         first.setdefault(arm, generation)
@@ -99,7 +99,7 @@ def draw_arms(
 
 @torch.no_grad()
 def log_z(prior: NCPrior, num_draws: int) -> float:
-    """Returns log E_p[r] in nats over draws of the base prior of one group: 0 for an exact ratio."""
+    """Estimate of log Z = log E_p[r] in nats, for one group; 0 for an exact ratio."""
     base = prior.source.group(prior.source.start(num_draws)).prior
     log_r = prior.log_ratio([base.sample()])[:, 0]
     return torch.logsumexp(log_r.double(), 0).item() - math.log(num_draws)
@@ -107,7 +107,7 @@ def log_z(prior: NCPrior, num_draws: int) -> float:
 
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies a function of rows to many rows.
+    """Applies a function to rows in batches, and concatenates the results.
 
     Example:
         >>> in_batches(torch.exp, torch.zeros(2500, 1)).shape
@@ -124,7 +124,7 @@ def _generate(
     arm: str,
     condition: Callable[[Any], Any],
 ) -> Generation:
-    """Draws as many samples as there are rows of data."""
+    """Draws one sample for each row of data."""
     images, latents, ess = [], [], []
     for batch in batches:
         if arm == "posterior":

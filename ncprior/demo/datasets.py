@@ -1,4 +1,4 @@
-"""Data sets: real images from a folder of one's own, the Hugging Face Hub, or scikit-learn.
+"""Data sets of real images: from a local folder, the Hugging Face Hub, or scikit-learn.
 
 Needs the extra ``demo``. Images are float tensors ``(N, C, H, W)`` in [0, 1], labels ``(N,)``.
 """
@@ -20,13 +20,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray
 
-_FOLDER = "NCPRIOR_DATA"  # the environment variable that names the user's own folder
+_FOLDER = "NCPRIOR_DATA"  # environment variable with the path of the user's folder
 
 _COLUMNS = ("image", "img")
 
 
 class Labelled(NamedTuple):
-    """Images and their classes.
+    """Labelled images.
 
     Attributes:
         images: Float images in [0, 1], with shape ``(N, C, H, W)``.
@@ -37,7 +37,7 @@ class Labelled(NamedTuple):
     labels: Tensor
 
     def rows(self, index: Tensor | slice) -> Labelled:
-        """Returns some of the images, with their labels.
+        """Returns a subset of the images, with their labels.
 
         Example:
             >>> data = Labelled(torch.rand(10, 1, 8, 8), torch.arange(10))
@@ -47,25 +47,25 @@ class Labelled(NamedTuple):
         return Labelled(self.images[index], self.labels[index])
 
 
-def read_images(repo: str, part: str, label: str = "label") -> Labelled:
-    """Reads labelled images from the Parquet files of a data set of the Hugging Face Hub.
+def read_images(repo: str, split: str, label: str = "label") -> Labelled:
+    """Labelled images from the Parquet files of a data set of the Hugging Face Hub.
 
-    Files ``<part>*.parquet`` anywhere below ``$NCPRIOR_DATA/<repo>`` are read where there are any;
-    otherwise they are downloaded, once, into the Hub's cache.
+    Files ``<split>*.parquet`` below ``$NCPRIOR_DATA/<repo>`` are read if there are any. Otherwise
+    they are downloaded once into the cache of the Hub.
 
     Arguments:
-        repo: The data set's repository, such as ``"ylecun/mnist"``.
-        part: Its part, such as ``"train"`` or ``"test"``.
+        repo: The repository of the data set, such as ``"ylecun/mnist"``.
+        split: The split, such as ``"train"`` or ``"test"``.
         label: The column of the classes.
 
     Returns:
         The images, grey (C = 1) or RGB (C = 3), and labels, in the order of the files.
 
     Raises:
-        FileNotFoundError: If there are no such files, here or on the Hub.
+        FileNotFoundError: If there are no such files in the folder and on the Hub.
         ValueError: If the files have no column ``image`` or ``img``, or none of the classes, or
             images of several sizes.
-        ImportError: If pyarrow or Pillow is missing.
+        ImportError: If pyarrow or Pillow is not installed; install the extra ``demo``.
 
     Example:
         >>> read_images("ylecun/mnist", "test").images.shape  # doctest: +SKIP
@@ -75,9 +75,9 @@ def read_images(repo: str, part: str, label: str = "label") -> Labelled:
         from PIL import Image
         from pyarrow import parquet
     except ImportError as error:
-        _refuse_without("pyarrow and Pillow", error)
+        _raise_missing("pyarrow and Pillow", error)
     images, labels = [], []
-    for path in _locate(repo, part):
+    for path in _locate(repo, split):
         table = parquet.read_table(path)
         column = next((name for name in _COLUMNS if name in table.column_names), None)
         if column is None or label not in table.column_names:
@@ -91,12 +91,13 @@ def read_images(repo: str, part: str, label: str = "label") -> Labelled:
 
 
 def digits() -> Labelled:
-    """Returns the 1,797 handwritten digits of 8×8 pixels that scikit-learn ships.
+    """The 1,797 handwritten digits of 8×8 pixels in scikit-learn.
 
-    A pixel is the share of black points among 16 of a scan, so that 16 x is a whole number.
+    A pixel x is the fraction of black points among 16 points of a scan, so that 16 x is an
+    integer.
 
     Raises:
-        ImportError: If scikit-learn is missing.
+        ImportError: If scikit-learn is not installed; install the extra ``demo``.
 
     References:
         Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, 1998)
@@ -110,27 +111,27 @@ def digits() -> Labelled:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        _refuse_without("scikit-learn", error)
+        _raise_missing("scikit-learn", error)
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / 16).to(torch.float32)
     return Labelled(images[:, None], torch.from_numpy(bunch.target).long())
 
 
 def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]:
-    """Shuffles, then splits into a training and a held-out part with each class in equal shares.
+    """Random split into training and held-out images, stratified by class.
 
-    The order is such that any stretch of either part has the classes in equal shares.
+    The order is stratified too: any contiguous range of either set has the same class frequencies.
 
     Arguments:
         data: The images.
-        held_out: Number of images of the held-out part.
-        seed: Seed of the shuffle, which depends on nothing else.
+        held_out: Number of held-out images.
+        seed: Seed of the shuffle, which depends on the seed alone.
 
     Returns:
-        The two parts.
+        The training images and the held-out images.
 
     Raises:
-        ValueError: If either part would be empty.
+        ValueError: If either set would be empty.
 
     Example:
         >>> train, held_out = split(digits(), held_out=600, seed=0)
@@ -146,34 +147,34 @@ def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]
     for label in labels.unique():
         members = labels == label
         count = int(members.sum())
-        place[members] = (torch.arange(count) + 0.5).double() / count  # quantiles of its class
+        place[members] = (torch.arange(count) + 0.5).double() / count  # quantiles within the class
     order = order[place.argsort(stable=True)]
     return data.rows(order[:-held_out]), data.rows(order[-held_out:])
 
 
-def _locate(repo: str, part: str) -> list[Path]:
-    """Finds the Parquet files, in the user's own folder or else on the Hub."""
+def _locate(repo: str, split: str) -> list[Path]:
+    """Paths of the Parquet files, in the user's folder or else on the Hub."""
     own = os.environ.get(_FOLDER)
-    if own is not None and (found := _parquet_files(Path(own) / repo, part)):
+    if own is not None and (found := _parquet_files(Path(own) / repo, split)):
         return found
-    names = f"{part}*.parquet"
+    names = f"{split}*.parquet"
     looked = f"${_FOLDER} is not set" if own is None else f"{Path(own) / repo} has none"
     try:
         patterns = [names, f"*/{names}"]
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"Found no {names} of {repo}: {looked}, and the Hugging Face Hub did not give any "
+            f"Found no {names} of {repo}: {looked}, and the Hugging Face Hub returned none "
             f"({error}). Go online, or put the files below a folder of your own as "
-            f"<folder>/{repo}/{part}.parquet and set {_FOLDER}=<folder>."
+            f"<folder>/{repo}/{split}.parquet and set {_FOLDER}=<folder>."
         ) from error
-    if found := _parquet_files(Path(folder), part):
+    if found := _parquet_files(Path(folder), split):
         return found
     raise FileNotFoundError(f"Found no {names} of {repo}: {looked}, and neither has the Hub.")
 
 
-def _parquet_files(folder: Path, part: str) -> list[Path]:
-    return sorted(folder.glob(f"**/{part}*.parquet"))
+def _parquet_files(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(f"**/{split}*.parquet"))
 
 
 def _decode(column: ChunkedArray, read: Callable[[io.BytesIO], Any]) -> Tensor:
@@ -184,11 +185,13 @@ def _decode(column: ChunkedArray, read: Callable[[io.BytesIO], Any]) -> Tensor:
         arrays.append(np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")))
     if len(shapes := {array.shape for array in arrays}) != 1:
         found = ", ".join(map(str, sorted(shapes))) or "none"
-        raise ValueError(f"Images of one size and kind are needed; the file has {found}.")
+        raise ValueError(f"All images must have one size and kind; the file has {found}.")
     images = torch.from_numpy(np.stack(arrays))
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images.to(torch.float32).contiguous() / 255
 
 
-def _refuse_without(what: str, error: ImportError) -> NoReturn:
-    raise ImportError(f"This data needs {what} ({error}): pip install 'ncprior[demo]'") from error
+def _raise_missing(packages: str, error: ImportError) -> NoReturn:
+    raise ImportError(
+        f"This data needs {packages} ({error}): pip install 'ncprior[demo]'"
+    ) from error

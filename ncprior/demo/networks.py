@@ -1,4 +1,4 @@
-"""The demonstration's networks: a small VAE, and the classifier whose features judge its samples."""
+"""Networks of the demonstration: a small VAE, and a classifier whose features compare samples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ncprior.source import SingleGroup
 
 
 class VAE(nn.Module):
-    """A VAE with Gaussian latents, whose pixels are shares of binomial counts.
+    """VAE with Gaussian latents and a binomial likelihood, whose pixels are fractions of counts.
 
     Arguments:
-        size: Height and width of the grey images, 8 (a perceptron) or 28 (convolutions).
+        size: Height and width of the grey images, 8 (an MLP) or 28 (a convolutional network).
         latents: Number of latents.
-        counts: Trials behind a pixel: pixel x stands for ``counts * x`` successes. 1 is the
-            Bernoulli likelihood; where x is a fraction, its expectation over binarised x.
+        counts: Binomial trials per pixel: pixel x is ``counts * x`` successes. 1 gives the
+            Bernoulli likelihood; for fractional x it is its expectation over binarised x.
 
     Example:
         >>> vae = VAE(8, latents=6, counts=16).eval()
@@ -50,7 +50,7 @@ class VAE(nn.Module):
     def negative_elbo(self, x: Tensor) -> Tensor:
         """Returns KL(q, p) - E_q[log p(x | z)] in nats, ``(B,)``, from one draw of z.
 
-        The binomial coefficients of ``counts`` > 1, which depend on x alone, are left out.
+        The binomial coefficients, which depend on x alone, are left out.
         """
         q = self.posterior(x)
         logits = self.decoder(q.rsample())
@@ -58,12 +58,12 @@ class VAE(nn.Module):
         return self.counts * misfit + kl_divergence(q, self.prior())
 
     def source(self) -> SingleGroup:
-        """Wraps the VAE, as a user would wrap one of their own."""
+        """Returns the VAE as a source of one group."""
         return SingleGroup(self.prior(), self.posterior, self.decode, module=self)
 
 
 class Classifier(nn.Module):
-    """A classifier of ten digits; the layer below its logits gives the features.
+    """Classifier of ten digits; the layer below its logits gives the features.
 
     Arguments:
         size: Height and width of the images: grey ones of 8 or 28, colour ones of 32.
@@ -77,7 +77,7 @@ class Classifier(nn.Module):
 
     def __init__(self, size: int, *, num_features: int) -> None:
         super().__init__()
-        first = 1 if size == 8 else 2  # the first stride; every later one is 2
+        first = 1 if size == 8 else 2  # the first stride; all later strides are 2
         channels = (3, 32, 64, 128) if size == 32 else (1, 32, 64)
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(pairwise(channels)):

@@ -1,4 +1,4 @@
-"""The demonstration's pictures: rows of samples, and clouds of latents. Needs the extra ``plot``."""
+"""Figures of samples and of latents. Needs the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, for colour-blind readers.
 _COLORS = ("#E69F00", "#0072B2", "#009E73")
 
 
-def plot_samples(rows: Mapping[str, Tensor]) -> Figure:
-    """Draws labelled rows of grey images, dark on white, or of images in colour.
+def plot_samples(samples: Mapping[str, Tensor]) -> Figure:
+    """Figure of labelled strips of images: grey ones dark on white, or in colour.
 
     Arguments:
-        rows: Images in [0, 1], with shape ``(N, 1, H, W)`` or ``(N, 3, H, W)``, by the label of
-            their row.
+        samples: Images in [0, 1], with shape ``(N, 1, H, W)`` or ``(N, 3, H, W)``, by label.
 
     Returns:
-        A figure of no window, to save.
+        A figure without a window, to save.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -34,12 +33,12 @@ def plot_samples(rows: Mapping[str, Tensor]) -> Figure:
         >>> len(figure.axes)
         2
     """
-    count = max(len(images) for images in rows.values())
-    figure = _figure((0.62 * count + 1.6, 0.72 * len(rows) + 0.1))
-    strips = figure.subplots(len(rows), squeeze=False).flat
-    for axes, (label, images) in zip(strips, rows.items(), strict=True):
+    count = max(len(images) for images in samples.values())
+    figure = _figure((0.62 * count + 1.6, 0.72 * len(samples) + 0.1))
+    strips = figure.subplots(len(samples), squeeze=False).flat
+    for axes, (label, images) in zip(strips, samples.items(), strict=True):
         gap = max(1, images.shape[-1] // 8)
-        white = 0.0 if images.shape[1] == 1 else 1.0  # ink of grey images, light of others
+        white = 0.0 if images.shape[1] == 1 else 1.0  # grey images show ink, others light
         tiles = torch.nn.functional.pad(images, (0, gap), value=white)
         tiles = rearrange(tiles, "n c h w -> h (n w) c")[:, :-gap]
         axes.imshow(tiles, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
@@ -50,14 +49,14 @@ def plot_samples(rows: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_latents(clouds: Mapping[str, Tensor], axes: Tensor) -> Figure:
-    """Draws clouds of latents side by side, projected to one plane.
+    """Scatter plots of latents side by side, projected to one plane.
 
     Arguments:
-        clouds: Latents, with shape ``(N, D)``, by label, three at most.
+        clouds: Latents, with shape ``(N, D)``, by label; at most three.
         axes: Two directions, with shape ``(D, 2)``, such as :func:`discriminant_axes`.
 
     Returns:
-        A figure of no window, to save.
+        A figure without a window, to save.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -82,14 +81,14 @@ def plot_latents(clouds: Mapping[str, Tensor], axes: Tensor) -> Figure:
 
 
 def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
-    """Returns the plane in which classes of latents lie apart, as two orthonormal directions.
+    """Plane of linear discriminant analysis (LDA), as two orthonormal directions.
 
-    Its directions have the largest variance between classes, in units of that within them. N(0, I)
-    stays N(0, I) in it.
+    The plane has the largest variance between classes relative to the variance within classes. The
+    projection of N(0, I) is N(0, I).
 
     Arguments:
         z: Latents, with shape ``(N, D)``.
-        labels: Their classes, with shape ``(N,)``; three or more of them.
+        labels: Classes of the latents, with shape ``(N,)``; at least three classes.
 
     Returns:
         The directions, with shape ``(D, 2)``.

@@ -1,8 +1,8 @@
-"""The demonstration: the prior hole of a small VAE, trained here on real digits, and its closing.
+"""Demonstration: a small VAE trained on real digits, its prior hole, and the gap closed.
 
-A VAE is trained on the plain ELBO, then a ratio head on the frozen VAE. How much of the hole is
-closed is measured against held-out images, on features of a classifier that never saw them.
-Needs the extra ``demo``.
+A VAE is trained on the plain ELBO, then a ratio head on the frozen VAE. The gap closed is measured
+against held-out images, on features of a classifier trained on other images. Needs the extra
+``demo``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,20 @@ from torch.nn.functional import cross_entropy
 from ncprior._version import __version__
 from ncprior.demo.arms import ARMS, Generation, draw_arms, in_batches, log_z
 from ncprior.demo.datasets import Labelled, digits, read_images, split
-from ncprior.demo.files import staged, unwound_by_sigterm
 from ncprior.demo.networks import VAE, Classifier
 from ncprior.demo.pictures import discriminant_axes, plot_latents, plot_samples
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.evaluation.gap import gap_closed
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
-from ncprior.saving.tensors import save_tensors
+from ncprior.saving.tensors import save_tensors, write_atomically
 from ncprior.training.fit import fit
 from ncprior.utils.optimise import train
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """How much of everything; the defaults are those of the digits."""
+    """Sizes and numbers of steps of a run; the defaults are those of the digits."""
 
     size: int = 8
     latents: int = 6
@@ -52,14 +51,14 @@ class _Settings:
     fit: dict[str, Any] = field(
         default_factory=lambda: {"steps": 600, "eval_every": 50, "weight_decay": 0.1}
     )
-    validation: int = 90  # training images on which the head is stopped early
+    validation: int = 90  # training images for early stopping of the head
     held_out: int = 600
     num_features: int = 16
     num_proposals: int = 200
     num_samples: int = 5000
     generations: int = 5
     log_z_draws: int = 100_000
-    # Small networks gain little by more threads, and lose all where other work holds the cores.
+    # Small networks gain little from more threads, and lose much on a busy machine.
     threads: int | None = 1
 
 
@@ -82,7 +81,7 @@ _SETTINGS = {
     ),
 }
 
-_SHOWN = 16  # images per row of the picture
+_SHOWN = 16  # images per strip of the figure
 
 _SCATTERED = 3000  # points per cloud
 
@@ -95,25 +94,25 @@ def run_demo(
     started: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains a VAE and a ratio head on real digits, and shows and measures the prior hole closed.
+    """Demonstration on real digits: trains a VAE and a ratio head, and measures the gap closed.
 
     Writes to ``out``: ``samples.png``, ``latents.png``, ``report.json``, ``vae.safetensors`` and
-    ``prior/``, the saved head. They appear when all is done, each in one rename.
+    ``prior/``, the saved head. Each file is written atomically, the report last.
 
     Arguments:
         data: ``"digits"`` (scikit-learn's, 8×8) or ``"mnist"`` (``$NCPRIOR_DATA`` or the Hub).
         out: The folder to write to; made if missing.
-        seed: Seed of everything; the generators are afterwards as they were.
-        started: When the command began, in seconds since the epoch; now if ``None``.
+        seed: Seed of all random numbers; the caller's random generators do not change.
+        started: Start time of the command, in seconds since the epoch; now if ``None``.
         progress: Whether to show progress bars, on standard error.
 
     Returns:
-        What ``report.json`` holds, ready for JSON: ``gap_closed``, ``gap_closed_low``,
+        The contents of ``report.json``, ready for JSON: ``gap_closed``, ``gap_closed_low``,
         ``gap_closed_high``, ``d_base``, ``d_post``, ``d_ncp``, ``ess`` (of ``num_proposals``),
         ``log_z`` (nats), ``seconds``, a one-line ``summary`` and more.
 
     Raises:
-        ValueError: If there is no such data.
+        ValueError: If ``data`` is neither of the two.
         ImportError: If the extra ``demo`` is not installed.
 
     Example:
@@ -123,35 +122,36 @@ def run_demo(
     started = time.time() if started is None else started
     if data not in _SETTINGS:
         raise ValueError(f"The data is one of {', '.join(_SETTINGS)}; got {data!r}.")
-    if importlib.util.find_spec("matplotlib") is None:  # known now, not after minutes of training
+    if importlib.util.find_spec("matplotlib") is None:  # before minutes of training
         raise ImportError("The demonstration needs matplotlib: pip install 'ncprior[demo]'")
     settings = _SETTINGS[data]
-    generators = torch.random.fork_rng(devices=[])
-    with unwound_by_sigterm(), staged(out) as folder, generators, _threads(settings.threads):
+    folder = Path(out)
+    with torch.random.fork_rng(devices=[]), _threads(settings.threads):
         torch.manual_seed(seed)
         result: dict[str, Any] = {"data": data, "seed": seed}
         result |= _run(*_read(data, settings.held_out, seed), folder, settings, progress)
         result["settings"], result["versions"] = asdict(settings), _versions()
         result["seconds"] = time.time() - started
         result["summary"] += f", {result['seconds']:.0f} s"
-        text = json.dumps(result, indent=2, allow_nan=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=2, allow_nan=False)
+    with write_atomically(folder / "report.json") as file:
+        file.write_text(text + "\n", encoding="utf-8")
     return result
 
 
 def _read(data: str, held_out: int, seed: int) -> tuple[Labelled, Labelled]:
-    """Training and held-out images, shuffled."""
+    """Shuffled training and held-out images."""
     if data == "digits":
         return split(digits(), held_out, seed)
-    train_part, test_part = (read_images("ylecun/mnist", part) for part in ("train", "test"))
-    test_part = test_part.rows(torch.randperm(len(test_part.labels))[:held_out])
-    return train_part.rows(torch.randperm(len(train_part.labels))), test_part
+    train_set, test_set = (read_images("ylecun/mnist", name) for name in ("train", "test"))
+    test_set = test_set.rows(torch.randperm(len(test_set.labels))[:held_out])
+    return train_set.rows(torch.randperm(len(train_set.labels))), test_set
 
 
 def _run(
     data: Labelled, held_out: Labelled, folder: Path, settings: _Settings, progress: bool
 ) -> dict[str, Any]:
-    """Does everything between data and report; writes the pictures, the VAE and the head."""
+    """Trains, samples and measures; writes figures, VAE and head, and returns the results."""
     vae, classifier = _train_networks(data, settings, progress)
     prior = NCPrior.for_source(vae.source(), data.images[:512], **settings.head)
     validation, images = data.images.tensor_split([settings.validation])
@@ -170,7 +170,7 @@ def _run(
         prior, held_out.images, train=images[: len(held_out.images)], num_proposals=pools
     )
     means = in_batches(lambda x: vae.posterior(x).mean, data.images)
-    _draw_pictures(held_out.images, first, discriminant_axes(means, data.labels), folder)
+    _save_figures(held_out.images, first, discriminant_axes(means, data.labels), folder)
     shape = {"size": settings.size, "latents": settings.latents, "counts": settings.counts}
     save_tensors(folder / "vae.safetensors", vae.state_dict(), shape)
     prior.save_pretrained(folder / "prior", report=report)
@@ -190,7 +190,7 @@ def _run(
 
 
 def _gap(reference: Tensor, features: dict[str, list[Tensor]]) -> dict[str, Any]:
-    """The gap closed, as it stands in the report."""
+    """The gap closed, as entries of the report."""
     base, ours, posterior = (features[arm] for arm in ARMS)
     gap = gap_closed(reference, base=base, ours=ours, posterior=posterior)
     return {
@@ -206,7 +206,7 @@ def _gap(reference: Tensor, features: dict[str, list[Tensor]]) -> dict[str, Any]
 
 
 def _train_networks(data: Labelled, settings: _Settings, progress: bool) -> tuple[VAE, Classifier]:
-    """Trains the VAE on the plain ELBO, and the classifier, on training images alone."""
+    """Trains VAE and classifier on the training images."""
     vae = VAE(settings.size, latents=settings.latents, counts=settings.counts)
     classifier = Classifier(settings.size, num_features=settings.num_features)
 
@@ -223,19 +223,21 @@ def _train_networks(data: Labelled, settings: _Settings, progress: bool) -> tupl
     return vae, classifier
 
 
-def _draw_pictures(data: Tensor, first: dict[str, Generation], axes: Tensor, folder: Path) -> None:
+def _save_figures(data: Tensor, first: dict[str, Generation], axes: Tensor, folder: Path) -> None:
     base, ours, posterior = (first[arm] for arm in ARMS)
-    rows = {"data": data, "base prior": base.x, "NCP": ours.x, "posterior samples": posterior.x}
-    rows = {label: images[:_SHOWN] for label, images in rows.items()}
-    plot_samples(rows).savefig(folder / "samples.png", dpi=150)
+    samples = {"data": data, "base prior": base.x, "NCP": ours.x, "posterior samples": posterior.x}
+    samples = {label: images[:_SHOWN] for label, images in samples.items()}
     arms = {"base prior": base, "NCP": ours, "aggregate posterior": posterior}
     clouds = {label: arm.latents[0][:_SCATTERED] for label, arm in arms.items()}
-    plot_latents(clouds, axes).savefig(folder / "latents.png", dpi=150)
+    figures = {"samples.png": plot_samples(samples), "latents.png": plot_latents(clouds, axes)}
+    for name, figure in figures.items():
+        with write_atomically(folder / name) as file:
+            figure.savefig(file, dpi=150, format="png")
 
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Computes with so many threads, and afterwards with as many as before."""
+    """Context with a number of threads; the number before is restored at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:

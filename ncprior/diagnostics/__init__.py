@@ -1,4 +1,4 @@
-"""Diagnosis of a trained prior, and the sampler and strength that suit it."""
+"""Diagnosis of a trained prior: calibration, verdicts, and the choice of sampler and strength."""
 
 from ncprior.diagnostics.calibration import (
     Recalibration,

@@ -1,9 +1,9 @@
-r"""Is log r what it says it is? Recalibration, the reliability curve and Pareto tails.
+r"""Calibration of log r: logistic recalibration, the reliability curve and Pareto tails.
 
-With equally many z ~ q and z ~ p, the share of posterior samples at log r is
-σ(log q/p) = σ(log r) = D where log r is right. All functions here take log r alone, at z ~ q and at
-z ~ p, of shape ``(draws, rows)``: several draws of one row x are not independent, so a standard
-error is that of the mean over rows.
+With equally many z ~ q and z ~ p, the fraction of posterior samples at a given log r is
+σ(log q/p) = σ(log r) = D if log r is exact. All functions take log r at z ~ q and at z ~ p, with
+shape ``(draws, rows)``. Several draws for one row x are not independent, so that standard errors
+are those of means over rows.
 """
 
 import math
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PRIOR_DRAWS, _PRIOR_K = 10, 0.5  # the weak prior of k that PSIS multiplies the fit with
+_PRIOR_DRAWS, _PRIOR_K = 10, 0.5  # the weak prior of k in PSIS
 
-_FEWEST_EXCEEDANCES = 5  # a tail of fewer distinct values has no shape
+_FEWEST_EXCEEDANCES = 5  # the shape of a tail of fewer distinct values is undefined
 
 
 class Mean(NamedTuple):
-    """A mean with its standard error, both in the unit of what was averaged.
+    """Mean with its standard error, both in the unit of the values.
 
     Attributes:
         value: The mean.
@@ -30,17 +30,17 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> "Mean":
-        """Averages values of shape ``(draws, rows)``; the rows are independent."""
+        """Mean of values of shape ``(draws, rows)``, whose rows are independent."""
         rows = values.double().mean(0)
         return cls(rows.mean().item(), rows.std().item() / math.sqrt(len(rows)))
 
 
 class Recalibration(NamedTuple):
-    """The logistic recalibration a·log r + b that fits held-out data best.
+    """Logistic recalibration a·log r + b that fits held-out data best.
 
     Attributes:
-        slope: a; 1 where log r is calibrated, below 1 where it is over-confident, above 1 where it
-            is too flat. NaN where log r is constant or separates the samples without error.
+        slope: a; 1 if log r is calibrated, below 1 if it is over-confident, above 1 if it is too
+            flat. NaN if log r is constant or separates the samples without error.
         slope_error: Standard error of the slope.
         offset: b in nats.
         offset_error: Standard error of the offset in nats.
@@ -57,11 +57,11 @@ class Recalibration(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """The reliability curve: what the classifier says against what is observed, bin by bin.
+    """Reliability curve: predicted against observed frequency of posterior samples, bin by bin.
 
     Attributes:
         predicted: Mean of D = σ(log r) over the samples of a bin.
-        observed: Share of posterior samples among them; equals ``predicted`` where D is right.
+        observed: Fraction of posterior samples in the bin; equals ``predicted`` if D is exact.
         size: Number of samples in the bin.
 
     Example:
@@ -75,18 +75,18 @@ class Reliability(NamedTuple):
 
 
 def recalibrate(log_q: Tensor, log_p: Tensor) -> Recalibration:
-    r"""Fits a, b of a·log r + b by the least NCE loss, with Newton's method.
+    r"""Logistic recalibration a·log r + b with the least NCE loss, by Newton's method.
 
     The standard errors are those of an M-estimator, H⁻¹ G H⁻¹ with H the Hessian (the Fisher
-    information) and G the second moment of the rows' gradients: they hold where a row has several
-    draws and where no a, b make log r right.
+    information) and G the second moment of the gradients of the rows. They are valid for several
+    draws per row, and also if no a, b make log r exact.
 
     Arguments:
         log_q: log r in nats at z ~ q, with shape ``(draws, rows)``.
         log_p: log r in nats at z ~ p, with shape ``(draws, rows)``.
 
     Returns:
-        The recalibration; all NaN where it does not exist.
+        The recalibration; all values are NaN if it does not exist.
 
     References:
         | Two further applications of a model for binary regression (Cox, 1958)
@@ -118,12 +118,12 @@ def recalibrate(log_q: Tensor, log_p: Tensor) -> Recalibration:
 
 
 def reliability(log_q: Tensor, log_p: Tensor, num_bins: int = 10) -> Reliability:
-    """Compares D = σ(log r) with the share of posterior samples, over bins of equal counts.
+    """Reliability curve of D = σ(log r), over bins of equal counts.
 
     Arguments:
         log_q: log r in nats at z ~ q, of any shape.
         log_p: log r in nats at z ~ p, of the same shape.
-        num_bins: Most bins; equal values of D share a bin.
+        num_bins: Largest number of bins; equal values of D are in one bin.
 
     Returns:
         The reliability curve.
@@ -145,11 +145,11 @@ def reliability(log_q: Tensor, log_p: Tensor, num_bins: int = 10) -> Reliability
 
 
 def pareto_k(log_weights: Tensor) -> float:
-    r"""Returns k̂, the shape of the generalised Pareto tail of exp(log_weights).
+    r"""Pareto k̂: the estimated shape of the generalised Pareto tail of exp(log_weights).
 
-    Weights of shape k have moments up to the order 1/k: above k̂ = 0.7, no practical number of draws
-    makes their average an estimate of their mean. The tail is the S' = min(S/5, 3√S) largest of S weights; with θ = -k/σ, the
-    profile likelihood and the posterior mean over a grid of θ are
+    Weights of shape k have moments up to the order 1/k. Above k̂ = 0.7, no practical number of
+    draws gives a reliable estimate of their mean. The tail is the S' = min(S/5, 3√S) largest of S
+    weights. With θ = -k/σ, the profile likelihood and the posterior mean over a grid of θ are
 
     .. math::
         k(\theta) = \tfrac{1}{n} \sum_i \log(1 - \theta x_i), \qquad
@@ -160,7 +160,7 @@ def pareto_k(log_weights: Tensor) -> float:
         log_weights: Logarithms of the weights, of any shape.
 
     Returns:
-        k̂; NaN where the tail has fewer than 5 values above its start.
+        k̂; NaN if the tail has fewer than 5 distinct values above its threshold.
 
     References:
         | A new and efficient estimation method for the generalized Pareto distribution
@@ -194,7 +194,7 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def _newton(features: Tensor, label: Tensor) -> Tensor:
-    """Minimises the NCE loss over the weights of a logit; convex, it descends all the way from 0."""
+    """Minimiser of the NCE loss, which is convex, over the weights of a logit."""
     weights = features.new_zeros(2)
     for _ in range(100):
         gradient, hessian = _derivatives(features, label, weights)
@@ -206,7 +206,7 @@ def _newton(features: Tensor, label: Tensor) -> Tensor:
 
 
 def _derivatives(features: Tensor, label: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of every draw, ``(2, draws, rows, 2)``, and the Hessian, ``(2, 2)``."""
+    """Gradient of every draw, ``(2, draws, rows, 2)``, and Hessian, ``(2, 2)``."""
     d = (features @ weights).sigmoid()
     gradient = (d - label)[..., None] * features
     draws = d[0].numel()

@@ -1,7 +1,7 @@
-r"""Is a trained prior good, group by group, and what is to be done where it is not?
+r"""Diagnosis of a trained prior, group by group, with a verdict and advice.
 
-Everything is measured on held-out data x, at z ~ q (under z_<k ~ q) and at z ~ p of the same walk.
-A verdict is given where the evidence passes a threshold by three standard errors.
+All statistics are of held-out data x, at z ~ q and z ~ p under the same z_<k ~ q. A statistic
+leads to a verdict if it passes a threshold by three standard errors.
 
 References:
     | A Contrastive Learning Approach for Training Variational Autoencoder Priors
@@ -34,25 +34,25 @@ from ncprior.samplers.langevin import supports_langevin
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, num_rows, posterior_of, require_eval
 
-# Pools of SIR: ESS and log Z vary little between pools, and these evaluate the heads most.
+# Pools of SIR: ESS and log Z vary little between pools, and pools cost most of the evaluations.
 _NUM_POOLS = 64
 
 # Standard errors: chance alone passes a threshold once in 700 times.
 _MARGIN = 3.0
 
-# Slopes: log r is right within a fifth, which is 1 nat of the 5 that 150 proposals correct.
+# Slopes: log r is exact up to a fifth, which is 1 nat of the 5 that 150 proposals correct.
 _CALIBRATED = (0.8, 1.25)
 
-# Nats, as of a mean that is shifted by 0.2 standard deviations: JSD = shift²/8.
+# Nats: the JSD of a mean shifted by 0.2 standard deviations, shift²/8.
 _NO_JSD = 0.005
 
-# A quarter of what the head learnt from training data is not true of held-out data.
+# A quarter of the loss reduction on training data is missing on held-out data.
 _MEMORISED = 0.25
 
-# Evaluations of a head for one sample; a thousand samples are 10⁸, minutes of a GPU.
+# Evaluations of a head per sample; for a thousand samples these are 10⁸, minutes of a GPU.
 _MOST_PROPOSALS = 100_000
 
-# More proposals than this are not told apart.
+# Larger numbers of proposals are reported as this one.
 _COUNTABLE = 10**9
 
 # Nats: log r varies by no more than float32's rounding.
@@ -69,32 +69,33 @@ def diagnose(
     num_draws: int = 8192,
     batch_size: int = 256,
 ) -> Report:
-    """Reports on every group of a trained prior.
+    """Diagnostic report on every group of a trained prior.
 
-    What is diagnosed is α log r, as the sampler uses it: a ``strength`` other than 1 shows as
-    miscalibration of an exact head. Groups whose head is off are reported as such, unmeasured.
-    The heads are put in evaluation mode and put back; nothing of the prior or the VAE changes.
+    The statistics are of α log r, which the sampler uses: with a ``strength`` α other than 1 an
+    exact head appears as miscalibrated. Groups whose head is off are reported as off, without
+    statistics. The heads are set to evaluation mode during the diagnosis; prior and VAE do not
+    change.
 
     Arguments:
         prior: The prior.
         held_out: Data that no head was trained or stopped on: a tensor or map-style dataset of x,
             a ``DataLoader``, or a list of batches. All of it is used.
-        train: Data that the heads were trained on, of the same kind, to see what they memorise;
-            a part of it will do.
+        train: Training data of the heads, of the same kind, to detect memorisation; a subset is
+            enough.
         num_proposals: Two numbers M of proposals, ascending, for the effective sample size. The
-            larger is the one that the verdict supposes.
-        num_draws: Least number of draws of z, per group, from the posterior and from the prior
-            each; a walk is taken anew from every row until there are so many. 8,192 draws
-            leave a standard error of about 0.005 nats of JSD.
+            verdict assumes the larger one.
+        num_draws: Least number of draws of z per group, from the posterior and from the prior
+            each; each row is used several times if there are fewer rows. 8,192 draws give a
+            standard error of the JSD of about 0.005 nats.
         batch_size: Rows per batch, where batches are made here.
 
     Returns:
-        The report: print it, or see its ``groups``, ``to_json()`` and ``plot()``.
+        The report, with ``groups``, ``to_json()`` and ``plot()``; ``print`` shows it as a table.
 
     Raises:
         ValueError: If there are fewer than 2 rows of data, or an argument is out of range.
         TypeError: If the data can be read only once.
-        FloatingPointError: If log r is not finite, naming the group.
+        FloatingPointError: If log r is not finite; the message names the group.
 
     Example:
         >>> report = diagnose(prior, torch.randn(100, 3))
@@ -137,11 +138,11 @@ def _measure(
     batch_size: int,
     num_proposals: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Reads the data once and encodes each batch once.
+    """Measures log r and pools of proposals in one pass over the data.
 
     Returns:
         α log r at z ~ q and z ~ p, with shape (walks, K, 2, rows), and ESS and log-mean-weight of
-        each M's pools, (K, M, 2, pools); in float64, NaN where a head is off.
+        pools for each M, (K, M, 2, pools); in float64, NaN if a head is off.
     """
     batches = one_pass(data, batch_size)
     total = sum(num_rows(batch) for batch in batches)
@@ -158,7 +159,7 @@ def _measure(
         log_r.append(torch.stack(walked))
         # Pools from every batch: data may be ordered.
         before, seen = seen, seen + num_rows(encoding)
-        rows = _share(seen, total) - _share(before, total)
+        rows = _pools_of(seen, total) - _pools_of(before, total)
         if num_proposals and rows:
             weigh, shape = partial(_weigh, num_proposals), (len(num_proposals), 2)
             pools.append(walk_posterior(prior, _first(rows, encoding), weigh, shape))
@@ -166,7 +167,7 @@ def _measure(
 
 
 class GroupKind(NamedTuple):
-    """What samplers go by, of one group; see :class:`ncprior.diagnostics.GroupReport`."""
+    """Properties of a group that decide its samplers, as in :class:`GroupReport`."""
 
     has_context: bool
     has_gradient: bool
@@ -175,7 +176,7 @@ class GroupKind(NamedTuple):
 
     @classmethod
     def of(cls, group: Group, head: nn.Module) -> GroupKind:
-        """Looks at a group and its head."""
+        """Returns the properties of a group and its head."""
         prior = group.prior
         components = len(prior.logits) if isinstance(prior, GaussianMixture) else 1
         return cls(
@@ -185,11 +186,11 @@ class GroupKind(NamedTuple):
 
 @torch.no_grad()
 def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
-    """Returns what kind each group of a prior is of.
+    """Properties of all groups of a prior that decide their samplers.
 
     Arguments:
         prior: The prior.
-        x: A batch of data, as the user's loader yields it.
+        x: A batch of data, as the loader yields it.
     """
     device = next((p.device for p in prior.parameters()), None)
     if device is not None:
@@ -205,7 +206,7 @@ def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
 
 @contextmanager
 def evaluating(prior: NCPrior) -> Iterator[None]:
-    """Evaluation mode of the heads; on leaving, every module's own mode again."""
+    """Context with the heads in evaluation mode; their own modes are restored at the end."""
     modes = [(module, module.training) for module in prior.modules()]
     prior.eval()
     try:
@@ -221,16 +222,16 @@ def walk_posterior(
     measure: Callable[[NCPrior, int, Group, Tensor], Tensor],
     shape: tuple[int, ...] = (),
 ) -> Tensor:
-    """Measures every group whose head is in use, along a walk with every z_k ~ q.
+    """Values measured in every group whose head is in use, at z_k ~ q under z_<k ~ q.
 
     Arguments:
         prior: The prior.
-        encoding: What the source makes of a batch of data.
-        measure: Given the prior, k, the group and z_k ~ q, returns values of shape ``(*shape, B)``.
-        shape: The leading shape of what is measured.
+        encoding: A batch of data, encoded by the source.
+        measure: Maps the prior, k, the group and z_k ~ q to values of shape ``(*shape, B)``.
+        shape: The leading shape of the values.
 
     Returns:
-        The values in float64 on the CPU, with shape ``(K, *shape, B)``; NaN where a head is off.
+        The values in float64 on the CPU, with shape ``(K, *shape, B)``; NaN if a head is off.
     """
     num_groups, batch_size = prior.source.num_groups, num_rows(encoding)
     measured = torch.full((num_groups, *shape, batch_size), math.nan, dtype=torch.float64)
@@ -246,10 +247,10 @@ def walk_posterior(
 
 
 def scaled_log_r(prior: NCPrior, k: int, z: Tensor, group: Group) -> Tensor:
-    """Returns α log r_k(z) in nats, with shape ``(*, B)``, and refuses what is not finite.
+    """Returns α log r_k(z) in nats, with shape ``(*, B)``, after a check that it is finite.
 
     Raises:
-        FloatingPointError: If log r is not finite, naming the group.
+        FloatingPointError: If log r is not finite; the message names the group.
     """
     log_r = prior.strength * prior.log_r(k, z, group.context)
     if not torch.isfinite(log_r).all():
@@ -273,7 +274,7 @@ def _weigh(ms: tuple[int, ...], prior: NCPrior, k: int, group: Group, z: Tensor)
 
 
 def _with_loss(report: GroupReport, log_r: Tensor, trained: Tensor | None) -> GroupReport:
-    """Fills in all that log r at held-out and training data tells; (walks, 2, rows) each."""
+    """Adds the statistics of log r on held-out and training data, (walks, 2, rows) each."""
     q, p = log_r.unbind(1)
     loss = Mean.of(_loss(q, p))
     kl, identity, fit = Mean.of(q), Mean.of(q.sigmoid() + p.sigmoid()), recalibrate(q, p)
@@ -300,7 +301,7 @@ def _with_loss(report: GroupReport, log_r: Tensor, trained: Tensor | None) -> Gr
 
 
 def _with_pools(report: GroupReport, pools: Tensor) -> GroupReport:
-    """Fills in what SIR tells; (M, 2, pools)."""
+    """Adds the statistics of pools of SIR, (M, 2, pools)."""
     ess, log_mean_weight = pools.unbind(1)
     log_z = Mean.of(log_mean_weight[-1:])
     return report._replace(
@@ -311,7 +312,7 @@ def _with_pools(report: GroupReport, pools: Tensor) -> GroupReport:
 
 
 def _with_verdict(report: GroupReport, log_r: Tensor) -> GroupReport:
-    """Fills in how many proposals are needed, and the verdict."""
+    """Adds the number of proposals needed, and the verdict."""
     q, p = log_r.unbind(1)
     if not math.isnan(report.slope):
         q, p = report.slope * q + report.offset, report.slope * p + report.offset
@@ -325,7 +326,7 @@ def _with_verdict(report: GroupReport, log_r: Tensor) -> GroupReport:
 
 
 def _verdict(report: GroupReport, recalibrated_jsd: float, surely_needed: int) -> Verdict:
-    # NaN, an unmeasured slope or training loss, passes no threshold.
+    # An unmeasured slope or training loss is NaN, which passes no threshold.
     slope_low = report.slope - _MARGIN * report.slope_error
     slope_high = report.slope + _MARGIN * report.slope_error
     harm = -_NO_JSD - report.jsd  # above 0, the base alone is better
@@ -346,12 +347,12 @@ def _verdict(report: GroupReport, recalibrated_jsd: float, surely_needed: int) -
 
 
 def _loss(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The plain NCE loss, draw by draw."""
+    """Plain NCE loss of every draw."""
     return softplus(-log_q) + softplus(log_p)
 
 
 def _needed(kl: float, sd: float) -> int:
-    """exp(KL + t) proposals, Chatterjee & Diaconis (2018), with t = sd_q[log r]."""
+    """Proposals needed: exp(KL + t), Chatterjee & Diaconis (2018), with t = sd_q[log r]."""
     return math.ceil(math.exp(min(max(kl + sd, 0.0), math.log(_COUNTABLE))))
 
 
@@ -360,8 +361,8 @@ def _mean_exp(values: Tensor) -> float:
     return (flat.logsumexp(0) - math.log(len(flat))).exp().item()
 
 
-def _share(rows: int, total: int) -> int:
-    """How many of the pools belong to the first rows of the data."""
+def _pools_of(rows: int, total: int) -> int:
+    """Number of pools that belong to the first rows of the data."""
     return rows * min(_NUM_POOLS, total) // total
 
 

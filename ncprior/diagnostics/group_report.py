@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from ncprior.diagnostics.calibration import Reliability
 
-_UNRELIABLE_K = 0.7  # Vehtari et al. (2024): above it, averages of weights do not settle
+UNRELIABLE_K = (
+    0.7  # Vehtari et al. (2024): above it, averages of weights do not converge in practice
+)
 
 
 class Verdict(str, Enum):
-    """What is to be said of one group, in plain words.
+    """Verdict on one group, as a short phrase.
 
     Example:
         >>> print(Verdict.GOOD)
@@ -37,38 +39,39 @@ class Verdict(str, Enum):
 
     @property
     def advice(self) -> str:
-        """What to do about it, in one sentence."""
+        """The recommended action, in one sentence."""
         return _ADVICE[self]
 
 
 _ADVICE = {
     Verdict.GOOD: "Sample with sir, with at least the proposals needed.",
     Verdict.MATCHES: (
-        "The head finds no difference that is worth correcting: leave the group to the base "
+        "The head finds no difference that is worth correcting: use the base for this group "
         "(prior.active[k] = False)."
     ),
     Verdict.CONSTANT: (
-        "log r is constant, which cannot tell the two apart: train the head, then diagnose again."
+        "log r is constant: either p and q agree or the head is untrained. Train the head, then "
+        "diagnose again."
     ),
     Verdict.TOO_FEW: (
         "Give sir as many proposals as the table says are needed, or let recommend_sampler pick "
         "another sampler."
     ),
     Verdict.OVER_CONFIDENT: (
-        "Its log r is larger than held-out data bear out: train with early stopping, dropout or "
-        "more data, or rescale it: fit(..., calibrate=True)."
+        "|log r| is too large on held-out data: train with early stopping, dropout or more data, "
+        "or rescale log r: fit(..., calibrate=True)."
     ),
     Verdict.TOO_FLAT: (
-        "Its log r is smaller than held-out data bear out: train longer or with a larger head, "
-        "or rescale it: fit(..., calibrate=True)."
+        "|log r| is too small on held-out data: train longer or with a larger head, or rescale "
+        "log r: fit(..., calibrate=True)."
     ),
     Verdict.MEMORISES: (
-        "It tells its training data from the prior, new data less so: train with more data, a "
-        "smaller head, dropout or weight decay, and stop by held-out data."
+        "The NCE loss is lower on training data than on held-out data: train with more data, a "
+        "smaller head, dropout or weight decay, and stop early on held-out data."
     ),
     Verdict.TOO_WIDE: (
-        "No practical number of proposals bridges it: fit a base to the aggregate posterior, such "
-        "as a Gaussian mixture, and train the head on that."
+        "No practical number of proposals closes the gap: fit a base to the aggregate posterior, "
+        "such as a Gaussian mixture, and train the head on that base."
     ),
     Verdict.OFF: (
         "The head is not used: the group is not active, the strength is 0, or the prior is "
@@ -78,23 +81,26 @@ _ADVICE = {
 
 
 class GroupReport(NamedTuple):
-    """One group's report. What was not measured is NaN; ``_error`` is one standard error.
+    """Diagnostic report on one group; values that were not measured are NaN.
+
+    Every ``_error`` is the standard error of the value before it.
 
     Attributes:
         group: k, from 0.
-        verdict: What is to be said of it; ``verdict.advice`` says what to do.
+        verdict: The verdict on the group; ``verdict.advice`` is the recommended action.
         nce_loss: L*, the plain NCE loss on held-out data, in nats.
         nce_loss_error: Its standard error.
         jsd: log 2 - L*/2 in nats: the Jensen-Shannon divergence of posterior and prior if log r is
-            exact, a lower bound of it otherwise; from 0 to 0.693, negative for a harmful head.
+            exact, otherwise a lower bound. At most 0.693; negative for a harmful head.
         jsd_error: Its standard error.
         kl: E_q[log r] in nats: KL(q || p) if log r is exact.
         kl_error: Its standard error.
         identity: E_q[D] + E_p[D] with D = σ(log r), a pure number: 1 if log r is exact.
         identity_error: Its standard error.
-        slope: a of the recalibration a·log r + b: 1 calibrated, below over-confident, above flat.
+        slope: a of the recalibration a·log r + b: 1 is calibrated, below 1 over-confident, above 1
+            too flat.
         slope_error: Its standard error.
-        offset: b in nats; no sampler sees it.
+        offset: b in nats; samplers do not depend on it.
         offset_error: Its standard error.
         mean_r: E_p[r], a pure number: 1 if log r is exact and ``mean_r_k`` below 0.7.
         mean_r_k: Pareto k̂ of r under p.
@@ -103,17 +109,17 @@ class GroupReport(NamedTuple):
         mean_inverse_r_k: Pareto k̂ of 1/r under q.
         ess: Mean effective sample size of SIR, in proposals, for each number of proposals
             M; from 1 to M.
-        log_z: Mean log (1/M) Σ r at the larger M, in nats: log Z, from below.
+        log_z: Mean of log (1/M) Σ r at the larger M, in nats: an estimate of log Z from below.
         log_z_error: Its standard error.
-        proposals_needed: exp(KL + sd_q[log r]) of the recalibrated log r: the order of M from which
-            SIR is close to q. At most 10⁹.
+        proposals_needed: exp(KL + sd_q[log r]) of the recalibrated log r: the order of magnitude
+            of M from which draws of SIR are close to q. At most 10⁹.
         train_loss: The plain NCE loss on training data, in nats.
-        train_gap: Held-out less training loss, in nats.
+        train_gap: Held-out loss minus training loss, in nats.
         train_gap_error: Its standard error.
-        has_context: Whether the group has a context: rows then have targets of their own.
-        has_gradient: Whether Langevin dynamics can walk in the group's prior.
-        num_components: Components of the base where it is a Gaussian mixture, else 1.
-        num_factors: Heads that are multiplied, each of which an evaluation of log r costs.
+        has_context: Whether the group has a context, so that every row has its own target.
+        has_gradient: Whether the prior of the group supports Langevin dynamics.
+        num_components: Number of components if the base is a Gaussian mixture, else 1.
+        num_factors: Number of heads that are multiplied, all evaluated for one log r.
         reliability: The reliability curve, ``None`` for a head that is off.
 
     Example:

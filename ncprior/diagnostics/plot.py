@@ -1,4 +1,4 @@
-"""The picture of a report: bars per group and the reliability curves."""
+"""Plot of a report: bars per group and the reliability curves."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _COLORS = {
 
 
 def plot_groups(groups: Sequence[GroupReport], num_proposals: tuple[int, int]) -> Figure:
-    """Draws JSD, KL and ESS per group as bars, coloured by verdict, and the reliability curves.
+    """Figure of JSD, KL and ESS per group, coloured by verdict, and of the reliability curves.
 
     Arguments:
         groups: The groups of a report.
         num_proposals: Numbers of proposals at which the ESS was measured.
 
     Returns:
-        A figure of no window, to show in a notebook or to save.
+        A figure without a window, to show in a notebook or to save.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -60,7 +60,7 @@ def plot_groups(groups: Sequence[GroupReport], num_proposals: tuple[int, int]) -
 
 
 def _plot_bars(axes: Axes, groups: Groups, name: str, label: str) -> list[BarContainer]:
-    """One bar per group; returns the bars of each verdict, for a legend."""
+    """Draws one bar per group; returns the bars of each verdict, for a legend."""
     handles = []
     for verdict, color in _COLORS.items():
         some = [g for g in groups if g.verdict is verdict]
@@ -84,7 +84,7 @@ def _plot_ess(axes: Axes, groups: Groups, num_proposals: tuple[int, int]) -> Non
         heights = [g.ess.get(m, math.nan) for g in groups]
         axes.bar(places, heights, 0.4, color=color, label=f"M = {m:,}")
     axes.set_yscale("log")
-    axes.set_ylim(0.8, 4 * max(num_proposals))  # the legend's place
+    axes.set_ylim(0.8, 4 * max(num_proposals))  # space for the legend
     axes.legend(frameon=False, ncols=2, loc="upper left")
     _number_groups(axes, groups, "effective sample size of M proposals")
 
@@ -95,7 +95,9 @@ def _plot_reliability(axes: Axes, groups: Groups) -> None:
         if g.reliability is not None:
             curve = g.reliability.predicted, g.reliability.observed
             axes.plot(*curve, ".-", color=_COLORS[g.verdict], alpha=0.7)
-    axes.set(xlabel="D = σ(log r)", ylabel="share of posterior samples", xlim=(0, 1), ylim=(0, 1))
+    axes.set(
+        xlabel="D = σ(log r)", ylabel="fraction of posterior samples", xlim=(0, 1), ylim=(0, 1)
+    )
     axes.set_title("reliability: over-confident heads are flatter than the diagonal", fontsize=10)
 
 

@@ -1,4 +1,4 @@
-"""Which sampler to draw with, for what a sample may cost."""
+"""Recommendation of a sampler for a trained prior and a budget of evaluations."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ncprior.samplers.mixture import within_components
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import tempered_smc
 
-_PLENTY = 30  # times the proposals needed: beyond, SIR's bias is below a hundredth
+_PLENTY = 30  # multiple of the proposals needed at which the bias of SIR is below 1 %
 
-_MOST_MOVES = 16  # per temperature; more change nothing
+_MOST_MOVES = 16  # per temperature; more moves do not improve the draws
 
 
 class Recommendation(NamedTuple):
-    """A sampler, what it costs, and why it.
+    """Recommended sampler, with its cost and a reason.
 
     Attributes:
         sampler: The sampler, for ``prior.sample(batch_size, sampler)``.
-        evaluations: About how many evaluations of heads one sample costs; one with a gradient
-            counts twice.
-        reason: Why this one, in one sentence.
+        evaluations: Approximate number of evaluations of heads per sample; an evaluation with a
+            gradient counts twice.
+        reason: The reason for this sampler, in one sentence.
 
     Example:
         >>> from ncprior import sir
@@ -39,25 +39,30 @@ class Recommendation(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        """Says it in one line."""
+        """Shows sampler, cost and reason in one line."""
         sampler = describe(self.sampler)
         return f"{sampler}, about {self.evaluations} evaluations per sample. {self.reason}"
 
 
 def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
-    """Picks a sampler and its settings for a trained prior.
+    """Recommended sampler and settings for a trained prior.
 
-    SIR where it has plenty of proposals, or where nothing else can be: the proposals needed grow
-    with e^KL. Else, on a mixture base, SIR within its components if there are as many as needed,
-    and chains in their noise if not. Else, for a single group without a context, whose latents can
-    be walked in, tempered sequential Monte Carlo over one population: its cost grows with KL itself.
-    Then let :func:`ncprior.diagnostics.match_strength` suit the strength to the sampler.
+    The rules, in this order:
+
+    * SIR, if the budget allows many times the proposals needed, whose number grows as e^KL.
+    * On a Gaussian mixture base, SIR within components if the budget allows the proposals needed,
+      else Langevin chains within components.
+    * For several groups, a context, or a prior without gradient, SIR.
+    * For one group without context, tempered sequential Monte Carlo with shared particles, whose
+      cost grows with KL.
+
+    Afterwards, :func:`ncprior.diagnostics.match_strength` fits the strength to the sampler.
 
     Arguments:
-        report: What :func:`ncprior.diagnostics.diagnose` has found.
+        report: Result of :func:`ncprior.diagnostics.diagnose`.
         budget: Evaluations of heads that one sample may cost, over all groups and stages; an
-            evaluation with a gradient counts twice. SMC picks its temperatures by the particles it
-            sees, so that it keeps to the budget roughly.
+            evaluation with a gradient counts twice. Tempered SMC adapts its number of
+            temperatures, so that it keeps to the budget only approximately.
 
     Returns:
         The recommendation.
@@ -94,24 +99,26 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     temperatures = max(1, math.ceil(math.sqrt(2 * max(0.0, groups[0].kl) / math.log(2))))
     moves = min(_MOST_MOVES, (each // 2 - 1) // temperatures)
     if moves < 1:
-        return Recommendation(by_sir, each * heads, "The budget is too short for a walk.")
+        return Recommendation(by_sir, each * heads, "The budget is too small for tempered SMC.")
     return Recommendation(
-        partial(tempered_smc, num_particles=1, share=True, num_moves=moves),
+        partial(tempered_smc, num_particles=1, share_particles=True, num_moves=moves),
         2 * (1 + temperatures * moves) * heads,
-        f"{needed:,} proposals are needed, and SIR settles with {_PLENTY} times as many, beyond the "
-        f"budget; a population is led there in about {temperatures} temperatures.",
+        f"{needed:,} proposals are needed, and SIR is exact enough with {_PLENTY} times as many, "
+        f"beyond the budget; shared particles reach β = 1 in about {temperatures} temperatures.",
     )
 
 
 def _within(group: GroupReport, each: int) -> Recommendation:
-    """Of a group whose base is a mixture, with so many evaluations of log r."""
+    """Recommendation for a group on a mixture base, with ``each`` evaluations of log r."""
     needed = f"{group.proposals_needed:,} proposals are needed"
     moves = each // 2 - 1
     if each >= group.proposals_needed or moves < 1 or not group.has_gradient:
         by_sir = within_components(partial(sir, num_proposals=each))
         cost = each * group.num_factors
         return Recommendation(by_sir, cost, f"{needed}, fewer within the components of the base.")
-    # One particle is a chain of MALA that finds its own step size.
+    # tempered_smc with one particle is a MALA chain that adapts its step size.
     chain = partial(tempered_smc, num_particles=1, num_moves=moves)
-    reason = f"{needed}, beyond the budget: chains walk within the components of the base."
+    reason = (
+        f"{needed}, beyond the budget: Langevin chains move within the components of the base."
+    )
     return Recommendation(within_components(chain), 2 * (1 + moves) * group.num_factors, reason)

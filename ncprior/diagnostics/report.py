@@ -1,4 +1,4 @@
-"""What :func:`ncprior.diagnostics.diagnose` finds, as a table, as JSON and as a picture."""
+"""Report of :func:`ncprior.diagnostics.diagnose`: as a table, as JSON and as a figure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.plot import plot_groups
-from ncprior.diagnostics.table import _LEGEND, _WIDTH, _columns, _ranges, _wrap
+from ncprior.diagnostics.table import LEGEND, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Report(NamedTuple):
-    """The report of all groups; ``print(report)`` shows it as a table.
+    """Diagnostic report on all groups; ``print(report)`` shows it as a table.
 
     Attributes:
         groups: One report per group.
@@ -35,22 +35,12 @@ class Report(NamedTuple):
     num_proposals: tuple[int, int]
 
     def __str__(self) -> str:
-        low, high = self.num_proposals
-        columns = [c for c in _columns(low, high) if c.wanted(self.groups)]
-        cells = [[c.cell(g) for c in columns] for g in self.groups]
-        table = [[c.title for c in columns], [c.unit for c in columns], *cells]
-        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-        space = "  " if sum(widths) + 2 * len(widths) <= _WIDTH else " "
-        lines = [
-            space.join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
-            for row in table
-        ]
         count = f"{self.num_draws:,} draws of z per group from {self.num_rows:,} held-out rows"
-        notes = [f"{count}, ± one standard error. {_LEGEND}", *self._verdicts()]
-        return "\n".join([*lines, "", *(_wrap(note) for note in notes)])
+        note = f"{count}, ± one standard error. {LEGEND}"
+        return render(self.groups, self.num_proposals, [note])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON-able values; what is not finite is ``None``.
+        """Returns the report as values ready for JSON; non-finite numbers become ``None``.
 
         Example:
             >>> report = Report((GroupReport(0, Verdict.OFF),), 100, 8200, (50, 500))
@@ -74,10 +64,10 @@ class Report(NamedTuple):
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def plot(self) -> Figure:
-        """Draws JSD, KL and ESS per group as bars, and the reliability curves.
+        """Figure of JSD, KL and ESS per group, and of the reliability curves.
 
         Returns:
-            A figure, to show or save: ``report.plot().savefig("report.png")``.
+            A figure, to show or to save: ``report.plot().savefig("report.png")``.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -88,15 +78,6 @@ class Report(NamedTuple):
             4
         """
         return plot_groups(self.groups, self.num_proposals)
-
-    def _verdicts(self) -> list[str]:
-        lines = []
-        for verdict in Verdict:
-            groups = [g.group for g in self.groups if g.verdict is verdict]
-            if groups:
-                name = "group" if len(groups) == 1 else "groups"
-                lines.append(f"{name} {_ranges(groups)}: {verdict}. {verdict.advice}")
-        return lines
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

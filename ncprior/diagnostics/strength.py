@@ -1,15 +1,17 @@
-r"""How strongly to correct: the α at which what a sampler draws has the log r that the data have.
+r"""Strength α of a prior at which a sampler's draws have the same mean log r as held-out data.
 
-The laws :math:`p_\alpha \propto r^\alpha p` are an exponential family in log r. The one that gives
-encodings of held-out data the highest likelihood has their mean of log r,
+The distributions :math:`p_\alpha \propto r^\alpha p` are an exponential family in log r. The
+member with the highest likelihood of encodings of held-out data has the same mean of log r as the
+encodings,
 
 .. math::
     \frac{d}{d\alpha} E_q[\log p_\alpha(z)] = E_q[\log r] - E_{p_\alpha}[\log r] = 0,
 
-and there is but one, as the likelihood is concave in α. For r = q/p it is at α = 1. A trained head
-is right on average where p and q have samples, which is what its NCE loss and its calibration see; a
-sampler goes where r is large. And SIR of few proposals and short chains draw from a law that is
-flatter than p_α: the same condition, on what they do draw, makes up for that too.
+and it is unique, as the log-likelihood is concave in α. For r = q/p it is α = 1. A trained head is
+accurate on average where p and q have samples, where its NCE loss and its calibration are
+measured; a sampler moves to where r is large. Moreover, SIR with few proposals and short Langevin
+chains draw from a distribution that is flatter than p_α. The same condition on the actual draws
+corrects for both.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from ncprior.samplers.base import Sampler
 from ncprior.source import Group, device_of, require_eval
 from ncprior.utils.random_state import seeded
 
-_STEPS = 12  # of the search at most; a smooth function takes about five
+_STEPS = 12  # largest number of steps of the search; a smooth function takes about five
 
-_SURE = 3.0  # standard errors of the difference: below, draws are right as they are
+_SURE = 3.0  # standard errors of the difference; below, α = 1 is accepted
 
-_CLOSE = 0.5  # standard errors: closer, a search gains nothing
+_CLOSE = 0.5  # standard errors of the difference; below, the search stops
 
 
 @torch.no_grad()
@@ -46,36 +48,38 @@ def match_strength(
     held_out: Any,  # noqa: ANN401
     sampler: Sampler,
     *,
-    most: float = 2.0,
+    max_strength: float = 2.0,
     batch_size: int = 256,
     progress: bool = True,
 ) -> float:
-    """Finds the strength α at which a sampler's draws have the mean log r of held-out encodings.
+    """Strength α at which a sampler's draws have the mean log r of held-out encodings.
 
-    With several groups, all share one α, draws of each are taken at z_<k ~ q, and log r is summed
-    over groups. The prior stays as it is: ``prior.strength = match_strength(…)`` is yours to say.
+    All groups have the same α. The draws of group k are under z_<k ~ q, and log r is summed over
+    groups. The prior does not change; set ``prior.strength = match_strength(…)`` yourself.
 
     Arguments:
         prior: The trained prior.
-        held_out: Data that no head was trained on, as for :func:`ncprior.diagnostics.diagnose`. All
-            of it is used, some ten times: a few thousand rows will do.
-        sampler: The sampler that the strength is for, with its settings.
-        most: The largest strength, 1 or more. Where the draws fall short even there, it is what is
-            returned, with a warning: beyond, a sampler picks but the best of too few.
+        held_out: Data that no head was trained on, as for :func:`ncprior.diagnostics.diagnose`.
+            All of it is used about ten times: a few thousand rows are enough.
+        sampler: The sampler whose strength is fitted, with its settings.
+        max_strength: The largest strength, 1 or more. It is returned, with a warning, if the mean
+            log r of the draws is still too low there. At larger strengths a sampler only picks the
+            best of too few proposals.
         batch_size: Rows per batch, where batches are made here.
         progress: Whether to show a progress bar.
 
     Returns:
-        α: 1 where the draws are right as they are, within three standard errors, or nothing has
-        been learnt; 0 where the base is closer to the data than any correction.
+        α. It is 1 if the draws at α = 1 match the data within three standard errors, or the head
+        has learnt nothing; 0 if the base is closer to the data than any correction.
 
     Raises:
-        ValueError: If no head is in use, there are fewer than 2 rows, or ``most`` is out of range.
+        ValueError: If no head is in use, there are fewer than 2 rows, or ``max_strength`` is
+            out of range.
         TypeError: If the data can be read only once, or the sampler cannot work with the prior.
-        FloatingPointError: If log r is not finite, naming the group.
+        FloatingPointError: If log r is not finite; the message names the group.
 
     Warns:
-        UserWarning: If the draws fall short at the largest strength.
+        UserWarning: If the mean log r of the draws is too low at the largest strength.
 
     Example:
         >>> from functools import partial
@@ -83,13 +87,13 @@ def match_strength(
         >>> match_strength(prior, torch.randn(50, 3), partial(sir, num_proposals=9), progress=False)
         1.0
     """
-    if not 1 <= most < math.inf:
-        raise ValueError(f"most must be 1 or more and finite; got {most}.")
+    if not 1 <= max_strength < math.inf:
+        raise ValueError(f"max_strength must be 1 or more and finite; got {max_strength}.")
     require_eval(prior.source, getattr(prior.source, "module", None))
     device, seed = device_of(prior.source), int(torch.randint(2**31, ()))
 
     def along_data(measure: Callable[[NCPrior, int, Group, Tensor], Tensor]) -> Tensor:
-        """What is measured at every row of data, summed over groups, with shape ``(rows,)``."""
+        """Measured values of every row of data, summed over groups, with shape ``(rows,)``."""
         found = []
         with seeded(seed):
             for batch in one_pass(held_out, batch_size):
@@ -100,7 +104,7 @@ def match_strength(
         return torch.cat(found) if found else torch.empty(0)
 
     def excess(strength: float) -> Mean:
-        """How far the draws' mean log r is above that of the data."""
+        """Mean log r of the draws minus that of the data."""
 
         def of_draw(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
             with _at(prior, strength):
@@ -113,26 +117,26 @@ def match_strength(
 
     with evaluating(prior), _at(prior, 1.0), tqdm(desc="strength", disable=not progress) as bar:
         if not any(prior.is_on(k) for k in range(prior.source.num_groups)):
-            raise ValueError("No head is in use, and a strength acts on heads. See prior.active.")
+            raise ValueError("A strength acts on heads, and none is in use. Set prior.active.")
         of_data = along_data(lambda prior, k, group, z: scaled_log_r(prior, k, z, group))
         if len(of_data) < 2:
             raise ValueError(f"A mean with its error needs 2 rows of data; got {len(of_data)}.")
-        return _root(excess, most)
+        return _root(excess, max_strength)
 
 
-def _root(excess: Callable[[float], Mean], most: float) -> float:
-    """Where a rising function of α is 0 within its error, by the Illinois method."""
+def _root(excess: Callable[[float], Mean], max_strength: float) -> float:
+    """Root of an increasing function of α within its error, by the Illinois method."""
     at_one = excess(1.0)
     if abs(at_one.value) <= _SURE * at_one.error:
         return 1.0
-    end = 0.0 if at_one.value > 0 else most
+    end = 0.0 if at_one.value > 0 else max_strength
     at_end = excess(end)
     if (at_end.value > 0) == (at_one.value > 0) or _is_close(at_end):
         if end > 0 and not _is_close(at_end):
             warnings.warn(
-                f"Even at strength {most:g} the draws fall short of the data's mean log r, by "
-                f"{-at_end.value:.2f} nats. Take more proposals, a sampler that walks, or a closer "
-                f"base.",
+                f"At strength {max_strength:g} the mean log r of the draws is still below that of "
+                f"the data, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
+                f"moves, or a closer base.",
                 stacklevel=4,
             )
         return end
@@ -143,7 +147,7 @@ def _root(excess: Callable[[float], Mean], most: float) -> float:
         if _is_close(found):
             break
         if (found.value > 0) == (g > 0):
-            f = f / 2  # so that no end stays for good
+            f = f / 2  # the Illinois step, so that neither end stays fixed
         else:
             a, f = b, g
         b, g = middle, found.value
@@ -156,7 +160,7 @@ def _is_close(found: Mean) -> bool:
 
 @contextmanager
 def _at(prior: NCPrior, strength: float) -> Iterator[None]:
-    """A prior of another strength; on leaving, of its own again."""
+    """Context with another strength of the prior; its own is restored at the end."""
     before, prior.strength = prior.strength, strength
     try:
         yield

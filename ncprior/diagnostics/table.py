@@ -1,19 +1,19 @@
-"""A report as a table of text."""
+"""The groups of a report as a table of text."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ncprior.diagnostics.group_report import _UNRELIABLE_K, GroupReport
+from ncprior.diagnostics.group_report import UNRELIABLE_K, GroupReport, Verdict
 
 _WIDTH = 100  # columns of the table
 
-_LEGEND = (
-    "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] stand beside the shape k of "
-    "their Pareto tail; in parentheses, where k is above 0.7, they mean nothing."
+LEGEND = (
+    "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] are followed by the shape k "
+    "of their Pareto tail; in parentheses, where k is above 0.7, they are unreliable."
 )
 
 
@@ -21,10 +21,47 @@ class _Column(NamedTuple):
     title: str
     unit: str
     cell: Callable[[GroupReport], str]
-    optional: bool = False  # shown only where some group has a value
+    optional: bool = False  # shown only if some group has a value
 
     def wanted(self, groups: tuple[GroupReport, ...]) -> bool:
         return not self.optional or any(self.cell(g) != "-" for g in groups)
+
+
+def render(
+    groups: tuple[GroupReport, ...], num_proposals: tuple[int, int], notes: Sequence[str]
+) -> str:
+    """Renders groups as a table of at most 100 characters per line, with notes below.
+
+    Arguments:
+        groups: The groups of a report.
+        num_proposals: The two M of the effective sample sizes.
+        notes: Paragraphs between the table and the verdicts.
+
+    Returns:
+        One line per group, the notes, and the verdicts with their advice.
+    """
+    columns = [c for c in _columns(*num_proposals) if c.wanted(groups)]
+    cells = [[c.cell(g) for c in columns] for g in groups]
+    table = [[c.title for c in columns], [c.unit for c in columns], *cells]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    space = "  " if sum(widths) + 2 * len(widths) <= _WIDTH else " "
+    lines = [
+        space.join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
+        for line in table
+    ]
+    paragraphs = [*notes, *_verdicts(groups)]
+    return "\n".join([*lines, "", *(_wrap(text) for text in paragraphs)])
+
+
+def _verdicts(groups: Sequence[GroupReport]) -> list[str]:
+    """One line per verdict: the numbers of its groups, and the advice."""
+    lines = []
+    for verdict in Verdict:
+        found = [g.group for g in groups if g.verdict is verdict]
+        if found:
+            name = "group" if len(found) == 1 else "groups"
+            lines.append(f"{name} {_ranges(found)}: {verdict}. {verdict.advice}")
+    return lines
 
 
 def _columns(low: int, high: int) -> list[_Column]:
@@ -45,7 +82,7 @@ def _columns(low: int, high: int) -> list[_Column]:
 
 
 def _number(value: float, digits: int) -> str:
-    """A number in at most 6 characters, 7 with a sign."""
+    """Formats a number in at most 6 characters, 7 with a sign."""
     if math.isnan(value):
         return "-"
     if not abs(value) < 99_999.5:
@@ -66,7 +103,7 @@ def _with_tail(mean: float, k: float) -> str:
         return "-"
     number = _number(mean, 2)
     shape = _number(k, 1 if abs(k) < 10 else 0)
-    return f"({number}) {shape}" if k > _UNRELIABLE_K else f"{number} {shape:>3}"
+    return f"({number}) {shape}" if k > UNRELIABLE_K else f"{number} {shape:>3}"
 
 
 def _per(ess: Mapping[int, float]) -> str:
@@ -76,14 +113,14 @@ def _per(ess: Mapping[int, float]) -> str:
 
 
 def _ranges(groups: list[int]) -> str:
-    """Ascending numbers in words: 0-3, 7."""
-    words: list[list[int]] = []
+    """Formats ascending numbers as ranges, such as 0-3, 7."""
+    ranges: list[list[int]] = []
     for k in groups:
-        if words and words[-1][-1] == k - 1:
-            words[-1] = [words[-1][0], k]
+        if ranges and ranges[-1][-1] == k - 1:
+            ranges[-1] = [ranges[-1][0], k]
         else:
-            words.append([k])
-    return ", ".join("-".join(map(str, word)) for word in words)
+            ranges.append([k])
+    return ", ".join("-".join(map(str, ends)) for ends in ranges)
 
 
 def _wrap(text: str) -> str:

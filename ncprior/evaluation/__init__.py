@@ -1,4 +1,4 @@
-"""Evaluation of samples and likelihoods."""
+"""Evaluation of samples, likelihoods and out-of-distribution detection."""
 
 from ncprior.evaluation.auroc import AUROC, auroc, auroc_gain
 from ncprior.evaluation.bounds import Bounds, bounds

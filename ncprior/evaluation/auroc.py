@@ -1,4 +1,4 @@
-"""Area under the ROC curve with a confidence interval, and paired differences of two areas."""
+"""Area under the ROC curve (AUROC) with a confidence interval, and paired differences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class AUROC(NamedTuple):
-    """Area under the receiver operating characteristic, or a difference of two such areas.
+    """Area under the receiver operating characteristic (AUROC), or a difference of two AUROCs.
 
     Attributes:
         value: The area, from 0 to 1, or the difference, from -1 to 1.
-        low: Lower end of its interval.
-        high: Upper end.
-        error: Its standard error.
+        low: Lower end of the confidence interval.
+        high: Upper end of the confidence interval.
+        error: Standard error of the value.
     """
 
     value: float
@@ -31,21 +31,22 @@ class AUROC(NamedTuple):
 
 
 def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
-    """Returns the probability that a score from inside is larger than one from outside.
+    """AUROC: the probability that a score from inside is larger than a score from outside.
 
-    Ties count one half. The variance is DeLong's, the interval that of a normal law, cut to [0, 1];
-    where every pair is in order it has no width.
+    Ties count one half. The variance is DeLong's. The interval is that of a normal distribution,
+    cut to [0, 1]; its width is 0 if every pair is in order.
 
     Arguments:
         inside: Scores of in-distribution data, with shape ``(N,)``.
-        outside: Scores of other data, with shape ``(N',)``.
+        outside: Scores of out-of-distribution data, with shape ``(N',)``.
         level: Coverage of the interval.
 
     Returns:
         The area with its interval.
 
     Raises:
-        ValueError: If there are fewer than two scores of either, a NaN, or the level is no share.
+        ValueError: If there are fewer than two scores of either kind, a score is NaN, or the level
+            is not between 0 and 1.
 
     References:
         DeLong et al. (1988), equations 4 and 5
@@ -66,21 +67,23 @@ def auroc_gain(
     than: tuple[Tensor, Sequence[Tensor]],
     level: float = 0.95,
 ) -> AUROC:
-    """Returns how much larger the AUROC of one score is than another's, on average over sets.
+    """Paired difference between the AUROCs of two scores, averaged over out-of-distribution sets.
 
-    Both score the same images, whose variance they share: the difference is paired, image by image.
+    Both scores are of the same images, so that the difference is paired image by image: the
+    variance that the scores have in common cancels.
 
     Arguments:
         inside: Scores of in-distribution data, with shape ``(N,)``.
-        outside: Scores of every other set, each ``(N_k,)``.
-        than: The other's scores of the same images in the same order, inside and outside.
+        outside: Scores of every out-of-distribution set, each ``(N_k,)``.
+        than: The other score of the same images in the same order, as a pair (inside, outside).
         level: Coverage of the interval.
 
     Returns:
-        The mean difference of the areas, with its interval.
+        The mean difference of the AUROCs, with its interval.
 
     Raises:
-        ValueError: As :func:`auroc` does, and if the two scores are not of as many images and sets.
+        ValueError: As for :func:`auroc`, and if the two scores have different numbers of images or
+            sets.
 
     References:
         DeLong et al. (1988), on correlated areas
@@ -103,7 +106,7 @@ def auroc_gain(
     ]
     above = torch.stack([ours[0] - theirs[0] for ours, theirs in pairs]).mean(0)
     below = [(ours[1] - theirs[1]) / len(pairs) for ours, theirs in pairs]
-    variance = sum(share.var().item() / len(share) for share in (above, *below))
+    variance = sum(values.var().item() / len(values) for values in (above, *below))
     return _with_interval(above.mean().item(), math.sqrt(variance), level, lowest=-1.0)
 
 
@@ -115,7 +118,7 @@ def _with_interval(value: float, error: float, level: float, *, lowest: float) -
 
 
 def _placements(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each score, the share of the other kind that it is in order with; their mean is the area."""
+    """Fraction of other scores in the right order, per score; the mean is the AUROC."""
     inside, outside = (scores.to("cpu", torch.float64).flatten() for scores in (inside, outside))
     if min(len(inside), len(outside)) < 2:
         raise ValueError(
@@ -124,11 +127,11 @@ def _placements(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
         )
     if inside.isnan().any() or outside.isnan().any():
         raise ValueError("Some scores are NaN. Look at the images they belong to.")
-    return _share_below(inside, outside), 1 - _share_below(outside, inside)
+    return _fraction_below(inside, outside), 1 - _fraction_below(outside, inside)
 
 
-def _share_below(scores: Tensor, others: Tensor) -> Tensor:
-    """Of each score, the share of others below it, ties counted by half."""
+def _fraction_below(scores: Tensor, others: Tensor) -> Tensor:
+    """Fraction of other scores below each score; ties count one half."""
     others = others.sort().values
     ends = [torch.searchsorted(others, scores, right=right) for right in (False, True)]
     return (ends[0] + ends[1]).double() / (2 * len(others))

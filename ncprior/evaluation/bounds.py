@@ -1,13 +1,14 @@
-r"""What S importance weights w_s ≥ 0 say of log E w, from below and from above, in nats.
+r"""Two-sided estimates of log E w, in nats, from S importance weights w_s ≥ 0.
 
-* *Lower bound*: :math:`\log \frac{1}{S} \sum_s w_s`, on average too small (Jensen); its bias is of
-  order 1/S.
-* *Estimate*: the lower bound's jackknife, which takes that order away.
-* *Upper estimate*: the draws are cut into blocks b of mean :math:`\hat w_b`. In blocks one draw of
-  which comes from the law ∝ w, :math:`\log \hat w_b` is on average too large; and the law of such
-  blocks is that of the others, reweighted by :math:`\hat w_b`. So
-  :math:`\sum_b \hat w_b \log \hat w_b \,/\, \sum_b \hat w_b` is too large for many blocks, and with
-  four of them by about twice what the lower bound is too small.
+* *Lower bound*: :math:`\log \frac{1}{S} \sum_s w_s`, which is too small on average (Jensen); its
+  bias is of order 1/S.
+* *Estimate*: the jackknife of the lower bound, which removes the bias of order 1/S.
+* *Upper estimate*: the draws are split into blocks b with mean weights :math:`\hat w_b`. If one
+  draw of a block came from the distribution ∝ w, :math:`\log \hat w_b` would be too large on
+  average. The distribution of such blocks is that of the given blocks, reweighted by :math:`\hat
+  w_b`. Therefore :math:`\sum_b \hat w_b \log \hat w_b \,/\, \sum_b \hat w_b` is too large on
+  average for many blocks; for four blocks its bias is about twice as large as that of the lower
+  bound.
 
 References:
     | Importance Weighted Autoencoders (Burda et al., ICLR 2016)
@@ -24,15 +25,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCKS = 4  # with two the upper estimate would be too small as often as not
+BLOCKS = 4  # with two blocks, the upper estimate would be too small about half of the time
 
 
 class Bounds(NamedTuple):
     """Estimates of log E w, each of shape ``(N,)``, in nats.
 
     Attributes:
-        lower: On average at most log E w.
-        estimate: The jackknife.
+        lower: The lower bound; on average at most log E w.
+        estimate: The jackknife estimate.
         upper: The upper estimate.
 
     Example:
@@ -46,14 +47,15 @@ class Bounds(NamedTuple):
 
 
 def bounds(log_w: Tensor) -> Bounds:
-    """Returns the three estimates of log E w.
+    """Lower bound, jackknife estimate and upper estimate of log E w.
 
     Arguments:
-        log_w: Log-weights in nats, with shape ``(S, N)``. Draws of different quarters of the S must
-            be independent.
+        log_w: Log-weights in nats, with shape ``(S, N)``. Draws in different quarters of the first
+            axis must be independent.
 
     Returns:
-        The estimates in nats, with shape ``(N,)``; with S below 8, NaN but for the lower bound.
+        The estimates in nats, with shape ``(N,)``. If S is below 8, all but the lower bound are
+        NaN.
 
     Example:
         >>> log_w = 2 * torch.randn(200, 1000, dtype=torch.float64)  # log E w = 2
@@ -64,9 +66,9 @@ def bounds(log_w: Tensor) -> Bounds:
     lower = _log_mean(log_w)
     if count < 2 * BLOCKS:
         return Bounds(lower, *torch.full_like(lower.expand(2, -1), math.nan))
-    # The mean without w_s is the mean, less w_s's share of the sum.
-    share = (log_w - log_w.logsumexp(0)).exp().clamp(max=1 - 1e-12)
-    without = torch.log1p(-share) + math.log(count / (count - 1))
+    # log-mean without w_s = log-mean + log(1 - w_s / Σ w) + log(S / (S - 1))
+    fraction = (log_w - log_w.logsumexp(0)).exp().clamp(max=1 - 1e-12)
+    without = torch.log1p(-fraction) + math.log(count / (count - 1))
     blocks = torch.stack([_log_mean(block) for block in log_w.tensor_split(BLOCKS)])
     upper = (blocks.softmax(0) * blocks).sum(0)
     return Bounds(lower, lower - (count - 1) * without.mean(0), upper)

@@ -1,10 +1,11 @@
-r"""The share of the prior hole that is closed, with its interval: the yardstick across backbones.
+r"""Gap closed: the fraction of the prior hole that a new prior removes, with its interval.
 
 .. math::
     \theta = \frac{D_\text{base} - D}{D_\text{base} - D_\text{post}}
 
-with D the Fréchet distance to held-out data of samples from the base prior, from ours, and from
-the posterior: 0 is the base prior, 1 is as good as the aggregate posterior, above 1 is possible.
+where D_base, D and D_post are the Fréchet distances between held-out data and samples of the base
+prior, of our prior and of the posterior. 0 is as good as the base prior, 1 as good as the
+aggregate posterior; values above 1 are possible.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ Generations: TypeAlias = "Sequence[Tensor] | Tensor"
 
 
 class GapClosed(NamedTuple):
-    """The gap closed with its interval, and the Fréchet distances it is made of.
+    """Gap closed with its confidence interval and its Fréchet distances.
 
     Attributes:
-        gap_closed: (D_base - D) / (D_base - D_post), between ``low`` and ``high``.
-        d_base: Distance of the base prior's samples, mean over the generations; likewise
-            ``d_post`` of the posterior's and ``d_ours`` of ours.
-        distances: Distance of every generation of base, ours and posterior, ``(3, R)``.
-        resampled: Means over the generations, to every resampled reference, ``(3, num_resamples)``.
+        gap_closed: (D_base - D) / (D_base - D_post).
+        low: Lower end of the confidence interval.
+        high: Upper end of the confidence interval.
+        d_base: Fréchet distance of samples of the base prior, mean over the generations.
+        d_post: Fréchet distance of posterior samples, mean over the generations.
+        d_ours: Fréchet distance of samples of our prior, mean over the generations.
+        distances: Distances of every generation of base, ours and posterior, ``(3, R)``.
+        resampled: Mean distances to every resampled reference, ``(3, num_resamples)``.
     """
 
     gap_closed: float
@@ -48,7 +52,13 @@ class GapClosed(NamedTuple):
 
 
 class GapDifference(NamedTuple):
-    """The gap closed by one method less that closed by another, with its interval."""
+    """Difference between the gaps closed by two methods, with its confidence interval.
+
+    Attributes:
+        difference: Gap closed by the first method minus that by the second.
+        low: Lower end of the confidence interval.
+        high: Upper end of the confidence interval.
+    """
 
     difference: float
     low: float
@@ -66,39 +76,42 @@ def gap_closed(
     level: float = 0.95,
     seed: int = 0,
 ) -> GapClosed:
-    """Returns how much of the gap between base prior and posterior is closed, with its interval.
+    """Gap closed between base prior and posterior, with a confidence interval.
 
-    The estimate is (D_base - D) / (D_base - D_post), each D a mean over R generations of the
-    Fréchet distance to the full reference.
+    The estimate is (D_base - D) / (D_base - D_post), where each D is the mean over R generations
+    of the Fréchet distance to the full reference.
 
-    The interval is Fieller's for a ratio of means. The covariance of numerator and denominator is
-    that of the R generations, divided by R, plus that over references resampled with
-    replacement, the same for all arms. Duplicates in a resampled reference add to every distance
-    to it; only the covariance is used, from which such a constant drops out, whereas it would
-    move percentiles of the resampled ratio. R is small, hence Student's t, with Satterthwaite's
-    degrees of freedom.
+    The interval is Fieller's interval for a ratio of means. The covariance of numerator and
+    denominator is the covariance over the R generations, divided by R, plus the covariance over
+    references resampled with replacement, which are the same for all arms. Duplicates in a
+    resampled reference add a constant to all distances: it cancels in the covariance, but would
+    bias percentiles of the resampled ratio. As R is small, the quantile is that of Student's t
+    with Satterthwaite's degrees of freedom.
 
-    It covers the randomness of sampling and of the choice of held-out data, not that of training.
-    The bias of Fréchet distances of finite samples cancels as far as the arms' covariances agree.
+    The interval covers the randomness of sampling and of the choice of held-out data, but not that
+    of training. The finite-sample bias of Fréchet distances cancels as far as the covariances of
+    the arms agree.
 
     Arguments:
         reference: Features of held-out data, with shape ``(N_ref, F)``.
         base: Features of R ≥ 5 independent generations from the base prior, ``(N, F)`` each.
-        ours: The same of our prior. Share seeds between the i-th generations of all arms: what
-            they have in common drops out.
-        posterior: The same of decoded posterior samples of *training* data, other data for every
-            generation if possible; of the reference, the floor would be too low.
+        ours: The same for our prior. Use one seed for the i-th generations of all arms: the noise
+            that they have in common cancels.
+        posterior: The same for decoded posterior samples of *training* data, if possible with
+            different data for every generation. With samples of the reference data, D_post would
+            be too low.
         num_resamples: Number of resampled references.
         level: Coverage of the interval.
-        seed: Seed of the resampled references, which depend on nothing else but N_ref: results
-            for several methods are paired (:func:`gap_difference`).
+        seed: Seed of the resampled references, which depend on the seed and N_ref alone, so that
+            results of several methods are paired (:func:`gap_difference`).
 
     Returns:
         The gap closed, its interval, and the distances.
 
     Raises:
-        ValueError: If generations are missing, equal or unequal in size, F > min(N, N_ref) / 10,
-            or there is no hole: D_base does not exceed D_post by more than its sampling error.
+        ValueError: If there are fewer than 5 generations, two generations are equal, their sizes
+            differ, F > min(N, N_ref) / 10, or there is no measurable hole: D_base exceeds D_post
+            by less than its sampling error. Draw more samples or take other features.
 
     References:
         Some Problems in Interval Estimation (Fieller, 1954)
@@ -118,8 +131,8 @@ def gap_closed(
     reference = checked(reference, "reference")
     arms = _checked_arms(reference, {"base": base, "ours": ours, "posterior": posterior})
     distances = frechet(moments(reference), arms)
-    # A posterior without noise may well give the same samples again; a prior never does.
-    if any(len(row.unique()) < len(row) for row in distances[:2]):
+    # A posterior without noise can give the same samples twice; a prior cannot.
+    if any(len(arm.unique()) < len(arm) for arm in distances[:2]):
         raise ValueError("Two generations of an arm are the same; draw each with its own seed.")
     references = _resampled_moments(reference, num_resamples, seed)
     resampled = torch.stack([frechet(some, arms).mean(1) for some in references], dim=1)
@@ -132,10 +145,10 @@ def gap_closed(
 
 
 def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDifference:
-    """Returns how much more of the gap method a closes than method b, paired.
+    """Paired difference between the gaps closed by methods a and b.
 
-    What the reference and, under equal seeds, the generations do to both alike drops out: the
-    interval is often far narrower than those of a and b.
+    The noise that both results have in common, of the reference and of generations with equal
+    seeds, cancels: the interval is often much narrower than those of a and b.
 
     Arguments:
         a: Result of :func:`gap_closed`.
@@ -170,7 +183,7 @@ def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDif
 
 
 def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
-    """Moments of all generations, with batch shape (3, R)."""
+    """Moments of all generations, with batch shape (3, R), after a check of the arms."""
     counts = {name: [len(x) for x in generations] for name, generations in arms.items()}
     fewest = min(len(count) for count in counts.values())
     if fewest < 5:
@@ -198,7 +211,7 @@ def _resampled_moments(x: Tensor, num_resamples: int, seed: int) -> Iterator[Mom
 
 
 def _ratio(generations: Tensor, resamples: Tensor, level: float) -> tuple[float, float, float]:
-    """Numerator over hole, with shapes (2, R) and (2, num_resamples), and Fieller's interval."""
+    """Ratio of numerator and hole, (2, R) and (2, num_resamples), with Fieller's interval."""
     means = generations.mean(1)
     ratio = means[0] / means[1]
     of_generations, of_reference = generations.cov() / generations.shape[1], resamples.cov()

@@ -1,4 +1,4 @@
-r"""Two-sided estimates of log p(x) of a frozen VAE, with its base prior, SIR(M) and NCP, in nats.
+r"""Two-sided estimates of log p(x) of a frozen VAE with its base prior, SIR(M) or NCP, in nats.
 
 Each of the three models is measured by importance sampling with the same z^s ~ q(z|x), s ≤ S:
 
@@ -7,18 +7,20 @@ Each of the three models is measured by importance sampling with the same z^s ~ 
     \qquad E \, w_s = p(x).
 
 * base: g = 1.
-* SIR(M), the law that SIR with M proposals draws from: g is unbiased for p_SIR/p,
+* SIR(M), the distribution of draws of SIR with M proposals: g is unbiased for p_SIR/p,
 
   .. math::
       \frac{r(z_k)}{\frac{1}{M} \big( r(z_k) + \sum_{j<M} r(z^j) \big)},
       \qquad z^j \sim p(\cdot | z_{<k}),
 
-  averaged over L pools of fresh z^j inside the logarithm: a bound stays one for every L.
-* NCP, its limit: g = r, and log Z, one for all groups (:mod:`ncprior.evaluation`), is subtracted.
+  averaged over L pools of fresh z^j inside the logarithm, which gives a bound for every L.
+* NCP, the limit M → ∞: g = r, and one global log Z (:func:`ncprior.evaluation.log_normaliser`) is
+  subtracted.
 
-SIR(M) is normalised group by group, NCP globally: they are models of their own.
+SIR(M) is normalised group by group, NCP globally: they are different models.
 
-Of the w_s, :mod:`ncprior.evaluation` makes a lower bound, an estimate and an upper estimate.
+A lower bound, an estimate and an upper estimate of log p(x) follow from the w_s
+(:func:`ncprior.evaluation.bounds`).
 
 References:
     | Importance Weighted Autoencoders (Burda et al., ICLR 2016)
@@ -48,7 +50,11 @@ from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_o
 
 
 class Gain(NamedTuple):
-    """A mean difference of log p(x) with its standard error over x, both in nats.
+    """Mean difference of log p(x) between two models, with its standard error over x, in nats.
+
+    Attributes:
+        value: The mean difference, in nats.
+        error: Its standard error, in nats.
 
     Example:
         >>> print(Gain(2.0, 0.05))
@@ -64,16 +70,16 @@ class Gain(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """Estimates of log p(x) of one model, row by row.
+    """Estimates of log p(x) under one model, one per row.
 
     Attributes:
         model: ``"base"``, ``"SIR(M)"`` with its M, or ``"NCP"``.
         normalisation: ``"local"``, group by group, or ``"global"``.
-        lower: On average at most log p(x), in nats, with shape ``(N,)``.
-        estimate: The jackknife, in nats, with shape ``(N,)``.
+        lower: The lower bound, on average at most log p(x), in nats, with shape ``(N,)``.
+        estimate: The jackknife estimate, in nats, with shape ``(N,)``.
         upper: The upper estimate, in nats, with shape ``(N,)``.
-        num_samples: S.
-        num_pools: L; 0 where no pool is drawn.
+        num_samples: S, the draws of z per row.
+        num_pools: L, the pools of proposals; 0 if none are drawn.
         seed: Seed of torch's generator in the run.
 
     Example:
@@ -93,12 +99,12 @@ class Likelihood(NamedTuple):
 
     @property
     def nll_lower(self) -> float:
-        """Mean of -log p(x) over the rows from below, in nats."""
+        """Mean negative log-likelihood over the rows, from below, in nats."""
         return -self.upper.mean().item()
 
     @property
     def nll_upper(self) -> float:
-        """Mean of -log p(x) over the rows from above, in nats."""
+        """Mean negative log-likelihood over the rows, from above on average, in nats."""
         return -self.lower.mean().item()
 
     def bits_per_dim(self, num_dims: int) -> tuple[float, float]:
@@ -113,7 +119,7 @@ class Likelihood(NamedTuple):
         return self.nll_lower / unit, self.nll_upper / unit
 
     def gain_over(self, other: Likelihood) -> Gain:
-        """Compares the lower bounds of log p(x) with another model's of the same rows, paired.
+        """Paired difference of the lower bounds to those of another model on the same rows.
 
         Example:
             >>> found = log_likelihood(prior, x, num_samples=8, num_proposals=5)
@@ -124,7 +130,7 @@ class Likelihood(NamedTuple):
         return Gain(difference.mean().item(), difference.std().item() / math.sqrt(len(difference)))
 
     def __str__(self) -> str:
-        """Says in one line where -log p(x) lies, and by what means."""
+        """Shows the range of the negative log-likelihood and its settings in one line."""
         error = 1.96 * self.estimate.std() / math.sqrt(len(self.estimate))
         pools = f", L = {self.num_pools}" if self.num_pools else ""
         kind = "" if self.model == "base" else f", {self.normalisation}ly normalised"
@@ -149,31 +155,32 @@ def log_likelihood(
     chunk_size: int = 4096,
     progress: bool = False,
 ) -> dict[str, Likelihood]:
-    """Estimates log p(x) from below and from above, of the base and, if asked for, SIR(M) and NCP.
+    """Two-sided estimates of log p(x) under the base and, on request, SIR(M) and NCP.
 
     Arguments:
-        prior: The prior, or a source, of which only the base is measured. The source needs
-            ``likelihood``, and densities of priors and posteriors.
-        data: Held-out x, of which the likelihood must know the first item: a tensor or map-style
-            dataset, a ``DataLoader``, or a list of batches.
-        num_samples: S, the draws of z per row. Below 8, there are only lower bounds.
-        num_proposals: M of SIR(M), which is measured if M is given.
+        prior: The prior; or a source, for which only the base is measured. The source needs
+            ``likelihood``, and densities of its priors and posteriors.
+        data: Held-out x: a tensor or map-style dataset, a ``DataLoader``, or a list of batches. If
+            a batch is a tuple such as (image, label), p(x | z) is evaluated at its first item.
+        num_samples: S, the draws of z per row. If S is below 8, only lower bounds are estimated.
+        num_proposals: M of SIR(M); ``None`` leaves SIR(M) out.
         num_pools: L, the pools of M - 1 proposals per draw and group.
-        share_pools: Whether all z of a chunk share their pools: M - 1 evaluations of a head for a
-            chunk, not for a z. Unbiased for each x, but its error is shared too and falls only
-            with the number of chunks. Only for groups without context, whose p is one for all rows.
-        log_z: What :func:`ncprior.evaluation.log_normaliser` found; NCP is measured if it is given.
+        share_pools: Whether all z of a chunk share their pools: M - 1 evaluations of a head per
+            chunk instead of per z. The estimate is unbiased for each x, but the errors of all x
+            are correlated and fall only with the number of chunks. Only for groups without
+            context, whose p(z) is the same for all rows.
+        log_z: Result of :func:`ncprior.evaluation.log_normaliser`; ``None`` leaves NCP out.
         batch_size: Rows per batch, where batches are made here.
-        chunk_size: Most z, and most latents given to a head, at once.
+        chunk_size: Largest number of z in memory, and of latents given to a head at once.
         progress: Whether to show a progress bar.
 
     Returns:
-        Per row, in nats, what was asked for of ``"base"``, ``"sir"`` and ``"ncp"``. All are measured
-        with the same draws of z, so that differences are paired.
+        The estimates by model: ``"base"`` and, on request, ``"sir"`` and ``"ncp"``. All use the
+        same draws of z, so that differences are paired.
 
     Raises:
-        ValueError: If the source does not know p(x | z), a number is too small, or pools are to be
-            shared in a group with a context.
+        ValueError: If the source has no method ``likelihood``, a number is too small, or
+            ``share_pools`` is set and a group has a context.
         TypeError: If a prior has no density, or the data can be read only once.
 
     References:
@@ -193,11 +200,12 @@ def log_likelihood(
     source = prior.source if isinstance(prior, NCPrior) else prior
     if heads is None and (num_proposals is not None or log_z is not None):
         raise ValueError(
-            "num_proposals and log_z are of a reweighted prior; got a source. Pass the NCPrior."
+            "num_proposals and log_z need ratio heads; got a source. Pass an NCPrior instead."
         )
     if not hasattr(source, "likelihood"):
         raise ValueError(
-            f"{type(source).__name__} does not know p(x | z): it has no method `likelihood`."
+            f"The likelihood needs p(x | z); {type(source).__name__} has no method `likelihood`. "
+            f"Give it one."
         )
     log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
     batches, device = one_pass(data, batch_size), device_of(source)
@@ -219,14 +227,14 @@ def log_likelihood(
 
 
 def _normalised(of: Bounds, log_z: LogZ) -> Bounds:
-    """Subtracts log Z: its upper end from the lower bound, its lower end from the upper one."""
+    """Subtracts log Z: its upper end from the lower bound, its lower from the upper estimate."""
     middle = 0.5 * (log_z.lower + log_z.upper)
     return Bounds(of.lower - log_z.upper, of.estimate - middle, of.upper - log_z.lower)
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Draws z ~ q(z | x) and weighs them for the base, SIR(M) and NCP, whose log Z is left out."""
+    """Importance weights of z ~ q(z | x) under the base, SIR(M) and NCP without its log Z."""
 
     source: Any  # a LatentSource with `likelihood`
     prior: NCPrior | None
@@ -240,10 +248,10 @@ class _Weights:
         encoding = self.source.encode(x)
         rows = num_rows(encoding)
         at_once, chunks = max(1, self.chunk_size // rows), []
-        for block in torch.arange(num_samples).tensor_split(BLOCKS):  # which share no pools
-            for part in filter(len, block.split(at_once)):
-                log_w = self._walk(_tile(encoding, len(part)), _tile(x, len(part)))
-                chunks.append(log_w.reshape(3, len(part), rows))
+        for block in torch.arange(num_samples).tensor_split(BLOCKS):  # blocks share no pools
+            for some in filter(len, block.split(at_once)):
+                log_w = self._walk(_tile(encoding, len(some)), _tile(x, len(some)))
+                chunks.append(log_w.reshape(3, len(some), rows))
         return torch.cat(chunks, dim=1)
 
     def _walk(self, encoding: Any, x: Any) -> Tensor:  # noqa: ANN401
@@ -269,7 +277,7 @@ class _Weights:
         return log_w + _wide(self.source.likelihood(state).log_prob(pixels))
 
     def _sir(self, k: int, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
-        """An unbiased estimate of p_SIR / p at z of log-ratio ``own``, as its logarithm, (B,)."""
+        """Logarithm of an unbiased estimate of p_SIR / p at z with log-ratio ``own``, (B,)."""
         if self.share_pools and group.context is not None:
             raise ValueError(
                 f"Group {k} has a context, on which its proposals may depend: they cannot be "
@@ -278,13 +286,13 @@ class _Weights:
         estimates = []
         for _ in range(self.num_pools):
             total = own
-            for part in self._pool(group, len(own), m - 1):
-                total = torch.logaddexp(total, log_r(part).logsumexp(0))
+            for z in self._pool(group, len(own), m - 1):
+                total = torch.logaddexp(total, log_r(z).logsumexp(0))
             estimates.append(own - total + math.log(m))
         return torch.stack(estimates).logsumexp(0) - math.log(self.num_pools)
 
     def _pool(self, group: Group, rows: int, count: int) -> Iterator[Tensor]:
-        """Yields proposals in parts: of shape (*, B, *event), or (*, 1, *event) if shared."""
+        """Yields proposals in chunks of shape (*, B, *event), or (*, 1, *event) if shared."""
         if self.share_pools:
             z = group.prior.sample(Size((-(-count // rows),))).flatten(0, 1)
             yield from z[:count, None].split(self.chunk_size)
@@ -300,7 +308,7 @@ def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
 
 
 def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Draws z and its density; a flowed posterior may know it at its own draws alone."""
+    """Draws z with log q(z); some flow posteriors can evaluate log q at their own draws only."""
     if hasattr(q, "sample_and_log_prob"):
         z, log_q = q.sample_and_log_prob()
         return z, log_q

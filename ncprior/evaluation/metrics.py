@@ -1,7 +1,7 @@
-"""How good samples are: Fréchet distance, precision and recall, MMD; see also ``ncprior.evaluation``.
+"""Metrics of samples: Fréchet distance, precision and recall, maximum mean discrepancy (MMD).
 
-Everything here compares features, float matrices of shape ``(N, F)``. A feature function is any
-callable that maps images, or whatever the decoder gives, to such a matrix.
+All metrics compare features: float matrices of shape ``(N, F)``. A feature function is any
+callable that maps images, or other outputs of the decoder, to such a matrix.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ Features: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of the generated that looks real, and share of the real that is generated."""
+    """Precision and recall of generated samples.
+
+    Attributes:
+        precision: Fraction of generated samples inside the manifold of real ones.
+        recall: Fraction of real samples inside the manifold of generated ones.
+    """
 
     precision: float
     recall: float
 
 
 class Moments(NamedTuple):
-    """Mean and covariance of features, of one set or of many."""
+    """Mean and covariance of one or more sets of features."""
 
     mean: Tensor  # (*, F)
     cov: Tensor  # (*, F, F), unbiased
@@ -32,21 +37,22 @@ class Moments(NamedTuple):
 
 @torch.no_grad()
 def frechet_distance(a: Tensor, b: Tensor, *, strict: bool = True) -> Tensor:
-    """Returns the squared Fréchet distance between Gaussians fitted to two sets of features.
+    """Squared Fréchet distance between Gaussians fitted to two sets of features.
 
-    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½), the FID when the features are those of
-    InceptionV3. With N samples it is too large by an amount that grows as F²/N.
+    The distance is |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a^½ Σ_b Σ_a^½)^½); with features of
+    InceptionV3 it is the FID. From N samples it is biased upwards by an amount of order F²/N.
 
     Arguments:
         a: Features, with shape ``(N, F)``.
         b: Features, with shape ``(N', F)``.
-        strict: Whether to refuse F > min(N, N') / 10, where that bias may be most of the distance.
+        strict: Whether to raise an error if F > min(N, N') / 10, where the bias may dominate.
 
     Returns:
         The distance in squared units of the features, a float64 scalar.
 
     Raises:
-        ValueError: If the features do not match, are not finite or, when strict, too few.
+        ValueError: If the numbers of features differ, a feature is not finite or, if strict, there
+            are too few samples.
 
     References:
         GANs Trained by a Two Time-Scale Update Rule (Heusel et al., NeurIPS 2017), equation 6
@@ -67,23 +73,26 @@ def frechet_distance(a: Tensor, b: Tensor, *, strict: bool = True) -> Tensor:
 def precision_recall(
     real: Tensor, generated: Tensor, *, neighbours: int = 3, chunk_size: int = 1024
 ) -> PrecisionRecall:
-    """Returns the precision and recall of generated features against real ones.
+    """Precision and recall of generated features with respect to real ones.
 
-    A set's manifold is the union of balls around its members, with the distance to the k-th
-    nearest other member as radius. Precision is the share of the generated inside the manifold
-    of the real, recall the share of the real inside that of the generated.
+    The manifold of a set is the union of balls around its members, with the distance to the k-th
+    nearest other member as radius. Precision is the fraction of generated samples inside the
+    manifold of the real ones; recall is the fraction of real samples inside the manifold of the
+    generated ones.
 
     Arguments:
         real: Features, with shape ``(N, F)``.
-        generated: Features, with shape ``(N', F)``; take N' = N, as both depend on the counts.
-        neighbours: k.
-        chunk_size: Rows compared at once: memory is that of ``chunk_size`` × max(N, N') numbers.
+        generated: Features, with shape ``(N', F)``; take N' = N, as both metrics depend on the
+            counts.
+        neighbours: k, the neighbour whose distance is the radius.
+        chunk_size: Rows compared at once; memory holds ``chunk_size`` × max(N, N') numbers.
 
     Returns:
         Precision and recall, each between 0 and 1.
 
     Raises:
-        ValueError: If the features do not match, are not finite, or are no more than k.
+        ValueError: If the numbers of features differ, a feature is not finite, or a set has at
+            most k samples.
 
     References:
         Improved Precision and Recall Metric for Assessing Generative Models
@@ -102,30 +111,32 @@ def precision_recall(
             f"{len(generated)}; got {neighbours}."
         )
     return PrecisionRecall(
-        _share_inside(generated, real, neighbours, chunk_size),
-        _share_inside(real, generated, neighbours, chunk_size),
+        _fraction_inside(generated, real, neighbours, chunk_size),
+        _fraction_inside(real, generated, neighbours, chunk_size),
     )
 
 
 @torch.no_grad()
 def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int = 1024) -> Tensor:
-    """Returns an unbiased estimate of the squared maximum mean discrepancy, MMD².
+    """Unbiased estimate of the squared maximum mean discrepancy, MMD².
 
-    E k(x, x') + E k(y, y') - 2 E k(x, y) with k(x, y) = exp(-|x - y|² / (2 h²)), over distinct
-    pairs only. Its mean is 0 when both laws are the same, so that it may be negative.
+    MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y) with k(x, y) = exp(-|x - y|² / (2 h²)), estimated
+    over distinct pairs only. Its mean is 0 if both distributions are the same, so that it can be
+    negative.
 
     Arguments:
         a: Features, with shape ``(N, F)``.
         b: Features, with shape ``(N', F)``.
-        bandwidth: h; by default the median distance within the pooled sample (within 2,000 of
-            it, evenly spaced, where there are more). Values compare at one h only.
-        chunk_size: Rows compared at once: memory is that of ``chunk_size`` × max(N, N') numbers.
+        bandwidth: h. The default is the median distance within the pooled sample, or within 2,000
+            evenly spaced rows of it if there are more. Compare values at the same h only.
+        chunk_size: Rows compared at once; memory holds ``chunk_size`` × max(N, N') numbers.
 
     Returns:
-        The estimate, a float64 scalar without unit, at most 2.
+        The estimate, a dimensionless float64 scalar, at most 2.
 
     Raises:
-        ValueError: If the features do not match or are not finite, or h is not positive.
+        ValueError: If the numbers of features differ, a feature is not finite, or h is not
+            positive.
 
     References:
         A Kernel Two-Sample Test (Gretton et al., JMLR 2012), equation 3 and section 8
@@ -143,7 +154,7 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int
     if not 0 < bandwidth < math.inf:
         raise ValueError(
             f"The bandwidth must be positive and finite; got {bandwidth}. "
-            "Half the features or more being equal makes the default 0: give one."
+            "The default is 0 if half of the rows or more are equal: pass bandwidth=."
         )
 
     def sum_of(x: Tensor, y: Tensor) -> Tensor:
@@ -151,7 +162,7 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int
         return torch.stack([kernel.sum() for kernel in kernels]).sum()
 
     n, m = len(a), len(b)
-    # Every k(x, x) is 1: n of them are taken off the full sum.
+    # k(x, x) = 1: the n diagonal terms are subtracted from the full sum.
     within = (sum_of(a, a) - n) / (n * (n - 1)) + (sum_of(b, b) - m) / (m * (m - 1))
     return within - 2 * sum_of(a, b) / (n * m)
 
@@ -159,12 +170,12 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int
 def inception_features(
     *, dimension: int = 2048, weights: str | None = None, batch_size: int = 64
 ) -> Features:
-    """Returns the feature function of the FID: InceptionV3, as torch-fidelity ships it.
+    """Feature function of the FID: InceptionV3 of torch-fidelity.
 
     Arguments:
         dimension: F: 64, 192, 768 or 2048 (the FID's).
-        weights: File of torch-fidelity's weights, which it unpickles: give one that you trust.
-            By default torch-fidelity downloads its own, once.
+        weights: File of torch-fidelity's weights, which is unpickled: pass a file that you trust.
+            By default torch-fidelity downloads its weights once.
         batch_size: Images given to the network at once.
 
     Returns:
@@ -172,8 +183,8 @@ def inception_features(
         shape ``(N, F)``, on the images' device.
 
     Raises:
-        ImportError: If torch-fidelity is missing.
-        ValueError: By the function, if images have another shape or range.
+        ImportError: If torch-fidelity is not installed.
+        ValueError: When the function is called, if images have another shape or range.
 
     References:
         GANs Trained by a Two Time-Scale Update Rule (Heusel et al., NeurIPS 2017)
@@ -208,7 +219,11 @@ def inception_features(
 
 
 def checked(x: Tensor, name: str, like: Tensor | None = None) -> Tensor:
-    """Features in float64, on the CPU where their device has none."""
+    """Returns features in float64, on the CPU if their device has no float64.
+
+    Raises:
+        ValueError: If the shape does not fit, or a feature is not finite; look at the samples.
+    """
     if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
         raise ValueError(f"Features are (N, F) with N ≥ 2; got {tuple(x.shape)} for {name}.")
     if like is not None and x.shape[1] != like.shape[1]:
@@ -222,7 +237,11 @@ def checked(x: Tensor, name: str, like: Tensor | None = None) -> Tensor:
 
 
 def check_dimension(dimension: int, samples: int) -> None:
-    """Refuses so many features that the bias of a Fréchet distance may be most of it."""
+    """Validates that there are at least 10 samples per feature, to limit the bias of the distance.
+
+    Raises:
+        ValueError: If there are fewer; draw more samples, or take fewer features.
+    """
     if 10 * dimension > samples:
         raise ValueError(
             f"A Fréchet distance of {dimension} features needs at least {10 * dimension} samples "
@@ -231,7 +250,7 @@ def check_dimension(dimension: int, samples: int) -> None:
 
 
 def moments(x: Tensor, counts: Tensor | None = None) -> Moments:
-    """Mean and covariance of x, its rows repeated as counted."""
+    """Mean and covariance of x; ``counts`` gives the multiplicity of each row."""
     if counts is None:
         counts = x.new_ones(len(x))
     total = counts.sum()
@@ -241,7 +260,7 @@ def moments(x: Tensor, counts: Tensor | None = None) -> Moments:
 
 
 def frechet(a: Moments, b: Moments) -> Tensor:
-    """Distances between one Gaussian a and Gaussians b, with the batch shape of b."""
+    """Squared Fréchet distances from a Gaussian a to Gaussians b, with the batch shape of b."""
     # With Σ_a = L Lᵀ, the eigenvalues of Σ_a Σ_b are those of the symmetric Lᵀ Σ_b L.
     eigenvalues, vectors = torch.linalg.eigh(a.cov)
     root = vectors * eigenvalues.clamp(min=0).sqrt()
@@ -256,8 +275,8 @@ def _distances(x: Tensor, y: Tensor, chunk_size: int) -> Iterator[Tensor]:
         yield torch.cdist(rows, y)
 
 
-def _share_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk_size: int) -> float:
-    """Share of the points within a ball around a member of the manifold."""
+def _fraction_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk_size: int) -> float:
+    """Fraction of the points inside a ball around a member of the manifold."""
     # The nearest member is the member itself, hence neighbours + 1.
     chunks = _distances(manifold, manifold, chunk_size)
     radii = torch.cat([d.kthvalue(neighbours + 1).values for d in chunks])

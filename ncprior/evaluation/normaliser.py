@@ -1,18 +1,19 @@
-r"""The normaliser of NCP, between a lower and an upper estimate, in nats.
+r"""Log partition function log Z of NCP: a lower and an upper estimate, in nats.
 
 .. math::
     Z = E_p\Big[ \prod_k r_k(z_k | z_{<k})^\alpha \Big],
     \qquad p_{NCP}(z) = \frac{1}{Z} \prod_k r_k(z_k | z_{<k})^\alpha \, p(z_k | z_{<k}).
 
-N particles walk through the groups. In each group they are drawn from p(z_k | z_<k), annealed to
-r_k p_k over T inverse temperatures β, weighted, and resampled. The product of the groups' mean
-weights is an unbiased estimate of Z, so that
+N particles visit the groups in order. In each group they are drawn from p(z_k | z_<k), annealed to
+r_k p_k over T inverse temperatures β, weighted, and resampled. The product over groups of the mean
+weights is an unbiased estimate of Z. Therefore
 
 * *forward*, log Ẑ ≤ log Z on average;
-* *in reverse*, where one of the particles is a draw z ~ p_NCP and its annealing is run backwards,
-  1/Ẑ is an unbiased estimate of 1/Z, so that log Ẑ ≥ log Z on average.
+* *in reverse*, one of the particles is a draw z ~ p_NCP whose annealing runs backwards: 1/Ẑ is an
+  unbiased estimate of 1/Z, so that log Ẑ ≥ log Z on average.
 
-With T = 1 and one group this is plain importance sampling, with T > 1 annealed importance sampling.
+With one group, T = 1 is plain importance sampling, and T > 1 is annealed importance sampling
+(AIS).
 
 References:
     | Annealed Importance Sampling (Neal, 2001)
@@ -39,17 +40,17 @@ from ncprior.samplers.langevin import Target, mala_step
 
 
 class LogZ(NamedTuple):
-    """Estimates of log Z of NCP, with one global Z for all groups.
+    """Estimates of the log partition function of NCP, with one global Z for all groups.
 
     Attributes:
-        forward: Replicates of the estimate that is too small on average, in nats, ``(R,)``.
-        reverse: Replicates of the one that is too large on average, if it starts from exact draws
-            of NCP, in nats, ``(R,)``.
-        exact: Whether the reverse estimates start from draws that were given as exact. Otherwise
-            the draws are the forward particles', and the upper end is an estimate.
-        num_particles: N.
-        num_temperatures: T.
-        acceptance: Share of accepted moves between temperatures; NaN without moves.
+        forward: Replicates of the forward estimate, too small on average, in nats, ``(R,)``.
+        reverse: Replicates of the reverse estimate, in nats, ``(R,)``; too large on average if it
+            starts from exact draws of NCP.
+        exact: Whether the reverse estimates start from exact draws. Otherwise they start from
+            forward particles, and the upper end is not a bound.
+        num_particles: N, the particles of one estimate.
+        num_temperatures: T, the inverse temperatures between p and r·p.
+        acceptance: Acceptance rate of the moves between temperatures; NaN without moves.
         seed: Seed of torch's generator in the run.
 
     Example:
@@ -78,11 +79,11 @@ class LogZ(NamedTuple):
 
     @property
     def std(self) -> float:
-        """Standard deviation of one forward estimate, in nats: the paper asks for at most 0.23."""
+        """Standard deviation of one forward estimate, in nats; at most 0.23 in the paper."""
         return self.forward.std().item()
 
     def __str__(self) -> str:
-        """Says in one line where log Z lies."""
+        """Shows the range of log Z in one line."""
         error = [(t.std() / math.sqrt(len(t))).item() for t in (self.forward, self.reverse)]
         return (
             f"log Z between {self.lower:.3f} ± {error[0]:.3f} and {self.upper:.3f} ± "
@@ -102,18 +103,18 @@ def log_normaliser(
     condition: Any = None,  # noqa: ANN401
     progress: bool = False,
 ) -> LogZ:
-    r"""Estimates log Z of NCP from below and from above.
+    r"""Two-sided estimate of the log partition function log Z of NCP.
 
     Arguments:
         prior: The prior.
         num_particles: N, the particles of one estimate.
-        num_temperatures: T. 1 weighs draws of p by r; where the heads are far from flat, more
-            anneal from p to r·p by Metropolis-adjusted Langevin steps in between.
-        step_size: λ of those steps, see :func:`ncprior.langevin`.
+        num_temperatures: T. With T = 1, draws of p are weighted by r. With T > 1, particles are
+            annealed from p to r·p by steps of MALA, for heads that are far from flat.
+        step_size: λ of the MALA steps, see :func:`ncprior.langevin`.
         replicates: R, the number of independent estimates of either kind; at least 2.
-        exact: Exact draws of NCP, where they can be had: one z_k per group, each of shape
-            ``(R, *event)``. By default the forward particles supply draws.
-        condition: One row of condition, where the source needs one; Z depends on it.
+        exact: Exact draws of NCP, if available: one z_k per group, each with shape
+            ``(R, *event)``. By default forward particles are taken.
+        condition: Condition of the source, one row, or ``None``; Z depends on it.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -137,7 +138,7 @@ def log_normaliser(
     shapes = None if exact is None else [len(z) for z in exact]
     if shapes is not None and shapes != [replicates] * prior.source.num_groups:
         raise ValueError(
-            f"exact must hold one z per group of {replicates} rows each, one per replicate; got "
+            f"exact must hold one z per group, of {replicates} rows each, one per replicate; got "
             f"{len(shapes)} of {shapes} rows for {prior.source.num_groups} groups."
         )
     smc = _Particles(prior, num_particles, num_temperatures, step_size, condition)
@@ -159,12 +160,12 @@ def log_normaliser(
 
 
 class Annealed(NamedTuple):
-    """What :func:`anneal` returns.
+    """Result of annealed importance sampling: points with log-weights.
 
     Attributes:
-        z: Where the chains ended, with shape ``(B, *event)``.
-        log_w: Their log-weights in nats, with shape ``(B,)``.
-        acceptance: Share of accepted moves, with shape ``(B,)``; 0 without moves.
+        z: End points of the chains, with shape ``(B, *event)``.
+        log_w: Log-weights of the chains in nats, with shape ``(B,)``.
+        acceptance: Acceptance rates of the moves, with shape ``(B,)``; 0 without moves.
     """
 
     z: Tensor
@@ -180,24 +181,24 @@ def anneal(
     step_size: float = 0.2,
     backwards_from: Tensor | None = None,
 ) -> Annealed:
-    r"""Anneals draws of p to r·p over r^β·p, β = 1/T, 2/T, …, 1: one chain per row.
+    r"""Annealed importance sampling over r^β·p, β = 1/T, 2/T, …, 1, with one chain per row.
 
     .. math::
         \log w = \frac{1}{T} \sum_{t=1}^{T} \log r(z_{t-1}), \qquad z_0 \sim p,
 
-    with z_t one Metropolis-adjusted Langevin step on r^{t/T}·p from z_{t-1}. E w = Z = E_p r, and
-    (z_{T-1}, w) is a weighted draw of r·p. Backwards, z_{T-1} is given, the steps are taken in the
-    opposite order, and if it is a draw of r·p/Z, E 1/w = 1/Z.
+    where z_t is one step of MALA on r^{t/T}·p from z_{t-1}. E w = Z = E_p r, and (z_{T-1}, w) is a
+    weighted draw of r·p. Backwards, z_{T-1} is given and the steps are taken in the opposite
+    order; if z_{T-1} is a draw of r·p/Z, E 1/w = 1/Z.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
         log_ratio: Maps z, with shape ``(B, *event)``, to log r(z) in nats, ``(B,)``.
         num_temperatures: T; 1 makes no moves.
-        step_size: λ of the moves.
+        step_size: λ of the MALA steps.
         backwards_from: Draws of r·p/Z, with shape ``(B, *event)``, or ``None``.
 
     Returns:
-        The chains' ends and weights.
+        The end points and log-weights of the chains.
 
     Raises:
         TypeError: If T > 1 and the prior is discrete or has no density.
@@ -221,7 +222,7 @@ def anneal(
 
 
 class _Particles:
-    """Sequential Monte Carlo through the groups of a prior, with or without a retained draw."""
+    """Sequential Monte Carlo over the groups of a prior, with or without a retained draw."""
 
     def __init__(
         self,
@@ -238,7 +239,7 @@ class _Particles:
         self.accepted, self.moves = 0.0, 0
 
     def run(self, retained: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Returns log Ẑ and, without a retained draw, one of the particles: a z_k per group."""
+        """Returns log Ẑ and, without a retained draw, one particle: a z_k per group."""
         count = self.num_particles - (retained is not None)
         state, kept = self._start(count), None if retained is None else self._start(1)
         log_z, latents = torch.zeros((), dtype=torch.float64), list[Tensor]()
@@ -263,7 +264,7 @@ class _Particles:
         return self.source.start(rows, condition=condition)
 
     def _step(self, k: int, state: Any, z: Tensor | None) -> Annealed:  # noqa: ANN401
-        """Draws or takes z_k, and weighs it: a head that is off has weight 1."""
+        """Draws or takes z_k, with its log-weight; the weight is 1 if the head is off."""
         group = self.source.group(state)
         if not self.prior.is_on(k):
             z = group.prior.sample() if z is None else z

@@ -1,4 +1,4 @@
-r"""Out-of-distribution detection by unnormalised log-density, and how well it tells data apart.
+r"""Out-of-distribution (OOD) scores: the unnormalised log-density of images.
 
 The score of an image is
 
@@ -6,13 +6,13 @@ The score of an image is
     \log p_{VAE}(x) + \log \frac{E_{q(z|x)}[w \, r]}{E_{q(z|x)}[w]} - E(x),
     \qquad w = \frac{p(x|z) \, p(z)}{q(z|x)},
 
-log p of VAE, NCP, VAEBM or both, up to a constant that is the same for every x: log Z of each is
-left out. Expectations are over the same S draws of z, by importance sampling; log p_VAE is the
-lower bound of the importance weighted autoencoder, IWAE-S.
+the log-density of x under the VAE, NCP, VAEBM or VAEBM on NCP, without log Z, which is the same
+for every x. Both expectations are importance-sampling estimates over the same S draws of z; log
+p_VAE is the lower bound of the importance weighted autoencoder, IWAE-S.
 
-A VAEBM of data with noise, x + σε, knows no images without. Its score is the mean over the noise:
-E(x + σε) is averaged over S draws, and the bound on log p_VAE(x), with p(x|z) of this σ, is one on
-the mean of log p_VAE(x + σε) too, but for a constant, by Jensen's inequality:
+A VAEBM of noisy data, x + σε, is trained on noisy images only. Its score is the mean over the
+noise: E(x + σε) is averaged over S draws of ε. By Jensen's inequality, the bound on log p_VAE(x),
+with p(x|z) of the same σ, is up to a constant also a bound on the mean of log p_VAE(x + σε):
 
 .. math::
     E_ε \log E_{q(z|x)} [w(x + σε)] \ge
@@ -44,11 +44,11 @@ from ncprior.vaebm.model import VAEBM
 
 
 class OODScore(NamedTuple):
-    """Unnormalised log p(x) by its parts, each in nats with shape ``(N,)``.
+    """Unnormalised log p(x) as a sum of terms, each in nats with shape ``(N,)``.
 
     Attributes:
         vae: The IWAE-S lower bound of log p(x) of the VAE.
-        ncp: What the heads add, 0 without.
+        ncp: Contribution of the ratio heads; 0 without heads.
         energy: -E(x), or its mean over the noise on data; 0 without an energy.
 
     Example:
@@ -62,7 +62,7 @@ class OODScore(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """The score: the sum of the parts, larger for what the model takes for its own."""
+        """The score: the sum of the terms, larger for in-distribution images."""
         return self.vae + self.ncp + self.energy
 
 
@@ -76,22 +76,22 @@ def ood_score(
     chunk_size: int = 4096,
     progress: bool = False,
 ) -> OODScore:
-    """Scores images by unnormalised log-density.
+    """Out-of-distribution scores of images, by unnormalised log-density.
 
     Arguments:
-        model: A VAE, an NCP prior on it, or a VAEBM on either. The source needs ``likelihood``, and
-            densities of priors and posteriors.
+        model: A VAE, an NCP prior on it, or a VAEBM on either. The source needs ``likelihood``,
+            and densities of its priors and posteriors.
         data: Images: a tensor or map-style dataset, a ``DataLoader``, or a list of batches.
-        num_samples: S, the draws of z per image, and of noise where data have any.
+        num_samples: S, the draws of z per image, and of the noise on data if the model has any.
         batch_size: Images per batch, where batches are made here.
-        chunk_size: Most z at once.
+        chunk_size: Largest number of z in memory at once.
         progress: Whether to show a progress bar.
 
     Returns:
-        The scores by their parts.
+        The scores with their terms.
 
     Raises:
-        ValueError: If the source does not know p(x | z).
+        ValueError: If the source has no method ``likelihood``.
         TypeError: If a prior has no density, or the data can be read only once.
 
     Example:
@@ -102,9 +102,9 @@ def ood_score(
     has_heads = isinstance(prior, NCPrior)
     zero = torch.zeros(1, dtype=torch.float64)
     log_z = LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None
-    parts = []
+    terms = []
     for batch in tqdm(one_pass(data, batch_size), desc="scores", disable=not progress):
-        found = log_likelihood(  # one batch at a time: read again, data might be in another order
+        found = log_likelihood(  # one batch at a time, as the order of the data may differ in a second pass
             prior, [batch], num_samples=num_samples, log_z=log_z, chunk_size=chunk_size
         )
         vae = found["base"].lower
@@ -112,12 +112,12 @@ def ood_score(
         energy = vae * 0
         if isinstance(model, VAEBM):
             energy = _energy(model, batch, num_samples).to(vae)
-        parts.append((vae, ncp, -energy))
-    return OODScore(*map(torch.cat, zip(*parts, strict=True)))
+        terms.append((vae, ncp, -energy))
+    return OODScore(*map(torch.cat, zip(*terms, strict=True)))
 
 
 def _energy(model: VAEBM, batch: Any, num_samples: int) -> Tensor:  # noqa: ANN401
-    """E of a batch in nats, ``(B,)``, averaged over the noise on data."""
+    """Energy of a batch in nats, ``(B,)``, averaged over the noise on data."""
     x = (batch[0] if isinstance(batch, tuple | list) else batch).to(device_of(model.source))
     if not model.data_noise:
         return model(x)  # type: ignore[no-any-return]

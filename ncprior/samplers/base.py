@@ -24,20 +24,21 @@ LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 
 Sampler: TypeAlias = "Callable[[Sampleable, LogRatio], Draw]"
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "log r is not finite for some proposals. Look for NaN or infinity in the head's weights, the "
     "prior or the context."
 )
 
 
 class Draw(NamedTuple):
-    """One draw per row, and what the sampler knows of its quality; what does not apply is None.
+    """Draws z, one per row, with their sampling diagnostics; ``None`` where one does not apply.
 
     Attributes:
         z: The latents, with shape ``(B, *event)``.
-        ess: Effective sample size of the proposals, (Σ r)² / Σ r², from 1 to M, with shape ``(B,)``.
+        ess: Effective sample size of the proposals, (Σ r)² / Σ r², from 1 to M, with shape
+            ``(B,)``.
         log_mean_weight: log (1/M) Σ r, an estimate of log Z in nats, with shape ``(B,)``.
-        acceptance: Share of accepted proposals of a Markov chain, with shape ``(B,)``.
+        acceptance: Acceptance rate of a Markov chain, from 0 to 1, with shape ``(B,)``.
 
     Example:
         >>> Draw(z=torch.zeros(4, 2)).ess is None
@@ -51,7 +52,11 @@ class Draw(NamedTuple):
 
 
 def check_rows(prior: Sampleable) -> None:
-    """Refuses a distribution that has not one row per sample."""
+    """Validates that a prior has one row per sample.
+
+    Raises:
+        ValueError: If its batch shape is not ``(B,)``; use ``prior.expand((B,))``.
+    """
     if isinstance(prior, Distribution) and len(prior.batch_shape) != 1:
         raise ValueError(
             f"The prior of a sampler has batch shape (B,); got {tuple(prior.batch_shape)} with "
@@ -60,7 +65,11 @@ def check_rows(prior: Sampleable) -> None:
 
 
 def checked(log_r: Tensor, shape: Size) -> Tensor:
-    """log r in float32 or better, of the shape that it must have."""
+    """Returns log r in at least float32, after a check of its shape.
+
+    Raises:
+        ValueError: If log r has another shape.
+    """
     if log_r.shape != shape:
         raise ValueError(
             f"log_ratio must map z of shape (*, B, *event) to log r of shape (*, B), here "
@@ -70,12 +79,16 @@ def checked(log_r: Tensor, shape: Size) -> Tensor:
 
 
 def finite(log_r: Tensor) -> Tensor:
-    """log r, if it is finite everywhere: one synchronisation."""
+    """Returns log r unchanged if it is finite everywhere, at the price of one synchronisation.
+
+    Raises:
+        FloatingPointError: If a value is not finite.
+    """
     if not torch.isfinite(log_r).all():
-        raise FloatingPointError(_NOT_FINITE)
+        raise FloatingPointError(NOT_FINITE)
     return log_r
 
 
 def like_event(mask: Tensor, z: Tensor) -> Tensor:
-    """A mask of rows, ready to broadcast over the event of z."""
+    """Returns a mask of rows in a shape that broadcasts over the event of z."""
     return mask.reshape(mask.shape + (1,) * (z.ndim - mask.ndim))

@@ -1,9 +1,10 @@
-r"""Samplers made of samplers: one after the other, at another temperature, and told in words.
+r"""Composition of samplers: sequences, tempering, and a description as text.
 
-There are three temperatures, of different meaning. ``NCPrior.strength`` α draws from r^α·p: how far
-the prior is corrected; :mod:`ncprior.diagnostics` finds the one that suits a sampler. A temperature T
-here draws from (r·p)^{1/T}: how close to the modes of the corrected prior. A source's or base's own
-temperature changes p, and with it what r is a ratio to.
+Three settings sharpen or flatten samples, and each has its own meaning. ``NCPrior.strength`` α
+targets r^α·p: it sets how far the prior is corrected, and :mod:`ncprior.diagnostics` fits it to a
+sampler. The temperature T of :func:`at_temperature` targets (r·p)^{1/T}: it sets how close draws
+stay to the modes of the corrected prior. The temperature of a source or a base changes p itself,
+and therefore the ratio r = q/p: heads must be trained at that temperature.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from ncprior.samplers.base import Draw, LogRatio, Sampler
 
 
 def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
-    """Makes a sampler that starts each of its parts from the draw of the part before.
+    """Sequence of samplers, each of which starts from the draw of the one before.
 
-    SIR followed by some steps of MALA finds the right region first, and then its shape, which M
-    proposals are too coarse for.
+    For example, SIR followed by some steps of MALA: SIR finds the right region, and MALA then
+    refines the draw below the resolution of M proposals.
 
     Arguments:
         first: A sampler.
         then: Samplers that take ``init``, such as ``partial(langevin, …)``.
 
     Returns:
-        The sampler. Its draw has the last part's z, and of everything else what was found last.
+        The sampler. The z of its draw is that of the last sampler; every other field is that of
+        the last sampler that returned one.
 
     Example:
         >>> from functools import partial
@@ -47,8 +49,8 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
 
     def sampler(prior: Sampleable, log_ratio: LogRatio) -> Draw:
         draw = first(prior, log_ratio)
-        for part in then:
-            found = part(prior, log_ratio, init=draw.z)._asdict()
+        for step in then:
+            found = step(prior, log_ratio, init=draw.z)._asdict()
             draw = draw._replace(**{name: it for name, it in found.items() if it is not None})
         return draw
 
@@ -56,18 +58,18 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
 
 
 def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
-    r"""Makes a sampler draw from (r·p)^{1/T} in place of r·p.
+    r"""Tempered sampler: targets (r·p)^{1/T} instead of r·p.
 
     .. math::
         (r \cdot p)^{1/T} = p \cdot r_T, \qquad
         \log r_T = \tfrac{1}{T} \left( \log r + (1 - T) \log p \right).
 
-    Below 1, draws keep to the modes: fewer bad samples and less variety.
+    At T < 1 draws stay closer to the modes: fewer bad samples and less variety.
 
     Arguments:
-        sampler: A sampler of the whole of r·p; ``within_components`` keeps the components' shares,
-            which a temperature changes.
-        temperature: T > 0; 1 changes nothing.
+        sampler: A sampler of r·p. Do not pass one of ``within_components``: it keeps the weights
+            of the components, which a temperature should change.
+        temperature: T > 0; T = 1 changes nothing.
 
     Returns:
         The sampler; ``log_mean_weight`` of its draws is that of r_T.
@@ -104,14 +106,14 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
 
 
 def describe(sampler: Any) -> str:  # noqa: ANN401
-    """Tells a sampler and its options in words that are the same in every process.
+    """Description of a sampler and its options as text, the same in every process.
 
     Arguments:
-        sampler: A sampler, as it is, configured by ``functools.partial``, or made of others.
+        sampler: A sampler function, a ``functools.partial`` of one, or a composition of samplers.
 
     Returns:
-        What it is: functions by their names and what they hold, which is told in turn, and a
-        callable object by its type alone.
+        The description: functions by name, with their options and the values in their closures;
+        other callable objects by their type alone.
 
     Example:
         >>> from functools import partial
@@ -121,24 +123,24 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
         >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
         'at_temperature.tempered(sir(num_proposals=50), 0.5)'
     """
-    return _told(sampler, ())
+    return _described(sampler, ())
 
 
-def _told(sampler: Any, inside: tuple[int, ...]) -> str:  # noqa: ANN401
-    """What a sampler is, within functions that have been told already."""
+def _described(sampler: Any, inside: tuple[int, ...]) -> str:  # noqa: ANN401
+    """Description of a sampler inside functions that are being described already."""
     if id(sampler) in inside:
-        return "..."  # of a function that calls itself
-    tell = partial(_told, inside=(*inside, id(sampler)))
+        return "..."  # a function that calls itself
+    describe_inner = partial(_described, inside=(*inside, id(sampler)))
     if isinstance(sampler, partial):
-        words = [tell(a) for a in sampler.args]
-        words += [f"{name}={tell(a)}" for name, a in sorted(sampler.keywords.items())]
-        return f"{tell(sampler.func)}({', '.join(words)})"
+        words = [describe_inner(a) for a in sampler.args]
+        words += [f"{name}={describe_inner(a)}" for name, a in sorted(sampler.keywords.items())]
+        return f"{describe_inner(sampler.func)}({', '.join(words)})"
     if isinstance(sampler, tuple | list):
-        return f"({', '.join(map(tell, sampler))})"
+        return f"({', '.join(map(describe_inner, sampler))})"
     if not callable(sampler):
         return repr(sampler)
     sampler = inspect.unwrap(sampler)
     name = str(getattr(sampler, "__qualname__", type(sampler).__qualname__))
     held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
     name = name.replace(".<locals>", "")
-    return f"{name}({', '.join(map(tell, held))})" if held else name
+    return f"{name}({', '.join(map(describe_inner, held))})" if held else name

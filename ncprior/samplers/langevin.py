@@ -1,4 +1,4 @@
-r"""Langevin dynamics in z on the energy E(z) = -log r(z) - log p(z), with and without correction.
+r"""Langevin dynamics on the energy E(z) = -log r(z) - log p(z): unadjusted (ULA) and MALA.
 
 References:
     | A Contrastive Learning Approach for Training Variational Autoencoder Priors
@@ -36,8 +36,9 @@ def langevin(
         z \leftarrow z - \tfrac{1}{2} \lambda \nabla E(z) + \sqrt{\lambda}\, \varepsilon,
         \qquad \varepsilon \sim N(0, I).
 
-    Unadjusted (ULA), its stationary law differs from r·p / Z by O(λ). ``adjusted`` accepts or
-    rejects each step after Metropolis and Hastings (MALA), which leaves r·p / Z invariant.
+    By default this is the unadjusted Langevin algorithm (ULA), whose stationary distribution
+    differs from r·p / Z by O(λ). ``adjusted=True`` adds a Metropolis-Hastings correction of each
+    step: the Metropolis-adjusted Langevin algorithm (MALA), which leaves r·p / Z invariant.
     Gradients are taken with respect to z alone.
 
     Arguments:
@@ -45,8 +46,9 @@ def langevin(
         log_ratio: Maps z, with shape ``(B, *event)``, to log r(z) in nats, ``(B,)``.
         num_steps: Number of steps.
         step_size: λ, in squared units of z.
-        adjusted: Whether to correct each step (MALA).
-        init: Where the chains start, ``(B, *event)``, such as the z of another draw; p(z) if None.
+        adjusted: Whether to correct each step by Metropolis-Hastings (MALA).
+        init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws
+            it from p(z).
 
     Returns:
         A draw with ``z`` and, when adjusted, ``acceptance``.
@@ -54,7 +56,7 @@ def langevin(
     Raises:
         TypeError: If the prior is discrete, bounded, or has no density.
         ValueError: If ``num_steps``, ``step_size`` or the shape of ``init`` is wrong.
-        FloatingPointError: If log r or log p is not finite on the way.
+        FloatingPointError: If log r, log p or a gradient is not finite; take a smaller step size.
 
     References:
         Aneja et al. (2021), section 4.3.
@@ -99,16 +101,16 @@ def _mala(target: Target, z: Tensor, num_steps: int, step_size: float) -> tuple[
 def mala_step(
     target: Target, here: Point, step_size: float, beta: float = 1.0
 ) -> tuple[Point, Tensor]:
-    """Takes one step of Langevin dynamics on r^β·p with Metropolis correction.
+    """One step of MALA on r^β·p.
 
     Arguments:
         target: r·p.
-        here: Where the chains stand.
-        step_size: λ.
-        beta: β.
+        here: The current points of the chains.
+        step_size: λ, in squared units of z.
+        beta: β, the inverse temperature of r.
 
     Returns:
-        Where they stand now, and which of them moved, with shape ``(*, B)``.
+        The next points, and whether each proposal was accepted, with shape ``(*, B)``.
     """
     noise = torch.randn_like(here.z)
     there = target(here.z + 0.5 * step_size * here.score(beta) + step_size**0.5 * noise)
@@ -122,7 +124,7 @@ def mala_step(
 
 
 class Point(NamedTuple):
-    """Where chains stand, and all that a step on r^β·p from there needs, whatever β.
+    """Points of Markov chains, with the values and gradients for a step on r^β·p at any β.
 
     Attributes:
         z: The latents, with shape ``(*, B, *event)``.
@@ -143,12 +145,12 @@ class Point(NamedTuple):
         return beta * self.log_r + self.log_p
 
     def score(self, beta: float) -> Tensor:
-        """The gradient of that, of the shape of z."""
+        """Gradient of β log r(z) + log p(z) with respect to z, of the shape of z."""
         return beta * self.grad_log_r + self.grad_log_p
 
 
 class Target:
-    """r·p as Langevin dynamics sees it; remembers the first place that is not finite.
+    """Unnormalised target r·p of Langevin dynamics, which records the first non-finite evaluation.
 
     Raises:
         TypeError: If the prior is discrete, bounded, or has no density.
@@ -167,23 +169,27 @@ class Target:
         self.first_bad: Tensor | None = None  # stays on the device: no synchronisation per step
 
     def __call__(self, z: Tensor) -> Point:
-        """Looks at z, with shape ``(*, B, *event)``."""
+        """Evaluates log r, log p and their gradients at z, with shape ``(*, B, *event)``."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             log_p = self.prior.log_prob(z)
             log_r = checked(self.log_ratio(z), log_p.shape)
             slopes = [_gradient(log_r, z), _gradient(log_p, z)]
         point = Point(z.detach(), log_r.detach(), log_p.detach(), *slopes)
-        bad = ~torch.stack([torch.isfinite(part).all() for part in point[1:]]).all()
+        bad = ~torch.stack([torch.isfinite(values).all() for values in point[1:]]).all()
         call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
         self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
         self.calls += 1
-        # A bad chain stands still, so that no validating prior complains of it in its own words.
+        # A chain with a non-finite value stays in place: priors that validate z would raise first.
         still = [torch.where(bad, 0.0, slope) for slope in slopes]
         return Point(*point[:3], *still)
 
     def raise_if_bad(self, z: Tensor) -> None:
-        """Raises if anything so far, or the last z, is not finite: one synchronisation."""
+        """Checks all evaluations so far and the last z, at the price of one synchronisation.
+
+        Raises:
+            FloatingPointError: If a value is not finite; take a smaller step size.
+        """
         first = self.calls if self.first_bad is None else min(self.calls, int(self.first_bad))
         if first < self.calls or not torch.isfinite(z).all():
             raise FloatingPointError(
@@ -194,7 +200,7 @@ class Target:
 
 
 def supports_langevin(prior: Sampleable) -> bool:
-    """Tells whether Langevin dynamics can walk in a prior: not in discrete or bounded latents.
+    """Whether a prior supports Langevin dynamics: it needs a density on all of R^n.
 
     Example:
         >>> supports_langevin(Normal(0.0, 1.0)), supports_langevin(torch.distributions.Bernoulli(0.5))
@@ -216,7 +222,7 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
 
 
 def _continuous(prior: Sampleable) -> Distribution:
-    """The prior, if Langevin dynamics can walk in it."""
+    """Returns the prior after a check that it has a density on all of R^n."""
     name = name_of(prior)
     if not isinstance(prior, Distribution) and not hasattr(prior, "log_prob"):
         raise TypeError(
@@ -234,7 +240,7 @@ def _continuous(prior: Sampleable) -> Distribution:
         support = support.base_constraint
     if isinstance(support, _BOUNDED):
         raise TypeError(
-            f"Langevin dynamics walks on all of R^n; the prior {name} is bounded. Use sir."
+            f"Langevin dynamics needs latents on all of R^n; the prior {name} is bounded. Use sir."
         )
     return prior  # type: ignore[return-value]
 
@@ -262,6 +268,6 @@ def _checked_init(init: Tensor, prior: Distribution) -> Tensor:
 
 
 def name_of(prior: Sampleable) -> str:
-    """Returns the name of a prior's type, behind ``Independent`` and copies of it for every row."""
+    """Returns the name of a prior's type, without ``Independent`` and expansion over rows."""
     base = getattr(prior, "base_dist", prior)
     return type(getattr(base, "prior", base)).__name__

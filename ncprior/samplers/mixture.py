@@ -1,19 +1,20 @@
-r"""Sampling within the components of a mixture base, which keeps their shares as they are.
+r"""Sampling within the components of a Gaussian mixture base, with the mixture weights unchanged.
 
-A mixture draws z in two steps, a component j ~ π_j and z ~ p_j(z). Best-of-M over the whole mixture
-takes mass from those components where q and p_j differ most, as good proposals are rare there: of M
-proposals, one of an easier component wins. Within the component each row is drawn from
+A mixture draws z in two steps: a component j ~ π_j, then z ~ p_j(z). SIR over the whole mixture
+moves probability mass away from the components where q and p_j differ most: good proposals are
+rare there, so a proposal of an easier component is picked. Sampling within components draws each
+row from
 
 .. math::
     \sum_j \pi_j \, \frac{r(z) \, p_j(z)}{Z_j}, \qquad Z_j = E_{p_j}[r].
 
-With the exact r = q/p this is q itself where π_j is the share of q that component j is responsible
-for, since Z_j = E_q[π_j p_j / p] / π_j: so it is for every mixture that expectation-maximisation on
-encodings has left at rest. M proposals are then as good as the average component asks for, not the
-worst.
+With the exact ratio r = q/p, Z_j = E_q[π_j p_j / p] / π_j. If π_j is the fraction of q that
+component j is responsible for, then Z_j = 1 and this distribution is q itself. Every fixed point
+of expectation-maximisation on encodings has this property. The number of proposals M must then
+suit the average component instead of the hardest one.
 
-A sampler sees a component as its noise: z = μ_j + L_j ε with ε ~ N(0, I). Where components are narrow
-in some directions and wide in others, chains need no small steps for it.
+Each component is reparametrised by noise: z = μ_j + L_j ε with ε ~ N(0, I). Chains move in ε, so
+that directions in which a component is narrow need no smaller steps.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from ncprior.samplers.base import Draw, LogRatio, Sampler
 
 
 def within_components(sampler: Sampler) -> Sampler:
-    """Makes a sampler draw each row's component of a mixture base first, and z within it.
+    """Sampler that draws a component of the mixture base for each row, then z within it.
 
     Arguments:
-        sampler: Any sampler, such as ``partial(sir, num_proposals=50)``. It draws the noise ε of
-            its row's component: the step sizes of chains are in squared units of ε. Rows have
-            targets of their own, so that it must not share particles or proposals between them.
+        sampler: The sampler within a component, such as ``partial(sir, num_proposals=50)``. It
+            draws the noise ε of the component: step sizes of chains are in squared units of ε.
+            Each row has its own target, so the sampler must not share particles or proposals.
 
     Returns:
-        The sampler; ``log_mean_weight`` of its draws is log Z_j of the row's component.
+        The sampler; ``log_mean_weight`` of its draws estimates log Z_j of the row's component.
 
     Raises:
         TypeError: When drawing, if the prior is no :class:`~ncprior.bases.GaussianMixture`.
@@ -66,7 +67,7 @@ def within_components(sampler: Sampler) -> Sampler:
 
 
 class _Places:
-    """The map from noise to z of rows that have their components: z = μ_j + L_j ε."""
+    """Map from noise to z for rows with given components: z = μ_j + L_j ε."""
 
     def __init__(self, mixture: GaussianMixture, labels: Tensor) -> None:
         self.mixture = mixture
@@ -79,11 +80,11 @@ class _Places:
         )
 
     def __call__(self, noise: Tensor) -> Tensor:
-        """Returns z of noise, both with shape ``(*, B, *event)``; differentiable."""
+        """Maps noise to z, both with shape ``(*, B, *event)``; differentiable."""
         mixture = self.mixture
         flat = noise.flatten(noise.ndim - len(mixture.event_shape))
-        parts = []
+        blocks = []
         for j, rows in self.rows:
             mean, factor, own = mixture.loc[j], mixture.scale[j], flat[..., rows, :]
-            parts.append(mean + (own @ factor.mT if mixture.is_full else own * factor))
-        return torch.cat(parts, dim=-2)[..., self.order, :].reshape(noise.shape)
+            blocks.append(mean + (own @ factor.mT if mixture.is_full else own * factor))
+        return torch.cat(blocks, dim=-2)[..., self.order, :].reshape(noise.shape)

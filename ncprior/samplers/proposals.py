@@ -1,4 +1,4 @@
-"""Proposals z ~ p(z) of many rows, drawn again and again into the same memory."""
+"""Proposals z ~ p(z) for the rows of a batch, drawn into reused memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ncprior.samplers.base import LogRatio
 
 _POINTS = 4  # proposals at which rows are compared
 
-_ROUNDING = 1e-4
+_ROUNDING = 1e-4  # relative differences up to this one are rounding
 
 
 class Proposals:
-    """Draws proposals of a prior; those of a normal one into one buffer, the next over the last.
+    """Proposals of a prior; those of a normal prior overwrite one buffer at each call.
 
-    They are ``prior.sample``'s own, bit for bit, under the same seed.
+    Under the same seed they equal ``prior.sample``, bit for bit.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
@@ -47,7 +47,7 @@ def _normal(prior: Sampleable) -> tuple[Tensor, Tensor] | None:
 
 
 def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None:
-    """Refuses rows of different p or log r, as far as some proposals show.
+    """Validates that p and log r are the same for all rows, at some proposals.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
@@ -55,26 +55,29 @@ def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None
         z: Proposals, with shape ``(M, B, *event)``.
 
     Raises:
-        ValueError: If rows differ, or the prior does not tell.
+        ValueError: If rows differ, or a prior without density may differ between rows; let every
+            row have its own proposals.
     """
     points = z[0, :_POINTS, None].expand(-1, z.shape[1], *z.shape[2:])
     log_prob = getattr(prior, "log_prob", None)
     if log_prob is None and not is_expanded(prior):
-        _refuse_sharing(f"the prior {type(prior).__name__} can only be sampled, and does not tell")
+        _raise_not_shareable(
+            f"the prior {type(prior).__name__} can only be sampled: its rows cannot be compared"
+        )
     if log_prob is not None and not _equal_rows(log_prob(points)):
-        _refuse_sharing("p(z) is not the same in all of them")
+        _raise_not_shareable("p(z) differs between rows")
     if not _equal_rows(log_ratio(points)):
-        _refuse_sharing("log r(z) is not the same in all of them: it depends on a context")
+        _raise_not_shareable("log r(z) differs between rows, as it depends on a context")
 
 
 def _equal_rows(values: Tensor) -> bool:
-    values = values[values.isfinite().all(1)]  # what is not finite, the samplers speak of
+    values = values[values.isfinite().all(1)]  # samplers raise for values that are not finite
     first = values[:, :1]
     return bool(((values - first).abs() <= _ROUNDING * (1 + first.abs())).all())
 
 
-def _refuse_sharing(reason: str) -> NoReturn:
+def _raise_not_shareable(reason: str) -> NoReturn:
     raise ValueError(
-        f"Rows can share proposals or particles only where their p and r are one: {reason}. Let "
-        f"every row have its own: share_proposals=False of sir, share=False of tempered_smc."
+        f"Rows can share proposals or particles only if p(z) and r(z) are the same for all rows: "
+        f"{reason}. Pass share_proposals=False to sir, or share_particles=False to tempered_smc."
     )

@@ -1,4 +1,4 @@
-r"""Samplers that accept or reject proposals of p by their ratio: rejection, and Metropolis.
+r"""Samplers that accept or reject proposals of p: rejection sampling and independence Metropolis.
 
 References:
     | Resampled Priors for Variational Autoencoders (Bauer & Mnih, 2019), section 3
@@ -20,29 +20,30 @@ from ncprior.samplers.base import Draw, LogRatio, check_rows, checked, finite, l
 def rejection(
     prior: Sampleable, log_ratio: LogRatio, *, log_bound: float, max_tries: int = 100
 ) -> Draw:
-    r"""Truncated rejection sampling: proposals of p until one is accepted, or the last is taken.
+    r"""Truncated rejection sampling: at most T proposals of p per row, the last of which is kept.
 
-    A proposal is accepted with probability a(z) = min(1, r(z) / e^b), the T-th in any case. With
-    Z = E_p a, the law of the draw is
+    A proposal is accepted with probability a(z) = min(1, r(z) / e^b); the T-th is accepted in any
+    case. With Z = E_p a, the distribution of the draw is
 
     .. math::
         p(z) \left[ (1 - \alpha_T) \, a(z) / Z + \alpha_T \right], \qquad
         \alpha_T = (1 - Z)^{T - 1},
 
-    which tends to r·p / Z as T → ∞ where b bounds log r.
+    which tends to r·p / Z as T → ∞ if b bounds log r.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
         log_ratio: Maps z, with shape ``(*, B, *event)``, to log r(z) in nats, ``(*, B)``.
-        log_bound: b in nats; a larger log r counts as b. About e^b / E_p r tries accept one.
+        log_bound: b in nats; a larger log r counts as b. One of about e^b / E_p r proposals is
+            accepted.
         max_tries: T, the most proposals per row.
 
     Returns:
-        A draw with ``z`` and ``acceptance``, 1 where a proposal was accepted and 0 where the last
-        was taken unasked.
+        A draw with ``z`` and ``acceptance``: 1 where a proposal was accepted, 0 where the T-th was
+        kept in any case.
 
     Raises:
-        ValueError: If there is no try, or the bound is not finite.
+        ValueError: If ``max_tries`` is below 1, or the bound is not finite.
         FloatingPointError: If log r is not finite.
 
     References:
@@ -83,16 +84,18 @@ def independence(
     init: Tensor | None = None,
     chunk_size: int = 4096,
 ) -> Draw:
-    r"""Independence Metropolis: a chain whose proposals are draws of p.
+    r"""Independence Metropolis: Metropolis-Hastings whose proposals are independent draws of p.
 
-    A proposal z' is accepted with probability min(1, r(z') / r(z)), which leaves r·p / Z invariant.
-    It needs no gradient and no density of p, and forgets where it started at a rate of Z / max r.
+    A proposal z' is accepted with probability min(1, r(z') / r(z)), which leaves r·p / Z
+    invariant. The sampler needs neither a gradient nor the density of p. The total variation
+    distance to r·p / Z falls at least as fast as (1 - Z / max r)^num_steps.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
         log_ratio: Maps z, with shape ``(*, B, *event)``, to log r(z) in nats, ``(*, B)``.
         num_steps: Number of proposals per row.
-        init: Where the chains start, ``(B, *event)``, such as the z of another draw; p(z) if None.
+        init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws
+            it from p(z).
         chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
             per row if that is more.
 
@@ -125,7 +128,7 @@ def independence(
     while left:
         count = min(left, max(1, chunk_size // max(1, len(z))))
         new, log_r = _proposals(prior, log_ratio, count)
-        last = torch.full_like(here, -1, dtype=torch.long)  # the proposal that each chain is at
+        last = torch.full_like(here, -1, dtype=torch.long)  # each chain's current proposal
         for t, log_u in enumerate(torch.rand_like(log_r).log()):
             accept = log_u < log_r[t] - here
             here = torch.where(accept, log_r[t], here)

@@ -1,4 +1,4 @@
-"""Sampling-importance-resampling (SIR) by one streamed pass of Gumbel-max over the proposals."""
+"""Sampling-importance-resampling (SIR), by one streamed pass of Gumbel-max over the proposals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import (
-    _NOT_FINITE,
+    NOT_FINITE,
     Draw,
     LogRatio,
     check_rows,
@@ -30,19 +30,20 @@ def sir(
     chunk_size: int = 4096,
     share_proposals: bool = False,
 ) -> Draw:
-    r"""Sampling-importance-resampling: of M proposals z ~ p(z), keeps one with probability ∝ r(z).
+    r"""Sampling-importance-resampling (SIR): picks one of M proposals of p, with probability ∝ r.
 
-    One pass of Gumbel-max over chunks of proposals: with g ~ Gumbel(0, 1), the proposal of the
-    largest log r(z) + g is a draw from the categorical distribution of weights r(z). Memory does
-    not grow with M. The law of the draw tends to r·p / Z as M → ∞; M proposals correct about
-    log M nats.
+    Resampling is one pass of Gumbel-max over chunks of proposals: with g ~ Gumbel(0, 1), the
+    proposal of the largest log r(z) + g is a draw from the categorical distribution of weights
+    r(z). Memory does not grow with M. The distribution of the draw tends to r·p / Z as M → ∞; M
+    proposals correct about log M nats.
 
-    Rows may share their M proposals, at a B-th of the cost. The law of each row stays what it is,
-    and given the proposals rows are independent; but two rows draw the same proposal with
-    probability E[1 / ESS], and the covariance of f(z) between rows is the variance of the mean of f
-    over weighted proposals, about Var f / ESS. Of a mean over n draws in batches of B, the variance
-    is thus about Var f · (1/n + 1/(ESS · n / B)): sharing costs nothing that can be seen while
-    B is well below the ESS, and batches of B draws look alike when it is not.
+    With ``share_proposals``, all B rows of a batch choose among the same M proposals, at 1/B of
+    the cost. The distribution of each row does not change, and rows are independent given the
+    proposals. But two rows pick the same proposal with probability E[1 / ESS], and the covariance
+    of f(z) between rows is the variance of the weighted mean of f over the proposals, about Var f
+    / ESS. The variance of a mean over n draws in batches of B is thus about Var f · (1/n + 1/(ESS
+    · n / B)). Sharing is harmless while B is well below the ESS; otherwise the draws of a batch
+    look alike.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
@@ -50,16 +51,17 @@ def sir(
             argument may be overwritten once it has returned.
         num_proposals: M, the number of proposals per row.
         chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
-            per row if that is more. Bounds the memory; the law of the draw does not depend on it.
-        share_proposals: Whether all rows choose among the same M proposals, where p and log r are
+            per row if that is more. Bounds the memory; the distribution of the draw does not
+            depend on it.
+        share_proposals: Whether all rows choose among the same M proposals. p and log r must be
             the same for every row, as in the first group of a VAE without conditions.
 
     Returns:
         A draw with ``z``, ``ess`` and ``log_mean_weight``.
 
     Raises:
-        ValueError: If there is no proposal to draw, the prior or log r has the wrong shape, or
-            proposals cannot be shared.
+        ValueError: If ``num_proposals`` or ``chunk_size`` is below 1, the prior or log r has the
+            wrong shape, or rows differ and cannot share proposals.
         FloatingPointError: If log r is not finite.
 
     References:
@@ -76,7 +78,7 @@ def sir(
             f"num_proposals and chunk_size must be at least 1; got {num_proposals}, {chunk_size}."
         )
     check_rows(prior)
-    # The first chunk is one proposal per row: it tells B, whatever kind of sampler the prior is.
+    # The first chunk is one proposal per row: its shape gives B, also for sample-only priors.
     proposals = Proposals(prior)
     z = proposals(1)
     rows = z.shape[1]
@@ -92,12 +94,12 @@ def sir(
 
 
 class _Pool:
-    """Proposals seen so far: the leader of each row and the running sums of r and r².
+    """Running Gumbel-max over proposals: the leader of each row, and the sums of r and r².
 
-    Shared proposals stand before all rows: their log r is (n, 1), and so are the sums.
+    For shared proposals log r has shape (n, 1), and the sums have shape (1,).
     """
 
-    finite: Tensor  # (), whether all of log r was; looked at once, at the end
+    finite: Tensor  # (), whether all log r are finite; read once, at the end
     z: Tensor  # (B, *event), the leaders
     key: Tensor  # (B,), log r + Gumbel of the leaders
     top: Tensor  # (B,), the largest log r; the sums are relative to it, so that nothing overflows
@@ -109,12 +111,12 @@ class _Pool:
         self.seen = 0
 
     def missing(self) -> int:
-        """Proposals per row that are still to be drawn."""
+        """Number of proposals per row that are still to be drawn."""
         left = self.num_proposals - self.seen
         return -(-left // max(1, self.rows)) if self.share else left
 
     def add(self, z: Tensor, log_r: Tensor) -> None:
-        """Takes proposals (n, B, *event)."""
+        """Adds proposals (n, B, *event) with their log r, (n, B)."""
         log_r = checked(log_r, z.shape[:2])
         if not self.share:
             self._add(z, log_r)
@@ -122,12 +124,12 @@ class _Pool:
         left = self.num_proposals - self.seen
         at_once = max(1, _SHARED_KEYS // max(1, self.rows))
         z, log_r = z.flatten(0, 1)[:left], log_r.reshape(-1, 1)[:left]
-        for part, log_r_part in zip(z.split(at_once), log_r.split(at_once), strict=True):
-            self._add(part, log_r_part)
+        for some, log_r_some in zip(z.split(at_once), log_r.split(at_once), strict=True):
+            self._add(some, log_r_some)
 
     def _add(self, z: Tensor, log_r: Tensor) -> None:
-        # Gumbel = -log Exponential. Where float resolution makes an exponential zero, it stands
-        # for one below the resolution.
+        # Gumbel = -log Exponential. An exponential that rounds to zero is replaced by one just
+        # below the resolution of the dtype.
         noise = log_r.new_empty(len(log_r), self.rows).exponential_()
         noise.clamp_(min=torch.finfo(log_r.dtype).eps / 4)
         key, winner = (log_r - noise.log_()).max(0)
@@ -152,9 +154,9 @@ class _Pool:
         self.seen += len(log_r)
 
     def draw(self) -> Draw:
-        """What the leaders are, and how good the proposals were."""
+        """Returns the leaders, with effective sample size and log-mean-weight of the proposals."""
         if not self.finite:
-            raise FloatingPointError(_NOT_FINITE)
+            raise FloatingPointError(NOT_FINITE)
         log_mean_weight = self.top + self.sum_r.log() - math.log(self.num_proposals)
         ess = self.sum_r.square() / self.sum_r2
         rows = Size((self.rows,))

@@ -1,9 +1,9 @@
-r"""Tempered sequential Monte Carlo: particles led from p to r·p over r^β·p, β from 0 to 1.
+r"""Tempered sequential Monte Carlo (SMC): particles move from p to r·p over r^β·p, β from 0 to 1.
 
-SIR weighs its proposals once and corrects about log M nats. Here particles are weighed a little,
-resampled and moved, again and again: the nats that can be corrected grow with the number of
-temperatures. Where all rows have one target, they can share their particles: 12 nats of a Gaussian
-then cost about a dozen gradients of log r per sample.
+SIR weights its proposals once and corrects about log M nats. Tempered SMC alternates small
+increments of β, resampling and MALA moves: the nats that it can correct grow with the number of
+temperatures. If all rows have the same target, they can share their particles: 12 nats of a
+Gaussian then cost about a dozen gradients of log r per sample.
 
 References:
     | Sequential Monte Carlo Samplers (Del Moral, Doucet & Jasra, 2006)
@@ -25,7 +25,7 @@ from ncprior.samplers.proposals import require_same_rows
 
 _BISECTIONS = 20
 
-_POPULATION = 512  # particles at least, where rows share them
+_POPULATION = 512  # least number of shared particles
 
 _ACCEPTANCE = 0.574  # optimal for MALA in many dimensions (Roberts & Rosenthal, 1998)
 
@@ -38,16 +38,16 @@ def tempered_smc(
     num_particles: int,
     num_moves: int = 2,
     step_size: float = 0.5,
-    ess_share: float = 0.5,
-    share: bool = False,
+    ess_fraction: float = 0.5,
+    share_particles: bool = False,
     max_temperatures: int = 200,
 ) -> Draw:
-    r"""Draws one of P particles per row, led from p to r·p in steps of β.
+    r"""Tempered sequential Monte Carlo: draws one of P particles per row, moved from p to r·p.
 
-    Every β is the largest at which the effective sample size of the particles is still
-    ``ess_share`` of their number, on average over the rows. After each, the particles are resampled
-    and take ``num_moves`` Metropolis-adjusted Langevin steps, whose λ is adapted to an acceptance
-    of 0.57. One sample costs P · (1 + temperatures · moves) gradients of log r.
+    Each inverse temperature β is the largest at which the effective sample size of the particles
+    is still ``ess_fraction`` of their number, on average over the rows. At each β the particles
+    are resampled and take ``num_moves`` steps of MALA, whose λ is adapted to an acceptance rate of
+    0.57. One sample costs P · (1 + temperatures · moves) gradients of log r.
 
     Arguments:
         prior: p(z), a continuous distribution of batch shape ``(B,)``.
@@ -55,19 +55,20 @@ def tempered_smc(
         num_particles: P, the particles per row.
         num_moves: Langevin steps per temperature.
         step_size: The first λ, in squared units of z.
-        ess_share: Share of the particles that a step of β must keep effective, between 0 and 1.
-        share: Whether all rows share their particles, P · B of them but at least 512, and all
-            become draws where P is 1 and B at least 512. Draws of one batch then depend on each
-            other a little, through their ancestors. Only where p and log r are the same for every
-            row, as in the first group of a VAE without conditions.
-        max_temperatures: Most values of β.
+        ess_fraction: Effective sample size after a step of β, as a fraction of the number of
+            particles, between 0 and 1.
+        share_particles: Whether all rows share one population of P · B particles, at least 512.
+            With P = 1 and B of 512 or more, every particle becomes a draw. The draws of one batch
+            then depend on each other a little, through common ancestors. p and log r must be the
+            same for every row, as in the first group of a VAE without conditions.
+        max_temperatures: Largest number of values of β.
 
     Returns:
-        A draw with ``z``, ``log_mean_weight``, an estimate of log Z, and ``acceptance``.
+        A draw with ``z``, ``log_mean_weight`` (an estimate of log Z in nats), and ``acceptance``.
 
     Raises:
-        ValueError: If a number is out of range, rows that are to share their particles differ, or
-            β = 1 is not reached.
+        ValueError: If a number is out of range, rows differ and cannot share particles, or β = 1
+            is not reached; take more particles or temperatures.
         TypeError: If the prior is discrete, bounded, or has no density.
         FloatingPointError: If log r is not finite.
 
@@ -80,15 +81,15 @@ def tempered_smc(
         >>> round(draw.z.mean().item())
         5
     """
-    if min(num_particles, num_moves, max_temperatures) < 1 or not 0 < ess_share < 1:
+    if min(num_particles, num_moves, max_temperatures) < 1 or not 0 < ess_fraction < 1:
         raise ValueError(
-            f"num_particles, num_moves and max_temperatures must be at least 1 and ess_share "
-            f"between 0 and 1; got {num_particles}, {num_moves}, {max_temperatures}, {ess_share}."
+            f"num_particles, num_moves and max_temperatures must be at least 1 and ess_fraction "
+            f"between 0 and 1; got {num_particles}, {num_moves}, {max_temperatures}, {ess_fraction}."
         )
-    particles = _Particles(Target(prior, log_ratio), num_particles, share)
+    particles = _Particles(Target(prior, log_ratio), num_particles, share_particles)
     accepted = []
     for _ in range(max_temperatures):
-        particles.heat(ess_share)
+        particles.heat(ess_fraction)
         for _ in range(num_moves):
             accept = particles.move(step_size)
             step_size *= math.exp(accept.mean().item() - _ACCEPTANCE)
@@ -97,12 +98,12 @@ def tempered_smc(
             return particles.draw(torch.stack(accepted).mean(0))
     raise ValueError(
         f"After {max_temperatures} temperatures β is {particles.beta:.3g}. Take more particles, a "
-        f"smaller ess_share or more temperatures, or a closer base."
+        f"smaller ess_fraction or more temperatures, or a closer base."
     )
 
 
 class _Particles:
-    """P particles of every row at one β; with ``share``, of one population of all rows."""
+    """Particles at one β: P per row, or one population of all rows if they are shared."""
 
     def __init__(self, target: Target, num_particles: int, share: bool) -> None:
         self.target, self.share = target, share
@@ -116,59 +117,61 @@ class _Particles:
         self.beta = 0.0
         self.log_z = torch.zeros_like(self.at.log_r[0])
 
-    def heat(self, ess_share: float) -> None:
-        """Raises β as far as the effective sample size allows, and resamples."""
+    def heat(self, ess_fraction: float) -> None:
+        """Increases β as far as the effective sample size allows, and resamples."""
         self.target.raise_if_bad(self.at.z)
-        step = self._step(1 - self.beta, ess_share)
+        step = self._step(1 - self.beta, ess_fraction)
         self.beta = 1.0 if step == 1 - self.beta else self.beta + step
         log_w = self._population(step * self.at.log_r)
         self.log_z = self.log_z + log_w.logsumexp(0) - math.log(len(log_w))
-        rows = _systematic(log_w)
-        self.at = Point(*(self._resampled(part, rows) for part in self.at))
+        ancestors = _systematic(log_w)
+        self.at = Point(*(self._resampled(values, ancestors) for values in self.at))
 
     def move(self, step_size: float) -> Tensor:
-        """Takes a step of MALA at r^β·p; returns what was accepted, (P, B)."""
+        """Takes one step of MALA on r^β·p; returns 1 where it was accepted, else 0, (P, B)."""
         self.at, accept = mala_step(self.target, self.at, step_size, self.beta)
         return accept.float()
 
     def draw(self, acceptance: Tensor) -> Draw:
-        """One particle of every row: after resampling they weigh the same."""
+        """Returns one particle per row, picked uniformly: resampling has made weights equal."""
         self.target.raise_if_bad(self.at.z)
         particles, batch = self.at.log_r.shape
         picked = torch.randint(particles, (batch,), device=self.at.z.device)
         z = self.at.z[picked, torch.arange(batch, device=self.at.z.device)]
         return Draw(z, log_mean_weight=self.log_z, acceptance=acceptance)
 
-    def _step(self, most: float, ess_share: float) -> float:
-        """The largest step of β that keeps the particles effective."""
-        if self._ess_share(most) >= ess_share:
-            return most
-        low, high = 0.0, most
+    def _step(self, largest: float, ess_fraction: float) -> float:
+        """Largest step of β at which the effective sample size is large enough, by bisection."""
+        if self._ess_fraction(largest) >= ess_fraction:
+            return largest
+        low, high = 0.0, largest
         for _ in range(_BISECTIONS):
             middle = 0.5 * (low + high)
-            low, high = (middle, high) if self._ess_share(middle) >= ess_share else (low, middle)
+            low, high = (
+                (middle, high) if self._ess_fraction(middle) >= ess_fraction else (low, middle)
+            )
         return low
 
-    def _ess_share(self, step: float) -> float:
+    def _ess_fraction(self, step: float) -> float:
         w = self._population(step * self.at.log_r).softmax(0)
         return (1 / (w.square().sum(0) * len(w))).mean().item()
 
     def _population(self, values: Tensor) -> Tensor:
-        """(P, B), or (P·B, 1) where all rows are one population."""
+        """Reshapes (P, B) to (P·B, 1) if all rows share one population."""
         return values.reshape(-1, 1) if self.share else values
 
-    def _resampled(self, part: Tensor, rows: Tensor) -> Tensor:
+    def _resampled(self, values: Tensor, ancestors: Tensor) -> Tensor:
         if self.share:
-            return part.flatten(0, 1)[rows[:, 0]].reshape(part.shape)
-        return part[rows, torch.arange(part.shape[1], device=part.device)]
+            return values.flatten(0, 1)[ancestors[:, 0]].reshape(values.shape)
+        return values[ancestors, torch.arange(values.shape[1], device=values.device)]
 
 
 def _systematic(log_w: Tensor) -> Tensor:
-    """Picks P of P particles, each ⌊P w⌋ or ⌈P w⌉ times, in random order; (P, B)."""
+    """Systematic resampling: P ancestors, each ⌊P w⌋ or ⌈P w⌉ times, in random order, (P, B)."""
     device = "cpu" if log_w.device.type == "mps" else log_w.device
     w = log_w.to(device, torch.float64).softmax(0).mT
     count = w.shape[1]
     start = torch.rand(len(w), 1, dtype=torch.float64, device=device)
     points = (torch.arange(count, device=device) + start) / count
-    rows = torch.searchsorted(w.cumsum(1), points).clamp(max=count - 1)
-    return rows[:, torch.randperm(count, device=device)].mT.to(log_w.device)
+    ancestors = torch.searchsorted(w.cumsum(1), points).clamp(max=count - 1)
+    return ancestors[:, torch.randperm(count, device=device)].mT.to(log_w.device)

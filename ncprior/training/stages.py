@@ -116,7 +116,9 @@ def reweighted(prior: NCPrior) -> Rebased:
     def base(k: int, group: Group) -> Drawn:
         share = k == 0 and group.context is None
         particles = 1 if share else _PARTICLES
-        smc = partial(tempered_smc, share=share, num_particles=particles, num_moves=_MOVES)
+        smc = partial(
+            tempered_smc, share_particles=share, num_particles=particles, num_moves=_MOVES
+        )
         return Drawn(partial(prior.draw, k, group, smc))
 
     return rebase(prior.source, base)

@@ -1,4 +1,4 @@
-"""The ranks of a process group: what they sum, agree on and gather; one rank without a group."""
+"""Sums, broadcasts and gathers over the ranks of a process group; one rank without a group."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_APART = 1_000_003  # seeds of neighbouring ranks, so that stages and walks do not meet them
+_APART = 1_000_003  # distance between the seeds of neighbouring ranks; larger than any offset
 
 
 def num_ranks() -> int:
-    """Returns the number of processes of the group, 1 without one."""
+    """Number of processes of the group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Returns this process' number in the group, from 0."""
+    """Number of this process in the group, from 0."""
     return dist.get_rank() if num_ranks() > 1 else 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the sum of a tensor over the ranks; itself without a group."""
+    """Sum of a tensor over the ranks; the tensor itself without a group."""
     if num_ranks() == 1:
         return tensor
     total = _reachable(tensor).clone()
@@ -34,12 +34,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def average_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the mean of a tensor over the ranks; itself without a group."""
+    """Mean of a tensor over the ranks; the tensor itself without a group."""
     return sum_over_ranks(tensor) / num_ranks() if num_ranks() > 1 else tensor
 
 
 def from_rank(owner: int, tensor: Tensor) -> None:
-    """Overwrites a tensor with that of another rank."""
+    """Broadcasts a tensor from rank ``owner``, in place."""
     if num_ranks() > 1:
         sent = _reachable(tensor.detach()).contiguous()
         dist.broadcast(sent, src=owner)
@@ -48,7 +48,7 @@ def from_rank(owner: int, tensor: Tensor) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """Returns what all ranks have, by rank."""
+    """Values of all ranks, ordered by rank."""
     if num_ranks() == 1:
         return [value]
     found: list[Any] = [None] * num_ranks()
@@ -57,11 +57,11 @@ def gather(value: T) -> list[T]:
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:
-    """Returns on all ranks what a function returns on rank 0, the only one that calls it.
+    """Calls a function on rank 0 alone, and returns its result on all ranks.
 
     Raises:
-        Exception: What the function raises, on rank 0.
-        RuntimeError: Then, on all others, so that none waits for it.
+        Exception: The function's own error, on rank 0.
+        RuntimeError: On all other ranks if the function fails, so that none waits for rank 0.
     """
     if num_ranks() == 1:
         return function()
@@ -82,11 +82,11 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def fail_together(error: Exception | None) -> None:
-    """Raises on all ranks if any has met an error, so that none waits for it.
+    """Raises on all ranks if one of them has an error, so that none waits for it.
 
     Raises:
-        Exception: This rank's own.
-        RuntimeError: On ranks that have met none.
+        Exception: The error of this rank.
+        RuntimeError: On ranks without an error of their own.
     """
     failed = float(error is not None)
     if num_ranks() > 1:
@@ -98,18 +98,18 @@ def fail_together(error: Exception | None) -> None:
 
 
 def align_generators() -> None:
-    """Seeds torch's generators on all ranks with a number that rank 0 draws; nothing on one rank."""
+    """Seeds torch's generators on all ranks with a draw of rank 0; no effect on one rank."""
     if num_ranks() > 1:
         torch.manual_seed(on_rank_zero(lambda: int(torch.randint(2**62, ()))))
 
 
 def own_seed(seed: int, number: int) -> int:
-    """Returns a rank's own seed of one that all ranks share; 32 bits, as a CPU's generator takes."""
+    """Seed of one rank, derived from a common seed; 32 bits, the range of a CPU generator."""
     return (seed + _APART * number) % 2**32
 
 
 def _reachable(tensor: Tensor) -> Tensor:
-    """A tensor where the group's backend can reach it: NCCL's are on a GPU."""
+    """Returns a tensor on a device of the group's backend: a GPU for NCCL."""
     if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
         return tensor.to(torch.device("cuda", torch.cuda.current_device()))
     return tensor

@@ -1,4 +1,4 @@
-"""Fingerprints of base priors: was a head trained against this one?"""
+"""Fingerprints of modules and base priors, to check that heads are used with the right ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributions.utils import lazy_property
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Returns ``"<dtype>:<SHA-256>"`` over a module's sorted names, shapes and float32 values.
+    """Fingerprint ``"<dtype>:<SHA-256>"`` over a module's sorted names, shapes and float32 values.
 
     Example:
         >>> module_fingerprint(torch.nn.Linear(1, 1)).split(":")[0]
@@ -30,28 +30,28 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def base_fingerprint(base: object) -> str | None:
-    """Returns ``"<type>:<SHA-256>"`` over a base distribution's types, shapes and float32 values.
+    """Fingerprint ``"<type>:<SHA-256>"`` over a base's types, shapes and float32 values.
 
-    Only what the distribution was made with counts, and not what it derives from that.
+    Only constructor arguments of the distribution count, not attributes derived from them.
 
     Arguments:
-        base: A prior; its parameters, those of distributions and transforms inside it included,
-            are found as attributes.
+        base: A prior. Its parameters are its attributes, including those of nested distributions
+            and transforms.
 
     Returns:
-        The fingerprint, or ``None`` for what is no ``Distribution``.
+        The fingerprint, or ``None`` if ``base`` is not a ``Distribution``.
     """
     if not isinstance(base, Distribution):
         return None
     digest = hashlib.sha256()
-    for name, value in _parts(base, "base"):
+    for name, value in _named_tensors(base, "base"):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return f"{type(base).__name__}:{digest.hexdigest()}"
 
 
-def _parts(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors and numbers that a distribution was made with, sorted by name."""
+def _named_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors and numbers of a distribution's constructor arguments, sorted by name."""
     if isinstance(value, Tensor | int | float):
         yield name, torch.as_tensor(value)
     elif isinstance(value, nn.Module):
@@ -59,7 +59,7 @@ def _parts(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{key}", tensor
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _parts(item, f"{name}.{i}")
+            yield from _named_tensors(item, f"{name}.{i}")
     elif isinstance(value, Distribution | Transform):
         name = f"{name}.{type(value).__name__}"
         yield f"{name}{tuple(getattr(value, 'event_shape', ()))}", torch.empty(0)
@@ -67,4 +67,4 @@ def _parts(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
             derived = isinstance(getattr(type(value), key, None), lazy_property)
             cached = key.startswith("_") and not isinstance(item, Tensor | Distribution)
             if not (derived or cached):
-                yield from _parts(item, f"{name}.{key}")
+                yield from _named_tensors(item, f"{name}.{key}")

@@ -1,4 +1,4 @@
-"""Mixed precision: products in bfloat16, and what stays in float32 all the same."""
+"""Mixed precision: products in bfloat16, sums and log-densities in float32."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Makes products in bfloat16, or else in the tensors' own precision, whatever is outside.
+    """Context with products in bfloat16, or in the tensors' own precision, also under autocast.
 
     Arguments:
-        device_type: Such as ``"cpu"``.
-        precision: ``torch.bfloat16`` or another.
+        device_type: Type of the device, such as ``"cpu"``.
+        precision: ``torch.bfloat16`` for autocast; any other turns autocast off.
 
     Example:
         >>> with at_precision("cpu", torch.bfloat16):
@@ -29,7 +29,7 @@ def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextMan
 
 
 def check_precision(precision: torch.dtype) -> None:
-    """Refuses what :func:`at_precision` is not made for.
+    """Validates a precision.
 
     Raises:
         ValueError: If the precision is neither ``torch.float32`` nor ``torch.bfloat16``.
@@ -39,7 +39,7 @@ def check_precision(precision: torch.dtype) -> None:
 
 
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
-    """Applies a linear layer in its own precision, also under autocast: nats are no 8-bit numbers."""
+    """Applies a linear layer in its own precision, also under autocast: nats need float32."""
     if not torch.is_autocast_enabled(h.device.type):
         return linear(h)  # type: ignore[no-any-return]
     with torch.autocast(h.device.type, enabled=False):
@@ -47,5 +47,5 @@ def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Returns the tensor in float32 or better."""
+    """Returns a tensor, converted to float32 if its precision is lower."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,4 +1,4 @@
-"""Random states of torch, NumPy and Python: saved, restored and seeded together."""
+"""Random states of torch, NumPy and Python, saved, restored and seeded together."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Returns the state of the generators of torch (all devices), NumPy and Python."""
+    """State of the generators of torch (all devices), NumPy and Python."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -20,7 +20,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Sets the generators to what :func:`random_state` returned."""
+    """Restores the state of the generators, as returned by :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -30,10 +30,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators of torch, NumPy and Python, and leaves them as they were outside.
+    """Context with seeded generators of torch, NumPy and Python; restored at the end.
 
     Arguments:
-        seed: A seed, of which 32 bits count.
+        seed: The seed, used modulo 2**32.
     """
     outside = random_state()
     seed %= 2**32

@@ -1,8 +1,8 @@
-"""Energy networks E(x) of VAEBM: small residual nets of images, smooth and without normalisation.
+"""Energy networks E(x) of VAEBM: small residual networks on images, smooth and unnormalised.
 
-An energy is any ``nn.Module`` called as ``energy(x) -> E``, x of shape ``(B, ...)``, E in nats of
-shape ``(B,)``. Of vectors a :class:`~ncprior.heads.MLPHead` does. E of a new net is exactly 0: the
-VAE itself.
+An energy is any ``nn.Module`` that maps x, with shape ``(B, ...)``, to E(x) in nats, with shape
+``(B,)``. For vectors, use a :class:`~ncprior.heads.MLPHead`. A new network returns exactly 0, with
+which the model is the VAE itself.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from torch.nn.functional import avg_pool2d, silu
 
 from ncprior.utils.precision import at_least_float32, in_full
 
-_SMALLEST = 4  # feature maps are halved until they are no larger
+_SMALLEST = 4  # feature maps are halved until they are at most this large
 
 
 class EnergyNet(nn.Module):
-    """E of an image: residual cells of two 3×3 convolutions, halved by average pooling to 4×4.
+    """Energy network on images: residual cells of 3×3 convolutions, with average pooling to 4×4.
 
-    SiLU makes it smooth, which Langevin dynamics needs; no batch statistics, so that E(x) is a
-    function of x alone. Images of more than 16 pixels are halved by the first convolution.
+    SiLU activations make the energy smooth, as Langevin dynamics requires. There are no batch
+    statistics, so that E(x) depends on x alone. The first convolution halves images of more than
+    16 pixels per side.
 
     Arguments:
         image_shape: Shape ``(C, H, W)`` of x without batch, such as (1, 28, 28), (3, 32, 32) or
             (3, 64, 64). Pixels are expected in [0, 1].
-        width: Channels of the first cell; each halving adds as many, up to four times.
+        width: Channels of the first cell; each halving adds ``width`` channels, up to 4 ×
+            ``width``.
 
     Raises:
         ValueError: If the shape is not (C, H, W), or the width is below 1.
@@ -47,19 +49,19 @@ class EnergyNet(nn.Module):
         if len(image_shape) != 3 or width < 1:
             raise ValueError(
                 f"EnergyNet takes images of shape (C, H, W) and a width of 1 or more; got "
-                f"{tuple(image_shape)} and {width}. For vectors, MLPHead((D,)) is an energy too."
+                f"{tuple(image_shape)} and {width}. For vectors, use MLPHead((D,)) as the energy."
             )
         self.image_shape, self.width = tuple(image_shape), width
         channels, size = self.image_shape[0], max(self.image_shape[1:])
         stride = 2 if size > 16 else 1
         self.stem = nn.Conv2d(channels, width, 3, padding=1, stride=stride)
-        size, at_least_float32, cells = -(-size // stride), width, []
+        size, channels, cells = -(-size // stride), width, list[nn.Module]()
         while size > _SMALLEST:
-            wider = min(at_least_float32 + width, 4 * width)
-            cells.append(_Cell(at_least_float32, wider))
-            size, at_least_float32 = -(-size // 2), wider
+            wider = min(channels + width, 4 * width)
+            cells.append(_Cell(channels, wider))
+            size, channels = -(-size // 2), wider
         self.cells = nn.Sequential(*cells)
-        self.out = nn.Linear(at_least_float32, 1)
+        self.out = nn.Linear(channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -80,7 +82,7 @@ class EnergyNet(nn.Module):
 
 
 class _Cell(nn.Module):
-    """A residual cell that halves its maps."""
+    """Residual cell that halves the feature maps."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Decoder noise for VAEs that were trained by squared error and say nothing of p(x | z)."""
+"""Gaussian decoder noise for VAEs that were trained with squared error and have no p(x | z)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ncprior.source import LatentSource, device_of, sample_posterior
 
 
 class GaussianDecoder:
-    """A source with p(x | z) = N(x̂, σ² I), of which x̂ is the wrapped source's decoder.
+    """Source with the likelihood p(x | z) = N(x̂, σ² I), x̂ the output of a source's decoder.
 
-    Squared error is the likelihood of one σ, which training leaves out. Whatever else the wrapped
-    source can do is asked of it.
+    Training with squared error is maximum likelihood with an unknown σ. All other methods and
+    attributes are those of the wrapped source.
 
     Arguments:
         source: The VAE.
         sigma: σ, in units of x.
-        origin: Where σ is from, as ``print`` shows it.
+        origin: Origin of σ, shown by ``print``.
 
     Raises:
         ValueError: If σ is not positive and finite.
-        TypeError: If the source has had its base replaced: noise goes below, as in
+        TypeError: If the source is wrapped by ``rebase``; reverse the order, as in
             ``rebase(GaussianDecoder(source, 0.1), base)``.
 
     Example:
@@ -45,7 +45,7 @@ class GaussianDecoder:
             raise ValueError(f"σ of the decoder must be positive and finite; got {sigma}.")
         if isinstance(source, Rebased):
             raise TypeError(
-                "Decoder noise goes below another base, which would hide it from saving. Use "
+                "A GaussianDecoder around a rebased source would hide the base from saving. Use "
                 "rebase(GaussianDecoder(source, sigma), base)."
             )
         self.source, self.sigma, self.origin = source, float(sigma), origin
@@ -58,19 +58,20 @@ class GaussianDecoder:
         held_out: Any,  # noqa: ANN401
         batch_size: int = 256,
     ) -> GaussianDecoder:
-        """Takes the σ under which held-out data are likeliest: that of their residuals.
+        """Gaussian decoder with the maximum-likelihood σ of held-out data.
 
         σ² is the mean of (x - x̂)² over pixels, rows and z ~ q(z | x), which maximises
         E_q log N(x; x̂, σ² I).
 
         Arguments:
             source: The VAE.
-            held_out: Data that it was not trained on: a tensor or map-style dataset of x, a
-                ``DataLoader``, or a list of batches. Of a batch that is a tuple, x is the first.
+            held_out: Data that the VAE was not trained on: a tensor or map-style dataset of x, a
+                ``DataLoader``, or a list of batches. If a batch is a tuple such as (image, label),
+                x is its first item.
             batch_size: Rows per batch, where batches are made here.
 
         Returns:
-            The source with that noise.
+            The source with the likelihood of that σ.
 
         Raises:
             ValueError: If the decoder does not return images of the data's shape.
@@ -96,7 +97,7 @@ class GaussianDecoder:
         return Independent(normal, mean.ndim - 1, validate_args=False)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Asks the wrapped source for all the rest."""
+        """Returns other attributes of the wrapped source."""
         if name.startswith("__") or "source" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.source, name)

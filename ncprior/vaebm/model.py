@@ -1,17 +1,18 @@
-r"""VAEBM: a frozen VAE, reweighted in data space by an energy E(x), alone or on top of NCP.
+r"""VAEBM: a frozen VAE with an energy E(x) in data space, alone or on top of NCP.
 
 .. math::
     p(x, z) \propto \prod_k r_k(z_k | z_{<k})^\alpha \, p(z_k | z_{<k}) \; p(x | z) \; e^{-E(x)},
 
-with one global normaliser; without heads, r = 1, and the marginal is p_VAE(x)·e^{-E(x)} / Z. Chains
-move by Langevin dynamics in the noise ε of all groups and of the decoder (see
-:mod:`ncprior.vaebm`), where the VAE is N(0, I) and the target
+with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^{-E(x)} /
+Z. Chains move by Langevin dynamics in the noise ε of all groups and of the decoder
+(:mod:`ncprior.vaebm.noise`), in which the VAE is N(0, I) and the target is
 
 .. math::
     \log \pi(\varepsilon) = - \tfrac{1}{2} |\varepsilon|^2
         + \alpha \sum_k \log r_k(z_k | z_{<k}) - E(x) + \text{const}.
 
-NCP draws each group from r_k p_k / Z_k(z_<k), normalised locally; here nothing is.
+NCP draws each group from r_k p_k / Z_k(z_<k), with local normalisation; VAEBM is normalised
+globally.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -38,16 +39,15 @@ from ncprior.vaebm.saved import PretrainedEnergy
 
 
 class Chains(NamedTuple):
-    """Where Langevin chains stand.
+    """State of Langevin chains.
 
     Attributes:
-        x: Images with the decoder's noise on them, which the energy has seen, ``(B, ...)``. They
-            are not clamped.
+        x: Images with the decoder's noise, the inputs of the energy, ``(B, ...)``; not clamped.
         mean: The decoder's means, without the noise, ``(B, ...)``.
         latents: z_k of every group, each ``(B, *event)``.
-        noise: Where to go on from: ε_k of every group (where its prior is not normal, what
-            :mod:`ncprior.vaebm` walks in), and ε_x where the decoder has noise.
-        acceptance: Share of accepted steps of every chain, ``(B,)``, when adjusted.
+        noise: Start of further steps: ε_k of every group (z_k or u_k if its prior is not normal,
+            see :mod:`ncprior.vaebm.noise`), and ε_x if the decoder has noise.
+        acceptance: Acceptance rate of every chain, ``(B,)``, when adjusted.
     """
 
     x: Tensor
@@ -58,38 +58,39 @@ class Chains(NamedTuple):
 
 
 class VAEBM(PretrainedEnergy, nn.Module):
-    """A frozen VAE with an energy on its images, over its own prior or an NCP prior.
+    """VAEBM: a frozen VAE with an energy on its images, over its own prior or an NCP prior.
 
-    Neither the VAE nor the ratio heads are registered, moved or changed: the parameters are the
-    energy's. "Energy" is the network alone; the option that the paper's code makes one think of is
-    called ``langevin_target``.
+    VAE and ratio heads are not registered as submodules, moved or changed: the parameters of the
+    model are those of the energy.
 
     Arguments:
-        prior: The VAE as a source, or an :class:`~ncprior.NCPrior` on it, whose log-ratios join the
-            target. The source needs ``likelihood``: a normal one brings ε_x; any other, such as a
-            Bernoulli, works with its mean. :class:`~ncprior.vaebm.GaussianDecoder` gives one
-            to a source without.
-        energy: E: maps x, with shape ``(B, ...)``, to nats, ``(B,)``.
-        num_steps: Langevin steps of a chain; the paper's is 16.
-        step_size: λ of the steps, in squared units of ε. An energy trained by short chains fits
-            the λ and the number of steps that it was trained with. The published code takes 3e-6
-            to 8e-5 for NVAEs of 10⁵ dimensions, with the gradient of each chain on its own.
-        langevin_target: ``"exact"``, or ``"official"`` for what the published code samples: with
-            -log p(z) - log p(x | z) in place of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`.
-            (Its clamping of x to [0, 1] is left out.)
-        data_noise: σ of normal noise on data that this is a model of, 0 for data as they are. With
-            the σ of a decoder of one σ, data are as noisy as what is drawn: without it an energy
-            tells them apart by the noise, which short chains cannot take away, and grows steep.
-            Training puts it on data, scores are means over it, and it is saved with the energy.
-        precision: Of products and convolutions in VAE, heads and energy while chains move and the
-            energy is trained: ``torch.float32``, or ``torch.bfloat16``, which is faster where
-            there are units for it. Noise, nats and weights stay in float32, and the last images are
-            decoded without it.
+        prior: The VAE as a source, or an :class:`~ncprior.NCPrior` on it, whose log-ratios are
+            added to the target. The source needs ``likelihood``. A normal likelihood has noise
+            ε_x; for any other, such as a Bernoulli, x is its mean.
+            :class:`~ncprior.vaebm.GaussianDecoder` adds a normal likelihood to a source.
+        energy: Maps x, with shape ``(B, ...)``, to E(x) in nats, ``(B,)``.
+        num_steps: Langevin steps of a chain; 16 in the paper.
+        step_size: λ of the steps, in squared units of ε. An energy trained with short chains
+            suits the λ and the number of steps of its training. The published code uses 3e-6 to
+            8e-5 for NVAEs of 10⁵ dimensions, with a separate gradient for each chain.
+        langevin_target: ``"exact"``, or ``"official"`` for the target of the published code, which
+            has -log p(z) - log p(x | z) instead of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`.
+            Its clamping of x to [0, 1] is left out.
+        data_noise: σ of the normal noise on the data that are modelled; 0 for data without noise.
+            With the σ of a :class:`~ncprior.vaebm.GaussianDecoder`, data are as noisy as samples.
+            Otherwise the energy separates data from samples by the noise, which short chains
+            cannot remove, and grows steep. The noise is added to data in training, scores are
+            means over it, and σ is saved with the energy.
+        precision: Precision of products and convolutions in VAE, heads and energy, in sampling and
+            training: ``torch.float32``, or ``torch.bfloat16``, which is faster on most GPUs.
+            Noise, log-densities and weights stay in float32, and the final images are decoded in
+            float32.
 
     Raises:
-        TypeError: If a group's prior has no density on all of R^n, naming the group.
-        ValueError: If the source does not know p(x | z), the VAE is in training mode, or a number
-            makes no sense.
+        TypeError: If the prior of a group has no density on all of R^n; the message names the
+            group.
+        ValueError: If the source has no method ``likelihood``, the VAE is in training mode, or an
+            argument is out of range.
 
     Example:
         >>> model = VAEBM(source, lambda x: 0.5 * x.square().sum(1))
@@ -137,9 +138,9 @@ class VAEBM(PretrainedEnergy, nn.Module):
         self.decoder_noise = self._probe()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns E(x) in nats, with shape ``(B,)``, in float32 or better, also under autocast.
+        """Energy E(x) in nats, with shape ``(B,)``, in float32 or better, also under autocast.
 
-        Products are in the model's ``precision``, whatever is outside.
+        Products are in the model's ``precision``, also under autocast of the caller.
 
         Example:
             >>> VAEBM(source, lambda x: x.sum(1))(torch.ones(4, 3))
@@ -163,21 +164,21 @@ class VAEBM(PretrainedEnergy, nn.Module):
         condition: Any = None,  # noqa: ANN401
         **options: Any,  # noqa: ANN401
     ) -> Chains:
-        """Draws from the VAE, or from NCP, and moves the draws by Langevin dynamics.
+        """Samples: draws of the VAE or of NCP, moved by Langevin dynamics.
 
         Arguments:
             batch_size: B, the number of chains.
-            sampler: How the chains' starts are drawn from an NCP prior, such as ``partial(sir,
+            sampler: Sampler of the NCP prior for the start of the chains, such as ``partial(sir,
                 num_proposals=100)``; ``None`` starts from the base.
-            condition: What the source needs when there is no x, or ``None``.
-            options: ``num_steps``, ``step_size`` and ``adjusted``, see :meth:`walk_on`.
+            condition: Condition of the source, such as labels, or ``None``.
+            options: ``num_steps``, ``step_size`` and ``adjusted``, see :meth:`run_chains`.
 
         Returns:
             The chains.
 
         Raises:
-            FloatingPointError: If the energy, log r or a gradient is not finite on the way.
-            ValueError: If a sampler is given and there are no heads.
+            FloatingPointError: If the energy, log r or a gradient is not finite.
+            ValueError: If a sampler is given without ratio heads.
 
         Example:
             >>> chains = VAEBM(prior, lambda x: x.square().sum(1)).sample(8, num_steps=4)
@@ -185,7 +186,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
             (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8, 3]))
         """
         noise = self.draw_noise(batch_size, sampler=sampler, condition=condition)
-        return self.walk_on(noise, condition=condition, **options)
+        return self.run_chains(noise, condition=condition, **options)
 
     @torch.no_grad()
     def draw_noise(
@@ -195,18 +196,20 @@ class VAEBM(PretrainedEnergy, nn.Module):
         sampler: Sampler | None = None,
         condition: Any = None,  # noqa: ANN401
     ) -> tuple[Tensor, ...]:
-        """Draws where chains start; the arguments are those of :meth:`sample`.
+        """Noise at the start of chains; the arguments are those of :meth:`sample`.
 
         Example:
             >>> [tuple(part.shape) for part in VAEBM(source, lambda x: x.sum(1)).draw_noise(5)]
             [(5, 2), (5, 3)]
         """
         if sampler is not None and self.prior is None:
-            raise ValueError("A sampler draws from ratio heads; this VAEBM has none.")
+            raise ValueError(
+                "A sampler needs ratio heads, which this VAEBM does not have. Pass sampler=None."
+            )
         return self._walk(condition).draw(batch_size, sampler).noise
 
     @torch.no_grad()
-    def walk_on(
+    def run_chains(
         self,
         noise: Sequence[Tensor],
         *,
@@ -215,24 +218,24 @@ class VAEBM(PretrainedEnergy, nn.Module):
         adjusted: bool = False,
         condition: Any = None,  # noqa: ANN401
     ) -> Chains:
-        """Moves chains on from given noise: one step is ε ← ε + ½λ ∇log π(ε) + √λ N(0, I).
+        """Langevin chains from given noise: one step is ε ← ε + ½λ ∇log π(ε) + √λ N(0, I).
 
         Arguments:
-            noise: Where the chains stand, as :class:`Chains` has it.
+            noise: Start of the chains: ``noise`` of :class:`Chains`, or of :meth:`draw_noise`.
             num_steps: Number of steps; ``None`` takes the model's.
             step_size: λ; ``None`` takes the model's.
-            adjusted: Whether to correct each step after Metropolis and Hastings (MALA).
-            condition: What the source needs when there is no x, or ``None``.
+            adjusted: Whether to correct each step by Metropolis-Hastings (MALA).
+            condition: Condition of the source, such as labels, or ``None``.
 
         Returns:
             The chains.
 
         Raises:
-            FloatingPointError: If the energy, log r or a gradient is not finite on the way.
+            FloatingPointError: If the energy, log r or a gradient is not finite.
 
         Example:
             >>> model = VAEBM(source, lambda x: x.square().sum(1))
-            >>> model.walk_on(model.draw_noise(4), adjusted=True).acceptance.shape
+            >>> model.run_chains(model.draw_noise(4), adjusted=True).acceptance.shape
             torch.Size([4])
         """
         walk, precise = self._walk(condition, self.precision), self._walk(condition)
@@ -240,7 +243,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
 
         def log_weight(u: Tensor) -> Tensor:
-            walked = walk(_parts(u, shapes))
+            walked = walk(_unflatten(u, shapes))
             energy: Tensor = self(walked.x)
             return walked.log_weight - energy
 
@@ -252,11 +255,11 @@ class VAEBM(PretrainedEnergy, nn.Module):
             adjusted=adjusted,
             init=u,
         )
-        end = precise(_parts(draw.z, shapes))
+        end = precise(_unflatten(draw.z, shapes))
         return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
 
     def extra_repr(self) -> str:
-        """Tells what ``print(model)`` shows besides the energy."""
+        """Settings in ``print(model)``, besides the energy."""
         of = "" if self.prior is None else f"{len(self.prior.heads)} ratio heads on "
         name = repr(self.source) if hasattr(self.source, "sigma") else type(self.source).__name__
         on_data = f"; noise on data: σ = {self.data_noise:g}" if self.data_noise else ""
@@ -266,7 +269,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEBM:
-        """Copies the energy and shares VAE and heads."""
+        """Copies the energy; VAE and heads are shared."""
         from copy import copy, deepcopy
 
         other = copy(self)
@@ -279,7 +282,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> str:
-        """Tells the decoder's noise from one walk, which refuses what cannot be walked in."""
+        """Describes the decoder's noise after one walk, which validates the groups."""
         require_eval(self.source, getattr(self.source, "module", None))
         device = device_of(self.source)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -293,7 +296,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         return "none, as p(x | z) is not normal: x is its mean"
 
 
-def _parts(u: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
-    """Splits flat noise, ``(B, D)``, into that of groups and decoder."""
+def _unflatten(u: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
+    """Splits flat noise, ``(B, D)``, into the noise of groups and decoder."""
     flat = u.split([math.prod(shape[1:]) for shape in shapes], dim=1)
     return tuple(part.reshape(shape) for part, shape in zip(flat, shapes, strict=True))

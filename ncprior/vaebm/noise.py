@@ -1,4 +1,4 @@
-r"""The map from noise to (z, x), in whose coordinates a VAE is a unit Gaussian.
+r"""Map from noise to (z, x): the reparametrisation in which a VAE is a standard Gaussian.
 
 Where p(z_k | z_<k) and p(x | z) are normal, group by group
 
@@ -6,17 +6,19 @@ Where p(z_k | z_<k) and p(x | z) are normal, group by group
     z_k = \mu_k(z_{<k}) + \sigma_k(z_{<k}) \, \varepsilon_k, \qquad
     x = \mu_x(z) + \sigma_x(z) \, \varepsilon_x, \qquad \varepsilon \sim N(0, I).
 
-The map is one to one and its Jacobian is the product of all σ, so that p(z, x) pulled back to ε is
-N(0, I), whatever μ and σ do. Three cases have no such noise:
+The map is one to one and its Jacobian determinant is the product of all σ, so that the density of
+ε is N(0, I) for any μ and σ. Three cases have no such noise:
 
-* a group of another density, such as a flow, is walked in z_k itself, a mixture of Gaussians in
-  u_k of z_k = m + S u_k, with m its mean and S Sᵀ the mean covariance of its components, so that no
-  direction is narrow (:meth:`ncprior.bases.GaussianMixture.whiten`);
-* a decoder whose law is not normal, such as a Bernoulli, gives its mean as x, without ε_x;
-* a group that is discrete, bounded or can only be sampled cannot be walked in, and is refused.
+* For a group with another density, such as a flow, chains move in z_k itself. For a mixture of
+  Gaussians they move in u_k, with z_k = m + S u_k, m the mean of the mixture and S Sᵀ the mean
+  covariance of its components, so that no direction is narrow
+  (:meth:`ncprior.bases.GaussianMixture.whiten`).
+* For a decoder whose distribution is not normal, such as a Bernoulli, x is its mean, without ε_x.
+* A group that is discrete, bounded or can only be sampled raises a ``TypeError``.
 
-Everything that is not N(0, I) is in one log-weight: log r_k of the heads, log p(z_k) of groups
-walked in z_k or u_k, and what the published code of VAEBM adds (see :class:`NoiseMap`).
+All terms of the target besides N(0, I) form one log-weight: log r_k of the heads, log p(z_k) of
+groups in z_k or u_k, and the additional terms of the published code of VAEBM (see
+:class:`NoiseMap`).
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -47,15 +49,15 @@ LangevinTarget = Literal["exact", "official"]
 
 
 class Walked(NamedTuple):
-    """One walk from noise to an image.
+    """Noise, latents and image of one walk through the groups.
 
     Attributes:
-        noise: ε_k of every group, each ``(B, *event)``, or z_k or u_k where the group is walked in
-            those; and, of a normal decoder, ε_x as the last.
+        noise: ε_k of every group, each ``(B, *event)``, or z_k or u_k for groups that are not
+            normal; for a normal decoder, ε_x is the last one.
         latents: z_k of every group, each ``(B, *event)``.
         mean: The decoder's mean, with shape ``(B, ...)``.
-        x: The mean with the decoder's noise on it; the mean itself where there is none.
-        log_weight: Log-density of the walk's target over N(0, I) of all noise, without the energy
+        x: The mean plus the decoder's noise; the mean itself if the decoder has no noise.
+        log_weight: Log-ratio of the target's density to N(0, I) over all noise, without the energy
             and up to a constant, in nats, with shape ``(B,)``.
     """
 
@@ -68,19 +70,20 @@ class Walked(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseMap:
-    """Walks a VAE from noise to (z, x), with the log-weight of Π r_k p_k on the way.
+    """Map from noise to (z, x) of a VAE, with the log-weight of Π r_k p_k.
 
     Arguments:
         source: The VAE, with ``likelihood``.
-        prior: The ratio heads that reweigh its groups, or ``None``.
-        condition: What the source needs when there is no x, or ``None``.
+        prior: The NCP prior whose heads reweight the groups, or ``None``.
+        condition: Condition of the source, such as labels, or ``None``.
         official: Whether -log p(z) - log p(x | z) stands in for ½|ε|², as in VAEBM's published
-            code. It forgets the Jacobian: the target gets the factors Π 1/σ_k(z_<k) and
-            Π 1/σ_x(z). And where a decoder's law tells a ``drawn_scale``, x is drawn with that and
-            judged by the law's own scale, which VAEBM bounds from below.
-        precision: Of products on walks from given noise, of heads and, if it is
-            ``torch.bfloat16``, of the VAE, which else is as it is called; noise, z and log-weights
-            are in float32 or better.
+            code. That target omits the Jacobian, and so has the additional factors Π 1/σ_k(z_<k)
+            and Π 1/σ_x(z). If the decoder's distribution has an attribute ``drawn_scale``, x is
+            drawn with that scale and evaluated with the distribution's own scale, which VAEBM
+            bounds from below.
+        precision: Precision of products from given noise: ``torch.bfloat16`` applies to heads and
+            VAE, ``torch.float32`` to heads alone, with the caller's autocast for the VAE. Noise, z
+            and log-weights are in float32 or better.
     """
 
     source: LatentSource[Any, Any]
@@ -90,7 +93,7 @@ class NoiseMap:
     precision: torch.dtype = torch.float32
 
     def draw(self, batch_size: int, sampler: Sampler | None = None) -> Walked:
-        """Walks from fresh noise: of the VAE, or of the heads' own sampler if one is given."""
+        """Draws noise with z and x: from the VAE, or from NCP if a sampler is given."""
 
         def pick(k: int, group: Group) -> Tensor:
             if self.prior is None or sampler is None:
@@ -102,10 +105,11 @@ class NoiseMap:
         return self._walk(batch_size, pick, torch.randn_like)
 
     def __call__(self, noise: tuple[Tensor, ...]) -> Walked:
-        """Walks from given noise, differentiably.
+        """Maps given noise to z and x, differentiably.
 
         Raises:
-            ValueError: If it is not the noise of every group and, where there is any, the decoder.
+            ValueError: If the noise is not one tensor per group and, for a normal decoder, one
+                more.
         """
         needed = self.source.num_groups
         if len(noise) in (needed, needed + 1):
@@ -115,8 +119,8 @@ class NoiseMap:
             needed = len(walked.noise)
         if len(noise) != needed:
             raise ValueError(
-                f"This walk needs {needed} parts of noise, one per group and one for a decoder "
-                f"with noise; got {len(noise)}. Take those of draw_noise or of other chains."
+                f"This model needs {needed} tensors of noise, one per group and one for a decoder "
+                f"with noise; got {len(noise)}. Pass those of draw_noise or of other chains."
             )
         return walked
 
@@ -137,10 +141,10 @@ class NoiseMap:
             noise.append(u)
             latents.append(z)
             log_weights.append(log_weight)
-        law = self._likelihood(state)
-        normal = normal_of(law)
+        likelihood = self._likelihood(state)
+        normal = normal_of(likelihood)
         if normal is None:
-            x = mean = at_least_float32(_mean(law, self.source, state))
+            x = mean = at_least_float32(_mean(likelihood, self.source, state))
         else:
             mean = at_least_float32(normal.loc)
             u = pick_x(mean)
@@ -153,15 +157,16 @@ class NoiseMap:
         if not hasattr(self.source, "likelihood"):
             raise ValueError(
                 f"VAEBM needs the decoder's noise; {type(self.source).__name__} has no method "
-                f"`likelihood`. Of a decoder trained by squared error, use GaussianDecoder.fitted."
+                f"`likelihood`. For a decoder trained with squared error, use "
+                f"GaussianDecoder.fitted."
             )
-        law: Distribution = self.source.likelihood(state)
-        return law
+        likelihood: Distribution = self.source.likelihood(state)
+        return likelihood
 
     def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
-        """z_k at noise u, and its log-weight."""
+        """Returns z_k at noise u, with its log-weight."""
         normal, log_weight = normal_of(group.prior), torch.zeros(len(u), device=u.device)
-        with at_precision(u.device.type, torch.float32):  # whatever the VAE's products are in
+        with at_precision(u.device.type, torch.float32):  # also for a VAE in bfloat16
             z = _from_noise(group.prior, u)
             if normal is None:
                 log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
@@ -173,7 +178,7 @@ class NoiseMap:
         return z, log_weight
 
     def _image(self, normal: Normal, u: Tensor) -> tuple[Tensor, Tensor]:
-        """x at noise u, and its log-weight."""
+        """Returns x at noise u, with its log-weight."""
         if not self.official:
             return normal.loc + normal.scale * u, torch.zeros(len(u), device=u.device)
         drawn = getattr(normal, "drawn_scale", normal.scale)
@@ -182,7 +187,7 @@ class NoiseMap:
 
 
 def _to_noise(prior: object, z: Tensor) -> Tensor:
-    """ε_k of z_k; u_k of a mixture; else z_k itself."""
+    """Returns ε_k of z_k for a normal prior, u_k for a mixture, else z_k itself."""
     normal = normal_of(prior)
     if normal is not None:
         return (z - normal.loc) / normal.scale
@@ -190,38 +195,40 @@ def _to_noise(prior: object, z: Tensor) -> Tensor:
 
 
 def _from_noise(prior: object, u: Tensor) -> Tensor:
-    """z_k of ε_k or u_k: the inverse of :func:`_to_noise`."""
+    """Returns z_k of ε_k or u_k, the inverse of :func:`_to_noise`."""
     normal = normal_of(prior)
     if normal is not None:
         return normal.loc + normal.scale * u
     return prior.unwhiten(u) if isinstance(prior, GaussianMixture) else u
 
 
-def normal_of(law: object) -> Normal | None:
-    """Returns the normal whose location and scale make a law of noise; ``None`` if it is none."""
-    while type(law) is Independent:
-        law = law.base_dist
-    return law if isinstance(law, Normal) else None
+def normal_of(distribution: object) -> Normal | None:
+    """Returns the normal inside ``Independent``; ``None`` for any other distribution."""
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
+    return distribution if isinstance(distribution, Normal) else None
 
 
-def _mean(law: Distribution, source: LatentSource[Any, Any], state: Any) -> Tensor:  # noqa: ANN401
-    """The mean of p(x | z): the law's own, or else what the source decodes, at twice the price."""
+def _mean(likelihood: Distribution, source: LatentSource[Any, Any], state: Any) -> Tensor:  # noqa: ANN401
+    """Mean of p(x | z); from ``source.decode``, at twice the cost, if there is no other."""
     try:
-        return law.mean
+        return likelihood.mean
     except (AttributeError, NotImplementedError):
         return source.decode(state)
 
 
 def _require_density(k: int, group: Group) -> None:
     if not supports_langevin(group.prior):
-        kind = "is discrete or bounded" if isinstance(group.prior, Distribution) else "has none"
+        kind = (
+            "is discrete or bounded" if isinstance(group.prior, Distribution) else "has no density"
+        )
         raise TypeError(
-            f"Group {k}: VAEBM walks by Langevin dynamics, which needs a density on all of R^n; "
-            f"the prior {name_of(group.prior)} {kind}. Put a base with one on the source: "
+            f"Group {k}: VAEBM uses Langevin dynamics, which needs a density on all of R^n; "
+            f"the prior {name_of(group.prior)} {kind}. Put a base with a density on the source: "
             f"rebase(source, base)."
         )
 
 
 def _sum(u: Tensor) -> Tensor:
-    """The sum over all axes but the first, in float32 or better."""
+    """Sum over all axes but the first, in float32 or better."""
     return at_least_float32(u).reshape(len(u), -1).sum(1)

@@ -193,7 +193,7 @@ class VAEBMTrainer:
         noise = self.model.draw_noise(num_rows(x), sampler=self.sampler, condition=condition)
         if self.buffer is not None:
             noise = self.buffer.mix(noise)
-        return self.model.walk_on(noise, condition=condition)
+        return self.model.run_chains(noise, condition=condition)
 
     def _chains(self, x: Any) -> Chains:  # noqa: ANN401
         """Chains of all ranks, or an error on all."""

@@ -255,10 +255,10 @@ class Wrong(Affine):
     [
         (torch.randn(10), None, ValueError, "shape"),
         (torch.full((10, 2), math.inf), None, ValueError, "not finite"),
-        (torch.randn(50, 2, 2), bent(3), ValueError, "does not take z of 4 numbers"),
+        (torch.randn(50, 2, 2), bent(3), ValueError, "must take z of 4 numbers"),
         (torch.randn(50, 2), zuko.flows.MAF(2, context=3), ValueError, "without context"),
-        (torch.randn(50, 2), nn.Linear(2, 2), TypeError, "A flow is zuko's.*got Linear"),
-        (torch.randn(50, 2), nn.Identity(), TypeError, "parameters to train; got Identity"),
+        (torch.randn(50, 2), nn.Linear(2, 2), TypeError, "A flow is a module of zuko.*got Linear"),
+        (torch.randn(50, 2), nn.Identity(), TypeError, "trainable parameters; got Identity"),
         (torch.randn(50, 2), "NSF", TypeError, "is an nn.Module.*got str"),
         (torch.randn(50, 2), Wrong(2), ValueError, r"\(50,\) for z of \(50, 2\); got \(50, 1\)"),
     ],

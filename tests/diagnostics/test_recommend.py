@@ -38,7 +38,7 @@ def test_smc_where_there_are_not() -> None:
     assert choice.sampler.func is tempered_smc  # type: ignore[attr-defined]
     assert choice.evaluations <= 300
     assert str(choice).startswith(
-        "tempered_smc(num_moves=16, num_particles=1, share=True), about 66"
+        "tempered_smc(num_moves=16, num_particles=1, share_particles=True), about 66"
     )
 
 

@@ -41,7 +41,7 @@ def test_it_makes_up_for_too_few_proposals() -> None:
         return problem.project(prior.sample(40_000, sampler).latents[0]).mean().item()
 
     assert problem.law.mean(problem.law.nodes, 16) < 0.8 * problem.shift
-    prior.strength = match(prior, problem.data(ROWS), sampler, most=4)
+    prior.strength = match(prior, problem.data(ROWS), sampler, max_strength=4)
     assert prior.strength > 1.2
     # Errors of the data's mean, of the search's draws, and of 40,000 draws.
     error = math.sqrt(2 / ROWS + 1 / 40_000)
@@ -60,7 +60,7 @@ def test_groups_share_one_strength_under_the_posterior_walk() -> None:
     pair = CorrelatedPair()
     prior = NCPrior(pair, pair.heads(0.5))
     sampler = partial(sir, num_proposals=1000)
-    prior.strength = match(prior, pair.data(ROWS), sampler, most=4)
+    prior.strength = match(prior, pair.data(ROWS), sampler, max_strength=4)
     # Var(log r̂) is 0.16 under q, and 0.109 on average given z_1, by which E[log r̂] rises with α:
     # the error is at most √(2·0.16/N)/0.109 = 0.082.
     assert prior.strength == pytest.approx(2, abs=0.25)
@@ -77,9 +77,12 @@ def test_nothing_learnt_stays_as_it_is_and_what_is_wrong_is_turned_off() -> None
 
 def test_draws_that_fall_short_are_told() -> None:
     problem = GaussianPair(kl=6.0)
-    with pytest.warns(UserWarning, match=r"Even at strength 3 .* nats"):
+    with pytest.warns(UserWarning, match=r"At strength 3 .* still below .* nats"):
         found = match(
-            prior_of(problem, 1.0), problem.data(500), partial(sir, num_proposals=2), most=3
+            prior_of(problem, 1.0),
+            problem.data(500),
+            partial(sir, num_proposals=2),
+            max_strength=3,
         )
     assert found == 3
 
@@ -88,10 +91,10 @@ def test_heads_that_are_off_do_not_count() -> None:
     pair = CorrelatedPair()
     prior = NCPrior(pair, [ExactRatio(lambda z: 5 * z[..., 0]), pair.heads(0.5)[1]])
     prior.active[0] = False
-    found = match(prior, pair.data(ROWS), partial(sir, num_proposals=1000), most=4)
+    found = match(prior, pair.data(ROWS), partial(sir, num_proposals=1000), max_strength=4)
     assert found == pytest.approx(2, abs=0.25)
     prior.active[1] = False
-    with pytest.raises(ValueError, match="No head is in use"):
+    with pytest.raises(ValueError, match="none is in use"):
         match(prior, pair.data(9), partial(sir, num_proposals=2))
 
 
@@ -122,8 +125,8 @@ def test_bad_arguments_are_told() -> None:
     problem = GaussianPair()
     prior, sampler = prior_of(problem, 1.0), partial(sir, num_proposals=2)
     for most in (0.5, math.inf, math.nan):
-        with pytest.raises(ValueError, match="most must be 1 or more"):
-            match(prior, problem.data(20), sampler, most=most)
+        with pytest.raises(ValueError, match="max_strength must be 1 or more"):
+            match(prior, problem.data(20), sampler, max_strength=most)
     with pytest.raises(ValueError, match="needs 2 rows"):
         match(prior, problem.data(1), sampler)
 

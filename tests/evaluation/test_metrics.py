@@ -179,7 +179,9 @@ def test_the_default_bandwidth_is_the_median_distance_of_the_pooled_sample() -> 
 def test_a_bandwidth_must_be_positive() -> None:
     with pytest.raises(ValueError, match="positive and finite; got -1"):
         mmd(torch.randn(10, 2), torch.randn(10, 2), bandwidth=-1)
-    with pytest.raises(ValueError, match="got 0.0. Half the features or more being equal"):
+    with pytest.raises(
+        ValueError, match="got 0.0. The default is 0 if half of the rows or more are equal"
+    ):
         mmd(torch.zeros(10, 2), torch.zeros(10, 2))
 
 

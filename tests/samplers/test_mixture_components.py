@@ -146,9 +146,9 @@ def test_what_rows_of_several_components_cannot_share_is_refused() -> None:
     prior = two_components().expand((50,))
     for sampler in (
         partial(sir, num_proposals=9, share_proposals=True),
-        partial(tempered_smc, num_particles=1, share=True),
+        partial(tempered_smc, num_particles=1, share_particles=True),
     ):
-        with pytest.raises(ValueError, match="not the same in all of them"):
+        with pytest.raises(ValueError, match=r"r\(z\) differs between rows"):
             within_components(sampler)(prior, lambda z: z[..., 0])
 
 

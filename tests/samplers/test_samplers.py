@@ -653,14 +653,18 @@ def test_shared_proposals_are_evaluated_once_for_all_rows() -> None:
 @pytest.mark.parametrize(
     ("prior", "log_ratio", "reason"),
     [
-        (Normal(torch.arange(4.0), 1.0), lambda z: z, "p.z. is not the same"),
-        (Normal(torch.zeros(4), 1.0), lambda z: z * torch.arange(4.0), "log r.z. is not the same"),
+        (Normal(torch.arange(4.0), 1.0), lambda z: z, "p.z. differs between rows"),
+        (
+            Normal(torch.zeros(4), 1.0),
+            lambda z: z * torch.arange(4.0),
+            "log r.z. differs between rows",
+        ),
         (SampleOnly(Normal(torch.zeros(4), 1.0)), lambda z: z, "SampleOnly can only be sampled"),
     ],
     ids=["prior", "ratio", "unknown"],
 )
 def test_rows_that_differ_do_not_share(prior: Any, log_ratio: LogRatio, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"share proposals or particles only where.*{reason}"):
+    with pytest.raises(ValueError, match=f"share proposals or particles only if.*{reason}"):
         sir(prior, log_ratio, num_proposals=20, share_proposals=True)
 
 

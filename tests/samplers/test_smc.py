@@ -19,7 +19,7 @@ def test_it_recovers_what_sir_cannot_at_kl_12(share: bool) -> None:
     problem, rows = GaussianPair(kl=12.0), 400
     prior = problem.prior.expand((rows,))
     draw = tempered_smc(
-        prior, problem.log_r, num_particles=1 if share else 30, num_moves=3, share=share
+        prior, problem.log_r, num_particles=1 if share else 30, num_moves=3, share_particles=share
     )
     u = problem.project(draw.z)
     assert u.mean() / problem.shift == pytest.approx(1, abs=0.05)
@@ -37,7 +37,7 @@ def test_both_modes_are_found_in_their_shares(share: bool) -> None:
     problem = TwoBumps(center=1.5, width=0.3)
     prior = problem.prior.expand((2000,))
     draw = tempered_smc(
-        prior, problem.log_r, num_particles=1 if share else 20, num_moves=4, share=share
+        prior, problem.log_r, num_particles=1 if share else 20, num_moves=4, share_particles=share
     )
     z = draw.z[:, 0]
     assert abs((z > 0).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(2000) * (2 if share else 1)
@@ -80,7 +80,7 @@ def test_the_log_mean_weight_is_an_estimate_of_log_z() -> None:
     problem = GaussianPair(kl=4.0)
     prior = problem.prior.expand((500,))
     draw = tempered_smc(
-        prior, lambda z: 2 * problem.log_r(z), num_particles=50, num_moves=4, share=True
+        prior, lambda z: 2 * problem.log_r(z), num_particles=50, num_moves=4, share_particles=True
     )
     assert draw.log_mean_weight is not None
     assert draw.log_mean_weight[0].item() == pytest.approx(8.0, abs=0.15)  # KL · 2 · (2 - 1)
@@ -88,7 +88,7 @@ def test_the_log_mean_weight_is_an_estimate_of_log_z() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_particles", 0), ("num_moves", 0), ("ess_share", 1.0), ("max_temperatures", 0)],
+    [("num_particles", 0), ("num_moves", 0), ("ess_fraction", 1.0), ("max_temperatures", 0)],
 )
 def test_impossible_numbers_are_refused(name: str, value: float) -> None:
     options = {"num_particles": 2, name: value}
@@ -129,7 +129,7 @@ def test_a_population_is_large_enough_however_small_the_batch(batch: int) -> Non
         return target.log_prob(z) - torch.distributions.Normal(0.0, 1.0).log_prob(z)
 
     torch.manual_seed(0)
-    smc = partial(tempered_smc, num_particles=1, num_moves=8, share=True)
+    smc = partial(tempered_smc, num_particles=1, num_moves=8, share_particles=True)
     z = torch.cat([smc(base, log_r).z for _ in range(max(2, 200 // batch))])
     share = (z > 0).float().mean()
     assert abs(share - 0.9) < 4 * math.sqrt(0.09 / len(z) + 0.002)  # 0.045: of a population
@@ -156,5 +156,5 @@ def test_shared_rows_without_a_finite_ratio_are_not_told_of_a_context() -> None:
             GaussianPair().prior.expand((3,)),
             lambda z: math.nan * z.sum(-1),
             num_particles=1,
-            share=True,
+            share_particles=True,
         )

@@ -434,7 +434,7 @@ def test_smc_draws_of_a_product_are_those_of_its_density() -> None:
     problem = GaussianPair(kl=4.0)
     half = ExactRatio(problem.log_r, 0.5)
     prior = NCPrior(problem.source(), ProductHead([half, half]))
-    sampler = partial(tempered_smc, num_particles=1, share=True)
+    sampler = partial(tempered_smc, num_particles=1, share_particles=True)
     u = problem.project(prior.sample(2000, sampler).latents[0]).numpy()
     assert stats.kstest(u, stats.norm(loc=problem.shift).cdf).pvalue > 0.01
 

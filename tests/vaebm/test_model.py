@@ -236,7 +236,7 @@ def test_going_on_is_one_long_chain() -> None:
     whole = seeded(lambda: model.sample(20, num_steps=7))
 
     def in_parts() -> Any:
-        return model.walk_on(model.sample(20, num_steps=4).noise, num_steps=3)
+        return model.run_chains(model.sample(20, num_steps=4).noise, num_steps=3)
 
     assert torch.equal(seeded(in_parts).x, whole.x)
 
@@ -360,7 +360,7 @@ def test_decoder_noise_that_makes_no_sense_is_refused() -> None:
     for sigma in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="σ of the decoder must be positive"):
             GaussianDecoder(source, sigma)
-    with pytest.raises(TypeError, match="below another base"):
+    with pytest.raises(TypeError, match="around a rebased source"):
         GaussianDecoder(rebase(source, standard_normal(2)), 0.1)
     with pytest.raises(ValueError, match=r"one shape; got \(9, 2\) and \(9, 3\)"):
         wrong = SingleGroup(
@@ -400,7 +400,7 @@ def seeded_state(make: Callable[[], Any]) -> Tensor:
 
 
 def test_priors_without_a_density_are_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"Group 0: VAEBM walks .* prior SampleOnly has none"):
+    with pytest.raises(TypeError, match=r"Group 0: VAEBM uses .* prior SampleOnly has no density"):
         VAEBM(sample_only(), nothing)
     bounded = rebase(
         PROBLEM.source(), Independent(torch.distributions.Beta(torch.ones(2), torch.ones(2)), 1)
@@ -474,7 +474,7 @@ def test_bad_energies_and_samplers_are_named() -> None:
         VAEBM(source, lambda x: x.sum(1) * torch.nan).sample(4)
     with pytest.raises(FloatingPointError, match="not finite"):
         VAEBM(source, lambda x: -x.square().sum(1).exp(), step_size=5.0).sample(4)
-    with pytest.raises(ValueError, match="this VAEBM has none"):
+    with pytest.raises(ValueError, match="this VAEBM does not have"):
         VAEBM(source, nothing).sample(4, sampler=partial(sir, num_proposals=2))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode forbids"):
         VAEBM(source, nothing).sample(4)
@@ -509,7 +509,7 @@ def test_a_decoder_without_noise_is_run_once_per_step() -> None:
     model = VAEBM(source, lambda x: x.sum(1), num_steps=10)
     noise = model.draw_noise(4)
     calls.clear()
-    chains = model.walk_on(noise)
+    chains = model.run_chains(noise)
     assert len(calls) == 11  # before every step, and where they end
     torch.testing.assert_close(chains.mean, chains.latents[0].sigmoid())
 
@@ -523,10 +523,10 @@ def test_noise_of_another_walk_is_refused() -> None:
     )
     model, parts = VAEBM(square, nothing), torch.zeros(4, 5, 3)
     for count, needed in ((1, 2), (3, 1), (4, 1)):
-        with pytest.raises(ValueError, match=f"needs {needed} parts of noise.*got {count}"):
-            model.walk_on(parts[:count])
-    with pytest.raises(ValueError, match="needs 1 parts of noise.*got 2"):
-        VAEBM(bernoulli(), nothing).walk_on(torch.zeros(2, 5, 2))
+        with pytest.raises(ValueError, match=f"needs {needed} tensors of noise.*got {count}"):
+            model.run_chains(parts[:count])
+    with pytest.raises(ValueError, match="needs 1 tensors of noise.*got 2"):
+        VAEBM(bernoulli(), nothing).run_chains(torch.zeros(2, 5, 2))
 
 
 def test_energies_are_in_float32_also_under_autocast() -> None:
@@ -582,7 +582,7 @@ def test_chains_in_bfloat16_are_those_of_float32_but_for_rounding(target: Any) -
         noise = seeded(lambda m=model: m.draw_noise(500))
         for net in (decoder, energy, head):
             net.seen = []
-        chains = seeded(lambda m=model, n=noise: m.walk_on(n))
+        chains = seeded(lambda m=model, n=noise: m.run_chains(n))
         assert decoder.seen[:steps] == head.seen[:steps] == energy.seen == [precision] * steps
         assert torch.equal(chains.mean, decoder(chains.latents[0]))
         parts = (chains.x, *chains.latents, *chains.noise)
