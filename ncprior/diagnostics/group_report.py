@@ -56,11 +56,11 @@ _ADVICE = {
     ),
     Verdict.OVER_CONFIDENT: (
         "Its log r is larger than held-out data bear out: train with early stopping, dropout or "
-        "more data, or rescale it: fit(..., calibrate=True)."
+        "more data, or rescale it: ncprior.training.calibrate_heads."
     ),
     Verdict.TOO_FLAT: (
         "Its log r is smaller than held-out data bear out: train longer or with a larger head, "
-        "or rescale it: fit(..., calibrate=True)."
+        "or rescale it: ncprior.training.calibrate_heads."
     ),
     Verdict.MEMORISES: (
         "It tells its training data from the prior, new data less so: train with more data, a "
