@@ -34,7 +34,7 @@ class ReplayBuffer:
         self.pushed = 0
 
     def mix(self, fresh: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Replaces some rows of fresh noise by kept ones, taken at random."""
+        """Returns fresh noise with some rows, taken at random, replaced by kept ones."""
         if not self.kept:
             return tuple(fresh)
         rows, device = len(fresh[0]), fresh[0].device
@@ -46,7 +46,7 @@ class ReplayBuffer:
         )
 
     def push(self, noise: Sequence[Tensor]) -> None:
-        """Keeps where chains have ended."""
+        """Adds the noise of finished chains, in place of the oldest."""
         noise = [part.detach()[: self.size] for part in noise]
         filled, count = len(self.kept[0]) if self.kept else 0, len(noise[0])
         if filled < self.size:

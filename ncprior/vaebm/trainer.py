@@ -60,7 +60,7 @@ class EnergyMetrics(NamedTuple):
 class VAEBMTrainer:
     """One step of energy training, for a loop of one's own.
 
-    Data get the model's ``data_noise``, anew in every step.
+    The model's ``data_noise`` is added to the data, drawn anew in every step.
 
     When a process group exists, the energies start from rank 0's weights and their gradients are
     averaged over the ranks.
