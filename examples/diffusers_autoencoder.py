@@ -30,6 +30,7 @@ from ncprior.bases import fit_gaussian, fit_mixture, latents_of, rebase
 from ncprior.demo import Classifier, Labelled, digits, draw_arms, in_batches, read_images, split
 from ncprior.evaluation import gap_closed
 from ncprior.heads import MLPHead
+from ncprior.training import FitSettings
 from ncprior.utils import train
 
 try:
@@ -150,9 +151,10 @@ def main() -> None:
     # On maps of 4×4 a perceptron costs a fraction of a convolutional head.
     prior = NCPrior.for_source(mixture, x[:500], kind=MLPHead, width=options.width, dropout=0.1)
     steps = settings.head_steps // part
-    settled = {"steps": steps, "batch_size": 128, "eval_every": max(1, steps // 20)}
+    schedule = {"steps": steps, "batch_size": 128, "eval_every": max(1, steps // 20)}
     # An encoder costs more than the head: four draws of z per image make better use of it.
-    history = fit(prior, x, num_draws=4, learning_rate=2e-3, weight_decay=0.1, **settled)
+    rarer = FitSettings(num_draws=4, weight_decay=0.1)
+    history = fit(prior, x, learning_rate=2e-3, settings=rarer, **schedule)
     print(f"head: {history}")
 
     def features(images: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from ncprior.diagnostics import diagnose
 from ncprior.evaluation import gap_closed, log_likelihood, mmd
 from ncprior.heads import MLPHead
 from ncprior.saving import load_tensors, save_tensors
+from ncprior.training import FitSettings, gate
 from ncprior.utils import train
 
 
@@ -173,8 +174,12 @@ def run(num_groups: int, options: argparse.Namespace) -> dict[str, Any]:
     probe = data.images[:512].bernoulli()
     prior = NCPrior.for_source(source, probe, kind=MLPHead, width=128)
     # A walk costs more than the heads: four draws of every z_k make better use of it.
-    history = fit(prior, images, steps=steps, num_draws=4, learning_rate=2e-3, gate=options.gate)
+    settings = FitSettings(num_draws=4)
+    history = fit(prior, images, steps=steps, learning_rate=2e-3, settings=settings)
     print(history)
+    gated = gate(prior, history) if options.gate else ()
+    if gated:
+        print(f"left at their base: {', '.join(map(str, gated))}")
     report = diagnose(prior, test.images[:1000].bernoulli(), train=probe, num_proposals=(10, 100))
     print(report)
 
@@ -224,7 +229,7 @@ def run(num_groups: int, options: argparse.Namespace) -> dict[str, Any]:
         "d_post": gap.d_post,
         **nll,
         "loss": history.best_loss,
-        "gated": list(history.gated),
+        "gated": list(gated),
         "mmd": mmds,
     }
 

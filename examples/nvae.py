@@ -44,6 +44,7 @@ from ncprior.demo import ARMS, Classifier, Labelled, draw_arms, in_batches, read
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import frechet_distance, gap_closed
 from ncprior.heads import ConvHead, MLPHead
+from ncprior.training import FitSettings
 from ncprior.utils import train
 
 SMALL = {
@@ -217,7 +218,10 @@ def main() -> None:
     kind = MLPHead if dataset == "mnist" else ConvHead
     prior = NCPrior.for_source(source, x[:256], kind=kind, width=128).to(device)
     steps = 10 if options.quick else options.steps
-    history = fit(prior, x, held_out=x_test[:500], steps=steps, num_draws=4, learning_rate=2e-3)
+    settings = FitSettings(num_draws=4)
+    history = fit(
+        prior, x, held_out=x_test[:500], steps=steps, learning_rate=2e-3, settings=settings
+    )
     print(f"held-out loss, summed over groups: {sum(history.best_loss):.3f} nats")
     print(diagnose(prior, x_test[500:1500], train=x[:1000], num_draws=2000))
     if dataset == "mnist":

@@ -29,6 +29,7 @@ from ncprior import LatentSource, NCPrior, fit, sir
 from ncprior.bases import GaussianMixture, rebase
 from ncprior.demo import Classifier, Labelled, digits, draw_arms, in_batches, read_images, split
 from ncprior.evaluation import gap_closed, gap_difference
+from ncprior.training import FitSettings
 from ncprior.utils import train
 
 try:
@@ -100,7 +101,8 @@ def trained_prior(
     source: LatentSource, x: Tensor, *, width: int, steps: int, name: str
 ) -> NCPrior:
     prior = NCPrior.for_source(source, x[:500], width=width, dropout=0.1)
-    history = fit(prior, x, steps=steps, eval_every=steps // 20, weight_decay=0.1)
+    settings = FitSettings(weight_decay=0.1)
+    history = fit(prior, x, steps=steps, eval_every=steps // 20, settings=settings)
     print(f"head on {name}: {history}")
     return prior
 

@@ -37,6 +37,7 @@ from ncprior.demo import Classifier, read_images
 from ncprior.evaluation import GapClosed, gap_closed, gap_difference
 from ncprior.saving import load_tensors, save_tensors
 from ncprior.source import sample_posterior
+from ncprior.training import FitSettings
 from ncprior.utils import train
 
 
@@ -108,7 +109,8 @@ def draw_base(source: LatentSource, h: Tensor) -> Tensor:
 
 def trained_prior(source: LatentSource, h: Tensor, steps: int, name: str) -> NCPrior:
     prior = NCPrior.for_source(source, h[:1000], width=256, depth=2, dropout=0.1)
-    history = fit(prior, h, steps=steps, batch_size=512, weight_decay=0.1, eval_every=steps // 10)
+    schedule = {"steps": steps, "batch_size": 512, "eval_every": steps // 10}
+    history = fit(prior, h, settings=FitSettings(weight_decay=0.1), **schedule)
     print(f"head on {name}: {history}")
     return prior
 

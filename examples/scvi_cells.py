@@ -46,6 +46,7 @@ from torch import Tensor
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.scvi import SCVISource
 from ncprior.source import sample_posterior
+from ncprior.training import FitSettings
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -258,7 +259,7 @@ def main() -> None:
         held_out=loader(indices=range(stop_early)),
         steps=steps,
         eval_every=steps // 20,
-        weight_decay=0.1,
+        settings=FitSettings(weight_decay=0.1),
     )
     print(f"head: {history}")
 

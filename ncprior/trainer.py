@@ -1,6 +1,6 @@
-"""Training of the heads: one step for the user's own loop, and the loop as a service.
+"""One step of head training, for a loop of one's own; :func:`ncprior.fit` is the whole loop.
 
-Every step draws fresh z_k ~ q(z_k | z_<k, x) and z_k ~ p(z_k | z_<k) in one walk, and
+Every step draws new z_k ~ q(z_k | z_<k, x) and z_k ~ p(z_k | z_<k) in one walk, and
 back-propagates one head at a time, so that memory does not grow with the number of groups.
 """
 
@@ -34,7 +34,7 @@ from ncprior.utils.gradients import (
 
 
 class StepMetrics(NamedTuple):
-    """What one step measures, per group.
+    """Metrics of one step, per group.
 
     Attributes:
         loss: NCE loss in nats, with shape ``(K,)``.
@@ -61,20 +61,19 @@ class NCETrainer:
         optimizer: An optimizer of the heads' parameters.
         backward: Back-propagates a loss.
         noise_weight: ν, see :func:`ncprior.nce_loss`.
-        num_draws: Draws of z_k per row and step, from posterior and prior each. Where the VAE's
-            walk costs more than its heads, several make better use of it.
+        num_draws: Draws of z_k per row and step, from posterior and prior each. Several draws make
+            better use of a VAE whose encoder and decoder cost more than the heads.
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
-        precision: Of the factors of the heads' products: ``torch.float32`` or ``torch.bfloat16``;
-            weights, log r and sums are in float32 in either case.
+        precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
+            ``torch.bfloat16``; weights, log r and sums are in float32 in either case.
         batched: Whether heads of equal shape in several groups are one computation, whose memory
-            grows with the number of groups; by default on a GPU. On a CPU it pays for heads of
-            some ten thousand weights.
-        group_parallel: Whether each rank trains the heads of some groups alone, in turn from group
-            0, on all rows that it is given, and no gradients are exchanged. A head is then up to
-            date on its :meth:`owner`.
+            grows with the number of groups. On a CPU this is slower for most heads.
+        group_parallel: Whether each rank trains the heads of some groups alone, on all rows that
+            it is given, and no gradients are exchanged. Groups are assigned to ranks in turn. A
+            head is then up to date only on its :meth:`owner`.
 
     Raises:
-        TypeError: If the prior is wrapped in DistributedDataParallel.
+        TypeError: If the prior is wrapped in DistributedDataParallel. Pass ``prior.module``.
         ValueError: If the optimizer holds parameters that are not the heads', or ``num_draws``
             is below 1.
 
@@ -96,7 +95,7 @@ class NCETrainer:
         num_draws: int = 1,
         max_grad_norm: float | None = 5.0,
         precision: torch.dtype = torch.float32,
-        batched: bool | None = None,
+        batched: bool = False,
         group_parallel: bool = False,
     ) -> None:
         if num_draws < 1:
@@ -115,13 +114,13 @@ class NCETrainer:
         self.num_draws = num_draws
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.precision = precision
-        self.batched = _on_accelerator(prior) if batched is None else batched
+        self.batched = batched
         self.group_parallel = group_parallel
         self.steps = 0
         share_weights(prior)
 
     def owner(self, k: int) -> int | None:
-        """Returns the one rank that trains head k, or ``None`` where all do.
+        """Returns the only rank that trains head k, or ``None`` if all ranks train it.
 
         Arguments:
             k: The group, from 0.
@@ -159,7 +158,7 @@ class NCETrainer:
             mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms(losses)]))
         else:
             mean_loss, norms = average_over_ranks(losses), self._norms(losses)
-        self._refuse_non_finite(mean_loss, norms)
+        self._require_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
         return StepMetrics(mean_loss, norms)
@@ -179,10 +178,10 @@ class NCETrainer:
     def _all_at_once(self, x: Any) -> Tensor:  # noqa: ANN401
         pairs = list(contrastive_pairs(self.prior.source, x, self.num_draws))
         heads = [self.prior.heads[k] for k in self.groups]
-        seen_pairs = [
+        inputs = [
             (head_input(self.prior.source, k, pairs[k][0]), pairs[k][1]) for k in self.groups
         ]
-        log_r = log_ratios(heads, seen_pairs, precision=self.precision)
+        log_r = log_ratios(heads, inputs, precision=self.precision)
         losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
         if losses.requires_grad:
             self.backward(losses.sum())
@@ -190,13 +189,15 @@ class NCETrainer:
         return torch.stack([found.get(k, losses.new_zeros(())) for k in range(len(pairs))])
 
     def _norms(self, losses: Tensor) -> Tensor:
-        """Norms of the heads' gradients, which are averaged over the ranks and clipped."""
+        """Averages and clips the heads' gradients; returns their norms before clipping."""
         shared = not self.group_parallel
         heads = self.prior.heads
         norms = [reduce_and_clip(head, self.max_grad_norm, shared=shared) for head in heads]
-        return torch.stack([norm.to(losses) for norm in norms])  # of no gradients, on the CPU
+        return torch.stack(
+            [norm.to(losses) for norm in norms]
+        )  # without gradients, a norm is on the CPU
 
-    def _refuse_non_finite(self, losses: Tensor, norms: Tensor) -> None:
+    def _require_finite(self, losses: Tensor, norms: Tensor) -> None:
         finite = torch.isfinite(losses) & torch.isfinite(norms)
         if not finite.all():  # the one synchronisation of a step
             k = int((~finite).nonzero()[0])
@@ -206,7 +207,3 @@ class NCETrainer:
                 f"{norms[k].item():.4g} at step {self.steps}. The heads are as they were before "
                 f"this step. Look for NaN or infinity in x, or take a lower learning rate."
             )
-
-
-def _on_accelerator(prior: NCPrior) -> bool:
-    return any(p.device.type != "cpu" for p in prior.parameters())

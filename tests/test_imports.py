@@ -163,6 +163,19 @@ def public_objects(name: str) -> dict[str, type | Callable[..., Any]]:
     }
 
 
+def signatures(value: type | Callable[..., Any], name: str) -> Iterator[tuple[str, int]]:
+    """The numbers of arguments of a function, or of a class's constructor and public methods."""
+    if not inspect.isclass(value):
+        yield name, len(inspect.signature(value).parameters)
+        return
+    for method, part in vars(value).items():
+        if inspect.isroutine(getattr(value, method)) and not method.startswith("_"):
+            function = part.__func__ if isinstance(part, classmethod | staticmethod) else part
+            yield f"{name}.{method}", len(inspect.signature(function).parameters)
+    if "__init__" in vars(value):
+        yield name, len(inspect.signature(value.__init__).parameters)
+
+
 def documented(value: type | Callable[..., Any]) -> bool:
     generated = f"{value.__name__}("  # what a NamedTuple or a dataclass gets without a docstring
     return bool(value.__doc__) and not value.__doc__.startswith(generated)
@@ -190,3 +203,20 @@ def test_public_names_have_a_docstring_and_an_example(name: str) -> None:
     bare = [(k, documented(v), exemplified(v)) for k, v in objects]
     assert not (missing := [k for k, doc, _ in bare if not doc]), f"No docstring: {missing}."
     assert not (missing := [k for k, _, doctest in bare if not doctest]), f"No doctest: {missing}."
+
+
+@pytest.mark.parametrize("name", [*FACES, *ADAPTERS])
+def test_public_functions_have_at_most_16_arguments(name: str) -> None:
+    found = [pair for k, value in public_objects(name).items() for pair in signatures(value, k)]
+    assert not (many := [pair for pair in found if pair[1] > 16]), f"Too many: {many}."
+
+
+def test_arguments_of_methods_and_constructors_are_counted() -> None:
+    class Example:
+        def __init__(self, a: int) -> None: ...
+        def method(self, a: int, *, b: int = 0) -> None: ...
+        @classmethod
+        def make(cls, a: int) -> None: ...
+
+    found = dict(signatures(Example, "E"))
+    assert found == {"E": 2, "E.method": 3, "E.make": 2}

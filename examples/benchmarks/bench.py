@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="where trained networks are kept (%(default)s)",
     )
     return made
+
+
+def with_settings(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of fit or fit_vaebm; those that are fields of their settings are put into one."""
+    names = {part.name for part in fields(kind)}
+    rest = {name: value for name, value in options.items() if name not in names}
+    given = {name: value for name, value in options.items() if name in names}
+    return {**rest, "settings": kind(**given)}
 
 
 def machine() -> str:

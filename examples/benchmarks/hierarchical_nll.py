@@ -26,6 +26,7 @@ from ncprior.adapters.lars_snis import Binarised
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import Bounds, Likelihood, log_likelihood, log_normaliser
 from ncprior.heads import MLPHead
+from ncprior.training import FitSettings
 
 COLUMNS = {
     "method": "<16",
@@ -128,9 +129,9 @@ class Table6:
                 *(prior, Binarised(self.data.train, 256)),
                 held_out=self.data.held_out[:2000],
                 steps=steps,
-                num_draws=4,
                 learning_rate=2e-3,
                 eval_every=max(1, steps // 20),
+                settings=FitSettings(num_draws=4),
             )
 
         name = f"hvae-{groups}-heads-{seed}"

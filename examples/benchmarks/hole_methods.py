@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bench import Bench
+from bench import Bench, with_settings
 from clock import now
 from hole_cases import Case, slug
 from torch import Tensor, nn
@@ -41,10 +41,10 @@ from ncprior.diagnostics import diagnose, match_strength, recommend_sampler
 from ncprior.heads import factors
 from ncprior.samplers import LogRatio, Sampler, describe, tempered_smc, within_components
 from ncprior.saving import write_atomically
-from ncprior.training import nested
+from ncprior.training import FitSettings, calibrate_heads, gate, nested
 
 BATCH = 1000  # samples drawn at once
-AFTER = ("gate", "stages", "calibrate")  # arguments of fit that act on what is trained
+AFTER = ("gate", "stages", "calibrate")  # what acts on trained heads
 
 Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
@@ -269,15 +269,22 @@ class Heads:
         torch.manual_seed(seed)
         clock = Stopwatch(self._path(case, seed, base, settings).with_suffix(".seconds"))
         prior = NCPrior.for_source(source, case.inputs(case.rows[:512]), **case.head)
-        options = {**settings, "held_out": case.held_out, "checkpoint": checkpoint}
+        options = {key: value for key, value in settings.items() if key in (*training, "stages")}
+        options |= {"held_out": case.held_out, "checkpoint": checkpoint}
         if case.quick and "num_cached_proposals" in settings:
             options["num_cached_proposals"] = 5000
+        options = with_settings(FitSettings, options)
         history = fit(prior, case.data, callback=clock.note, **options)
+        losses = ", ".join(f"{loss:.3f}" for loss in history.rows[-1].loss)
+        told = f"training NCE loss {losses} nats; {history}"
+        if settings.get("gate"):
+            told += f"; groups left at their base: {gate(prior, history)}"
+        if settings.get("calibrate"):
+            size = settings.get("batch_size", 256)
+            told += f"; slopes of log r: {calibrate_heads(prior, case.held_out, size)}"
         seconds += clock.seconds
         prior.save_pretrained(self._path(case, seed, base, settings))
-        losses = ", ".join(f"{loss:.3f}" for loss in history.rows[-1].loss)
-        told = f"training NCE loss {losses} nats; {history}\n{diagnose(prior, case.held_out)}"
-        return {"seconds": seconds, "history": told}
+        return {"seconds": seconds, "history": f"{told}\n{diagnose(prior, case.held_out)}"}
 
     def _path(self, case: Case, seed: int, base: str, settings: dict[str, Any]) -> Path:
         """A folder of its own for all that the heads depend on."""
@@ -366,6 +373,7 @@ def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Ca
         second = NCPrior.for_source(source, case.held_out[:512], **case.head)
         options = {**case.fit, "num_cached_proposals": 5000 if case.quick else 50_000}
         started = now()
+        options = with_settings(FitSettings, options)
         history = fit(second, case.data, held_out=case.held_out, **options)
         seconds += now() - started
         print(f"{case.name}, seed {seed}, nested: {history}", flush=True)

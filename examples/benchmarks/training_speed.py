@@ -40,6 +40,7 @@ from ncprior.demo import VAE, read_images
 from ncprior.distributions import parameters
 from ncprior.heads import MLPHead
 from ncprior.source import LatentSource
+from ncprior.training import FitSettings
 from ncprior.training.held_out import HeldOut
 
 COLUMNS = {
@@ -115,7 +116,7 @@ def ours(
         patience=None,
         callback=keep,
         progress=False,
-        **options,
+        settings=FitSettings(**options),
     )
     return curve
 

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import Bench, Row, machine, parser, table
+from bench import Bench, Row, machine, parser, table, with_settings
 from clock import now
 from hole_cases import Case, make_case, slug
 from hole_methods import BATCH, Heads, Stopwatch, on_images
@@ -58,7 +58,7 @@ from ncprior.evaluation import (
 )
 from ncprior.samplers import Sampler, within_components
 from ncprior.saving import write_atomically
-from ncprior.vaebm import VAEBM, EnergyNet, GaussianDecoder, fit_vaebm
+from ncprior.vaebm import VAEBM, EnergyNet, EnergySettings, GaussianDecoder, fit_vaebm
 
 COLUMNS = {
     "method": "<11",
@@ -237,7 +237,7 @@ class Comparison:
                 checkpoint=folder / "training.safetensors",
                 checkpoint_every=50,
                 callback=clock.note,
-                **bench.settings["training"],
+                **with_settings(EnergySettings, bench.settings["training"]),
             )
             model.save_pretrained(folder)
             (folder / "history.txt").write_text(str(history), encoding="utf-8")

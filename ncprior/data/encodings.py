@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,23 +209,27 @@ class CachedGroupsSource:
 def epochs_to_cache(
     source: LatentSource[Any, Any],
     data: Any,  # noqa: ANN401
-    settings: Mapping[str, Any],
+    epochs: float | Literal["auto"] | None,
+    *,
+    rows_drawn: int,
     stage: int = 1,
 ) -> float | None:
-    """Returns for how many epochs :func:`ncprior.fit` keeps a walk, ``None`` for no walks kept.
+    """Returns the number of epochs for which :func:`ncprior.fit` caches encodings.
 
     Arguments:
         source: The VAE.
-        data: What it is trained on.
-        settings: Of them ``cache_epochs``, ``steps`` and ``batch_size``.
-        stage: From 1. Bases of later stages are drawn from along the walk, and are not kept with
-            several groups.
+        data: The training data.
+        epochs: The number asked for, or ``"auto"``.
+        rows_drawn: Rows in all batches of the training.
+        stage: Number of the stage, from 1. Bases of later stages are sampled along the walk; with
+            several groups, they cannot be cached.
+
+    Returns:
+        The number of epochs; ``None`` for no cache.
     """
-    epochs: float | None | str = settings["cache_epochs"]
-    if not isinstance(epochs, str):
+    if epochs != "auto":
         return None if stage > 1 and source.num_groups > 1 else epochs
-    seen = settings["steps"] * settings["batch_size"]
-    lasting = isinstance(data, Tensor) and source.num_groups == 1 and seen >= 2 * len(data)
+    lasting = isinstance(data, Tensor) and source.num_groups == 1 and rows_drawn >= 2 * len(data)
     return math.inf if lasting and _encodes_once_for_all(source, data[:2]) else None
 
 

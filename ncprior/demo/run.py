@@ -34,6 +34,7 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.saving.tensors import save_tensors, write_atomically
 from ncprior.training.fit import fit
+from ncprior.training.settings import FitSettings
 from ncprior.utils.optimise import train
 
 
@@ -48,10 +49,9 @@ class _Settings:
     classifier_steps: int = 500
     batch_size: int = 128
     head: dict[str, Any] = field(default_factory=lambda: {"width": 128, "dropout": 0.1})
-    fit: dict[str, Any] = field(
-        default_factory=lambda: {"steps": 600, "eval_every": 50, "weight_decay": 0.1}
-    )
-    validation: int = 90  # training images for early stopping of the head
+    fit: dict[str, Any] = field(default_factory=lambda: {"steps": 600, "eval_every": 50})
+    weight_decay: float = 0.1
+    validation: int = 90  # training images on which the head is stopped early
     held_out: int = 600
     num_features: int = 16
     num_proposals: int = 200
@@ -72,6 +72,7 @@ _SETTINGS = {
         classifier_steps=940,
         head={"width": 256, "depth": 3, "dropout": 0.1},
         fit={"steps": 4000, "eval_every": 250, "batch_size": 512},
+        weight_decay=1e-2,
         validation=3000,
         held_out=10_000,
         num_features=64,
@@ -155,7 +156,9 @@ def _run(
     vae, classifier = _train_networks(data, settings, progress)
     prior = NCPrior.for_source(vae.source(), data.images[:512], **settings.head)
     validation, images = data.images.tensor_split([settings.validation])
-    history = fit(prior, images, held_out=validation, progress=progress, **settings.fit)
+    rarer = FitSettings(weight_decay=settings.weight_decay)
+    options = {"held_out": validation, "settings": rarer, "progress": progress, **settings.fit}
+    history = fit(prior, images, **options)
     features, first = draw_arms(
         prior,
         partial(sir, num_proposals=settings.num_proposals),

@@ -59,11 +59,11 @@ _ADVICE = {
     ),
     Verdict.OVER_CONFIDENT: (
         "|log r| is too large on held-out data: train with early stopping, dropout or more data, "
-        "or rescale log r: fit(..., calibrate=True)."
+        "or rescale log r: ncprior.training.calibrate_heads."
     ),
     Verdict.TOO_FLAT: (
         "|log r| is too small on held-out data: train longer or with a larger head, or rescale "
-        "log r: fit(..., calibrate=True)."
+        "log r: ncprior.training.calibrate_heads."
     ),
     Verdict.MEMORISES: (
         "The NCE loss is lower on training data than on held-out data: train with more data, a "

@@ -1,13 +1,18 @@
-"""Training of ratio heads as a service."""
+"""Training of ratio heads: the loop, its settings and history, and steps that can follow it."""
 
-from ncprior.training.fit import calibrate_heads, fit
+from ncprior.training.calibration import calibrate_heads
+from ncprior.training.fit import fit
+from ncprior.training.gating import gate
 from ncprior.training.history import History, Row
+from ncprior.training.settings import FitSettings
 from ncprior.training.stages import nested
 
 __all__ = [
+    "FitSettings",
     "History",
     "Row",
     "calibrate_heads",
     "fit",
+    "gate",
     "nested",
 ]

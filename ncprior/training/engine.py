@@ -1,11 +1,11 @@
-"""What any training here has in common: schedule, moving average, checkpoint, exact resume."""
+"""The loop that all trainings share: schedule, moving average, checkpoint, exact resume."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,32 +18,42 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.saving.codec import pack, unpack
 from ncprior.saving.tensors import load_tensors, save_tensors
+from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import gather, rank
+from ncprior.utils.optimise import cosine_rate, update_average
 from ncprior.utils.random_state import random_state, set_random_state
 
 
 class Stepper(Protocol):
-    """A trainer: takes a step, and counts them."""
+    """A trainer that counts its steps."""
 
     steps: int
     optimizer: torch.optim.Optimizer
 
 
-class ResumableTraining:
-    """The state of one training: all that a checkpoint holds.
+class ResumableTraining(ABC):
+    """One training, as a template: :meth:`run` is the loop, and a subclass takes the steps.
+
+    A subclass overrides :meth:`step` and :meth:`evaluate`, and extends :meth:`state` and
+    :meth:`restore` by its own part of a checkpoint.
 
     Arguments:
-        owner: What is put into training and evaluation mode.
-        module: What of it is trained, averaged and saved.
-        trainer: Takes the steps.
-        settings: What must be the same for a checkpoint to be taken up: ``steps``, ``ema_decay``,
-            ``learning_rate`` and any more.
+        owner: The module that is put into training and evaluation mode.
+        module: The part of it that is trained, averaged and saved.
+        trainer: The trainer, which counts the steps.
+        terms: The terms; a checkpoint is resumed only under equal terms.
+        name: Name of the trained part, for the progress bar.
     """
 
     def __init__(
-        self, owner: nn.Module, module: nn.Module, trainer: Stepper, settings: dict[str, Any]
+        self,
+        owner: nn.Module,
+        module: nn.Module,
+        trainer: Stepper,
+        terms: TrainingTerms[Any],
+        name: str,
     ) -> None:
-        self.owner, self.module, self.settings = owner, module, settings
+        self.owner, self.module, self.terms, self.name = owner, module, terms, name
         self.stepper = trainer
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.average = weights_of(module)
@@ -52,47 +62,70 @@ class ResumableTraining:
         self.stopped: str | None = None
         self.seconds, self.since = 0.0, time.perf_counter()
 
-    def next_batch(self, batches: Loader) -> Any:  # noqa: ANN401
-        """Sets the learning rate, a cosine to 0, and returns a batch; None stops the training."""
-        total, taken = self.settings["steps"], self.stepper.steps
-        for group in self.stepper.optimizer.param_groups:
-            progress = math.pi * taken / total
-            group["lr"] = 0.5 * self.settings["learning_rate"] * (1 + math.cos(progress))
-        try:
-            return next(batches)
-        except StopIteration:
-            self.stopped = f"data used up after {taken} of {total} steps"
-            return None
+    @abstractmethod
+    def step(self, x: Any) -> None:  # noqa: ANN401
+        """Takes one step on a batch; may stop the training."""
 
-    def stepped(self) -> None:
-        """Moves the average, after a step; stops after the last one."""
-        t, total = self.stepper.steps, self.settings["steps"]
-        self.steps_since_row += 1
-        self._update_average(min(self.settings["ema_decay"], (1 + t) / (10 + t)))
-        if t == total:
-            self.stopped = f"all {total} steps taken"
+    @abstractmethod
+    def evaluate(self) -> str:
+        """Adds a row to the history and returns a short summary of it; may stop the training."""
+
+    def run(
+        self,
+        batches: Loader,
+        *,
+        checkpoint: str | os.PathLike[str] | None,
+        checkpoint_every: int,
+        progress: bool,
+    ) -> None:
+        """Trains until the training stops, with evaluations and checkpoints in between.
+
+        Arguments:
+            batches: The batches.
+            checkpoint: A file to save to, or ``None``.
+            checkpoint_every: Steps between checkpoints.
+            progress: Whether to show a progress bar.
+        """
+        bar = tqdm(
+            total=self.terms.steps,
+            initial=self.stepper.steps,
+            desc=self.name,
+            disable=not progress or rank() > 0,
+        )
+        with self.training(), bar:
+            while self.stopped is None:
+                self._advance(batches)
+                taken = self.stepper.steps
+                bar.update(taken - bar.n)
+                evaluates = taken % self.terms.eval_every == 0 or self.stopped is not None
+                if self.steps_since_row and evaluates:
+                    bar.set_postfix_str(self.evaluate())
+                due = taken % checkpoint_every == 0 or self.stopped is not None
+                if checkpoint is not None and due:
+                    self.save(checkpoint, batches)
+            self.collect()
 
     def elapsed(self) -> float:
-        """Seconds of this training, those before an interruption included."""
+        """Seconds of this training, including those before an interruption."""
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
         return self.seconds
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The weights that the training ends with."""
+        """Weights that the training ends with."""
         return self.average
 
-    def collect(self) -> None:
-        """Makes the weights on every rank what they are on the rank that trains them."""
+    def collect(self) -> None:  # noqa: B027  # a hook: one process has nothing to do
+        """Gives every rank the weights of the rank that trains them."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state, of all weights."""
+        """State of the optimizer, for all weights."""
         state: dict[str, Any] = self.stepper.optimizer.state_dict()
         return state
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Training mode; on leaving, however, the kept weights, and evaluation mode."""
+        """Training mode inside; afterwards, also on an error, kept weights and evaluation mode."""
         self.owner.train()
         try:
             yield
@@ -104,9 +137,9 @@ class ResumableTraining:
             self.owner.eval()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the place in the data and the generators."""
+        """Content of a checkpoint, without the position in the data and the generators."""
         return {
-            "settings": self.settings,
+            "settings": self.terms.stored(),
             "steps": self.stepper.steps,
             "weights": dict(self.module.state_dict()),
             "average": self.average,
@@ -118,7 +151,7 @@ class ResumableTraining:
         }
 
     def save(self, path: str | os.PathLike[str], batches: Loader) -> None:
-        """Writes a checkpoint, on rank 0, of what all ranks have."""
+        """Writes a checkpoint of all ranks' states, on rank 0."""
         self.collect()
         place = {"stream": batches.state(), "generators": gather(random_state())}
         state = {**self.state(), **place}
@@ -127,18 +160,12 @@ class ResumableTraining:
             save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
-        """Takes up a training where a checkpoint left it.
+        """Resumes a training from a checkpoint.
 
         Raises:
-            ValueError: If it belongs to another training.
+            ValueError: If the checkpoint belongs to another training.
         """
-        for name, now in self.settings.items():
-            if saved["settings"].get(name) != now:
-                raise ValueError(
-                    f"The checkpoint belongs to a training with {name}="
-                    f"{saved['settings'].get(name)}; got {name}={now}. Pass the same data and "
-                    f"settings, or another checkpoint file."
-                )
+        self.terms.require_equal(saved["settings"])
         if _shapes(self.module.state_dict()) != _shapes(saved["weights"]):
             raise ValueError(
                 "The checkpoint holds weights of other shapes than these heads or this energy. "
@@ -155,57 +182,29 @@ class ResumableTraining:
             stream.restore(saved["stream"])
         set_random_state(saved["generators"][rank()])
 
-    @torch.no_grad()
-    def _update_average(self, decay: float) -> None:
-        for name, tensor in self.module.state_dict().items():
-            if tensor.is_floating_point():
-                self.average[name].lerp_(tensor, 1 - decay)
-            else:
-                self.average[name].copy_(tensor)
-
-
-def drive(
-    run: ResumableTraining,
-    batches: Loader,
-    step: Callable[[Loader], None],
-    look: Callable[[], str],
-    *,
-    name: str,
-    checkpoint: str | os.PathLike[str] | None,
-    checkpoint_every: int,
-    progress: bool,
-) -> None:
-    """Steps until a training stops, looks at it, and writes checkpoints.
-
-    Arguments:
-        run: The training.
-        batches: Its batches.
-        step: Takes one step.
-        look: Adds a row every ``eval_every`` steps and at the end; says in short what it is.
-        name: What is trained, for the progress bar.
-        checkpoint: A file to save to, or ``None``.
-        checkpoint_every: Steps between checkpoints.
-        progress: Whether to show a progress bar.
-    """
-    total, every = run.settings["steps"], run.settings["eval_every"]
-    bar = tqdm(
-        total=total, initial=run.stepper.steps, desc=name, disable=not progress or rank() > 0
-    )
-    with run.training(), bar:
-        while run.stopped is None:
-            step(batches)
-            taken = run.stepper.steps
-            bar.update(taken - bar.n)
-            if run.steps_since_row and (taken % every == 0 or run.stopped is not None):
-                bar.set_postfix_str(look())
-            due = taken % checkpoint_every == 0 or run.stopped is not None
-            if checkpoint is not None and due:
-                run.save(checkpoint, batches)
-        run.collect()
+    def _advance(self, batches: Loader) -> None:
+        """Sets the learning rate, takes one step and moves the average; stops at the end."""
+        terms, taken = self.terms, self.stepper.steps
+        for group in self.stepper.optimizer.param_groups:
+            group["lr"] = cosine_rate(terms.learning_rate, taken, terms.steps)
+        try:
+            x = next(batches)
+        except StopIteration:
+            self.stopped = f"data used up after {taken} of {terms.steps} steps"
+            return
+        self.step(x)
+        if self.stopped is not None:
+            return
+        self.steps_since_row += 1
+        tensors = self.module.state_dict().values()
+        decay = terms.settings.ema_decay
+        update_average(self.average.values(), tensors, decay, self.stepper.steps)
+        if self.stepper.steps == terms.steps:
+            self.stopped = f"all {terms.steps} steps taken"
 
 
 def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    """Reads what a checkpoint holds; ``None`` if there is no file.
+    """Reads the content of a checkpoint; returns ``None`` if there is no file.
 
     Raises:
         ValueError: If the file is no checkpoint.
@@ -220,13 +219,13 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
 
 
 def fingerprint_of(source: Any) -> str | None:  # noqa: ANN401
-    """Returns a source's own fingerprint of its VAE, where it has one."""
+    """Returns the fingerprint of a source's VAE, or ``None`` if the source has none."""
     fingerprint: str | None = getattr(source, "fingerprint", lambda: None)()
     return fingerprint
 
 
 def length_of(data: Any) -> int | None:  # noqa: ANN401
-    """Returns the length of data that has one."""
+    """Returns the length of data, or ``None`` if the data has none."""
     try:
         return len(data)
     except TypeError:
@@ -235,10 +234,10 @@ def length_of(data: Any) -> int | None:  # noqa: ANN401
 
 @contextmanager
 def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
-    """Holds a source to its fingerprint, where it has one.
+    """Compares the fingerprint of a source's VAE before and after, where it has one.
 
     Raises:
-        RuntimeError: If the VAE is another on leaving.
+        RuntimeError: If the VAE has changed in between.
     """
     before = fingerprint_of(source)
     yield

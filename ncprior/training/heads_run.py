@@ -1,4 +1,4 @@
-"""One training of heads, with all that a checkpoint holds: what :func:`ncprior.fit` drives."""
+"""One training of heads, with its part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,62 +10,91 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.prior import NCPrior
 from ncprior.trainer import NCETrainer
 from ncprior.training.engine import ResumableTraining, weights_of
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
-from ncprior.utils.distributed import (
-    from_rank,
-    gather,
-    on_rank_zero,
-)
+from ncprior.training.settings import FitSettings, TrainingTerms
+from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 
 
 class HeadTraining(ResumableTraining):
-    """The state of one training of heads."""
+    """One training of heads, each group of which keeps its own best weights.
+
+    Arguments:
+        prior: The prior whose heads are trained.
+        trainer: The trainer of these heads.
+        terms: The terms of the training.
+        name: Name of the heads, for the progress bar.
+        split_seed: Seed that the held-out rows were split off with.
+        held_out: The held-out losses, or ``None``.
+        patience: Evaluations without progress of any group before it stops, or ``None``.
+        callback: Called with each new row; stops the training by returning True.
+    """
 
     def __init__(
-        self, prior: NCPrior, trainer: NCETrainer, settings: dict[str, Any], split_seed: int
+        self,
+        prior: NCPrior,
+        trainer: NCETrainer,
+        terms: TrainingTerms[FitSettings],
+        name: str,
+        *,
+        split_seed: int,
+        held_out: HeldOut | None,
+        patience: int | None,
+        callback: Callable[[Row], Any] | None,
     ) -> None:
-        super().__init__(prior, prior.heads, trainer, settings)
+        super().__init__(prior, prior.heads, trainer, terms, name)
         self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
+        self.held_out, self.patience, self.callback = held_out, patience, callback
         self.best: dict[str, Tensor] | None = None
         self.best_loss = [math.inf] * len(prior.heads)
         self.best_error = [math.inf] * len(prior.heads)
         self.best_step = [0] * len(prior.heads)
         self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
 
-    def step(self, batches: Loader) -> None:
-        x = self.next_batch(batches)
-        if self.stopped is None:
-            self.loss_sum += self.trainer.step(x).loss
-            self.stepped()
+    def step(self, x: Any) -> None:  # noqa: ANN401
+        """Takes one step on the NCE loss."""
+        self.loss_sum += self.trainer.step(x).loss
 
-    def record(self, evaluation: HeldOut | None) -> Row:
-        """Adds a row to the history; keeps each group's averaged weights where they are best."""
-        held_out = None
-        if evaluation is not None:
-            with self._averaged():
-                held_out, errors = evaluation(self.device)
-            self._refuse_non_finite(held_out)
-            if self.best is None:
-                self.best = weights_of(self.prior.heads)
-            for k, new in enumerate(held_out):
-                if new < self.best_loss[k]:
-                    self.best_loss[k], self.best_step[k] = new, self.trainer.steps
-                    self.best_error[k] = errors[k]
-                    for name in self._names(k):
-                        self.best[name].copy_(self.average[name])
+    def evaluate(self) -> str:
+        """Adds a row; keeps each group's averaged weights where they are best."""
+        losses = None if self.held_out is None else self._measure(self.held_out)
         loss = (self.loss_sum / max(1, self.steps_since_row)).tolist()
         self.loss_sum, self.steps_since_row = torch.zeros_like(self.loss_sum), 0
         rate: float = self.trainer.optimizer.param_groups[0]["lr"]
-        self.rows.append(Row(self.trainer.steps, loss, held_out, rate, self.elapsed()))
-        return self.rows[-1]  # type: ignore[no-any-return]
+        row = Row(self.trainer.steps, loss, losses, rate, self.elapsed())
+        self.rows.append(row)
+        self._stop_early(row)
+        return row.summary()
 
-    def _refuse_non_finite(self, held_out: list[float]) -> None:
+    def _measure(self, held_out: HeldOut) -> list[float]:
+        """Held-out losses of the averaged weights; keeps those of every group that improves."""
+        with self._averaged():
+            losses, errors = held_out(self.device)
+        self._require_finite(losses)
+        if self.best is None:
+            self.best = weights_of(self.prior.heads)
+        for k, new in enumerate(losses):
+            if new < self.best_loss[k]:
+                self.best_loss[k], self.best_step[k] = new, self.trainer.steps
+                self.best_error[k] = errors[k]
+                for name in self._names(k):
+                    self.best[name].copy_(self.average[name])
+        return losses
+
+    def _stop_early(self, row: Row) -> None:
+        """Stops where the callback says so, or without progress on held-out data."""
+        callback, last = self.callback, max(self.best_step)
+        limit = math.inf if self.patience is None else self.patience * self.terms.eval_every
+        if callback is not None and on_rank_zero(lambda: callback(row) is True):
+            self.stopped = f"stopped by the callback at step {self.trainer.steps}"
+        elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
+            self.stopped = f"no progress on held-out data since step {last}"
+
+    def _require_finite(self, held_out: list[float]) -> None:
         for k, loss in enumerate(held_out):
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -73,22 +102,12 @@ class HeadTraining(ResumableTraining):
                     f"Look for NaN or infinity in the held-out data."
                 )
 
-    def decide(
-        self, row: Row, patience: int | None, callback: Callable[[Row], Any] | None
-    ) -> None:
-        last = max(self.best_step)
-        limit = math.inf if patience is None else patience * self.settings["eval_every"]
-        if callback is not None and on_rank_zero(lambda: callback(row) is True):
-            self.stopped = f"stopped by the callback at step {self.trainer.steps}"
-        elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
-            self.stopped = f"no progress on held-out data since step {last}"
-
     def kept(self) -> Mapping[str, Tensor]:
-        """The best weights, or else the averaged."""
+        """The best weights on held-out data; without any, the averaged weights."""
         return self.average if self.best is None else self.best
 
     def collect(self) -> None:
-        """Makes every rank's heads what they are on the rank that trains them."""
+        """Gives every rank the heads of the rank that trains them."""
         kept = (dict(self.prior.heads.state_dict()), self.average, self.best or {})
         owners = [(k, self.trainer.owner(k)) for k in range(len(self.prior.heads))]
         for k, owner in ((k, owner) for k, owner in owners if owner is not None):
@@ -97,6 +116,7 @@ class HeadTraining(ResumableTraining):
                     from_rank(owner, tensors[name])
 
     def history(self) -> History:
+        """History of the training so far."""
         stopped = str(self.stopped)
         if self.best is None:
             steps = [self.trainer.steps] * len(self.prior.heads)
@@ -104,7 +124,7 @@ class HeadTraining(ResumableTraining):
         return History(self.rows, self.best_step, self.best_loss, self.best_error, stopped)
 
     def state(self) -> dict[str, Any]:
-        """Adds the best weights so far."""
+        """Content of a checkpoint, with the best weights so far."""
         return {
             **super().state(),
             "split_seed": self.split_seed,
@@ -116,7 +136,7 @@ class HeadTraining(ResumableTraining):
         }
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
-        """Takes the best weights up too."""
+        """Resumes from a checkpoint, with the best weights so far."""
         super().restore(saved, stream)
         if saved["best"] is not None:
             self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
@@ -126,7 +146,7 @@ class HeadTraining(ResumableTraining):
         self.loss_sum.copy_(saved["loss_sum"])
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state, of each head from the rank that trains it."""
+        """State of the optimizer, for each head from the rank that trains it."""
         state = super().optimizer_state()
         if not self.trainer.group_parallel:
             return state
@@ -141,7 +161,7 @@ class HeadTraining(ResumableTraining):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Swaps the averaged weights in, and the heads into evaluation mode."""
+        """Averaged weights and evaluation mode inside; as before afterwards."""
         self._swap()
         self.prior.eval()
         try:

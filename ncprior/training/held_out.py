@@ -24,10 +24,15 @@ _HELD_OUT_DRAWS = 2048  # at least so many draws of z make one held-out loss
 
 
 class HeldOut:
-    """The held-out NCE loss, with the same draws of z every time, and its standard error.
+    """Held-out NCE loss of every group and its standard error, with the same z at every call.
 
-    Ranks share the rows; or, where ``groups`` are this rank's own, each goes through all rows for
-    them.
+    Arguments:
+        data: The held-out data.
+        prior: The prior whose heads are measured.
+        batch_size: Rows per batch, where batches are made here.
+        seed: Seed of the draws of z.
+        groups: The groups that this rank measures on all rows; ``None`` distributes the rows over
+            the ranks, and each of them measures all groups.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
+        """Returns the losses and their standard errors, in nats, one per group."""
         passes: list[Tensor] = []
         rows = drawn = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -58,14 +64,14 @@ class HeldOut:
                 rows = sum(count for count, _ in parts)
                 passes.append(torch.cat([losses for _, losses in parts], dim=1))
                 drawn += rows
-        # Further draws of a row say less of other rows than further rows would.
+        # The error is that of other rows: further draws of the same rows do not lower it.
         losses = torch.stack(passes).mean(0)
         mean = sum_over_ranks(losses.sum(1)) / rows
         spread = sum_over_ranks(self._own_groups(losses - mean[:, None]).square().sum(1))
         return mean.tolist(), (spread / (rows * max(1, rows - 1))).sqrt().tolist()
 
     def _losses(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
-        """The losses of this rank's share of the rows of a batch, (K, n)."""
+        """Losses of the rows of a batch that this rank measures, ``(K, n)``."""
         share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
         x = tree_map_only(Tensor, lambda t: t[share].to(device, non_blocking=True), batch)
         count = num_rows(x)
@@ -78,7 +84,7 @@ class HeldOut:
         return losses
 
     def _own_groups(self, losses: Tensor) -> Tensor:
-        """Losses of groups that other ranks measure are 0 here."""
+        """Losses with those of groups that other ranks measure set to 0."""
         if self.groups is not None:
             others = [k for k in range(len(losses)) if k not in self.groups]
             losses[others] = 0

@@ -11,7 +11,7 @@ class Row(NamedTuple):
 
     Attributes:
         step: Steps taken so far.
-        loss: NCE loss in nats per group, averaged over the steps since the row before.
+        loss: NCE loss in nats per group, averaged over the steps since the previous row.
         held_out: NCE loss in nats per group of the averaged weights on held-out data, or ``None``.
         learning_rate: The learning rate of the last step.
         seconds: Time spent training so far, held-out losses included, in seconds.
@@ -27,20 +27,25 @@ class Row(NamedTuple):
     learning_rate: float
     seconds: float
 
+    def summary(self) -> str:
+        """Returns the losses, averaged over the groups, as a short text."""
+        text = f"NCE {sum(self.loss) / len(self.loss):.3f}"
+        if self.held_out is not None:
+            text += f", held out {sum(self.held_out) / len(self.held_out):.3f}"
+        return text
+
 
 class History(NamedTuple):
-    """What :func:`fit` returns.
+    """History of a training, which :func:`ncprior.fit` returns.
 
     Attributes:
         rows: One row every ``eval_every`` steps, and one at the end.
         best_step: Per group, the step whose averaged weights were kept.
         best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
-        best_error: Per group, the standard error of that.
+        best_error: Per group, the standard error of ``best_loss``; ``None`` without held-out data.
         stopped: Why training ended.
-        gated: The groups that training has switched off.
-        stages: The histories of further stages; the last may have been left out.
-        kept: Of a further stage, per group, whether its head was multiplied in.
-        slopes: Per group, what calibration has multiplied log r by.
+        stages: The histories of further stages; the heads of the last may have been left out.
+        kept: In the history of a further stage, per group, whether its head was multiplied in.
 
     Example:
         >>> from ncprior import fit
@@ -54,16 +59,18 @@ class History(NamedTuple):
     best_loss: list[float] | None
     best_error: list[float] | None
     stopped: str
-    gated: tuple[int, ...] = ()
     stages: tuple[History, ...] = ()
     kept: tuple[bool, ...] = ()
-    slopes: tuple[float, ...] = ()
 
     def has_learnt(self, least: float = 0.0) -> list[bool]:
-        """Tells per group whether its held-out JSD, log 2 - L/2, is above 0 by two errors of L.
+        """Returns per group whether its head has learnt something that holds on held-out data.
+
+        A head has, if its held-out loss L is below that of no head, 2 log 2, by two standard
+        errors of L: then its Jensen-Shannon divergence, log 2 - L/2, is above 0. Without held-out
+        losses, the answer is True.
 
         Arguments:
-            least: Nats of JSD in place of 0.
+            least: Divergence that counts as nothing, in nats.
         """
         if self.best_loss is None or self.best_error is None:
             return [True] * len(self.best_step)
@@ -71,16 +78,12 @@ class History(NamedTuple):
         return [loss + 2 * error < 2 * (math.log(2) - least) for loss, error in pairs]
 
     def __str__(self) -> str:
-        """Says in one line what was kept, and why training ended."""
+        """Returns the kept losses and steps, and why training ended, in one line per stage."""
         losses = self.rows[-1].loss if self.best_loss is None else self.best_loss
         kind = "training" if self.best_loss is None else "held-out"
         steps = ", ".join(map(str, self.best_step))
         values = ", ".join(f"{loss:.3f}" for loss in losses)
         text = f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
-        if self.gated:
-            text += f"; left at their base: {', '.join(map(str, self.gated))}"
-        if self.slopes:
-            text += f"; log r times {', '.join(f'{slope:.2f}' for slope in self.slopes)}"
         for number, stage in enumerate(self.stages, start=2):
             text += f"\nstage {number}: {stage}" + ("" if any(stage.kept) else "; left out")
         return text

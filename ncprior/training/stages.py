@@ -1,17 +1,17 @@
-r"""Stages: another head on what the first one left, in one of two forms that are never mixed.
+r"""Stages: further heads, trained on the remaining gap, in one of two forms that are never mixed.
 
-*Product*. With ℓ_s the log-ratio that stage s has learnt,
+*Product*. With ℓ_s the log-ratio learnt by stage s,
 
 .. math::
     \log r = \sum_s \ell_s, \qquad \ell_s \approx \log \frac{q}{r_{<s} \, p / Z_{<s}},
     \qquad r_{<s} = \exp \sum_{t<s} \ell_t,
 
-each contrasted with draws of r_{<s}·p itself, by tempered sequential Monte Carlo. The prior stays
-one density, and sampling stays as it was: ``fit(prior, data, stages=3)``.
+where each stage is contrasted with draws of r_{<s}·p by tempered sequential Monte Carlo. The prior
+stays one density, and sampling stays as it was: ``fit(prior, data, stages=3)``.
 
-*Nested*. A stage contrasts q with what the sampler of the stage before really draws, and at sampling
-time proposes from that sampler and weighs by its own ratio alone. It mends whatever that sampler
-leaves, at few proposals too; its head evaluations multiply, and it has no log-density:
+*Nested*. A stage contrasts q with the draws of the previous stage's sampler. At sampling time, it
+proposes from that sampler and weighs by its own ratio alone. It closes the gap that the sampler
+leaves, also at few proposals; but head evaluations multiply, and there is no log-density:
 
     second = NCPrior.for_source(nested(prior, partial(sir, num_proposals=20)), x)
 
@@ -39,23 +39,23 @@ from ncprior.samplers.base import Draw, Sampler
 from ncprior.samplers.smc import tempered_smc
 from ncprior.source import Group, LatentSource, device_of
 
-_PARTICLES = 16  # per row, where rows have targets of their own
+_PARTICLES = 16  # per row, if rows have targets of their own
 
 _POPULATION = 2048  # particles that share one target
 
 _MOVES = 4  # per temperature: with fewer, particles stay close to their siblings
 
-_SCATTER = 0.5  # nats
+_SCATTER = 0.5  # largest standard deviation of log Z between populations, in nats
 
 
 class Drawn:
-    """A base whose draws are made by a sampler: it can be sampled, and has no density.
+    """Base whose draws are made by a sampler: it can be sampled, and has no density.
 
     Arguments:
-        draw: Makes one draw per row.
+        draw: Returns one draw per row.
 
     Attributes:
-        log_mean_weights: Mean log Ẑ in nats of every draw so far, where the sampler tells it.
+        log_mean_weights: Mean log Ẑ of every draw so far, in nats, if the sampler returns it.
     """
 
     def __init__(self, draw: Callable[[], Draw]) -> None:
@@ -73,19 +73,19 @@ class Drawn:
 
 
 def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
-    """Makes a trained prior's draws the base of another: stages in nested form.
+    """Returns a source whose base is the draws of a trained prior: stages in nested form.
 
-    Heads trained on it learn what this sampler leaves of the gap, and are saved alone: to load
-    them, load the first prior and nest it again.
+    Heads trained on it learn the gap that this sampler leaves. They are saved alone: to load them,
+    load the first prior and nest it again.
 
     Arguments:
         prior: The trained prior; it is used as it is whenever a draw is made.
-        sampler: The sampler that its draws are made with, such as ``partial(sir,
-            num_proposals=20)``. One draw of the next stage costs as many evaluations of these heads
-            as the product of both numbers of proposals.
+        sampler: The sampler of its draws, such as ``partial(sir, num_proposals=20)``. The heads of
+            the trained prior are evaluated as often as the product of both samplers' numbers of
+            proposals says, per draw of the next stage.
 
     Returns:
-        A source: the same VAE with that prior. Samplers that need log p refuse it.
+        A source: the same VAE with that prior. Samplers that need log p raise ``TypeError`` on it.
 
     Example:
         >>> from ncprior import sir
@@ -101,9 +101,9 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
 
 
 def reweighted(prior: NCPrior) -> Rebased:
-    """Makes Π r·p itself a base, drawn from by tempered sequential Monte Carlo.
+    """Returns a source whose base is Π r·p, drawn by tempered sequential Monte Carlo.
 
-    Heads trained on it are multiplied in: stages in product form, which ``fit(stages=…)`` does.
+    Heads trained on it are multiplied in: stages in product form, as ``fit(stages=…)`` does.
 
     Arguments:
         prior: The prior so far, on a base with a density.
@@ -128,20 +128,20 @@ def reweighted(prior: NCPrior) -> Rebased:
 def with_cached_proposals(
     source: LatentSource[Any, Any], count: int, seed: int
 ) -> tuple[Rebased, Rebased]:
-    """Draws from a base once, for training to use again and again.
+    """Samples a base once, and returns sources whose bases are these draws.
 
     Arguments:
         source: A source of one group, whose prior is the same for every row.
-        count: The number of draws that are kept for training; a tenth more, and at least 2,048,
-            are kept apart. Where draws come in populations, both have populations of their own.
+        count: Number of draws for training. Another tenth, and at least 2,048, are drawn for
+            held-out losses, from populations of their own where draws come in populations.
         seed: Seed of the draws; the generators outside stay as they are.
 
     Returns:
-        The source on the draws kept for training, and on those kept for held-out losses.
+        The source with the draws for training, and with those for held-out losses.
 
     Warns:
-        UserWarning: If the base is drawn by tempered Monte Carlo whose estimates of log Z scatter
-            so much that its draws are not to be trusted.
+        UserWarning: If the base is drawn by tempered Monte Carlo and its estimates of log Z differ
+            so much that its draws are not to be trusted. A closer base helps.
     """
     device = device_of(source)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -16,10 +16,16 @@ from ncprior.utils.distributed import (
 def check_parameters(
     optimizer: torch.optim.Optimizer, module: nn.Module, whose: str, remedy: str
 ) -> None:
-    """Refuses an optimizer of parameters other than those of what is trained.
+    """Validates that an optimizer holds only parameters of the trained module.
+
+    Arguments:
+        optimizer: The optimizer.
+        module: The trained module.
+        whose: The module's name in the message, as a possessive.
+        remedy: The parameters to make the optimizer from.
 
     Raises:
-        ValueError: If it holds any other.
+        ValueError: If the optimizer holds any other parameter.
     """
     own = {id(p) for p in module.parameters()}
     if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
@@ -30,16 +36,16 @@ def check_parameters(
 
 
 def share_weights(module: nn.Module) -> None:
-    """Gives all ranks of the process group rank 0's weights; does nothing without one."""
+    """Gives all ranks the weights of rank 0; does nothing without a process group."""
     for tensor in module.state_dict().values():
         from_rank(0, tensor)
 
 
 def zero_gradients(module: nn.Module) -> None:
-    """Makes every gradient zero, and one for every parameter that has none.
+    """Sets every gradient to zero, and allocates the gradients that do not exist yet.
 
-    Gradients live from here on: made in the middle of a backward pass, they would lie between
-    activations and keep the allocator from using that memory again for the next group.
+    If the backward pass allocated them, they would lie between activations in memory, and the
+    allocator could not reuse that memory for the next group.
     """
     for p in module.parameters():
         if p.grad is not None:
@@ -49,7 +55,12 @@ def zero_gradients(module: nn.Module) -> None:
 
 
 def reduce_and_clip(module: nn.Module, max_norm: float, *, shared: bool = True) -> Tensor:
-    """Averages a module's gradients over the ranks, where they share it, and clips them.
+    """Averages a module's gradients over the ranks, if they share it, and clips them.
+
+    Arguments:
+        module: The module.
+        max_norm: Largest norm of the gradient.
+        shared: Whether the ranks share the module.
 
     Returns:
         The norm before clipping.

@@ -1,9 +1,9 @@
-"""What fitted bases have in common: standardised latents, and descent with early stopping."""
+"""Schedule and moving average of every training; descent with early stopping; a plain loop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -18,19 +18,51 @@ _EMA_DECAY = 0.999  # per step, reached after a warm-up
 _MAX_GRAD_NORM = 5.0
 
 
+def cosine_rate(learning_rate: float, taken: int, steps: int) -> float:
+    """Returns the learning rate of the next step, on a cosine from ``learning_rate`` to 0.
+
+    Arguments:
+        learning_rate: The first learning rate.
+        taken: Number of steps taken so far.
+        steps: Number of all steps.
+    """
+    return 0.5 * learning_rate * (1 + math.cos(math.pi * taken / steps))
+
+
+@torch.no_grad()
+def update_average(
+    average: Iterable[Tensor], tensors: Iterable[Tensor], decay: float, step: int
+) -> None:
+    """Moves an exponential moving average towards tensors, in place, after a step.
+
+    Arguments:
+        average: The averages; integers, which cannot be averaged, are copied.
+        tensors: The tensors, in the same order.
+        decay: Decay per step; during a warm-up, (1 + step) / (10 + step) where it is less.
+        step: Number of the step, from 1.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    for mean, tensor in zip(average, tensors, strict=True):
+        if tensor.is_floating_point():
+            mean.lerp_(tensor, weight)
+        else:
+            mean.copy_(tensor)
+
+
 def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Flattens latents and gives each mean 0 and standard deviation 1.
 
     Arguments:
         z: Latents, with shape ``(N, *event)``.
-        dtype: That of what is returned.
+        dtype: Dtype of the result.
 
     Returns:
         The flat, standardised latents, ``(N, D)``, their means and their standard deviations, both
         ``(D,)``; the standard deviation of a constant is taken to be 1.
 
     Raises:
-        ValueError: If they have no event axis, fewer than two rows or values that are not finite.
+        ValueError: If the latents have no event axis, fewer than two rows, or values that are not
+            finite.
     """
     if z.ndim < 2 or len(z) < 2:
         raise ValueError(
@@ -58,23 +90,24 @@ def minimise(
     name: str = "fit",
     progress: bool = False,
 ) -> float:
-    """Changes parameters in place to those of the least held-out loss seen on a descent.
+    """Minimises a loss in place, and keeps the parameters of the least held-out loss.
 
-    AdamW with clipped gradients and a cosine schedule to 0. As in :func:`ncprior.fit`, a moving
-    average of the parameters is what is evaluated and kept; the first candidate is what they were.
+    The optimizer is AdamW with clipped gradients and a cosine schedule to 0. As in
+    :func:`ncprior.fit`, a moving average of the parameters is evaluated and kept; the first
+    candidate is their initial value.
 
     Arguments:
         loss: Draws a batch and returns its mean loss, a scalar.
         held_out: Returns the held-out loss, the same for the same parameters.
-        parameters: Leaves of the gradient; no other tensor gets one.
+        parameters: The parameters; no other tensor gets a gradient.
         steps: Number of steps.
         learning_rate: The first learning rate.
         weight_decay: AdamW's weight decay.
         patience: Held-out losses, one every 100 steps, without progress before it stops;
             ``None`` never stops early.
-        project: Called after each step, to put parameters back where they must stay. The set must
-            be convex, for averages to stay in it.
-        name: What is fitted, for the progress bar and for errors.
+        project: Called after each step, to project the parameters onto a convex set (convex, so
+            that their averages stay in it).
+        name: Name of the fitted model, for the progress bar and for errors.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -82,7 +115,7 @@ def minimise(
 
     Raises:
         FloatingPointError: If a held-out loss is not finite; the parameters are the best so far.
-        ValueError: If a number of steps or the learning rate makes no sense.
+        ValueError: If ``steps``, ``learning_rate`` or ``patience`` is out of range.
     """
     if steps < 0 or not 0 < learning_rate < math.inf or (patience is not None and patience < 1):
         raise ValueError(
@@ -93,15 +126,14 @@ def minimise(
     best = _Best(parameters, held_out, name)
     with best.kept(), tqdm(total=steps, desc=name, disable=not progress) as bar:
         for step in range(1, steps + 1):
-            rate = 0.5 * learning_rate * (1 + math.cos(math.pi * (step - 1) / steps))
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = cosine_rate(learning_rate, step - 1, steps)
             _step(optimizer, loss, parameters)
             if project is not None:
                 project()
-            best.average(step)
+            update_average(best.mean, parameters, _EMA_DECAY, step)
             bar.update()
             if step % _EVAL_EVERY == 0 or step == steps:
-                since = best.look(step)
+                since = best.evaluate(step)
                 bar.set_postfix_str(f"held-out {best.loss:.3f}")
                 if patience is not None and since >= patience * _EVAL_EVERY:
                     break
@@ -114,35 +146,29 @@ def _step(
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        # That of a sum is one number seen many times, which clipping in place cannot take.
+        # The gradient of a sum is one number expanded, which cannot be clipped in place.
         parameter.grad = None if gradient is None else gradient.contiguous()
     torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
     optimizer.step()
 
 
 class _Best:
-    """The moving average of the parameters, and where its held-out loss was least."""
+    """Moving average of the parameters, and its values at the least held-out loss."""
 
     def __init__(
         self, parameters: Sequence[Tensor], held_out: Callable[[], Tensor], name: str
     ) -> None:
         self.parameters, self.held_out, self.name = parameters, held_out, name
         # Evaluated before it is copied: some layers initialise themselves on their first batch.
-        self.step, self.loss = 0, self._evaluate(0)
+        self.step, self.loss = 0, self._loss(0)
         self.best, self.mean = self._copy(), self._copy()
 
-    @torch.no_grad()
-    def average(self, step: int) -> None:
-        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
-        for mean, parameter in zip(self.mean, self.parameters, strict=True):
-            mean.lerp_(parameter, 1 - decay)
-
-    def look(self, step: int) -> int:
+    def evaluate(self, step: int) -> int:
         """Evaluates the average; returns the number of steps since the best one."""
         now = self._copy()
         self._put(self.mean)
         try:
-            loss = self._evaluate(step)
+            loss = self._loss(step)
         finally:
             self._put(now)
         if loss < self.loss:
@@ -152,7 +178,7 @@ class _Best:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """On leaving, however, the parameters are the best ones, and without gradients."""
+        """Afterwards, also on an error: the best parameters, without gradients."""
         try:
             yield
         finally:
@@ -161,7 +187,7 @@ class _Best:
                 parameter.grad = None
 
     @torch.no_grad()
-    def _evaluate(self, step: int) -> float:
+    def _loss(self, step: int) -> float:
         loss = self.held_out().item()
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -201,8 +227,8 @@ def train(
         batch_size: Rows per batch.
         learning_rate: The first learning rate.
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
-        name: What the progress bar is called.
-        progress: Whether to show it.
+        name: Name of the progress bar.
+        progress: Whether to show a progress bar.
 
     Example:
         >>> x, line = torch.randn(100, 1), nn.Linear(1, 1)

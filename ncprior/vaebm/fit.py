@@ -1,8 +1,8 @@
-"""The loop of energy training as a service: averaged weights, exact resume, and a way back.
+"""`fit_vaebm`: the training of energies as a service, with exact resume and a way back.
 
-Energies can run away: the published code's training "will eventually explode". Here it stops when
-the gap between data and chains does, or when anything is no longer finite, and the energy is the one
-of the last row before.
+Energies can diverge: the training of the published code "will eventually explode". Here, training
+stops when the energy gap between data and chains is too large, or when a number is not finite. The
+energy then has the weights of the last row before.
 """
 
 from __future__ import annotations
@@ -18,27 +18,24 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
-from ncprior.training.engine import (
-    ResumableTraining,
-    drive,
-    length_of,
-    load,
-    unchanged,
-    weights_of,
-)
+from ncprior.training.engine import ResumableTraining, length_of, load, unchanged, weights_of
+from ncprior.training.settings import TrainingTerms, require_positive
 from ncprior.utils.distributed import num_ranks
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.saved import trained_on
-from ncprior.vaebm.trainer import Contrast, EnergyMetrics, VAEBMTrainer
+from ncprior.vaebm.settings import EnergySettings
+from ncprior.vaebm.trainer import EnergyMetrics, VAEBMTrainer
+
+_DEFAULTS = EnergySettings()
 
 
 class EnergyRow(NamedTuple):
-    """One line of a history; means over the steps since the row before.
+    """One line of a history; means over the steps since the previous row.
 
     Attributes:
         step: Steps taken so far.
-        gap: Mean E of data less that of chains, in nats.
+        gap: Mean E of data minus mean E of chains, in nats.
         energy: Mean E of data, in nats.
         spectral: Sum of the largest singular values.
         grad_norm: Norm of the gradient before clipping.
@@ -56,13 +53,13 @@ class EnergyRow(NamedTuple):
 
 
 class EnergyHistory(NamedTuple):
-    """What :func:`fit_vaebm` returns.
+    """History of an energy's training, which :func:`fit_vaebm` returns.
 
     Attributes:
         rows: One row every ``eval_every`` steps, and one at the end.
         kept_step: The step whose averaged weights were kept.
         stopped: Why training ended.
-        diverged: Whether it did because the energy ran away.
+        diverged: Whether training ended because the energy diverged.
     """
 
     rows: list[EnergyRow]
@@ -71,7 +68,7 @@ class EnergyHistory(NamedTuple):
     diverged: bool
 
     def __str__(self) -> str:
-        """Says in one line what was kept, and why training ended."""
+        """Returns the last gap, the kept step, and why training ended, in one line."""
         gap = f"energy gap {self.rows[-1].gap:.2f} nats, " if self.rows else ""
         return f"{gap}weights of step {self.kept_step}; {self.stopped}"
 
@@ -83,27 +80,20 @@ def fit_vaebm(
     steps: int = 2000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
-    weight_decay: float = 3e-5,
     sampler: Sampler | None = None,
-    contrast: Contrast = "x",
-    buffer_size: int = 0,
-    replay_share: float = 0.6,
-    spectral_weight: float = 0.002,
-    max_grad_norm: float | None = 5.0,
-    ema_decay: float = 0.99,
-    max_gap: float = 100.0,
-    eval_every: int = 50,
     condition: Callable[[Any], Any] | None = None,
-    callback: Callable[[EnergyRow], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 100,
+    callback: Callable[[EnergyRow], Any] | None = None,
     progress: bool = True,
+    eval_every: int = 50,
+    checkpoint_every: int = 100,
+    settings: EnergySettings = _DEFAULTS,
 ) -> EnergyHistory:
     """Trains the energy of a model, and leaves VAE and heads as they were.
 
-    Adam with a cosine schedule to 0; an exponential moving average of the weights is kept. If
-    ``checkpoint`` exists, training goes on from it as if it had never stopped, the replay buffer
-    included: the weights come out the same, bit for bit.
+    The optimizer is Adam, with a cosine schedule to 0; an exponential moving average of the weights
+    is kept. If ``checkpoint`` exists, training resumes from it as if it had never stopped, with the
+    replay buffer: the weights come out the same, bit for bit.
 
     Arguments:
         model: The model; its energy ends up with the kept weights, in evaluation mode.
@@ -111,29 +101,25 @@ def fit_vaebm(
         steps: Number of optimizer steps.
         batch_size: Rows per batch, where batches are made here; as many chains are drawn.
         learning_rate: The first learning rate.
-        weight_decay: Adam's L2 penalty.
-        sampler: How chains' starts are drawn from NCP's heads; ``None`` starts from the base.
-        contrast: ``"x"`` or ``"mean"``, see :class:`VAEBMTrainer`.
-        buffer_size: Chains kept to go on from; 0 starts each step afresh.
-        replay_share: Probability that a chain goes on from a kept one.
-        spectral_weight: Weight of the spectral regularisation.
-        max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
-        ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
-        max_gap: Training has diverged when a row's gap is farther from 0, in nats.
-        eval_every: Steps between rows of the history.
-        condition: Picks the chains' condition out of a batch, if the source needs one.
+        sampler: Sampler of NCP for the starts of the chains; ``None`` starts from the base.
+        condition: Returns the chains' condition for a batch, if the source needs one.
+        checkpoint: A file to save to and to resume from.
         callback: Called with each new :class:`EnergyRow`; stops training by returning True.
-        checkpoint: A file to save to and resume from.
-        checkpoint_every: Steps between checkpoints.
         progress: Whether to show a progress bar.
 
+    Other arguments:
+        eval_every: Steps between rows of the history.
+        checkpoint_every: Steps between checkpoints.
+        settings: All rarely used settings, such as ``EnergySettings(buffer_size=10_000)``.
+
     Returns:
-        The history of the training. Divergence is not raised: it is what ``diverged`` and
-        ``stopped`` tell, and the weights are those of the last row before.
+        The history of the training. A divergence is not raised: ``diverged`` and ``stopped`` report
+        it, and the weights are those of the last row before.
 
     Raises:
-        ValueError: If the checkpoint belongs to another training, or a number makes no sense.
+        ValueError: If the checkpoint belongs to another training, or a number is out of range.
         TypeError: If data for a checkpoint can be read only once.
+        RuntimeError: If there are several processes. Call :meth:`VAEBMTrainer.step` in a loop.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -142,50 +128,28 @@ def fit_vaebm(
         >>> print(history)  # doctest: +ELLIPSIS
         energy gap ... nats, weights of step 3; all 3 steps taken
     """
-    settings = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "contrast": contrast,
-        "buffer_size": buffer_size,
-        "replay_share": replay_share,
-        "spectral_weight": spectral_weight,
-        "max_grad_norm": max_grad_norm,
-        "ema_decay": ema_decay,
-        "max_gap": max_gap,
-        "eval_every": eval_every,
-        "langevin": [model.num_steps, model.step_size, model.langevin_target],
-        "data_noise": model.data_noise,
-        "precision": str(model.precision),
-        "sampler": None if sampler is None else describe(sampler),
-        **trained_on(model.source, model.prior),
-        "rows": length_of(data),
-    }
-    _check(settings, checkpoint_every)
+    terms = TrainingTerms(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        eval_every=eval_every,
+        settings=settings,
+        facts=_facts(model, sampler, data),
+    )
+    require_positive({"checkpoint_every": checkpoint_every})
     if num_ranks() > 1:
         raise RuntimeError(
             "fit_vaebm runs in one process. In several, call VAEBMTrainer.step in a loop."
         )
     saved = load(checkpoint)
-    trainer = VAEBMTrainer(
-        model,
-        torch.optim.Adam(model.parameters(), learning_rate, weight_decay=weight_decay),
-        sampler=sampler,
-        contrast=contrast,
-        buffer=ReplayBuffer(buffer_size, replay_share) if buffer_size else None,
-        spectral_weight=spectral_weight,
-        max_grad_norm=max_grad_norm,
-        condition=condition,
-    )
+    trainer = _trainer(model, terms, sampler, condition)
     stream = Stream(data, batch_size, resumable=checkpoint is not None)
-    run = _Run(model, trainer, settings, callback)
+    run = EnergyTraining(model, trainer, terms, callback)
     if saved is not None:
         run.restore(saved, stream)
     with unchanged(model.source):
-        drive(
-            *(run, Loader(stream, run.device), run.step, run.look),
-            name="energy",
+        run.run(
+            Loader(stream, run.device),
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             progress=progress,
@@ -193,41 +157,77 @@ def fit_vaebm(
     return EnergyHistory(run.rows, run.kept_step, str(run.stopped), run.diverged)
 
 
-class _Run(ResumableTraining):
-    """The state of one training of an energy."""
+def _facts(model: VAEBM, sampler: Sampler | None, data: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Returns what a checkpoint compares besides the settings: the chains, the model, the data."""
+    return {
+        "langevin": [model.num_steps, model.step_size, model.langevin_target],
+        "data_noise": model.data_noise,
+        "precision": str(model.precision),
+        "sampler": None if sampler is None else describe(sampler),
+        **trained_on(model.source, model.prior),
+        "rows": length_of(data),
+    }
+
+
+def _trainer(
+    model: VAEBM,
+    terms: TrainingTerms[EnergySettings],
+    sampler: Sampler | None,
+    condition: Callable[[Any], Any] | None,
+) -> VAEBMTrainer:
+    settings, size = terms.settings, terms.settings.buffer_size
+    return VAEBMTrainer(
+        model,
+        torch.optim.Adam(
+            model.parameters(), terms.learning_rate, weight_decay=settings.weight_decay
+        ),
+        sampler=sampler,
+        contrast=settings.contrast,
+        buffer=ReplayBuffer(size, settings.replay_share) if size else None,
+        spectral_weight=settings.spectral_weight,
+        max_grad_norm=settings.max_grad_norm,
+        condition=condition,
+    )
+
+
+class EnergyTraining(ResumableTraining):
+    """One training of an energy, which goes back to the row before a divergence.
+
+    Arguments:
+        model: The model whose energy is trained.
+        trainer: The trainer of the energy.
+        terms: The terms of the training.
+        callback: Called with each new row; stops the training by returning True.
+    """
 
     def __init__(
         self,
         model: VAEBM,
         trainer: VAEBMTrainer,
-        settings: dict[str, Any],
+        terms: TrainingTerms[EnergySettings],
         callback: Callable[[EnergyRow], Any] | None,
     ) -> None:
-        super().__init__(model, model.energy, trainer, settings)
+        super().__init__(model, model.energy, trainer, terms, "energy")
         self.trainer, self.callback = trainer, callback
         self.good, self.good_step = weights_of(model.energy), 0
         self.diverged = False
         self.sums = torch.zeros(len(EnergyMetrics._fields), device=self.device)
 
-    def step(self, batches: Loader) -> None:
-        x = self.next_batch(batches)
-        if self.stopped is not None:
-            return
+    def step(self, x: Any) -> None:  # noqa: ANN401
+        """Takes one step; a number that is not finite ends the training as diverged."""
         try:
             self.sums += torch.stack([m.to(self.sums) for m in self.trainer.step(x)])
         except FloatingPointError as error:
             self._diverge(str(error))
-        else:
-            self.stepped()
 
-    def look(self) -> str:
-        """Adds a row; keeps the averaged weights to go back to, or goes back."""
+    def evaluate(self) -> str:
+        """Adds a row; keeps the averaged weights, unless the energy has diverged."""
         gap, energy, spectral, norm = (self.sums / self.steps_since_row).tolist()
         self.sums, self.steps_since_row = torch.zeros_like(self.sums), 0
         rate: float = self.trainer.optimizer.param_groups[0]["lr"]
         row = EnergyRow(self.trainer.steps, gap, energy, spectral, norm, rate, self.elapsed())
         self.rows.append(row)
-        if not abs(row.gap) <= self.settings["max_gap"]:
+        if not abs(row.gap) <= self.terms.settings.max_gap:
             self._diverge(f"the energy gap is {row.gap:.4g} nats")
         elif not self.diverged:
             self.good, self.good_step = self._copied_average(), row.step
@@ -236,14 +236,16 @@ class _Run(ResumableTraining):
         return f"gap {row.gap:.2f}, E {row.energy:.1f}"
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The averaged weights; if the energy ran away, those of the last row before."""
+        """The averaged weights; after a divergence, those of the last row before."""
         return self.good if self.diverged else self.average
 
     @property
     def kept_step(self) -> int:
+        """Step of the kept weights."""
         return self.good_step if self.diverged else self.trainer.steps
 
     def state(self) -> dict[str, Any]:
+        """Content of a checkpoint, with the weights to go back to and the replay buffer."""
         buffer = self.trainer.buffer
         return {
             **super().state(),
@@ -256,6 +258,7 @@ class _Run(ResumableTraining):
         }
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
+        """Resumes from a checkpoint, with the weights to go back to and the replay buffer."""
         super().restore(saved, stream)
         self.good = {name: t.to(self.device) for name, t in saved["good"].items()}
         self.good_step, self.diverged = saved["good_step"], saved["diverged"]
@@ -272,18 +275,3 @@ class _Run(ResumableTraining):
 
     def _copied_average(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.average.items()}
-
-
-def _check(settings: dict[str, Any], checkpoint_every: int) -> None:
-    names = ("steps", "batch_size", "eval_every")
-    counts = {**{name: settings[name] for name in names}, "checkpoint_every": checkpoint_every}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}.")
-    if settings["buffer_size"] < 0 or not 0 <= settings["ema_decay"] <= 1:
-        raise ValueError(
-            f"buffer_size must be at least 0 and ema_decay from 0 to 1; got "
-            f"{settings['buffer_size']} and {settings['ema_decay']}."
-        )
-    if not settings["max_gap"] > 0:
-        raise ValueError(f"max_gap must be positive; got {settings['max_gap']}.")

@@ -1,4 +1,4 @@
-"""A replay buffer of Langevin chains, so that the next step goes on where earlier ones ended."""
+"""Replay buffer of Langevin chains, from whose ends new chains can go on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class ReplayBuffer:
-    """The noise of the last chains, from which a share of new chains goes on.
+    """Replay buffer: the noise of the last chains, from which some of the new chains go on.
 
     Arguments:
-        size: Most chains that are kept; the oldest are replaced first.
-        share: Probability that a chain goes on from a kept one, where there are any.
+        size: Largest number of kept chains; the oldest are replaced first.
+        share: Probability that a chain goes on from a kept one, if there are any.
 
     Raises:
-        ValueError: If the size is below 1, or the share no probability.
+        ValueError: If the size is below 1, or the share is not from 0 to 1.
 
     References:
         Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient
@@ -34,7 +34,7 @@ class ReplayBuffer:
         self.pushed = 0
 
     def mix(self, fresh: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Replaces some rows of fresh noise by kept ones, taken at random."""
+        """Returns fresh noise with some rows, taken at random, replaced by kept ones."""
         if not self.kept:
             return tuple(fresh)
         rows, device = len(fresh[0]), fresh[0].device
@@ -46,7 +46,7 @@ class ReplayBuffer:
         )
 
     def push(self, noise: Sequence[Tensor]) -> None:
-        """Keeps where chains have ended."""
+        """Adds the noise of finished chains, in place of the oldest."""
         noise = [part.detach()[: self.size] for part in noise]
         filled, count = len(self.kept[0]) if self.kept else 0, len(noise[0])
         if filled < self.size:

@@ -3,9 +3,9 @@ r"""Spectral regularisation: the sum of the largest singular values of a network
 .. math::
     R(\theta) = \sum_W \sigma_1(W) = \sum_W u_W^T W v_W,
 
-each W a weight with all axes but the first flattened, and u, v its leading singular vectors, found
-by power iteration from where the last call left them. Given u and v, which are constants of the
-gradient, ∂R/∂W = u vᵀ.
+where W is a weight with all axes but the first flattened, and u, v are its leading singular vectors.
+They are found by power iteration, which goes on from the vectors of the last call. The gradient
+treats u and v as constants: ∂R/∂W = u vᵀ.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -26,7 +26,7 @@ _FIRST_ITERATIONS = 30
 
 
 class SpectralPenalty(nn.Module):
-    """R(θ) of a network, differentiable; its buffers are the vectors, its network is not its own.
+    """Spectral penalty R(θ) of a network; the vectors u are its buffers, the network no submodule.
 
     Arguments:
         net: The network; every parameter of two axes or more is a weight.
@@ -61,5 +61,5 @@ class SpectralPenalty(nn.Module):
             u = self.get_buffer(f"u{i}")
             for _ in range(count):
                 new = weight @ (weight.T @ u)
-                length = new.norm()  # 0 where a weight is, which leaves its vector as it was
+                length = new.norm()  # 0 if the weight is 0; the vector stays as it was
                 u.copy_(torch.where(length > 0, new / length, u))

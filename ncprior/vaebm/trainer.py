@@ -7,9 +7,8 @@ With p_E(x) ∝ p(x)·e^{-E(x)}, p the VAE or NCP, the gradient of the likelihoo
         = E_{p_{data}} [\nabla_\theta E(x)] - E_{p_E} [\nabla_\theta E(x)],
 
 whose second mean is taken over the ends of short Langevin chains. Chains start from the VAE, from
-NCP's own sampler, or where earlier chains have ended. The energy that is learnt fits the chains
-that it was learnt with: where these are too short to forget their start, it is steeper than
-log p / p_data.
+NCP's own sampler, or from the ends of earlier chains. The energy is learnt together with the
+chains: if these are too short to forget their start, it is steeper than log p / p_data.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -42,10 +41,11 @@ Contrast = Literal["x", "mean"]
 
 
 class EnergyMetrics(NamedTuple):
-    """What one step measures, each a scalar.
+    """Metrics of one step, each a scalar.
 
     Attributes:
-        gap: Mean E of the data less mean E of the chains, in nats; about 0 where the chains follow.
+        gap: Mean E of the data minus mean E of the chains, in nats; about 0 if the chains follow
+            the energy.
         energy: Mean E of the data, in nats.
         spectral: Sum of the largest singular values.
         grad_norm: Norm of the gradient before clipping.
@@ -60,7 +60,7 @@ class EnergyMetrics(NamedTuple):
 class VAEBMTrainer:
     """One step of energy training, for a loop of one's own.
 
-    Data get the model's ``data_noise``, anew in every step.
+    The model's ``data_noise`` is added to the data, drawn anew in every step.
 
     When a process group exists, the energies start from rank 0's weights and their gradients are
     averaged over the ranks.
@@ -69,14 +69,14 @@ class VAEBMTrainer:
         model: The model whose energy is trained; chains have its numbers of steps and its λ.
         optimizer: An optimizer of the energy's parameters.
         backward: Back-propagates a loss.
-        sampler: How chains' starts are drawn from NCP's heads; ``None`` starts from the base.
-        contrast: What of a chain is set against data: ``"x"``, with the decoder's noise, or
-            ``"mean"``, as the published code does on all but CIFAR-10.
-        buffer: Where chains are kept to go on from; ``None`` starts each step afresh.
-        spectral_weight: Weight of the spectral regularisation. The published code's is 0.2, for
-            nets that are larger; a weight that outdoes a small gap keeps a new net flat.
+        sampler: Sampler of NCP for the starts of the chains; ``None`` starts from the base.
+        contrast: Output of a chain that is contrasted with data: ``"x"``, with the decoder's noise,
+            or ``"mean"``, as in the published code on all data sets but CIFAR-10.
+        buffer: Buffer of chains to go on from; ``None`` starts each step afresh.
+        spectral_weight: Weight of the spectral regularisation. The published code has 0.2, for
+            larger networks; a weight that is too large for a small gap keeps a new network flat.
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
-        condition: Picks the chains' condition out of a batch, if the source needs one.
+        condition: Returns the chains' condition for a batch, if the source needs one.
 
     Raises:
         ValueError: If the optimizer holds parameters that are not the energy's, or the options do
@@ -133,7 +133,7 @@ class VAEBMTrainer:
         """Takes one optimizer step on one batch.
 
         Arguments:
-            x: One batch, as the user's loader yields it; of a tuple, the images are the first item.
+            x: One batch, as the user's loader yields it. In a tuple, the first item is the images.
 
         Returns:
             Energies and gradient norm, averaged over the ranks.
@@ -169,7 +169,7 @@ class VAEBMTrainer:
         norm = reduce_and_clip(self.model, self.max_grad_norm)
         gap, mean, spectral = average_over_ranks(measured)
         metrics = EnergyMetrics(gap, mean, spectral, norm)
-        self._refuse_non_finite(metrics)
+        self._require_finite(metrics)
         self.optimizer.step()
         self.steps += 1
         if self.buffer is not None:
@@ -178,7 +178,10 @@ class VAEBMTrainer:
 
     @torch.no_grad()
     def chains(self, x: Any) -> Chains:  # noqa: ANN401
-        """Draws the chains that a batch is set against.
+        """Draws the chains that a batch is contrasted with.
+
+        Arguments:
+            x: The batch.
 
         Example:
             >>> from ncprior.heads import MLPHead
@@ -205,7 +208,7 @@ class VAEBMTrainer:
         fail_together(None)
         return chains
 
-    def _refuse_non_finite(self, metrics: EnergyMetrics) -> None:
+    def _require_finite(self, metrics: EnergyMetrics) -> None:
         if not torch.isfinite(torch.stack([m.to(metrics.gap) for m in metrics])).all():
             self.optimizer.zero_grad()
             raise FloatingPointError(

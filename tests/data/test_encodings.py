@@ -22,6 +22,7 @@ from ncprior.data.encodings import CachedEncodings, CachedGroupsSource, epochs_t
 from ncprior.data.stream import Stream
 from ncprior.heads.networks import MLPHead
 from ncprior.source import contrastive_pairs, posterior_of, sample_posterior
+from ncprior.training import FitSettings
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -40,9 +41,10 @@ def test_with_one_group_training_is_what_it_was(memory: float) -> None:
     options = {"steps": 30, "batch_size": 32, "eval_every": 15, **QUIET}
     kept, fresh = flat_prior(vae), flat_prior(vae)
     torch.manual_seed(1)
-    a = fit(fresh, x, cache_epochs=None, **options)
+    a = fit(fresh, x, settings=FitSettings(cache_epochs=None), **options)
     torch.manual_seed(1)
-    b = fit(kept, x, cache_epochs=math.inf, cache_memory=memory, **options)
+    settings = FitSettings(cache_epochs=math.inf, cache_memory=memory)
+    b = fit(kept, x, settings=settings, **options)
     for one, two in zip(fresh.parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert a.best_loss == pytest.approx(b.best_loss, abs=1e-5)
@@ -92,9 +94,9 @@ def test_the_encoder_sees_every_row_once_where_that_changes_nothing(case: str, r
     if "list" in case:
         x, options["held_out"] = list(torch.randn(7 * 32, 3).split(32)), torch.randn(10, 3)
     if case == "never":
-        options["cache_epochs"] = None
+        options["settings"] = FitSettings(cache_epochs=None)
     if "asked" in case:
-        options["cache_epochs"] = math.inf
+        options["settings"] = FitSettings(cache_epochs=math.inf)
     fit(prior, x, **options)
     assert vae.rows == rows
 
@@ -106,8 +108,7 @@ def test_a_posterior_of_unknown_type_is_not_kept_unasked() -> None:
     vae = Counting()
     base = Independent(Normal(torch.zeros(2), 1.0), 1)
     source = SingleGroup(base, lambda x: Own(Normal(x[:, :2], 1.0), 1), vae.layer)
-    settings = {"cache_epochs": "auto", "steps": 100, "batch_size": 32}
-    assert epochs_to_cache(source, torch.randn(200, 3), settings) is None
+    assert epochs_to_cache(source, torch.randn(200, 3), "auto", rows_drawn=3200) is None
     # Its encoding is x itself: kept when asked for, to no use and no harm.
     walks = CachedEncodings(source, torch.randn(200, 3), batch_size=32, seed=0)
     assert walks[0:2].posterior.shape == (2, 3)
@@ -123,9 +124,9 @@ def test_a_base_of_ones_own_is_kept_with_its_source() -> None:
 
 
 def test_an_iterator_cannot_be_walked_twice() -> None:
-    prior = flat_prior(VAE())
+    prior, settings = flat_prior(VAE()), FitSettings(cache_epochs=1)
     with pytest.raises(TypeError, match="cache_epochs need data that can be read again"):
-        fit(prior, iter([torch.randn(4, 3)]), steps=1, cache_epochs=1, **QUIET)
+        fit(prior, iter([torch.randn(4, 3)]), steps=1, settings=settings, **QUIET)
 
 
 # --- several groups ---
@@ -178,8 +179,9 @@ def test_a_vae_in_training_mode_is_refused_before_a_walk_changes_it() -> None:
     prior = ladder_prior(2)
     ladder = prior.source.train()
     before = {name: t.clone() for name, t in ladder.state_dict().items()}
+    settings = FitSettings(cache_epochs=2)
     with pytest.raises(ValueError, match="evaluation mode"):
-        fit(prior, torch.randn(40, 3), cache_epochs=2, steps=2, batch_size=8, **QUIET)
+        fit(prior, torch.randn(40, 3), settings=settings, steps=2, batch_size=8, **QUIET)
     assert all(torch.equal(t, before[name]) for name, t in ladder.state_dict().items())
 
 
@@ -238,7 +240,7 @@ def test_an_interrupted_training_on_kept_walks_ends_as_if_it_had_not_been(
         "patience": None,
         "steps": 23,
         "batch_size": 8,
-        "cache_epochs": 2,
+        "settings": FitSettings(cache_epochs=2),
         **QUIET,
     }
 
@@ -278,24 +280,25 @@ def test_a_group_without_known_parameters_is_named() -> None:
     source = rebase(Ladder(2), lambda k, group: SampleOnly(group.prior) if k else group.prior)
     prior = NCPrior(source, ladder_prior(2).heads)
     with pytest.raises(TypeError, match="group 1 has a SampleOnly.*cache_epochs=None"):
-        fit(prior, torch.randn(20, 3), steps=2, batch_size=8, cache_epochs=1, **QUIET)
+        settings = FitSettings(cache_epochs=1)
+        fit(prior, torch.randn(20, 3), steps=2, batch_size=8, settings=settings, **QUIET)
 
 
 def test_later_stages_of_several_groups_walk_anew() -> None:
-    settings = {"cache_epochs": 3, "steps": 100, "batch_size": 8}
-    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), settings) == 3
-    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), settings, stage=2) is None
-    assert epochs_to_cache(flat(), torch.randn(20, 3), settings, stage=2) == 3
+    x = torch.randn(20, 3)
+    assert epochs_to_cache(Ladder(2), x, 3, rows_drawn=800) == 3
+    assert epochs_to_cache(Ladder(2), x, 3, rows_drawn=800, stage=2) is None
+    assert epochs_to_cache(flat(), x, 3, rows_drawn=800, stage=2) == 3
 
 
 def test_several_groups_are_not_kept_unasked() -> None:
-    settings = {"cache_epochs": "auto", "steps": 100, "batch_size": 8}
-    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), settings) is None
+    assert epochs_to_cache(Ladder(2), torch.randn(20, 3), "auto", rows_drawn=800) is None
 
 
 def test_walks_train_the_heads_of_a_ladder() -> None:
     prior, x = ladder_prior(2), torch.randn(400, 3)
-    history = fit(prior, x, steps=200, batch_size=64, learning_rate=1e-2, cache_epochs=2, **QUIET)
+    options = {"steps": 200, "batch_size": 64, "learning_rate": 1e-2, **QUIET}
+    history = fit(prior, x, settings=FitSettings(cache_epochs=2), **options)
     assert history.best_loss is not None
     assert max(history.best_loss) < 2 * math.log(2)
     assert isinstance(prior.source, Ladder)
@@ -388,7 +391,8 @@ def test_fit_in_mixed_precision_reaches_the_loss() -> None:
     for precision in (torch.float32, torch.bfloat16):
         prior = flat_prior(vae)
         torch.manual_seed(1)
-        history = fit(prior, x, steps=100, learning_rate=1e-2, precision=precision, **QUIET)
+        settings = FitSettings(precision=precision)
+        history = fit(prior, x, steps=100, learning_rate=1e-2, settings=settings, **QUIET)
         assert history.best_loss is not None
         best.append(history.best_loss[0])
     assert best[0] != best[1]

@@ -33,6 +33,7 @@ FEW = {
     "classifier_steps": 50,
     "head": {"width": 16},
     "fit": {"steps": 60, "eval_every": 20},
+    "weight_decay": 1e-2,
     "num_proposals": 20,
     "num_samples": 600,
     "log_z_draws": 1000,

@@ -17,6 +17,7 @@ from ncprior.heads import stacked as batched_module
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.heads.stacked import log_ratios
 from ncprior.source import contrastive_pairs
+from ncprior.training import FitSettings
 
 
 def many() -> tuple[list[nn.Module], list[tuple[Tensor, Tensor | None]]]:
@@ -102,8 +103,7 @@ def test_fit_at_once_in_bfloat16() -> None:
         steps=100,
         learning_rate=1e-2,
         batch_size=64,
-        batched=True,
-        precision=torch.bfloat16,
+        settings=FitSettings(batched=True, precision=torch.bfloat16),
         progress=False,
     )
     assert history.best_loss is not None

@@ -10,6 +10,7 @@ import textwrap
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ncprior import NCPrior, SingleGroup, fit
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.trainer import NCETrainer
-from ncprior.training.history import History, Row
+from ncprior.training import FitSettings, History, Row, gate
 
 QUIET = {"progress": False}
 
@@ -202,13 +203,9 @@ def test_it_is_adamw_with_cosine_on_the_nce_loss() -> None:
     steps, x = 12, list(data(16 * 12).split(16))
     prior, other = small(), small()
     scramble(3)
-    options = {
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "noise_weight": 2.0,
-        "max_grad_norm": 0.5,
-    }
-    history = without_warning(prior, x, steps=steps, eval_every=4, ema_decay=0.0, **options)
+    settings = FitSettings(weight_decay=0.1, noise_weight=2.0, max_grad_norm=0.5, ema_decay=0.0)
+    options = {"learning_rate": 1e-2, "settings": settings}
+    history = without_warning(prior, x, steps=steps, eval_every=4, **options)
     scramble(3)
     torch.randint(2**31, (2,))  # the seeds of the split and of the data's own randomness
     optimizer = torch.optim.AdamW(other.parameters(), 1e-2, weight_decay=0.1, fused=True)
@@ -236,7 +233,7 @@ def test_the_kept_weights_are_an_exponential_moving_average() -> None:
     decay, x = 0.5, list(data(16 * 6).split(16))
     prior, other = small(), small()
     scramble(3)
-    without_warning(prior, x, steps=6, ema_decay=decay)
+    without_warning(prior, x, steps=6, settings=FitSettings(ema_decay=decay))
     scramble(3)
     torch.randint(2**31, (2,))
     optimizer = torch.optim.AdamW(other.parameters(), 1e-3, weight_decay=1e-2)
@@ -265,7 +262,7 @@ def test_the_loss_falls_to_its_least_and_the_ratio_is_right() -> None:
         steps=600,
         batch_size=512,
         learning_rate=5e-3,
-        ema_decay=0.98,
+        settings=FitSettings(ema_decay=0.98),
         eval_every=50,
         **QUIET,
     )
@@ -296,7 +293,7 @@ def test_it_ends_in_evaluation_mode_with_no_gradients() -> None:
 def test_held_out_losses_are_of_the_averaged_weights_without_dropout() -> None:
     """Taken again with the kept weights, at no learning rate, the best loss is the same."""
     prior = stir(ladder_prior(dropout=0.5))
-    options = {"held_out": data(64), "steps": 1, "ema_decay": 0.0}
+    options = {"held_out": data(64), "steps": 1, "settings": FitSettings(ema_decay=0.0)}
     scramble(3)
     history = fit(prior, data(), learning_rate=0.1, **options, **QUIET)
     scramble(3)  # the same draws of z
@@ -368,7 +365,7 @@ class Scripted:
         self, monkeypatch: pytest.MonkeyPatch, losses: list[list[float]], error: float = 0.0
     ) -> None:
         self.losses, self.weights, self.error = iter(losses), [], error
-        monkeypatch.setattr(import_module("ncprior.training.fit"), "HeldOut", self._made)
+        monkeypatch.setattr(import_module("ncprior.training.stage_runs"), "HeldOut", self._made)
 
     def _made(self, data: Any, prior: NCPrior, *_: Any, **__: Any) -> Scripted:
         self.prior = prior
@@ -385,7 +382,8 @@ def test_each_group_keeps_its_own_best(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch, [[3.0, 1.0, 2.0], [2.0, 2.0, 2.0], [1.0, 3.0, 2.5], [4.0, 4.0, 1.0]]
     )
     prior = small()
-    history = fit(prior, data(), steps=8, eval_every=2, ema_decay=0.5, patience=None, **QUIET)
+    settings = FitSettings(ema_decay=0.5)
+    history = fit(prior, data(), steps=8, eval_every=2, patience=None, settings=settings, **QUIET)
     assert (history.best_step, history.best_loss) == ([6, 2, 8], [1.0, 1.0, 1.0])
     for k, evaluation in enumerate((2, 0, 3)):
         for name, tensor in prior.heads[k].state_dict().items():
@@ -424,14 +422,24 @@ def test_gating_switches_off_heads_that_learnt_nothing_that_holds(
 ) -> None:
     """Of standard error 0.01, a loss must be below 2 log 2 - 0.02."""
     ceiling = 2 * math.log(2)
-    for gate in (True, False):
-        script = [[ceiling - 0.019, ceiling - 0.021, ceiling + 0.5]]
-        Scripted(monkeypatch, script, error=0.01)
-        prior = small()
-        history = fit(prior, data(), steps=2, eval_every=2, gate=gate, **QUIET)
-        assert prior.active == ([False, True, False] if gate else [True] * 3)
-        assert history.gated == ((0, 2) if gate else ())
-        assert ("left at their base: 0, 2" in str(history)) is gate
+    Scripted(monkeypatch, [[ceiling - 0.019, ceiling - 0.021, ceiling + 0.5]], error=0.01)
+    prior = small()
+    history = fit(prior, data(), steps=2, eval_every=2, **QUIET)
+    assert prior.active == [True] * 3
+    assert gate(prior, history) == (0, 2)
+    assert prior.active == [False, True, False]
+    staged = history._replace(stages=(history._replace(kept=(True, False, False)),))
+    prior.active = [True, False, True]
+    assert gate(prior, staged) == (2,)  # a further stage has learnt something in group 0
+    assert prior.active == [True, False, False]  # and a group that is off stays off
+
+
+def test_gating_without_held_out_losses_is_refused() -> None:
+    prior = small()
+    history = without_warning(prior, list(data().split(16)), steps=2)
+    with pytest.raises(ValueError, match="needs held-out losses.*Pass held_out= to fit"):
+        gate(prior, history)
+    assert prior.active == [True] * 3
 
 
 def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> None:
@@ -471,9 +479,8 @@ def test_gating_leaves_a_base_that_matches_and_keeps_a_head_that_helps() -> None
     torch.manual_seed(0)
     heads = [MLPHead((1,), width=16), MLPHead((1,), context_shape=(1,), width=16)]
     prior = NCPrior(problem, heads)
-    options = {"steps": 300, "gate": True, "progress": False}
-    history = fit(prior, problem.data(4000), held_out=problem.data(4000), **options)
-    assert history.gated == (0,)
+    history = fit(prior, problem.data(4000), held_out=problem.data(4000), steps=300, **QUIET)
+    assert gate(prior, history) == (0,)
     assert prior.active == [False, True]
 
 
@@ -494,9 +501,9 @@ def test_memorising_heads_are_stopped() -> None:
         held_out=problem.data(500),
         steps=400,
         learning_rate=1e-2,
-        ema_decay=0.5,
         eval_every=20,
         patience=3,
+        settings=FitSettings(ema_decay=0.5),
         **QUIET,
     )
     assert history.stopped.startswith("no progress on held-out data since step")
@@ -555,7 +562,8 @@ def test_an_error_leaves_the_last_good_weights(
     what: BaseException | str, held_out: Tensor | None
 ) -> None:
     """After 6 good steps: the average of all 6, or the best of the held-out loss of step 4."""
-    options = {"held_out": held_out, "steps": 1000, "ema_decay": 0.5, "eval_every": 4}
+    options = {"held_out": held_out, "steps": 1000, "eval_every": 4}
+    options["settings"] = FitSettings(ema_decay=0.5)
     expected, prior = small(), small()
     scramble(3)
     last = 6 if held_out is None else 4
@@ -586,10 +594,12 @@ def test_an_interrupt_in_the_callback_keeps_the_best_weights() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    counts = ("steps", "batch_size", "eval_every", "checkpoint_every", "num_cached_proposals")
-    for name in counts:
-        with pytest.raises(ValueError, match="must be at least 1; got .*0"):
+    for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "patience"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got .*0"):
             fit(small(), data(), **{name: 0}, **QUIET)
+    for name in ("num_draws", "num_cached_proposals", "cache_epochs"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got .*0"):
+            FitSettings(**{name: 0})
     with pytest.raises(ValueError, match="1 rows cannot be split"):
         fit(small(), data(1), **QUIET)
     with pytest.raises(TypeError, match="got int"):
@@ -600,18 +610,31 @@ def test_wrong_arguments_are_refused() -> None:
     ("name", "value"),
     [
         ("noise_weight", 0.0),
-        ("learning_rate", -1.0),
         ("weight_decay", -1.0),
+        ("max_grad_norm", 0.0),
         ("ema_decay", 1.5),
         ("ema_decay", -0.5),
-        ("patience", 0),
+        ("cache_memory", -1.0),
     ],
 )
-def test_values_out_of_range_are_refused_at_once(name: str, value: float) -> None:
+def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {value}"):
+        FitSettings(**{name: value})
+
+
+def test_a_learning_rate_out_of_range_is_refused_at_once() -> None:
     prior = small()
-    with pytest.raises(ValueError, match=name.replace("_", ".")):
-        fit(prior, data(), **{name: value}, steps=2, eval_every=1, **QUIET)
+    with pytest.raises(ValueError, match="learning.rate"):
+        fit(prior, data(), learning_rate=-1.0, steps=2, eval_every=1, **QUIET)
     assert same(weights(prior), weights(small()))
+
+
+def test_settings_are_immutable_and_compared_by_what_changes_the_result() -> None:
+    settings = FitSettings(num_draws=2)
+    with pytest.raises(FrozenInstanceError):
+        settings.num_draws = 3  # type: ignore[misc]
+    assert replace(settings, cache_memory=1.0) == settings
+    assert replace(settings, num_draws=3) != settings
 
 
 # --- resume ---
@@ -663,8 +686,8 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 16,
     "eval_every": 4,
     "checkpoint_every": 5,
-    "ema_decay": 0.9,
     "learning_rate": 1e-2,
+    "settings": FitSettings(ema_decay=0.9),
 }
 
 
@@ -821,25 +844,32 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     settings = {"steps": 10, "eval_every": 4, "batch_size": 16}
     fit(small(), data(), checkpoint=path, **settings, **QUIET)
-    for name, value in {
-        "steps": 20,
-        "batch_size": 8,
-        "learning_rate": 0.1,
+    main = {"steps": 20, "batch_size": 8, "learning_rate": 0.1, "eval_every": 5}
+    other = {
         "weight_decay": 0.1,
-        "noise_weight": 2.0,
         "max_grad_norm": None,
         "ema_decay": 0.5,
-        "eval_every": 5,
-    }.items():
+        "noise_weight": 2.0,
+        "num_draws": 2,
+        "cache_epochs": 3,
+        "precision": torch.bfloat16,
+        "batched": True,
+        "group_parallel": True,
+    }
+    changes = {name: {name: value} for name, value in main.items()}
+    changes |= {name: {"settings": FitSettings(**{name: other[name]})} for name in other}
+    for name, change in changes.items():
         prior = stir(small())
         before = weights(prior)
         with pytest.raises(
             ValueError, match=rf"training with {name}=.*got {name}=.*another check"
         ):
-            fit(prior, data(), checkpoint=path, **{**settings, name: value}, **QUIET)
+            fit(prior, data(), checkpoint=path, **{**settings, **change}, **QUIET)
         assert same(weights(prior), before), name
     with pytest.raises(ValueError, match="training with rows=200; got rows=100"):
         fit(small(), data(100), checkpoint=path, **settings, **QUIET)
+    elsewhere = FitSettings(cache_memory=1.0)  # which changes nothing
+    fit(small(), data(), checkpoint=path, settings=elsewhere, **settings, **QUIET)
 
 
 def test_a_checkpoint_of_other_heads_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from ncprior import Group, NCPrior, fit
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.tensors import save_tensors
+from ncprior.training import FitSettings
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.skipif(
@@ -66,15 +67,23 @@ class Replay:
 
 
 def replayed(num_groups: int = GROUPS, **options: Any) -> NCPrior:
-    """Heads trained on the stored draws, in as many steps as there are batches."""
+    """Heads trained on the stored draws, with settings, in as many steps as there are batches."""
     torch.manual_seed(4)
     heads = [MLPHead((2,), width=8, depth=1) for _ in range(num_groups)]
     prior = NCPrior(Replay(num_groups), heads)
     rows = list(torch.arange(STEPS * ROWS).split(ROWS))
     held_out = torch.arange(37)
-    options = {"held_out": held_out, "eval_every": 5, "patience": None, **options}
-    options |= {"steps": STEPS, "learning_rate": 1e-2, "batch_size": ROWS, **QUIET}
-    prior.history = fit(prior, rows, **options)  # type: ignore[assignment]
+    prior.history = fit(  # type: ignore[assignment]
+        *(prior, rows),
+        held_out=held_out,
+        eval_every=5,
+        patience=None,
+        steps=STEPS,
+        learning_rate=1e-2,
+        batch_size=ROWS,
+        settings=FitSettings(**options),
+        **QUIET,
+    )
     return prior
 
 
@@ -123,7 +132,8 @@ def rank_main(rank: int, folder: Path) -> None:
             torch.manual_seed(50 + rank)  # other heads and generators on each rank
             prior = stir(ladder_prior(3, dropout=0.3), 0.1)
             prior.source.load_state_dict(torch.load(folder / "source.pt", weights_only=True))
-            options = {"batch_size": 51, "eval_every": 10, "group_parallel": how, **options}
+            settings = FitSettings(group_parallel=how, cache_epochs=options.pop("cache", "auto"))
+            options = {"batch_size": 51, "eval_every": 10, "settings": settings, **options}
             if name == "stopped" and not how:
                 prior.source.advance = recorded(prior.source.advance, saved)
             fit(prior, x, **options, **QUIET)
@@ -131,7 +141,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
         train("stopped", steps=40, batch_size=50, callback=callback)
         told[f"calls {how}"] = calls
-        train("whole", steps=31, cache_epochs=1)
+        train("whole", steps=31, cache=1)
         path = folder / f"checkpoint-{how}"
 
         def interrupt(row: Any) -> None:
@@ -142,7 +152,7 @@ def rank_main(rank: int, folder: Path) -> None:
             train(
                 *("parts",),
                 steps=31,
-                cache_epochs=1,
+                cache=1,
                 callback=interrupt,
                 checkpoint=path,
                 checkpoint_every=7,
@@ -150,7 +160,7 @@ def rank_main(rank: int, folder: Path) -> None:
         except (Stopped, RuntimeError) as error:
             told[f"interrupted {how}"] = f"{type(error).__name__}: {error}"
         dist.barrier()
-        train("parts", steps=31, cache_epochs=1, checkpoint=path, checkpoint_every=7)
+        train("parts", steps=31, cache=1, checkpoint=path, checkpoint_every=7)
     for name, options in {"steps": {"steps": 5 + rank}, "rows": {"batch_size": 1}}.items():
         try:
             train("none", **{"steps": 5, **options})

@@ -24,9 +24,8 @@ from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.heads.product import ProductHead, fresh_head
 from ncprior.samplers.base import Draw
 from ncprior.samplers.smc import tempered_smc
-from ncprior.training.fit import calibrate_heads
-from ncprior.training.history import History
-from ncprior.training.stages import Drawn, nested, reweighted, with_cached_proposals
+from ncprior.training import FitSettings, History, calibrate_heads, nested
+from ncprior.training.stages import Drawn, reweighted, with_cached_proposals
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -128,8 +127,7 @@ def test_three_stages_halve_the_error_of_one_at_kl_12() -> None:
     for stages in (1, 3):
         torch.manual_seed(1)
         prior = mlp(problem, data)
-        options = {"steps": 400, "learning_rate": 3e-3, "num_cached_proposals": None}
-        history = fit(prior, data, stages=stages, **options, **QUIET)
+        history = fit(prior, data, stages=stages, steps=400, learning_rate=3e-3, **QUIET)
         errors[stages] = rmse(prior, problem, z)
     assert len(history.stages) == 2
     assert errors[3] < 0.5 * errors[1]
@@ -175,7 +173,7 @@ def test_stages_of_several_groups_are_kept_group_by_group() -> None:
     data = pair.data(1000)
     prior = NCPrior.for_source(pair, data[:500], width=16, depth=1)
     options = {"steps": 60, "batch_size": 64, "learning_rate": 3e-3, "eval_every": 30}
-    history = fit(prior, data, stages=2, ema_decay=0.9, **options, **QUIET)
+    history = fit(prior, data, stages=2, settings=FitSettings(ema_decay=0.9), **options, **QUIET)
     assert len(history.stages) == 1
     for learnt, head in zip(history.stages[0].kept, prior.heads, strict=True):
         assert isinstance(head, ProductHead) is learnt
@@ -242,8 +240,8 @@ def test_a_ratio_against_finite_sir_must_not_be_multiplied_in() -> None:
     source = nested(NCPrior(problem.source(), problem.head()), partial(sir, num_proposals=500))
     data = problem.data(4000)
     second = NCPrior.for_source(source, data[:200], width=32, depth=1)
-    options = {"steps": 300, "learning_rate": 3e-3, "num_cached_proposals": 2000}
-    fit(second, data, **options, **QUIET)
+    settings = FitSettings(num_cached_proposals=2000)
+    fit(second, data, steps=300, learning_rate=3e-3, settings=settings, **QUIET)
     product = NCPrior(problem.source(), ProductHead([problem.head(), second.heads[0]]))
     z = problem.target.sample((4000,))
     exact = NCPrior(problem.source(), problem.head())
@@ -257,7 +255,8 @@ def test_a_ratio_against_finite_sir_must_not_be_multiplied_in() -> None:
 
 
 def fit_on(source: Any, prior: NCPrior, data: Tensor) -> Any:
-    return fit(NCPrior(source, prior.heads), data, steps=100, num_cached_proposals=4000, **QUIET)
+    settings = FitSettings(num_cached_proposals=4000)
+    return fit(NCPrior(source, prior.heads), data, steps=100, settings=settings, **QUIET)
 
 
 # --- draws that are kept ---
@@ -297,8 +296,9 @@ def test_draws_of_a_sampler_that_does_not_settle_are_warned_of() -> None:
 
 def test_a_cache_needs_one_prior_for_all_rows() -> None:
     prior = NCPrior.for_source(CorrelatedPair(), CorrelatedPair().data(100), width=8)
+    settings = FitSettings(num_cached_proposals=10)
     with pytest.raises(ValueError, match="one group"):
-        fit(prior, CorrelatedPair().data(100), num_cached_proposals=10, steps=2, **QUIET)
+        fit(prior, CorrelatedPair().data(100), settings=settings, steps=2, **QUIET)
 
 
 def test_a_base_that_is_slow_is_drawn_from_once() -> None:
@@ -312,7 +312,7 @@ def test_a_base_that_is_slow_is_drawn_from_once() -> None:
     source = nested(NCPrior(problem.source(), problem.head()), slow)
     prior = NCPrior.for_source(source, data[:100], width=8)
     calls.clear()
-    fit(prior, data, num_cached_proposals=1000, steps=20, **QUIET)
+    fit(prior, data, settings=FitSettings(num_cached_proposals=1000), steps=20, **QUIET)
     assert len(calls) < 5  # of which some only ask for the device
 
 
@@ -331,19 +331,18 @@ def test_an_overscaled_head_is_restored(scale: float) -> None:
     assert head.offset == pytest.approx(0, abs=0.1)
 
 
-def test_fit_calibrates_on_held_out_data() -> None:
+def test_trained_heads_are_calibrated_on_held_out_data() -> None:
     problem = GaussianPair(kl=1.0, dim=8, width=0.1)
     data, held_out = problem.data(150), problem.data(5000)
     prior = NCPrior.for_source(problem.source(), data, width=64)
     options = {"steps": 300, "learning_rate": 3e-3, "patience": None}
-    history = fit(prior, data, held_out=held_out, calibrate=True, **options, **QUIET)
-    assert history.slopes[0] != 1
-    assert "log r times" in str(history)
+    fit(prior, data, held_out=held_out, **options, **QUIET)
+    assert calibrate_heads(prior, held_out)[0] != 1
     again = calibrate_heads(prior, held_out)
     assert again[0] == pytest.approx(1, abs=0.1)
 
 
-def test_heads_that_cannot_are_told_before_training() -> None:
+def test_heads_that_cannot_be_staged_or_calibrated_are_refused_before_they_are_called() -> None:
     problem = GaussianPair()
 
     class Plain(nn.Linear):
@@ -352,7 +351,7 @@ def test_heads_that_cannot_are_told_before_training() -> None:
 
     prior = NCPrior(problem.source(), Plain(2, 1))
     with pytest.raises(TypeError, match=r"rescale\(a, b\)"):
-        fit(prior, problem.data(50), calibrate=True, **QUIET)
+        calibrate_heads(prior, problem.data(50))
     with pytest.raises(TypeError, match=r"config\(\)"):
         fit(prior, problem.data(50), stages=2, **QUIET)
 
@@ -372,10 +371,9 @@ def test_what_does_not_go_together_is_refused() -> None:
     prior, data = NCPrior(problem.source(), MLPHead((2,), width=8)), problem.data(50)
     with pytest.raises(TypeError, match="one-shot"):
         fit(prior, iter([data]), stages=2, **QUIET)
-    for option in ({"stages": "auto"}, {"calibrate": True}):
-        with warnings.catch_warnings(), pytest.raises(ValueError, match="held-out"):
-            warnings.simplefilter("ignore")
-            fit(prior, [data], **option, **QUIET)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="held-out"):
+        warnings.simplefilter("ignore")
+        fit(prior, [data], stages="auto", **QUIET)
     prior.strength = 0.5
     with pytest.raises(ValueError, match="strength 1"):
         fit(prior, data, stages=2, **QUIET)
@@ -391,7 +389,8 @@ def test_training_in_stages_resumes_exactly(tmp_path: Path, at: int) -> None:
     problem = GaussianPair(kl=4.0)
     data = problem.data(600)
     options = {"steps": 40, "batch_size": 32, "eval_every": 8, "checkpoint_every": 8}
-    options |= {"stages": 2, "ema_decay": 0.9, "num_cached_proposals": 300, "learning_rate": 1e-2}
+    options |= {"stages": 2, "learning_rate": 1e-2}
+    options["settings"] = FitSettings(ema_decay=0.9, num_cached_proposals=300)
 
     def run(path: Path, seed: int, callback: Any = None) -> NCPrior:
         torch.manual_seed(0)

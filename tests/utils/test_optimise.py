@@ -8,11 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncprior.utils.optimise import minimise, standardise
+from ncprior.utils.optimise import cosine_rate, minimise, standardise, update_average
 
 
 def bowl(w: Tensor, centre: float) -> Callable[[], Tensor]:
     return lambda: (w - centre).square().mean()
+
+
+def test_the_schedule_is_a_cosine_to_zero() -> None:
+    rates = [cosine_rate(0.2, taken, 8) for taken in range(9)]
+    assert rates[0] == 0.2 and rates[4] == pytest.approx(0.1) and rates[8] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_averages_warm_up_and_integers_are_copied() -> None:
+    average, tensors = [torch.zeros(2), torch.tensor(3)], [torch.ones(2), torch.tensor(7)]
+    update_average(average, tensors, 0.9, step=1)
+    assert torch.allclose(average[0], torch.full((2,), 9 / 11)) and average[1] == 7
+    update_average(average, tensors, 0.0, step=2)
+    assert (average[0] == 1).all()
 
 
 def test_latents_are_standardised_and_come_back() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ncprior.vaebm.fit import EnergyHistory, EnergyRow, fit_vaebm
 from ncprior.vaebm.gaussian_decoder import GaussianDecoder
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
+from ncprior.vaebm.settings import EnergySettings
 from ncprior.vaebm.trainer import VAEBMTrainer
 
 PROBLEM = LinearGaussian()
@@ -76,8 +78,7 @@ def test_the_energy_approaches_the_log_ratio(buffer_size: int) -> None:
         steps=100,
         batch_size=128,
         learning_rate=0.1,
-        buffer_size=buffer_size,
-        weight_decay=0.0,
+        settings=EnergySettings(buffer_size=buffer_size, weight_decay=0.0),
         **QUIET,
     )
     exact = -torch.linalg.solve(p.covariance_matrix, shift)
@@ -93,7 +94,8 @@ def test_over_ncp_the_energy_learns_what_the_heads_leave() -> None:
     source, head = PROBLEM.source(), Slope(0.6, 0.0)
     mean, covariance = PROBLEM.law(Quadratic(3), head)
     law = torch.distributions.MultivariateNormal(mean[2:].float(), covariance[2:, 2:].float())
-    options = {"steps": 60, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 0.0}
+    options: dict[str, Any] = {"steps": 60, "batch_size": 128, "learning_rate": 0.1}
+    options["settings"] = EnergySettings(weight_decay=0.0)
     found = []
     for prior in (NCPrior(source, head), source):
         energy = Quadratic(3)
@@ -292,7 +294,12 @@ def test_the_loop_is_adam_with_cosine_on_the_steps() -> None:
     of, other = model(), model()
     torch.manual_seed(3)
     history = fit_vaebm(
-        *(of, batches), steps=6, eval_every=3, learning_rate=1e-2, ema_decay=0.0, **QUIET
+        *(of, batches),
+        steps=6,
+        eval_every=3,
+        learning_rate=1e-2,
+        settings=EnergySettings(ema_decay=0.0),
+        **QUIET,
     )
     torch.manual_seed(3)
     trainer = VAEBMTrainer(other, torch.optim.Adam(other.parameters(), 1e-2, weight_decay=3e-5))
@@ -313,7 +320,8 @@ def test_the_kept_weights_are_an_average() -> None:
     last, mean = model(), model()
     for of, decay in ((last, 0.0), (mean, 0.9)):
         torch.manual_seed(3)
-        fit_vaebm(of, data(), steps=10, learning_rate=0.05, ema_decay=decay, **QUIET)
+        settings = EnergySettings(ema_decay=decay)
+        fit_vaebm(of, data(), steps=10, learning_rate=0.05, settings=settings, **QUIET)
     start = weights(model())
     moved = [
         sum((t - start[name]).abs().sum().item() for name, t in of.state_dict().items())
@@ -330,8 +338,7 @@ def test_a_run_away_gap_stops_it_with_the_weights_of_the_row_before() -> None:
         steps=200,
         eval_every=5,
         learning_rate=0.2,
-        max_gap=30.0,
-        ema_decay=0.0,
+        settings=EnergySettings(max_gap=30.0, ema_decay=0.0),
         callback=lambda row: seen.append(weights(of)),
         **QUIET,
     )
@@ -351,7 +358,7 @@ def test_what_is_not_finite_stops_it_with_the_weights_of_the_row_before() -> Non
         *(of, x),
         steps=10,
         eval_every=3,
-        ema_decay=0.0,
+        settings=EnergySettings(ema_decay=0.0),
         callback=lambda row: seen.append(weights(of)),
         **QUIET,
     )
@@ -386,7 +393,9 @@ def test_a_callback_stops_it() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
-        ({"ema_decay": 1.5}, "ema_decay from 0 to 1"),
+        ({"ema_decay": 1.5}, "ema_decay must be from 0 to 1"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
         ({"buffer_size": -1}, "buffer_size must be at least 0"),
         ({"max_gap": 0.0}, "max_gap must be positive"),
         ({"max_gap": float("nan")}, "max_gap must be positive"),
@@ -398,8 +407,16 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
     of = model()
     before = weights(of)
     with pytest.raises(ValueError, match=message):
-        fit_vaebm(of, data(), **options, **QUIET)
+        fit_vaebm(of, data(), **sorted_out(options), **QUIET)
     assert same(weights(of), before)
+
+
+def sorted_out(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `fit_vaebm`, with those of `EnergySettings` put into one."""
+    names = {part.name for part in fields(EnergySettings)}
+    given = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    return {**rest, "settings": EnergySettings(**given)}
 
 
 # --- checkpoints ---
@@ -409,9 +426,8 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 16,
     "eval_every": 3,
     "checkpoint_every": 2,
-    "buffer_size": 40,
-    "ema_decay": 0.9,
     "learning_rate": 1e-2,
+    "settings": EnergySettings(buffer_size=40, ema_decay=0.9),
 }
 
 
@@ -501,8 +517,9 @@ def test_a_checkpoint_of_another_training_is_refused(
     if change.keys() & {"strength", "sampler"}:
         over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
     fit_vaebm(model(over), data(), checkpoint=path, **SETTINGS, **QUIET)
-    given = ("steps", "buffer_size", "spectral_weight", "sampler")
-    settings = {**SETTINGS, **{k: v for k, v in change.items() if k in given}}
+    settings = {**SETTINGS, **{k: v for k, v in change.items() if k in ("steps", "sampler")}}
+    other = {k: v for k, v in change.items() if k in ("buffer_size", "spectral_weight")}
+    settings["settings"] = replace(SETTINGS["settings"], **other)
     if "heads" in change:
         over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
     if "sigma" in change:

@@ -1,0 +1,47 @@
+"""Calibration of trained heads on held-out data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ncprior.diagnostics.diagnose import diagnose
+from ncprior.heads.product import rescale_head
+from ncprior.prior import NCPrior
+
+
+def calibrate_heads(
+    prior: NCPrior,
+    held_out: Any,  # noqa: ANN401
+    batch_size: int = 256,
+) -> tuple[float, ...]:
+    """Rescales each group's log r to a·log r + b, with the a and b that fit held-out data best.
+
+    Arguments:
+        prior: The prior; its heads are changed in place.
+        held_out: Data that no head was trained on, as for :func:`ncprior.diagnostics.diagnose`.
+        batch_size: Rows per batch, where batches are made here.
+
+    Returns:
+        The slope a per group: below 1 if the head was over-confident; 1 if there is no fit, and
+        the head is left as it was.
+
+    Raises:
+        TypeError: If a head has no method ``rescale(slope, offset)``. Add one, or use a head of
+            ``ncprior.heads``.
+
+    References:
+        | On Calibration of Modern Neural Networks (Guo et al., 2017), temperature scaling
+
+    Example:
+        >>> calibrate_heads(prior, torch.randn(100, 3))  # a new head's log r is 0
+        (1.0,)
+    """
+    for head in prior.heads:
+        rescale_head(head, 1.0, 0.0)  # raises before the heads are measured
+    slopes = []
+    for group in diagnose(prior, held_out, batch_size=batch_size).groups:
+        slope = group.slope if group.slope > 0 else 1.0
+        if slope != 1:
+            rescale_head(prior.heads[group.group], slope, group.offset)
+        slopes.append(slope)
+    return tuple(slopes)

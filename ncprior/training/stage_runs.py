@@ -1,0 +1,214 @@
+"""Training of all stages of one `fit`: the first heads, and further ones on the remaining gap."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ncprior.data.device_loader import Loader
+from ncprior.data.encodings import CachedEncodings, epochs_to_cache
+from ncprior.data.stream import Stream, first_batch, one_pass
+from ncprior.heads.product import ProductHead, factors, fresh_head
+from ncprior.prior import NCPrior
+from ncprior.source import LatentSource, device_of, num_rows
+from ncprior.trainer import NCETrainer
+from ncprior.training.engine import length_of, load
+from ncprior.training.heads_run import HeadTraining
+from ncprior.training.held_out import HeldOut
+from ncprior.training.history import History, Row
+from ncprior.training.settings import FitSettings, TrainingTerms
+from ncprior.training.stages import reweighted, with_cached_proposals
+from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
+
+_STAGE_CACHE = 50_000  # most draws of the prior so far that are cached,
+
+_DRAWS_PER_ROW = 10  # as many per row of data,
+
+_FEWEST_DRAWS = 5000  # and fewest
+
+_WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
+
+_MOST_STAGES = 5  # with stages="auto"
+
+Path = str | os.PathLike[str]
+
+
+class _Inputs(NamedTuple):
+    """Source and data of the training and of the held-out losses; and a hook before batches."""
+
+    source: LatentSource[Any, Any]
+    data: Any
+    held_out_source: LatentSource[Any, Any]
+    held_out: Any
+    before: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class StageRuns:
+    """The data and terms that all stages of one `fit` share.
+
+    Arguments:
+        data: The training data.
+        held_out: The held-out data, or ``None``.
+        terms: The terms of the training.
+        split_seed: Seed that the held-out rows were split off with.
+        patience: As given to ``fit``; so are the following.
+        callback: Called with each new row.
+        checkpoint_every: Steps between checkpoints.
+        progress: Whether to show a progress bar.
+    """
+
+    data: Any
+    held_out: Any
+    terms: TrainingTerms[FitSettings]
+    split_seed: int
+    patience: int | None
+    callback: Callable[[Row], Any] | None
+    checkpoint_every: int
+    progress: bool
+
+    def first(self, prior: NCPrior, checkpoint: Path | None) -> History:
+        """Trains the heads of a prior against its own base."""
+        cache = self.terms.settings.num_cached_proposals
+        return self._train(prior, prior.source, checkpoint, cache)
+
+    def further(
+        self, prior: NCPrior, stages: int | Literal["auto"], checkpoint: Path | None
+    ) -> Iterator[History]:
+        """Trains further stages, and multiplies in the heads that have learnt something."""
+        most = _MOST_STAGES if stages == "auto" else stages
+        for stage in range(2, most + 1):
+            new = NCPrior(prior.source, map(fresh_head, prior.heads))
+            path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
+            cache = self._stage_cache() if self.can_cache(prior.source) else None
+            history = self._train(new, reweighted(prior), path, cache, stage)
+            learnt = history.has_learnt(_WORTH if stages == "auto" else 0.0)
+            kept = [on and has for on, has in zip(prior.active, learnt, strict=True)]
+            history = history._replace(kept=tuple(kept))
+            for k in (k for k, keep in enumerate(kept) if keep):
+                prior.heads[k] = ProductHead([*factors(prior.heads[k]), new.heads[k]]).eval()
+            yield history
+            if not any(kept):
+                return
+
+    def can_cache(self, source: LatentSource[Any, Any]) -> bool:
+        """Whether all rows have the same prior, so that its draws can be cached."""
+        if source.num_groups > 1:
+            return False
+        x = first_batch(self.data, self.terms.batch_size)
+        device = device_of(source)
+        with torch.no_grad():
+            encoding = source.encode(tree_map_only(Tensor, lambda t: t.to(device), x))
+            group = source.group(source.start(num_rows(encoding), encoding))
+        return group.context is None
+
+    def _train(
+        self,
+        prior: NCPrior,
+        source: LatentSource[Any, Any],
+        checkpoint: Path | None,
+        cache: int | None,
+        stage: int = 1,
+    ) -> History:
+        """Trains the heads of a prior against the base of a source, or cached draws of it."""
+        align_generators()
+        inputs = self._inputs(source, cache, stage)
+        trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
+        trainer = self._trainer(trained)
+        saved = on_rank_zero(lambda: load(checkpoint))
+        stream = Stream(inputs.data, self.terms.batch_size, resumable=checkpoint is not None)
+        run = HeadTraining(
+            *(trained, trainer),
+            replace(self.terms, facts={**self.terms.facts, "stage": stage}),
+            "heads" if stage == 1 else f"heads of stage {stage}",
+            split_seed=self.split_seed,
+            held_out=self._held_out(inputs, prior, trainer),
+            patience=self.patience,
+            callback=self.callback,
+        )
+        if saved is not None:
+            run.restore(saved, stream)
+        elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
+            torch.manual_seed(own_seed(self.split_seed + stage, rank()))
+        share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
+        batches = Loader(stream, run.device, share, before=inputs.before, first=trainer.steps)
+        run.run(
+            batches,
+            checkpoint=checkpoint,
+            checkpoint_every=self.checkpoint_every,
+            progress=self.progress,
+        )
+        return run.history()
+
+    def _trainer(self, prior: NCPrior) -> NCETrainer:
+        settings = self.terms.settings
+        optimizer = torch.optim.AdamW(
+            prior.parameters(),
+            self.terms.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=_can_fuse(prior),
+        )
+        return NCETrainer(
+            prior,
+            optimizer,
+            noise_weight=settings.noise_weight,
+            num_draws=settings.num_draws,
+            max_grad_norm=settings.max_grad_norm,
+            precision=settings.precision,
+            batched=settings.batched,
+            group_parallel=settings.group_parallel,
+        )
+
+    def _held_out(self, inputs: _Inputs, prior: NCPrior, trainer: NCETrainer) -> HeldOut | None:
+        if inputs.held_out is None:
+            return None
+        measured = NCPrior(inputs.held_out_source, prior.heads)
+        groups = trainer.groups if trainer.group_parallel else None
+        size = self.terms.batch_size
+        return HeldOut(inputs.held_out, measured, size, seed=self.split_seed, groups=groups)
+
+    def _inputs(self, source: LatentSource[Any, Any], cache: int | None, stage: int) -> _Inputs:
+        """Sources and data, cached where the settings say so."""
+        held_out_source = source
+        if cache is not None:
+            source, held_out_source = with_cached_proposals(source, cache, self.split_seed + stage)
+        epochs = epochs_to_cache(
+            *(source, self.data, self.terms.settings.cache_epochs),
+            rows_drawn=self.terms.steps * self.terms.batch_size,
+            stage=stage,
+        )
+        if epochs is None:
+            return _Inputs(source, self.data, held_out_source, self.held_out)
+        walks = self._cached(source, self.data)
+        inputs = _Inputs(walks.source, walks, held_out_source, None, walks.renewal(epochs))
+        if self.held_out is None:
+            return inputs
+        held_out = self._cached(held_out_source, self.held_out)
+        return inputs._replace(held_out_source=held_out.source, held_out=held_out)
+
+    def _cached(self, source: LatentSource[Any, Any], data: Any) -> CachedEncodings:  # noqa: ANN401
+        memory = int(self.terms.settings.cache_memory * 2**30)
+        size = self.terms.batch_size
+        return CachedEncodings(source, data, batch_size=size, seed=self.split_seed, budget=memory)
+
+    def _stage_cache(self) -> int:
+        batch_size = self.terms.batch_size
+        batches = length_of(one_pass(self.data, batch_size))
+        wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
+        return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
+
+
+def _can_fuse(prior: NCPrior) -> bool:
+    """Whether AdamW has a fused step for these weights: some five times as fast on a CPU."""
+    tensors = list(prior.parameters())
+    fusable = {"cpu", "cuda"}
+    return bool(tensors) and all(
+        p.device.type in fusable and p.is_floating_point() for p in tensors
+    )

@@ -1,0 +1,52 @@
+"""Settings of energy training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ncprior.training.settings import OptimizerSettings
+from ncprior.vaebm.trainer import Contrast
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergySettings(OptimizerSettings):
+    """The rarely used settings of :func:`fit_vaebm`; immutable.
+
+    Arguments:
+        weight_decay: L2 penalty of Adam.
+        max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
+        ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
+        contrast: ``"x"`` or ``"mean"``, see :class:`VAEBMTrainer`.
+        buffer_size: Number of chains kept to go on from; 0 starts each step afresh.
+        replay_share: Probability that a chain goes on from a kept one.
+        spectral_weight: Weight of the spectral regularisation.
+        max_gap: Largest distance of a row's energy gap from 0, in nats; beyond it, training has
+            diverged.
+
+    Raises:
+        ValueError: If a number is out of range. The message names it and its range.
+
+    Example:
+        >>> from ncprior.heads import MLPHead
+        >>> from ncprior.vaebm import VAEBM, fit_vaebm
+        >>> model, settings = VAEBM(source, MLPHead((3,))), EnergySettings(buffer_size=100)
+        >>> x = torch.randn(100, 3)
+        >>> fit_vaebm(model, x, steps=3, settings=settings, progress=False).stopped
+        'all 3 steps taken'
+    """
+
+    weight_decay: float = 3e-5
+    ema_decay: float = 0.99
+    contrast: Contrast = "x"
+    buffer_size: int = 0
+    replay_share: float = 0.6
+    spectral_weight: float = 0.002
+    max_gap: float = 100.0
+
+    def __post_init__(self) -> None:
+        """Validates the numbers."""
+        super().__post_init__()
+        if self.buffer_size < 0:
+            raise ValueError(f"buffer_size must be at least 0; got {self.buffer_size}.")
+        if not self.max_gap > 0:
+            raise ValueError(f"max_gap must be positive; got {self.max_gap}.")
