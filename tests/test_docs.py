@@ -59,7 +59,7 @@ def first_snippet(text: str) -> str:
 
 def briefly(prior: Any, data: Any, **options: Any) -> Any:
     """A fit of few steps: the pages train for minutes."""
-    steps = min(options.pop("steps", 100), 100)
+    steps = min(options.pop("steps", 40), 40)
     return fit(prior, data, steps=steps, **options)
 
 
