@@ -294,3 +294,13 @@ def test_paths_in_the_guide_for_contributors_exist() -> None:
     paths = set(re.findall(r"\b(?:tests|ncprior|adapters|examples|docs)/[\w./]*\w/?", text))
     assert paths
     assert not (missing := sorted(path for path in paths if not (ROOT / path).exists())), missing
+
+
+def test_both_maps_of_the_house_show_every_room() -> None:
+    paths = [p for p in (ROOT / "ncprior").iterdir() if p.suffix in ("", ".py")]
+    rooms = {p.stem: p for p in paths if not p.stem.startswith("_")}
+    assert len(rooms) > 15
+    for room, path in rooms.items():
+        assert f"\n``{room}``" in (ncprior.__doc__ or ""), room
+        entry = f"`ncprior/{path.name}{'' if path.suffix else '/'}`"
+        assert room == "adapters" or entry in TEXTS["CONTRIBUTING.md"], entry
