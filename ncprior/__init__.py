@@ -1,4 +1,33 @@
-"""Better priors for pretrained VAEs by noise contrastive estimation."""
+"""Better priors for pretrained VAEs by noise contrastive estimation.
+
+A pretrained VAE is a *source*. :class:`NCPrior` multiplies its prior by the ratios of trained heads,
+:func:`fit` trains the heads, and a sampler such as :func:`sir` draws from the new prior. The names in
+``ncprior`` are the core. Everything else is imported from one of these files and folders, lowest
+floor first; a file imports only from lower floors and from its own folder:
+
+=====================  ===========================================================================
+``utils``              precision, random states, process groups, fingerprints
+``distributions``      distributions as pytrees of tensors
+``nce``                the loss of noise contrastive estimation, with its derivation
+``source``             a VAE as groups of latents: ``LatentSource``, ``Group``, ``SingleGroup``
+``heads``              ratio heads log r(z, context)
+``data``               batches of data and caches of encodings
+``testing``            ``check_source``, the test that every source must pass
+``bases``              base priors closer to the encodings: mixtures, VampPrior, flows
+``samplers``           SIR, Langevin dynamics, SMC, rejection, and compositions of samplers
+``saving``             files, model cards and the Hugging Face Hub
+``prior``              ``NCPrior``: a source with its heads
+``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
+``trainer``            ``NCETrainer``: one training step for a loop of your own
+``diagnostics``        report on the heads; choice of a sampler and of a strength
+``jobs``               large sampling jobs in parts on disk
+``training``           ``fit``: the training loop, its checkpoints and its stages
+``vaebm``              energies on images, alone or on top of an ``NCPrior``
+``evaluation``         quality of samples, likelihoods, out-of-distribution scores
+``demo``               the demonstration and its small networks
+``cli``                the command ``ncprior``
+=====================  ===========================================================================
+"""
 
 from ncprior._version import __version__
 from ncprior.nce import nce_loss

@@ -1,4 +1,4 @@
-"""The ``ncprior`` command: a demonstration, a report on a saved prior, a look into a saved prior."""
+"""Command line of the package: ``ncprior demo``, ``ncprior diagnose`` and ``ncprior inspect``."""
 
 from __future__ import annotations
 
@@ -21,23 +21,43 @@ _IMPORTED = time.time()
 _DESCRIPTION = """\
 Better priors for pretrained VAEs by noise contrastive estimation.
 
-  ncprior demo                            see it work on real digits, in about a minute
-  ncprior demo --data mnist               the same on MNIST, in some minutes
-  ncprior inspect user/my-prior           what is in a saved prior, without running code from it
+Examples:
+  ncprior demo                            train and improve a small VAE of digits, about a minute
+  ncprior demo --data mnist               the same on MNIST, some minutes
+  ncprior inspect user/my-prior           show the configuration of a saved prior
   ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-                                          is the head good, and how many proposals does it need?
+                                          measure the quality of the heads of a saved prior
+
+`ncprior COMMAND --help` explains the options of a command.
+"""
+
+_DEMO = """\
+Examples:
+  ncprior demo
+  ncprior demo --data mnist --seed 1 --out mnist-demo
 """
 
 _DIAGNOSE = """\
-The VAE and the data are yours: point at them as FILE.py:NAME or MODULE:NAME. NAME is a
-LatentSource and what `diagnose` takes as data, or a function without arguments that returns it.
-Importing runs that code, as `python FILE.py` would; nothing from PATH_OR_REPO is ever run.
+The VAE and the data are Python objects of yours, given as FILE.py:NAME or MODULE:NAME. For --source,
+NAME is a LatentSource. For --data and --train, NAME is a tensor, a dataset or a DataLoader. NAME can
+also be a function without arguments that returns the object. The file is imported, so its code runs
+as with `python FILE.py`. No code from PATH_OR_REPO is run.
 
 Example my_vae.py:
 
     source = SingleGroup(prior, posterior, vae.decode, module=vae)
     def held_out():
         return torch.load("held_out.pt", weights_only=True)
+
+Examples:
+  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
+  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out --plot report.png
+"""
+
+_INSPECT = """\
+Examples:
+  ncprior inspect my-prior
+  ncprior inspect user/my-prior --revision v1
 """
 
 
@@ -48,17 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; ``sys.argv`` if ``None``.
 
     Returns:
-        The exit status: 0, or 1 after an error that the user can mend, or 130 when interrupted.
+        Exit status: 0 after success, 1 after an error that the user can correct, 130 after an
+        interruption.
 
     Example:
-        >>> main(["inspect", "no-such-file.safetensors"])  # says why on standard error
+        >>> main(["inspect", "no-such-file.safetensors"])  # the reason is on standard error
         1
     """
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        print("ncprior: interrupted; nothing half-written is left", file=sys.stderr)
+        print("ncprior: interrupted; no incomplete file is left", file=sys.stderr)
         return 130
     except (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         print(f"ncprior: {error}", file=sys.stderr)
@@ -110,47 +131,70 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="close the prior hole of a small VAE, trained here on real digits",
-        description="Trains a small VAE on real digits, shows its prior hole, trains a ratio head "
-        "on the frozen VAE, samples, and writes pictures, a report and the head.",
+        help="train a small VAE on digits and close its prior hole",
+        description="Trains a small VAE on real digits, measures its prior hole, and trains a ratio "
+        "head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
+        epilog=_DEMO,
+        formatter_class=raw,
     )
     demo.add_argument(
         "--data",
         choices=("digits", "mnist"),
         default="digits",
-        help="scikit-learn's 8×8 digits (default), or MNIST from $NCPRIOR_DATA or the Hub",
+        help="scikit-learn's 8×8 digits, or MNIST from $NCPRIOR_DATA or the Hub; default: %(default)s",
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("ncprior-demo"), help="folder to write to: %(default)s"
+        "--out",
+        type=Path,
+        default=Path("ncprior-demo"),
+        help="output folder; default: %(default)s",
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything: %(default)s")
-    demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="seed of all random numbers; default: %(default)s"
+    )
+    demo.add_argument("--json", action="store_true", help="print only one JSON object")
     demo.set_defaults(run=_demo)
 
     diagnose = commands.add_parser(
         "diagnose",
-        help="report on the heads of a saved prior, on your VAE and held-out data",
-        description="Reports, group by group, how good the heads of a saved prior are.",
+        help="report on the heads of a saved prior, for your VAE and held-out data",
+        description="Prints a report on the heads of a saved prior: one line per group of latents, with "
+        "loss, calibration, effective sample size and a verdict.",
         epilog=_DIAGNOSE,
         formatter_class=raw,
     )
     _add_prior(diagnose)
-    diagnose.add_argument("--source", required=True, metavar="WHERE:NAME", help="the VAE")
-    diagnose.add_argument("--data", required=True, metavar="WHERE:NAME", help="held-out data")
-    diagnose.add_argument("--train", metavar="WHERE:NAME", help="training data: is it memorised?")
     diagnose.add_argument(
-        "--proposals", type=int, nargs=2, default=(50, 500), metavar="M", help="for the ESS"
+        "--source", required=True, metavar="WHERE:NAME", help="the VAE, a source"
     )
-    diagnose.add_argument("--seed", type=int, default=0, help="seed of the draws: %(default)s")
-    diagnose.add_argument("--plot", type=Path, metavar="FILE", help="draw the report as a picture")
+    diagnose.add_argument("--data", required=True, metavar="WHERE:NAME", help="held-out data")
+    diagnose.add_argument(
+        "--train", metavar="WHERE:NAME", help="training data, to detect memorisation"
+    )
+    diagnose.add_argument(
+        "--proposals",
+        type=int,
+        nargs=2,
+        default=(50, 500),
+        metavar="M",
+        help="two numbers of proposals for the ESS",
+    )
+    diagnose.add_argument(
+        "--seed", type=int, default=0, help="seed of the samples; default: %(default)s"
+    )
+    diagnose.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also write the report as a picture"
+    )
     diagnose.add_argument("--json", action="store_true", help="print the report as JSON")
     diagnose.set_defaults(run=_diagnose)
 
     inspect = commands.add_parser(
         "inspect",
-        help="show what is in a saved prior, without running any code from it",
-        description="Shows the configuration of a saved prior: groups, kinds of heads, strength, "
-        "fingerprint. Reads the header of one safetensors file and runs nothing from it.",
+        help="show the configuration of a saved prior, without running code from it",
+        description="Prints the configuration of a saved prior as JSON: groups, kinds of heads, "
+        "strength and fingerprint. It reads the header of one safetensors file and runs no code.",
+        epilog=_INSPECT,
+        formatter_class=raw,
     )
     _add_prior(inspect)
     inspect.set_defaults(run=_inspect)
@@ -158,34 +202,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_prior(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path_or_repo", help="a folder, a file, or a Hugging Face Hub repository")
+    parser.add_argument(
+        "path_or_repo", help="a folder, a file, or a repository of the Hugging Face Hub"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
 
 
 def _load_object(where: str) -> Any:  # noqa: ANN401
-    """Imports ``FILE.py:NAME`` or ``MODULE:NAME``, and calls it if it is a plain function."""
+    """Returns the object ``FILE.py:NAME`` or ``MODULE:NAME``; a plain function is called first."""
     place, _, name = where.rpartition(":")
     if not place or not name.isidentifier():
         raise ValueError(f"Expected FILE.py:NAME or MODULE:NAME; got {where}.")
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         if spec is None or spec.loader is None or not Path(place).is_file():
-            raise FileNotFoundError(f"There is no file {place}.")
+            raise FileNotFoundError(f"There is no file {place}. Give the path of a Python file.")
         module = sys.modules.get(spec.name)
         if module is None or getattr(module, "__file__", None) != spec.origin:
             module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # one import, whatever number of names is asked for
+            sys.modules[spec.name] = module  # imported once, also for several names
             spec.loader.exec_module(module)
     else:
         module = importlib.import_module(place)
     if not hasattr(module, name):
-        raise LookupError(f"{place} has no {name}.")
+        raise LookupError(f"{place} has no {name}. Give a name that it defines.")
     found = getattr(module, name)
     return found() if hasattr(found, "__code__") else found
 
 
 def _started() -> float:
-    """Returns when this process began, in seconds since the epoch, imports included."""
+    """Start of this process in seconds since the epoch, before all imports."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])

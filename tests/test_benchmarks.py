@@ -196,6 +196,35 @@ def test_a_table_may_show_some_methods_alone(tables: ModuleType, tmp_path: Path)
         tables.filled(marked.replace("50", "51"))
 
 
+def test_the_summary_has_rows_of_several_files(tables: ModuleType, tmp_path: Path) -> None:
+    values = {
+        "precision": 0.8,
+        "recall": 0.7,
+        "fit_seconds": 60.0,
+        "gap_low": 0.5,
+        "gap_high": 1.0,
+    }
+    for name, gap in (("hole_mnist", 0.9), ("hole_cifar10", 0.6)):
+        rows = [
+            {"method": method, "seed": seed, "gap_closed": gap + 0.1 * seed, **values}
+            for method in ("flow", "NCP, SIR(50)")
+            for seed in (0, 1)
+        ]
+        meta = {"settings": {"quick": False}, "machine": "a machine"}
+        path = tmp_path / "results" / f"{name}.json"
+        path.write_text(json.dumps({"rows": rows, "meta": meta}))
+    words = ": hole_cifar10/NCP, SIR(50); hole_mnist/NCP, SIR(50); hole_mnist/flow"
+    assert tables.render("summary", words).splitlines()[2:] == [
+        "| CIFAR-10, 128 latents | NCP, SIR(50) | 0.650 ± 0.071 (0.500 to 1.000) | 0.80 | 0.70 | 60 |",
+        "| MNIST, 16 latents | NCP, SIR(50) | 0.950 ± 0.071 (0.500 to 1.000) | 0.80 | 0.70 | 60 |",
+        "| MNIST, 16 latents | flow | 0.950 ± 0.071 (0.500 to 1.000) | 0.80 | 0.70 | 60 |",
+        "",
+        "`prior_hole.py`, on a machine.",
+    ]
+    with pytest.raises(SystemExit, match="no rows"):
+        tables.render("summary", ": hole_mnist/mixture of 10")
+
+
 def test_a_table_of_speed_has_a_line_per_row(tables: ModuleType, tmp_path: Path) -> None:
     rows = [
         {"name": "sir-mlp-fp32", "ms": 369.7, "ratio": 2.22, "roofline_fraction": 0.74},
@@ -237,12 +266,12 @@ def test_a_table_of_energies_has_a_line_per_length_and_the_areas_of_one(
         ["| NCP×VAEBM", steps, "2"] for steps in ("4", "16")
     ]
     assert "| 20.00 ± 0.00 | 50% | 0.600 ± 0.000 (0.500 to 0.700) | 0.050 ± 0.071" in lines[2]
-    assert lines[5] == "| model | noise | digits | mean | over the VAE |"
+    assert lines[5] == "| model | noise | digits | mean | gain over the VAE |"
     numbers = "0.850 (0.700 to 1.000) | 0.400 (0.300 to 0.500) | 0.625 | 0.100 (-0.100 to 0.200)"
     assert lines[7] == f"| NCP×VAEBM | {numbers} |"
 
 
-def test_numbers_of_a_quick_run_are_refused(
+def test_numbers_of_a_quick_run_raise(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_results(tmp_path, gain=2.5, quick=True)
@@ -250,7 +279,7 @@ def test_numbers_of_a_quick_run_are_refused(
         run_tables(tables, monkeypatch)
 
 
-def test_the_tables_of_the_readme_are_up_to_date() -> None:
+def test_the_tables_of_the_pages_are_up_to_date() -> None:
     command = [sys.executable, str(FOLDER / "tables.py"), "--check"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
-"""Writes the results of full runs, kept in results/*.json, into tables of README.md and its like.
+"""Writes the results of full runs, stored in results/*.json, into the tables of the pages.
 
-    python examples/benchmarks/tables.py            # rewrites README.md and examples/README.md
-    python examples/benchmarks/tables.py --check    # exit status 1 if that would change it
+    python examples/benchmarks/tables.py            # rewrites the tables of README.md and RESULTS.md
+    python examples/benchmarks/tables.py --check    # exit status 1 if a table is out of date
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is that of a file of results,
-`NAME: METHOD; METHOD` shows these rows of it alone.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME.json is a file of results.
+`<!-- table NAME: METHOD; METHOD -->` shows only the rows of these methods. The table `summary` shows
+rows of several files: `<!-- table summary: NAME/METHOD; NAME/METHOD -->`.
 """
 
 import argparse
@@ -12,12 +13,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = [FOLDER.parents[1] / "README.md", FOLDER.parent / "README.md"]
+PAGES = [FOLDER.parents[1] / "README.md", FOLDER / "RESULTS.md"]
 Row = dict[str, Any]
 
 PAPER = {
@@ -29,12 +31,12 @@ PAPER_HIERARCHICAL = {"NCP": 78.67 - 78.10}
 
 
 def label(row: Row) -> str:
-    """What a row is called."""
+    """Name of a row: its method, or its own name."""
     return str(row["method"] if "method" in row else row["name"])
 
 
 def by_method(rows: list[Row], kind: str = "model") -> list[list[Row]]:
-    """Rows of one method and of one `kind`, over seeds, in order of appearance."""
+    """Rows grouped by method and by the key `kind`, in order of appearance; a group holds all seeds."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row.get(kind, "")), []).append(row)
@@ -42,13 +44,13 @@ def by_method(rows: list[Row], kind: str = "model") -> list[list[Row]]:
 
 
 def over_seeds(values: list[float], digits: int = 2) -> str:
-    """The mean, and behind ± the standard deviation over seeds."""
+    """Mean over seeds, followed by ± and the standard deviation if there are several."""
     text = f"{mean(values):.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def likelihood(rows: list[Row], paper: dict[str, float]) -> list[str]:
-    """Of the likelihood benchmarks."""
+    """Table of the likelihood benchmarks: one line per method and model."""
     lines = [
         "| method | measured | seeds | −log p(x), nats | gain, nats | ± images | in the paper | s |",
         "|---|---|---|---|---|---|---|---|",
@@ -68,19 +70,19 @@ def likelihood(rows: list[Row], paper: dict[str, float]) -> list[str]:
 
 
 def interval(group: list[Row], value: str, low: str, high: str) -> str:
-    """The mean over seeds with its spread, and in parentheses the mean interval of one seed."""
+    """Mean over seeds with its standard deviation, and in parentheses the mean interval of one seed."""
     ends = " to ".join(f"{mean(row[end] for row in group):.3f}" for end in (low, high))
     return f"{over_seeds([row[value] for row in group], 3)} ({ends})"
 
 
 def hole(rows: list[Row]) -> list[str]:
-    """Of prior_hole.py: a row per method, with means over seeds."""
+    """Table of prior_hole.py: one line per method, with means over seeds."""
     titles = [
         "prior",
         "family",
         "seeds",
         "gap closed",
-        "more than the best without heads",
+        "gain over the best without heads",
         *COSTS.values(),
     ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -99,8 +101,8 @@ def hole(rows: list[Row]) -> list[str]:
 
 
 def energies(rows: list[Row]) -> list[str]:
-    """Of vaebm.py: a row per method and length of chains, then how well each tells what is far."""
-    titles = ["model", "steps", "seeds", "D", "less", "gap closed", "more than either alone"]
+    """Tables of vaebm.py: one line per method and number of steps, then the AUROC of each method."""
+    titles = ["model", "steps", "seeds", "D", "D removed", "gap closed", "gain over either alone"]
     titles += ["precision", "recall", "s to fit", "s per 1,000"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows, "steps"):
@@ -125,9 +127,9 @@ JUDGED = {"precision": ".2f", "recall": ".2f", "fit_seconds": ",.0f", "seconds_p
 
 
 def areas(rows: list[Row]) -> list[str]:
-    """AUROC of images that are far, a column per set, with the mean interval of one seed."""
+    """Table of AUROC: one column per out-of-distribution set, with the mean interval of one seed."""
     sets = list(rows[0]["auroc"])
-    titles = ["model", *sets, "mean", "over the VAE"]
+    titles = ["model", *sets, "mean", "gain over the VAE"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows, "steps"):
         found = [
@@ -146,16 +148,16 @@ def areas(rows: list[Row]) -> list[str]:
 COSTS = {
     "precision": "precision",
     "recall": "recall",
-    "head_evaluations": "heads",
-    "sample_seconds_per_10k": "s to draw",
+    "head_evaluations": "head evaluations",
+    "sample_seconds_per_10k": "s to sample",
     "fit_seconds": "s to fit",
-    "stored_numbers": "stored",
-    "latent_nn_copy": "copying",
+    "stored_numbers": "stored numbers",
+    "latent_nn_copy": "copy ratio",
 }
 
 
 def columns(rows: list[Row], titles: dict[str, tuple[str, str]]) -> list[str]:
-    """A line per row, of the keys that are asked for, with their titles and formats."""
+    """Table with one line per row and one column per key of `titles`, its title and its format."""
     lines = [
         "| " + " | ".join(title for title, _ in titles.values()) + " |",
         "|---" * len(titles) + "|",
@@ -174,26 +176,33 @@ SAMPLING = {
     "proposals": ("M", ",.0f"),
     "batch": ("B", ",.0f"),
     "ms": ("ms", ",.1f"),
-    "ratio": ("times as fast", ".2f"),
-    "roofline_fraction": ("of the roofline", ".0%"),
+    "ratio": ("speed-up", ".2f"),
+    "roofline_fraction": ("share of the roofline", ".0%"),
     "peak_mib": ("MiB", ".1f"),
-    "baseline_peak_mib": ("MiB, straightforward", ".0f"),
-    "kl_nats": ("KL of bf16's law, nats", ".0e"),
+    "baseline_peak_mib": ("MiB, baseline", ".0f"),
+    "kl_nats": ("KL of bfloat16, nats", ".0e"),
 }
 TRAINING = {
     "name": ("row", ""),
     "seconds": ("s", ",.1f"),
-    "baseline_seconds": ("s, straightforward", ",.1f"),
-    "ratio": ("times as fast", ".2f"),
+    "baseline_seconds": ("s, baseline", ",.1f"),
+    "ratio": ("speed-up", ".2f"),
     "loss_cost": ("added loss, nats", ".4f"),
     "ms_per_step": ("ms per step", ",.2f"),
     "peak_mib": ("MiB", ".0f"),
-    "baseline_peak_mib": ("MiB, straightforward", ".0f"),
+    "baseline_peak_mib": ("MiB, baseline", ".0f"),
+}
+
+
+VAES = {
+    "hole_mnist": "MNIST, 16 latents",
+    "hole_cifar10": "CIFAR-10, 128 latents",
+    "hole_hierarchical": "MNIST, ten groups of 16",
 }
 
 
 class Table(NamedTuple):
-    """How results become a table, and what they were made with."""
+    """Function from rows to the lines of a table, and the command that measured the rows."""
 
     lines: Callable[[list[Row]], list[str]]
     command: str
@@ -215,22 +224,55 @@ TABLES = {
 }
 
 
-def render(name: str, words: str) -> str:
-    """The table of one file of results, in Markdown, with the machine that made them."""
-    found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def results(name: str) -> dict[str, Any]:
+    """Content of one file of results: its rows, and the settings and machine of its run."""
+    found: dict[str, Any] = json.loads((FOLDER / "results" / f"{name}.json").read_text("utf-8"))
     if found["meta"]["settings"]["quick"]:
         raise SystemExit(f"results/{name}.json is of a --quick run. Make a full one.")
-    shown = [word.strip() for word in words.lstrip(":").split(";") if word.strip()]
-    rows = [row for row in found["rows"] if not shown or label(row) in shown]
+    return found
+
+
+def selected(name: str, rows: list[Row], shown: list[str]) -> list[Row]:
+    """Rows of the methods in `shown`, in the order of the file; all rows if it is empty."""
     missing = set(shown) - {label(row) for row in rows}
     if missing:
         raise SystemExit(f"results/{name}.json has no rows {sorted(missing)}.")
-    lines = TABLES[name].lines(rows)
+    return [row for row in rows if not shown or label(row) in shown]
+
+
+def summary(shown: list[str]) -> str:
+    """Table of the gap closed by methods of several files, given as NAME/METHOD."""
+    titles = ["VAE", "prior", "gap closed", "precision", "recall", "s to fit"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    machines: list[str] = []
+    for file, methods in groupby((item.split("/", 1) for item in shown), key=lambda item: item[0]):
+        found = results(file)
+        machines.append(found["meta"]["machine"])
+        for _, method in methods:
+            group = selected(file, found["rows"], [method])
+            gap = interval(group, "gap_closed", "gap_low", "gap_high")
+            precision, recall, seconds = (
+                mean(row[key] for row in group) for key in ("precision", "recall", "fit_seconds")
+            )
+            lines.append(
+                f"| {VAES[file]} | {method} | {gap} | {precision:.2f} | {recall:.2f} | "
+                f"{seconds:,.0f} |"
+            )
+    return "\n".join([*lines, "", f"`prior_hole.py`, on {'; '.join(dict.fromkeys(machines))}."])
+
+
+def render(name: str, words: str) -> str:
+    """Table in Markdown of a mark's name and words, with the command and the machine below it."""
+    shown = [word.strip() for word in words.lstrip(":").split(";") if word.strip()]
+    if name == "summary":
+        return summary(shown)
+    found = results(name)
+    lines = TABLES[name].lines(selected(name, found["rows"], shown))
     return "\n".join([*lines, "", f"`{TABLES[name].command}`, on {found['meta']['machine']}."])
 
 
 def filled(text: str) -> str:
-    """A page with its tables as they are now."""
+    """Text of a page with its tables filled in from the current results."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{render(match[2], match[3])}\n{match[4]}"
@@ -243,7 +285,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, only tell")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit status 1 if a table is out of date",
+    )
     options = parser.parse_args()
     status = 0
     for page in PAGES:
