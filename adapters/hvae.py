@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
-from ncprior.source import Group, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, require_eval
 
 _SIDE = 4  # of every group's map
 
@@ -190,7 +189,7 @@ class _Rung(nn.Module):
         return moved
 
 
-class HVAESource:
+class HVAESource(LatentSource[Any, Any]):
     """An :class:`HVAE` as groups of latents; the context is h_k, none for the first group.
 
     Arguments:
@@ -203,7 +202,8 @@ class HVAESource:
     """
 
     def __init__(self, model: HVAE) -> None:
-        self.module = model
+        self.module: HVAE = model
+        self.num_groups = model.num_groups
 
     class State(NamedTuple):
         """The walk in front of group k."""
@@ -211,11 +211,6 @@ class HVAESource:
         h: Tensor  # (B, width, 4, 4)
         s: Tensor | None  # (B, width, 4, 4)
         k: int
-
-    @property
-    def num_groups(self) -> int:
-        """K, the number of latent groups."""
-        return self.module.num_groups
 
     def encode(self, x: Any) -> Tensor:  # noqa: ANN401
         """Returns features of images ``(B, 1, 28, 28)``; of a tuple or list, of its first item.
@@ -257,10 +252,6 @@ class HVAESource:
         """Returns p(x | z), Bernoulli pixels."""
         pixels = Bernoulli(logits=self.module.logits(state.h), validate_args=False)
         return Independent(pixels, 3, validate_args=False)
-
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the VAE."""
-        return module_fingerprint(self.module)
 
 
 class _Cell(nn.Module):

@@ -20,15 +20,14 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
-from ncprior.source import Group, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, require_eval
 
 Condition: TypeAlias = dict[str, Tensor]
 
 _COVARIATES = ("size_factor", "extra_continuous_covs", "extra_categorical_covs")
 
 
-class SCVISource:
+class SCVISource(LatentSource[Any, Any]):
     """An scVI model of scvi-tools.
 
     A batch is the dict that the model's own loader yields, see :meth:`loader`; library size and
@@ -80,7 +79,7 @@ class SCVISource:
             )
         require_eval(model.module)
         self.model = model
-        self.module = model.module
+        self.module: Any = model.module
         names = model.adata_manager.data_registry
         labels = ("labels",) if self.module.dispersion == "gene-label" else ()
         self._needed = ("batch", *labels, *(name for name in _COVARIATES if name in names))
@@ -218,10 +217,6 @@ class SCVISource:
         return _Cells(
             self.module.generative(**self.module._get_generative_input(tensors, inferred))["px"]
         )
-
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the network."""
-        return module_fingerprint(self.module)
 
     def _checked(self, condition: Mapping[str, Tensor], count: int) -> Condition:
         """Picks what is needed, on the model's device; refuses a condition that lacks something."""

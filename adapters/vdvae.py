@@ -20,8 +20,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
-from ncprior.source import Group, num_rows, posterior_of, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
 from ncprior.utils.precision import at_least_float32
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
@@ -44,7 +43,7 @@ Features: TypeAlias = dict[int, Tensor]  # by resolution, each (B, C, H, W)
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
 
-class VDVAESource:
+class VDVAESource(LatentSource[Any, Any]):
     """VDVAE's ``VAE``: K groups of Gaussian latents, one per block of the decoder.
 
     Images are bytes, ``(B, H, W, 3)``, as ``uint8``; or batches are the pair that VDVAE's own
@@ -108,7 +107,7 @@ class VDVAESource:
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise ValueError(f"The temperature must be positive; got {temperature}.")
-        self.module = _checked(model)
+        self.module: nn.Module = _checked(model)
         self.temperature = temperature
         self._blocks: list[Any] = list(self._model.decoder.dec_blocks)
         self.num_groups = len(self._blocks)
@@ -169,10 +168,6 @@ class VDVAESource:
         )
         low_bit = self._model.H.dataset in _LOW_BIT
         return ByteImages(LogisticMixture(parameters, num_bits=5 if low_bit else 8))
-
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the model."""
-        return module_fingerprint(self.module)
 
     @torch.no_grad()
     def self_check(self, x: Any, *, tolerance: float = 1e-6) -> float:  # noqa: ANN401

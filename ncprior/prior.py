@@ -27,7 +27,14 @@ from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sampler
-from ncprior.source import Group, LatentSource, contrastive_pairs, num_rows, posterior_of
+from ncprior.source import (
+    Group,
+    LatentSource,
+    contrastive_pairs,
+    num_rows,
+    posterior_of,
+    require_source,
+)
 from ncprior.utils.precision import at_least_float32, at_precision
 
 
@@ -86,6 +93,7 @@ class NCPrior(nn.Module):
     def __init__(
         self, source: LatentSource[Any, Any], heads: nn.Module | Iterable[nn.Module]
     ) -> None:
+        require_source(source)
         super().__init__()
         if not isinstance(heads, nn.ModuleList):
             heads = nn.ModuleList([heads] if isinstance(heads, nn.Module) else heads)
@@ -126,6 +134,7 @@ class NCPrior(nn.Module):
             >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
             369
         """
+        require_source(source)
         encoding = source.encode(x)
         state = source.start(num_rows(encoding), encoding)
         heads = []

@@ -13,6 +13,7 @@ choice of z_k. A state is a value: a walk can be forked, indexed, cached and com
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -50,53 +51,168 @@ class Group(NamedTuple):
 
 
 class LatentSource(Protocol[E, S]):
-    """A pretrained VAE, seen as groups of latents visited in order.
+    """A pretrained VAE as groups of latents that are visited in order; the base class of sources.
+
+    A subclass writes the walk: ``num_groups``, ``encode``, ``start``, ``group``, ``advance`` and
+    ``decode``. The other members have defaults, and are overridden where the VAE offers more.
 
     Encodings, states and conditions are pytrees of tensors whose first axis is the batch. ``start``
-    and ``advance`` make states; ``group`` and ``decode`` only look at one, any number of times, and
-    draw nothing. A source never disables gradients and never detaches; its callers do.
-    :func:`ncprior.testing.check_source` tests an implementation.
+    and ``advance`` return new states; ``group`` and ``decode`` are pure functions of a state, may be
+    called any number of times, and draw nothing. A source never disables gradients and never
+    detaches; its callers do. :func:`ncprior.testing.check_source` tests an implementation.
 
-    Optional are ``module``, the VAE, for the checks that it stays as it was; ``fingerprint() ->
-    str``, to refuse heads of another VAE; ``likelihood(state) -> Distribution`` over x, for
-    :mod:`ncprior.evaluation`; and ``features(k, z) -> Tensor``, what the ratio head of group k sees
-    in place of z_k: from ``(*, B, *event)`` to ``(*, B, ...)``, a function of z_k alone.
+    Attributes:
+        num_groups: K, the number of latent groups.
+        module: The VAE, for its fingerprint and for the check that it is in evaluation mode, or
+            ``None``.
 
     Example:
-        >>> state = source.start(4)                    # no x: the prior's walk
+        >>> state = source.start(4)                    # no x: a walk along the prior
         >>> for k in range(source.num_groups):
         ...     state = source.advance(state, source.group(state).prior.sample())
         >>> source.decode(state).shape
         torch.Size([4, 3])
     """
 
-    @property
-    def num_groups(self) -> int:
-        """K, the number of latent groups."""
-        ...
+    num_groups: int
+    module: nn.Module | None = None
 
+    @abstractmethod
     def encode(self, x: Any) -> E:  # noqa: ANN401 (whatever a loader yields)
-        """Turns one batch, as the user's loader yields it, into what the walk needs of it."""
-        ...
+        """Encodes one batch, as the user's loader yields it, for a walk along the posterior."""
 
+    @abstractmethod
     def start(self, batch_size: int, encoding: E | None = None, condition: Any = None) -> S:  # noqa: ANN401
-        """Makes the state in front of the first group."""
-        ...
+        """Returns the state in front of the first group."""
 
+    @abstractmethod
     def group(self, state: S) -> Group:
-        """Shows the group that the state stands in front of."""
-        ...
+        """Returns prior, posterior and context of the group that the state is in front of."""
 
+    @abstractmethod
     def advance(self, state: S, z: Tensor) -> S:
-        """Takes z_k, with shape ``(B, *event)``, and makes the state behind it."""
-        ...
+        """Returns the state behind the group, given its latents z_k of shape ``(B, *event)``."""
 
+    @abstractmethod
     def decode(self, state: S) -> Tensor:
-        """Returns the decoder's mean, one tensor of shape ``(B, ...)``."""
-        ...
+        """Returns the mean of p(x | z), one tensor of shape ``(B, ...)``."""
+
+    def likelihood(self, state: S) -> Distribution:
+        """Returns p(x | z), a distribution over x, for :mod:`ncprior.evaluation` and VAEBM.
+
+        Raises:
+            ValueError: By default.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not know p(x | z). Give it a method likelihood(state) that "
+            f"returns the distribution; if the decoder was trained by squared error, wrap the "
+            f"source in GaussianDecoder.fitted(source, held_out)."
+        )
+
+    def features(self, k: int, z: Tensor) -> Tensor:
+        """Returns the input of ratio head k: by default z_k itself.
+
+        Arguments:
+            k: The group, from 0.
+            z: Latents, with shape ``(*, B, *event)``.
+
+        Returns:
+            A function of z_k alone, with shape ``(*, B, ...)``.
+        """
+        return z
+
+    def fingerprint(self) -> str | None:
+        """Returns :func:`~ncprior.utils.module_fingerprint` of ``module``, ``None`` without one."""
+        return None if self.module is None else module_fingerprint(self.module)
+
+    def shared_prior(self) -> Sampleable | None:
+        """Returns p(z) of a single group where all rows share it, with an empty batch shape.
+
+        Saving identifies a base prior by it. By default there is none.
+        """
+        return None
 
 
-class SingleGroup:
+def require_source(source: object) -> None:
+    """Raises an error for an object whose class is not derived from :class:`LatentSource`.
+
+    Raises:
+        TypeError: If it is not derived from it.
+
+    Example:
+        >>> require_source(torch.nn.Linear(1, 1))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: A source is a subclass of ncprior.LatentSource; got Linear. Subclass ...
+    """
+    if LatentSource not in type(source).__mro__:
+        raise TypeError(
+            f"A source is a subclass of ncprior.LatentSource; got {type(source).__name__}. "
+            f"Subclass ncprior.LatentSource, or wrap a VAE of one group in "
+            f"SingleGroup(prior, posterior, decoder)."
+        )
+
+
+class WrappedSource(LatentSource[Any, Any]):
+    """A source that delegates to another; a subclass overrides the members that differ.
+
+    Arguments:
+        source: The wrapped source.
+
+    Raises:
+        TypeError: If it is not a :class:`LatentSource`.
+
+    Example:
+        >>> class Doubled(WrappedSource):
+        ...     def decode(self, state):
+        ...         return 2 * self.source.decode(state)
+        >>> (latents, state) = sample_posterior(Doubled(source), x)
+        >>> torch.equal(Doubled(source).decode(state), 2 * source.decode(state))
+        True
+    """
+
+    def __init__(self, source: LatentSource[Any, Any]) -> None:
+        require_source(source)
+        self.source = source
+        self.num_groups, self.module = source.num_groups, source.module
+
+    def encode(self, x: Any) -> Any:  # noqa: ANN401
+        """Returns the encoding of the wrapped source."""
+        return self.source.encode(x)
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Any:  # noqa: ANN401
+        """Returns the first state of the wrapped source."""
+        return self.source.start(batch_size, encoding, condition)
+
+    def group(self, state: Any) -> Group:  # noqa: ANN401
+        """Returns the group of the wrapped source."""
+        return self.source.group(state)
+
+    def advance(self, state: Any, z: Tensor) -> Any:  # noqa: ANN401
+        """Returns the next state of the wrapped source."""
+        return self.source.advance(state, z)
+
+    def decode(self, state: Any) -> Tensor:  # noqa: ANN401
+        """Returns the mean of p(x | z) of the wrapped source."""
+        return self.source.decode(state)
+
+    def likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
+        """Returns p(x | z) of the wrapped source."""
+        return self.source.likelihood(state)
+
+    def features(self, k: int, z: Tensor) -> Tensor:
+        """Returns the input of ratio head k of the wrapped source."""
+        return self.source.features(k, z)
+
+    def fingerprint(self) -> str | None:
+        """Returns the fingerprint of the wrapped source."""
+        return self.source.fingerprint()
+
+    def shared_prior(self) -> Sampleable | None:
+        """Returns the shared prior of the wrapped source."""
+        return self.source.shared_prior()
+
+
+class SingleGroup(LatentSource[Any, Any]):
     """A VAE with one group of latents, from its three parts.
 
     Arguments:
@@ -250,9 +366,9 @@ class SingleGroup:
         h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
         return h.reshape(*lead, *h.shape[1:])
 
-    def fingerprint(self) -> str | None:
-        """Returns :func:`module_fingerprint` of the VAE, or ``None`` without ``module``."""
-        return None if self.module is None else module_fingerprint(self.module)
+    def shared_prior(self) -> Sampleable:
+        """Returns p(z), with an empty batch shape."""
+        return self.prior
 
     def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
         if state.z is None:
@@ -306,6 +422,7 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
         >>> [z.shape for z in latents], source.decode(state).shape
         ([torch.Size([4, 2])], torch.Size([4, 3]))
     """
+    require_source(source)
     encoding = source.encode(x)
     state = source.start(num_rows(encoding), encoding)
     latents = []
@@ -376,7 +493,8 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
         >>> device_of(source)
         device(type='cpu')
     """
-    base = getattr(source, "prior", None)
+    require_source(source)
+    base = source.shared_prior()
     generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(generators):
         try:
@@ -384,7 +502,7 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
                 base = source.group(source.start(1)).prior
             return base.sample().device
         except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
-            module = getattr(source, "module", None)
+            module = source.module
     parameters = module.parameters() if isinstance(module, nn.Module) else ()
     return next((p.device for p in parameters), torch.device("cpu"))
 
@@ -411,7 +529,7 @@ def contrastive_pairs(
         [torch.Size([2, 1, 4, 2])]
     """
     count = Size((num_draws,))
-    require_eval(source, getattr(source, "module", None))
+    require_eval(source, source.module)
     with torch.no_grad():
         encoding = source.encode(x)
         state = source.start(num_rows(encoding), encoding)

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ncprior.distributions import Sampleable, parameters
-from ncprior.source import Group, LatentSource, num_rows, posterior_of
+from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_source
 
 Source: TypeAlias = LatentSource[Any, Any]
 
@@ -24,9 +24,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
-    """Checks that a source keeps the laws of :class:`ncprior.LatentSource`.
+    """Checks that a source keeps the rules of :class:`ncprior.LatentSource`.
 
-    It is silent if all laws hold, and knows nothing of the numbers that the model itself gives:
+    It is silent if all rules hold, and knows nothing of the numbers that the model itself gives:
     compare those once (see ``adapters/README.md``). Checked are shapes and dtypes; that priors and
     contexts know nothing of x; that ``group`` is pure and ``advance`` leaves the old state usable;
     that rows of a walk are the walk of those rows, down to one row; that one seed gives one walk;
@@ -48,7 +48,8 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
         Traceback (most recent call last):
         AssertionError: num_groups must be an int of at least 1; got 0.
     """
-    _check_methods(source)
+    require_source(source)
+    _check_num_groups(source)
     cuda = range(torch.cuda.device_count())
     with _frozen(source), torch.random.fork_rng(cuda), torch.no_grad():
         encoding = source.encode(x)
@@ -117,12 +118,8 @@ def _walk(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk
     return _Walk(start, states, groups, drawn, x)
 
 
-def _check_methods(source: Source) -> None:
-    methods = ("encode", "start", "group", "advance", "decode")
-    missing = [name for name in methods if not callable(getattr(source, name, None))]
-    name = type(source).__name__
-    _require(not missing, f"A source has the methods {methods}; {name} lacks {missing}.")
-    count = getattr(source, "num_groups", None)
+def _check_num_groups(source: Source) -> None:
+    count = source.num_groups
     good = type(count) is int and count >= 1
     _require(good, f"num_groups must be an int of at least 1; got {count}.")
 
@@ -236,7 +233,7 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
     _require_same(again, first, law)
     images = x[0] if isinstance(x, tuple | list) else x
     if isinstance(images, Tensor) and _knows_likelihood(source, state):
-        shape = tuple(source.likelihood(state).log_prob(images).shape)  # type: ignore[attr-defined]
+        shape = tuple(source.likelihood(state).log_prob(images).shape)
         _require(
             shape == (len(images),),
             f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
@@ -246,8 +243,8 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
 
 def _knows_likelihood(source: Source, state: Tree) -> bool:
     try:
-        return isinstance(source.likelihood(state), Distribution)  # type: ignore[attr-defined]
-    except (AttributeError, ValueError):  # it has none, and may say why
+        return isinstance(source.likelihood(state), Distribution)
+    except ValueError:  # it has none
         return False
 
 
@@ -290,8 +287,6 @@ _COMPANY = (
 
 def _check_features(source: Source, k: int, z: Tensor) -> None:
     """What heads see of z_k, if not z_k itself."""
-    if not hasattr(source, "features"):
-        return
     generator, two = torch.get_rng_state(), torch.stack([z, z.flip(0)])
     h, name = source.features(k, two), f"features({k}, z)"
     drawn = not torch.equal(torch.get_rng_state(), generator)
@@ -334,7 +329,7 @@ def _frozen(source: Source) -> Iterator[None]:
 
 
 def _modules(source: Source) -> dict[str, nn.Module]:
-    parts = {"source": source, **getattr(source, "__dict__", {})}
+    parts = {"source": source, **vars(source)}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 

@@ -32,8 +32,7 @@ from ncprior.adapters.lars_snis.priors import (
     standard_normal,
 )
 from ncprior.distributions import Sampleable, expand
-from ncprior.source import Group, SingleGroup, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, SingleGroup, require_eval
 
 _PIXELS = (1, 28, 28)
 
@@ -231,7 +230,7 @@ class EIMSource(SingleGroup):
         )
 
 
-class ConvEIMSource:
+class ConvEIMSource(LatentSource[Any, Any]):
     """The walk of a :class:`ConvEIMVAE`: z_2 with its prior p, then z_1 given z_2, its context.
 
     Arguments:
@@ -248,7 +247,7 @@ class ConvEIMSource:
     num_groups = 2
 
     def __init__(self, model: ConvEIMVAE) -> None:
-        self.module = model
+        self.module: ConvEIMVAE = model
 
     class Encoding(NamedTuple):
         """Loc and scale of q(z_2 | x), and features of x."""
@@ -322,10 +321,6 @@ class ConvEIMSource:
                 f"Call advance(state, z)."
             )
         return self.module.likelihood(*state.latents)
-
-    def fingerprint(self) -> str:
-        """Returns :func:`~ncprior.utils.module_fingerprint` of the VAE."""
-        return module_fingerprint(self.module)
 
 
 class Binarised:

@@ -44,13 +44,12 @@ from ncprior.adapters.nvae.layout import (
     image_shape,
     masked_layers,
 )
-from ncprior.source import Group, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, require_eval
 
 _BORDER = 2  # around MNIST's 28×28 pixels
 
 
-class NVAESource:
+class NVAESource(LatentSource[Any, Any]):
     """NVAE's ``AutoEncoder``: K groups of Gaussian latents, down a tower of features.
 
     Images are as NVAE takes them: ``(B, C, H, W)`` in [0, 1], MNIST's padded to 32×32 and
@@ -120,7 +119,7 @@ class NVAESource:
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise ValueError(f"The temperature must be positive; got {temperature}.")
-        self.module = checked_model(model)
+        self.module: nn.Module = checked_model(model)
         self.temperature = temperature
         self.num_groups = len(self._model.enc_sampler)
         self._stairs = list(_stairs(self._model.dec_tower))
@@ -217,10 +216,6 @@ class NVAESource:
         if isinstance(law, Bernoulli) and self._model.crop_output:
             return InsideBorder(law, border=_BORDER)
         return Independent(law, 3, validate_args=False)
-
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the model."""
-        return module_fingerprint(self.module)
 
     @torch.no_grad()
     def self_check(self, x: Any, *, tolerance: float = 1e-6) -> float:  # noqa: ANN401

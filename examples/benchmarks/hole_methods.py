@@ -311,10 +311,10 @@ class Trained(NamedTuple):
 
     @property
     def stored(self) -> int:
-        base = getattr(self.prior.source, "prior", None)
+        source = self.prior.source
+        base = source.prior if isinstance(source, Rebased) else None
         heads = sum(p.numel() for p in self.prior.parameters())
-        is_ours = isinstance(self.prior.source, Rebased) and base is not None
-        return heads + (stored_numbers(base) if is_ours else 0)
+        return heads + (0 if base is None else stored_numbers(base))
 
 
 def ours(

@@ -33,7 +33,7 @@ from clock import FLOPS, Contender, add_device, by_turns, mlp_flops, peak_mib, r
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ncprior import Group, NCPrior, SingleGroup, sir
+from ncprior import Group, LatentSource, NCPrior, SingleGroup, sir
 from ncprior.heads import ConvHead, MLPHead, prepare_head
 from ncprior.jobs import sample_parts
 
@@ -117,13 +117,16 @@ def one(kind: str, which: str, proposals: int, batch: int, seed: int, device: st
     return contenders(kind, proposals, batch, seed, device)[which]
 
 
-class Ladder:
+class Ladder(LatentSource[Any, Any]):
     """K groups of latents; the context of each is the latents of the one before."""
 
     def __init__(self, num_groups: int, device: torch.device) -> None:
         self.num_groups, self.device = num_groups, device
 
-    def start(self, batch_size: int, condition: None = None) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("This source is sampled from, and has no encoder.")
+
+    def start(self, batch_size: int, encoding: None = None, condition: None = None) -> Tensor:
         return torch.zeros(batch_size, LATENTS, device=self.device)
 
     def group(self, state: Tensor) -> Group:

@@ -25,7 +25,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ncprior.data.row_store import RowStore
 from ncprior.data.stream import RowData, one_pass, own_generators
 from ncprior.distributions import build, parameters
-from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, require_eval
+from ncprior.source import (
+    Group,
+    LatentSource,
+    WrappedSource,
+    device_of,
+    num_rows,
+    posterior_of,
+    require_eval,
+)
 from ncprior.utils.random_state import seeded
 
 
@@ -66,11 +74,8 @@ class CachedEncodings(RowData):
     ) -> None:
         self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
         self.budget, self.folder = budget, folder
-        features = getattr(source, "features", None)
-        several = source.num_groups > 1
-        self.source: Any = (
-            CachedGroupsSource(source.num_groups, features) if several else EncodedSource(source)
-        )
+        kind = EncodedSource if source.num_groups == 1 else CachedGroupsSource
+        self.source = kind(source)
         self.number = -1
         self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
         self.renew(0)
@@ -103,7 +108,7 @@ class CachedEncodings(RowData):
 
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
-        require_eval(self.vae, getattr(self.vae, "module", None))
+        require_eval(self.vae, self.vae.module)
         for batch in one_pass(self.data, self.batch_size):
             x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
             encoding = self.vae.encode(x)
@@ -135,75 +140,63 @@ def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
     return tree
 
 
-class EncodedSource:
-    """A source of one group whose batches are encodings already.
+class EncodedSource(WrappedSource):
+    """A source whose batches are encodings already; all else is that of the wrapped source.
 
     Arguments:
-        source: The VAE, wrapped; ``start``, ``group`` and all else are its own.
+        source: The VAE.
 
     Example:
-        >>> kept = EncodedSource(source)
         >>> encoding = source.encode(x)
-        >>> kept.encode(encoding) is encoding, kept.num_groups
-        (True, 1)
+        >>> EncodedSource(source).encode(encoding) is encoding
+        True
     """
-
-    def __init__(self, source: LatentSource[Any, Any]) -> None:
-        self.source = source
 
     def encode(self, x: Any) -> Any:  # noqa: ANN401
         """Returns the encoding that it is given."""
         return x
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Asks the wrapped source for what else it can do."""
-        if name.startswith("__") or name == "source":
-            raise AttributeError(name)
-        return getattr(self.source, name)
 
-
-class CachedGroupsSource:
-    """A source of several groups whose batches are walks: it can be trained on, and no more.
+class CachedGroupsSource(EncodedSource):
+    """A source whose batches are cached groups: for training, without a decoder.
 
     Arguments:
-        num_groups: K.
-        features: What heads see of z_k, if the VAE tells.
+        source: The VAE.
 
     Example:
-        >>> law = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
-        >>> walk = 3 * ({"prior": law, "posterior": law, "context": None},)
-        >>> source = CachedGroupsSource(3)
-        >>> source.group(source.start(4, source.encode(walk))).prior.sample().shape
+        >>> normal = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
+        >>> cached = ({"prior": normal, "posterior": normal, "context": None},)
+        >>> source = CachedGroupsSource(source)
+        >>> source.group(source.start(4, source.encode(cached))).prior.sample().shape
         torch.Size([4, 2])
     """
 
     class State(NamedTuple):
-        """The walk, and the group that it stands in front of."""
+        """The cached groups, and the index of the next one."""
 
-        walk: Any
+        groups: Any
         k: int
 
-    def __init__(
-        self, num_groups: int, features: Callable[[int, Tensor], Tensor] | None = None
-    ) -> None:
-        self.num_groups, self.features = num_groups, features
-
-    def encode(self, x: Any) -> Any:  # noqa: ANN401
-        """Returns the walk that it is given."""
-        return x
-
     def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
-        """Makes the state in front of the first group."""
+        """Returns the state in front of the first group."""
         return self.State(encoding, 0)
 
     def group(self, state: State) -> Group:
-        """Shows the group as it was on the walk."""
-        kept = state.walk[state.k]
+        """Returns the group as it was cached."""
+        kept = state.groups[state.k]
         return Group(build(kept["prior"]), build(kept["posterior"]), kept["context"])
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Goes on along the walk, whatever z is."""
+        """Returns the state of the next cached group, whatever z is."""
         return state._replace(k=state.k + 1)
+
+    def decode(self, state: State) -> Tensor:
+        """Raises an error, as the decoder's features are not cached.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("Cached groups are for training. Decode with the VAE's source.")
 
 
 def epochs_to_cache(

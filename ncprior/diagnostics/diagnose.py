@@ -109,7 +109,7 @@ def diagnose(
             f"num_proposals must be two ascending numbers, num_draws and batch_size positive; "
             f"got {num_proposals}, {num_draws} and {batch_size}."
         )
-    require_eval(prior.source, getattr(prior.source, "module", None))
+    require_eval(prior.source, prior.source.module)
     with evaluating(prior):
         log_r, pools = _measure(prior, held_out, num_draws, batch_size, (low, high))
         trained = None

@@ -85,7 +85,7 @@ def match_strength(
     """
     if not 1 <= most < math.inf:
         raise ValueError(f"most must be 1 or more and finite; got {most}.")
-    require_eval(prior.source, getattr(prior.source, "module", None))
+    require_eval(prior.source, prior.source.module)
     device, seed = device_of(prior.source), int(torch.randint(2**31, ()))
 
     def along_data(measure: Callable[[NCPrior, int, Group, Tensor], Tensor]) -> Tensor:

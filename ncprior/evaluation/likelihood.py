@@ -44,7 +44,14 @@ from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
-from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
+from ncprior.source import (
+    Group,
+    LatentSource,
+    device_of,
+    num_rows,
+    posterior_of,
+    require_source,
+)
 
 
 class Gain(NamedTuple):
@@ -195,10 +202,7 @@ def log_likelihood(
         raise ValueError(
             "num_proposals and log_z are of a reweighted prior; got a source. Pass the NCPrior."
         )
-    if not hasattr(source, "likelihood"):
-        raise ValueError(
-            f"{type(source).__name__} does not know p(x | z): it has no method `likelihood`."
-        )
+    require_source(source)
     log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
     batches, device = one_pass(data, batch_size), device_of(source)
     seed = torch.initial_seed()
@@ -228,7 +232,7 @@ def _normalised(of: Bounds, log_z: LogZ) -> Bounds:
 class _Weights:
     """Draws z ~ q(z | x) and weighs them for the base, SIR(M) and NCP, whose log Z is left out."""
 
-    source: Any  # a LatentSource with `likelihood`
+    source: LatentSource[Any, Any]
     prior: NCPrior | None
     num_proposals: int | None
     num_pools: int

@@ -38,12 +38,8 @@ def head_input(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
         >>> head_input(source, 0, z) is z
         True
     """
-    features = getattr(source, "features", None)
-    if features is None:
-        return z
     with nullcontext() if z.requires_grad else torch.no_grad():
-        h: Tensor = features(k, z)
-    return h
+        return source.features(k, z)
 
 
 def with_head_inputs(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> Group:

@@ -16,10 +16,9 @@ from ncprior.utils.fingerprints import base_fingerprint
 
 def fingerprints(source: LatentSource[Any, Any]) -> dict[str, str | None]:
     """Returns those of the VAE, where the source has one, and of a base that is not in the VAE."""
-    fingerprint = getattr(source, "fingerprint", None)
     return {
-        "vae": None if fingerprint is None else fingerprint(),
-        "base": base_fingerprint(getattr(source, "prior", None)),
+        "vae": source.fingerprint(),
+        "base": base_fingerprint(source.shared_prior()),
     }
 
 

@@ -221,7 +221,7 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
 
 def fingerprint_of(source: Any) -> str | None:  # noqa: ANN401
     """Returns a source's own fingerprint of its VAE, where it has one."""
-    fingerprint: str | None = getattr(source, "fingerprint", lambda: None)()
+    fingerprint: str | None = source.fingerprint()
     return fingerprint
 
 

@@ -1,4 +1,4 @@
-"""Decoder noise for VAEs that were trained by squared error and say nothing of p(x | z)."""
+"""Decoder noise for VAEs that were trained by squared error and define no p(x | z)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_map_only
 
 from ncprior.bases.rebase import Rebased
 from ncprior.data.stream import one_pass
-from ncprior.source import LatentSource, device_of, sample_posterior
+from ncprior.source import LatentSource, WrappedSource, device_of, sample_posterior
 
 
-class GaussianDecoder:
-    """A source with p(x | z) = N(x̂, σ² I), of which x̂ is the wrapped source's decoder.
+class GaussianDecoder(WrappedSource):
+    """A source with p(x | z) = N(x̂, σ² I), where x̂ is the mean decoded by the wrapped source.
 
-    Squared error is the likelihood of one σ, which training leaves out. Whatever else the wrapped
-    source can do is asked of it.
+    Squared error is the likelihood of one σ, which training leaves out. All other members are
+    those of the wrapped source.
 
     Arguments:
         source: The VAE.
@@ -48,7 +48,8 @@ class GaussianDecoder:
                 "Decoder noise goes below another base, which would hide it from saving. Use "
                 "rebase(GaussianDecoder(source, sigma), base)."
             )
-        self.source, self.sigma, self.origin = source, float(sigma), origin
+        super().__init__(source)
+        self.sigma, self.origin = float(sigma), origin
 
     @classmethod
     @torch.no_grad()
@@ -95,12 +96,15 @@ class GaussianDecoder:
         normal = Normal(mean, torch.full_like(mean, self.sigma), validate_args=False)
         return Independent(normal, mean.ndim - 1, validate_args=False)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Asks the wrapped source for all the rest."""
-        if name.startswith("__") or "source" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
     def __repr__(self) -> str:
         kind = type(self.source).__name__
         return f"GaussianDecoder({kind}, decoder noise of one σ = {self.sigma:.4g}, {self.origin})"
+
+
+def gaussian_decoder_of(source: LatentSource[Any, Any]) -> GaussianDecoder | None:
+    """Returns the ``GaussianDecoder`` in a stack of wrapped sources, or ``None``."""
+    while isinstance(source, WrappedSource):
+        if isinstance(source, GaussianDecoder):
+            return source
+        source = source.source
+    return None

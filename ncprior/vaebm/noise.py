@@ -135,7 +135,7 @@ class NoiseMap:
             noise.append(u)
             latents.append(z)
             log_weights.append(log_weight)
-        law = self._likelihood(state)
+        law = self.source.likelihood(state)
         normal = normal_of(law)
         if normal is None:
             x = mean = at_least_float32(_mean(law, self.source, state))
@@ -146,15 +146,6 @@ class NoiseMap:
             noise.append(u)
             log_weights.append(log_weight)
         return Walked(tuple(noise), tuple(latents), mean, x, torch.stack(log_weights).sum(0))
-
-    def _likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
-        if not hasattr(self.source, "likelihood"):
-            raise ValueError(
-                f"VAEBM needs the decoder's noise; {type(self.source).__name__} has no method "
-                f"`likelihood`. Of a decoder trained by squared error, use GaussianDecoder.fitted."
-            )
-        law: Distribution = self.source.likelihood(state)
-        return law
 
     def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
         """z_k at noise u, and its log-weight."""

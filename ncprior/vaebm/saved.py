@@ -33,6 +33,7 @@ from ncprior.source import LatentSource, device_of
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.vaebm.card import energy_card
 from ncprior.vaebm.energy_net import EnergyNet
+from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.model import VAEBM, LangevinTarget
 
 FILE = "vaebm.safetensors"
@@ -203,8 +204,8 @@ def _energy_entry(energy: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _sigma(source: LatentSource[Any, Any]) -> float | None:
     """σ of a decoder that was given one by ``GaussianDecoder``."""
-    sigma: float | None = getattr(source, "sigma", None)
-    return sigma if isinstance(sigma, float) else None
+    noisy = gaussian_decoder_of(source)
+    return None if noisy is None else noisy.sigma
 
 
 def _same_sigma(one: float | None, other: float | None) -> bool:
