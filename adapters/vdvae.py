@@ -69,11 +69,10 @@ class VDVAESource(LatentSource[Any, Any]):
 
     Example:
         >>> from helpers.vdvae_standin import vdvae  # a small model of VDVAE's layout, in the tests
+        >>> from ncprior.source import sample_posterior
         >>> source = VDVAESource(vdvae())
         >>> x = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
-        >>> state = source.start(4, source.encode(x))
-        >>> for _ in range(source.num_groups):
-        ...     state = source.advance(state, source.group(state).posterior.sample())
+        >>> latents, state = sample_posterior(source, x)
         >>> source.decode(state).shape, source.likelihood(state).log_prob(x).shape
         (torch.Size([4, 8, 8, 3]), torch.Size([4]))
     """

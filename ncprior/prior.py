@@ -34,6 +34,7 @@ from ncprior.source import (
     num_rows,
     posterior_of,
     require_source,
+    visit,
 )
 from ncprior.utils.precision import at_least_float32, at_precision
 
@@ -136,19 +137,20 @@ class NCPrior(nn.Module):
         """
         require_source(source)
         encoding = source.encode(x)
-        state = source.start(num_rows(encoding), encoding)
-        heads = []
-        for k in range(source.num_groups):
-            group = source.group(state)
+        rows, heads = num_rows(encoding), []
+
+        def make(k: int, group: Group) -> Tensor:
             z = posterior_of(group).sample()
             with _naming(k):
                 heads.append(make_head(with_head_inputs(source, k, group, z), **options))
-            state = source.advance(state, z)
+            return z
+
+        _, state = visit(source, source.start(rows, encoding), make)
         x_hat = source.decode(state)
-        if not isinstance(x_hat, Tensor) or len(x_hat) != len(z):
+        if not isinstance(x_hat, Tensor) or len(x_hat) != rows:
             got = f"{tuple(x_hat.shape)}" if isinstance(x_hat, Tensor) else type(x_hat).__name__
             raise TypeError(
-                f"The decoder must return the mean of p(x | z) as one tensor of {len(z)} rows; "
+                f"The decoder must return the mean of p(x | z) as one tensor of {rows} rows; "
                 f"got {got}."
             )
         _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
@@ -237,14 +239,15 @@ class NCPrior(nn.Module):
             >>> prior.sample(8, partial(sir, num_proposals=100)).x.shape
             torch.Size([8, 3])
         """
-        state = self.source.start(batch_size, condition=condition)
-        latents, draws = [], []
-        for k in range(self.source.num_groups):
-            draw = self.draw(k, self.source.group(state), sampler)
-            state = self.source.advance(state, draw.z)
-            latents.append(draw.z)
-            draws.append(draw)
-        return Sample(self.source.decode(state), tuple(latents), tuple(draws))
+        draws = []
+
+        def choose(k: int, group: Group) -> Tensor:
+            draws.append(self.draw(k, group, sampler))
+            return draws[k].z
+
+        start = self.source.start(batch_size, condition=condition)
+        latents, state = visit(self.source, start, choose)
+        return Sample(self.source.decode(state), latents, tuple(draws))
 
     def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
         """Returns α log r_k(z_k | z_<k), as the sampler uses it, of every group.
@@ -265,14 +268,17 @@ class NCPrior(nn.Module):
                 f"One z per latent group: the source has {self.source.num_groups} groups, "
                 f"got {len(latents)} latents."
             )
-        state = self.source.start(len(latents[0]), condition=condition)
         log_r = []
-        for k, z in enumerate(latents):
+
+        def weigh(k: int, group: Group) -> Tensor:
+            z = latents[k]
             if self.is_on(k):
-                log_r.append(self.strength * self.log_r(k, z, self.source.group(state).context))
+                log_r.append(self.strength * self.log_r(k, z, group.context))
             else:
                 log_r.append(torch.zeros(len(z), device=z.device))
-            state = self.source.advance(state, z)
+            return z
+
+        visit(self.source, self.source.start(len(latents[0]), condition=condition), weigh)
         return torch.stack(log_r, dim=1)
 
     def log_r(

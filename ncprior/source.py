@@ -14,7 +14,7 @@ choice of z_k. A state is a value: a walk can be forked, indexed, cached and com
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
 from ncprior.distributions import Sampleable, build, expand, is_parameters, parameters
+from ncprior.utils.batches import map_tensors
 from ncprior.utils.fingerprints import module_fingerprint
 
 E = TypeVar("E")
@@ -68,7 +69,7 @@ class LatentSource(Protocol[E, S]):
 
     Example:
         >>> state = source.start(4)                    # no x: a walk along the prior
-        >>> for k in range(source.num_groups):
+        >>> for k in range(source.num_groups):         # the loop that :func:`visit` runs
         ...     state = source.advance(state, source.group(state).prior.sample())
         >>> source.decode(state).shape
         torch.Size([4, 3])
@@ -404,6 +405,32 @@ class SingleGroup(LatentSource[Any, Any]):
         return q
 
 
+def visit(
+    source: LatentSource[E, S], state: S, choose: Callable[[int, Group], Tensor]
+) -> tuple[tuple[Tensor, ...], S]:
+    """Walks through all groups; training and sampling differ only in the choice of z_k.
+
+    Arguments:
+        source: The VAE.
+        state: The state in front of the first group, as ``source.start`` returns it.
+        choose: ``choose(k, group)`` returns z_k, with shape ``(B, *event)``.
+
+    Returns:
+        The latents, one z_k per group, and the state behind them, for ``source.decode``.
+
+    Example:
+        >>> latents, state = visit(source, source.start(4), lambda k, group: group.prior.sample())
+        >>> source.decode(state).shape
+        torch.Size([4, 3])
+    """
+    latents = []
+    for k in range(source.num_groups):
+        z = choose(k, source.group(state))
+        state = source.advance(state, z)
+        latents.append(z)
+    return tuple(latents), state
+
+
 @torch.no_grad()
 def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, ...], S]:  # noqa: ANN401
     """Draws z_k ~ q(z_k | z_<k, x): over random x, the aggregate posterior q(z) = E_x q(z | x).
@@ -425,11 +452,7 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
     require_source(source)
     encoding = source.encode(x)
     state = source.start(num_rows(encoding), encoding)
-    latents = []
-    for _ in range(source.num_groups):
-        latents.append(posterior_of(source.group(state)).sample())
-        state = source.advance(state, latents[-1])
-    return tuple(latents), state
+    return visit(source, state, lambda k, group: posterior_of(group).sample())
 
 
 def posterior_of(group: Group) -> Distribution:
@@ -458,13 +481,18 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
         >>> num_rows({"loc": torch.zeros(5, 2), "scale": (torch.ones(5), None)})
         5
     """
-    # A mapping of a loader's own type, such as pythae's, is no pytree to torch.
-    for leaf in tree_leaves(dict(tree) if isinstance(tree, Mapping) else tree):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return len(leaf)
-    raise ValueError(
-        f"Expected tensors whose first axis is the batch; got {type(tree).__name__} without any."
-    )
+    rows: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        rows.extend(tensor.shape[:1])
+        return tensor
+
+    map_tensors(count, tree)
+    if not rows:
+        raise ValueError(
+            f"Expected tensors whose first axis is the batch; got {type(tree).__name__} without any."
+        )
+    return rows[0]
 
 
 def require_eval(*parts: object) -> None:

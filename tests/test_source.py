@@ -27,7 +27,7 @@ from ncprior.bases.latents import latents_of
 from ncprior.bases.rebase import rebase
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.heads.networks import MLPHead
-from ncprior.source import device_of, num_rows, posterior_of, sample_posterior
+from ncprior.source import device_of, num_rows, posterior_of, sample_posterior, visit
 from ncprior.testing import check_source
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.vaebm.gaussian_decoder import GaussianDecoder
@@ -419,6 +419,26 @@ def test_sample_posterior_is_the_training_walk() -> None:
         expected = source.advance(expected, z)
     assert torch.equal(source.decode(state), source.decode(expected))
     assert not any(z.requires_grad for z in latents)
+
+
+def test_a_visit_is_the_loop_written_out() -> None:
+    """Also for choices that depend on the group's number and its context."""
+    source, x = Ladder(), torch.randn(6, 3)
+    start = source.start(6, source.encode(x))
+
+    def choose(k: int, group: Group) -> Tensor:
+        assert group.context is not None
+        return group.prior.sample() + k * group.context[:, :2]
+
+    torch.manual_seed(5)
+    latents, state = visit(source, start, choose)
+    torch.manual_seed(5)
+    expected = start
+    for k in range(3):
+        z = choose(k, source.group(expected))
+        assert torch.equal(z, latents[k])
+        expected = source.advance(expected, z)
+    assert torch.equal(source.decode(state), source.decode(expected))
 
 
 def test_sample_posterior_draws_the_aggregate_posterior() -> None:

@@ -76,12 +76,11 @@ class NVAESource(LatentSource[Any, Any]):
     Example:
         >>> from helpers.nvae_standin import nvae  # a small model of NVAE's layout, in the tests
         >>> from ncprior.adapters.nvae import on_cpu
+        >>> from ncprior.source import sample_posterior
         >>> handle = on_cpu(model := nvae())
         >>> source = NVAESource(model)
         >>> x = torch.rand(4, 1, 8, 8).round()
-        >>> state = source.start(4, source.encode(x))
-        >>> for _ in range(source.num_groups):
-        ...     state = source.advance(state, source.group(state).posterior.sample())
+        >>> latents, state = sample_posterior(source, x)
         >>> source.decode(state).shape, source.likelihood(state).log_prob(x).shape
         (torch.Size([4, 1, 8, 8]), torch.Size([4]))
     """

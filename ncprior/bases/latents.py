@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import one_pass
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
@@ -49,8 +48,7 @@ def latents_of(
             f"got {k} and {of!r}."
         )
     device, latents = device_of(source), []
-    for batch in one_pass(data, batch_size):
-        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    for batch in one_pass(data, batch_size, device):
         encoding = source.encode(batch)
         state = source.start(num_rows(encoding), encoding)
         for _ in range(k):

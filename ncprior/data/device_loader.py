@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import Stream
 from ncprior.source import num_rows
+from ncprior.utils.batches import map_tensors, to_device
 
 _END = object()
 
@@ -56,7 +57,7 @@ class Loader:
         if self._copying is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copying)
-            tree_map_only(Tensor, lambda t: t.record_stream(current), batch)
+            map_tensors(partial(_record, stream=current), batch)
         if self.is_ahead:
             try:
                 self._next = self._read()
@@ -80,13 +81,18 @@ class Loader:
                     f"Every rank takes rows of every batch; got a batch of {num_rows(batch)} rows "
                     f"for {ranks} ranks. Make a DataLoader with drop_last=True, or larger batches."
                 )
-            batch = tree_map_only(Tensor, lambda t: t[rank::ranks], batch)
+            batch = map_tensors(lambda t: t[rank::ranks], batch)
         if self._copying is None:
-            return tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+            return to_device(batch, self.device)
         with torch.cuda.stream(self._copying):
-            return tree_map_only(Tensor, self._copied, batch)
+            return map_tensors(self._copied, batch)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def _record(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    tensor.record_stream(stream)
+    return tensor

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ncprior.data.row_store import RowStore
 from ncprior.data.stream import RowData, one_pass, own_generators
@@ -109,8 +109,7 @@ class CachedEncodings(RowData):
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
         require_eval(self.vae, self.vae.module)
-        for batch in one_pass(self.data, self.batch_size):
-            x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        for x in one_pass(self.data, self.batch_size, device):
             encoding = self.vae.encode(x)
             yield encoding if self.vae.num_groups == 1 else tuple(_groups(self.vae, encoding))
 
@@ -126,7 +125,7 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
             "posterior": _known(q, k),
             "context": None if context is None else context.contiguous(),
         }
-        if k + 1 < source.num_groups:
+        if k + 1 < source.num_groups:  # the last z_k is not drawn: it decides nothing
             state = source.advance(state, q.sample())
 
 

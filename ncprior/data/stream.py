@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ncprior.utils.batches import to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 
 _END = object()
@@ -142,13 +143,31 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     return Subset(data, train.tolist()), Subset(data, held_out.tolist())
 
 
-def one_pass(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+def one_pass(
+    data: Any,  # noqa: ANN401
+    batch_size: int,
+    device: torch.device | None = None,
+) -> Iterable[Any]:
     """Returns the batches of one pass over ``data`` without shuffling, every row once.
+
+    Arguments:
+        data: A tensor or map-style dataset; or a ``DataLoader`` or list of batches, taken as they
+            come.
+        batch_size: Rows per batch, where batches are made.
+        device: Device that batches are moved to, or ``None`` to leave them where they are.
+
+    Returns:
+        The batches; the pass can be repeated.
+
+    Raises:
+        TypeError: If the data is a one-shot iterator, or none of these.
 
     Example:
         >>> [len(batch) for batch in one_pass(torch.arange(10), 4)]
         [4, 4, 2]
     """
+    if device is not None:
+        return _OnDevice(one_pass(data, batch_size), device)
     data = _as_tensor(data)
     if isinstance(data, Tensor | RowData):
         return _InOrder(data, batch_size)
@@ -209,6 +228,19 @@ class _InOrder:
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.data), self.batch_size):
             yield self.data[first : first + self.batch_size]
+
+
+class _OnDevice:
+    """Batches on a device, moved there one at a time."""
+
+    def __init__(self, batches: Any, device: torch.device) -> None:  # noqa: ANN401
+        self.batches, self.device = batches, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (to_device(batch, self.device) for batch in self.batches)
 
 
 class _Shuffled:

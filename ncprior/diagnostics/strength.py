@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
@@ -92,10 +91,8 @@ def match_strength(
         """What is measured at every row of data, summed over groups, with shape ``(rows,)``."""
         found = []
         with seeded(seed):
-            for batch in one_pass(held_out, batch_size):
-                encoding = prior.source.encode(
-                    tree_map_only(Tensor, lambda t: t.to(device), batch)
-                )
+            for batch in one_pass(held_out, batch_size, device):
+                encoding = prior.source.encode(batch)
                 found.append(walk_posterior(prior, encoding, measure).nansum(0))
         return torch.cat(found) if found else torch.empty(0)
 

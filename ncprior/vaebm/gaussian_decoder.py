@@ -6,9 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
-from torch.utils._pytree import tree_map_only
 
 from ncprior.bases.rebase import Rebased
 from ncprior.data.stream import one_pass
@@ -77,8 +75,7 @@ class GaussianDecoder(WrappedSource):
             ValueError: If the decoder does not return images of the data's shape.
         """
         device, total, count, rows = device_of(source), 0.0, 0, 0
-        for batch in one_pass(held_out, batch_size):
-            batch = tree_map_only(Tensor, lambda t: t.to(device), batch)
+        for batch in one_pass(held_out, batch_size, device):
             x = batch[0] if isinstance(batch, tuple | list) else batch
             x_hat = source.decode(sample_posterior(source, batch)[1])
             if x_hat.shape != x.shape:

@@ -40,7 +40,7 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import name_of, supports_langevin
-from ncprior.source import Group, LatentSource
+from ncprior.source import Group, LatentSource, visit
 from ncprior.utils.precision import at_least_float32, at_precision
 
 
@@ -124,17 +124,18 @@ class NoiseMap:
         pick: Callable[[int, Group], Tensor],
         pick_x: Callable[[Tensor], Tensor],
     ) -> Walked:
-        state = self.source.start(batch_size, condition=self.condition)
-        noise, latents, log_weights = [], [], []
-        for k in range(self.source.num_groups):
-            group = self.source.group(state)
+        noise, log_weights = [], []
+
+        def choose(k: int, group: Group) -> Tensor:
             _require_density(k, group)
             u = pick(k, group)
             z, log_weight = self._latents(k, group, u)
-            state = self.source.advance(state, z)
             noise.append(u)
-            latents.append(z)
             log_weights.append(log_weight)
+            return z
+
+        start = self.source.start(batch_size, condition=self.condition)
+        latents, state = visit(self.source, start, choose)
         law = self.source.likelihood(state)
         normal = normal_of(law)
         if normal is None:
@@ -145,7 +146,7 @@ class NoiseMap:
             x, log_weight = self._image(normal, u)
             noise.append(u)
             log_weights.append(log_weight)
-        return Walked(tuple(noise), tuple(latents), mean, x, torch.stack(log_weights).sum(0))
+        return Walked(tuple(noise), latents, mean, x, torch.stack(log_weights).sum(0))
 
     def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
         """z_k at noise u, and its log-weight."""
