@@ -172,7 +172,7 @@ def _seed(seed: int, i: int) -> int:
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
     """What the draws go by: heads, how they are used, VAE and base as they tell, the condition."""
-    used = (prior.strength, prior.active, str(prior.precision), prior.compiled)
+    used = (prior.strength, prior.active, str(prior.precision))
     told = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
     digest = hashlib.sha256(str(told).encode())
 

@@ -77,7 +77,6 @@ class NCPrior(nn.Module):
         active: One bool per group: whether its head is used.
         precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
             with sums in float32, see :func:`ncprior.heads.prepare_head`.
-        compiled: Whether heads are compiled for sampling, where that pays.
 
     Raises:
         ValueError: If there is not one head per group.
@@ -108,7 +107,6 @@ class NCPrior(nn.Module):
         self.strength = 1.0
         self.active = [True] * source.num_groups
         self.precision = torch.float32
-        self.compiled = False
         self._disabled = False
 
     @classmethod
@@ -350,7 +348,7 @@ class NCPrior(nn.Module):
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
         """α log r_k(·, c), for many z of one context."""
         c = None if context is None else at_least_float32(context)
-        log_r = prepare_head(self.heads[k], c, precision=self.precision, compiled=self.compiled)
+        log_r = prepare_head(self.heads[k], c, precision=self.precision)
         return lambda z: self.strength * log_r(at_least_float32(head_input(self.source, k, z)))
 
     @contextmanager
@@ -464,7 +462,7 @@ class NCPrior(nn.Module):
 
         other = type(self)(self.source, deepcopy(self.heads, memo))
         other.strength, other.active = self.strength, list(self.active)
-        other.precision, other.compiled = self.precision, self.compiled
+        other.precision = self.precision
         return other.train(self.training)
 
 

@@ -106,7 +106,6 @@ def contenders(
         "fp32": ours,
         "bf16": partial(ours, precision=torch.bfloat16),
     }
-    found |= {"compiled": partial(ours, compiled=True)} if c is not None else {}
     return found | ({"shared": partial(ours, share=True)} if c is None else {})
 
 
@@ -276,7 +275,7 @@ class Speed:
     def _peak(
         self, kind: str, which: str, proposals: int, seed: int, batch: int = BATCH
     ) -> float | None:
-        if not self.on_cpu or which == "compiled":
+        if not self.on_cpu:
             return None
         return peak_mib(one, kind, which, proposals, batch, seed, "cpu")
 
@@ -303,7 +302,7 @@ def slope(rows: list[Row]) -> float:
 def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Row]]]:
     """All rows, by name."""
     mlp = {"fp32": "sir-mlp-fp32", "bf16": "sir-mlp-bf16", "shared": "sir-mlp-shared-fp32"}
-    conv = {"fp32": "sir-conv-context-fp32", "compiled": "sir-conv-context-compiled"}
+    conv = {"fp32": "sir-conv-context-fp32"}
     found: dict[str, Callable[[], list[Row]]] = {
         "mlp": partial(speed.kind, "mlp", mlp, seed),
         "conv": partial(speed.kind, "conv", conv, seed),

@@ -15,7 +15,6 @@ in float32; the stream, its norm, and what stands before and behind the blocks s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, TypeAlias
@@ -38,24 +37,14 @@ class Whole:
         head: The head.
         context: The context, with shape ``(B, ...)``, or ``None``.
         precision: Of the factors of products, see :func:`ncprior.utils.at_precision`.
-
-    Attributes:
-        compiled: Whether it is compiled, where gradients are not asked for.
     """
 
     def __init__(self, head: Any, context: Tensor | None, precision: torch.dtype) -> None:  # noqa: ANN401
         self.head, self.context, self.precision = head, context, precision
 
-    compiled = False
-
     def __call__(self, z: Tensor) -> Tensor:
-        compiled = self.compiled and not torch.is_grad_enabled()
-        return self.whole(z, _compile(self.head) if compiled else self.head)
-
-    def whole(self, z: Tensor, head: Callable[..., Tensor]) -> Tensor:
-        """log r of all z in one call."""
         with at_precision(z.device.type, self.precision):
-            log_r = head(z, self.context)
+            log_r: Tensor = self.head(z, self.context)
         return log_r if log_r.dtype == torch.float64 else log_r.float()
 
 
@@ -68,7 +57,7 @@ class InBlocks(Whole):
     def __call__(self, z: Tensor) -> Tensor:
         lead = z.shape[: z.ndim - len(self.head.event_shape)]
         if torch.is_grad_enabled() or lead[:-1].numel() < self.least:
-            return self.whole(z, self.head)
+            return super().__call__(z)
         self.head.check(z, self.context)
         z = z.reshape(-1, *z.shape[len(lead) - 1 :])
         log_r = z.new_empty(z.shape[:2], dtype=self.head.out.weight.dtype)
@@ -77,7 +66,7 @@ class InBlocks(Whole):
                 self.embedded = self.prepare()
         size = self._block_size(*log_r.shape)
         for part, rows in _blocks(log_r.shape, size):
-            log_r[part, rows] = self.block(z[part, rows], self._embedded(rows), size)
+            log_r[part, rows] = self.block(z[part, rows], self._embedded(rows))
         return log_r.reshape(lead)
 
     def _embedded(self, rows: slice) -> Any:  # noqa: ANN401
@@ -90,15 +79,11 @@ class InBlocks(Whole):
         embedded: Tensor | float = self.head.context(self.context)
         return embedded
 
-    def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
+    def block(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """log r of a block, (n, b)."""
-        log_r = self.head.log_r
-        # A last block or a single point is not worth a compilation of its own.
-        if self.compiled and z.shape[:2] == size and size[0] > 1:
-            log_r = _compile(log_r)
         with at_precision(z.device.type, self.precision):
-            log_r_block: Tensor = log_r(z, embedded)
-        return log_r_block
+            log_r: Tensor = self.head.log_r(z, embedded)
+        return log_r
 
     def _block_size(self, count: int, rows: int) -> Size:
         weight = self.head.stem.weight
@@ -117,31 +102,6 @@ def _blocks(shape: Size, size: Size) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + size[0]), slice(row, row + size[1])
 
 
-class _Compiler:
-    """``torch.compile``, until it fails: a machine may have no compiler of C++."""
-
-    works = True
-
-    def __call__(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if not self.works:
-            return function
-        compiled = torch.compile(function)  # compiles nothing yet, and nothing twice
-
-        def call(*inputs: Tensor) -> Tensor:
-            try:
-                return compiled(*inputs)
-            except Exception as error:  # noqa: BLE001 (whatever a compiler may raise)
-                result = function(*inputs)  # if it fails too, the head is at fault
-                self.works = False
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(f"Heads are used as they are, not compiled: {reason}", stacklevel=2)
-                return result
-
-        return call
-
-
-_compile = _Compiler()
-
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -150,7 +110,6 @@ def prepare_head(
     context: Tensor | None = None,
     *,
     precision: torch.dtype = torch.float32,
-    compiled: bool = False,
 ) -> LogRatio:
     """Returns log r(·, c) of a head, for many z of one context.
 
@@ -163,17 +122,12 @@ def prepare_head(
         context: The context, with shape ``(B, ...)``, or ``None``.
         precision: Of the factors in matrix products and convolutions, ``torch.float32`` or
             ``torch.bfloat16``; sums are in float32 in either case.
-        compiled: Whether to compile what is not a product of matrices in buffers anyway, that is,
-            heads other than :class:`~ncprior.heads.MLPHead`: some 20 s once per shape of latents.
 
     Returns:
         A function of z, with shape ``(*, B, *event)``, to log r(z, c) in nats, ``(*, B)``.
 
     Raises:
         ValueError: If the precision is another.
-
-    Warns:
-        UserWarning: If the head cannot be compiled here; it is then used as it is.
 
     Example:
         >>> head = MLPHead((2,), context_shape=(3,))
@@ -183,18 +137,14 @@ def prepare_head(
     check_precision(precision)
     plain = is_as_made(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
-        inner = prepare_head(head.head, context, precision=precision, compiled=compiled)
+        inner = prepare_head(head.head, context, precision=precision)
         return lambda z: inner(head.embed(z))
     if plain and type(head) is ProductHead:
-        parts = [
-            prepare_head(h, context, precision=precision, compiled=compiled) for h in factors(head)
-        ]
+        parts = [prepare_head(h, context, precision=precision) for h in factors(head)]
         return lambda z: torch.stack([part(z) for part in parts]).sum(0)
     kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
     kind = kinds.get(type(head), Whole) if plain else Whole
-    log_r = kind(head, context, precision)
-    log_r.compiled = compiled
-    return log_r
+    return kind(head, context, precision)
 
 
 def _drops_out(head: nn.Module) -> bool:
@@ -224,11 +174,12 @@ class _Folded(InBlocks):
             w_1, b_1, w_2 = w_1.bfloat16(), b_1.bfloat16(), w_2.bfloat16()
         return norm.eps, w_1.contiguous(), b_1, w_2, b_2
 
-    def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
+    def block(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """log r of a block, (n, b)."""
-        if self.buffers is None or len(self.buffers.h) < size.numel():
-            self.buffers = _Buffers(size.numel(), self.stem, self.precision)
-        head, buffers = self.head, self.buffers.rows(z.shape[:2].numel())
+        count = z.shape[:2].numel()
+        if self.buffers is None or len(self.buffers.h) < count:
+            self.buffers = _Buffers(count, self.stem, self.precision)
+        head, buffers = self.head, self.buffers.rows(count)
         x, h, a, scale, out = buffers.x, buffers.h, buffers.a, buffers.scale, buffers.out
         torch.sub(z.reshape(len(x), -1), head.scale.mean.flatten(), out=x)
         torch.mm(x.div_(head.scale.sd.flatten()), self.stem, out=h)
