@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.empirical import NoPrior
-from ncprior.source import SingleGroup, require_eval
+from ncprior.single_group import SingleGroup
+from ncprior.source import require_eval
 
 _REFUSED = {
     "VQModel": (

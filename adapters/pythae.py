@@ -20,7 +20,8 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
-from ncprior.source import SingleGroup, require_eval
+from ncprior.single_group import SingleGroup
+from ncprior.source import require_eval
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "

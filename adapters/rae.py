@@ -37,7 +37,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.distributions import Sampleable
-from ncprior.source import SingleGroup
+from ncprior.single_group import SingleGroup
 
 
 class _Setting(NamedTuple):

@@ -14,7 +14,6 @@ References:
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,19 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.heads.fast import prepare_head
-from ncprior.heads.inputs import head_input, with_head_inputs
-from ncprior.heads.make import make_head
+from ncprior.heads.inputs import head_input
+from ncprior.heads.probe import probe_heads
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.source import (
     Group,
     LatentSource,
     contrastive_pairs,
-    num_rows,
-    posterior_of,
     require_source,
     visit,
 )
+from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision
 
 
@@ -110,7 +108,6 @@ class NCPrior(nn.Module):
         self._disabled = False
 
     @classmethod
-    @torch.no_grad()
     def for_source(cls, source: LatentSource[Any, Any], x: Any, **options: Any) -> NCPrior:  # noqa: ANN401
         """Probes one batch and builds a head for every group.
 
@@ -133,26 +130,7 @@ class NCPrior(nn.Module):
             >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
             369
         """
-        require_source(source)
-        encoding = source.encode(x)
-        rows, heads = num_rows(encoding), []
-
-        def make(k: int, group: Group) -> Tensor:
-            z = posterior_of(group).sample()
-            with _naming(k):
-                heads.append(make_head(with_head_inputs(source, k, group, z), **options))
-            return z
-
-        _, state = visit(source, source.start(rows, encoding), make)
-        x_hat = source.decode(state)
-        if not isinstance(x_hat, Tensor) or len(x_hat) != rows:
-            got = f"{tuple(x_hat.shape)}" if isinstance(x_hat, Tensor) else type(x_hat).__name__
-            raise TypeError(
-                f"The decoder must return the mean of p(x | z) as one tensor of {rows} rows; "
-                f"got {got}."
-            )
-        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
-        return cls(source, heads)
+        return cls(source, probe_heads(source, x, **options))
 
     def forward(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
         """The same as :meth:`nce_loss`, for one loss, one backward and plain DDP."""
@@ -342,7 +320,7 @@ class NCPrior(nn.Module):
         """
         if not self.is_on(k):
             return Draw(group.prior.sample())
-        with _naming(k):
+        with naming_group(k):
             return sampler(group.prior, self._ratio(k, group.context))
 
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
@@ -464,31 +442,3 @@ class NCPrior(nn.Module):
         other.strength, other.active = self.strength, list(self.active)
         other.precision = self.precision
         return other.train(self.training)
-
-
-@contextmanager
-def _naming(k: int) -> Iterator[None]:
-    """Puts the group in front of an error's message."""
-    try:
-        yield
-    except (FloatingPointError, TypeError, ValueError) as error:
-        kinds = (FloatingPointError, TypeError, ValueError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"Group {k}: {error}") from error
-
-
-def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
-    """Warns of a posterior so wide that its z no longer tells which row it came from."""
-    if not isinstance(x, Tensor) or len(x) < 8 or x[0].numel() != x_hat[0].numel():
-        return
-    distance = torch.cdist(x_hat.flatten(1).float(), x.flatten(1).to(x_hat.device, torch.float32))
-    own = distance.diagonal()
-    others = (distance.sum(1) - own) / (len(x) - 1)
-    if (own < others).float().mean() < 0.9:
-        warnings.warn(
-            "Reconstructions of a row are no closer to it than to other rows. Is the posterior's "
-            "scale a standard deviation (from a log-variance, (0.5 * log_var).exp())? Does "
-            "advance or decode leave something out, or group mix up its inputs? Compare with the "
-            "model's own forward pass.",
-            stacklevel=4,
-        )

@@ -32,7 +32,8 @@ from ncprior.adapters.lars_snis.priors import (
     standard_normal,
 )
 from ncprior.distributions import Sampleable, expand
-from ncprior.source import Group, LatentSource, SingleGroup, require_eval
+from ncprior.single_group import SingleGroup
+from ncprior.source import Group, LatentSource, require_eval
 
 _PIXELS = (1, 28, 28)
 

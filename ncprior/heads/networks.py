@@ -19,6 +19,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from ncprior.heads.contexts import MapContext, Standardise, VectorContext
 from ncprior.utils.precision import in_full
 
 
@@ -26,8 +27,8 @@ class _Head(nn.Module):
     """What the heads share: their configuration, and the scale of what they are given."""
 
     event_shape: tuple[int, ...]
-    scale: _Standardise
-    context: _MapContext | _VectorContext
+    scale: Standardise
+    context: MapContext | VectorContext
     out: nn.Linear
 
     def __init__(self, **config: Any) -> None:  # noqa: ANN401
@@ -92,9 +93,9 @@ class MLPHead(_Head):
             dropout=dropout,
         )
         self.event_shape = tuple(event_shape)
-        self.scale = _Standardise(self.event_shape)
+        self.scale = Standardise(self.event_shape)
         self.stem = nn.Linear(math.prod(self.event_shape), width)
-        self.context = _VectorContext(context_shape, width)
+        self.context = VectorContext(context_shape, width)
         self.blocks = nn.Sequential(*(_MLPBlock(width, dropout) for _ in range(depth)))
         self.out = _zero(nn.Linear(width, 1))
         self.norm = nn.LayerNorm(width)
@@ -158,12 +159,12 @@ class ConvHead(_Head):
         )
         self.event_shape = tuple(event_shape)
         channels, height, side = self.event_shape
-        self.scale = _Standardise((channels, 1, 1))
+        self.scale = Standardise((channels, 1, 1))
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         if context_shape is not None and tuple(context_shape[1:]) == (height, side):
-            self.context = _MapContext(context_shape, width)
+            self.context = MapContext(context_shape, width)
         else:
-            self.context = _VectorContext(context_shape, width, spatial=True)
+            self.context = VectorContext(context_shape, width, spatial=True)
         cells, size = [], max(height, side)
         for _ in range(depth):
             cells.append(_ConvCell(width, dropout, pool=size > 8))
@@ -283,64 +284,6 @@ def _made_layout(
         return _layout(kind(**json.loads(config)))
 
 
-class _Standardise(nn.Module):
-    """(z - mean) / sd with fixed buffers: latents come in any scale, networks want unit scale."""
-
-    mean: Tensor
-    sd: Tensor
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(tuple(shape)))
-        self.register_buffer("sd", torch.ones(tuple(shape)))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return (z.to(self.mean.dtype) - self.mean) / self.sd  # bf16 backbones, float32 heads
-
-    def fit(self, z: Tensor) -> None:
-        """Takes mean and standard deviation over the batch and over axes of size 1 here."""
-        axes = [0, *(i + 1 for i, size in enumerate(self.mean.shape) if size == 1)]
-        z = z.to(self.mean)
-        if not torch.isfinite(z).all():
-            raise FloatingPointError("The probed latents or context are not finite.")
-        sd = z.std(axes, keepdim=True, correction=0)[0]
-        self.mean.copy_(z.mean(axes, keepdim=True)[0])
-        self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
-
-
-class _VectorContext(nn.Module):
-    """Embeds a context as one feature vector per row, 0 without one."""
-
-    def __init__(self, shape: Sequence[int] | None, width: int, *, spatial: bool = False) -> None:
-        super().__init__()
-        self.shape = None if shape is None else tuple(shape)
-        self.spatial = spatial
-        if self.shape is not None:
-            self.scale = _Standardise(self.shape)
-            self.linear = nn.Linear(math.prod(self.shape), width)
-
-    def forward(self, context: Tensor | None) -> Tensor | float:
-        if _checked_context(context, self.shape) is None:
-            return 0.0
-        h: Tensor = self.linear(rearrange(self.scale(context), "b ... -> b (...)"))
-        return rearrange(h, "b c -> b c 1 1") if self.spatial else h
-
-
-class _MapContext(nn.Module):
-    """Embeds a context as one feature map per row."""
-
-    def __init__(self, shape: Sequence[int], width: int) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        self.scale = _Standardise((shape[0], 1, 1))
-        self.conv = nn.Conv2d(shape[0], width, 3, padding=1)
-
-    def forward(self, context: Tensor | None) -> Tensor:
-        _checked_context(context, self.shape)
-        h: Tensor = self.conv(self.scale(context))
-        return h
-
-
 class _MLPBlock(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -405,12 +348,3 @@ def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | Non
             f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
             f"got {rows} rows of z and {len(context)} of context."
         )
-
-
-def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:
-    got = None if context is None else tuple(context.shape[1:])
-    if got != shape:
-        raise ValueError(
-            f"The head was made for a context of shape (B, ...) with ... = {shape}; got {got}."
-        )
-    return context

@@ -24,7 +24,8 @@ from torch.distributions import (
     Normal,
 )
 
-from ncprior.source import Group, LatentSource, SingleGroup
+from ncprior.single_group import SingleGroup
+from ncprior.source import Group, LatentSource
 
 Array = np.ndarray
 
