@@ -60,9 +60,9 @@ _NO_LIKELIHOOD = {
 class PythaeSource(SingleGroup):
     """A pythae model with Gaussian posterior, or with deterministic codes made Gaussian by noise.
 
-    The prior is N(0, I); of a VAMP it is the mixture of q(z | u) over the pseudo-inputs u, as of
-    now. An AE or RAE has none until one is fitted. Of a fitted pythae ``GaussianMixtureSampler``
-    it is ``rebase(source, GaussianMixture.from_sklearn(sampler.gmm))``.
+    The prior is N(0, I); for a VAMP it is the mixture of q(z | u) over the present pseudo-inputs u.
+    An AE or RAE has none until one is fitted. A fitted ``GaussianMixtureSampler`` of pythae becomes
+    the prior by ``rebase(source, GaussianMixture.from_sklearn(sampler.gmm))``.
 
     A batch is x itself, with shape ``(B, *input_dim)``, the first item of a tuple, or the item
     ``"data"`` of a dict, as pythae's own data sets yield it.
@@ -183,7 +183,7 @@ class PythaeSource(SingleGroup):
 
 
 def _lineage(model: object) -> list[str]:
-    """Names of the model's pythae classes, nearest first; refuses what cannot work."""
+    """Names of the model's pythae classes, nearest first; raises for unsupported models."""
     if model is None:
         raise TypeError(
             "The model is None, as load_from_hf_hub returns it, with only a warning, for a "

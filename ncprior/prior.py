@@ -38,12 +38,13 @@ from ncprior.utils.precision import at_least_float32, at_precision
 
 
 class Sample(NamedTuple):
-    """What :meth:`NCPrior.sample` draws.
+    """Images, latents and quality of the draws of :meth:`NCPrior.sample`.
 
     Attributes:
         x: The decoder's mean, with shape ``(B, ...)``.
         latents: One z_k per group, each with shape ``(B, *event)``.
-        draws: One :class:`~ncprior.Draw` per group, with what its sampler knows of its quality.
+        draws: One :class:`~ncprior.Draw` per group, with effective sample size and other
+            diagnostics of the sampler.
 
     Example:
         >>> from functools import partial
@@ -61,8 +62,8 @@ class Sample(NamedTuple):
 class NCPrior(nn.Module):
     """A frozen VAE with its prior reweighted, group by group, by ratio heads.
 
-    The source is never registered, moved or changed: the parameters are the heads', and so is the
-    ``state_dict``.
+    The source is never registered, moved or changed: parameters and ``state_dict`` are those of the
+    heads.
 
     Arguments:
         source: The VAE.
@@ -73,8 +74,9 @@ class NCPrior(nn.Module):
         heads: The heads, an ``nn.ModuleList``.
         strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
         active: One bool per group: whether its head is used.
-        precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
-            with sums in float32, see :func:`ncprior.heads.prepare_head`.
+        precision: Precision of matrix products and convolutions in the heads during sampling:
+            ``torch.float32``, or ``torch.bfloat16`` with sums in float32, see
+            :func:`ncprior.heads.prepare_head`.
 
     Raises:
         ValueError: If there is not one head per group.
@@ -82,7 +84,7 @@ class NCPrior(nn.Module):
     Example:
         >>> from ncprior.heads import MLPHead
         >>> prior = NCPrior(source, MLPHead((2,)))
-        >>> prior.nce_loss(x)  # 2 log 2: the head has learnt nothing yet
+        >>> prior.nce_loss(x)  # 2 log 2: the head is not trained yet
         tensor([1.3863], grad_fn=<StackBackward0>)
     """
 
@@ -109,7 +111,7 @@ class NCPrior(nn.Module):
 
     @classmethod
     def for_source(cls, source: LatentSource[Any, Any], x: Any, **options: Any) -> NCPrior:  # noqa: ANN401
-        """Probes one batch and builds a head for every group.
+        """Returns a prior with one new head per group, made for the shapes and scales of one batch.
 
         Arguments:
             source: The VAE.
@@ -118,10 +120,10 @@ class NCPrior(nn.Module):
                 ``dropout``, ``kind``.
 
         Returns:
-            A prior that equals the base prior until it is trained.
+            The prior; it equals the base prior until it is trained.
 
         Raises:
-            TypeError: If the decoder does not return one tensor of a row per row of x.
+            TypeError: If the decoder does not return one tensor with one row per row of x.
 
         Warns:
             UserWarning: If reconstructions of a row are no closer to it than to other rows.
@@ -133,17 +135,17 @@ class NCPrior(nn.Module):
         return cls(source, probe_heads(source, x, **options))
 
     def forward(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
-        """The same as :meth:`nce_loss`, for one loss, one backward and plain DDP."""
+        """Returns :meth:`nce_loss`: for a single backward pass, and for plain DDP."""
         return self.nce_loss(x, noise_weight, num_draws)
 
     def nce_loss(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
-        """Returns each group's NCE loss, under z_<k drawn from the posterior.
+        """Returns the NCE loss of each group, given z_<k drawn from the posterior.
 
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
-            num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with
-                the first.
+            num_draws: Draws of z_k per row, from posterior and prior each; z_<k of the next groups
+                is the first draw from the posterior.
 
         Returns:
             The losses in nats, with shape ``(K,)``.
@@ -166,13 +168,13 @@ class NCPrior(nn.Module):
         precision: torch.dtype = torch.float32,
         groups: Container[int] | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the NCE loss of each group in turn, so that one head's graph is alive at a time.
+        """Yields the NCE loss of each group in turn, so that only one head's graph is in memory.
 
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
             num_draws: Draws of z_k per row, from posterior and prior each.
-            precision: Precision of the factors of the heads' matrix products.
+            precision: Precision of the heads' matrix products.
             groups: Groups whose loss is computed; the loss of any other is 0. All by default.
 
         Returns:
@@ -200,14 +202,14 @@ class NCPrior(nn.Module):
             batch_size: B, the number of samples.
             sampler: ``sampler(prior, log_ratio) -> Draw``, such as
                 ``partial(sir, num_proposals=500)``.
-            condition: What the source needs when there is no x, or ``None``.
+            condition: The condition of a conditional VAE, with B rows, or ``None``.
 
         Returns:
-            The decoded means, latents and draws.
+            The decoder's means, the latents and the draws.
 
         Raises:
             FloatingPointError: If log r is not finite; names the group.
-            TypeError: If the sampler cannot work with a group's prior; names the group.
+            TypeError: If the sampler does not support a group's prior; names the group.
 
         Example:
             >>> from functools import partial
@@ -226,11 +228,11 @@ class NCPrior(nn.Module):
         return Sample(self.source.decode(state), latents, tuple(draws))
 
     def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
-        """Returns α log r_k(z_k | z_<k), as the sampler uses it, of every group.
+        """Returns α log r_k(z_k | z_<k) of every group, as the sampler uses it.
 
         Arguments:
             latents: One z_k per group, each with shape ``(B, *event)``.
-            condition: What the source needs when there is no x, or ``None``.
+            condition: The condition of a conditional VAE, with B rows, or ``None``.
 
         Returns:
             The log-ratios in nats, with shape ``(B, K)``; 0 for groups whose head is off.
@@ -265,13 +267,13 @@ class NCPrior(nn.Module):
         *,
         precision: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Returns log r_k(z, c) of head k itself, in float32 or better, also under autocast.
+        """Returns log r_k(z, c) of head k, without α, in float32 or better, also under autocast.
 
         Arguments:
             k: The group, from 0.
             z: Latents of the group, with shape ``(*, B, *event)``.
             context: The group's context, with shape ``(B, ...)``, or ``None``.
-            precision: Of the factors of the head's products, see :mod:`ncprior.heads`.
+            precision: Precision of the head's matrix products, see :mod:`ncprior.heads`.
 
         Returns:
             log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
@@ -288,7 +290,7 @@ class NCPrior(nn.Module):
         return at_least_float32(log_r)
 
     def is_on(self, k: int) -> bool:
-        """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
+        """Returns whether head k is used: it is ``active``, ``strength`` > 0, and not ``disabled``.
 
         Example:
             >>> prior.is_on(0)
@@ -298,7 +300,7 @@ class NCPrior(nn.Module):
 
     @torch.no_grad()
     def draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
-        """Draws z_k of a group that a walk stands in front of.
+        """Draws z_k of one group.
 
         Arguments:
             k: The group's number, from 0.
@@ -306,11 +308,11 @@ class NCPrior(nn.Module):
             sampler: ``sampler(prior, log_ratio) -> Draw``.
 
         Returns:
-            One draw per row: the base's own where the head is off.
+            One draw per row; a draw of the base prior if the head is off.
 
         Raises:
             FloatingPointError: If log r is not finite; names the group.
-            TypeError: If the sampler cannot work with the group's prior; names the group.
+            TypeError: If the sampler does not support the group's prior; names the group.
 
         Example:
             >>> from functools import partial
@@ -331,7 +333,7 @@ class NCPrior(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context manager inside which the prior is the base prior again.
+        """A context manager inside which this prior equals the base prior.
 
         Example:
             >>> with prior.disabled():
@@ -423,19 +425,19 @@ class NCPrior(nn.Module):
         return hub.push_to_hub(self, repo_id, **options)
 
     def extra_repr(self) -> str:
-        """Tells what ``print(prior)`` shows besides the heads."""
+        """Returns the part of ``print(prior)`` besides the heads."""
         off = [k for k, on in enumerate(self.active) if not on]
         return f"source={type(self.source).__name__}, strength={self.strength}, groups_off={off}"
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """Keeps the source out of nn.Module's registration, whatever its type."""
+        """Keeps the source unregistered, also if it is an ``nn.Module``."""
         if name == "source":
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NCPrior:
-        """Copies the heads and shares the source: a user's VAE is never copied."""
+        """Returns a copy of the heads on the same source: the VAE is never copied."""
         from copy import deepcopy
 
         other = type(self)(self.source, deepcopy(self.heads, memo))

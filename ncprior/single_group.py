@@ -19,20 +19,20 @@ class SingleGroup(LatentSource[Any, Any]):
 
     Arguments:
         prior: p(z), with an empty batch shape.
-        posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. Of a tuple
-            or list that a loader yields, x is the first item.
+        posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. If a batch is
+            a tuple or list such as (image, label), x is its first item.
         decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
-        module: The VAE itself. It is never registered, moved or changed; it serves for the
-            fingerprint and for the check that it is in evaluation mode. (The check also sees
-            modules, and modules of bound methods, given as ``posterior`` and ``decoder``.)
+        module: The VAE itself, for the fingerprint and for the check that it is in evaluation mode.
+            It is never registered, moved or changed. (The check also covers modules, and modules
+            of bound methods, that are given as ``posterior`` and ``decoder``.)
         likelihood: Maps z to p(x | z), a distribution over x.
-        condition: Picks a condition c, with shape ``(B, C)``, out of a batch as the loader yields
+        condition: Returns the condition c, with shape ``(B, C)``, of a batch as the loader yields
             it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
-            ratio head sees it as context, and a walk without x needs it as ``condition``.
-        features: Maps z, with shape ``(N, *event)``, to what the ratio head sees in its place,
-            ``(N, ...)``: a function of z alone, such as the frozen decoder's first layers,
-            ``vae.decoder[:2]``. Of many latents that are a feature map to the decoder, a
-            :class:`~ncprior.heads.ConvHead` on that map learns faster than a perceptron on z.
+            ratio head takes it as context, and sampling needs it as ``condition``.
+        features: Maps z, with shape ``(N, *event)``, to the input of the ratio head, ``(N, ...)``:
+            a function of z alone, such as the first layers of the frozen decoder,
+            ``vae.decoder[:2]``. If the decoder turns many latents into a feature map, a
+            :class:`~ncprior.heads.ConvHead` on that map learns faster than an MLP on z.
 
     Raises:
         ValueError: If the prior has a batch shape.
@@ -86,13 +86,13 @@ class SingleGroup(LatentSource[Any, Any]):
             self._event_ndim = prior.sample().ndim if shape is None else len(shape)
 
     class Encoding(NamedTuple):
-        """What the walk needs of x: the posterior's parameters, or else the batch itself."""
+        """Parameters of q(z | x), or else the batch itself, and the condition."""
 
         posterior: Any
         condition: Tensor | None
 
     class State(NamedTuple):
-        """The walk in front of z (``z is None``) or behind it."""
+        """The state before z is given (``z is None``) or after."""
 
         rows: Tensor  # (B, 0): carries the batch size
         z: Tensor | None
@@ -113,7 +113,7 @@ class SingleGroup(LatentSource[Any, Any]):
         encoding: Encoding | None = None,
         condition: Tensor | None = None,
     ) -> State:
-        """Makes the state in front of z, for ``batch_size`` rows."""
+        """Returns the state before z is given, for ``batch_size`` rows."""
         require_eval(*self._watched)
         q, c = (None, condition) if encoding is None else encoding
         if (c is None) != (self._condition is None):
@@ -132,14 +132,14 @@ class SingleGroup(LatentSource[Any, Any]):
         return self.State(torch.empty(batch_size, 0, device=device), None, q, c)
 
     def group(self, state: State) -> Group:
-        """Shows p(z) and, with an x, q(z | x), for every row."""
+        """Returns p(z) and, given an x, q(z | x), for every row."""
         q = state.posterior
         if q is not None:
             q = build(q) if is_parameters(q) else self._checked_posterior(q, state.condition)
         return Group(expand(self.prior, len(state.rows)), q, state.condition)
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Takes z, with shape ``(B, *event)``."""
+        """Returns the state with z, which has shape ``(B, *event)``."""
         if len(z) != len(state.rows):
             raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
         return state._replace(z=z)
@@ -156,13 +156,14 @@ class SingleGroup(LatentSource[Any, Any]):
         """
         if self._likelihood is None:
             raise ValueError(
-                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...), or, of "
-                "a decoder trained by squared error, wrap it in GaussianDecoder.fitted(source, held_out)."
+                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...), or, if "
+                "the decoder was trained by squared error, wrap the source in "
+                "GaussianDecoder.fitted(source, held_out)."
             )
         return self._likelihood(*self._decoder_arguments(state))
 
     def features(self, k: int, z: Tensor) -> Tensor:
-        """Returns what the ratio head sees of z, ``(*, B, *event)``: by default z itself."""
+        """Returns the input of the ratio head for z of shape ``(*, B, *event)``: by default z."""
         if self._features is None:
             return z
         lead = z.shape[: z.ndim - self._event_ndim]

@@ -1,14 +1,15 @@
-r"""A pretrained VAE, seen as groups of latents visited in order.
+r"""A pretrained VAE as groups of latents that are visited in order.
 
 A VAE with K groups of latents factorises its prior and its posterior as
 
 .. math::
     p(z) = \prod_k p(z_k | z_{<k}), \qquad q(z | x) = \prod_k q(z_k | z_{<k}, x).
 
-A :class:`LatentSource` walks the groups: ``start`` makes a state, ``group`` shows p(z_k | z_<k)
-and, when there is an x, q(z_k | z_<k, x), ``advance`` takes a z_k and makes the next state, and
-``decode`` turns the last state into x. Training and sampling are this same walk with another
-choice of z_k. A state is a value: a walk can be forked, indexed, cached and compared.
+A :class:`LatentSource` visits the groups one after the other: ``start`` returns a first state,
+``group`` the distributions p(z_k | z_<k) and, given an x, q(z_k | z_<k, x), ``advance`` the next
+state given z_k, and ``decode`` the mean of p(x | z) from the last state. Training and sampling are
+both a :func:`visit` and differ only in the choice of z_k. A state is a value: it can be copied,
+indexed by rows, cached and compared.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ S = TypeVar("S")
 
 
 class Group(NamedTuple):
-    """What is known of z_k once z_<k, and maybe x, are given; of batch shape ``(B,)``.
+    """Prior, posterior and context of z_k, given z_<k and, in training, x; batch shape ``(B,)``.
 
     Attributes:
         prior: p(z_k | z_<k), a torch ``Distribution`` wherever the density is known.
-        posterior: q(z_k | z_<k, x), or ``None`` when the walk has no x.
-        context: c(z_<k), what the ratio head sees of z_<k and of a condition, with shape
-            ``(B, ...)``, or ``None``.
+        posterior: q(z_k | z_<k, x), or ``None`` without an x.
+        context: c(z_<k), the second input of the ratio head: a function of z_<k and of a condition,
+            with shape ``(B, ...)``, or ``None``.
 
     Example:
         >>> group = Group(prior=Independent(Normal(torch.zeros(5, 2), 1.0), 1))
@@ -240,9 +241,10 @@ def visit(
 
 @torch.no_grad()
 def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, ...], S]:  # noqa: ANN401
-    """Draws z_k ~ q(z_k | z_<k, x): over random x, the aggregate posterior q(z) = E_x q(z | x).
+    """Draws z_k ~ q(z_k | z_<k, x) for one batch of x.
 
-    This is the reference prior: no prior on the frozen decoder can be expected to do better.
+    Over random x these are draws of the aggregate posterior q(z) = E_x q(z | x), the best prior
+    that a frozen decoder can be expected to have.
 
     Arguments:
         source: The VAE.
@@ -263,7 +265,7 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
 
 
 def posterior_of(group: Group) -> Distribution:
-    """Returns the group's posterior; a source that shows none for an x breaks the protocol.
+    """Returns the group's posterior, or raises an error if the source returned none.
 
     Raises:
         ValueError: If the group has no posterior.
@@ -303,7 +305,7 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
 
 
 def require_eval(*parts: object) -> None:
-    """Refuses a VAE in training mode: batch statistics and dropout would change q(z | x).
+    """Raises an error for a VAE in training mode, as dropout and batch statistics change q(z | x).
 
     Raises:
         ValueError: If any submodule is in training mode.
@@ -322,7 +324,9 @@ def require_eval(*parts: object) -> None:
 
 @torch.no_grad()
 def device_of(source: LatentSource[Any, Any]) -> torch.device:
-    """Returns where a source draws latents; if it cannot, where its ``module`` is; else the CPU.
+    """Returns the device on which a source draws latents.
+
+    If it cannot draw without a condition, this is the device of its ``module``, or else the CPU.
 
     Example:
         >>> device_of(source)
@@ -347,13 +351,13 @@ def contrastive_pairs(
     x: Any,  # noqa: ANN401
     num_draws: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields, group by group, what its head is to tell apart, under z_<k of the posterior.
+    """Yields the draws of each group that its head has to classify, given z_<k of the posterior.
 
     Arguments:
         source: The VAE.
         x: One batch, as the user's loader yields it.
-        num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with the
-            first.
+        num_draws: Draws of z_k per row, from posterior and prior each; z_<k of the next groups is
+            the first draw from the posterior.
 
     Returns:
         Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
@@ -378,7 +382,8 @@ def contrastive_pairs(
         yield z, group.context
 
 
-def _draw(law: Any, count: Size) -> Tensor:  # noqa: ANN401
-    """Draws of a law; a GPU need not wait for them, as a normal's ``sample`` makes it."""
-    z: Tensor = law.rsample(count) if getattr(law, "has_rsample", False) else law.sample(count)
+def _draw(distribution: Any, count: Size) -> Tensor:  # noqa: ANN401
+    """Draws from a distribution; ``rsample`` of a normal does not synchronise a GPU."""
+    has_rsample = getattr(distribution, "has_rsample", False)
+    z: Tensor = distribution.rsample(count) if has_rsample else distribution.sample(count)
     return z

@@ -93,9 +93,9 @@ def without_cuda() -> Iterator[None]:
 
 
 class on_cpu:
-    """Lets a model of NVAE run on a CPU, until ``remove()`` or the end of a ``with`` block.
+    """Handle under which a model of NVAE runs on a CPU, until ``remove()`` or the end of ``with``.
 
-    Every ``SyncBatchNormSwish``, which refuses CPU tensors, gets a forward of its own for them:
+    Every ``SyncBatchNormSwish``, which does not support CPU tensors, gets a forward for them:
     batch normalisation of this process alone, then SiLU. Parameters, buffers and flags stay as
     they are, and tensors on a GPU take the published way.
 

@@ -2,9 +2,9 @@ r"""Other base priors for a frozen VAE: NCP on a closer base has less to correct
 
     source = rebase(source, fit_mixture(latents_of(source, x)))
 
-A base is anything that draws z_k: a fitted mixture (here), a VampPrior (:mod:`ncprior.bases`), a
-normalizing flow (:mod:`ncprior.bases`), flow matching (:mod:`ncprior.bases`), the
-training encodings themselves, a tempered prior. Decoder and posterior stay the wrapped source's.
+A base is a distribution or sampler of z_k: a fitted mixture, a VampPrior, a normalizing flow, flow
+matching, the training encodings themselves, or a tempered prior, see :mod:`ncprior.bases`. Decoder
+and posterior remain those of the wrapped source.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
 
 
 def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
-    """Wraps a source with another base prior.
+    """Returns a source with another base prior.
 
     Arguments:
         source: The VAE.
-        base: ``base(k, group)`` gives the new prior of group k from ``group.prior`` and
-            ``group.context``. With one group of latents it may be the prior itself, of empty batch
-            shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
+        base: ``base(k, group)`` returns the new prior of group k from ``group.prior`` and
+            ``group.context``. With one group of latents it can be the prior itself, with an empty
+            batch shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
 
     Returns:
-        A source: the same VAE with that prior.
+        The same VAE with that prior.
 
     Raises:
         ValueError: If one prior is given for several groups.

@@ -1,4 +1,4 @@
-"""Batches on their way to a device, or to the ranks of a process group."""
+"""Loading of batches on a device, or on the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _END = object()
 
 
 class Loader:
-    """Batches of a stream, or this rank's share of each, on a device.
+    """An iterator over the batches of a stream on a device, or over this rank's rows of each.
 
-    On a GPU, a batch is copied out of pinned memory while the one before is worked on.
+    On a GPU, a batch is copied from pinned memory while the previous one is in use.
 
     Arguments:
         stream: The stream.
-        device: Where to.
-        share: This rank's number and the number of ranks; rows are dealt out in turn.
-        before: Called with the number of a batch, from ``first``, before that batch is read.
-        first: The number of the first batch.
+        device: Device of the batches.
+        share: This rank and the number of ranks; rank r of n gets the rows r, r + n, r + 2n, …
+        before: Function that is called with the index of a batch before that batch is read.
+        first: Index of the first batch.
 
     Example:
         >>> loader = Loader(Stream(torch.arange(8), batch_size=4), torch.device("cpu"), (1, 2))
@@ -66,7 +66,7 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the place in the data behind the last batch that was returned."""
+        """Returns the position in the data after the last batch that was returned."""
         return self._place
 
     def _read(self) -> Any:  # noqa: ANN401

@@ -1,13 +1,13 @@
-r"""Walks through a frozen VAE, taken once and used at many steps of training.
+r"""Encodings of a data set by a frozen VAE, computed once and used at many training steps.
 
-What a step needs of the VAE is, group by group, the prior, the posterior and the context that its
-walk goes by. They are kept as parameters, and z_k is drawn anew from them at every step.
+A training step needs prior, posterior and context of each group. Their parameters are cached, and
+z_k is drawn anew from them at every step.
 
-With one group, they depend on x alone, and a step has the distribution that it had: only the
-encoder is spared. With more, they depend on z_<k too, which repeats for as long as a walk is kept:
-of the expectation over z_<k ~ q(z_<k | x), a row of x sees one draw per walk. Contrastive pairs
-are still drawn under the same z_<k, so that each loss is unbiased; but heads see fewer different
-contexts, and may learn them by heart.
+With one group, they depend on x alone, and the distribution of a step is unchanged: only the encoder
+is skipped. With several groups, they depend on z_<k too, which stays the same until the cache is
+renewed: a row of x has one draw of z_<k ~ q(z_<k | x) per cache. Contrastive pairs are still drawn
+given the same z_<k, so that each loss is unbiased; but heads are trained on fewer different
+contexts, and may memorise them.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from ncprior.utils.random_state import seeded
 
 
 class CachedEncodings(RowData):
-    """Walks of all rows of some data, taken anew with a seed of their own from time to time.
+    """Cache of the encodings of all rows of a data set, renewed from time to time.
 
     Arguments:
         source: The VAE.
         data: The data, as for :func:`ncprior.data.one_pass`.
         batch_size: Rows per batch, where batches are made here.
-        seed: Seed of the walks; the generators of torch, NumPy and Python stay as they are.
-        budget: Bytes to keep in memory; the rest is on disk, see :class:`ncprior.data.RowStore`.
-        folder: Where on disk.
+        seed: Seed of the draws of z_<k; the generators of torch, NumPy and Python are unchanged.
+        budget: Bytes in memory; larger caches are on disk, see :class:`ncprior.data.RowStore`.
+        folder: Folder for a cache on disk.
 
     Attributes:
-        source: A source whose batches are the rows of these walks.
+        source: A source whose batches are rows of the cache.
 
     Raises:
-        TypeError: If a group of several has a prior or a posterior that is not known by its
-            parameters.
+        TypeError: If there are several groups and the prior or posterior of one is not of a type
+            whose parameters can be cached.
 
     Example:
         >>> walks = CachedEncodings(source, torch.randn(10, 3), batch_size=4, seed=0)
@@ -81,11 +81,11 @@ class CachedEncodings(RowData):
         self.renew(0)
 
     def renew(self, number: int) -> None:
-        """Takes walks number 0, 1, …, unless they are those that are kept."""
+        """Fills the cache for the given renewal, 0, 1, …, unless it is filled for it already."""
         if number == self.number:
             return
         device = device_of(self.vae)
-        self._rows: Any = None  # lets go of the old ones first
+        self._rows: Any = None  # frees the old cache first
         for generator, first in self._own:
             generator.set_state(first)
         with seeded(self.seed + number):
@@ -93,7 +93,7 @@ class CachedEncodings(RowData):
         self.number, self.device = number, self._rows.device
 
     def renewal(self, epochs: float) -> Callable[[int], None] | None:
-        """What takes new walks in front of a batch, given its number, once in so many epochs."""
+        """Returns a function of the batch index that renews the cache every ``epochs`` epochs."""
         if math.isinf(epochs) or self.vae.num_groups == 1:
             return None
         period = epochs * max(1, len(self) // self.batch_size)
@@ -103,7 +103,7 @@ class CachedEncodings(RowData):
         return len(self._rows)
 
     def __getitem__(self, rows: Tensor | slice) -> Any:  # noqa: ANN401
-        """Takes rows, by their numbers or as a slice."""
+        """Returns rows, by a tensor of their numbers or a slice."""
         return self._rows[rows]
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
     tree = parameters(distribution) if isinstance(distribution, Distribution) else None
     if tree is None:
         raise TypeError(
-            f"A walk is kept as parameters of its groups; group {k} has a "
+            f"Groups are cached as parameters of their distributions; group {k} has a "
             f"{type(distribution).__name__}, whose parameters are not known. Pass cache_epochs=None."
         )
     return tree
@@ -204,14 +204,14 @@ def epochs_to_cache(
     settings: Mapping[str, Any],
     stage: int = 1,
 ) -> float | None:
-    """Returns for how many epochs :func:`ncprior.fit` keeps a walk, ``None`` for no walks kept.
+    """Returns the number of epochs that :func:`ncprior.fit` caches encodings; ``None``: no cache.
 
     Arguments:
         source: The VAE.
-        data: What it is trained on.
-        settings: Of them ``cache_epochs``, ``steps`` and ``batch_size``.
-        stage: From 1. Bases of later stages are drawn from along the walk, and are not kept with
-            several groups.
+        data: The training data.
+        settings: The settings ``cache_epochs``, ``steps`` and ``batch_size``.
+        stage: The stage, from 1. With several groups, later stages are not cached, as their base
+            is sampled while the groups are visited.
     """
     epochs: float | None | str = settings["cache_epochs"]
     if not isinstance(epochs, str):
@@ -223,7 +223,7 @@ def epochs_to_cache(
 
 @torch.no_grad()
 def _encodes_once_for_all(source: LatentSource[Any, Any], x: Tensor) -> bool:
-    """Whether an encoding is neither x itself nor drawn at random."""
+    """Returns whether an encoding is neither x itself nor random."""
     device = device_of(source)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         x = x.to(device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Standardise(nn.Module):
-    """(z - mean) / sd with fixed buffers: latents come in any scale, networks want unit scale."""
+    """Standardisation (z - mean) / sd of an input, with fixed buffers."""
 
     mean: Tensor
     sd: Tensor
@@ -25,7 +25,7 @@ class Standardise(nn.Module):
         return (z.to(self.mean.dtype) - self.mean) / self.sd  # bf16 backbones, float32 heads
 
     def fit(self, z: Tensor) -> None:
-        """Takes mean and standard deviation over the batch and over axes of size 1 here."""
+        """Sets mean and standard deviation from a batch; axes of size 1 here are averaged over."""
         axes = [0, *(i + 1 for i, size in enumerate(self.mean.shape) if size == 1)]
         z = z.to(self.mean)
         if not torch.isfinite(z).all():
@@ -36,7 +36,7 @@ class Standardise(nn.Module):
 
 
 class VectorContext(nn.Module):
-    """Embeds a context as one feature vector per row, 0 without one."""
+    """Embedding of a context as one feature vector per row; 0 without a context."""
 
     def __init__(self, shape: Sequence[int] | None, width: int, *, spatial: bool = False) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class VectorContext(nn.Module):
 
 
 class MapContext(nn.Module):
-    """Embeds a context as one feature map per row."""
+    """Embedding of a context as one feature map per row."""
 
     def __init__(self, shape: Sequence[int], width: int) -> None:
         super().__init__()

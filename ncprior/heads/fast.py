@@ -1,16 +1,17 @@
-r"""Heads in inference: log r(·, c) of one context for many z, in blocks that stay in cache.
+r"""Fast evaluation of heads in samplers: log r(·, c) for many z of one context, block by block.
 
-The context is embedded once. A :class:`~ncprior.heads.MLPHead` is folded besides: its residual
-stream h is read through layer normalisation alone, which does not see a shift of all features by
-one amount. With the mean over features taken out of every weight that writes to h, h is centred:
+The context is embedded once, and blocks fit in the cache of a core. The weights of an
+:class:`~ncprior.heads.MLPHead` are folded as well: its residual stream h is read only through layer
+normalisation, which is invariant to adding one number to all features. If the mean over features is
+subtracted from every weight that writes to h, h is centred:
 
 .. math::
     W_1 (\gamma \cdot \mathrm{LN}(h) + \beta) + b_1
       = (|h|^2 / W + \epsilon)^{-1/2} \, (W_1 \mathrm{diag}(\gamma)) \, h + (b_1 + W_1 \beta),
 
-so that a block is two matrix products into buffers made once, a norm, a shift and an activation in
-place. Nothing but rounding is changed. In bfloat16, products take bfloat16 factors and accumulate
-in float32; the stream, its norm, and what stands before and behind the blocks stay in float32.
+so that a block is two matrix products into preallocated buffers, a norm, a shift and an activation in
+place. Results differ by rounding alone. In bfloat16, products have bfloat16 factors and accumulate in
+float32; the stream, its norm and the layers outside the blocks remain in float32.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _CACHE = 2**19  # features of a block per thread: 2 MiB, as much as a core's cac
 
 
 class Whole:
-    """Any head, called as it is.
+    """A head of any class, called without change.
 
     Arguments:
         head: The head.
         context: The context, with shape ``(B, ...)``, or ``None``.
-        precision: Of the factors of products, see :func:`ncprior.utils.at_precision`.
+        precision: Precision of the factors of products, see :func:`ncprior.utils.at_precision`.
     """
 
     def __init__(self, head: Any, context: Tensor | None, precision: torch.dtype) -> None:  # noqa: ANN401
@@ -49,10 +50,10 @@ class Whole:
 
 
 class InBlocks(Whole):
-    """A head of this package, with its context embedded once, given a block of z at a time."""
+    """A head of this package, evaluated on one block of z at a time, with its context embedded once."""
 
     embedded: Tensor | float | None = None
-    least = 1  # z per context that what is done once pays for
+    least = 1  # fewest z per context for which the preparation pays
 
     def __call__(self, z: Tensor) -> Tensor:
         lead = z.shape[: z.ndim - len(self.head.event_shape)]
@@ -70,12 +71,12 @@ class InBlocks(Whole):
         return log_r.reshape(lead)
 
     def _embedded(self, rows: slice) -> Any:  # noqa: ANN401
-        """The embedded context of some rows, or what is added to all of them."""
+        """The embedded context of some rows, or the bias of all rows without a context."""
         c = self.embedded
         return c[rows] if isinstance(c, Tensor) and self.context is not None else c
 
     def prepare(self) -> Tensor | float:
-        """Embeds the context; and whatever else is done once."""
+        """Embeds the context, and prepares everything else that is done once."""
         embedded: Tensor | float = self.head.context(self.context)
         return embedded
 
@@ -113,21 +114,20 @@ def prepare_head(
 ) -> LogRatio:
     """Returns log r(·, c) of a head, for many z of one context.
 
-    The same function as the head, faster without gradients where the head is one of
-    :mod:`ncprior.heads` as it was made (no subclass, no hooks, no dropout). Its weights are those
-    that it has when the first latents come.
+    Without gradients it is faster than the head, if the head is of a class of :mod:`ncprior.heads`
+    (no subclass, no hooks, no dropout). The weights are read at the first evaluation.
 
     Arguments:
         head: A ratio head.
         context: The context, with shape ``(B, ...)``, or ``None``.
-        precision: Of the factors in matrix products and convolutions, ``torch.float32`` or
-            ``torch.bfloat16``; sums are in float32 in either case.
+        precision: Precision of the factors in matrix products and convolutions, ``torch.float32``
+            or ``torch.bfloat16``; sums are in float32 in either case.
 
     Returns:
         A function of z, with shape ``(*, B, *event)``, to log r(z, c) in nats, ``(*, B)``.
 
     Raises:
-        ValueError: If the precision is another.
+        ValueError: If the precision is neither of the two.
 
     Example:
         >>> head = MLPHead((2,), context_shape=(3,))
@@ -152,7 +152,7 @@ def _drops_out(head: nn.Module) -> bool:
 
 
 class _Folded(InBlocks):
-    """A residual perceptron with centred weights, and buffers that are made once."""
+    """A residual MLP with centred weights and preallocated buffers."""
 
     least = 2
 
@@ -195,7 +195,7 @@ class _Folded(InBlocks):
 
 
 class _Buffers:
-    """What a block of latents is computed in."""
+    """Preallocated memory for the evaluation of a block of latents."""
 
     def __init__(self, size: int, weight: Tensor, precision: torch.dtype) -> None:
         inputs, width = weight.shape
@@ -207,7 +207,7 @@ class _Buffers:
         self.low_2 = torch.empty_like(self.low)
 
     def rows(self, size: int) -> _Buffers:
-        """The first rows of them."""
+        """The first rows of the buffers."""
         part = copy(self)
         for name, tensor in vars(self).items():
             setattr(part, name, tensor[:size])
@@ -222,7 +222,7 @@ def _step(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor)
 
 
 def _step_bfloat16(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor) -> None:
-    """The same, with products of bfloat16 factors."""
+    """h += W₂ SiLU(W₁ LN(h) + b₁) + b₂, with products of bfloat16 factors."""
     h, a, low, low_2 = buffers.h, buffers.a, buffers.low, buffers.low_2
     low.copy_(torch.mul(h, buffers.scale, out=a))
     silu(torch.addmm(b_1, low, w_1, out=low_2), inplace=True)
@@ -230,7 +230,7 @@ def _step_bfloat16(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2
 
 
 def _norm(h: Tensor, eps: float, *, out: Tensor) -> Tensor:
-    """(|h|²/W + ε)^{-1/2} of centred rows: what layer normalisation multiplies by."""
+    """Factor (|h|²/W + ε)^{-1/2} of layer normalisation, for centred rows."""
     torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=out)
     return out.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
 

@@ -1,10 +1,10 @@
-r"""Ratio heads: networks log r(z, c) that a classifier's logit is.
+r"""Ratio heads: networks for log r(z, c), the logit of a binary classifier.
 
 A head is any ``nn.Module`` called as ``head(z, context=None) -> log_r``: z of shape
 ``(*, B, *event)``, context of shape ``(B, ...)``, log r in nats of shape ``(*, B)``. The context is
 embedded once and broadcast over the leading axes, the proposals. A ratio is a function of z alone:
-no batch statistics, so that log r(z) does not change with the company z is in. log r of a new head
-is exactly 0: the base prior.
+heads use no batch statistics, so that log r(z) does not depend on the rest of the batch. log r of a
+new head is exactly 0, which is the base prior.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ncprior.utils.precision import in_full
 
 
 class _Head(nn.Module):
-    """What the heads share: their configuration, and the scale of what they are given."""
+    """Base class of the heads: their configuration, and the standardisation of their inputs."""
 
     event_shape: tuple[int, ...]
     scale: Standardise
@@ -44,16 +44,16 @@ class _Head(nn.Module):
 
     @torch.no_grad()
     def rescale(self, slope: float, offset: float) -> None:
-        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
         self.out.weight.mul_(slope)
         self.out.bias.mul_(slope).add_(offset)
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
-        """Refuses latents of another shape, and a context of other rows."""
+        """Validates the shape of the latents and the rows of the context."""
         _checked_rows(_checked_event(z, self.event_shape), self.event_shape, context)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
-        """Standardises latents and context by a batch of each, ``(B, *event)`` and ``(B, ...)``."""
+        """Sets the standardisation from latents ``(B, *event)`` and context ``(B, ...)``."""
         if z is not None:
             self.scale.fit(z)
         if context is not None:
@@ -61,7 +61,7 @@ class _Head(nn.Module):
 
 
 class MLPHead(_Head):
-    """log r of a vector of latents: a residual multilayer perceptron with layer normalisation.
+    """Residual MLP with layer normalisation, for log r of a vector of latents.
 
     Arguments:
         event_shape: Shape of z without batch; more than one axis is flattened.
@@ -106,7 +106,7 @@ class MLPHead(_Head):
         return self.log_r(z, self.context(context))
 
     def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
-        """Returns log r(z, c) in nats of a context that has been embedded."""
+        """Returns log r(z, c) in nats, given the embedded context."""
         z = self.scale(z)
         h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
         h = self.blocks(h + embedded)
@@ -114,10 +114,10 @@ class MLPHead(_Head):
 
 
 class ConvHead(_Head):
-    """log r of a feature map of latents: residual cells with squeeze-and-excitation.
+    """Residual convolutional network with squeeze-and-excitation, for log r of a feature map.
 
-    Cells are group-normalised, SiLU-activated 3×3 convolutions; a map of more than 8×8 is halved
-    by average pooling in front of a cell until it is not. Any spatial size from 1×1 up will do.
+    A cell has two 3×3 convolutions with group normalisation and SiLU. Average pooling in front of a
+    cell halves maps larger than 8×8. Any spatial size from 1×1 is supported.
 
     Arguments:
         event_shape: Shape ``(C, H, W)`` of z without batch.
@@ -179,7 +179,7 @@ class ConvHead(_Head):
         return self.log_r(z, self.context(context))
 
     def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
-        """Returns log r(z, c) in nats of a context that has been embedded."""
+        """Returns log r(z, c) in nats, given the embedded context."""
         lead = z.shape[:-3]
         h = self.stem(self.scale(z).reshape(-1, *z.shape[-3:]))
         h = (h.reshape(*lead, *h.shape[-3:]) + embedded).reshape(h.shape)
@@ -188,7 +188,7 @@ class ConvHead(_Head):
 
 
 class CategoricalHead(_Head):
-    """log r of codes: an embedding in front of a :class:`MLPHead` or a :class:`ConvHead`.
+    """Embedding of codes followed by an :class:`MLPHead` or a :class:`ConvHead`.
 
     Arguments:
         event_shape: ``()`` for one code, ``(H, W)`` for a grid of codes.
@@ -239,11 +239,11 @@ class CategoricalHead(_Head):
         )
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
-        """Standardises the context by a batch of it; codes have no scale."""
+        """Sets the standardisation of the context; codes have none."""
         self.head.fit_scale(None, context)
 
     def rescale(self, slope: float, offset: float) -> None:
-        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
         self.head.rescale(slope, offset)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -258,10 +258,10 @@ class CategoricalHead(_Head):
 
 
 def is_as_made(head: nn.Module) -> bool:
-    """Tells whether a head's modules are what its class makes, so that its weights say it all.
+    """Returns whether a head has the modules its class makes and no hooks.
 
     Arguments:
-        head: Any module; of one that is not of this module's classes, hooks alone are looked for.
+        head: Any module; for other classes than those of this file, only hooks are checked.
     """
     for module in head.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):

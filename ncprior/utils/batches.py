@@ -1,4 +1,4 @@
-"""Batches as data loaders yield them: tensors in tuples, lists, mappings and dataclasses."""
+"""Operations on batches: tensors in tuples, lists, mappings and dataclasses."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def test_make_head_joins_a_map_of_the_same_size_as_a_map() -> None:
 def test_make_head_cannot_count_codes_of_a_sampler() -> None:
     group = Group(SampleOnly(rows_of(Categorical(logits=torch.zeros(5)))))
     with pytest.raises(
-        ValueError, match="cannot be told from the prior SampleOnly.*CategoricalHead"
+        ValueError, match="prior SampleOnly does not define the number.*CategoricalHead"
     ):
         make_head(group)
     assert type(make_head(Group(SampleOnly(rows_of(Uniform(0.0, 1.0)))))) is MLPHead
