@@ -19,6 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small tensors: more threads are slower, and results would differ
 
 
+def pytest_collection() -> None:
+    import ncprior  # noqa: F401 (before any file of it is collected, or that file is imported twice)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="slow: run with --slow")

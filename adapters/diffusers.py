@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.empirical import NoPrior
-from ncprior.source import SingleGroup, require_eval
+from ncprior.single_group import SingleGroup
+from ncprior.source import require_eval
 
 _REFUSED = {
     "VQModel": (
@@ -36,9 +37,9 @@ _REFUSED = {
 class DiffusersSource(SingleGroup):
     """An autoencoder of diffusers with Gaussian posterior, such as ``AutoencoderKL``.
 
-    These models are trained with next to no weight on N(0, I), which is so far from their latents
-    that heads would learn nothing of use. So the prior has to be fitted, or stated, by ``rebase``;
-    wide latents call for ``fit_gaussian(z, covariance="diagonal")``.
+    These models are trained with almost no weight on N(0, I), which is so far from their latents that
+    heads could not learn the ratio. The prior must be fitted, or given, by ``rebase``; for wide
+    latents use ``fit_gaussian(z, covariance="diagonal")``.
 
     A batch is x itself, ``(B, 3, H, W)`` in [-1, 1] for most models, or the first item of a tuple.
     The images of one source must be of one size. A model in half precision is given x and z in its
@@ -84,7 +85,7 @@ class DiffusersSource(SingleGroup):
         super().__init__(prior, self._q, self._reconstruct, module=model)
 
     def likelihood(self, state: SingleGroup.State) -> Distribution:
-        """Refuses.
+        """Raises an error, as the decoder defines no p(x | z).
 
         Raises:
             ValueError: Always.
@@ -96,10 +97,14 @@ class DiffusersSource(SingleGroup):
 
     def _q(self, x: Tensor) -> Distribution:
         p = next(self.module.parameters())
-        law = getattr(self.module.encode(x.to(p.device, p.dtype)), "latent_dist", None)
-        mean, std = getattr(law, "mean", None), getattr(law, "std", None)
-        if mean is None or std is None or getattr(law, "deterministic", False):
-            kind = "no latent_dist" if law is None else f"a {type(law).__name__} without a spread"
+        latent_dist = getattr(self.module.encode(x.to(p.device, p.dtype)), "latent_dist", None)
+        mean, std = getattr(latent_dist, "mean", None), getattr(latent_dist, "std", None)
+        if mean is None or std is None or getattr(latent_dist, "deterministic", False):
+            kind = (
+                "no latent_dist"
+                if latent_dist is None
+                else f"a {type(latent_dist).__name__} without a spread"
+            )
             raise ValueError(
                 f"{type(self.module).__name__}.encode(x) gives {kind}. Say how wide q(z | x) is to "
                 f"be, and wrap it in SingleGroup(prior, lambda x: Independent(Normal(code(x), "
@@ -110,7 +115,7 @@ class DiffusersSource(SingleGroup):
         return Independent(normal, mean.ndim - 1, validate_args=False)
 
     def _check_size(self, x: Tensor, z: Tensor) -> None:
-        """Refuses images that lose their margin, because a halving rounds down."""
+        """Validates that no halving of the image size rounds down."""
         if x.ndim < 4:
             return
         for size, small in zip(x.shape[-2:], z.shape[-2:], strict=True):

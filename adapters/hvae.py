@@ -4,8 +4,8 @@ r"""A hierarchical VAE of our own, small enough for a CPU: top-down groups and r
     p(z) = \prod_k N(z_k; \mu_k(h_k), \sigma_k(h_k)), \qquad
     q(z_k | z_{<k}, x) = N(z_k; \mu_k + \Delta\mu_k, \sigma_k \, e^{\Delta\log\sigma_k})
 
-A state h_k, a map of features, goes down through the groups; each z_k moves it. The posterior sees
-h_k and features s of x. All groups have one resolution, 4×4.
+The state of the decoder is a feature map h_k, which every z_k updates. The posterior depends on h_k
+and on features s of x. All groups have one resolution, 4×4.
 
 References:
     | NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat & Kautz, NeurIPS 2020)
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
-from ncprior.source import Group, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, require_eval
 
 _SIDE = 4  # of every group's map
 
@@ -163,7 +162,7 @@ def train_hvae(
 
 
 class _Rung(nn.Module):
-    """One group: its prior from h, its posterior from h and s, and how z moves h."""
+    """One group: its prior from h, its posterior from h and s, and the update of h by z."""
 
     def __init__(self, latents: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -174,7 +173,7 @@ class _Rung(nn.Module):
         self.cell = _Cell(width, hidden)
 
     def forward(self, h: Tensor, s: Tensor | None) -> tuple[Distribution, Any, Tensor]:
-        """Returns p(z_k | z_<k), q(z_k | z_<k, x) or None, and what p's network adds to h."""
+        """Returns p(z_k | z_<k), q(z_k | z_<k, x) or None, and the update of h by the prior network."""
         sizes = [self.latents, self.latents, h.shape[1]]
         mean, log_scale, update = self.prior(h).split(sizes, dim=1)
         mean, log_scale = mean.float(), _bounded(log_scale.float())
@@ -190,8 +189,8 @@ class _Rung(nn.Module):
         return moved
 
 
-class HVAESource:
-    """An :class:`HVAE` as groups of latents; the context is h_k, none for the first group.
+class HVAESource(LatentSource[Any, Any]):
+    """An :class:`HVAE` as a latent source; the context is h_k, or none for the first group.
 
     Arguments:
         model: The VAE, in evaluation mode.
@@ -203,22 +202,18 @@ class HVAESource:
     """
 
     def __init__(self, model: HVAE) -> None:
-        self.module = model
+        self.module: HVAE = model
+        self.num_groups = model.num_groups
 
     class State(NamedTuple):
-        """The walk in front of group k."""
+        """The state before group k."""
 
         h: Tensor  # (B, width, 4, 4)
         s: Tensor | None  # (B, width, 4, 4)
         k: int
 
-    @property
-    def num_groups(self) -> int:
-        """K, the number of latent groups."""
-        return self.module.num_groups
-
     def encode(self, x: Any) -> Tensor:  # noqa: ANN401
-        """Returns features of images ``(B, 1, 28, 28)``; of a tuple or list, of its first item.
+        """Returns features of images ``(B, 1, 28, 28)``, the first item of a tuple or list.
 
         Raises:
             ValueError: If the images have another shape, or the VAE is in training mode.
@@ -232,19 +227,19 @@ class HVAESource:
     def start(
         self, batch_size: int, encoding: Tensor | None = None, condition: None = None
     ) -> State:
-        """Makes the state in front of the first group."""
+        """Returns the state before the first group."""
         require_eval(self.module)
         if condition is not None:
             raise ValueError("This VAE takes no condition; got one.")
         return self.State(self.module.start(batch_size), encoding, 0)
 
     def group(self, state: State) -> Group:
-        """Shows p(z_k | z_<k), q(z_k | z_<k, x) and h_k."""
+        """Returns p(z_k | z_<k), q(z_k | z_<k, x) and the context h_k."""
         p, q, _ = self.module.rungs[state.k](state.h, state.s)
         return Group(p, q, state.h.float() if state.k > 0 else None)
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Takes z_k, with shape ``(B, latents, 4, 4)``."""
+        """Returns the next state, given z_k with shape ``(B, latents, 4, 4)``."""
         rung: Any = self.module.rungs[state.k]
         _, _, update = rung(state.h, None)
         return state._replace(h=rung.move(state.h + update, z), k=state.k + 1)
@@ -257,10 +252,6 @@ class HVAESource:
         """Returns p(x | z), Bernoulli pixels."""
         pixels = Bernoulli(logits=self.module.logits(state.h), validate_args=False)
         return Independent(pixels, 3, validate_args=False)
-
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the VAE."""
-        return module_fingerprint(self.module)
 
 
 class _Cell(nn.Module):

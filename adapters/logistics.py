@@ -31,7 +31,7 @@ class LogisticMixture(Distribution):
     a last bin as well as 255.)
 
     Arguments:
-        parameters: What the decoder's last layer gives, with shape ``(B, 10 M, H, W)`` for M
+        parameters: Output of the decoder's last layer, with shape ``(B, 10 M, H, W)`` for M
             components: M logits, then for each colour M locations, M log-scales and M coefficients.
         num_bits: Bits of a channel: x takes the values 0, 1/(2^n - 1), ..., 1.
 
@@ -39,9 +39,9 @@ class LogisticMixture(Distribution):
         ValueError: If the number of parameters of a pixel is not ten per component.
 
     Example:
-        >>> law = LogisticMixture(torch.randn(4, 10 * 5, 8, 8))
-        >>> x = law.sample()
-        >>> x.shape, law.log_prob(x).shape, law.mean.shape
+        >>> mixture = LogisticMixture(torch.randn(4, 10 * 5, 8, 8))
+        >>> x = mixture.sample()
+        >>> x.shape, mixture.log_prob(x).shape, mixture.mean.shape
         (torch.Size([4, 3, 8, 8]), torch.Size([4]), torch.Size([4, 3, 8, 8]))
     """
 
@@ -69,8 +69,8 @@ class LogisticMixture(Distribution):
     def mean(self) -> Tensor:
         """The mean of x, component by component, with shape ``(B, 3, H, W)``.
 
-        Clipping is counted in full. That the shift by the channels before is clipped too is counted
-        at their means: exact for red, and for green and blue where they stay inside [0, 1].
+        Clipping of a channel is exact. The channels that shift it enter by their means: this is exact
+        for red, and for green and blue if no clipping occurs.
         """
         loc, scale, (c0, c1, c2) = (
             self.loc.unbind(1),

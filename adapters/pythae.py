@@ -20,7 +20,8 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
-from ncprior.source import SingleGroup, require_eval
+from ncprior.single_group import SingleGroup
+from ncprior.source import require_eval
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "
@@ -59,9 +60,9 @@ _NO_LIKELIHOOD = {
 class PythaeSource(SingleGroup):
     """A pythae model with Gaussian posterior, or with deterministic codes made Gaussian by noise.
 
-    The prior is N(0, I); of a VAMP it is the mixture of q(z | u) over the pseudo-inputs u, as of
-    now. An AE or RAE has none until one is fitted. Of a fitted pythae ``GaussianMixtureSampler``
-    it is ``rebase(source, GaussianMixture.from_sklearn(sampler.gmm))``.
+    The prior is N(0, I); for a VAMP it is the mixture of q(z | u) over the present pseudo-inputs u.
+    An AE or RAE has none until one is fitted. A fitted ``GaussianMixtureSampler`` of pythae becomes
+    the prior by ``rebase(source, GaussianMixture.from_sklearn(sampler.gmm))``.
 
     A batch is x itself, with shape ``(B, *input_dim)``, the first item of a tuple, or the item
     ``"data"`` of a dict, as pythae's own data sets yield it.
@@ -182,7 +183,7 @@ class PythaeSource(SingleGroup):
 
 
 def _lineage(model: object) -> list[str]:
-    """Names of the model's pythae classes, nearest first; refuses what cannot work."""
+    """Names of the model's pythae classes, nearest first; raises for unsupported models."""
     if model is None:
         raise TypeError(
             "The model is None, as load_from_hf_hub returns it, with only a warning, for a "

@@ -37,7 +37,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.distributions import Sampleable
-from ncprior.source import SingleGroup
+from ncprior.single_group import SingleGroup
 
 
 class _Setting(NamedTuple):
@@ -48,7 +48,7 @@ class _Setting(NamedTuple):
     kernel: int
     latents: int
     up: tuple[int, ...]  # filters of the decoder's strided layers
-    centred: bool  # whether the encoder sees 2x - 1
+    centred: bool  # whether the encoder's input is 2x - 1
     vae: float  # β
     rae: Mapping[str | None, tuple[float, float]]  # β, and the weight of the decoder's L2
 
@@ -75,7 +75,7 @@ _DOWN = (128, 256, 512, 1024)
 
 
 class _Networks(nn.Module):
-    """What the two models have in common: images, encoder up to the features, decoder."""
+    """Base class of both models: images, encoder up to the features, decoder."""
 
     def __init__(self, data: str, width: float) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _Networks(nn.Module):
         return x
 
     def _initialise(self) -> None:
-        """Keras' default: Glorot's uniform law, and biases of 0."""
+        """Initialises as Keras does: weights by Glorot's uniform distribution, biases by 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -190,7 +190,7 @@ class RAE(_Networks):
 
     Arguments:
         data: ``"mnist"``, ``"cifar10"`` or ``"celeba"``, see :class:`VAE`.
-        regulariser: Of the decoder: ``"l2"`` (RAE-L2, squared weights), ``"sn"`` (RAE-SN, spectral
+        regulariser: Regulariser of the decoder: ``"l2"`` (RAE-L2, squared weights), ``"sn"`` (RAE-SN, spectral
             normalisation), or ``None`` (RAE, without).
         width: Fraction of the paper's filter counts.
         beta: β, if not the paper's for this data and regulariser.
@@ -242,17 +242,17 @@ class RAE(_Networks):
 
 
 class RAESource(SingleGroup):
-    """The walk of a :class:`VAE` or a :class:`RAE`.
+    """A :class:`VAE` or a :class:`RAE` as a latent source.
 
     The prior of a VAE is N(0, I). A RAE has none: fit one and :func:`~ncprior.bases.rebase`. Its
-    codes have no noise either, so that no ratio of densities exists; ``noise`` gives them some.
+    codes are deterministic, so that no ratio of densities exists; ``noise`` is added to them.
 
     Arguments:
         model: The VAE or RAE, in evaluation mode when it is used.
         noise: Standard deviation of q(z | x) around a RAE's code, in units of z; a tenth of the
             codes' own standard deviation is little for the decoder. A VAE takes none.
-        maps: Whether ratio heads see the 8×8 feature maps that the decoder's first layer makes of
-            z, in place of z. On CIFAR-10's 128 latents they learn much faster so.
+        maps: Whether the input of the ratio heads is the 8×8 feature map of the decoder's first
+            layer in place of z. On CIFAR-10's 128 latents heads then learn much faster.
 
     Raises:
         TypeError: If the model is neither.
@@ -338,10 +338,10 @@ def pad_to_32(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def settle(model: VAE | RAE, images: Tensor) -> None:
-    """Averages the batch statistics anew under the final weights; then evaluation mode.
+    """Recomputes the batch statistics under the final weights, and sets evaluation mode.
 
-    The networks' moving averages keep 99 % per step: after a short training they lag behind, and
-    what the frozen model decodes is grey.
+    The moving averages of the networks keep 99 % per step: after a short training they lag behind,
+    and decoded images are grey.
 
     Arguments:
         model: The trained model; the statistics of its batch normalisation are replaced.

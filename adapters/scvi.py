@@ -1,8 +1,8 @@
 """scVI models of scvi-tools as sources: counts of genes in single cells.
 
-One group of latents z with prior N(0, I). What a cell's counts depend on besides z, its library size
-and its batch, is a condition c: p(x | z, c) is a negative binomial, zero-inflated or not, a Poisson
-or a normal law around the mean ``library * share(z, batch)``.
+The latents z form one group with prior N(0, I). Library size and batch of a cell are a condition c:
+p(x | z, c) is a negative binomial, zero-inflated or not, a Poisson or a normal distribution with mean
+``library * share(z, batch)``.
 
 References:
     | Deep generative modeling for single-cell transcriptomics (Lopez et al., Nature Methods 2018)
@@ -20,21 +20,20 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
-from ncprior.source import Group, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, require_eval
 
 Condition: TypeAlias = dict[str, Tensor]
 
 _COVARIATES = ("size_factor", "extra_continuous_covs", "extra_categorical_covs")
 
 
-class SCVISource:
+class SCVISource(LatentSource[Any, Any]):
     """An scVI model of scvi-tools.
 
     A batch is the dict that the model's own loader yields, see :meth:`loader`; library size and
-    batch are then inside the encoding. A walk without x needs them as its condition: real cells
-    give it by :meth:`condition`. The heads see the batch, one-hot, where there are several.
-    With ``latent_distribution="ln"`` z is what the softmax of the model is applied to.
+    batch are then part of the encoding. Sampling needs them as its condition, which
+    :meth:`condition` reads from real cells. If there are several batches, the one-hot batch is the
+    context of the heads. With ``latent_distribution="ln"`` z is the input of the model's softmax.
 
     Arguments:
         model: The ``scvi.model.SCVI``, trained, in evaluation mode, on the device where it is to
@@ -80,20 +79,20 @@ class SCVISource:
             )
         require_eval(model.module)
         self.model = model
-        self.module = model.module
+        self.module: Any = model.module
         names = model.adata_manager.data_registry
         labels = ("labels",) if self.module.dispersion == "gene-label" else ()
         self._needed = ("batch", *labels, *(name for name in _COVARIATES if name in names))
 
     class Encoding(NamedTuple):
-        """What the walk needs of x: the parameters of q(z | x), and the condition."""
+        """Parameters of q(z | x), and the condition."""
 
         loc: Tensor  # (B, D)
         scale: Tensor  # (B, D)
         condition: Condition
 
     class State(NamedTuple):
-        """The walk in front of z (``z is None``) or behind it."""
+        """The state before z is given (``z is None``) or after."""
 
         loc: Tensor | None
         scale: Tensor | None
@@ -176,7 +175,7 @@ class SCVISource:
         encoding: Encoding | None = None,
         condition: Mapping[str, Tensor] | None = None,
     ) -> State:
-        """Makes the state in front of z; without an encoding, of a condition.
+        """Returns the state before z is given, from an encoding or a condition.
 
         Raises:
             ValueError: If there is no condition, or one that lacks something.
@@ -188,7 +187,7 @@ class SCVISource:
         return self.State(None, None, self._checked(condition or {}, batch_size), None)
 
     def group(self, state: State) -> Group:
-        """Shows p(z) = N(0, I), q(z | x), and the batch, one-hot, as context."""
+        """Returns p(z) = N(0, I), q(z | x), and the one-hot batch as context."""
         batch, count = state.condition["batch"], self.module.n_batch
         zeros = batch.new_zeros(len(batch), self.module.n_latent, dtype=torch.float32)
         q = None
@@ -198,7 +197,7 @@ class SCVISource:
         return Group(_normal(zeros, torch.ones_like(zeros)), q, context)
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Takes z, with shape ``(B, D)``."""
+        """Returns the state with z, which has shape ``(B, D)``."""
         return state._replace(z=z)
 
     def decode(self, state: State) -> Tensor:
@@ -219,12 +218,8 @@ class SCVISource:
             self.module.generative(**self.module._get_generative_input(tensors, inferred))["px"]
         )
 
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the network."""
-        return module_fingerprint(self.module)
-
     def _checked(self, condition: Mapping[str, Tensor], count: int) -> Condition:
-        """Picks what is needed, on the model's device; refuses a condition that lacks something."""
+        """Returns the needed tensors of a condition on the model's device, after validating it."""
         names = ("library", *self._needed)
         missing = [name for name in names if name not in condition]
         if missing:
@@ -249,7 +244,7 @@ class SCVISource:
 
 
 class _Cells(Distribution):
-    """A law of scvi-tools over genes as one over cells, of batch shape (B,)."""
+    """A distribution of scvi-tools over genes as one over cells, of batch shape (B,)."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 

@@ -2,9 +2,9 @@ r"""VDVAE as a latent source: tens of groups of Gaussian latents, on features of
 
     from ncprior.adapters.vdvae import VDVAESource
 
-A decoder block takes the features h of its resolution, which is the context c(z_<k); its prior
-network gives p(z_k | z_<k) and moves h, whatever z_k is; then z_k is added to h. The first groups
-are of 1×1 pixel.
+Each decoder block is a group. Its input are the features h of its resolution, the context c(z_<k).
+Its prior network returns p(z_k | z_<k) and an update of h that does not depend on z_k; then z_k is
+added to h. The first groups have 1×1 pixel.
 
 References:
     Very Deep VAEs Generalize Autoregressive Models (Child, ICLR 2021)
@@ -20,8 +20,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
-from ncprior.source import Group, num_rows, posterior_of, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
 from ncprior.utils.precision import at_least_float32
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
@@ -44,7 +43,7 @@ Features: TypeAlias = dict[int, Tensor]  # by resolution, each (B, C, H, W)
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
 
-class VDVAESource:
+class VDVAESource(LatentSource[Any, Any]):
     """VDVAE's ``VAE``: K groups of Gaussian latents, one per block of the decoder.
 
     Images are bytes, ``(B, H, W, 3)``, as ``uint8``; or batches are the pair that VDVAE's own
@@ -70,28 +69,27 @@ class VDVAESource:
 
     Example:
         >>> from helpers.vdvae_standin import vdvae  # a small model of VDVAE's layout, in the tests
+        >>> from ncprior.source import sample_posterior
         >>> source = VDVAESource(vdvae())
         >>> x = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
-        >>> state = source.start(4, source.encode(x))
-        >>> for _ in range(source.num_groups):
-        ...     state = source.advance(state, source.group(state).posterior.sample())
+        >>> latents, state = sample_posterior(source, x)
         >>> source.decode(state).shape, source.likelihood(state).log_prob(x).shape
         (torch.Size([4, 8, 8, 3]), torch.Size([4]))
     """
 
     class Encoding(NamedTuple):
-        """What the walk needs of x: the encoder's features of every resolution."""
+        """Encoder features of x at every resolution."""
 
         activations: Features
 
     class State(NamedTuple):
-        """The walk in front of group ``k``, or behind all of them (``prior is None``).
+        """The state before group ``k``, or after all groups (``prior is None``).
 
         Attributes:
             k: The group.
-            features: The decoder's features of every resolution, as they are behind group k - 1.
-            h: The features that the block stands on.
-            moved: h as the prior network has moved it, to which z_k is added.
+            features: The decoder's features of every resolution after group k - 1.
+            h: Input features of the block.
+            moved: h with the update of the prior network, to which z_k is added.
             prior: Location and log-scale, at temperature 1.
             posterior: Location and log-scale, or ``None`` without an x.
             activations: As in the encoding.
@@ -108,7 +106,7 @@ class VDVAESource:
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise ValueError(f"The temperature must be positive; got {temperature}.")
-        self.module = _checked(model)
+        self.module: nn.Module = _checked(model)
         self.temperature = temperature
         self._blocks: list[Any] = list(self._model.decoder.dec_blocks)
         self.num_groups = len(self._blocks)
@@ -118,7 +116,7 @@ class VDVAESource:
         return self.module
 
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
-        """Walks up the encoder.
+        """Returns the features of the encoder.
 
         Raises:
             ValueError: If x is not as the model takes it.
@@ -129,7 +127,7 @@ class VDVAESource:
     def start(
         self, batch_size: int, encoding: Encoding | None = None, condition: None = None
     ) -> State:
-        """Makes the state in front of group 0, whose prior is learnt and the same for all rows."""
+        """Returns the state before group 0, whose prior is learnt and the same for all rows."""
         require_eval(self.module)
         if condition is not None:
             raise ValueError("VDVAE has no condition; got one. Leave it out.")
@@ -139,7 +137,7 @@ class VDVAESource:
         return self._front(0, batch_size, features, activations)
 
     def group(self, state: State) -> Group:
-        """Shows p(z_k | z_<k) and, with an x, q(z_k | z_<k, x)."""
+        """Returns p(z_k | z_<k), the context and, given an x, q(z_k | z_<k, x)."""
         if state.prior is None or state.h is None:
             raise ValueError(f"The walk is behind the last of {self.num_groups} groups.")
         posterior = None if state.posterior is None else _diagonal(state.posterior, 1.0)
@@ -149,7 +147,7 @@ class VDVAESource:
         return Group(_diagonal(state.prior, self.temperature), posterior, context)
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Adds z_k, with shape ``(B, zdim, H, W)``, to the features, and goes to the next block."""
+        """Returns the state before the next block, given z_k with shape ``(B, zdim, H, W)``."""
         if state.prior is None or state.moved is None or z.shape != state.prior[0].shape:
             needs = "none" if state.prior is None else tuple(state.prior[0].shape)
             raise ValueError(f"The walk needs z of shape {needs}; got {tuple(z.shape)}.")
@@ -170,18 +168,14 @@ class VDVAESource:
         low_bit = self._model.H.dataset in _LOW_BIT
         return ByteImages(LogisticMixture(parameters, num_bits=5 if low_bit else 8))
 
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the model."""
-        return module_fingerprint(self.module)
-
     @torch.no_grad()
     def self_check(self, x: Any, *, tolerance: float = 1e-6) -> float:  # noqa: ANN401
-        """Compares this walk to the model's own under the same seed.
+        """Compares this source with the model's own decoder under the same seed.
 
         Arguments:
             x: One batch, as the user's loader yields it.
-            tolerance: Largest difference that may be, relative to the largest value. On a CPU
-                there is none; on a GPU, or under autocast, take 1e-3.
+            tolerance: Largest allowed difference, relative to the largest value. On a CPU the two
+                are equal; on a GPU, or under autocast, use 1e-3.
 
         Returns:
             The largest difference between the latents, their KL terms and the last features,
@@ -255,7 +249,7 @@ class VDVAESource:
         return final
 
     def _normalised(self, x: Any) -> Tensor:  # noqa: ANN401
-        """Takes bytes or VDVAE's own pair, and returns the encoder's input."""
+        """Returns the encoder's input for bytes or for VDVAE's own pair."""
         x, *others = x if isinstance(x, tuple | list) else (x,)
         paired = [getattr(other, "shape", None) for other in others] == [getattr(x, "shape", 0)]
         size, parameter = self._model.H.image_size, next(self.module.parameters())
@@ -283,40 +277,40 @@ class ByteImages(Distribution):
     With 5 bits, bytes are rounded down to multiples of 8, as VDVAE does for FFHQ-256.
 
     Arguments:
-        law: The law of the images in [0, 1], channels first.
+        mixture: The distribution of the images in [0, 1], channels first.
 
     Example:
-        >>> law = ByteImages(LogisticMixture(torch.randn(4, 10 * 5, 8, 8)))
-        >>> x = law.sample()
-        >>> x.shape, x.dtype, law.log_prob(x).shape
+        >>> images = ByteImages(LogisticMixture(torch.randn(4, 10 * 5, 8, 8)))
+        >>> x = images.sample()
+        >>> x.shape, x.dtype, images.log_prob(x).shape
         (torch.Size([4, 8, 8, 3]), torch.uint8, torch.Size([4]))
     """
 
     arg_constraints = {}  # noqa: RUF012 (torch's own name for it)
     support = constraints.independent(constraints.integer_interval(0, 255), 3)
 
-    def __init__(self, law: LogisticMixture) -> None:
-        self.law = law
-        self._step = 256 // (law.levels + 1)
-        channels, height, width = law.event_shape
-        super().__init__(law.batch_shape, Size((height, width, channels)), validate_args=False)
+    def __init__(self, mixture: LogisticMixture) -> None:
+        self.mixture = mixture
+        self._step = 256 // (mixture.levels + 1)
+        channels, height, width = mixture.event_shape
+        super().__init__(mixture.batch_shape, Size((height, width, channels)), validate_args=False)
 
     @property
     def mean(self) -> Tensor:
         """The mean of x, in [0, 255]."""
-        mean: Tensor = 255 * self.law.mean.movedim(-3, -1)
+        mean: Tensor = 255 * self.mixture.mean.movedim(-3, -1)
         return mean
 
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws bytes, with shape ``(*sample_shape, B, H, W, 3)``."""
-        x: Tensor = 255 * self.law.sample(Size(sample_shape)).movedim(-3, -1)
+        x: Tensor = 255 * self.mixture.sample(Size(sample_shape)).movedim(-3, -1)
         x = ((x / self._step).round() * self._step).clamp(max=256 - self._step)
         return x.to(torch.uint8)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log-probability of whole images of bytes in nats, with shape ``(*, B)``."""
         x = torch.div(value, self._step, rounding_mode="floor") * self._step
-        return self.law.log_prob(x.movedim(-1, -3) / 255)
+        return self.mixture.log_prob(x.movedim(-1, -3) / 255)
 
 
 def _checked(model: Any) -> nn.Module:  # noqa: ANN401

@@ -35,7 +35,8 @@ from ncprior.prior import NCPrior, Sample
 from ncprior.samplers.base import Draw
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.sir import sir
-from ncprior.source import Group, LatentSource, SingleGroup
+from ncprior.single_group import SingleGroup
+from ncprior.source import Group, LatentSource
 from ncprior.trainer import NCETrainer
 from ncprior.training.fit import fit
 

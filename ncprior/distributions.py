@@ -1,4 +1,4 @@
-"""Distributions as pytrees of their parameters, so that a walk can carry, index and cache them."""
+"""Distributions as pytrees of their parameters, which states can hold, index and cache."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parameters(distribution: Distribution) -> Parameters | None:
 
 
 def is_parameters(tree: Any) -> bool:  # noqa: ANN401
-    """Tells whether a pytree is what :func:`parameters` returns.
+    """Returns whether a pytree has the form of :func:`parameters`.
 
     Example:
         >>> is_parameters(parameters(Normal(0.0, 1.0))), is_parameters({"image": torch.zeros(2)})
@@ -62,7 +62,7 @@ def is_parameters(tree: Any) -> bool:  # noqa: ANN401
 
 
 def build(tree: Parameters) -> Distribution:
-    """Makes the distribution of batch shape ``(B,)`` that has these parameters.
+    """Returns the distribution with these parameters, of batch shape ``(B,)``.
 
     Example:
         >>> build({"Normal": {"loc": torch.zeros(5, 2), "scale": torch.ones(5, 2)}}).batch_shape
@@ -74,7 +74,7 @@ def build(tree: Parameters) -> Distribution:
 
 
 def expand(prior: Sampleable, batch_size: int) -> Sampleable:
-    """Makes B independent rows of a prior of empty batch shape.
+    """Returns B independent rows of a prior with an empty batch shape.
 
     Example:
         >>> expand(Normal(torch.tensor(0.0), 1.0), 5).sample().shape
@@ -91,7 +91,7 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
 
 
 def is_expanded(prior: Sampleable) -> bool:
-    """Tells whether :func:`expand` made the rows of a sampler without a density.
+    """Returns whether :func:`expand` made these rows from a sampler without a density.
 
     Example:
         >>> is_expanded(expand(Normal(0.0, 1.0), 5))  # this one has a density

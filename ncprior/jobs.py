@@ -176,7 +176,7 @@ def _seed(seed: int, i: int) -> int:
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
     """Digest of all that determines the draws: heads and their use, VAE, base and condition."""
-    used = (prior.strength, prior.active, str(prior.precision), prior.compiled)
+    used = (prior.strength, prior.active, str(prior.precision))
     description = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
     digest = hashlib.sha256(str(description).encode())
 

@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,22 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.heads.fast import prepare_head
-from ncprior.heads.inputs import head_input, with_head_inputs
-from ncprior.heads.make import make_head
+from ncprior.heads.inputs import head_input
+from ncprior.heads.probe import probe_heads
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.saving.heads import PretrainedHeads
-from ncprior.source import Group, LatentSource, contrastive_pairs, num_rows, posterior_of
+from ncprior.source import (
+    Group,
+    LatentSource,
+    contrastive_pairs,
+    require_source,
+    visit,
+)
+from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision
 
 
 class Sample(NamedTuple):
-    """What :meth:`NCPrior.sample` draws.
+    """Images, latents and quality of the draws of :meth:`NCPrior.sample`.
 
     Attributes:
         x: The decoder's mean, with shape ``(B, ...)``.
         latents: One z_k per group, each with shape ``(B, *event)``.
-        draws: One :class:`~ncprior.Draw` per group, with what its sampler knows of its quality.
+        draws: One :class:`~ncprior.Draw` per group, with effective sample size and other
+            diagnostics of the sampler.
 
     Example:
         >>> from functools import partial
@@ -55,8 +62,8 @@ class Sample(NamedTuple):
 class NCPrior(PretrainedHeads, nn.Module):
     """A frozen VAE with its prior reweighted, group by group, by ratio heads.
 
-    The source is never registered, moved or changed: the parameters are the heads', and so is the
-    ``state_dict``.
+    The source is never registered, moved or changed: parameters and ``state_dict`` are those of the
+    heads.
 
     Arguments:
         source: The VAE.
@@ -67,9 +74,9 @@ class NCPrior(PretrainedHeads, nn.Module):
         heads: The heads, an ``nn.ModuleList``.
         strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
         active: One bool per group: whether its head is used.
-        precision: Of the heads' products when sampling: ``torch.float32``, or ``torch.bfloat16``
-            with sums in float32, see :func:`ncprior.heads.prepare_head`.
-        compiled: Whether heads are compiled for sampling, where that pays.
+        precision: Precision of matrix products and convolutions in the heads during sampling:
+            ``torch.float32``, or ``torch.bfloat16`` with sums in float32, see
+            :func:`ncprior.heads.prepare_head`.
 
     Raises:
         ValueError: If there is not one head per group.
@@ -77,7 +84,7 @@ class NCPrior(PretrainedHeads, nn.Module):
     Example:
         >>> from ncprior.heads import MLPHead
         >>> prior = NCPrior(source, MLPHead((2,)))
-        >>> prior.nce_loss(x)  # 2 log 2: the head has learnt nothing yet
+        >>> prior.nce_loss(x)  # 2 log 2: the head is not trained yet
         tensor([1.3863], grad_fn=<StackBackward0>)
     """
 
@@ -86,6 +93,7 @@ class NCPrior(PretrainedHeads, nn.Module):
     def __init__(
         self, source: LatentSource[Any, Any], heads: nn.Module | Iterable[nn.Module]
     ) -> None:
+        require_source(source)
         super().__init__()
         if not isinstance(heads, nn.ModuleList):
             heads = nn.ModuleList([heads] if isinstance(heads, nn.Module) else heads)
@@ -99,13 +107,11 @@ class NCPrior(PretrainedHeads, nn.Module):
         self.strength = 1.0
         self.active = [True] * source.num_groups
         self.precision = torch.float32
-        self.compiled = False
         self._disabled = False
 
     @classmethod
-    @torch.no_grad()
     def for_source(cls, source: LatentSource[Any, Any], x: Any, **options: Any) -> NCPrior:  # noqa: ANN401
-        """Probes one batch and builds a head for every group.
+        """Returns a prior with one new head per group, made for the shapes and scales of one batch.
 
         Arguments:
             source: The VAE.
@@ -114,10 +120,10 @@ class NCPrior(PretrainedHeads, nn.Module):
                 ``dropout``, ``kind``.
 
         Returns:
-            A prior that equals the base prior until it is trained.
+            The prior; it equals the base prior until it is trained.
 
         Raises:
-            TypeError: If the decoder does not return one tensor of a row per row of x.
+            TypeError: If the decoder does not return one tensor with one row per row of x.
 
         Warns:
             UserWarning: If reconstructions of a row are no closer to it than to other rows.
@@ -126,37 +132,20 @@ class NCPrior(PretrainedHeads, nn.Module):
             >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
             369
         """
-        encoding = source.encode(x)
-        state = source.start(num_rows(encoding), encoding)
-        heads = []
-        for k in range(source.num_groups):
-            group = source.group(state)
-            z = posterior_of(group).sample()
-            with _naming(k):
-                heads.append(make_head(with_head_inputs(source, k, group, z), **options))
-            state = source.advance(state, z)
-        x_hat = source.decode(state)
-        if not isinstance(x_hat, Tensor) or len(x_hat) != len(z):
-            got = f"{tuple(x_hat.shape)}" if isinstance(x_hat, Tensor) else type(x_hat).__name__
-            raise TypeError(
-                f"The decoder must return the mean of p(x | z) as one tensor of {len(z)} rows; "
-                f"got {got}."
-            )
-        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
-        return cls(source, heads)
+        return cls(source, probe_heads(source, x, **options))
 
     def forward(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
-        """The same as :meth:`nce_loss`, for one loss, one backward and plain DDP."""
+        """Returns :meth:`nce_loss`: for a single backward pass, and for plain DDP."""
         return self.nce_loss(x, noise_weight, num_draws)
 
     def nce_loss(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
-        """Returns each group's NCE loss, under z_<k drawn from the posterior.
+        """Returns the NCE loss of each group, given z_<k drawn from the posterior.
 
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
-            num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with
-                the first.
+            num_draws: Draws of z_k per row, from posterior and prior each; z_<k of the next groups
+                is the first draw from the posterior.
 
         Returns:
             The losses in nats, with shape ``(K,)``.
@@ -179,13 +168,13 @@ class NCPrior(PretrainedHeads, nn.Module):
         precision: torch.dtype = torch.float32,
         groups: Container[int] | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the NCE loss of each group in turn, so that one head's graph is alive at a time.
+        """Yields the NCE loss of each group in turn, so that only one head's graph is in memory.
 
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
             num_draws: Draws of z_k per row, from posterior and prior each.
-            precision: Precision of the factors of the heads' matrix products.
+            precision: Precision of the heads' matrix products.
             groups: Groups whose loss is computed; the loss of any other is 0. All by default.
 
         Returns:
@@ -213,14 +202,14 @@ class NCPrior(PretrainedHeads, nn.Module):
             batch_size: B, the number of samples.
             sampler: ``sampler(prior, log_ratio) -> Draw``, such as
                 ``partial(sir, num_proposals=500)``.
-            condition: What the source needs when there is no x, or ``None``.
+            condition: The condition of a conditional VAE, with B rows, or ``None``.
 
         Returns:
-            The decoded means, latents and draws.
+            The decoder's means, the latents and the draws.
 
         Raises:
             FloatingPointError: If log r is not finite; names the group.
-            TypeError: If the sampler cannot work with a group's prior; names the group.
+            TypeError: If the sampler does not support a group's prior; names the group.
 
         Example:
             >>> from functools import partial
@@ -228,21 +217,22 @@ class NCPrior(PretrainedHeads, nn.Module):
             >>> prior.sample(8, partial(sir, num_proposals=100)).x.shape
             torch.Size([8, 3])
         """
-        state = self.source.start(batch_size, condition=condition)
-        latents, draws = [], []
-        for k in range(self.source.num_groups):
-            draw = self.draw(k, self.source.group(state), sampler)
-            state = self.source.advance(state, draw.z)
-            latents.append(draw.z)
-            draws.append(draw)
-        return Sample(self.source.decode(state), tuple(latents), tuple(draws))
+        draws = []
+
+        def choose(k: int, group: Group) -> Tensor:
+            draws.append(self.draw(k, group, sampler))
+            return draws[k].z
+
+        start = self.source.start(batch_size, condition=condition)
+        latents, state = visit(self.source, start, choose)
+        return Sample(self.source.decode(state), latents, tuple(draws))
 
     def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
-        """Returns α log r_k(z_k | z_<k), as the sampler uses it, of every group.
+        """Returns α log r_k(z_k | z_<k) of every group, as the sampler uses it.
 
         Arguments:
             latents: One z_k per group, each with shape ``(B, *event)``.
-            condition: What the source needs when there is no x, or ``None``.
+            condition: The condition of a conditional VAE, with B rows, or ``None``.
 
         Returns:
             The log-ratios in nats, with shape ``(B, K)``; 0 for groups whose head is off.
@@ -256,14 +246,17 @@ class NCPrior(PretrainedHeads, nn.Module):
                 f"One z per latent group: the source has {self.source.num_groups} groups, "
                 f"got {len(latents)} latents."
             )
-        state = self.source.start(len(latents[0]), condition=condition)
         log_r = []
-        for k, z in enumerate(latents):
+
+        def weigh(k: int, group: Group) -> Tensor:
+            z = latents[k]
             if self.is_on(k):
-                log_r.append(self.strength * self.log_r(k, z, self.source.group(state).context))
+                log_r.append(self.strength * self.log_r(k, z, group.context))
             else:
                 log_r.append(torch.zeros(len(z), device=z.device))
-            state = self.source.advance(state, z)
+            return z
+
+        visit(self.source, self.source.start(len(latents[0]), condition=condition), weigh)
         return torch.stack(log_r, dim=1)
 
     def log_r(
@@ -274,13 +267,13 @@ class NCPrior(PretrainedHeads, nn.Module):
         *,
         precision: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Returns log r_k(z, c) of head k itself, in float32 or better, also under autocast.
+        """Returns log r_k(z, c) of head k, without α, in float32 or better, also under autocast.
 
         Arguments:
             k: The group, from 0.
             z: Latents of the group, with shape ``(*, B, *event)``.
             context: The group's context, with shape ``(B, ...)``, or ``None``.
-            precision: Of the factors of the head's products, see :mod:`ncprior.heads`.
+            precision: Precision of the head's matrix products, see :mod:`ncprior.heads`.
 
         Returns:
             log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
@@ -297,7 +290,7 @@ class NCPrior(PretrainedHeads, nn.Module):
         return at_least_float32(log_r)
 
     def is_on(self, k: int) -> bool:
-        """Tells whether head k is used: ``active``, of ``strength`` > 0 and not ``disabled``.
+        """Returns whether head k is used: it is ``active``, ``strength`` > 0, and not ``disabled``.
 
         Example:
             >>> prior.is_on(0)
@@ -307,7 +300,7 @@ class NCPrior(PretrainedHeads, nn.Module):
 
     @torch.no_grad()
     def draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
-        """Draws z_k of a group that a walk stands in front of.
+        """Draws z_k of one group.
 
         Arguments:
             k: The group's number, from 0.
@@ -315,11 +308,11 @@ class NCPrior(PretrainedHeads, nn.Module):
             sampler: ``sampler(prior, log_ratio) -> Draw``.
 
         Returns:
-            One draw per row: the base's own where the head is off.
+            One draw per row; a draw of the base prior if the head is off.
 
         Raises:
             FloatingPointError: If log r is not finite; names the group.
-            TypeError: If the sampler cannot work with the group's prior; names the group.
+            TypeError: If the sampler does not support the group's prior; names the group.
 
         Example:
             >>> from functools import partial
@@ -329,18 +322,18 @@ class NCPrior(PretrainedHeads, nn.Module):
         """
         if not self.is_on(k):
             return Draw(group.prior.sample())
-        with _naming(k):
+        with naming_group(k):
             return sampler(group.prior, self._ratio(k, group.context))
 
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
         """α log r_k(·, c), for many z of one context."""
         c = None if context is None else at_least_float32(context)
-        log_r = prepare_head(self.heads[k], c, precision=self.precision, compiled=self.compiled)
+        log_r = prepare_head(self.heads[k], c, precision=self.precision)
         return lambda z: self.strength * log_r(at_least_float32(head_input(self.source, k, z)))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context manager inside which the prior is the base prior again.
+        """A context manager inside which this prior equals the base prior.
 
         Example:
             >>> with prior.disabled():
@@ -355,50 +348,22 @@ class NCPrior(PretrainedHeads, nn.Module):
             self._disabled = before
 
     def extra_repr(self) -> str:
-        """Tells what ``print(prior)`` shows besides the heads."""
+        """Returns the part of ``print(prior)`` besides the heads."""
         off = [k for k, on in enumerate(self.active) if not on]
         return f"source={type(self.source).__name__}, strength={self.strength}, groups_off={off}"
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """Keeps the source out of nn.Module's registration, whatever its type."""
+        """Keeps the source unregistered, also if it is an ``nn.Module``."""
         if name == "source":
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NCPrior:
-        """Copies the heads and shares the source: a user's VAE is never copied."""
+        """Returns a copy of the heads on the same source: the VAE is never copied."""
         from copy import deepcopy
 
         other = type(self)(self.source, deepcopy(self.heads, memo))
         other.strength, other.active = self.strength, list(self.active)
-        other.precision, other.compiled = self.precision, self.compiled
+        other.precision = self.precision
         return other.train(self.training)
-
-
-@contextmanager
-def _naming(k: int) -> Iterator[None]:
-    """Puts the group in front of an error's message."""
-    try:
-        yield
-    except (FloatingPointError, TypeError, ValueError) as error:
-        kinds = (FloatingPointError, TypeError, ValueError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"Group {k}: {error}") from error
-
-
-def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
-    """Warns of a posterior so wide that its z no longer tells which row it came from."""
-    if not isinstance(x, Tensor) or len(x) < 8 or x[0].numel() != x_hat[0].numel():
-        return
-    distance = torch.cdist(x_hat.flatten(1).float(), x.flatten(1).to(x_hat.device, torch.float32))
-    own = distance.diagonal()
-    others = (distance.sum(1) - own) / (len(x) - 1)
-    if (own < others).float().mean() < 0.9:
-        warnings.warn(
-            "Reconstructions of a row are no closer to it than to other rows. Is the posterior's "
-            "scale a standard deviation (from a log-variance, (0.5 * log_var).exp())? Does "
-            "advance or decode leave something out, or group mix up its inputs? Compare with the "
-            "model's own forward pass.",
-            stacklevel=4,
-        )

@@ -1,27 +1,29 @@
-r"""A pretrained VAE, seen as groups of latents visited in order.
+r"""A pretrained VAE as groups of latents that are visited in order.
 
 A VAE with K groups of latents factorises its prior and its posterior as
 
 .. math::
     p(z) = \prod_k p(z_k | z_{<k}), \qquad q(z | x) = \prod_k q(z_k | z_{<k}, x).
 
-A :class:`LatentSource` walks the groups: ``start`` makes a state, ``group`` shows p(z_k | z_<k)
-and, when there is an x, q(z_k | z_<k, x), ``advance`` takes a z_k and makes the next state, and
-``decode`` turns the last state into x. Training and sampling are this same walk with another
-choice of z_k. A state is a value: a walk can be forked, indexed, cached and compared.
+A :class:`LatentSource` visits the groups one after the other: ``start`` returns a first state,
+``group`` the distributions p(z_k | z_<k) and, given an x, q(z_k | z_<k, x), ``advance`` the next
+state given z_k, and ``decode`` the mean of p(x | z) from the last state. Training and sampling are
+both a :func:`visit` and differ only in the choice of z_k. A state is a value: it can be copied,
+indexed by rows, cached and compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import Sampleable, build, expand, is_parameters, parameters
+from ncprior.distributions import Sampleable
+from ncprior.utils.batches import map_tensors
 from ncprior.utils.fingerprints import module_fingerprint
 
 E = TypeVar("E")
@@ -30,13 +32,13 @@ S = TypeVar("S")
 
 
 class Group(NamedTuple):
-    """What is known of z_k once z_<k, and maybe x, are given; of batch shape ``(B,)``.
+    """Prior, posterior and context of z_k, given z_<k and, in training, x; batch shape ``(B,)``.
 
     Attributes:
         prior: p(z_k | z_<k), a torch ``Distribution`` wherever the density is known.
-        posterior: q(z_k | z_<k, x), or ``None`` when the walk has no x.
-        context: c(z_<k), what the ratio head sees of z_<k and of a condition, with shape
-            ``(B, ...)``, or ``None``.
+        posterior: q(z_k | z_<k, x), or ``None`` without an x.
+        context: c(z_<k), the second input of the ratio head: a function of z_<k and of a condition,
+            with shape ``(B, ...)``, or ``None``.
 
     Example:
         >>> group = Group(prior=Independent(Normal(torch.zeros(5, 2), 1.0), 1))
@@ -50,249 +52,199 @@ class Group(NamedTuple):
 
 
 class LatentSource(Protocol[E, S]):
-    """A pretrained VAE, seen as groups of latents visited in order.
+    """A pretrained VAE as groups of latents that are visited in order; the base class of sources.
+
+    A subclass writes the walk: ``num_groups``, ``encode``, ``start``, ``group``, ``advance`` and
+    ``decode``. The other members have defaults, and are overridden where the VAE offers more.
 
     Encodings, states and conditions are pytrees of tensors whose first axis is the batch. ``start``
-    and ``advance`` make states; ``group`` and ``decode`` only look at one, any number of times, and
-    draw nothing. A source never disables gradients and never detaches; its callers do.
-    :func:`ncprior.testing.check_source` tests an implementation.
+    and ``advance`` return new states; ``group`` and ``decode`` are pure functions of a state, may be
+    called any number of times, and draw nothing. A source never disables gradients and never
+    detaches; its callers do. :func:`ncprior.testing.check_source` tests an implementation.
 
-    Optional are ``module``, the VAE, for the checks that it stays as it was; ``fingerprint() ->
-    str``, to refuse heads of another VAE; ``likelihood(state) -> Distribution`` over x, for
-    :mod:`ncprior.evaluation`; and ``features(k, z) -> Tensor``, what the ratio head of group k sees
-    in place of z_k: from ``(*, B, *event)`` to ``(*, B, ...)``, a function of z_k alone.
+    Attributes:
+        num_groups: K, the number of latent groups.
+        module: The VAE, for its fingerprint and for the check that it is in evaluation mode, or
+            ``None``.
 
     Example:
-        >>> state = source.start(4)                    # no x: the prior's walk
-        >>> for k in range(source.num_groups):
+        >>> state = source.start(4)                    # no x: a walk along the prior
+        >>> for k in range(source.num_groups):         # the loop that :func:`visit` runs
         ...     state = source.advance(state, source.group(state).prior.sample())
         >>> source.decode(state).shape
         torch.Size([4, 3])
     """
 
-    @property
-    def num_groups(self) -> int:
-        """K, the number of latent groups."""
-        ...
+    num_groups: int
+    module: nn.Module | None = None
 
+    @abstractmethod
     def encode(self, x: Any) -> E:  # noqa: ANN401 (whatever a loader yields)
-        """Turns one batch, as the user's loader yields it, into what the walk needs of it."""
-        ...
+        """Encodes one batch, as the user's loader yields it, for a walk along the posterior."""
 
+    @abstractmethod
     def start(self, batch_size: int, encoding: E | None = None, condition: Any = None) -> S:  # noqa: ANN401
-        """Makes the state in front of the first group."""
-        ...
+        """Returns the state in front of the first group."""
 
+    @abstractmethod
     def group(self, state: S) -> Group:
-        """Shows the group that the state stands in front of."""
-        ...
+        """Returns prior, posterior and context of the group that the state is in front of."""
 
+    @abstractmethod
     def advance(self, state: S, z: Tensor) -> S:
-        """Takes z_k, with shape ``(B, *event)``, and makes the state behind it."""
-        ...
+        """Returns the state behind the group, given its latents z_k of shape ``(B, *event)``."""
 
+    @abstractmethod
     def decode(self, state: S) -> Tensor:
-        """Returns the decoder's mean, one tensor of shape ``(B, ...)``."""
-        ...
+        """Returns the mean of p(x | z), one tensor of shape ``(B, ...)``."""
 
-
-class SingleGroup:
-    """A VAE with one group of latents, from its three parts.
-
-    Arguments:
-        prior: p(z), with an empty batch shape.
-        posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. Of a tuple
-            or list that a loader yields, x is the first item.
-        decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
-        module: The VAE itself. It is never registered, moved or changed; it serves for the
-            fingerprint and for the check that it is in evaluation mode. (The check also sees
-            modules, and modules of bound methods, given as ``posterior`` and ``decoder``.)
-        likelihood: Maps z to p(x | z), a distribution over x.
-        condition: Picks a condition c, with shape ``(B, C)``, out of a batch as the loader yields
-            it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
-            ratio head sees it as context, and a walk without x needs it as ``condition``.
-        features: Maps z, with shape ``(N, *event)``, to what the ratio head sees in its place,
-            ``(N, ...)``: a function of z alone, such as the frozen decoder's first layers,
-            ``vae.decoder[:2]``. Of many latents that are a feature map to the decoder, a
-            :class:`~ncprior.heads.ConvHead` on that map learns faster than a perceptron on z.
-
-    Raises:
-        ValueError: If the prior has a batch shape.
-        TypeError: If the prior cannot be sampled.
-
-    Example:
-        >>> encoder, decoder = torch.nn.Linear(3, 4).eval(), torch.nn.Linear(2, 3).eval()
-        >>> def posterior(x):
-        ...     mean, log_var = encoder(x).chunk(2, dim=-1)
-        ...     return Independent(Normal(mean, (0.5 * log_var).exp()), 1)
-        >>> prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
-        >>> source = SingleGroup(prior, posterior, decoder)
-        >>> latents, state = sample_posterior(source, torch.randn(5, 3))
-        >>> latents[0].shape, source.decode(state).shape
-        (torch.Size([5, 2]), torch.Size([5, 3]))
-    """
-
-    num_groups = 1
-
-    def __init__(
-        self,
-        prior: Sampleable,
-        posterior: Callable[..., Distribution],
-        decoder: Callable[..., Tensor],
-        *,
-        module: nn.Module | None = None,
-        likelihood: Callable[..., Distribution] | None = None,
-        condition: Callable[[Any], Tensor] | None = None,
-        features: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        if not isinstance(prior, Sampleable):
-            raise TypeError(f"The prior needs a method `sample`; got {type(prior).__name__}.")
-        if isinstance(prior, Distribution) and prior.batch_shape:
-            raise ValueError(
-                f"The prior must have an empty batch shape; got batch shape "
-                f"{tuple(prior.batch_shape)} and event shape {tuple(prior.event_shape)}. "
-                f"Wrap it in Independent(prior, {len(prior.batch_shape)})."
-            )
-        self.prior = prior
-        self.module = module
-        parts = (posterior, decoder)
-        self._watched = (module, *(getattr(part, "__self__", part) for part in parts))
-        self._posterior = posterior
-        self._decoder = decoder
-        self._likelihood = likelihood
-        self._condition = condition
-        self._features = features
-        if features is not None:
-            shape = getattr(prior, "event_shape", None)
-            self._event_ndim = prior.sample().ndim if shape is None else len(shape)
-
-    class Encoding(NamedTuple):
-        """What the walk needs of x: the posterior's parameters, or else the batch itself."""
-
-        posterior: Any
-        condition: Tensor | None
-
-    class State(NamedTuple):
-        """The walk in front of z (``z is None``) or behind it."""
-
-        rows: Tensor  # (B, 0): carries the batch size
-        z: Tensor | None
-        posterior: Any
-        condition: Tensor | None
-
-    def encode(self, x: Any) -> Encoding:  # noqa: ANN401
-        """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
-        require_eval(*self._watched)
-        c = None if self._condition is None else self._condition(x)
-        x = x[0] if isinstance(x, tuple | list) else x
-        q = parameters(self._checked_posterior(x, c))
-        return self.Encoding(x if q is None else q, c)
-
-    def start(
-        self,
-        batch_size: int,
-        encoding: Encoding | None = None,
-        condition: Tensor | None = None,
-    ) -> State:
-        """Makes the state in front of z, for ``batch_size`` rows."""
-        require_eval(*self._watched)
-        q, c = (None, condition) if encoding is None else encoding
-        if (c is None) != (self._condition is None):
-            needs, got = ("needs a", "none") if c is None else ("takes no", "one")
-            raise ValueError(
-                f"This source {needs} condition; got {got}. A condition is picked out of a batch "
-                f"by SingleGroup(condition=...) and given to sample(..., condition=...)."
-            )
-        for name, tree in (("encoding", q), ("condition", c)):
-            if tree is not None and num_rows(tree) != batch_size:
-                raise ValueError(
-                    f"The walk has {batch_size} rows; got {num_rows(tree)} rows of {name}."
-                )
-        leaves = [leaf for leaf in tree_leaves((q, c)) if isinstance(leaf, Tensor)]
-        device = leaves[0].device if leaves else None
-        return self.State(torch.empty(batch_size, 0, device=device), None, q, c)
-
-    def group(self, state: State) -> Group:
-        """Shows p(z) and, with an x, q(z | x), for every row."""
-        q = state.posterior
-        if q is not None:
-            q = build(q) if is_parameters(q) else self._checked_posterior(q, state.condition)
-        return Group(expand(self.prior, len(state.rows)), q, state.condition)
-
-    def advance(self, state: State, z: Tensor) -> State:
-        """Takes z, with shape ``(B, *event)``."""
-        if len(z) != len(state.rows):
-            raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
-        return state._replace(z=z)
-
-    def decode(self, state: State) -> Tensor:
-        """Returns the mean of p(x | z)."""
-        return self._decoder(*self._decoder_arguments(state))
-
-    def likelihood(self, state: State) -> Distribution:
-        """Returns p(x | z).
+    def likelihood(self, state: S) -> Distribution:
+        """Returns p(x | z), a distribution over x, for :mod:`ncprior.evaluation` and VAEBM.
 
         Raises:
-            ValueError: If the source was made without a likelihood.
+            ValueError: By default.
         """
-        if self._likelihood is None:
-            raise ValueError(
-                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...), or, of "
-                "a decoder trained by squared error, wrap it in GaussianDecoder.fitted(source, held_out)."
-            )
-        return self._likelihood(*self._decoder_arguments(state))
+        raise ValueError(
+            f"{type(self).__name__} does not know p(x | z). Give it a method likelihood(state) that "
+            f"returns the distribution; if the decoder was trained by squared error, wrap the "
+            f"source in GaussianDecoder.fitted(source, held_out)."
+        )
 
     def features(self, k: int, z: Tensor) -> Tensor:
-        """Returns what the ratio head sees of z, ``(*, B, *event)``: by default z itself."""
-        if self._features is None:
-            return z
-        lead = z.shape[: z.ndim - self._event_ndim]
-        h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
-        return h.reshape(*lead, *h.shape[1:])
+        """Returns the input of ratio head k: by default z_k itself.
 
-    def fingerprint(self) -> str | None:
-        """Returns :func:`module_fingerprint` of the VAE, or ``None`` without ``module``."""
-        return None if self.module is None else module_fingerprint(self.module)
+        Arguments:
+            k: The group, from 0.
+            z: Latents, with shape ``(*, B, *event)``.
 
-    def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
-        if state.z is None:
-            raise ValueError("Decoding needs z; this walk has none yet. Call advance(state, z).")
-        z = self._for_module(state.z)
-        return (z,) if state.condition is None else (z, state.condition)
-
-    def _for_module(self, z: Tensor) -> Tensor:
-        if z.is_floating_point() and self.module is not None:
-            return z.to(next((p.dtype for p in self.module.parameters()), z.dtype))
+        Returns:
+            A function of z_k alone, with shape ``(*, B, ...)``.
+        """
         return z
 
-    def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
-        q = self._posterior(x) if c is None else self._posterior(x, c)
-        if not isinstance(q, Distribution):
-            raise TypeError(
-                f"posterior(x) must return a distribution; got {type(q).__name__}. From a mean "
-                f"and a log-variance make Independent(Normal(mean, (0.5 * log_var).exp()), 1)."
-            )
-        event = self.prior.event_shape if isinstance(self.prior, Distribution) else q.event_shape
-        if len(q.batch_shape) == 1 and len(q.event_shape) == len(event) and q.event_shape != event:
-            raise ValueError(
-                f"Prior and posterior must have latents of one shape; got {tuple(event)} from the "
-                f"prior and {tuple(q.event_shape)} from q(z | x). Make the prior of that shape."
-            )
-        if len(q.batch_shape) != 1 or q.event_shape != event:
-            raise ValueError(
-                f"q(z | x) must have batch shape (B,) and the prior's event shape "
-                f"{tuple(event)}; got batch shape {tuple(q.batch_shape)} and event shape "
-                f"{tuple(q.event_shape)}. Independent(q, n) turns n batch axes into event axes; "
-                f"the prior is to have as many event axes."
-            )
-        return q
+    def fingerprint(self) -> str | None:
+        """Returns :func:`~ncprior.utils.module_fingerprint` of ``module``, ``None`` without one."""
+        return None if self.module is None else module_fingerprint(self.module)
+
+    def shared_prior(self) -> Sampleable | None:
+        """Returns p(z) of a single group where all rows share it, with an empty batch shape.
+
+        Saving identifies a base prior by it. By default there is none.
+        """
+        return None
+
+
+def require_source(source: object) -> None:
+    """Raises an error for an object whose class is not derived from :class:`LatentSource`.
+
+    Raises:
+        TypeError: If it is not derived from it.
+
+    Example:
+        >>> require_source(torch.nn.Linear(1, 1))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: A source is a subclass of ncprior.LatentSource; got Linear. Subclass ...
+    """
+    if LatentSource not in type(source).__mro__:
+        raise TypeError(
+            f"A source is a subclass of ncprior.LatentSource; got {type(source).__name__}. "
+            f"Subclass ncprior.LatentSource, or wrap a VAE of one group in "
+            f"SingleGroup(prior, posterior, decoder)."
+        )
+
+
+class WrappedSource(LatentSource[Any, Any]):
+    """A source that delegates to another; a subclass overrides the members that differ.
+
+    Arguments:
+        source: The wrapped source.
+
+    Raises:
+        TypeError: If it is not a :class:`LatentSource`.
+
+    Example:
+        >>> class Doubled(WrappedSource):
+        ...     def decode(self, state):
+        ...         return 2 * self.source.decode(state)
+        >>> (latents, state) = sample_posterior(Doubled(source), x)
+        >>> torch.equal(Doubled(source).decode(state), 2 * source.decode(state))
+        True
+    """
+
+    def __init__(self, source: LatentSource[Any, Any]) -> None:
+        require_source(source)
+        self.source = source
+        self.num_groups, self.module = source.num_groups, source.module
+
+    def encode(self, x: Any) -> Any:  # noqa: ANN401
+        """Returns the encoding of the wrapped source."""
+        return self.source.encode(x)
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Any:  # noqa: ANN401
+        """Returns the first state of the wrapped source."""
+        return self.source.start(batch_size, encoding, condition)
+
+    def group(self, state: Any) -> Group:  # noqa: ANN401
+        """Returns the group of the wrapped source."""
+        return self.source.group(state)
+
+    def advance(self, state: Any, z: Tensor) -> Any:  # noqa: ANN401
+        """Returns the next state of the wrapped source."""
+        return self.source.advance(state, z)
+
+    def decode(self, state: Any) -> Tensor:  # noqa: ANN401
+        """Returns the mean of p(x | z) of the wrapped source."""
+        return self.source.decode(state)
+
+    def likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
+        """Returns p(x | z) of the wrapped source."""
+        return self.source.likelihood(state)
+
+    def features(self, k: int, z: Tensor) -> Tensor:
+        """Returns the input of ratio head k of the wrapped source."""
+        return self.source.features(k, z)
+
+    def fingerprint(self) -> str | None:
+        """Returns the fingerprint of the wrapped source."""
+        return self.source.fingerprint()
+
+    def shared_prior(self) -> Sampleable | None:
+        """Returns the shared prior of the wrapped source."""
+        return self.source.shared_prior()
+
+
+def visit(
+    source: LatentSource[E, S], state: S, choose: Callable[[int, Group], Tensor]
+) -> tuple[tuple[Tensor, ...], S]:
+    """Walks through all groups; training and sampling differ only in the choice of z_k.
+
+    Arguments:
+        source: The VAE.
+        state: The state in front of the first group, as ``source.start`` returns it.
+        choose: ``choose(k, group)`` returns z_k, with shape ``(B, *event)``.
+
+    Returns:
+        The latents, one z_k per group, and the state behind them, for ``source.decode``.
+
+    Example:
+        >>> latents, state = visit(source, source.start(4), lambda k, group: group.prior.sample())
+        >>> source.decode(state).shape
+        torch.Size([4, 3])
+    """
+    latents = []
+    for k in range(source.num_groups):
+        z = choose(k, source.group(state))
+        state = source.advance(state, z)
+        latents.append(z)
+    return tuple(latents), state
 
 
 @torch.no_grad()
 def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, ...], S]:  # noqa: ANN401
-    """Draws z_k ~ q(z_k | z_<k, x): over random x, the aggregate posterior q(z) = E_x q(z | x).
+    """Draws z_k ~ q(z_k | z_<k, x) for one batch of x.
 
-    This is the reference prior: no prior on the frozen decoder can be expected to do better.
+    Over random x these are draws of the aggregate posterior q(z) = E_x q(z | x), the best prior
+    that a frozen decoder can be expected to have.
 
     Arguments:
         source: The VAE.
@@ -306,17 +258,14 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
         >>> [z.shape for z in latents], source.decode(state).shape
         ([torch.Size([4, 2])], torch.Size([4, 3]))
     """
+    require_source(source)
     encoding = source.encode(x)
     state = source.start(num_rows(encoding), encoding)
-    latents = []
-    for _ in range(source.num_groups):
-        latents.append(posterior_of(source.group(state)).sample())
-        state = source.advance(state, latents[-1])
-    return tuple(latents), state
+    return visit(source, state, lambda k, group: posterior_of(group).sample())
 
 
 def posterior_of(group: Group) -> Distribution:
-    """Returns the group's posterior; a source that shows none for an x breaks the protocol.
+    """Returns the group's posterior, or raises an error if the source returned none.
 
     Raises:
         ValueError: If the group has no posterior.
@@ -341,17 +290,22 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
         >>> num_rows({"loc": torch.zeros(5, 2), "scale": (torch.ones(5), None)})
         5
     """
-    # A mapping of a loader's own type, such as pythae's, is no pytree to torch.
-    for leaf in tree_leaves(dict(tree) if isinstance(tree, Mapping) else tree):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return len(leaf)
-    raise ValueError(
-        f"Expected tensors whose first axis is the batch; got {type(tree).__name__} without any."
-    )
+    rows: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        rows.extend(tensor.shape[:1])
+        return tensor
+
+    map_tensors(count, tree)
+    if not rows:
+        raise ValueError(
+            f"Expected tensors whose first axis is the batch; got {type(tree).__name__} without any."
+        )
+    return rows[0]
 
 
 def require_eval(*parts: object) -> None:
-    """Refuses a VAE in training mode: batch statistics and dropout would change q(z | x).
+    """Raises an error for a VAE in training mode, as dropout and batch statistics change q(z | x).
 
     Raises:
         ValueError: If any submodule is in training mode.
@@ -370,13 +324,16 @@ def require_eval(*parts: object) -> None:
 
 @torch.no_grad()
 def device_of(source: LatentSource[Any, Any]) -> torch.device:
-    """Returns where a source draws latents; if it cannot, where its ``module`` is; else the CPU.
+    """Returns the device on which a source draws latents.
+
+    If it cannot draw without a condition, this is the device of its ``module``, or else the CPU.
 
     Example:
         >>> device_of(source)
         device(type='cpu')
     """
-    base = getattr(source, "prior", None)
+    require_source(source)
+    base = source.shared_prior()
     generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(generators):
         try:
@@ -384,7 +341,7 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
                 base = source.group(source.start(1)).prior
             return base.sample().device
         except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
-            module = getattr(source, "module", None)
+            module = source.module
     parameters = module.parameters() if isinstance(module, nn.Module) else ()
     return next((p.device for p in parameters), torch.device("cpu"))
 
@@ -394,13 +351,13 @@ def contrastive_pairs(
     x: Any,  # noqa: ANN401
     num_draws: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields, group by group, what its head is to tell apart, under z_<k of the posterior.
+    """Yields the draws of each group that its head has to classify, given z_<k of the posterior.
 
     Arguments:
         source: The VAE.
         x: One batch, as the user's loader yields it.
-        num_draws: Draws of z_k per row, from posterior and prior each; the walk goes on with the
-            first.
+        num_draws: Draws of z_k per row, from posterior and prior each; z_<k of the next groups is
+            the first draw from the posterior.
 
     Returns:
         Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
@@ -411,7 +368,7 @@ def contrastive_pairs(
         [torch.Size([2, 1, 4, 2])]
     """
     count = Size((num_draws,))
-    require_eval(source, getattr(source, "module", None))
+    require_eval(source, source.module)
     with torch.no_grad():
         encoding = source.encode(x)
         state = source.start(num_rows(encoding), encoding)
@@ -425,7 +382,8 @@ def contrastive_pairs(
         yield z, group.context
 
 
-def _draw(law: Any, count: Size) -> Tensor:  # noqa: ANN401
-    """Draws of a law; a GPU need not wait for them, as a normal's ``sample`` makes it."""
-    z: Tensor = law.rsample(count) if getattr(law, "has_rsample", False) else law.sample(count)
+def _draw(distribution: Any, count: Size) -> Tensor:  # noqa: ANN401
+    """Draws from a distribution; ``rsample`` of a normal does not synchronise a GPU."""
+    has_rsample = getattr(distribution, "has_rsample", False)
+    z: Tensor = distribution.rsample(count) if has_rsample else distribution.sample(count)
     return z

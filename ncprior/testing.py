@@ -1,4 +1,4 @@
-"""What every source must satisfy, as one call for the tests of an adapter."""
+"""Checks of a source, as one call for the tests of an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ncprior.distributions import Sampleable, parameters
-from ncprior.source import Group, LatentSource, num_rows, posterior_of
+from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_source
 
 Source: TypeAlias = LatentSource[Any, Any]
 
@@ -24,22 +24,22 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
-    """Checks that a source keeps the laws of :class:`ncprior.LatentSource`.
+    """Checks that a source keeps the rules of :class:`ncprior.LatentSource`.
 
-    It is silent if all laws hold, and knows nothing of the numbers that the model itself gives:
-    compare those once (see ``adapters/README.md``). Checked are shapes and dtypes; that priors and
-    contexts know nothing of x; that ``group`` is pure and ``advance`` leaves the old state usable;
-    that rows of a walk are the walk of those rows, down to one row; that one seed gives one walk;
-    that ``features``, where there are any, are functions of z alone; that gradients reach every
-    latent; and that grad mode and the VAE (parameters, ``.grad``, buffers, flags) stay as they were.
+    Nothing is returned if all rules hold. The numbers are not compared with those of the model
+    itself: do that once, see ``adapters/README.md``. The rules are: shapes and dtypes; priors and
+    contexts do not depend on x; ``group`` is pure and ``advance`` leaves the old state usable; rows
+    of a batch do not depend on other rows, and one row alone works too; one seed gives one result;
+    ``features`` are functions of z alone; gradients reach every latent; grad mode and the VAE
+    (parameters, ``.grad``, buffers, training flags) are unchanged.
 
     Arguments:
         source: The source to check.
         x: One batch, as the user's loader yields it, of at least two rows.
-        condition: What a walk without x needs, for the same rows, or ``None``.
+        condition: The condition of a conditional VAE for the same rows, or ``None``.
 
     Raises:
-        AssertionError: At the first law that does not hold: what was got, and what to do.
+        AssertionError: At the first rule that is broken; the message gives the value and a remedy.
 
     Example:
         >>> check_source(source, x)
@@ -48,7 +48,8 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
         Traceback (most recent call last):
         AssertionError: num_groups must be an int of at least 1; got 0.
     """
-    _check_methods(source)
+    require_source(source)
+    _check_num_groups(source)
     cuda = range(torch.cuda.device_count())
     with _frozen(source), torch.random.fork_rng(cuda), torch.no_grad():
         encoding = source.encode(x)
@@ -94,7 +95,7 @@ class _Walk(NamedTuple):
 
 
 def _walk(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk:
-    """Walks on given latents, else on draws from the posterior, and looks at all it sees."""
+    """Visits all groups with given latents or draws of the posterior, and checks every output."""
     count, mode = start[0], torch.is_grad_enabled()
     states, groups, drawn = [source.start(*start)], [], []
     for k in range(source.num_groups):
@@ -117,12 +118,8 @@ def _walk(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk
     return _Walk(start, states, groups, drawn, x)
 
 
-def _check_methods(source: Source) -> None:
-    methods = ("encode", "start", "group", "advance", "decode")
-    missing = [name for name in methods if not callable(getattr(source, name, None))]
-    name = type(source).__name__
-    _require(not missing, f"A source has the methods {methods}; {name} lacks {missing}.")
-    count = getattr(source, "num_groups", None)
+def _check_num_groups(source: Source) -> None:
+    count = source.num_groups
     good = type(count) is int and count >= 1
     _require(good, f"num_groups must be an int of at least 1; got {count}.")
 
@@ -147,9 +144,9 @@ def _check_group(group: Group, z: Tensor, count: int, name: str) -> None:
             f"{name}: the prior's event shape is {tuple(p.event_shape)} and the posterior's "
             f"{tuple(q.event_shape)}. Is the group the state's own?",
         )
-    _check_law(group.prior, z, f"{name}: the prior")
+    _check_distribution(group.prior, z, f"{name}: the prior")
     if group.posterior is not None:
-        _check_law(group.posterior, z, f"{name}: the posterior")
+        _check_distribution(group.posterior, z, f"{name}: the posterior")
 
 
 def _check_first_axis(tree: Tree, count: int, name: str) -> None:
@@ -173,43 +170,43 @@ def _check_dtype(tensor: Tensor | None, name: str) -> None:
     )
 
 
-def _check_law(law: Sampleable, z: Tensor, name: str) -> None:
-    kind = type(law).__name__
-    _require(isinstance(law, Sampleable), f"{name} must have a method sample; got a {kind}.")
-    sample, shape = law.sample(Size((2,))), (2, *z.shape)
+def _check_distribution(p: Sampleable, z: Tensor, name: str) -> None:
+    kind = type(p).__name__
+    _require(isinstance(p, Sampleable), f"{name} must have a method sample; got a {kind}.")
+    sample, shape = p.sample(Size((2,))), (2, *z.shape)
     _check_dtype(sample, name)
     got = tuple(sample.shape)
     _require(
         got == shape, f"{name}.sample((2,)) must have shape (2, B, *event), {shape}; got {got}."
     )
-    if isinstance(law, Distribution):
+    if isinstance(p, Distribution):
         _require(
-            (law.batch_shape, law.event_shape) == (z.shape[:1], z.shape[1:]),
+            (p.batch_shape, p.event_shape) == (z.shape[:1], z.shape[1:]),
             f"{name} must have batch shape {tuple(z.shape[:1])} and event shape "
-            f"{tuple(z.shape[1:])}; got {tuple(law.batch_shape)} and {tuple(law.event_shape)}. "
+            f"{tuple(z.shape[1:])}; got {tuple(p.batch_shape)} and {tuple(p.event_shape)}. "
             f"Independent turns batch axes into event axes.",
         )
         try:
             with suppress(NotImplementedError):  # the density need not be known
-                law.log_prob(z)
+                p.log_prob(z)
         except ValueError as error:
             raise AssertionError(
-                f"{name} refuses a draw of the posterior. Make distributions with "
+                f"{name} raises an error for a draw of the posterior. Make distributions with "
                 f"validate_args=False, which synchronises no GPU either. {error}"
             ) from error
 
 
 def _check_blindness(source: Source, walk: _Walk, free: _Walk) -> None:
-    law = (
-        "{} must be the same with and without x, as p(z_k | z_<k) and c(z_<k) know nothing of it. "
+    rule = (
+        "{} must be the same with and without x, as p(z_k | z_<k) and c(z_<k) do not depend on it. "
         "Pass condition= if the source takes one."
     )
     for k, (group, other) in enumerate(zip(walk.groups, free.groups, strict=True)):
         blind, z = other.posterior is None, walk.latents[k]
         _require(blind, f"Group {k}: without x the posterior must be None.")
-        pair = _laws(other, z), _laws(group._replace(posterior=None), z)
-        _require_same(*pair, law.format(f"Group {k}: prior and context"), _tolerance(source))
-    _require_same(free.x, walk.x, law.format("decode(state)"), _tolerance(source))
+        pair = _tensors(other, z), _tensors(group._replace(posterior=None), z)
+        _require_same(*pair, rule.format(f"Group {k}: prior and context"), _tolerance(source))
+    _require_same(free.x, walk.x, rule.format("decode(state)"), _tolerance(source))
 
 
 def _check_purity(source: Source, state: Tree) -> None:
@@ -232,11 +229,11 @@ def _check_purity(source: Source, state: Tree) -> None:
 
 def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
     first, again = source.decode(state), source.decode(state)
-    law = "A second decode(state) differs: it must return the mean of p(x | z) and draw nothing."
-    _require_same(again, first, law)
+    rule = "A second decode(state) differs: it must return the mean of p(x | z) and draw nothing."
+    _require_same(again, first, rule)
     images = x[0] if isinstance(x, tuple | list) else x
     if isinstance(images, Tensor) and _knows_likelihood(source, state):
-        shape = tuple(source.likelihood(state).log_prob(images).shape)  # type: ignore[attr-defined]
+        shape = tuple(source.likelihood(state).log_prob(images).shape)
         _require(
             shape == (len(images),),
             f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
@@ -246,8 +243,8 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
 
 def _knows_likelihood(source: Source, state: Tree) -> bool:
     try:
-        return isinstance(source.likelihood(state), Distribution)  # type: ignore[attr-defined]
-    except (AttributeError, ValueError):  # it has none, and may say why
+        return isinstance(source.likelihood(state), Distribution)
+    except ValueError:  # it has none
         return False
 
 
@@ -256,10 +253,10 @@ def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
     first = source.advance(state, z)
     kept = _clone(first)
     source.advance(state, source.group(state).prior.sample())
-    law = "An old state stays usable: make a new one, without in-place operations."
-    _require_same((state, z), before, f"advance(state, z) has changed the state or z. {law}")
-    _require_same(_seen(source.group(state)), group, f"advance has changed its group. {law}")
-    _require_same(first, kept, f"A second advance has changed the state of the first. {law}")
+    rule = "An old state stays usable: make a new one, without in-place operations."
+    _require_same((state, z), before, f"advance(state, z) has changed the state or z. {rule}")
+    _require_same(_seen(source.group(state)), group, f"advance has changed its group. {rule}")
+    _require_same(first, kept, f"A second advance has changed the state of the first. {rule}")
     again = source.advance(state, z)
     _require_same(again, first, "A second advance(state, z) differs: it must draw nothing.")
 
@@ -275,9 +272,9 @@ def _check_walk_rows(source: Source, walk: _Walk, rows: list[int]) -> None:
     latents, tolerance = _take(walk.latents, rows), _tolerance(source)
     part = _walk(source, (len(rows), *_take(walk.start[1:], rows)), latents)
     for k, z in enumerate(latents):
-        whole = _take(_laws(walk.groups[k], walk.latents[k]), rows)
+        whole = _take(_tensors(walk.groups[k], walk.latents[k]), rows)
         for group in (source.group(_take(walk.states[k], rows)), part.groups[k]):
-            _require_same(_laws(group, z), whole, f"Group {k}: {_COMPANY}", tolerance)
+            _require_same(_tensors(group, z), whole, f"Group {k}: {_COMPANY}", tolerance)
     _require_same(part.x, walk.x[rows], f"decode(state): {_COMPANY}", tolerance)
 
 
@@ -289,9 +286,7 @@ _COMPANY = (
 
 
 def _check_features(source: Source, k: int, z: Tensor) -> None:
-    """What heads see of z_k, if not z_k itself."""
-    if not hasattr(source, "features"):
-        return
+    """Checks the inputs of the heads, which are functions of z_k alone."""
     generator, two = torch.get_rng_state(), torch.stack([z, z.flip(0)])
     h, name = source.features(k, two), f"features({k}, z)"
     drawn = not torch.equal(torch.get_rng_state(), generator)
@@ -308,9 +303,9 @@ def _check_gradients(source: Source, walk: _Walk) -> None:
     latents = [z.clone().requires_grad_(z.is_floating_point()) for z in walk.latents]
     with torch.enable_grad():
         walk = _walk(source, walk.start, latents)
-        laws = [_laws(group, z.detach()) for group, z in zip(walk.groups, latents, strict=True)]
+        shown = [_tensors(g, z.detach()) for g, z in zip(walk.groups, latents, strict=True)]
         for k, z in enumerate(latents):
-            later = [t for t in tree_leaves((laws[k + 1 :], walk.x)) if isinstance(t, Tensor)]
+            later = [t for t in tree_leaves((shown[k + 1 :], walk.x)) if isinstance(t, Tensor)]
             _require(
                 not z.requires_grad or _depends(torch.cat([t.flatten() for t in later]), z),
                 f"Group {k}: no gradient reaches z from decode(state) or a later group. "
@@ -334,7 +329,7 @@ def _frozen(source: Source) -> Iterator[None]:
 
 
 def _modules(source: Source) -> dict[str, nn.Module]:
-    parts = {"source": source, **getattr(source, "__dict__", {})}
+    parts = {"source": source, **vars(source)}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
@@ -351,26 +346,26 @@ def _module_state(source: Source) -> dict[str, Any]:
 
 
 def _tolerance(source: Source) -> float:
-    """Relative float differences that another batch size may bring."""
+    """Relative difference of floats that is allowed between batch sizes."""
     tensors = [p for module in _modules(source).values() for p in module.parameters()]
     return 0.1 if any(p.dtype in _HALF for p in tensors) else 1e-4
 
 
 def _seen(group: Group) -> list[Tensor | None]:
-    """Draws of a group under one seed, and its context."""
+    """Draws of prior and posterior under one seed, and the context."""
     torch.manual_seed(0)
-    laws = (group.prior, group.posterior)
-    return [*(None if law is None else law.sample() for law in laws), group.context]
+    distributions = (group.prior, group.posterior)
+    return [*(None if d is None else d.sample() for d in distributions), group.context]
 
 
-def _laws(group: Group, z: Tensor) -> Tree:
-    """Context, prior and posterior as tensors by rows; a law that only samples is left out."""
-    laws: list[Tree] = [group.context]
-    for law in (group.prior, group.posterior):
-        if isinstance(law, Distribution):
+def _tensors(group: Group, z: Tensor) -> Tree:
+    """Context, and parameters or log-densities of prior and posterior where they are known."""
+    tensors: list[Tree] = [group.context]
+    for p in (group.prior, group.posterior):
+        if isinstance(p, Distribution):
             with suppress(NotImplementedError):
-                laws.append(parameters(law) or law.log_prob(z))
-    return laws
+                tensors.append(parameters(p) or p.log_prob(z))
+    return tensors
 
 
 def _take(tree: Tree, rows: list[int]) -> Tree:
@@ -392,10 +387,10 @@ def _same(a: Tree, b: Tree, tolerance: float) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
-def _require_same(a: Tree, b: Tree, law: str, tolerance: float = 0.0) -> None:
+def _require_same(a: Tree, b: Tree, rule: str, tolerance: float = 0.0) -> None:
     first, second = tree_leaves(a), tree_leaves(b)
     pairs = zip(first, second, strict=False)
-    _require(len(first) == len(second) and all(_same(p, q, tolerance) for p, q in pairs), law)
+    _require(len(first) == len(second) and all(_same(p, q, tolerance) for p, q in pairs), rule)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -22,10 +22,16 @@ from torch.distributions import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ncprior import Group, LatentSource, SingleGroup
-from ncprior.source import num_rows, posterior_of, sample_posterior
+from ncprior import Group, LatentSource, NCPrior, SingleGroup
+from ncprior.bases.latents import latents_of
+from ncprior.bases.rebase import rebase
+from ncprior.evaluation.likelihood import log_likelihood
+from ncprior.heads.networks import MLPHead
+from ncprior.source import device_of, num_rows, posterior_of, sample_posterior, visit
 from ncprior.testing import check_source
 from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.vaebm.gaussian_decoder import GaussianDecoder
+from ncprior.vaebm.model import VAEBM
 
 
 def mixture(rows: tuple[int, ...] = ()) -> MixtureSameFamily:
@@ -413,6 +419,26 @@ def test_sample_posterior_is_the_training_walk() -> None:
         expected = source.advance(expected, z)
     assert torch.equal(source.decode(state), source.decode(expected))
     assert not any(z.requires_grad for z in latents)
+
+
+def test_a_visit_is_the_loop_written_out() -> None:
+    """Also for choices that depend on the group's number and its context."""
+    source, x = Ladder(), torch.randn(6, 3)
+    start = source.start(6, source.encode(x))
+
+    def choose(k: int, group: Group) -> Tensor:
+        assert group.context is not None
+        return group.prior.sample() + k * group.context[:, :2]
+
+    torch.manual_seed(5)
+    latents, state = visit(source, start, choose)
+    torch.manual_seed(5)
+    expected = start
+    for k in range(3):
+        z = choose(k, source.group(expected))
+        assert torch.equal(z, latents[k])
+        expected = source.advance(expected, z)
+    assert torch.equal(source.decode(state), source.decode(expected))
 
 
 def test_sample_posterior_draws_the_aggregate_posterior() -> None:
@@ -844,15 +870,57 @@ def test_check_source_refuses_what_cannot_be_walked() -> None:
         check_source(NoPosterior(), torch.randn(5, 3))
     with pytest.raises(AssertionError, match="at least 2 rows; got 1"):
         check_source(flat(), torch.randn(1, 3))
-    with pytest.raises(AssertionError, match=r"lacks \['advance'\]"):
-        source = Ladder()
-        source.__dict__["advance"] = None
-        check_source(source, torch.randn(5, 3))
     for count in (0, True, 2.0, None):
         source = Ladder()
         source.num_groups = count  # type: ignore[assignment]
         with pytest.raises(AssertionError, match="must be an int of at least 1"):
             check_source(source, torch.randn(5, 3))
+
+
+class DuckTyped:
+    """All that a source has, but its base class."""
+
+    num_groups = 1
+    encode = start = group = advance = decode = lambda self, *_: torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda source: NCPrior(source, MLPHead((2,))),
+        lambda source: NCPrior.for_source(source, torch.zeros(2, 2)),
+        lambda source: VAEBM(source, MLPHead((2,))),
+        lambda source: GaussianDecoder(source, 0.1),
+        lambda source: rebase(source, base()),
+        lambda source: latents_of(source, torch.zeros(2, 2)),
+        lambda source: sample_posterior(source, torch.zeros(2, 2)),
+        lambda source: log_likelihood(source, torch.zeros(2, 2), num_samples=1),
+        lambda source: check_source(source, torch.zeros(2, 2)),
+        device_of,
+    ],
+)
+def test_what_is_not_derived_from_a_source_is_named(use: Callable[[Any], Any]) -> None:
+    match = r"got DuckTyped\. Subclass ncprior\.LatentSource"
+    with pytest.raises(TypeError, match=match):
+        use(DuckTyped())
+
+
+@pytest.mark.parametrize("name", ["encode", "start", "group", "advance", "decode"])
+def test_a_source_without_a_step_of_the_walk_cannot_be_made(name: str) -> None:
+    members = {k: getattr(Ladder, k) for k in ("encode", "start", "group", "advance", "decode")}
+    del members[name]
+    with pytest.raises(TypeError, match=f"abstract method '?{name}"):
+        type("Short", (LatentSource,), {**members, "num_groups": 1})()
+
+
+def test_members_that_a_source_leaves_out_have_defaults() -> None:
+    source, z = Ladder(), torch.randn(4, 5, 2)
+    assert source.module is None
+    assert source.fingerprint() is None
+    assert source.shared_prior() is None
+    assert source.features(0, z) is z
+    with pytest.raises(ValueError, match=r"Ladder does not know p\(x \| z\)\. Give it a method"):
+        source.likelihood(source.start(4))
 
 
 def test_check_source_needs_the_condition() -> None:

@@ -4,7 +4,7 @@ NCP trains such a network afterwards. All three are N(0, I) times a ratio, so th
 gains E_q[log ratio]:
 
 * SNIS draws by sampling-importance-resampling with energy network E and K proposals. The log-ratio
-  of that law to N(0, I) is bounded from below, on average over K - 1 fresh proposals z_j, by
+  of this distribution to N(0, I) is bounded from below, on average over K - 1 fresh proposals z_j, by
   E(z) - log (1/K) (e^{E(z)} + Σ e^{E(z_j)}).
 * LARS draws by rejection sampling with acceptance a(z), truncated at the T-th proposal, which is
   taken whatever it is. Its ratio is exactly a(z) (1 - α)/Z + α with Z = E_p[a] and
@@ -60,15 +60,15 @@ class EnergyNet(nn.Module):
 
 
 class SNISPrior(nn.Module):
-    """N(0, I), resampled with an energy network: the law of one draw out of K proposals.
+    """N(0, I), resampled with an energy network: the distribution of one draw out of K proposals.
 
-    Its density is known by a bound alone, so that in a walk it is a prior that can only be sampled.
+    Only a bound of its density is known, so that as a prior it can be sampled, without ``log_prob``.
 
     Arguments:
         latents: Number of latents.
         num_proposals: K.
         energy: Maps z, ``(*, B, D)``, to E(z) = log r(z), ``(*, B)``; a new :class:`EnergyNet` if
-            None. With a trained ratio head it is the law from which NCP draws.
+            None. With a trained ratio head it is the distribution that NCP samples.
 
     Raises:
         ValueError: If there is no proposal.
@@ -113,8 +113,8 @@ class SNISPrior(nn.Module):
         total = torch.logaddexp(energy, torch.logsumexp(fresh, 0))
         return energy - total + math.log(self.num_proposals)
 
-    def law(self) -> Sampleable:
-        """Returns the prior as a walk shows it: itself."""
+    def distribution(self) -> Sampleable:
+        """Returns p(z) for a source: this prior itself, which can only be sampled."""
         return self
 
     @torch.no_grad()
@@ -142,8 +142,8 @@ class LARSPrior(nn.Module):
         decay: Decay per step of the moving average of Z in training.
 
     Attributes:
-        normaliser: Z = E_p[a]: the moving average while training, then what
-            :meth:`estimate_normaliser` found; 0 before either.
+        normaliser: Z = E_p[a]: the moving average while training, then the
+            estimate of :meth:`estimate_normaliser`; 0 before either.
 
     Raises:
         ValueError: If there is no proposal.
@@ -226,7 +226,7 @@ class LARSPrior(nn.Module):
         self.normaliser.fill_(mean)
         return math.sqrt(max(0.0, squares / num_samples - mean**2) / num_samples) / mean
 
-    def law(self) -> Sampleable:
+    def distribution(self) -> Sampleable:
         """Returns p(z), a distribution of empty batch shape."""
         return _LARS(self, Size())
 
@@ -306,7 +306,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def glorot(module: nn.Module) -> None:
-    """Glorot's uniform law, and biases of 0."""
+    """Initialises weights by Glorot's uniform distribution, and biases by 0."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.xavier_uniform_(part.weight)

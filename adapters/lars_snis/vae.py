@@ -5,7 +5,7 @@
     source = EIMSource(vae)
 
 Images are binary: each pixel is drawn anew, in every epoch, with its grey value as probability.
-Grey images are refused, since the posterior of a grey image is not that of its binary draws.
+Grey images raise an error, since the posterior of a grey image is not that of its binary draws.
 
 References:
     | Energy-Inspired Models: Learning with Sampler-Induced Distributions
@@ -32,14 +32,14 @@ from ncprior.adapters.lars_snis.priors import (
     standard_normal,
 )
 from ncprior.distributions import Sampleable, expand
-from ncprior.source import Group, SingleGroup, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.single_group import SingleGroup
+from ncprior.source import Group, LatentSource, require_eval
 
 _PIXELS = (1, 28, 28)
 
 
 class _BinaryVAE(nn.Module):
-    """What both VAEs have in common: binary images around a mean image, and the top's prior."""
+    """Base class of both VAEs: binary images around a mean image, and the prior of the top group."""
 
     mean: Tensor
     mean_logits: Tensor
@@ -55,18 +55,22 @@ class _BinaryVAE(nn.Module):
         self.register_buffer("mean_logits", torch.logit(mean.clamp(1e-4, 0.9999)))
 
     def _initialise(self, prior: SNISPrior | LARSPrior | None) -> None:
-        """Initialises the networks, and takes the prior as it is."""
+        """Initialises the networks, and keeps the prior unchanged."""
         if prior is not None and prior.latents != NUM_LATENTS:
             raise ValueError(f"The prior must have {NUM_LATENTS} latents; got {prior.latents}.")
         glorot(self)
         self.prior = prior
 
-    def prior_law(self) -> Sampleable:
-        """Returns p(z) of the top latents, of empty batch shape: reweighted, or N(0, I)."""
-        return standard_normal(NUM_LATENTS, self.mean) if self.prior is None else self.prior.law()
+    def prior_distribution(self) -> Sampleable:
+        """Returns p(z) of the top group, with an empty batch shape: reweighted, or N(0, I)."""
+        return (
+            standard_normal(NUM_LATENTS, self.mean)
+            if self.prior is None
+            else self.prior.distribution()
+        )
 
     def _divergence(self, q: Distribution, z: Tensor) -> Tensor:
-        """KL(q, p) of the top latents, exact up to the reweighting's, which is that at z."""
+        """KL(q, p) of the top group: exact for N(0, I), with the log-ratio of the prior estimated at z."""
         kl = kl_divergence(q, standard_normal(NUM_LATENTS, z).expand(q.batch_shape))
         return kl if self.prior is None else kl - self.prior.log_ratio(z)
 
@@ -171,9 +175,9 @@ class ConvEIMVAE(_BinaryVAE):
         self._initialise(prior)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns loc and scale of q(z_2 | x), and the features of x that q(z_1 | z_2, x) sees.
+        """Returns loc and scale of q(z_2 | x), and the features of x that q(z_1 | z_2, x) uses.
 
-        Of shapes ``(B, 50)``, ``(B, 50)`` and ``(B, 512)``, for binary images ``(B, 1, 28, 28)``.
+        For binary images ``(B, 1, 28, 28)``, the shapes are ``(B, 50)``, ``(B, 50)``, ``(B, 512)``.
         """
         x = self._centred(x)
         return (*_split(self.top(x)), self.features(x))
@@ -210,7 +214,7 @@ class ConvEIMVAE(_BinaryVAE):
 
 
 class EIMSource(SingleGroup):
-    """The walk of an :class:`EIMVAE`, with whatever prior it has.
+    """An :class:`EIMVAE` as a latent source, with any of its priors.
 
     Arguments:
         model: The VAE, in evaluation mode when it is used.
@@ -225,14 +229,14 @@ class EIMSource(SingleGroup):
 
     def __init__(self, model: EIMVAE) -> None:
         super().__init__(
-            *(model.prior_law(), model.posterior, model.decode),
+            *(model.prior_distribution(), model.posterior, model.decode),
             module=model,
             likelihood=model.likelihood,
         )
 
 
-class ConvEIMSource:
-    """The walk of a :class:`ConvEIMVAE`: z_2 with its prior p, then z_1 given z_2, its context.
+class ConvEIMSource(LatentSource[Any, Any]):
+    """A :class:`ConvEIMVAE` as a latent source: z_2, then z_1 with context z_2.
 
     Arguments:
         model: The VAE, in evaluation mode when it is used.
@@ -248,7 +252,7 @@ class ConvEIMSource:
     num_groups = 2
 
     def __init__(self, model: ConvEIMVAE) -> None:
-        self.module = model
+        self.module: ConvEIMVAE = model
 
     class Encoding(NamedTuple):
         """Loc and scale of q(z_2 | x), and features of x."""
@@ -258,7 +262,7 @@ class ConvEIMSource:
         features: Tensor
 
     class State(NamedTuple):
-        """The latents so far; loc and scale of the next prior, if Gaussian, and posterior."""
+        """The latents so far, and loc and scale of the next posterior and, if Gaussian, prior."""
 
         rows: Tensor  # (B, 0): carries the batch size
         latents: tuple[Tensor, ...]
@@ -274,7 +278,7 @@ class ConvEIMSource:
     def start(
         self, batch_size: int, encoding: Encoding | None = None, condition: None = None
     ) -> State:
-        """Makes the state in front of z_2, for ``batch_size`` rows."""
+        """Returns the state before z_2, for ``batch_size`` rows."""
         require_eval(self.module)
         if condition is not None:
             raise ValueError("This source takes no condition; got one.")
@@ -288,14 +292,14 @@ class ConvEIMSource:
         return self.State(rows, (), None, (encoding.loc, encoding.scale), encoding.features)
 
     def group(self, state: State) -> Group:
-        """Shows p(z_2), or p(z_1 | z_2) with context z_2, and with an x their posteriors."""
+        """Returns p(z_2), or p(z_1 | z_2) with context z_2, and, given an x, the posterior."""
         q = None if state.posterior is None else diagonal_normal(*state.posterior)
         if state.prior is None:
-            return Group(expand(self.module.prior_law(), len(state.rows)), q)
+            return Group(expand(self.module.prior_distribution(), len(state.rows)), q)
         return Group(diagonal_normal(*state.prior), q, state.latents[0])
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Takes z_2, then z_1, each with shape ``(B, 50)``."""
+        """Returns the state with z_2, then z_1, each with shape ``(B, 50)``."""
         if len(z) != len(state.rows):
             raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
         latents = (*state.latents, z)
@@ -314,7 +318,7 @@ class ConvEIMSource:
         """Returns p(x | z_1, z_2), over binary images.
 
         Raises:
-            ValueError: If the walk has not drawn both.
+            ValueError: If the state does not hold both.
         """
         if len(state.latents) != 2:
             raise ValueError(
@@ -322,10 +326,6 @@ class ConvEIMSource:
                 f"Call advance(state, z)."
             )
         return self.module.likelihood(*state.latents)
-
-    def fingerprint(self) -> str:
-        """Returns :func:`~ncprior.utils.module_fingerprint` of the VAE."""
-        return module_fingerprint(self.module)
 
 
 class Binarised:

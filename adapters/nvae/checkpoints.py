@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm, silu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ncprior.adapters.nvae.layout import cuda_only_layers
-from ncprior.source import require_eval
+from ncprior.source import require_eval, visit
 
 _OLDER_ARGS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 
@@ -93,9 +93,9 @@ def without_cuda() -> Iterator[None]:
 
 
 class on_cpu:
-    """Lets a model of NVAE run on a CPU, until ``remove()`` or the end of a ``with`` block.
+    """Handle under which a model of NVAE runs on a CPU, until ``remove()`` or the end of ``with``.
 
-    Every ``SyncBatchNormSwish``, which refuses CPU tensors, gets a forward of its own for them:
+    Every ``SyncBatchNormSwish``, which does not support CPU tensors, gets a forward for them:
     batch normalisation of this process alone, then SiLU. Parameters, buffers and flags stay as
     they are, and tensors on a GPU take the published way.
 
@@ -276,7 +276,5 @@ def _take_batch_statistics(average: Statistics, layer: Any, inputs: tuple[Tensor
 
 def _walk(source: Any, batch_size: int) -> None:  # noqa: ANN401
     """Draws one batch from the base prior and decodes it."""
-    state = source.start(batch_size)
-    for _ in range(source.num_groups):
-        state = source.advance(state, source.group(state).prior.sample())
+    _, state = visit(source, source.start(batch_size), lambda k, group: group.prior.sample())
     source.decode(state)

@@ -18,11 +18,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class BoundedNormal(Normal):
-    """A normal whose scale a decoder bounds from below, and which tells the scale without the bound.
+    """A normal whose scale has a lower bound, together with the scale without the bound.
 
     Arguments:
         loc: The location.
-        scale: The scale, bounded: that of the density and of draws.
+        scale: The bounded scale, of the density and of draws.
         drawn_scale: The scale without the bound, with which VAEBM's code draws x.
     """
 
@@ -34,13 +34,13 @@ class BoundedNormal(Normal):
 class FlowedNormal(Distribution):
     """NVAE's posterior with normalising flows: z_0 ~ N(loc, scale²), z = f_n(... f_1(z_0)).
 
-    Draws are z behind the flows. The density is known of draws alone, by
-    :meth:`sample_and_log_prob`, as NVAE's flows are not inverted.
+    Draws are the outputs z of the flows. The density is known only for draws, by
+    :meth:`sample_and_log_prob`, as the flows of NVAE are not inverted.
 
     Arguments:
         base: The normal of z_0.
         flows: Each maps ``(z, features)`` to the next z and its log-determinant by element.
-        features: What the flows are shown of x, with shape ``(B, ...)``.
+        features: Features of x, an input of the flows, with shape ``(B, ...)``.
     """
 
     arg_constraints = {}  # noqa: RUF012 (torch's own name for it)
@@ -78,22 +78,22 @@ class FlowedNormal(Distribution):
         return z, self.base.log_prob(z_0) - log_det.sum(axes)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Refuses: the flows are not inverted.
+        """Raises an error, as the flows are not inverted.
 
         Raises:
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "The density of NVAE's posterior behind normalising flows is known of its own draws "
-            "alone. Use z, log_q = posterior.sample_and_log_prob()."
+            "The density of NVAE's posterior with normalising flows is known only for its own "
+            "draws. Use z, log_q = posterior.sample_and_log_prob()."
         )
 
 
 class InsideBorder(Distribution):
-    """A law of pixels whose log-probability leaves out a border.
+    """A distribution of images whose log-probability leaves out a border of pixels.
 
     Arguments:
-        pixels: The law, with batch shape ``(B, C, H, W)``.
+        pixels: The distribution of pixels, with batch shape ``(B, C, H, W)``.
         border: Width of the border.
     """
 

@@ -1,4 +1,4 @@
-"""What makes a module an NVAE: the parts that the walk needs, and that they fit together."""
+"""Checks that a module has the parts of an NVAE, and that they are consistent."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ATTRIBUTES = (
 
 
 def checked_model(model: Any) -> nn.Module:  # noqa: ANN401
-    """Unwraps the model, and refuses what the walk could not go through or would change.
+    """Returns the unwrapped model after validating its layout.
 
     Arguments:
-        model: What a user takes for an ``AutoEncoder``.
+        model: The ``AutoEncoder``, possibly wrapped.
 
     Returns:
         The model itself.
@@ -61,7 +61,7 @@ def image_shape(model: Any) -> tuple[int, int, int]:  # noqa: ANN401
 
 
 def cuda_only_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the layers that refuse CPU tensors."""
+    """Returns the layers that raise an error for CPU tensors."""
     return [m for m in model.modules() if type(m).__name__ == "SyncBatchNormSwish"]
 
 

@@ -2,9 +2,9 @@ r"""NVAE, and VAEBM's variant of it, as a latent source.
 
     from ncprior.adapters.nvae import NVAESource, load_checkpoint, on_cpu
 
-The decoder's features s walk down a tower of cells. At a combiner, group k stands on them: its
-prior is read off s, which is the context c(z_<k); z_k is joined to s. The posterior's parameters
-are, where the model says so, added to the prior's before both are clamped.
+The decoder is a tower of cells with features s. Each group has a combiner: the prior of group k is
+computed from s, which is the context c(z_<k), and z_k is joined to s. Depending on the model, the
+parameters of the posterior are added to those of the prior before both are clamped.
 
 References:
     | NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat and Kautz, NeurIPS 2020)
@@ -44,13 +44,12 @@ from ncprior.adapters.nvae.layout import (
     image_shape,
     masked_layers,
 )
-from ncprior.source import Group, require_eval
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.source import Group, LatentSource, require_eval
 
 _BORDER = 2  # around MNIST's 28×28 pixels
 
 
-class NVAESource:
+class NVAESource(LatentSource[Any, Any]):
     """NVAE's ``AutoEncoder``: K groups of Gaussian latents, down a tower of features.
 
     Images are as NVAE takes them: ``(B, C, H, W)`` in [0, 1], MNIST's padded to 32×32 and
@@ -77,21 +76,20 @@ class NVAESource:
     Example:
         >>> from helpers.nvae_standin import nvae  # a small model of NVAE's layout, in the tests
         >>> from ncprior.adapters.nvae import on_cpu
+        >>> from ncprior.source import sample_posterior
         >>> handle = on_cpu(model := nvae())
         >>> source = NVAESource(model)
         >>> x = torch.rand(4, 1, 8, 8).round()
-        >>> state = source.start(4, source.encode(x))
-        >>> for _ in range(source.num_groups):
-        ...     state = source.advance(state, source.group(state).posterior.sample())
+        >>> latents, state = sample_posterior(source, x)
         >>> source.decode(state).shape, source.likelihood(state).log_prob(x).shape
         (torch.Size([4, 1, 8, 8]), torch.Size([4]))
     """
 
     class Encoding(NamedTuple):
-        """What the walk needs of x.
+        """Encoder features of x.
 
         Attributes:
-            features: Of x, for the posterior of group 0.
+            features: Features of x for the posterior of group 0.
             skips: The features of x that meet the decoder's, from group 1 on.
         """
 
@@ -99,14 +97,14 @@ class NVAESource:
         skips: tuple[Tensor, ...]
 
     class State(NamedTuple):
-        """The walk in front of group ``k``, or behind all of them (``prior is None``).
+        """The state before group ``k``, or after all groups (``prior is None``).
 
         Attributes:
             k: The group.
             s: The decoder's features; behind the last group of a model with one group alone, z.
             prior: Location and scale, at temperature 1.
             posterior: Location and scale in front of the flows, or ``None`` without an x.
-            features: What the flows are shown, or ``None`` where there are none.
+            features: Input of the flows, or ``None`` without flows.
             skips: As in the encoding.
         """
 
@@ -120,7 +118,7 @@ class NVAESource:
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise ValueError(f"The temperature must be positive; got {temperature}.")
-        self.module = checked_model(model)
+        self.module: nn.Module = checked_model(model)
         self.temperature = temperature
         self.num_groups = len(self._model.enc_sampler)
         self._stairs = list(_stairs(self._model.dec_tower))
@@ -135,7 +133,7 @@ class NVAESource:
         return self.module
 
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
-        """Walks up the encoder.
+        """Returns the features of the encoder.
 
         Raises:
             ValueError: If x is not as the model takes it, or the model cannot run as it is.
@@ -156,7 +154,7 @@ class NVAESource:
     def start(
         self, batch_size: int, encoding: Encoding | None = None, condition: None = None
     ) -> State:
-        """Makes the state in front of group 0, whose prior is N(0, 1.01² t²)."""
+        """Returns the state before group 0, whose prior is N(0, 1.01² t²)."""
         self._require_ready()
         if condition is not None:
             raise ValueError("NVAE has no condition; got one. Leave it out.")
@@ -170,7 +168,7 @@ class NVAESource:
         return self.State(0, s, clamped(zeros, zeros), posterior, self._shown(features), skips)
 
     def group(self, state: State) -> Group:
-        """Shows p(z_k | z_<k) and, with an x, q(z_k | z_<k, x)."""
+        """Returns p(z_k | z_<k), the context and, given an x, q(z_k | z_<k, x)."""
         if state.prior is None:
             raise ValueError(f"The walk is behind the last of {self.num_groups} groups.")
         loc, scale = state.prior
@@ -183,7 +181,7 @@ class NVAESource:
         return Group(diagonal(loc, self.temperature * scale), posterior, context)
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Joins z_k, with shape ``(B, *event)``, to s, and goes down to the next group."""
+        """Returns the state before the next group, given z_k with shape ``(B, *event)``."""
         if state.prior is None or z.shape != state.prior[0].shape:
             needs = "none" if state.prior is None else tuple(state.prior[0].shape)
             raise ValueError(f"The walk needs z of shape {needs}; got {tuple(z.shape)}.")
@@ -200,36 +198,32 @@ class NVAESource:
 
     def decode(self, state: State) -> Tensor:
         """Returns the mean of p(x | z) in [0, 1], with shape ``(B, C, H, W)``."""
-        law = self._likelihood(self._logits(state))
-        return law.mean.clamp(0, 1) if isinstance(law, Normal) else law.mean
+        p_x = self._likelihood(self._logits(state))
+        return p_x.mean.clamp(0, 1) if isinstance(p_x, Normal) else p_x.mean
 
     def likelihood(self, state: State) -> Distribution:
         """Returns p(x | z) over images in [0, 1].
 
-        Of a Bernoulli decoder, the border that pads MNIST to 32×32 does not count. A Gaussian
-        decoder has a density in x (NVAE's code: in 2x - 1, which makes it log 2 per dimension
-        less); VAEBM's bounds its scale from below, as in its training, and tells as ``drawn_scale``
-        the scale without the bound, with which its code draws x.
+        For a Bernoulli decoder, the log-probability leaves out the border that pads MNIST to 32×32.
+        A Gaussian decoder has a density over x (in NVAE's code: over 2x - 1, which is smaller by
+        log 2 per dimension). The scale of VAEBM's decoder has a lower bound, as in its training;
+        ``drawn_scale`` is the scale without the bound, with which its code draws x.
         """
-        law = self._likelihood(self._logits(state))
-        if isinstance(law, LogisticMixture):
-            return law
-        if isinstance(law, Bernoulli) and self._model.crop_output:
-            return InsideBorder(law, border=_BORDER)
-        return Independent(law, 3, validate_args=False)
-
-    def fingerprint(self) -> str:
-        """Returns :func:`ncprior.utils.module_fingerprint` of the model."""
-        return module_fingerprint(self.module)
+        p_x = self._likelihood(self._logits(state))
+        if isinstance(p_x, LogisticMixture):
+            return p_x
+        if isinstance(p_x, Bernoulli) and self._model.crop_output:
+            return InsideBorder(p_x, border=_BORDER)
+        return Independent(p_x, 3, validate_args=False)
 
     @torch.no_grad()
     def self_check(self, x: Any, *, tolerance: float = 1e-6) -> float:  # noqa: ANN401
-        """Compares this walk to the model's own ``forward`` under the same seed.
+        """Compares this source with the model's own ``forward`` under the same seed.
 
         Arguments:
             x: One batch, as the user's loader yields it.
-            tolerance: Largest difference that may be, relative to the largest value. On a CPU
-                there is none; on a GPU, or under autocast, take 1e-3.
+            tolerance: Largest allowed difference, relative to the largest value. On a CPU the two
+                are equal; on a GPU, or under autocast, use 1e-3.
 
         Returns:
             The largest difference between the logits, log q(z | x) and log p(z), absolute.
@@ -265,7 +259,7 @@ class NVAESource:
         return worst
 
     def _totals(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, log q and log p of one walk at temperature 1, added up in the model's order."""
+        """Logits, log q and log p of one draw at temperature 1, summed in the model's order."""
         state = self.start(len(x), self.encode(x))
         log_q, log_p = torch.zeros(2, len(x), device=x.device)
         for _ in range(self.num_groups):
@@ -314,15 +308,15 @@ class NVAESource:
         return logits
 
     def _likelihood(self, logits: Tensor) -> Distribution:
-        """p(x | z) by pixel, but for the mixture, which is by image."""
+        """p(x | z) of each pixel; for a mixture of logistics, of each image."""
         logits = wide(logits)
-        law = self._model.decoder_output(logits)
-        if isinstance(law, Bernoulli):
+        p_x = self._model.decoder_output(logits)
+        if isinstance(p_x, Bernoulli):
             return Bernoulli(logits=logits, validate_args=False)
-        if hasattr(law, "logit_probs"):
-            return LogisticMixture(logits, num_bits=round(math.log2(law.max_val + 1)))
-        normal = getattr(law, "dist1", law.dist)  # on [-1, 1]
-        return BoundedNormal((normal.mu + 1) / 2, normal.sigma / 2, law.dist.sigma / 2)
+        if hasattr(p_x, "logit_probs"):
+            return LogisticMixture(logits, num_bits=round(math.log2(p_x.max_val + 1)))
+        normal = getattr(p_x, "dist1", p_x.dist)  # on [-1, 1]
+        return BoundedNormal((normal.mu + 1) / 2, normal.sigma / 2, p_x.dist.sigma / 2)
 
     def _require_ready(self) -> None:
         require_eval(self.module)

@@ -41,6 +41,7 @@ from ncprior.diagnostics import diagnose, match_strength, recommend_sampler
 from ncprior.heads import factors
 from ncprior.samplers import LogRatio, Sampler, describe, tempered_smc, within_components
 from ncprior.saving import write_atomically
+from ncprior.source import visit
 from ncprior.training import FitSettings, calibrate_heads, gate, nested
 
 BATCH = 1000  # samples drawn at once
@@ -71,12 +72,8 @@ def from_source(source: LatentSource) -> Callable[[int], Images]:
 
     @torch.no_grad()
     def draw(count: int) -> Images:
-        state, latents = source.start(count), []
-        for _ in range(source.num_groups):
-            z = source.group(state).prior.sample()
-            state = source.advance(state, z)
-            latents.append(z.flatten(1))
-        return source.decode(state), torch.cat(latents, 1)
+        latents, state = visit(source, source.start(count), lambda k, group: group.prior.sample())
+        return source.decode(state), torch.cat([z.flatten(1) for z in latents], 1)
 
     return draw
 
@@ -318,10 +315,10 @@ class Trained(NamedTuple):
 
     @property
     def stored(self) -> int:
-        base = getattr(self.prior.source, "prior", None)
+        source = self.prior.source
+        base = source.prior if isinstance(source, Rebased) else None
         heads = sum(p.numel() for p in self.prior.parameters())
-        is_ours = isinstance(self.prior.source, Rebased) and base is not None
-        return heads + (stored_numbers(base) if is_ours else 0)
+        return heads + (0 if base is None else stored_numbers(base))
 
 
 def ours(

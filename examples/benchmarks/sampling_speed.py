@@ -33,7 +33,7 @@ from clock import FLOPS, Contender, add_device, by_turns, mlp_flops, peak_mib, r
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ncprior import Group, NCPrior, SingleGroup, sir
+from ncprior import Group, LatentSource, NCPrior, SingleGroup, sir
 from ncprior.heads import ConvHead, MLPHead, prepare_head
 from ncprior.jobs import sample_parts
 
@@ -106,7 +106,6 @@ def contenders(
         "fp32": ours,
         "bf16": partial(ours, precision=torch.bfloat16),
     }
-    found |= {"compiled": partial(ours, compiled=True)} if c is not None else {}
     return found | ({"shared": partial(ours, share=True)} if c is None else {})
 
 
@@ -117,13 +116,16 @@ def one(kind: str, which: str, proposals: int, batch: int, seed: int, device: st
     return contenders(kind, proposals, batch, seed, device)[which]
 
 
-class Ladder:
+class Ladder(LatentSource[Any, Any]):
     """K groups of latents; the context of each is the latents of the one before."""
 
     def __init__(self, num_groups: int, device: torch.device) -> None:
         self.num_groups, self.device = num_groups, device
 
-    def start(self, batch_size: int, condition: None = None) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("This source is sampled from, and has no encoder.")
+
+    def start(self, batch_size: int, encoding: None = None, condition: None = None) -> Tensor:
         return torch.zeros(batch_size, LATENTS, device=self.device)
 
     def group(self, state: Tensor) -> Group:
@@ -273,7 +275,7 @@ class Speed:
     def _peak(
         self, kind: str, which: str, proposals: int, seed: int, batch: int = BATCH
     ) -> float | None:
-        if not self.on_cpu or which == "compiled":
+        if not self.on_cpu:
             return None
         return peak_mib(one, kind, which, proposals, batch, seed, "cpu")
 
@@ -300,7 +302,7 @@ def slope(rows: list[Row]) -> float:
 def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Row]]]:
     """All rows, by name."""
     mlp = {"fp32": "sir-mlp-fp32", "bf16": "sir-mlp-bf16", "shared": "sir-mlp-shared-fp32"}
-    conv = {"fp32": "sir-conv-context-fp32", "compiled": "sir-conv-context-compiled"}
+    conv = {"fp32": "sir-conv-context-fp32"}
     found: dict[str, Callable[[], list[Row]]] = {
         "mlp": partial(speed.kind, "mlp", mlp, seed),
         "conv": partial(speed.kind, "conv", conv, seed),

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import one_pass
-from ncprior.source import LatentSource, device_of, num_rows, posterior_of
+from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
 
 
 @torch.no_grad()
@@ -42,14 +41,14 @@ def latents_of(
         >>> latents_of(source, x).shape
         torch.Size([4, 2])
     """
+    require_source(source)
     if not 0 <= k < source.num_groups or of not in ("samples", "means"):
         raise ValueError(
             f"k must be from 0 to {source.num_groups - 1}, and of 'samples' or 'means'; "
             f"got {k} and {of!r}."
         )
     device, latents = device_of(source), []
-    for batch in one_pass(data, batch_size):
-        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    for batch in one_pass(data, batch_size, device):
         encoding = source.encode(batch)
         state = source.start(num_rows(encoding), encoding)
         for _ in range(k):

@@ -2,9 +2,9 @@ r"""Other base priors for a frozen VAE: NCP on a closer base has less to correct
 
     source = rebase(source, fit_mixture(latents_of(source, x)))
 
-A base is anything that draws z_k: a fitted mixture (here), a VampPrior (:mod:`ncprior.bases`), a
-normalizing flow (:mod:`ncprior.bases`), flow matching (:mod:`ncprior.bases`), the
-training encodings themselves, a tempered prior. Decoder and posterior stay the wrapped source's.
+A base is a distribution or sampler of z_k: a fitted mixture, a VampPrior, a normalizing flow, flow
+matching, the training encodings themselves, or a tempered prior, see :mod:`ncprior.bases`. Decoder
+and posterior remain those of the wrapped source.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable, expand
-from ncprior.source import Group, LatentSource, num_rows
+from ncprior.source import Group, LatentSource, WrappedSource, num_rows
 
 Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
 
 
 def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
-    """Wraps a source with another base prior.
+    """Returns a source with another base prior.
 
     Arguments:
         source: The VAE.
-        base: ``base(k, group)`` gives the new prior of group k from ``group.prior`` and
-            ``group.context``. With one group of latents it may be the prior itself, of empty batch
-            shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
+        base: ``base(k, group)`` returns the new prior of group k from ``group.prior`` and
+            ``group.context``. With one group of latents it can be the prior itself, with an empty
+            batch shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
 
     Returns:
-        A source: the same VAE with that prior.
+        The same VAE with that prior.
 
     Raises:
         ValueError: If one prior is given for several groups.
@@ -53,15 +53,12 @@ def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
     return Rebased(source, base)
 
 
-class Rebased:
+class Rebased(WrappedSource):
     """A source with another base prior, made by :func:`rebase`.
-
-    Whatever else the wrapped source can do, such as ``likelihood``, is asked of it.
 
     Attributes:
         source: The wrapped source.
-        prior: The prior itself, where one was given, else ``None``.
-        module: The VAE, where the wrapped source tells it, else ``None``.
+        prior: The prior itself if one was given, ``None`` if a function was.
 
     Example:
         >>> from ncprior.bases import fit_gaussian, latents_of
@@ -71,6 +68,7 @@ class Rebased:
     """
 
     def __init__(self, source: LatentSource[Any, Any], base: Base) -> None:
+        super().__init__(source)
         prior, function = (base, None) if isinstance(base, Sampleable) else (None, base)
         if prior is None and not callable(function):
             raise TypeError(
@@ -82,32 +80,21 @@ class Rebased:
                 f"One prior is given for the {source.num_groups} groups of the source. "
                 f"Pass base(k, group), which makes the prior of group k."
             )
-        self.source = source
-        self.module = getattr(source, "module", None)
         self.prior: Sampleable | None = prior
         self._base: Any = function
 
     class State(NamedTuple):
-        """The wrapped source's state, and the number of the group that it stands in front of."""
+        """The state of the wrapped source, and the index of its next group."""
 
         walk: Any
         k: int
 
-    @property
-    def num_groups(self) -> int:
-        """K, the number of latent groups."""
-        return self.source.num_groups
-
-    def encode(self, x: Any) -> Any:  # noqa: ANN401
-        """Encodes one batch, as the wrapped source does."""
-        return self.source.encode(x)
-
     def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
-        """Makes the state in front of the first group."""
+        """Returns the state in front of the first group."""
         return self.State(self.source.start(batch_size, encoding, condition), 0)
 
     def group(self, state: State) -> Group:
-        """Shows the group, with the new prior."""
+        """Returns the group of the wrapped source, with the new prior."""
         group = self.source.group(state.walk)
         prior = self._new_prior(state, group)
         given = prior if self.prior is None else self.prior
@@ -115,7 +102,7 @@ class Rebased:
         return group._replace(prior=prior)
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Takes z_k, with shape ``(B, *event)``."""
+        """Returns the state behind z_k, which has shape ``(B, *event)``."""
         return self.State(self.source.advance(state.walk, z), state.k + 1)
 
     def decode(self, state: State) -> Tensor:
@@ -123,14 +110,12 @@ class Rebased:
         return self.source.decode(state.walk)
 
     def likelihood(self, state: State) -> Distribution:
-        """Returns p(x | z), where the wrapped source knows it."""
-        return self.__getattr__("likelihood")(state.walk)  # type: ignore[no-any-return]
+        """Returns p(x | z) of the wrapped source."""
+        return self.source.likelihood(state.walk)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Asks the wrapped source for what else it can do."""
-        if name.startswith("__") or "source" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.source, name)
+    def shared_prior(self) -> Sampleable | None:
+        """Returns the prior itself if one was given, ``None`` if a function was."""
+        return self.prior
 
     def _new_prior(self, state: State, group: Group) -> Sampleable:
         if self.prior is not None:

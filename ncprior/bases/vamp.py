@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.data.stream import Stream, iter_is_self, split
 from ncprior.distributions import parameters
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
+from ncprior.utils.batches import to_device
 from ncprior.utils.optimise import minimise
 
 _ROWS = 4096  # latents per batch of the density
@@ -156,8 +156,7 @@ def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, S
             f"A VampPrior needs one group of latents; the source has {source.num_groups}. Take "
             f"another base, such as fit_mixture(latents_of(source, x, k=0)) for the first group."
         )
-    x = tree_map_only(Tensor, lambda t: t.to(device_of(source)), x)
-    encoding = source.encode(x)
+    encoding = source.encode(to_device(x, device_of(source)))
     group = source.group(source.start(num_rows(encoding), encoding))
     if group.context is not None:
         raise ValueError(

@@ -1,31 +1,32 @@
-"""Batches on their way to a device, or to the ranks of a process group."""
+"""Loading of batches on a device, or on the ranks of a process group."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import Stream
 from ncprior.source import num_rows
+from ncprior.utils.batches import map_tensors, to_device
 
 _END = object()
 
 
 class Loader:
-    """Batches of a stream, or this rank's share of each, on a device.
+    """An iterator over the batches of a stream on a device, or over this rank's rows of each.
 
-    On a GPU, a batch is copied out of pinned memory while the one before is worked on.
+    On a GPU, a batch is copied from pinned memory while the previous one is in use.
 
     Arguments:
         stream: The stream.
-        device: Where to.
-        share: This rank's number and the number of ranks; rows are dealt out in turn.
-        before: Called with the number of a batch, from ``first``, before that batch is read.
-        first: The number of the first batch.
+        device: Device of the batches.
+        share: This rank and the number of ranks; rank r of n gets the rows r, r + n, r + 2n, …
+        before: Function that is called with the index of a batch before that batch is read.
+        first: Index of the first batch.
 
     Example:
         >>> loader = Loader(Stream(torch.arange(8), batch_size=4), torch.device("cpu"), (1, 2))
@@ -56,7 +57,7 @@ class Loader:
         if self._copying is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copying)
-            tree_map_only(Tensor, lambda t: t.record_stream(current), batch)
+            map_tensors(partial(_record, stream=current), batch)
         if self.is_ahead:
             try:
                 self._next = self._read()
@@ -65,7 +66,7 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the place in the data behind the last batch that was returned."""
+        """Returns the position in the data after the last batch that was returned."""
         return self._place
 
     def _read(self) -> Any:  # noqa: ANN401
@@ -80,13 +81,18 @@ class Loader:
                     f"Every rank takes rows of every batch; got a batch of {num_rows(batch)} rows "
                     f"for {ranks} ranks. Make a DataLoader with drop_last=True, or larger batches."
                 )
-            batch = tree_map_only(Tensor, lambda t: t[rank::ranks], batch)
+            batch = map_tensors(lambda t: t[rank::ranks], batch)
         if self._copying is None:
-            return tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+            return to_device(batch, self.device)
         with torch.cuda.stream(self._copying):
-            return tree_map_only(Tensor, self._copied, batch)
+            return map_tensors(self._copied, batch)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def _record(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    tensor.record_stream(stream)
+    return tensor

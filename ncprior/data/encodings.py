@@ -1,13 +1,13 @@
-r"""Walks through a frozen VAE, taken once and used at many steps of training.
+r"""Encodings of a data set by a frozen VAE, computed once and used at many training steps.
 
-What a step needs of the VAE is, group by group, the prior, the posterior and the context that its
-walk goes by. They are kept as parameters, and z_k is drawn anew from them at every step.
+A training step needs prior, posterior and context of each group. Their parameters are cached, and
+z_k is drawn anew from them at every step.
 
-With one group, they depend on x alone, and a step has the distribution that it had: only the
-encoder is spared. With more, they depend on z_<k too, which repeats for as long as a walk is kept:
-of the expectation over z_<k ~ q(z_<k | x), a row of x sees one draw per walk. Contrastive pairs
-are still drawn under the same z_<k, so that each loss is unbiased; but heads see fewer different
-contexts, and may learn them by heart.
+With one group, they depend on x alone, and the distribution of a step is unchanged: only the encoder
+is skipped. With several groups, they depend on z_<k too, which stays the same until the cache is
+renewed: a row of x has one draw of z_<k ~ q(z_<k | x) per cache. Contrastive pairs are still drawn
+given the same z_<k, so that each loss is unbiased; but heads are trained on fewer different
+contexts, and may memorise them.
 """
 
 from __future__ import annotations
@@ -20,32 +20,40 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ncprior.data.row_store import RowStore
 from ncprior.data.stream import RowData, one_pass, own_generators
 from ncprior.distributions import build, parameters
-from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, require_eval
+from ncprior.source import (
+    Group,
+    LatentSource,
+    WrappedSource,
+    device_of,
+    num_rows,
+    posterior_of,
+    require_eval,
+)
 from ncprior.utils.random_state import seeded
 
 
 class CachedEncodings(RowData):
-    """Walks of all rows of some data, taken anew with a seed of their own from time to time.
+    """Cache of the encodings of all rows of a data set, renewed from time to time.
 
     Arguments:
         source: The VAE.
         data: The data, as for :func:`ncprior.data.one_pass`.
         batch_size: Rows per batch, where batches are made here.
-        seed: Seed of the walks; the generators of torch, NumPy and Python stay as they are.
-        budget: Bytes to keep in memory; the rest is on disk, see :class:`ncprior.data.RowStore`.
-        folder: Where on disk.
+        seed: Seed of the draws of z_<k; the generators of torch, NumPy and Python are unchanged.
+        budget: Bytes in memory; larger caches are on disk, see :class:`ncprior.data.RowStore`.
+        folder: Folder for a cache on disk.
 
     Attributes:
-        source: A source whose batches are the rows of these walks.
+        source: A source whose batches are rows of the cache.
 
     Raises:
-        TypeError: If a group of several has a prior or a posterior that is not known by its
-            parameters.
+        TypeError: If there are several groups and the prior or posterior of one is not of a type
+            whose parameters can be cached.
 
     Example:
         >>> walks = CachedEncodings(source, torch.randn(10, 3), batch_size=4, seed=0)
@@ -66,21 +74,18 @@ class CachedEncodings(RowData):
     ) -> None:
         self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
         self.budget, self.folder = budget, folder
-        features = getattr(source, "features", None)
-        several = source.num_groups > 1
-        self.source: Any = (
-            CachedGroupsSource(source.num_groups, features) if several else EncodedSource(source)
-        )
+        kind = EncodedSource if source.num_groups == 1 else CachedGroupsSource
+        self.source = kind(source)
         self.number = -1
         self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
         self.renew(0)
 
     def renew(self, number: int) -> None:
-        """Takes walks number 0, 1, …, unless they are those that are kept."""
+        """Fills the cache for the given renewal, 0, 1, …, unless it is filled for it already."""
         if number == self.number:
             return
         device = device_of(self.vae)
-        self._rows: Any = None  # lets go of the old ones first
+        self._rows: Any = None  # frees the old cache first
         for generator, first in self._own:
             generator.set_state(first)
         with seeded(self.seed + number):
@@ -88,7 +93,7 @@ class CachedEncodings(RowData):
         self.number, self.device = number, self._rows.device
 
     def renewal(self, epochs: float) -> Callable[[int], None] | None:
-        """What takes new walks in front of a batch, given its number, once in so many epochs."""
+        """Returns a function of the batch index that renews the cache every ``epochs`` epochs."""
         if math.isinf(epochs) or self.vae.num_groups == 1:
             return None
         period = epochs * max(1, len(self) // self.batch_size)
@@ -98,14 +103,13 @@ class CachedEncodings(RowData):
         return len(self._rows)
 
     def __getitem__(self, rows: Tensor | slice) -> Any:  # noqa: ANN401
-        """Takes rows, by their numbers or as a slice."""
+        """Returns rows, by a tensor of their numbers or a slice."""
         return self._rows[rows]
 
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
-        require_eval(self.vae, getattr(self.vae, "module", None))
-        for batch in one_pass(self.data, self.batch_size):
-            x = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        require_eval(self.vae, self.vae.module)
+        for x in one_pass(self.data, self.batch_size, device):
             encoding = self.vae.encode(x)
             yield encoding if self.vae.num_groups == 1 else tuple(_groups(self.vae, encoding))
 
@@ -121,7 +125,7 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
             "posterior": _known(q, k),
             "context": None if context is None else context.contiguous(),
         }
-        if k + 1 < source.num_groups:
+        if k + 1 < source.num_groups:  # the last z_k is not drawn: it decides nothing
             state = source.advance(state, q.sample())
 
 
@@ -129,81 +133,69 @@ def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
     tree = parameters(distribution) if isinstance(distribution, Distribution) else None
     if tree is None:
         raise TypeError(
-            f"A walk is kept as parameters of its groups; group {k} has a "
+            f"Groups are cached as parameters of their distributions; group {k} has a "
             f"{type(distribution).__name__}, whose parameters are not known. Pass cache_epochs=None."
         )
     return tree
 
 
-class EncodedSource:
-    """A source of one group whose batches are encodings already.
+class EncodedSource(WrappedSource):
+    """A source whose batches are encodings already; all else is that of the wrapped source.
 
     Arguments:
-        source: The VAE, wrapped; ``start``, ``group`` and all else are its own.
+        source: The VAE.
 
     Example:
-        >>> kept = EncodedSource(source)
         >>> encoding = source.encode(x)
-        >>> kept.encode(encoding) is encoding, kept.num_groups
-        (True, 1)
+        >>> EncodedSource(source).encode(encoding) is encoding
+        True
     """
-
-    def __init__(self, source: LatentSource[Any, Any]) -> None:
-        self.source = source
 
     def encode(self, x: Any) -> Any:  # noqa: ANN401
         """Returns the encoding that it is given."""
         return x
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Asks the wrapped source for what else it can do."""
-        if name.startswith("__") or name == "source":
-            raise AttributeError(name)
-        return getattr(self.source, name)
 
-
-class CachedGroupsSource:
-    """A source of several groups whose batches are walks: it can be trained on, and no more.
+class CachedGroupsSource(EncodedSource):
+    """A source whose batches are cached groups: for training, without a decoder.
 
     Arguments:
-        num_groups: K.
-        features: What heads see of z_k, if the VAE tells.
+        source: The VAE.
 
     Example:
-        >>> law = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
-        >>> walk = 3 * ({"prior": law, "posterior": law, "context": None},)
-        >>> source = CachedGroupsSource(3)
-        >>> source.group(source.start(4, source.encode(walk))).prior.sample().shape
+        >>> normal = parameters(Independent(Normal(torch.zeros(4, 2), 1.0), 1))
+        >>> cached = ({"prior": normal, "posterior": normal, "context": None},)
+        >>> source = CachedGroupsSource(source)
+        >>> source.group(source.start(4, source.encode(cached))).prior.sample().shape
         torch.Size([4, 2])
     """
 
     class State(NamedTuple):
-        """The walk, and the group that it stands in front of."""
+        """The cached groups, and the index of the next one."""
 
-        walk: Any
+        groups: Any
         k: int
 
-    def __init__(
-        self, num_groups: int, features: Callable[[int, Tensor], Tensor] | None = None
-    ) -> None:
-        self.num_groups, self.features = num_groups, features
-
-    def encode(self, x: Any) -> Any:  # noqa: ANN401
-        """Returns the walk that it is given."""
-        return x
-
     def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
-        """Makes the state in front of the first group."""
+        """Returns the state in front of the first group."""
         return self.State(encoding, 0)
 
     def group(self, state: State) -> Group:
-        """Shows the group as it was on the walk."""
-        kept = state.walk[state.k]
+        """Returns the group as it was cached."""
+        kept = state.groups[state.k]
         return Group(build(kept["prior"]), build(kept["posterior"]), kept["context"])
 
     def advance(self, state: State, z: Tensor) -> State:
-        """Goes on along the walk, whatever z is."""
+        """Returns the state of the next cached group, whatever z is."""
         return state._replace(k=state.k + 1)
+
+    def decode(self, state: State) -> Tensor:
+        """Raises an error, as the decoder's features are not cached.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("Cached groups are for training. Decode with the VAE's source.")
 
 
 def epochs_to_cache(
@@ -235,7 +227,7 @@ def epochs_to_cache(
 
 @torch.no_grad()
 def _encodes_once_for_all(source: LatentSource[Any, Any], x: Tensor) -> bool:
-    """Whether an encoding is neither x itself nor drawn at random."""
+    """Returns whether an encoding is neither x itself nor random."""
     device = device_of(source)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         x = x.to(device)

@@ -1,4 +1,4 @@
-"""Rows of a pytree of tensors, kept in memory, or on disk where they are too many for it."""
+"""Storage of the rows of a pytree of tensors, in memory or, above a limit, on disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class RowStore:
-    """Batches of one pytree, laid end to end, any rows of which can be taken again.
+    """Concatenated batches of a pytree of tensors, indexed by rows.
 
     Arguments:
-        batches: The batches; every tensor's first axis is the batch. What is not a tensor is the
-            first batch's.
-        budget: Bytes that may be kept in memory, on the device where the tensors are. All lies on
-            disk as soon as there are more; the operating system keeps in memory what it can of it.
-            While they are laid end to end, the largest tensor takes its room twice.
-        folder: Where a temporary folder is made for that, by default the system's; it is removed
-            with the rows.
+        batches: The batches; the first axis of every tensor is the batch. Leaves that are not
+            tensors are those of the first batch.
+        budget: Number of bytes in memory, on the device of the tensors. Above it, all rows are on
+            disk, in files that are mapped into memory. The largest tensor takes twice its memory
+            while batches are concatenated.
+        folder: Folder in which a temporary folder is made for rows on disk, by default the
+            system's; it is removed with the store.
 
     Raises:
-        ValueError: If there are no batches, or one that is no such pytree.
+        ValueError: If there are no batches, or their pytrees, shapes or dtypes differ.
 
     Example:
         >>> rows = RowStore([{"mean": torch.zeros(3, 2)}, {"mean": torch.ones(1, 2)}], budget=2**20)
@@ -68,11 +68,11 @@ class RowStore:
 
     @property
     def device(self) -> torch.device:
-        """Where rows are taken from."""
+        """Device of the rows."""
         return self._leaves[0].device
 
     def __getitem__(self, rows: Tensor | slice) -> Any:  # noqa: ANN401
-        """Takes rows, by their numbers or as a slice."""
+        """Returns rows, by a tensor of their numbers or a slice."""
         tensors = iter([leaf[rows] for leaf in self._leaves])
         leaves = [next(tensors) if isinstance(t, Tensor) else t for t in self._tree]
         return tree_unflatten(leaves, self._spec)
@@ -117,7 +117,7 @@ class RowStore:
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:
-    """A tensor that keeps nothing else alive, as a view does."""
+    """A tensor with memory of its own, as a view keeps the whole tensor in memory."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 

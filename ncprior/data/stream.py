@@ -1,4 +1,4 @@
-"""Batches, epoch after epoch, whose place can be saved and taken up again exactly."""
+"""Streams of batches, epoch after epoch, whose position can be saved and restored exactly."""
 
 import math
 from collections.abc import Iterable, Iterator, Sized
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ncprior.utils.batches import to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 
 _END = object()
@@ -17,15 +18,15 @@ _END = object()
 class Stream:
     """An endless iterator over the batches of ``data``, shuffled anew every epoch.
 
-    The data's own randomness (order, transforms) runs on generator states of its own, apart from
-    the caller's. Its place is their state at the start of the epoch and the number of batches
-    taken since: to restore it, the epoch starts again from that state and batches are skipped.
+    The randomness of the data (order, transforms) has generator states of its own, separate from
+    the caller's. The position is their state at the start of the epoch and the number of batches
+    since: to restore it, the epoch is started again from that state and batches are skipped.
 
     Arguments:
-        data: A tensor or a map-style dataset, of which batches are made; or a ``DataLoader`` or
-            any other iterable of batches, taken as they come.
+        data: A tensor or map-style dataset, which is split into batches; or a ``DataLoader`` or any
+            other iterable of batches.
         batch_size: Rows per batch, where batches are made.
-        resumable: Whether the place has to be restorable.
+        resumable: Whether the position must be restorable.
 
     Raises:
         TypeError: If the data is none of these, or must be resumable and is a one-shot iterator.
@@ -53,7 +54,7 @@ class Stream:
         return self
 
     def __next__(self) -> Any:  # noqa: ANN401
-        """Returns the next batch; stops only where a one-shot iterator is used up."""
+        """Returns the next batch; stops only at the end of a one-shot iterator."""
         outside = random_state()
         set_random_state(self._generators)
         try:
@@ -78,11 +79,11 @@ class Stream:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the place in the data."""
+        """Returns the position in the data."""
         return {"epoch_start": self._epoch_start, "taken": self._taken}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place that :meth:`state` returned."""
+        """Goes to a position that :meth:`state` returned."""
         start = state["epoch_start"]
         self._generators = start["generators"]
         for generator, own in zip(own_generators(self.loader), start["own"], strict=True):
@@ -118,8 +119,8 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     """Splits a tensor or a map-style dataset, shuffled, into a training and a held-out part.
 
     Arguments:
-        data: What :class:`Stream` takes.
-        fraction: Share of the held-out part, which has at least one row.
+        data: The data, as for :class:`Stream`.
+        fraction: Fraction of held-out rows; there is at least one.
         seed: Seed of the shuffle.
 
     Returns:
@@ -142,13 +143,31 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     return Subset(data, train.tolist()), Subset(data, held_out.tolist())
 
 
-def one_pass(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+def one_pass(
+    data: Any,  # noqa: ANN401
+    batch_size: int,
+    device: torch.device | None = None,
+) -> Iterable[Any]:
     """Returns the batches of one pass over ``data`` without shuffling, every row once.
+
+    Arguments:
+        data: A tensor or map-style dataset; or a ``DataLoader`` or list of batches, taken as they
+            come.
+        batch_size: Rows per batch, where batches are made.
+        device: Device that batches are moved to, or ``None`` to leave them where they are.
+
+    Returns:
+        The batches; the pass can be repeated.
+
+    Raises:
+        TypeError: If the data is a one-shot iterator, or none of these.
 
     Example:
         >>> [len(batch) for batch in one_pass(torch.arange(10), 4)]
         [4, 4, 2]
     """
+    if device is not None:
+        return _OnDevice(one_pass(data, batch_size), device)
     data = _as_tensor(data)
     if isinstance(data, Tensor | RowData):
         return _InOrder(data, batch_size)
@@ -163,7 +182,7 @@ def one_pass(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
 
 
 def iter_is_self(data: Any) -> bool:  # noqa: ANN401
-    """Tells whether an iterable is a one-shot iterator."""
+    """Returns whether an iterable is a one-shot iterator."""
     return isinstance(data, Iterator)
 
 
@@ -174,7 +193,7 @@ def _as_tensor(data: Any) -> Any:  # noqa: ANN401
 
 
 class RowData:
-    """Data besides tensors whose rows are taken by a tensor of their numbers, or as a slice.
+    """Base class of data besides tensors that is indexed by a tensor of row numbers or a slice.
 
     Example:
         >>> class Squares(RowData):
@@ -193,7 +212,7 @@ class RowData:
         raise NotImplementedError
 
     def __getitem__(self, rows: Any) -> Any:  # noqa: ANN401
-        """Takes rows."""
+        """Returns rows."""
         raise NotImplementedError
 
 
@@ -209,6 +228,19 @@ class _InOrder:
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.data), self.batch_size):
             yield self.data[first : first + self.batch_size]
+
+
+class _OnDevice:
+    """Batches on a device, moved there one at a time."""
+
+    def __init__(self, batches: Any, device: torch.device) -> None:  # noqa: ANN401
+        self.batches, self.device = batches, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (to_device(batch, self.device) for batch in self.batches)
 
 
 class _Shuffled:
@@ -251,7 +283,7 @@ def _is_map_style(data: Any) -> bool:  # noqa: ANN401
 
 
 def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
-    """Returns the first batch of data, and leaves all generators as they were.
+    """Returns the first batch of data; all random generators are left unchanged.
 
     Arguments:
         data: As for :func:`one_pass`.

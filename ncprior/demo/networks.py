@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ncprior.source import SingleGroup
+from ncprior.single_group import SingleGroup
 
 
 class VAE(nn.Module):

@@ -32,7 +32,8 @@ from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.samplers.langevin import supports_langevin
 from ncprior.samplers.sir import sir
-from ncprior.source import Group, num_rows, posterior_of, require_eval
+from ncprior.source import Group, num_rows, posterior_of, require_eval, visit
+from ncprior.utils.batches import to_device
 
 # Pools of SIR: ESS and log Z vary little between pools, and pools cost most of the evaluations.
 _NUM_POOLS = 64
@@ -110,7 +111,7 @@ def diagnose(
             f"num_proposals must be two ascending numbers, num_draws and batch_size positive; "
             f"got {num_proposals}, {num_draws} and {batch_size}."
         )
-    require_eval(prior.source, getattr(prior.source, "module", None))
+    require_eval(prior.source, prior.source.module)
     with evaluating(prior):
         log_r, pools = _measure(prior, held_out, num_draws, batch_size, (low, high))
         trained = None
@@ -144,16 +145,13 @@ def _measure(
         α log r at z ~ q and z ~ p, with shape (walks, K, 2, rows), and ESS and log-mean-weight of
         pools for each M, (K, M, 2, pools); in float64, NaN if a head is off.
     """
-    batches = one_pass(data, batch_size)
-    total = sum(num_rows(batch) for batch in batches)
+    total = sum(num_rows(batch) for batch in one_pass(data, batch_size))
     if total < 2:
         raise ValueError(f"A standard error needs at least 2 rows of data; got {total}.")
     walks = -(-num_draws // total)
     log_r, pools, seen = [], [], 0
     device = next((p.device for p in prior.parameters()), None)
-    for batch in batches:
-        if device is not None:
-            batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    for batch in one_pass(data, batch_size, device):
         encoding = prior.source.encode(batch)
         walked = [walk_posterior(prior, encoding, _contrast, (2,)) for _ in range(walks)]
         log_r.append(torch.stack(walked))
@@ -194,13 +192,14 @@ def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
     """
     device = next((p.device for p in prior.parameters()), None)
     if device is not None:
-        x = tree_map_only(Tensor, lambda t: t.to(device), x)
+        x = to_device(x, device)
     encoding, kinds = prior.source.encode(x), []
-    state = prior.source.start(num_rows(encoding), encoding)
-    for head in prior.heads:
-        group = prior.source.group(state)
-        kinds.append(GroupKind.of(group, head))
-        state = prior.source.advance(state, posterior_of(group).sample())
+
+    def look(k: int, group: Group) -> Tensor:
+        kinds.append(GroupKind.of(group, prior.heads[k]))
+        return posterior_of(group).sample()
+
+    visit(prior.source, prior.source.start(num_rows(encoding), encoding), look)
     return kinds
 
 
@@ -235,14 +234,14 @@ def walk_posterior(
     """
     num_groups, batch_size = prior.source.num_groups, num_rows(encoding)
     measured = torch.full((num_groups, *shape, batch_size), math.nan, dtype=torch.float64)
-    state = prior.source.start(batch_size, encoding)
-    for k in range(num_groups):
-        group = prior.source.group(state)
+
+    def choose(k: int, group: Group) -> Tensor:
         z = posterior_of(group).sample()
         if prior.is_on(k):
             measured[k] = measure(prior, k, group, z)
-        if k + 1 < num_groups:
-            state = prior.source.advance(state, z)
+        return z
+
+    visit(prior.source, prior.source.start(batch_size, encoding), choose)
     return measured
 
 

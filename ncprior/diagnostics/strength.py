@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
@@ -89,17 +88,15 @@ def match_strength(
     """
     if not 1 <= max_strength < math.inf:
         raise ValueError(f"max_strength must be 1 or more and finite; got {max_strength}.")
-    require_eval(prior.source, getattr(prior.source, "module", None))
+    require_eval(prior.source, prior.source.module)
     device, seed = device_of(prior.source), int(torch.randint(2**31, ()))
 
     def along_data(measure: Callable[[NCPrior, int, Group, Tensor], Tensor]) -> Tensor:
         """Measured values of every row of data, summed over groups, with shape ``(rows,)``."""
         found = []
         with seeded(seed):
-            for batch in one_pass(held_out, batch_size):
-                encoding = prior.source.encode(
-                    tree_map_only(Tensor, lambda t: t.to(device), batch)
-                )
+            for batch in one_pass(held_out, batch_size, device):
+                encoding = prior.source.encode(batch)
                 found.append(walk_posterior(prior, encoding, measure).nansum(0))
         return torch.cat(found) if found else torch.empty(0)
 

@@ -46,7 +46,15 @@ from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
-from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
+from ncprior.source import (
+    Group,
+    LatentSource,
+    device_of,
+    num_rows,
+    posterior_of,
+    require_source,
+    visit,
+)
 
 
 class Gain(NamedTuple):
@@ -202,17 +210,12 @@ def log_likelihood(
         raise ValueError(
             "num_proposals and log_z need ratio heads; got a source. Pass an NCPrior instead."
         )
-    if not hasattr(source, "likelihood"):
-        raise ValueError(
-            f"The likelihood needs p(x | z); {type(source).__name__} has no method `likelihood`. "
-            f"Give it one."
-        )
+    require_source(source)
     log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
-    batches, device = one_pass(data, batch_size), device_of(source)
+    batches = one_pass(data, batch_size, device_of(source))
     seed = torch.initial_seed()
     columns: list[list[Bounds]] = [[], [], []]
     for batch in tqdm(batches, desc="log p(x)", disable=not progress):
-        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
         for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
             column.append(bounds(log_w))
     base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)
@@ -236,7 +239,7 @@ def _normalised(of: Bounds, log_z: LogZ) -> Bounds:
 class _Weights:
     """Importance weights of z ~ q(z | x) under the base, SIR(M) and NCP without its log Z."""
 
-    source: Any  # a LatentSource with `likelihood`
+    source: LatentSource[Any, Any]
     prior: NCPrior | None
     num_proposals: int | None
     num_pools: int
@@ -255,24 +258,25 @@ class _Weights:
         return torch.cat(chunks, dim=1)
 
     def _walk(self, encoding: Any, x: Any) -> Tensor:  # noqa: ANN401
-        state = self.source.start(num_rows(encoding), encoding)
         log_w = torch.zeros(3, num_rows(encoding), dtype=torch.float64)
-        for k in range(self.source.num_groups):
-            group = self.source.group(state)
+
+        def weigh(k: int, group: Group) -> Tensor:
             if not isinstance(group.prior, Distribution):
                 raise TypeError(
                     f"The likelihood needs log p(z); the prior {type(group.prior).__name__} of "
                     f"group {k} can only be sampled."
                 )
             z, log_q = _sample_and_log_prob(posterior_of(group))
-            log_w += _wide(group.prior.log_prob(z) - log_q)
+            log_w.add_(_wide(group.prior.log_prob(z) - log_q))
             if self.prior is not None and self.prior.is_on(k):
                 log_r = partial(_log_r, self.prior, k, group.context)
                 own = log_r(z[None])[0]
                 log_w[2] += own
                 if self.num_proposals is not None:
                     log_w[1] += self._sir(k, group, log_r, own, self.num_proposals)
-            state = self.source.advance(state, z)
+            return z
+
+        _, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
         pixels = x[0] if isinstance(x, tuple | list) else x
         return log_w + _wide(self.source.likelihood(state).log_prob(pixels))
 

@@ -1,4 +1,4 @@
-"""Ratio heads: networks log r(z, c), and what prepares them for samplers."""
+"""Ratio heads: networks for log r(z, c), and their fast evaluation in samplers."""
 
 from ncprior.heads.fast import prepare_head
 from ncprior.heads.inputs import head_input

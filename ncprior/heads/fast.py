@@ -1,21 +1,21 @@
-r"""Heads in inference: log r(·, c) of one context for many z, in blocks that stay in cache.
+r"""Fast evaluation of heads in samplers: log r(·, c) for many z of one context, block by block.
 
-The context is embedded once. A :class:`~ncprior.heads.MLPHead` is folded besides: its residual
-stream h is read through layer normalisation alone, which does not see a shift of all features by
-one amount. With the mean over features taken out of every weight that writes to h, h is centred:
+The context is embedded once, and blocks fit in the cache of a core. The weights of an
+:class:`~ncprior.heads.MLPHead` are folded as well: its residual stream h is read only through layer
+normalisation, which is invariant to adding one number to all features. If the mean over features is
+subtracted from every weight that writes to h, h is centred:
 
 .. math::
     W_1 (\gamma \cdot \mathrm{LN}(h) + \beta) + b_1
       = (|h|^2 / W + \epsilon)^{-1/2} \, (W_1 \mathrm{diag}(\gamma)) \, h + (b_1 + W_1 \beta),
 
-so that a block is two matrix products into buffers made once, a norm, a shift and an activation in
-place. Nothing but rounding is changed. In bfloat16, products take bfloat16 factors and accumulate
-in float32; the stream, its norm, and what stands before and behind the blocks stay in float32.
+so that a block is two matrix products into preallocated buffers, a norm, a shift and an activation in
+place. Results differ by rounding alone. In bfloat16, products have bfloat16 factors and accumulate in
+float32; the stream, its norm and the layers outside the blocks remain in float32.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, TypeAlias
@@ -32,43 +32,33 @@ _CACHE = 2**19  # features of a block per thread: 2 MiB, as much as a core's cac
 
 
 class Whole:
-    """Any head, called as it is.
+    """A head of any class, called without change.
 
     Arguments:
         head: The head.
         context: The context, with shape ``(B, ...)``, or ``None``.
-        precision: Of the factors of products, see :func:`ncprior.utils.at_precision`.
-
-    Attributes:
-        compiled: Whether it is compiled, where gradients are not asked for.
+        precision: Precision of the factors of products, see :func:`ncprior.utils.at_precision`.
     """
 
     def __init__(self, head: Any, context: Tensor | None, precision: torch.dtype) -> None:  # noqa: ANN401
         self.head, self.context, self.precision = head, context, precision
 
-    compiled = False
-
     def __call__(self, z: Tensor) -> Tensor:
-        compiled = self.compiled and not torch.is_grad_enabled()
-        return self.whole(z, _compile(self.head) if compiled else self.head)
-
-    def whole(self, z: Tensor, head: Callable[..., Tensor]) -> Tensor:
-        """log r of all z in one call."""
         with at_precision(z.device.type, self.precision):
-            log_r = head(z, self.context)
+            log_r: Tensor = self.head(z, self.context)
         return log_r if log_r.dtype == torch.float64 else log_r.float()
 
 
 class InBlocks(Whole):
-    """A head of this package, with its context embedded once, given a block of z at a time."""
+    """A head of this package, evaluated on one block of z at a time, with its context embedded once."""
 
     embedded: Tensor | float | None = None
-    least = 1  # z per context that what is done once pays for
+    least = 1  # fewest z per context for which the preparation pays
 
     def __call__(self, z: Tensor) -> Tensor:
         lead = z.shape[: z.ndim - len(self.head.event_shape)]
         if torch.is_grad_enabled() or lead[:-1].numel() < self.least:
-            return self.whole(z, self.head)
+            return super().__call__(z)
         self.head.check(z, self.context)
         z = z.reshape(-1, *z.shape[len(lead) - 1 :])
         log_r = z.new_empty(z.shape[:2], dtype=self.head.out.weight.dtype)
@@ -77,28 +67,24 @@ class InBlocks(Whole):
                 self.embedded = self.prepare()
         size = self._block_size(*log_r.shape)
         for part, rows in _blocks(log_r.shape, size):
-            log_r[part, rows] = self.block(z[part, rows], self._embedded(rows), size)
+            log_r[part, rows] = self.block(z[part, rows], self._embedded(rows))
         return log_r.reshape(lead)
 
     def _embedded(self, rows: slice) -> Any:  # noqa: ANN401
-        """The embedded context of some rows, or what is added to all of them."""
+        """The embedded context of some rows, or the bias of all rows without a context."""
         c = self.embedded
         return c[rows] if isinstance(c, Tensor) and self.context is not None else c
 
     def prepare(self) -> Tensor | float:
-        """Embeds the context; and whatever else is done once."""
+        """Embeds the context, and prepares everything else that is done once."""
         embedded: Tensor | float = self.head.context(self.context)
         return embedded
 
-    def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
+    def block(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """log r of a block, (n, b)."""
-        log_r = self.head.log_r
-        # A last block or a single point is not worth a compilation of its own.
-        if self.compiled and z.shape[:2] == size and size[0] > 1:
-            log_r = _compile(log_r)
         with at_precision(z.device.type, self.precision):
-            log_r_block: Tensor = log_r(z, embedded)
-        return log_r_block
+            log_r: Tensor = self.head.log_r(z, embedded)
+        return log_r
 
     def _block_size(self, count: int, rows: int) -> Size:
         weight = self.head.stem.weight
@@ -117,31 +103,6 @@ def _blocks(shape: Size, size: Size) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + size[0]), slice(row, row + size[1])
 
 
-class _Compiler:
-    """``torch.compile``, until it fails: a machine may have no compiler of C++."""
-
-    works = True
-
-    def __call__(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if not self.works:
-            return function
-        compiled = torch.compile(function)  # compiles nothing yet, and nothing twice
-
-        def call(*inputs: Tensor) -> Tensor:
-            try:
-                return compiled(*inputs)
-            except Exception as error:  # noqa: BLE001 (whatever a compiler may raise)
-                result = function(*inputs)  # if it fails too, the head is at fault
-                self.works = False
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(f"Heads are used as they are, not compiled: {reason}", stacklevel=2)
-                return result
-
-        return call
-
-
-_compile = _Compiler()
-
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -150,30 +111,23 @@ def prepare_head(
     context: Tensor | None = None,
     *,
     precision: torch.dtype = torch.float32,
-    compiled: bool = False,
 ) -> LogRatio:
     """Returns log r(·, c) of a head, for many z of one context.
 
-    The same function as the head, faster without gradients where the head is one of
-    :mod:`ncprior.heads` as it was made (no subclass, no hooks, no dropout). Its weights are those
-    that it has when the first latents come.
+    Without gradients it is faster than the head, if the head is of a class of :mod:`ncprior.heads`
+    (no subclass, no hooks, no dropout). The weights are read at the first evaluation.
 
     Arguments:
         head: A ratio head.
         context: The context, with shape ``(B, ...)``, or ``None``.
-        precision: Of the factors in matrix products and convolutions, ``torch.float32`` or
-            ``torch.bfloat16``; sums are in float32 in either case.
-        compiled: Whether to compile what is not a product of matrices in buffers anyway, that is,
-            heads other than :class:`~ncprior.heads.MLPHead`: some 20 s once per shape of latents.
+        precision: Precision of the factors in matrix products and convolutions, ``torch.float32``
+            or ``torch.bfloat16``; sums are in float32 in either case.
 
     Returns:
         A function of z, with shape ``(*, B, *event)``, to log r(z, c) in nats, ``(*, B)``.
 
     Raises:
-        ValueError: If the precision is another.
-
-    Warns:
-        UserWarning: If the head cannot be compiled here; it is then used as it is.
+        ValueError: If the precision is neither of the two.
 
     Example:
         >>> head = MLPHead((2,), context_shape=(3,))
@@ -183,18 +137,14 @@ def prepare_head(
     check_precision(precision)
     plain = is_as_made(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
-        inner = prepare_head(head.head, context, precision=precision, compiled=compiled)
+        inner = prepare_head(head.head, context, precision=precision)
         return lambda z: inner(head.embed(z))
     if plain and type(head) is ProductHead:
-        parts = [
-            prepare_head(h, context, precision=precision, compiled=compiled) for h in factors(head)
-        ]
+        parts = [prepare_head(h, context, precision=precision) for h in factors(head)]
         return lambda z: torch.stack([part(z) for part in parts]).sum(0)
     kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
     kind = kinds.get(type(head), Whole) if plain else Whole
-    log_r = kind(head, context, precision)
-    log_r.compiled = compiled
-    return log_r
+    return kind(head, context, precision)
 
 
 def _drops_out(head: nn.Module) -> bool:
@@ -202,7 +152,7 @@ def _drops_out(head: nn.Module) -> bool:
 
 
 class _Folded(InBlocks):
-    """A residual perceptron with centred weights, and buffers that are made once."""
+    """A residual MLP with centred weights and preallocated buffers."""
 
     least = 2
 
@@ -224,11 +174,12 @@ class _Folded(InBlocks):
             w_1, b_1, w_2 = w_1.bfloat16(), b_1.bfloat16(), w_2.bfloat16()
         return norm.eps, w_1.contiguous(), b_1, w_2, b_2
 
-    def block(self, z: Tensor, embedded: Tensor | float, size: Size) -> Tensor:
+    def block(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """log r of a block, (n, b)."""
-        if self.buffers is None or len(self.buffers.h) < size.numel():
-            self.buffers = _Buffers(size.numel(), self.stem, self.precision)
-        head, buffers = self.head, self.buffers.rows(z.shape[:2].numel())
+        count = z.shape[:2].numel()
+        if self.buffers is None or len(self.buffers.h) < count:
+            self.buffers = _Buffers(count, self.stem, self.precision)
+        head, buffers = self.head, self.buffers.rows(count)
         x, h, a, scale, out = buffers.x, buffers.h, buffers.a, buffers.scale, buffers.out
         torch.sub(z.reshape(len(x), -1), head.scale.mean.flatten(), out=x)
         torch.mm(x.div_(head.scale.sd.flatten()), self.stem, out=h)
@@ -244,7 +195,7 @@ class _Folded(InBlocks):
 
 
 class _Buffers:
-    """What a block of latents is computed in."""
+    """Preallocated memory for the evaluation of a block of latents."""
 
     def __init__(self, size: int, weight: Tensor, precision: torch.dtype) -> None:
         inputs, width = weight.shape
@@ -256,7 +207,7 @@ class _Buffers:
         self.low_2 = torch.empty_like(self.low)
 
     def rows(self, size: int) -> _Buffers:
-        """The first rows of them."""
+        """The first rows of the buffers."""
         part = copy(self)
         for name, tensor in vars(self).items():
             setattr(part, name, tensor[:size])
@@ -271,7 +222,7 @@ def _step(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor)
 
 
 def _step_bfloat16(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2: Tensor) -> None:
-    """The same, with products of bfloat16 factors."""
+    """h += W₂ SiLU(W₁ LN(h) + b₁) + b₂, with products of bfloat16 factors."""
     h, a, low, low_2 = buffers.h, buffers.a, buffers.low, buffers.low_2
     low.copy_(torch.mul(h, buffers.scale, out=a))
     silu(torch.addmm(b_1, low, w_1, out=low_2), inplace=True)
@@ -279,7 +230,7 @@ def _step_bfloat16(buffers: _Buffers, w_1: Tensor, b_1: Tensor, w_2: Tensor, b_2
 
 
 def _norm(h: Tensor, eps: float, *, out: Tensor) -> Tensor:
-    """(|h|²/W + ε)^{-1/2} of centred rows: what layer normalisation multiplies by."""
+    """Factor (|h|²/W + ε)^{-1/2} of layer normalisation, for centred rows."""
     torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=out)
     return out.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
 

@@ -1,7 +1,7 @@
-"""What ratio heads see of z: z itself, or features of it that a source knows.
+"""Inputs of the ratio heads: z, or features of z computed by the source.
 
-Of many latents the decoder may make a feature map. A convolutional head on that map learns what a
-perceptron on z hardly does, and log r(z) stays a function of z alone:
+The decoder may turn many latents into a feature map. A convolutional head on that map learns much
+faster than an MLP on z, and log r(z) is still a function of z alone:
 
     source = SingleGroup(prior, posterior, vae.decode, module=vae, features=vae.decoder[:2])
 """
@@ -21,52 +21,48 @@ _ONE = Size()
 
 
 def head_input(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
-    """Returns what head k sees of z_k.
+    """Returns the input of ratio head k.
 
-    The VAE gets no gradient: of features there is one with respect to z alone, where z asks for it.
+    Gradients are computed with respect to z alone, if z requires them; the VAE gets none.
 
     Arguments:
-        source: The VAE; its method ``features(k, z)``, if it has one, tells.
+        source: The VAE, whose ``features(k, z)`` is evaluated.
         k: The group, from 0.
         z: Latents, with shape ``(*, B, *event)``.
 
     Returns:
-        Features of z, with shape ``(*, B, ...)``; z itself without any.
+        Features of z, with shape ``(*, B, ...)``; by default z itself.
 
     Example:
         >>> z = torch.randn(5, 4, 2)
         >>> head_input(source, 0, z) is z
         True
     """
-    features = getattr(source, "features", None)
-    if features is None:
-        return z
     with nullcontext() if z.requires_grad else torch.no_grad():
-        h: Tensor = features(k, z)
-    return h
+        return source.features(k, z)
 
 
 def with_head_inputs(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> Group:
-    """Returns a group whose laws draw what head k sees, for heads to be made by.
+    """Returns a group whose prior and posterior draw inputs of head k, for making the head.
 
     Arguments:
         source: The VAE.
         k: The group, from 0.
         group: The group, with a posterior.
-        z: A draw of it.
+        z: A draw of the posterior.
     """
     if head_input(source, k, z) is z:
         return group
-    posterior: Any = _Seen(source, k, posterior_of(group))
-    return group._replace(prior=_Seen(source, k, group.prior), posterior=posterior)
+    posterior: Any = _HeadInput(source, k, posterior_of(group))
+    return group._replace(prior=_HeadInput(source, k, group.prior), posterior=posterior)
 
 
-class _Seen(NamedTuple):
-    """A law of z_k, drawn from as head k sees it."""
+class _HeadInput(NamedTuple):
+    """Distribution of the input of head k under a distribution of z_k."""
 
     source: LatentSource[Any, Any]
     k: int
-    law: Sampleable
+    distribution: Sampleable
 
     def sample(self, sample_shape: Size = _ONE) -> Tensor:
-        return head_input(self.source, self.k, self.law.sample(sample_shape))
+        return head_input(self.source, self.k, self.distribution.sample(sample_shape))

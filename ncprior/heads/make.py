@@ -1,4 +1,4 @@
-"""Builds the ratio head that fits a group of latents."""
+"""Choice of the ratio head for a group of latents."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def make_head(
     kind: type[MLPHead | ConvHead] | None = None,
     **options: Any,  # noqa: ANN401
 ) -> nn.Module:
-    """Makes a head that fits a group of latents, with the inputs standardised by a draw.
+    """Returns a new head for a group of latents, with inputs standardised by one batch of draws.
 
-    Codes get a :class:`CategoricalHead`, feature maps a :class:`ConvHead`, all else a
+    Codes get a :class:`CategoricalHead`, feature maps a :class:`ConvHead`, other latents an
     :class:`MLPHead`.
 
     Arguments:
         group: A probed group, of some tens of rows or more.
-        kind: The head to make of latents that are not codes, if not the above; a
+        kind: Class of the head for latents that are not codes, instead of the above; an
             :class:`MLPHead` on small maps costs a fraction of a :class:`ConvHead`.
         options: Further arguments of the head, such as ``width``, ``depth`` and ``dropout``.
 
@@ -33,7 +33,7 @@ def make_head(
         The head, on the device of the latents.
 
     Raises:
-        ValueError: If the codes' number of categories cannot be told from the prior.
+        ValueError: If the prior does not define the number of categories of the codes.
 
     Example:
         >>> from torch.distributions import Independent, Normal
@@ -66,6 +66,6 @@ def _num_categories(group: Group) -> int:
             return int(distribution.logits.shape[-1])
         distribution = getattr(distribution, "base_dist", None)
     raise ValueError(
-        f"The number of categories cannot be told from the prior {type(group.prior).__name__}. "
+        f"The prior {type(group.prior).__name__} does not define the number of categories. "
         f"Make the head yourself: CategoricalHead(event_shape, num_categories)."
     )

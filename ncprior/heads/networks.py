@@ -1,10 +1,10 @@
-r"""Ratio heads: networks log r(z, c) that a classifier's logit is.
+r"""Ratio heads: networks for log r(z, c), the logit of a binary classifier.
 
 A head is any ``nn.Module`` called as ``head(z, context=None) -> log_r``: z of shape
 ``(*, B, *event)``, context of shape ``(B, ...)``, log r in nats of shape ``(*, B)``. The context is
 embedded once and broadcast over the leading axes, the proposals. A ratio is a function of z alone:
-no batch statistics, so that log r(z) does not change with the company z is in. log r of a new head
-is exactly 0: the base prior.
+heads use no batch statistics, so that log r(z) does not depend on the rest of the batch. log r of a
+new head is exactly 0, which is the base prior.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from ncprior.heads.contexts import MapContext, Standardise, VectorContext
 from ncprior.utils.precision import in_full
 
 
 class _Head(nn.Module):
-    """What the heads share: their configuration, and the scale of what they are given."""
+    """Base class of the heads: their configuration, and the standardisation of their inputs."""
 
     event_shape: tuple[int, ...]
-    scale: _Standardise
-    context: _MapContext | _VectorContext
+    scale: Standardise
+    context: MapContext | VectorContext
     out: nn.Linear
 
     def __init__(self, **config: Any) -> None:  # noqa: ANN401
@@ -43,16 +44,16 @@ class _Head(nn.Module):
 
     @torch.no_grad()
     def rescale(self, slope: float, offset: float) -> None:
-        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
         self.out.weight.mul_(slope)
         self.out.bias.mul_(slope).add_(offset)
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
-        """Refuses latents of another shape, and a context of other rows."""
+        """Validates the shape of the latents and the rows of the context."""
         _checked_rows(_checked_event(z, self.event_shape), self.event_shape, context)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
-        """Standardises latents and context by a batch of each, ``(B, *event)`` and ``(B, ...)``."""
+        """Sets the standardisation from latents ``(B, *event)`` and context ``(B, ...)``."""
         if z is not None:
             self.scale.fit(z)
         if context is not None:
@@ -60,7 +61,7 @@ class _Head(nn.Module):
 
 
 class MLPHead(_Head):
-    """log r of a vector of latents: a residual multilayer perceptron with layer normalisation.
+    """Residual MLP with layer normalisation, for log r of a vector of latents.
 
     Arguments:
         event_shape: Shape of z without batch; more than one axis is flattened.
@@ -92,9 +93,9 @@ class MLPHead(_Head):
             dropout=dropout,
         )
         self.event_shape = tuple(event_shape)
-        self.scale = _Standardise(self.event_shape)
+        self.scale = Standardise(self.event_shape)
         self.stem = nn.Linear(math.prod(self.event_shape), width)
-        self.context = _VectorContext(context_shape, width)
+        self.context = VectorContext(context_shape, width)
         self.blocks = nn.Sequential(*(_MLPBlock(width, dropout) for _ in range(depth)))
         self.out = _zero(nn.Linear(width, 1))
         self.norm = nn.LayerNorm(width)
@@ -105,7 +106,7 @@ class MLPHead(_Head):
         return self.log_r(z, self.context(context))
 
     def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
-        """Returns log r(z, c) in nats of a context that has been embedded."""
+        """Returns log r(z, c) in nats, given the embedded context."""
         z = self.scale(z)
         h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
         h = self.blocks(h + embedded)
@@ -113,10 +114,10 @@ class MLPHead(_Head):
 
 
 class ConvHead(_Head):
-    """log r of a feature map of latents: residual cells with squeeze-and-excitation.
+    """Residual convolutional network with squeeze-and-excitation, for log r of a feature map.
 
-    Cells are group-normalised, SiLU-activated 3×3 convolutions; a map of more than 8×8 is halved
-    by average pooling in front of a cell until it is not. Any spatial size from 1×1 up will do.
+    A cell has two 3×3 convolutions with group normalisation and SiLU. Average pooling in front of a
+    cell halves maps larger than 8×8. Any spatial size from 1×1 is supported.
 
     Arguments:
         event_shape: Shape ``(C, H, W)`` of z without batch.
@@ -158,12 +159,12 @@ class ConvHead(_Head):
         )
         self.event_shape = tuple(event_shape)
         channels, height, side = self.event_shape
-        self.scale = _Standardise((channels, 1, 1))
+        self.scale = Standardise((channels, 1, 1))
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         if context_shape is not None and tuple(context_shape[1:]) == (height, side):
-            self.context = _MapContext(context_shape, width)
+            self.context = MapContext(context_shape, width)
         else:
-            self.context = _VectorContext(context_shape, width, spatial=True)
+            self.context = VectorContext(context_shape, width, spatial=True)
         cells, size = [], max(height, side)
         for _ in range(depth):
             cells.append(_ConvCell(width, dropout, pool=size > 8))
@@ -178,7 +179,7 @@ class ConvHead(_Head):
         return self.log_r(z, self.context(context))
 
     def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
-        """Returns log r(z, c) in nats of a context that has been embedded."""
+        """Returns log r(z, c) in nats, given the embedded context."""
         lead = z.shape[:-3]
         h = self.stem(self.scale(z).reshape(-1, *z.shape[-3:]))
         h = (h.reshape(*lead, *h.shape[-3:]) + embedded).reshape(h.shape)
@@ -187,7 +188,7 @@ class ConvHead(_Head):
 
 
 class CategoricalHead(_Head):
-    """log r of codes: an embedding in front of a :class:`MLPHead` or a :class:`ConvHead`.
+    """Embedding of codes followed by an :class:`MLPHead` or a :class:`ConvHead`.
 
     Arguments:
         event_shape: ``()`` for one code, ``(H, W)`` for a grid of codes.
@@ -238,11 +239,11 @@ class CategoricalHead(_Head):
         )
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
-        """Standardises the context by a batch of it; codes have no scale."""
+        """Sets the standardisation of the context; codes have none."""
         self.head.fit_scale(None, context)
 
     def rescale(self, slope: float, offset: float) -> None:
-        """Makes log r slope · log r + offset, in place; the offset is in nats."""
+        """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
         self.head.rescale(slope, offset)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -257,10 +258,10 @@ class CategoricalHead(_Head):
 
 
 def is_as_made(head: nn.Module) -> bool:
-    """Tells whether a head's modules are what its class makes, so that its weights say it all.
+    """Returns whether a head has the modules its class makes and no hooks.
 
     Arguments:
-        head: Any module; of one that is not of this module's classes, hooks alone are looked for.
+        head: Any module; for other classes than those of this file, only hooks are checked.
     """
     for module in head.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -281,64 +282,6 @@ def _made_layout(
 ) -> tuple[tuple[str, type[nn.Module]], ...]:
     with torch.device("meta"):
         return _layout(kind(**json.loads(config)))
-
-
-class _Standardise(nn.Module):
-    """(z - mean) / sd with fixed buffers: latents come in any scale, networks want unit scale."""
-
-    mean: Tensor
-    sd: Tensor
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(tuple(shape)))
-        self.register_buffer("sd", torch.ones(tuple(shape)))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return (z.to(self.mean.dtype) - self.mean) / self.sd  # bf16 backbones, float32 heads
-
-    def fit(self, z: Tensor) -> None:
-        """Takes mean and standard deviation over the batch and over axes of size 1 here."""
-        axes = [0, *(i + 1 for i, size in enumerate(self.mean.shape) if size == 1)]
-        z = z.to(self.mean)
-        if not torch.isfinite(z).all():
-            raise FloatingPointError("The probed latents or context are not finite.")
-        sd = z.std(axes, keepdim=True, correction=0)[0]
-        self.mean.copy_(z.mean(axes, keepdim=True)[0])
-        self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
-
-
-class _VectorContext(nn.Module):
-    """Embeds a context as one feature vector per row, 0 without one."""
-
-    def __init__(self, shape: Sequence[int] | None, width: int, *, spatial: bool = False) -> None:
-        super().__init__()
-        self.shape = None if shape is None else tuple(shape)
-        self.spatial = spatial
-        if self.shape is not None:
-            self.scale = _Standardise(self.shape)
-            self.linear = nn.Linear(math.prod(self.shape), width)
-
-    def forward(self, context: Tensor | None) -> Tensor | float:
-        if _checked_context(context, self.shape) is None:
-            return 0.0
-        h: Tensor = self.linear(rearrange(self.scale(context), "b ... -> b (...)"))
-        return rearrange(h, "b c -> b c 1 1") if self.spatial else h
-
-
-class _MapContext(nn.Module):
-    """Embeds a context as one feature map per row."""
-
-    def __init__(self, shape: Sequence[int], width: int) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        self.scale = _Standardise((shape[0], 1, 1))
-        self.conv = nn.Conv2d(shape[0], width, 3, padding=1)
-
-    def forward(self, context: Tensor | None) -> Tensor:
-        _checked_context(context, self.shape)
-        h: Tensor = self.conv(self.scale(context))
-        return h
 
 
 class _MLPBlock(nn.Module):
@@ -405,12 +348,3 @@ def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | Non
             f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
             f"got {rows} rows of z and {len(context)} of context."
         )
-
-
-def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:
-    got = None if context is None else tuple(context.shape[1:])
-    if got != shape:
-        raise ValueError(
-            f"The head was made for a context of shape (B, ...) with ... = {shape}; got {got}."
-        )
-    return context

@@ -1,4 +1,4 @@
-"""Heads made of heads: the product of several stages' ratios, and what it takes of each."""
+"""Products of ratio heads, for training in stages, and the operations on their factors."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class ProductHead(nn.Module):
         return torch.stack([head(z, context) for head in self.heads]).sum(0)
 
     def rescale(self, slope: float, offset: float) -> None:
-        """Makes log r slope · log r + offset, in place."""
+        """Replaces log r by slope · log r + offset, in place."""
         for s, head in enumerate(self.heads):
             rescale_head(head, slope, offset if s == 0 else 0.0)
 
 
 def factors(head: nn.Module) -> list[nn.Module]:
-    """Returns the heads that are multiplied, first stage first; a head that is no product alone.
+    """Returns the factors of a product, first stage first; a list of one for any other head.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -48,17 +48,17 @@ def factors(head: nn.Module) -> list[nn.Module]:
 
 
 def fresh_head(head: nn.Module) -> nn.Module:
-    """Makes an untrained head like another, of the same inputs and scales.
+    """Returns an untrained head with the configuration and input scales of another.
 
     Arguments:
-        head: A head whose ``config()`` are its constructor's arguments, or a product of such, of
-            which the first is taken.
+        head: A head whose ``config()`` returns the arguments of its constructor, or a product of
+            such heads, whose first is used.
 
     Returns:
         The head, on the same device.
 
     Raises:
-        TypeError: If the head does not tell its configuration.
+        TypeError: If the head has no method ``config``.
     """
     model = factors(head)[0]
     config: Any = getattr(model, "config", None)
@@ -75,15 +75,15 @@ def fresh_head(head: nn.Module) -> nn.Module:
 
 
 def rescale_head(head: nn.Module, slope: float, offset: float) -> None:
-    """Makes log r of a head slope · log r + offset, in place.
+    """Replaces log r of a head by slope · log r + offset, in place.
 
     Arguments:
         head: A head with a method ``rescale(slope, offset)``.
         slope: The factor.
-        offset: What is added, in nats.
+        offset: The offset, in nats.
 
     Raises:
-        TypeError: If it has none.
+        TypeError: If the head has no such method.
     """
     rescale: Any = getattr(head, "rescale", None)
     if rescale is None:

@@ -1,4 +1,4 @@
-"""Heads of equal shape in several groups, as one computation: a product of stacks of matrices."""
+"""Evaluation of heads of equal shape in several groups as one batched computation."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def log_ratios(
     *,
     precision: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Returns log r_k(z_k, c_k) of every group, heads of one shape at once.
+    """Returns log r_k(z_k, c_k) of every group, with heads of one shape evaluated together.
 
-    All their activations are in memory at the same time. Where a head costs little beside what it
-    takes to launch it, on a GPU or when it is small, that is the faster way. Heads that are not of
-    :mod:`ncprior.heads` as they were made, or differ from all others, are called in turn.
+    The activations of these heads are in memory at the same time. This is faster where launching a
+    head takes longer than its arithmetic. Heads of other classes, changed heads, and heads whose
+    shape is unique are evaluated one by one.
 
     Arguments:
         heads: One head per group.
-        contrasts: z of shape ``(*, B, *event)`` and the context per group, as of
-            :func:`ncprior.source.contrastive_pairs`.
-        precision: Of the factors of products, see :mod:`ncprior.heads`.
+        contrasts: z of shape ``(*, B, *event)`` and the context per group, as
+            :func:`ncprior.source.contrastive_pairs` yields them.
+        precision: Precision of the factors of matrix products, see :mod:`ncprior.heads`.
 
     Returns:
         log r in nats per group, each with shape ``(*, B)``; gradients reach every head's own
@@ -51,7 +51,7 @@ def log_ratios(
 
 
 def _kind(head: nn.Module, contrast: Contrast) -> Any:  # noqa: ANN401
-    """What heads have in common that one computation can stand for; ``None`` for unknown heads."""
+    """Key that is equal for heads that can be evaluated together; ``None`` for other classes."""
     if type(head) not in (MLPHead, ConvHead, CategoricalHead) or not is_as_made(head):
         return None
     z, c = contrast

@@ -21,10 +21,9 @@ Validators: TypeAlias = Mapping[str, Callable[[Any], bool]]
 
 def fingerprints(source: LatentSource[Any, Any]) -> dict[str, str | None]:
     """Returns the fingerprints of the VAE and of a base outside the VAE, ``None`` if unknown."""
-    fingerprint = getattr(source, "fingerprint", None)
     return {
-        "vae": None if fingerprint is None else fingerprint(),
-        "base": base_fingerprint(getattr(source, "prior", None)),
+        "vae": source.fingerprint(),
+        "base": base_fingerprint(source.shared_prior()),
     }
 
 

@@ -220,7 +220,7 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
 
 def fingerprint_of(source: Any) -> str | None:  # noqa: ANN401
     """Returns the fingerprint of a source's VAE, or ``None`` if the source has none."""
-    fingerprint: str | None = getattr(source, "fingerprint", lambda: None)()
+    fingerprint: str | None = source.fingerprint()
     return fingerprint
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import one_pass, own_generators
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
 from ncprior.source import contrastive_pairs, num_rows
+from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.distributed import (
     num_ranks,
     own_seed,
@@ -73,7 +73,7 @@ class HeldOut:
     def _losses(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
         """Losses of the rows of a batch that this rank measures, ``(K, n)``."""
         share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
-        x = tree_map_only(Tensor, lambda t: t[share].to(device, non_blocking=True), batch)
+        x = to_device(map_tensors(lambda t: t[share], batch), device)
         count = num_rows(x)
         losses = torch.zeros(len(self.prior.heads), count, dtype=torch.float64)
         if count > 0:

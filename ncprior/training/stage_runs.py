@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.device_loader import Loader
 from ncprior.data.encodings import CachedEncodings, epochs_to_cache
@@ -25,6 +23,7 @@ from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import reweighted, with_cached_proposals
+from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
 
 _STAGE_CACHE = 50_000  # most draws of the prior so far that are cached,
@@ -105,7 +104,7 @@ class StageRuns:
         x = first_batch(self.data, self.terms.batch_size)
         device = device_of(source)
         with torch.no_grad():
-            encoding = source.encode(tree_map_only(Tensor, lambda t: t.to(device), x))
+            encoding = source.encode(to_device(x, device))
             group = source.group(source.start(num_rows(encoding), encoding))
         return group.context is None
 

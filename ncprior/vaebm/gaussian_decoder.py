@@ -6,16 +6,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
-from torch.utils._pytree import tree_map_only
 
 from ncprior.bases.rebase import Rebased
 from ncprior.data.stream import one_pass
-from ncprior.source import LatentSource, device_of, sample_posterior
+from ncprior.source import LatentSource, WrappedSource, device_of, sample_posterior
 
 
-class GaussianDecoder:
+class GaussianDecoder(WrappedSource):
     """Source with the likelihood p(x | z) = N(x̂, σ² I), x̂ the output of a source's decoder.
 
     Training with squared error is maximum likelihood with an unknown σ. All other methods and
@@ -48,7 +46,8 @@ class GaussianDecoder:
                 "A GaussianDecoder around a rebased source would hide the base from saving. Use "
                 "rebase(GaussianDecoder(source, sigma), base)."
             )
-        self.source, self.sigma, self.origin = source, float(sigma), origin
+        super().__init__(source)
+        self.sigma, self.origin = float(sigma), origin
 
     @classmethod
     @torch.no_grad()
@@ -77,8 +76,7 @@ class GaussianDecoder:
             ValueError: If the decoder does not return images of the data's shape.
         """
         device, total, count, rows = device_of(source), 0.0, 0, 0
-        for batch in one_pass(held_out, batch_size):
-            batch = tree_map_only(Tensor, lambda t: t.to(device), batch)
+        for batch in one_pass(held_out, batch_size, device):
             x = batch[0] if isinstance(batch, tuple | list) else batch
             x_hat = source.decode(sample_posterior(source, batch)[1])
             if x_hat.shape != x.shape:
@@ -96,12 +94,15 @@ class GaussianDecoder:
         normal = Normal(mean, torch.full_like(mean, self.sigma), validate_args=False)
         return Independent(normal, mean.ndim - 1, validate_args=False)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Returns other attributes of the wrapped source."""
-        if name.startswith("__") or "source" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
     def __repr__(self) -> str:
         kind = type(self.source).__name__
         return f"GaussianDecoder({kind}, decoder noise of one σ = {self.sigma:.4g}, {self.origin})"
+
+
+def gaussian_decoder_of(source: LatentSource[Any, Any]) -> GaussianDecoder | None:
+    """Returns the ``GaussianDecoder`` in a stack of wrapped sources, or ``None``."""
+    while isinstance(source, WrappedSource):
+        if isinstance(source, GaussianDecoder):
+            return source
+        source = source.source
+    return None

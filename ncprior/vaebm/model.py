@@ -32,8 +32,9 @@ from torch.distributions import Independent, Normal
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import langevin
-from ncprior.source import LatentSource, device_of, require_eval
+from ncprior.source import LatentSource, device_of, require_eval, require_source
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
+from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.noise import LangevinTarget, NoiseMap
 from ncprior.vaebm.saved import PretrainedEnergy
 
@@ -129,6 +130,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
             raise ValueError(f"data_noise must be finite and at least 0; got {data_noise}.")
         check_precision(precision)
         heads, source = (prior, prior.source) if isinstance(prior, NCPrior) else (None, prior)
+        require_source(source)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
         object.__setattr__(self, "source", source)
         self.energy = energy
@@ -261,7 +263,8 @@ class VAEBM(PretrainedEnergy, nn.Module):
     def extra_repr(self) -> str:
         """Settings in ``print(model)``, besides the energy."""
         of = "" if self.prior is None else f"{len(self.prior.heads)} ratio heads on "
-        name = repr(self.source) if hasattr(self.source, "sigma") else type(self.source).__name__
+        noisy = gaussian_decoder_of(self.source)
+        name = type(self.source).__name__ if noisy is None else repr(noisy)
         on_data = f"; noise on data: σ = {self.data_noise:g}" if self.data_noise else ""
         return (
             f"{of}{name}, {self.num_steps} steps of {self.step_size:g}, "
@@ -283,7 +286,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
     @torch.no_grad()
     def _probe(self) -> str:
         """Describes the decoder's noise after one walk, which validates the groups."""
-        require_eval(self.source, getattr(self.source, "module", None))
+        require_eval(self.source, self.source.module)
         device = device_of(self.source)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:

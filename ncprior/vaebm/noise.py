@@ -42,7 +42,7 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import name_of, supports_langevin
-from ncprior.source import Group, LatentSource
+from ncprior.source import Group, LatentSource, visit
 from ncprior.utils.precision import at_least_float32, at_precision
 
 LangevinTarget = Literal["exact", "official"]
@@ -130,18 +130,19 @@ class NoiseMap:
         pick: Callable[[int, Group], Tensor],
         pick_x: Callable[[Tensor], Tensor],
     ) -> Walked:
-        state = self.source.start(batch_size, condition=self.condition)
-        noise, latents, log_weights = [], [], []
-        for k in range(self.source.num_groups):
-            group = self.source.group(state)
+        noise, log_weights = [], []
+
+        def choose(k: int, group: Group) -> Tensor:
             _require_density(k, group)
             u = pick(k, group)
             z, log_weight = self._latents(k, group, u)
-            state = self.source.advance(state, z)
             noise.append(u)
-            latents.append(z)
             log_weights.append(log_weight)
-        likelihood = self._likelihood(state)
+            return z
+
+        start = self.source.start(batch_size, condition=self.condition)
+        latents, state = visit(self.source, start, choose)
+        likelihood = self.source.likelihood(state)
         normal = normal_of(likelihood)
         if normal is None:
             x = mean = at_least_float32(_mean(likelihood, self.source, state))
@@ -151,17 +152,7 @@ class NoiseMap:
             x, log_weight = self._image(normal, u)
             noise.append(u)
             log_weights.append(log_weight)
-        return Walked(tuple(noise), tuple(latents), mean, x, torch.stack(log_weights).sum(0))
-
-    def _likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
-        if not hasattr(self.source, "likelihood"):
-            raise ValueError(
-                f"VAEBM needs the decoder's noise; {type(self.source).__name__} has no method "
-                f"`likelihood`. For a decoder trained with squared error, use "
-                f"GaussianDecoder.fitted."
-            )
-        likelihood: Distribution = self.source.likelihood(state)
-        return likelihood
+        return Walked(tuple(noise), latents, mean, x, torch.stack(log_weights).sum(0))
 
     def _latents(self, k: int, group: Group, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns z_k at noise u, with its log-weight."""

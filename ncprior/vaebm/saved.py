@@ -17,6 +17,7 @@ from ncprior.saving.mixin import Pretrained
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.vaebm.energy_net import EnergyNet
+from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.noise import LangevinTarget
 
 FILE = "vaebm.safetensors"
@@ -88,9 +89,9 @@ class PretrainedEnergy(Pretrained):
 
 def trained_on(source: LatentSource[Any, Any], prior: NCPrior | None) -> dict[str, Any]:
     """Returns σ of the decoder, and the fingerprints of the VAE, its base and the ratio heads."""
-    sigma = getattr(source, "sigma", None)
+    decoder = gaussian_decoder_of(source)
     return {
-        "sigma": sigma if isinstance(sigma, float) else None,
+        "sigma": None if decoder is None else decoder.sigma,
         "fingerprint": {**fingerprints(source), "heads": _heads_fingerprint(prior)},
     }
 

@@ -191,7 +191,7 @@ class VAEBMTrainer:
             torch.Size([4, 3])
         """
         source = self.model.source
-        require_eval(source, getattr(source, "module", None))
+        require_eval(source, source.module)
         condition = None if self.condition is None else self.condition(x)
         noise = self.model.draw_noise(num_rows(x), sampler=self.sampler, condition=condition)
         if self.buffer is not None:

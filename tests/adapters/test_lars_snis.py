@@ -345,7 +345,7 @@ def test_lars_needs_its_normaliser() -> None:
 
 def test_lars_law_is_a_distribution() -> None:
     prior = lars(10)
-    law = prior.law()
+    law = prior.distribution()
     assert isinstance(law, Distribution)
     rows = law.expand((4,))
     assert (rows.batch_shape, rows.event_shape) == ((4,), (1,))
@@ -370,7 +370,7 @@ def test_lars_fingerprint_tells_weights_normaliser_and_truncation() -> None:
         torch.manual_seed(1)
         prior = LARSPrior()
         change(prior)
-        return base_fingerprint(prior.law())
+        return base_fingerprint(prior.distribution())
 
     same = fingerprint(lambda prior: None)
     others = {

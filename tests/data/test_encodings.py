@@ -304,7 +304,10 @@ def test_walks_train_the_heads_of_a_ladder() -> None:
     assert isinstance(prior.source, Ladder)
     latents, _ = sample_posterior(prior.source, x)
     assert prior.log_ratio(latents).shape == (400, 2)
-    assert CachedGroupsSource(2).num_groups == 2
+    cached = CachedGroupsSource(prior.source)
+    assert cached.num_groups == 2
+    with pytest.raises(NotImplementedError, match="Decode with the VAE's source"):
+        cached.decode(cached.start(4))
 
 
 # --- loading ---

@@ -16,6 +16,7 @@ from ncprior import NCPrior, SingleGroup
 from ncprior.adapters.hvae import HVAE, HVAESource
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import log_normaliser
+from ncprior.source import WrappedSource
 
 NOISE = 0.7  # standard deviation of p(x | z) = N(z, NOISE²)
 
@@ -248,23 +249,16 @@ def test_a_posterior_that_knows_its_density_at_its_own_draws_will_do() -> None:
             z = self.sample()
             return z, super().log_prob(z).sum(-1)
 
-    class Source:
+    class Source(WrappedSource):
         """The linear VAE, with the true posterior as a flow would give it."""
 
-        num_groups = 1
-
-        def __init__(self) -> None:
-            self.inner = linear()
-            self.encode, self.start = self.inner.encode, self.inner.start
-            self.advance, self.likelihood = self.inner.advance, self.inner.likelihood
-
         def group(self, state: Any) -> Any:
-            group = self.inner.group(state)
+            group = self.source.group(state)
             q: Any = group.posterior
             return group._replace(posterior=Flowed(q.mean, q.stddev, validate_args=False))
 
     x = torch.randn(20, 1)
-    source: Any = Source()
+    source = Source(linear())
     found = log_likelihood(source, x, num_samples=3)["base"]
     assert torch.allclose(found.lower, evidence(x), atol=1e-5)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.problems import Codes, CorrelatedPair, ExactRatio, GaussianPair, SampleOnly
+from helpers.toys import Unfinished
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -196,7 +197,7 @@ def test_the_condition_of_one_row_is_everybodys() -> None:
     def prior_of(c: Tensor) -> Independent:
         return Independent(Normal(c, 1.0, validate_args=False), 1)
 
-    class Source:
+    class Source(Unfinished):
         num_groups = 1
 
         def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Tensor:
@@ -211,8 +212,7 @@ def test_the_condition_of_one_row_is_everybodys() -> None:
         def advance(self, state: Tensor, z: Tensor) -> Tensor:
             return state
 
-    source: Any = Source()
-    prior = NCPrior(source, ExactRatio(lambda z: z.sum(-1)))
+    prior = NCPrior(Source(), ExactRatio(lambda z: z.sum(-1)))
     torch.manual_seed(0)
     for c in (0.0, 2.0):
         z = log_normaliser(prior, num_particles=20_000, condition=torch.tensor([[c]]))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers.head_cases import CASES, ROWS, Case, trained
+from helpers.head_cases import CASES, Case, trained
 from helpers.toys import ladder_prior, stir
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, SingleGroup, sir
+from ncprior import sir
 from ncprior.heads import fast as blocks_module
 from ncprior.heads import fast as inference_module
 from ncprior.heads.fast import prepare_head
@@ -245,97 +244,6 @@ def test_autocast_outside_is_no_request() -> None:
             assert torch.equal(prepare_head(head)(z), expected)
             with at_precision("cpu", torch.float32):
                 assert (z[0] @ z[0].mT).dtype == torch.float32
-
-
-# --- compiled ---
-
-
-@pytest.fixture
-def compiler() -> Any:
-    """A compiler of its own for every test: a failure is remembered."""
-    before = blocks_module._compile
-    blocks_module._compile = blocks_module._Compiler()
-    yield
-    blocks_module._compile = before
-
-
-def conv_prior() -> NCPrior:
-    base = Independent(Normal(torch.zeros(4, 2, 2), 1.0), 3)
-    source = SingleGroup(base, lambda x: base.expand((len(x),)), lambda z: z)
-    return NCPrior(source, trained(ConvHead((4, 2, 2), width=8)))
-
-
-def test_a_perceptron_is_not_compiled_nor_a_single_proposal(
-    compiler: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = []
-
-    def compile_(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(z: Tensor, *rest: Any) -> Tensor:
-            shapes.append(tuple(z.shape))
-            return function(z, *rest)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    prior = Independent(Normal(torch.zeros(3, 2, 4, 4), 1.0), 3)
-    head: Any = trained(MLPHead((2, 4, 4), width=8))
-    sir(prior, prepare_head(head, compiled=True), num_proposals=64, chunk_size=32)
-    assert not shapes
-    head = trained(ConvHead((2, 4, 4), width=8))
-    sir(prior, prepare_head(head, compiled=True), num_proposals=64, chunk_size=32)
-    assert shapes and all(shape[0] > 1 for shape in shapes)
-
-
-def test_without_a_compiler_heads_are_used_as_they_are(
-    compiler: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = []
-
-    def compile_(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def fails(*inputs: Tensor) -> Tensor:
-            attempts.append(1)
-            raise RuntimeError("No working C++ compiler found\nand a long story")
-
-        return fails
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    prior = conv_prior()
-    torch.manual_seed(1)
-    expected = prior.sample(3, partial(sir, num_proposals=50)).latents[0]
-    prior.compiled = True
-    for warned in (True, False):
-        torch.manual_seed(1)
-        if warned:
-            with pytest.warns(UserWarning, match="not compiled: No working C.. compiler found$"):
-                sample = prior.sample(3, partial(sir, num_proposals=50))
-        else:
-            sample = prior.sample(3, partial(sir, num_proposals=50))
-        assert torch.equal(sample.latents[0], expected)
-    assert len(attempts) == 1
-
-
-def test_an_error_of_the_head_is_not_blamed_on_the_compiler(
-    compiler: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    head = nn.Linear(3, 1)
-    with torch.no_grad(), pytest.raises(TypeError, match="takes 2 positional arguments"):
-        prepare_head(head, compiled=True)(torch.randn(5, 4, 3))
-    assert blocks_module._compile.works
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_compiled_head_is_the_head_itself(compiler: None) -> None:
-    head = trained(ConvHead((4, 4, 4), context_shape=(3,), width=16))
-    z, c = torch.randn(100, ROWS, 4, 4, 4), torch.randn(ROWS, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            prepare_head(head, c, compiled=True)(z), head(z, c), rtol=1e-4, atol=1e-4
-        )
-    assert blocks_module._compile.works
 
 
 def test_the_mean_weight_of_draws_is_that_of_the_head() -> None:

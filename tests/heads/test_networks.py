@@ -278,14 +278,14 @@ def test_make_head_joins_a_map_of_the_same_size_as_a_map() -> None:
     prior = rows_of(Independent(Normal(torch.zeros(5, 4, 4), 1.0), 3))
     as_map = make_head(Group(prior, None, torch.randn(64, 7, 4, 4)))
     as_vector = make_head(Group(prior, None, torch.randn(64, 7, 2, 2)))
-    assert type(as_map.context).__name__ == "_MapContext"
-    assert type(as_vector.context).__name__ == "_VectorContext"
+    assert type(as_map.context).__name__ == "MapContext"
+    assert type(as_vector.context).__name__ == "VectorContext"
 
 
 def test_make_head_cannot_count_codes_of_a_sampler() -> None:
     group = Group(SampleOnly(rows_of(Categorical(logits=torch.zeros(5)))))
     with pytest.raises(
-        ValueError, match="cannot be told from the prior SampleOnly.*CategoricalHead"
+        ValueError, match="prior SampleOnly does not define the number.*CategoricalHead"
     ):
         make_head(group)
     assert type(make_head(Group(SampleOnly(rows_of(Uniform(0.0, 1.0)))))) is MLPHead
@@ -296,7 +296,7 @@ def inputs_of_the_first_layer(
 ) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     for name, module in head.named_modules():
-        if type(module).__name__ == "_Standardise":
+        if type(module).__name__ == "Standardise":
             module.register_forward_hook(
                 lambda m, i, output, name=name: seen.update({name: output})
             )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from torch.distributions import (
     Normal,
 )
 
-from ncprior.source import Group, SingleGroup
+from ncprior.single_group import SingleGroup
+from ncprior.source import Group, LatentSource
 
 Array = np.ndarray
 
@@ -323,7 +324,7 @@ class PairState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CorrelatedPair:
+class CorrelatedPair(LatentSource[Any, Any]):
     """A `LatentSource` of two groups whose base misses their correlation.
 
     Base: z_1 and z_2 independent N(0, 1). Aggregate posterior: exactly bivariate normal with

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ncprior import Group, NCPrior, SingleGroup
+from ncprior import Group, LatentSource, NCPrior, SingleGroup
 from ncprior.heads.networks import MLPHead
 
 
@@ -50,6 +50,18 @@ def flat(vae: VAE | None = None, **options: Any) -> SingleGroup:
     return SingleGroup(base(), vae.posterior, vae.decode, module=vae, **options)
 
 
+class Unfinished(LatentSource[Any, Any]):
+    """A source to subclass where a test needs a part of the walk alone."""
+
+    def encode(self, x: Any) -> Any:
+        """Not needed."""
+        raise NotImplementedError
+
+    def decode(self, state: Any) -> Tensor:
+        """Not needed."""
+        raise NotImplementedError
+
+
 class Rung(NamedTuple):
     """The state of a `Ladder`: its hidden vector, what it has of x, and z_<k."""
 
@@ -58,7 +70,7 @@ class Rung(NamedTuple):
     latents: tuple[Tensor, ...]
 
 
-class Ladder(nn.Module):
+class Ladder(nn.Module, LatentSource[Any, Any]):
     """A source of K groups that is itself an `nn.Module`: z_k moves a hidden vector h."""
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from helpers.problems import SampleOnly, standard_normal
+from helpers.toys import Unfinished
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
@@ -103,7 +104,7 @@ class Steps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Unfinished):
     """Two groups of one latent, and scales that depend on what is above them.
 
     z_1 ~ N(0, 1), z_2 ~ N(z_1, e^{2a z_1}), x ~ N(z_2, σ²), σ = max(e^{b z_1}, floor), of one pixel.

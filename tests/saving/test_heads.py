@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.hub_problems import edit, equal_draws, gaussian, trained
 from helpers.problems import CorrelatedPair, around, standard_normal
+from helpers.toys import Unfinished
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
@@ -142,7 +143,7 @@ def test_loaded_heads_are_where_the_source_is(prior: NCPrior, tmp_path: Path) ->
     assert {p.device.type for p in loaded.parameters()} == {"meta"}
 
 
-class Conditioned:
+class Conditioned(Unfinished):
     """A source of one group that cannot start without a condition, and shows no prior of its own."""
 
     num_groups = 1
@@ -155,6 +156,9 @@ class Conditioned:
 
     def group(self, state: Tensor) -> Group:
         return Group(standard_normal(2).expand(state.shape))
+
+    def advance(self, state: Tensor, z: Tensor) -> Tensor:
+        return state
 
 
 def test_a_source_that_cannot_start_gets_its_heads_on_the_cpu(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import Ranks, launch, named
-from helpers.toys import ladder_prior, stir
+from helpers.toys import Unfinished, ladder_prior, stir
 from torch import Size, Tensor
 
 from ncprior import Group, NCPrior, fit
@@ -39,7 +39,7 @@ class Stored:
         return self.z.expand(*sample_shape, *self.z.shape)
 
 
-class Replay:
+class Replay(Unfinished):
     """A source of several groups whose batches are row numbers, and whose draws are stored."""
 
     def __init__(self, num_groups: int) -> None:

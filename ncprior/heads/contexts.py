@@ -1,0 +1,77 @@
+"""First layers of ratio heads: standardised inputs, and embeddings of the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Standardise(nn.Module):
+    """Standardisation (z - mean) / sd of an input, with fixed buffers."""
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(tuple(shape)))
+        self.register_buffer("sd", torch.ones(tuple(shape)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z.to(self.mean.dtype) - self.mean) / self.sd  # bf16 backbones, float32 heads
+
+    def fit(self, z: Tensor) -> None:
+        """Sets mean and standard deviation from a batch; axes of size 1 here are averaged over."""
+        axes = [0, *(i + 1 for i, size in enumerate(self.mean.shape) if size == 1)]
+        z = z.to(self.mean)
+        if not torch.isfinite(z).all():
+            raise FloatingPointError("The probed latents or context are not finite.")
+        sd = z.std(axes, keepdim=True, correction=0)[0]
+        self.mean.copy_(z.mean(axes, keepdim=True)[0])
+        self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
+
+
+class VectorContext(nn.Module):
+    """Embedding of a context as one feature vector per row; 0 without a context."""
+
+    def __init__(self, shape: Sequence[int] | None, width: int, *, spatial: bool = False) -> None:
+        super().__init__()
+        self.shape = None if shape is None else tuple(shape)
+        self.spatial = spatial
+        if self.shape is not None:
+            self.scale = Standardise(self.shape)
+            self.linear = nn.Linear(math.prod(self.shape), width)
+
+    def forward(self, context: Tensor | None) -> Tensor | float:
+        if _checked_context(context, self.shape) is None:
+            return 0.0
+        h: Tensor = self.linear(rearrange(self.scale(context), "b ... -> b (...)"))
+        return rearrange(h, "b c -> b c 1 1") if self.spatial else h
+
+
+class MapContext(nn.Module):
+    """Embedding of a context as one feature map per row."""
+
+    def __init__(self, shape: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.scale = Standardise((shape[0], 1, 1))
+        self.conv = nn.Conv2d(shape[0], width, 3, padding=1)
+
+    def forward(self, context: Tensor | None) -> Tensor:
+        _checked_context(context, self.shape)
+        h: Tensor = self.conv(self.scale(context))
+        return h
+
+
+def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:
+    got = None if context is None else tuple(context.shape[1:])
+    if got != shape:
+        raise ValueError(
+            f"The head was made for a context of shape (B, ...) with ... = {shape}; got {got}."
+        )
+    return context

@@ -1,0 +1,208 @@
+"""A VAE with one group of latents as a source, from prior, posterior and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
+
+from ncprior.distributions import Sampleable, build, expand, is_parameters, parameters
+from ncprior.source import Group, LatentSource, num_rows, require_eval
+
+
+class SingleGroup(LatentSource[Any, Any]):
+    """A VAE with one group of latents, from its three parts.
+
+    Arguments:
+        prior: p(z), with an empty batch shape.
+        posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. If a batch is
+            a tuple or list such as (image, label), x is its first item.
+        decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
+        module: The VAE itself, for the fingerprint and for the check that it is in evaluation mode.
+            It is never registered, moved or changed. (The check also covers modules, and modules
+            of bound methods, that are given as ``posterior`` and ``decoder``.)
+        likelihood: Maps z to p(x | z), a distribution over x.
+        condition: Returns the condition c, with shape ``(B, C)``, of a batch as the loader yields
+            it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
+            ratio head takes it as context, and sampling needs it as ``condition``.
+        features: Maps z, with shape ``(N, *event)``, to the input of the ratio head, ``(N, ...)``:
+            a function of z alone, such as the first layers of the frozen decoder,
+            ``vae.decoder[:2]``. If the decoder turns many latents into a feature map, a
+            :class:`~ncprior.heads.ConvHead` on that map learns faster than an MLP on z.
+
+    Raises:
+        ValueError: If the prior has a batch shape.
+        TypeError: If the prior cannot be sampled.
+
+    Example:
+        >>> from ncprior.source import sample_posterior
+        >>> encoder, decoder = torch.nn.Linear(3, 4).eval(), torch.nn.Linear(2, 3).eval()
+        >>> def posterior(x):
+        ...     mean, log_var = encoder(x).chunk(2, dim=-1)
+        ...     return Independent(Normal(mean, (0.5 * log_var).exp()), 1)
+        >>> prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+        >>> source = SingleGroup(prior, posterior, decoder)
+        >>> latents, state = sample_posterior(source, torch.randn(5, 3))
+        >>> latents[0].shape, source.decode(state).shape
+        (torch.Size([5, 2]), torch.Size([5, 3]))
+    """
+
+    num_groups = 1
+
+    def __init__(
+        self,
+        prior: Sampleable,
+        posterior: Callable[..., Distribution],
+        decoder: Callable[..., Tensor],
+        *,
+        module: nn.Module | None = None,
+        likelihood: Callable[..., Distribution] | None = None,
+        condition: Callable[[Any], Tensor] | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(prior, Sampleable):
+            raise TypeError(f"The prior needs a method `sample`; got {type(prior).__name__}.")
+        if isinstance(prior, Distribution) and prior.batch_shape:
+            raise ValueError(
+                f"The prior must have an empty batch shape; got batch shape "
+                f"{tuple(prior.batch_shape)} and event shape {tuple(prior.event_shape)}. "
+                f"Wrap it in Independent(prior, {len(prior.batch_shape)})."
+            )
+        self.prior = prior
+        self.module = module
+        parts = (posterior, decoder)
+        self._watched = (module, *(getattr(part, "__self__", part) for part in parts))
+        self._posterior = posterior
+        self._decoder = decoder
+        self._likelihood = likelihood
+        self._condition = condition
+        self._features = features
+        if features is not None:
+            shape = getattr(prior, "event_shape", None)
+            self._event_ndim = prior.sample().ndim if shape is None else len(shape)
+
+    class Encoding(NamedTuple):
+        """Parameters of q(z | x), or else the batch itself, and the condition."""
+
+        posterior: Any
+        condition: Tensor | None
+
+    class State(NamedTuple):
+        """The state before z is given (``z is None``) or after."""
+
+        rows: Tensor  # (B, 0): carries the batch size
+        z: Tensor | None
+        posterior: Any
+        condition: Tensor | None
+
+    def encode(self, x: Any) -> Encoding:  # noqa: ANN401
+        """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
+        require_eval(*self._watched)
+        c = None if self._condition is None else self._condition(x)
+        x = x[0] if isinstance(x, tuple | list) else x
+        q = parameters(self._checked_posterior(x, c))
+        return self.Encoding(x if q is None else q, c)
+
+    def start(
+        self,
+        batch_size: int,
+        encoding: Encoding | None = None,
+        condition: Tensor | None = None,
+    ) -> State:
+        """Returns the state before z is given, for ``batch_size`` rows."""
+        require_eval(*self._watched)
+        q, c = (None, condition) if encoding is None else encoding
+        if (c is None) != (self._condition is None):
+            needs, got = ("needs a", "none") if c is None else ("takes no", "one")
+            raise ValueError(
+                f"This source {needs} condition; got {got}. A condition is picked out of a batch "
+                f"by SingleGroup(condition=...) and given to sample(..., condition=...)."
+            )
+        for name, tree in (("encoding", q), ("condition", c)):
+            if tree is not None and num_rows(tree) != batch_size:
+                raise ValueError(
+                    f"The walk has {batch_size} rows; got {num_rows(tree)} rows of {name}."
+                )
+        leaves = [leaf for leaf in tree_leaves((q, c)) if isinstance(leaf, Tensor)]
+        device = leaves[0].device if leaves else None
+        return self.State(torch.empty(batch_size, 0, device=device), None, q, c)
+
+    def group(self, state: State) -> Group:
+        """Returns p(z) and, given an x, q(z | x), for every row."""
+        q = state.posterior
+        if q is not None:
+            q = build(q) if is_parameters(q) else self._checked_posterior(q, state.condition)
+        return Group(expand(self.prior, len(state.rows)), q, state.condition)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Returns the state with z, which has shape ``(B, *event)``."""
+        if len(z) != len(state.rows):
+            raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
+        return state._replace(z=z)
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the mean of p(x | z)."""
+        return self._decoder(*self._decoder_arguments(state))
+
+    def likelihood(self, state: State) -> Distribution:
+        """Returns p(x | z).
+
+        Raises:
+            ValueError: If the source was made without a likelihood.
+        """
+        if self._likelihood is None:
+            raise ValueError(
+                "This source does not know p(x | z). Make it with SingleGroup(likelihood=...), or, if "
+                "the decoder was trained by squared error, wrap the source in "
+                "GaussianDecoder.fitted(source, held_out)."
+            )
+        return self._likelihood(*self._decoder_arguments(state))
+
+    def features(self, k: int, z: Tensor) -> Tensor:
+        """Returns the input of the ratio head for z of shape ``(*, B, *event)``: by default z."""
+        if self._features is None:
+            return z
+        lead = z.shape[: z.ndim - self._event_ndim]
+        h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
+        return h.reshape(*lead, *h.shape[1:])
+
+    def shared_prior(self) -> Sampleable:
+        """Returns p(z), with an empty batch shape."""
+        return self.prior
+
+    def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
+        if state.z is None:
+            raise ValueError("Decoding needs z; this walk has none yet. Call advance(state, z).")
+        z = self._for_module(state.z)
+        return (z,) if state.condition is None else (z, state.condition)
+
+    def _for_module(self, z: Tensor) -> Tensor:
+        if z.is_floating_point() and self.module is not None:
+            return z.to(next((p.dtype for p in self.module.parameters()), z.dtype))
+        return z
+
+    def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
+        q = self._posterior(x) if c is None else self._posterior(x, c)
+        if not isinstance(q, Distribution):
+            raise TypeError(
+                f"posterior(x) must return a distribution; got {type(q).__name__}. From a mean "
+                f"and a log-variance make Independent(Normal(mean, (0.5 * log_var).exp()), 1)."
+            )
+        event = self.prior.event_shape if isinstance(self.prior, Distribution) else q.event_shape
+        if len(q.batch_shape) == 1 and len(q.event_shape) == len(event) and q.event_shape != event:
+            raise ValueError(
+                f"Prior and posterior must have latents of one shape; got {tuple(event)} from the "
+                f"prior and {tuple(q.event_shape)} from q(z | x). Make the prior of that shape."
+            )
+        if len(q.batch_shape) != 1 or q.event_shape != event:
+            raise ValueError(
+                f"q(z | x) must have batch shape (B,) and the prior's event shape "
+                f"{tuple(event)}; got batch shape {tuple(q.batch_shape)} and event shape "
+                f"{tuple(q.event_shape)}. Independent(q, n) turns n batch axes into event axes; "
+                f"the prior is to have as many event axes."
+            )
+        return q
