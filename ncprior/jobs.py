@@ -40,12 +40,12 @@ def sample_parts(
     condition: Any = None,  # noqa: ANN401
     parts: Iterable[int] | None = None,
 ) -> list[Path]:
-    """Samples, drawn part by part into a folder; existing parts are kept.
+    """Draws samples part by part into a folder; existing parts are kept.
 
     Arguments:
         prior: The prior.
         sampler: As for :meth:`ncprior.NCPrior.sample`.
-        folder: Where to; made if missing.
+        folder: The folder of the parts; made if missing.
         num_samples: N, the number of samples of the whole job.
         part_size: Samples per part, drawn at once; the last part may be smaller.
         seed: Seed of the job. The caller's random generators do not change.
@@ -54,12 +54,13 @@ def sample_parts(
             default is all parts, divided among the ranks of a process group if there is one.
 
     Returns:
-        The files of the parts of this process: safetensors with ``x``, the decoder's
-        means, and ``z_0``, ``z_1``, … of the groups.
+        The files of the parts of this process: safetensors with ``x``, the decoder's means, with
+        shape ``(B, ...)``, and ``z_0``, ``z_1``, … of the groups, each ``(B, *event)``.
 
     Raises:
-        ValueError: If the folder holds another job, or a number is out of range. Two bases of one
-            type that can only be sampled cannot be distinguished.
+        ValueError: If the folder holds another job, or a number is out of range. Pass another
+            folder, or the number that the message names. Two bases of one type that can only be
+            sampled cannot be distinguished.
 
     Example:
         >>> import tempfile
@@ -78,7 +79,8 @@ def sample_parts(
         )
     if condition is not None and num_rows(condition) != num_samples:
         raise ValueError(
-            f"A condition has a row per sample; got {num_rows(condition)} for {num_samples}."
+            f"A condition needs one row per sample; got {num_rows(condition)} rows for "
+            f"{num_samples} samples. Pass {num_samples} rows."
         )
     count = -(-num_samples // part_size)
     chosen = range(rank(), count, num_ranks()) if parts is None else list(parts)
@@ -96,14 +98,17 @@ def sample_parts(
 
 
 def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of a whole job, yielded part by part.
+    """Yields the tensors of a whole job, part by part.
 
     Arguments:
         folder: The folder of :func:`sample_parts`.
 
+    Yields:
+        The tensors of a part by name: ``x`` and ``z_0``, ``z_1``, …, with the part's rows.
+
     Raises:
-        FileNotFoundError: If the folder holds no job, or a part is missing; run the job again.
-        ValueError: If a part is damaged.
+        FileNotFoundError: If the folder holds no job, or a part is missing. Run the job again.
+        ValueError: If a part is damaged. Delete it, and run the job again.
 
     Example:
         >>> next(read_parts("nowhere"))
@@ -152,7 +157,7 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     if other := {name: found.get(name) for name in job if found.get(name) != job[name]}:
         raise ValueError(
-            f"{folder} holds parts of another job, with {other}; this job has "
+            f"{folder} holds parts of another job, with {other}; got "
             f"{ {name: job[name] for name in other} }. Pass another folder."
         )
 
@@ -169,13 +174,13 @@ def _path(folder: Path, i: int) -> Path:
 
 
 def _seed(seed: int, i: int) -> int:
-    """Seed of part i: different for all parts of a job, and for jobs of nearby seeds."""
+    """Returns the seed of part i: different for all parts of a job, and for jobs of nearby seeds."""
     digest = hashlib.sha256(str(seed).encode()).digest()
     return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 
 
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
-    """Digest of all that determines the draws: heads and their use, VAE, base and condition."""
+    """Returns a digest of everything that determines the draws, besides sampler and seed."""
     used = (prior.strength, prior.active, str(prior.precision))
     description = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
     digest = hashlib.sha256(str(description).encode())

@@ -1,6 +1,6 @@
-"""One step of head training, for a loop of one's own; :func:`ncprior.fit` is the whole loop.
+"""Single steps of head training, for a loop of your own; :func:`ncprior.fit` is the whole loop.
 
-Every step draws new z_k ~ q(z_k | z_<k, x) and z_k ~ p(z_k | z_<k) in one walk, and
+Every step draws new z_k ~ q(z_k | z_<k, x) and z_k ~ p(z_k | z_<k) group by group, and
 back-propagates one head at a time, so that memory does not grow with the number of groups.
 """
 
@@ -50,7 +50,7 @@ class StepMetrics(NamedTuple):
 
 
 class NCETrainer:
-    """One step of head training, for a loop of one's own.
+    """Single steps of head training, for a loop of your own.
 
     When a process group exists, the heads start from rank 0's weights and their gradients are
     averaged over the ranks. With Accelerate, pass ``backward=accelerator.backward`` and prepare
@@ -66,16 +66,16 @@ class NCETrainer:
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
             ``torch.bfloat16``; weights, log r and sums are in float32 in either case.
-        batched: Whether heads of equal shape in several groups are one computation, whose memory
-            grows with the number of groups. On a CPU this is slower for most heads.
-        group_parallel: Whether each rank trains the heads of some groups alone, on all rows that
-            it is given, and no gradients are exchanged. Groups are assigned to ranks in turn. A
-            head is then up to date only on its :meth:`owner`.
+        batched: Whether heads of equal shape in several groups are evaluated in one computation,
+            whose memory grows with the number of groups. On a CPU this is slower for most heads.
+        group_parallel: Whether each rank trains the heads of some groups alone, on all rows of its
+            batches, and no gradients are exchanged. Groups are assigned to ranks in turn. A head
+            is then up to date only on its :meth:`owner`.
 
     Raises:
         TypeError: If the prior is wrapped in DistributedDataParallel. Pass ``prior.module``.
         ValueError: If the optimizer holds parameters that are not the heads', or ``num_draws``
-            is below 1.
+            is below 1. Make the optimizer from ``prior.parameters()``.
 
     Example:
         >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-3))
@@ -136,14 +136,14 @@ class NCETrainer:
         """Takes one optimizer step on one batch.
 
         Arguments:
-            x: One batch, as the user's loader yields it.
+            x: One batch of B rows, as the user's loader yields it.
 
         Returns:
-            Loss and gradient norm per group, averaged over the ranks.
+            Loss in nats and gradient norm per group, averaged over the ranks.
 
         Raises:
-            FloatingPointError: If a loss or gradient is not finite, naming group and step. The
-                heads are then as they were before the step.
+            FloatingPointError: If a loss or gradient is not finite; the message names group and
+                step. The heads are then as they were before the step. Use a lower learning rate.
 
         Example:
             >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters()))
@@ -193,9 +193,8 @@ class NCETrainer:
         shared = not self.group_parallel
         heads = self.prior.heads
         norms = [reduce_and_clip(head, self.max_grad_norm, shared=shared) for head in heads]
-        return torch.stack(
-            [norm.to(losses) for norm in norms]
-        )  # without gradients, a norm is on the CPU
+        # The norm of a head without gradients is on the CPU.
+        return torch.stack([norm.to(losses) for norm in norms])
 
     def _require_finite(self, losses: Tensor, norms: Tensor) -> None:
         finite = torch.isfinite(losses) & torch.isfinite(norms)

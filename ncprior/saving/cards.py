@@ -1,4 +1,4 @@
-"""Model cards, filled from names, numbers and text: what a model is, and how to load it."""
+"""Model cards: a description of a saved model and code to load it, as templates of text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _PRIOR = """\
 # {name}
 
 A [noise contrastive prior](https://arxiv.org/abs/2010.02917) for {vae}. The VAE is not in here and
-was not changed: these are the ratio heads that reweigh its prior, so that what it decodes from
-the prior comes closer to what it decodes from its own posterior. Saved by `ncprior` {ncprior}.
+was not changed: these are the ratio heads that reweigh its prior, so that samples decoded from the
+prior come closer to samples decoded from its posterior. Saved by `ncprior` {ncprior}.
 
 ## How to load it
 
@@ -40,7 +40,7 @@ _BASE = (
 )
 
 _OWN_BASE = (
-    " The base prior is one of its author's own: put it on the VAE's source before loading."
+    " The base prior is not in here: put it on the VAE's source, by `rebase`, before loading."
 )
 
 _ENERGY = """\
@@ -55,7 +55,7 @@ by e^(-E(x)). {missing} not in here and not changed. Saved by `ncprior` {ncprior
 {code}
 ```
 
-## What it is
+## Settings
 
 | | |
 | :--- | :--- |
@@ -82,7 +82,11 @@ def model_card(text: str, tags: Sequence[str], data: Mapping[str, Any], report: 
     return f"---\n{front}\n---\n\n{text}\n## Diagnostics\n\n{end}\n"
 
 
-def prior_text(config: Mapping[str, Any], sizes: Sequence[int], **names: Any) -> str:  # noqa: ANN401
+def prior_text(
+    config: Mapping[str, Any],
+    sizes: Sequence[int],
+    **names: Any,  # noqa: ANN401
+) -> str:
     """Returns the text of a prior's card.
 
     Arguments:
@@ -105,7 +109,12 @@ def prior_text(config: Mapping[str, Any], sizes: Sequence[int], **names: Any) ->
     )
 
 
-def energy_text(config: Mapping[str, Any], size: int, noise: str, **names: Any) -> str:  # noqa: ANN401
+def energy_text(
+    config: Mapping[str, Any],
+    size: int,
+    noise: str,
+    **names: Any,  # noqa: ANN401
+) -> str:
     """Returns the text of an energy's card.
 
     Arguments:
@@ -131,7 +140,7 @@ def energy_text(config: Mapping[str, Any], size: int, noise: str, **names: Any) 
 
 
 def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, num_proposals: int) -> str:
-    """Lines that load an energy and sample."""
+    """Code that loads an energy and samples."""
     sigma = config["sigma"]
     prior = "prior" if on_ncp else "source"
     own = ", energy=..." if _is_custom(config["energy"]) else ""
@@ -149,4 +158,5 @@ def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, num_proposa
 
 
 def _is_custom(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry, or a factor of a product of heads, is outside the tables of kinds."""
     return entry["kind"] == "custom" or any(map(_is_custom, entry["config"].get("heads", ())))

@@ -21,8 +21,11 @@ def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401
         tree: Nested dict (keys of any type below), list, tuple, str, int, float, bool, None,
             Tensor (detached) and numeric NumPy array. An ``OrderedDict`` comes back as a dict.
 
+    Returns:
+        The JSON tree, and the tensors by name.
+
     Raises:
-        TypeError: If the tree holds anything else; names the place.
+        TypeError: If the tree holds anything else. The message names the place.
     """
     tensors: dict[str, Tensor] = {}
     return _pack(tree, tensors, "state"), tensors
@@ -32,7 +35,7 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
     """Joins a JSON tree and tensors of :func:`pack`; the tensors stay on their device.
 
     Raises:
-        ValueError: If they were not made by :func:`pack`.
+        ValueError: If tree and tensors are not those of :func:`pack`.
     """
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree

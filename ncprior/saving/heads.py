@@ -66,10 +66,9 @@ class PretrainedHeads(Pretrained):
         check_fingerprint: bool,
         heads: nn.Module | Iterable[nn.Module] | None = None,
     ) -> PretrainedHeads:
-        config, tensors = saved.config, saved.tensors
+        config = saved.config
         _check_groups(saved, source)
-        names = [name for name in tensors if name.startswith("base.")]
-        of_base = {name.removeprefix("base."): tensors.pop(name) for name in names}
+        of_base = saved.take("base.")
         if config["base"] is not None and not isinstance(source, Rebased):
             source = rebase(source, build_base(saved, of_base).to(device_of(source)))
         if check_fingerprint:
@@ -78,7 +77,7 @@ class PretrainedHeads(Pretrained):
             new = [build_head(saved, k, entry) for k, entry in enumerate(config["heads"])]
         prior = cls(source, new)
         saved.check_tensors(prior.state_dict(), "heads")
-        prior.load_state_dict(tensors, assign=heads is None)
+        prior.load_state_dict(saved.tensors, assign=heads is None)
         prior.strength, prior.active = config["strength"], config["active"]
         return prior
 
@@ -86,15 +85,19 @@ class PretrainedHeads(Pretrained):
 def inspect(
     path_or_repo: str | os.PathLike[str], *, revision: str | None = None
 ) -> dict[str, Any]:
-    """Returns the configuration of a saved prior, running no code from it.
+    """Returns the configuration of a saved prior, without running code from it.
 
     Arguments:
         path_or_repo: A directory, a file, or a Hub repository.
         revision: Branch, tag or commit of the repository.
 
+    Returns:
+        The configuration, by key: ``heads``, ``base``, ``strength``, ``active``, ``fingerprint``,
+        ``num_groups``, ``format`` and the version ``ncprior``.
+
     Raises:
         FileNotFoundError: If there is no such file, directory or repository.
-        ValueError: If the file is damaged or not of this package.
+        ValueError: If the file is truncated or not of this package. Download or save it again.
 
     Example:
         >>> import tempfile
@@ -111,6 +114,7 @@ def _check_groups(saved: SavedFile, source: LatentSource[Any, Any]) -> None:
     count = saved.config["num_groups"]
     saved.check_values({key: len(saved.config[key]) == count for key in ("heads", "active")})
     if count != source.num_groups:
-        saved.refuse(
-            f"it has heads for {count} latent groups, and the source has {source.num_groups}"
+        saved.fail(
+            f"it has heads for {count} latent groups, and the source has {source.num_groups}",
+            "Pass the VAE that it was trained on",
         )

@@ -1,4 +1,4 @@
-"""Where saved files are: in a directory, or in a repository of the Hugging Face Hub."""
+"""Location of saved files: a directory, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -43,16 +43,23 @@ def upload(
 
 
 def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None) -> Path:
-    """Returns the path of a file: in a directory, itself, or downloaded from the Hub.
+    """Returns the local path of a file; a file of a Hub repository is downloaded.
+
+    Arguments:
+        path_or_repo: The file itself, its directory, or a Hub repository.
+        file: Name of the file in a directory or repository.
+        revision: Branch, tag or commit of the repository.
 
     Raises:
         FileNotFoundError: If there is no such directory or repository.
-        ValueError: If a revision is given of a local path.
+        ValueError: If a revision is given with a local path.
     """
     path = Path(path_or_repo)
     is_local = path.exists() or not isinstance(path_or_repo, str) or path.suffix == ".safetensors"
     if is_local and revision is not None:
-        raise ValueError(f"A revision is one of a Hub repository; {path} is a local path.")
+        raise ValueError(
+            f"A revision belongs to a Hub repository; {path} is a local path. Leave it out."
+        )
     if is_local:
         return path / file if path.is_dir() else path
     name = str(path_or_repo)
@@ -63,7 +70,7 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
     except (OSError, HFValidationError) as error:
         at = "" if revision is None else f" at revision {revision}"
         raise FileNotFoundError(
-            f"There is no directory {name}, and no {file} to be had from a Hub repository "
-            f"{name}{at}: {error}"
+            f"There is no directory {name}, and {file} cannot be downloaded from a Hub repository "
+            f"{name}{at}. Check the name and your access. The reason is: {error}"
         ) from error
     return Path(found)

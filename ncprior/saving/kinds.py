@@ -1,12 +1,13 @@
 """Kinds of heads and bases that a configuration can name, and how each is built from it.
 
 An entry of a configuration is ``{"kind": name, "config": arguments}``. Only kinds of the tables
-here are built; a module of the user's own is ``"custom"``, and only its tensors are saved.
+here are built. Any other module has the kind ``"custom"``, and only its tensors are saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,23 +44,26 @@ def head_entry(head: nn.Module) -> dict[str, Any]:
 
 def build_head(saved: SavedFile, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
     """Builds the head of group k from its entry."""
+    build = partial(saved.build, f"head {k}", table=HEADS, remedy="Pass heads=")
     match entry:
         case {"kind": "ProductHead", "config": {"heads": [_, *_] as factors}}:
-            return ProductHead(
-                saved.build(f"head {k}", factor, HEADS, "pass heads=") for factor in factors
-            )
-    head: nn.Module = saved.build(f"head {k}", entry, HEADS, "pass heads=")
+            return ProductHead(map(build, factors))
+    head: nn.Module = build(entry)
     return head
 
 
 def saved_base(source: LatentSource[Any, Any]) -> GaussianMixture | Flow | FlowMatching | None:
-    """Returns the base of a rebased source, if it is of the table and can be built again."""
+    """Returns the base of a rebased source; ``None`` if its kind is not in the table."""
     base: Any = source.prior if isinstance(source, Rebased) else None
     return base if type(base) in BASES.values() and base.config() is not None else None
 
 
 def base_entry(source: LatentSource[Any, Any]) -> dict[str, Any] | None:
-    """Returns the entry of the base; ``None`` for the VAE's prior or one with a fingerprint."""
+    """Returns the entry of the base of a source.
+
+    ``None`` stands for a base that is not saved: the VAE's own prior, or a distribution, which the
+    fingerprint identifies.
+    """
     base = saved_base(source)
     if base is not None:
         return entry_of(base, BASES)
@@ -75,5 +79,5 @@ def build_base(saved: SavedFile, tensors: Mapping[str, Tensor]) -> Any:  # noqa:
         return lambda **config: cls.rebuild(tensors, config)
 
     table = {kind: rebuild(cls) for kind, cls in BASES.items()}
-    remedy = "put it on the source: rebase(source, base), or nested(prior, sampler)"
+    remedy = "Put it on the source: rebase(source, base), or nested(prior, sampler)"
     return saved.build("its base", saved.config["base"], table, remedy)

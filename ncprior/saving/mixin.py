@@ -1,4 +1,4 @@
-"""Saving of what was trained and nothing else, in a directory or on the Hugging Face Hub.
+"""Saving of the trained part of a model, in a directory or on the Hugging Face Hub.
 
 A saved model is one safetensors file: the trained tensors, and in its header the configuration.
 Loading builds modules from a fixed table of names and runs no code that comes with the file. The
@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from ncprior.saving.checks import FORMAT, SavedFile, Validators
 from ncprior.saving.hub import locate, upload
 from ncprior.saving.tensors import save_tensors, write_atomically
 from ncprior.source import LatentSource, device_of
-
-Model = TypeVar("Model", bound="Pretrained")
 
 
 class CardReport(Protocol):
@@ -58,11 +56,11 @@ class Pretrained(nn.Module):
         base_model: str | None = None,
         card_data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Saves the trained part and nothing of the VAE; earlier files are replaced.
+        """Saves the trained part, without the VAE; earlier files are replaced.
 
         An :class:`~ncprior.NCPrior` saves its heads, strength, active groups and a fitted base: a
         ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
-        ``fit_flow`` makes itself. Put any other base, such as a flow of your own, on the source
+        ``fit_flow`` builds by default. Put any other base, such as your own flow, on the source
         again before loading. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
         its chains, without the ratio heads.
 
@@ -74,7 +72,7 @@ class Pretrained(nn.Module):
             card_data: Further metadata of the model card, such as ``{"license": "mit"}``.
 
         Raises:
-            TypeError: If the energy of a VAEBM is no ``nn.Module``. Make it one.
+            TypeError: If the energy of a VAEBM is not an ``nn.Module``. Make it one.
 
         Example:
             >>> import tempfile
@@ -140,8 +138,8 @@ class Pretrained(nn.Module):
             revision: Branch, tag or commit of the repository.
             check_fingerprint: Whether another VAE or base prior raises an error; for an energy,
                 also another decoder noise or other ratio heads.
-            own: Modules of your own that take the saved tensors, needed if the saved ones were
-                your own: ``heads``, one per group, or ``energy``.
+            own: Your own modules, which take the saved tensors; needed if the saved modules are
+                not of this package: ``heads``, one per group, or ``energy``.
 
         Returns:
             The model, in evaluation mode, on the device of the source's prior.
@@ -168,18 +166,28 @@ class Pretrained(nn.Module):
             model: Self = cls._build(saved, source, check_fingerprint, **own)
         return model.to(device_of(model.source)).eval()
 
-    def _write(
+    def _write(self, directory: Path, name: str, **card: Any) -> None:  # noqa: ANN401
+        """Writes the three files; ``name`` is the one to load the model by."""
+        tensors = self._tensors()
+        config = {"format": FORMAT, "ncprior": __version__, **self._configuration()}
+        texts = {
+            "config.json": json.dumps(config, indent=2) + "\n",
+            "README.md": self._card(config, name, **card),
+        }
+        save_tensors(directory / self._file, tensors, config)
+        for file, content in texts.items():
+            with write_atomically(directory / file) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+    def _card(
         self,
-        directory: Path,
+        config: Mapping[str, Any],
         name: str,
-        *,
         report: CardReport | None = None,
         base_model: str | None = None,
         card_data: Mapping[str, Any] | None = None,
-    ) -> None:
-        tensors = self._tensors()
-        config = {"format": FORMAT, "ncprior": __version__, **self._configuration()}
-        save_tensors(directory / self._file, tensors, config)
+    ) -> str:
+        """Model card, with a report at its end."""
         text = self._card_text(
             config,
             name=name,
@@ -187,25 +195,21 @@ class Pretrained(nn.Module):
             num_proposals=500 if report is None else report.num_proposals[-1],
         )
         data = {"base_model": base_model, **(card_data or {})}
-        card = model_card(text, self._tags, data, None if report is None else str(report))
-        texts = {"config.json": json.dumps(config, indent=2) + "\n", "README.md": card}
-        for file, content in texts.items():
-            with write_atomically(directory / file) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+        return model_card(text, self._tags, data, None if report is None else str(report))
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The trained tensors by name."""
+        """Returns the trained tensors by name."""
         raise NotImplementedError
 
     def _configuration(self) -> dict[str, Any]:
-        """Everything else that loading needs, ready for JSON."""
+        """Returns everything else that loading needs, ready for JSON."""
         raise NotImplementedError
 
     def _card_text(self, config: Mapping[str, Any], **names: Any) -> str:  # noqa: ANN401
-        """Text of the model card, given ``name``, ``vae`` and ``num_proposals``."""
+        """Returns the text of the model card, given ``name``, ``vae`` and ``num_proposals``."""
         raise NotImplementedError
 
     @classmethod
     def _build(cls, saved: SavedFile, source: Any, check_fingerprint: bool) -> Any:  # noqa: ANN401
-        """The model of a saved file on a source; a subclass also takes modules of one's own."""
+        """Builds the model of a file on a source; a subclass also takes the user's modules."""
         raise NotImplementedError

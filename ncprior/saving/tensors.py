@@ -1,6 +1,6 @@
 """Files: one safetensors file with a JSON configuration in its header, written atomically.
 
-Nothing here pickles and nothing runs code from a file. A file carries a SHA-256 of its
+No file is pickled, and no code from a file is run. A file carries a SHA-256 of its
 configuration and tensors, so that loading a damaged file raises an error.
 """
 
@@ -63,8 +63,8 @@ def save_tensors(
         metadata: The configuration: nested dict, list, str, int, finite float, bool and None.
 
     Raises:
-        TypeError: If the configuration holds a value that JSON has no form for.
-        ValueError: If it holds a float that is not finite.
+        TypeError: If the configuration holds a value that JSON has no form for. Convert it first.
+        ValueError: If it holds a float that is not finite. Save it as a text or ``None``.
 
     Example:
         >>> import tempfile
@@ -82,14 +82,18 @@ def save_tensors(
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors (by name, on the CPU) and the configuration of a file.
+    """Reads the tensors and the configuration of a file.
 
     Arguments:
         path: A file of :func:`save_tensors`.
 
+    Returns:
+        The tensors by name, on the CPU, and the configuration.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, changed since it was written, or not of this package.
+            Copy, download or save it again.
 
     Example:
         >>> import tempfile
@@ -104,7 +108,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     configuration: dict[str, Any] = header["configuration"]
     if header["sha256"] != _digest(configuration, tensors):
-        _refuse(path, "its contents are not what was written (the checksum differs)")
+        _fail(path, "its contents have changed since they were written (the checksum differs)")
     return tensors, configuration
 
 
@@ -116,7 +120,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated or not of this package.
+        ValueError: If the file is truncated or not of this package. Copy, download or save it
+            again.
 
     Example:
         >>> import tempfile
@@ -139,20 +144,20 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
         with safe_open(os.fspath(path), framework="pt") as file:
             yield file, _header(path, file.metadata() or {})
     except SafetensorError as error:
-        _refuse(path, f"it is not a whole safetensors file ({error})")
+        _fail(path, f"it is not a whole safetensors file ({error})")
 
 
 def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     if _KEY not in metadata:
-        _refuse(path, "it is a safetensors file without an ncprior configuration")
+        _fail(path, "it is a safetensors file without an ncprior configuration")
     try:
         header: dict[str, Any] = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
-        _refuse(path, f"its configuration is not JSON ({error})")
+        _fail(path, f"its configuration is not JSON ({error})")
     match header:
         case {"sha256": str(), "configuration": dict()}:
             return header
-    _refuse(path, "its configuration is not one of ncprior")
+    _fail(path, "its configuration is not one of ncprior")
 
 
 def _digest(configuration: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -164,7 +169,7 @@ def _digest(configuration: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     return digest.hexdigest()
 
 
-def _refuse(path: str | os.PathLike[str], reason: str) -> NoReturn:
+def _fail(path: str | os.PathLike[str], reason: str) -> NoReturn:
     raise ValueError(
         f"Cannot read {os.fspath(path)}: {reason}. Copy, download or save the file again."
     )

@@ -1,4 +1,4 @@
-"""Validates the arguments of `fit`, before anything is trained."""
+"""Validation of the arguments of `fit`, before anything is trained."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def validate_fit_arguments(
         prior: The prior.
         data: The training data.
         terms: The terms of the training.
-        stages: Heads per group, as given to ``fit``.
-        patience: Evaluations without progress, as given to ``fit``.
+        stages: Heads per group, or ``"auto"``.
+        patience: Evaluations without progress before training stops, or ``None``.
         checkpoint_every: Steps between checkpoints.
 
     Raises:
         ValueError: If a number is out of range, or ranks are given different terms.
-        TypeError: If the data can be read only once, or heads or bases cannot be staged.
+        TypeError: If the data can be read only once, or heads or bases do not support stages.
     """
     require_positive({"checkpoint_every": checkpoint_every, "patience": patience})
     if terms.batch_size < terms.facts["ranks"]:
@@ -59,7 +59,7 @@ def _require_agreement(terms: TrainingTerms[FitSettings]) -> None:
         values = gather(value)
         if any(other != value for other in values):
             raise ValueError(
-                f"All ranks must be given the same; by rank, {name} is {values}. Start every "
+                f"All ranks must be given the same; got {name}={values}, by rank. Start every "
                 f"process with the same arguments, data and VAE."
             )
 

@@ -1,4 +1,4 @@
-"""The loop that all trainings share: schedule, moving average, checkpoint, exact resume."""
+"""Training loop of heads and energies: schedule, moving average, checkpoint, exact resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Stepper(Protocol):
 
 
 class ResumableTraining(ABC):
-    """One training, as a template: :meth:`run` is the loop, and a subclass takes the steps.
+    """Training as a template method: :meth:`run` is the loop, and a subclass takes the steps.
 
     A subclass overrides :meth:`step` and :meth:`evaluate`, and extends :meth:`state` and
     :meth:`restore` by its own part of a checkpoint.
@@ -68,7 +68,7 @@ class ResumableTraining(ABC):
 
     @abstractmethod
     def evaluate(self) -> str:
-        """Adds a row to the history and returns a short summary of it; may stop the training."""
+        """Adds a row to the history and returns its short summary; may stop the training."""
 
     def run(
         self,
@@ -106,20 +106,20 @@ class ResumableTraining(ABC):
             self.collect()
 
     def elapsed(self) -> float:
-        """Seconds of this training, including those before an interruption."""
+        """Returns the seconds of this training, including those before an interruption."""
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
         return self.seconds
 
     def kept(self) -> Mapping[str, Tensor]:
-        """Weights that the training ends with."""
+        """Returns the weights that the training ends with."""
         return self.average
 
     def collect(self) -> None:  # noqa: B027  # a hook: one process has nothing to do
-        """Gives every rank the weights of the rank that trains them."""
+        """Copies to every rank the weights of the rank that trains them."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """State of the optimizer, for all weights."""
+        """Returns the state of the optimizer, for all weights."""
         state: dict[str, Any] = self.stepper.optimizer.state_dict()
         return state
 
@@ -234,7 +234,7 @@ def length_of(data: Any) -> int | None:  # noqa: ANN401
 
 @contextmanager
 def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
-    """Compares the fingerprint of a source's VAE before and after, where it has one.
+    """Context that validates that the fingerprint of a source's VAE, if any, stays the same.
 
     Raises:
         RuntimeError: If the VAE has changed in between.
@@ -243,8 +243,8 @@ def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
     yield
     if fingerprint_of(source) != before:
         raise RuntimeError(
-            "The VAE has changed during training, although nothing here changes it. Does its "
-            "encoder, or a callback, write to parameters or buffers?"
+            "The VAE has changed during training, which itself does not change it. Look for an "
+            "encoder or a callback that writes to parameters or buffers."
         )
 
 

@@ -1,4 +1,4 @@
-"""`fit`: the training of heads as a service, with early stopping and exact resume."""
+"""`fit`: the whole training of ratio heads, with early stopping and exact resume."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def fit(
     exists, training resumes from it as if it had never stopped: the weights come out the same, bit
     for bit.
 
-    In several processes with a process group, as ``torchrun`` starts them, call it in each process
-    with the same arguments. Only rank 0 calls back, shows progress and writes the checkpoint.
+    In several processes with a process group, as ``torchrun`` starts them, call ``fit`` in each
+    process with the same arguments. Only rank 0 calls back, shows progress and writes the
+    checkpoint.
 
     A training can be followed by :func:`ncprior.training.gate` and
     :func:`ncprior.training.calibrate_heads`.
@@ -57,18 +58,19 @@ def fit(
     Arguments:
         prior: The prior; its heads end up with the kept weights, in evaluation mode.
         data: A tensor or map-style dataset of x, a ``DataLoader``, or any iterable of batches.
-        held_out: Data of the same kind for early stopping. By default, 5 % of a tensor or map-style
-            dataset are held out at random; other data trains without, with a warning.
+        held_out: Data of the same kind for early stopping. By default, 5 % of a tensor or
+            map-style dataset are held out at random; with any other data, nothing is held out, and
+            there is a warning.
         steps: Number of optimizer steps.
         batch_size: Rows per batch, where batches are made here.
         learning_rate: The first learning rate.
         patience: Evaluations without progress of any group before training stops; ``None`` never
             stops early.
-        stages: Heads per group, which are multiplied. Each further head learns the gap that is left
-            between q and the prior so far, see :func:`ncprior.training.nested` for the other form
-            of stages. It is kept if it has learnt something that holds on held-out data. ``"auto"``
-            adds heads until the next one has less than 0.02 nats of Jensen-Shannon divergence to
-            learn. Every stage costs as much as the first one.
+        stages: Heads per group, which are multiplied. Each further head learns the remaining gap
+            between q and the prior so far, and is kept if it has learnt something that holds on
+            held-out data. ``"auto"`` adds heads until the next one has less than 0.02 nats of
+            Jensen-Shannon divergence to learn. Every stage costs as much as the first one. For
+            the other form of stages, see :func:`ncprior.training.nested`.
         checkpoint: A file to save to and to resume from; further stages have files of their own
             beside it.
         callback: Called with each new :class:`Row`; stops training by returning True.
@@ -83,12 +85,16 @@ def fit(
         The history of the training.
 
     Raises:
-        FloatingPointError: If a loss is not finite, naming group and step; the heads keep the best
-            weights so far.
-        ValueError: If the checkpoint belongs to another training, or the arguments do not go
-            together.
-        TypeError: If the data cannot be read as often as needed, or the heads or the base cannot
-            be staged.
+        FloatingPointError: If a loss is not finite; the message names group and step. The heads
+            keep the best weights so far. Look for NaN or infinity in the data.
+        ValueError: If the checkpoint belongs to another training, or arguments are out of range or
+            exclude each other. The message names the remedy.
+        TypeError: If the data can be read only once and are needed again, or the heads or the base
+            do not support stages. Pass a tensor, a dataset, a ``DataLoader`` or a list; or nest
+            stages by :func:`ncprior.training.nested`.
+
+    Warns:
+        UserWarning: If nothing is held out. Pass ``held_out``.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
@@ -134,7 +140,7 @@ def fit(
 
 
 def _validate_parts(prior: NCPrior, runs: StageRuns, stages: int | Literal["auto"]) -> None:
-    """Validates that the data have the parts, and the source the prior, that is asked for."""
+    """Validates that there is held-out data, and a prior to cache, where they are needed."""
     if runs.held_out is None and stages == "auto":
         raise ValueError("stages='auto' needs held-out data, and there is none. Pass held_out=.")
     cached = runs.terms.settings.num_cached_proposals is not None
@@ -160,7 +166,7 @@ def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN
     parts = split(data, _HELD_OUT_FRACTION, seed)
     if parts is None:
         warnings.warn(
-            f"Nothing is held out of {type(data).__name__}: overfitting will go unseen. "
+            f"Nothing is held out of {type(data).__name__}: overfitting cannot be detected. "
             f"Pass held_out= for early stopping.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Gating: a group whose head has learnt nothing keeps its base prior."""
+"""Gating: groups whose heads have learnt nothing keep their base prior."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from ncprior.training.history import History
 def gate(prior: NCPrior, history: History) -> tuple[int, ...]:
     """Switches off the groups (``prior.active``) whose heads have learnt nothing.
 
-    A head has learnt something if its best held-out loss is below that of no head, 2 log 2, by two
-    standard errors, or if a further stage of its group was kept. The paper gates no groups.
+    A head has learnt something if its best held-out loss is below 2 log 2 nats, the loss without a
+    head, by two standard errors, or if a further stage of its group was kept. The paper gates no
+    groups.
 
     Arguments:
         prior: The trained prior; its ``active`` is changed.

@@ -1,4 +1,4 @@
-"""One training of heads, with its part of a checkpoint."""
+"""Training of the heads of one stage, with its part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 
 
 class HeadTraining(ResumableTraining):
-    """One training of heads, each group of which keeps its own best weights.
+    """Training of heads; the head of each group keeps its own best weights.
 
     Arguments:
         prior: The prior whose heads are trained.
         trainer: The trainer of these heads.
         terms: The terms of the training.
         name: Name of the heads, for the progress bar.
-        split_seed: Seed that the held-out rows were split off with.
+        split_seed: Seed of the random split into training and held-out rows.
         held_out: The held-out losses, or ``None``.
-        patience: Evaluations without progress of any group before it stops, or ``None``.
+        patience: Evaluations without progress of any group before training stops, or ``None``.
         callback: Called with each new row; stops the training by returning True.
     """
 
@@ -60,7 +60,7 @@ class HeadTraining(ResumableTraining):
         self.loss_sum += self.trainer.step(x).loss
 
     def evaluate(self) -> str:
-        """Adds a row; keeps each group's averaged weights where they are best."""
+        """Adds a row; keeps the averaged weights of every group that improves."""
         losses = None if self.held_out is None else self._measure(self.held_out)
         loss = (self.loss_sum / max(1, self.steps_since_row)).tolist()
         self.loss_sum, self.steps_since_row = torch.zeros_like(self.loss_sum), 0
@@ -71,7 +71,7 @@ class HeadTraining(ResumableTraining):
         return row.summary()
 
     def _measure(self, held_out: HeldOut) -> list[float]:
-        """Held-out losses of the averaged weights; keeps those of every group that improves."""
+        """Returns the held-out losses of the averaged weights; keeps weights that improve."""
         with self._averaged():
             losses, errors = held_out(self.device)
         self._require_finite(losses)
@@ -86,7 +86,7 @@ class HeadTraining(ResumableTraining):
         return losses
 
     def _stop_early(self, row: Row) -> None:
-        """Stops where the callback says so, or without progress on held-out data."""
+        """Stops if the callback returns True, or without progress on held-out data."""
         callback, last = self.callback, max(self.best_step)
         limit = math.inf if self.patience is None else self.patience * self.terms.eval_every
         if callback is not None and on_rank_zero(lambda: callback(row) is True):
@@ -103,11 +103,11 @@ class HeadTraining(ResumableTraining):
                 )
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The best weights on held-out data; without any, the averaged weights."""
+        """Returns the best weights on held-out data; without such data, the averaged weights."""
         return self.average if self.best is None else self.best
 
     def collect(self) -> None:
-        """Gives every rank the heads of the rank that trains them."""
+        """Copies to every rank the heads of the rank that trains them."""
         kept = (dict(self.prior.heads.state_dict()), self.average, self.best or {})
         owners = [(k, self.trainer.owner(k)) for k in range(len(self.prior.heads))]
         for k, owner in ((k, owner) for k, owner in owners if owner is not None):
@@ -116,7 +116,7 @@ class HeadTraining(ResumableTraining):
                     from_rank(owner, tensors[name])
 
     def history(self) -> History:
-        """History of the training so far."""
+        """Returns the history of the training so far."""
         stopped = str(self.stopped)
         if self.best is None:
             steps = [self.trainer.steps] * len(self.prior.heads)
@@ -146,7 +146,7 @@ class HeadTraining(ResumableTraining):
         self.loss_sum.copy_(saved["loss_sum"])
 
     def optimizer_state(self) -> dict[str, Any]:
-        """State of the optimizer, for each head from the rank that trains it."""
+        """Returns the state of the optimizer, for each head from the rank that trains it."""
         state = super().optimizer_state()
         if not self.trainer.group_parallel:
             return state
@@ -161,7 +161,7 @@ class HeadTraining(ResumableTraining):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Averaged weights and evaluation mode inside; as before afterwards."""
+        """Context with averaged weights and evaluation mode; both are restored at the end."""
         self._swap()
         self.prior.eval()
         try:

@@ -20,7 +20,7 @@ from ncprior.utils.distributed import (
     sum_over_ranks,
 )
 
-_HELD_OUT_DRAWS = 2048  # at least so many draws of z make one held-out loss
+_HELD_OUT_DRAWS = 2048  # fewest draws of z per held-out loss
 
 
 class HeldOut:
@@ -50,7 +50,11 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
-        """Returns the losses and their standard errors, in nats, one per group."""
+        """Returns the losses and their standard errors, in nats, one per group.
+
+        Raises:
+            ValueError: If the held-out data has no batches.
+        """
         passes: list[Tensor] = []
         rows = drawn = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -60,11 +64,11 @@ class HeldOut:
                     generator.set_state(state)
                 parts = [(num_rows(b), self._losses(b, device)) for b in self.batches]
                 if not parts:
-                    raise ValueError("The held-out data has no batches.")
+                    raise ValueError("The held-out data has no batches. Pass at least one row.")
                 rows = sum(count for count, _ in parts)
                 passes.append(torch.cat([losses for _, losses in parts], dim=1))
                 drawn += rows
-        # The error is that of other rows: further draws of the same rows do not lower it.
+        # The standard error is over rows: further draws for the same rows do not lower it.
         losses = torch.stack(passes).mean(0)
         mean = sum_over_ranks(losses.sum(1)) / rows
         spread = sum_over_ranks(self._own_groups(losses - mean[:, None]).square().sum(1))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One line of a history.
+    """Row of a history: the losses at one evaluation.
 
     Attributes:
         step: Steps taken so far.
@@ -43,9 +43,9 @@ class History(NamedTuple):
         best_step: Per group, the step whose averaged weights were kept.
         best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
         best_error: Per group, the standard error of ``best_loss``; ``None`` without held-out data.
-        stopped: Why training ended.
-        stages: The histories of further stages; the heads of the last may have been left out.
-        kept: In the history of a further stage, per group, whether its head was multiplied in.
+        stopped: Reason why training ended.
+        stages: The histories of further stages; the heads of the last stage may not be in use.
+        kept: In the history of a further stage, per group, whether its head is multiplied in.
 
     Example:
         >>> from ncprior import fit
@@ -65,12 +65,12 @@ class History(NamedTuple):
     def has_learnt(self, least: float = 0.0) -> list[bool]:
         """Returns per group whether its head has learnt something that holds on held-out data.
 
-        A head has, if its held-out loss L is below that of no head, 2 log 2, by two standard
-        errors of L: then its Jensen-Shannon divergence, log 2 - L/2, is above 0. Without held-out
-        losses, the answer is True.
+        This holds if the head's held-out loss L is below 2 log 2 nats, the loss without a head, by
+        two standard errors of L: then its Jensen-Shannon divergence, log 2 - L/2, is above 0.
+        Without held-out losses, every value is True.
 
         Arguments:
-            least: Divergence that counts as nothing, in nats.
+            least: Largest divergence that counts as nothing, in nats.
         """
         if self.best_loss is None or self.best_error is None:
             return [True] * len(self.best_step)

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Settings that every training has.
+    """Settings of every training.
 
     Arguments:
         weight_decay: Weight decay of the optimizer.
@@ -58,15 +58,15 @@ class FitSettings(OptimizerSettings):
         cache_epochs: Number of epochs for which the VAE's groups of each row are cached, as
             parameters; z_k is drawn anew from them at every step, see :mod:`ncprior.data`. With
             one group, only the encoder's work is saved; with several, z_<k repeats. ``math.inf``
-            caches once for all, ``None`` never. ``"auto"`` caches once where the distribution of a
-            step stays the same: for one group, rows of a tensor, and an encoder that draws nothing
-            at random.
+            caches once for all epochs, ``None`` never. ``"auto"`` caches once if this does not
+            change the distribution of a step: with one group, rows of a tensor, and an encoder
+            that draws nothing at random.
         cache_memory: GiB of memory for the cache; a larger cache is stored on disk, in the
-            system's folder for temporary files. Has no influence on the result.
+            system's folder for temporary files. The result does not depend on it.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
             ``torch.bfloat16``, which is mixed precision; weights, log r and sums stay in float32.
-        batched: Whether heads of equal shape in several groups are one computation, whose memory
-            grows with the number of groups. On a CPU this is slower for most heads.
+        batched: Whether heads of equal shape in several groups are evaluated in one computation,
+            whose memory grows with the number of groups. On a CPU this is slower for most heads.
         group_parallel: In several processes, whether each of them trains the heads of some groups
             alone, on whole batches, and no gradients are exchanged. Otherwise the rows of every
             batch are distributed over the processes, and gradients are averaged.

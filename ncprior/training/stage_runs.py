@@ -26,11 +26,11 @@ from ncprior.training.stages import reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
 
-_STAGE_CACHE = 50_000  # most draws of the prior so far that are cached,
+_STAGE_CACHE = 50_000  # most cached draws of the prior so far
 
-_DRAWS_PER_ROW = 10  # as many per row of data,
+_DRAWS_PER_ROW = 10  # cached draws per row of data
 
-_FEWEST_DRAWS = 5000  # and fewest
+_FEWEST_DRAWS = 5000  # fewest cached draws
 
 _WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 
@@ -40,7 +40,7 @@ Path = str | os.PathLike[str]
 
 
 class _Inputs(NamedTuple):
-    """Source and data of the training and of the held-out losses; and a hook before batches."""
+    """Source and data of the training and of the held-out losses, and a hook before batches."""
 
     source: LatentSource[Any, Any]
     data: Any
@@ -51,15 +51,15 @@ class _Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class StageRuns:
-    """The data and terms that all stages of one `fit` share.
+    """Data and terms of all stages of one `fit`.
 
     Arguments:
         data: The training data.
         held_out: The held-out data, or ``None``.
         terms: The terms of the training.
-        split_seed: Seed that the held-out rows were split off with.
-        patience: As given to ``fit``; so are the following.
-        callback: Called with each new row.
+        split_seed: Seed of the random split into training and held-out rows.
+        patience: Evaluations without progress before training stops, or ``None``.
+        callback: Called with each new row; stops training by returning True.
         checkpoint_every: Steps between checkpoints.
         progress: Whether to show a progress bar.
     """
@@ -192,7 +192,11 @@ class StageRuns:
         held_out = self._cached(held_out_source, self.held_out)
         return inputs._replace(held_out_source=held_out.source, held_out=held_out)
 
-    def _cached(self, source: LatentSource[Any, Any], data: Any) -> CachedEncodings:  # noqa: ANN401
+    def _cached(
+        self,
+        source: LatentSource[Any, Any],
+        data: Any,  # noqa: ANN401
+    ) -> CachedEncodings:
         memory = int(self.terms.settings.cache_memory * 2**30)
         size = self.terms.batch_size
         return CachedEncodings(source, data, batch_size=size, seed=self.split_seed, budget=memory)
@@ -205,7 +209,7 @@ class StageRuns:
 
 
 def _can_fuse(prior: NCPrior) -> bool:
-    """Whether AdamW has a fused step for these weights: some five times as fast on a CPU."""
+    """Whether AdamW has a fused step for these weights; it is about five times as fast on a CPU."""
     tensors = list(prior.parameters())
     fusable = {"cpu", "cuda"}
     return bool(tensors) and all(

@@ -7,11 +7,11 @@ r"""Stages: further heads, trained on the remaining gap, in one of two forms tha
     \qquad r_{<s} = \exp \sum_{t<s} \ell_t,
 
 where each stage is contrasted with draws of r_{<s}·p by tempered sequential Monte Carlo. The prior
-stays one density, and sampling stays as it was: ``fit(prior, data, stages=3)``.
+is still one density, and is sampled as before: ``fit(prior, data, stages=3)``.
 
 *Nested*. A stage contrasts q with the draws of the previous stage's sampler. At sampling time, it
-proposes from that sampler and weighs by its own ratio alone. It closes the gap that the sampler
-leaves, also at few proposals; but head evaluations multiply, and there is no log-density:
+proposes from that sampler and weighs by its own ratio alone. It closes the remaining gap of the
+sampler, also at few proposals; but head evaluations multiply, and there is no log-density:
 
     second = NCPrior.for_source(nested(prior, partial(sir, num_proposals=20)), x)
 
@@ -39,7 +39,7 @@ from ncprior.samplers.base import Draw, Sampler
 from ncprior.samplers.smc import tempered_smc
 from ncprior.source import Group, LatentSource, device_of
 
-_PARTICLES = 16  # per row, if rows have targets of their own
+_PARTICLES = 16  # per row, if every row has its own target
 
 _POPULATION = 2048  # particles that share one target
 
@@ -49,7 +49,7 @@ _SCATTER = 0.5  # largest standard deviation of log Z between populations, in na
 
 
 class Drawn:
-    """Base whose draws are made by a sampler: it can be sampled, and has no density.
+    """Base that is drawn by a sampler: it can be sampled, and has no density.
 
     Arguments:
         draw: Returns one draw per row.
@@ -73,19 +73,19 @@ class Drawn:
 
 
 def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
-    """Returns a source whose base is the draws of a trained prior: stages in nested form.
+    """Returns a source whose base prior is sampled by a trained prior: stages in nested form.
 
-    Heads trained on it learn the gap that this sampler leaves. They are saved alone: to load them,
-    load the first prior and nest it again.
+    Heads trained on this source learn the remaining gap of the sampler. They are saved without the
+    first prior: to load them, load the first prior and nest it again.
 
     Arguments:
-        prior: The trained prior; it is used as it is whenever a draw is made.
-        sampler: The sampler of its draws, such as ``partial(sir, num_proposals=20)``. The heads of
-            the trained prior are evaluated as often as the product of both samplers' numbers of
-            proposals says, per draw of the next stage.
+        prior: The trained prior, in its state at the time of each draw.
+        sampler: The sampler of its draws, such as ``partial(sir, num_proposals=20)``. For one draw
+            of the next stage, the heads of the trained prior are evaluated as often as the product
+            of both samplers' numbers of proposals.
 
     Returns:
-        A source: the same VAE with that prior. Samplers that need log p raise ``TypeError`` on it.
+        A source: the same VAE with that base. Samplers that need log p raise ``TypeError`` on it.
 
     Example:
         >>> from ncprior import sir
@@ -141,7 +141,8 @@ def with_cached_proposals(
 
     Warns:
         UserWarning: If the base is drawn by tempered Monte Carlo and its estimates of log Z differ
-            so much that its draws are not to be trusted. A closer base helps.
+            by more than 0.5 nats (standard deviation), so that its draws are unreliable. Use a
+            base closer to the aggregate posterior.
     """
     device = device_of(source)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -154,8 +155,8 @@ def with_cached_proposals(
     log_z = torch.tensor(base.log_mean_weights if isinstance(base, Drawn) else [])
     if len(log_z) > 1 and log_z.std() > _SCATTER:
         warnings.warn(
-            f"The draws of the prior so far are not to be trusted: log Z scatters by "
-            f"{log_z.std():.2f} nats between populations of {_POPULATION}. A closer base would help.",
+            f"The draws of the prior so far are unreliable: log Z has a standard deviation of "
+            f"{log_z.std():.2f} nats between populations of {_POPULATION}. Fit a closer base.",
             stacklevel=2,
         )
     return rebase(source, Empirical(z)), rebase(source, Empirical(apart))

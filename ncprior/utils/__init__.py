@@ -1,4 +1,4 @@
-"""Helpers that know nothing of VAEs: precision, fingerprints, random states, process groups."""
+"""Helpers without VAEs: optimisation, precision, fingerprints, random states, process groups."""
 
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.optimise import train

@@ -15,17 +15,17 @@ _APART = 1_000_003  # distance between the seeds of neighbouring ranks; larger t
 
 
 def num_ranks() -> int:
-    """Number of processes of the group; 1 without a group."""
+    """Returns the number of processes of the group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process in the group, from 0."""
+    """Returns the number of this process in the group, from 0."""
     return dist.get_rank() if num_ranks() > 1 else 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum of a tensor over the ranks; the tensor itself without a group."""
+    """Returns the sum of a tensor over the ranks; the tensor itself without a group."""
     if num_ranks() == 1:
         return tensor
     total = _reachable(tensor).clone()
@@ -34,7 +34,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def average_over_ranks(tensor: Tensor) -> Tensor:
-    """Mean of a tensor over the ranks; the tensor itself without a group."""
+    """Returns the mean of a tensor over the ranks; the tensor itself without a group."""
     return sum_over_ranks(tensor) / num_ranks() if num_ranks() > 1 else tensor
 
 
@@ -48,7 +48,7 @@ def from_rank(owner: int, tensor: Tensor) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """Values of all ranks, ordered by rank."""
+    """Returns the values of all ranks, ordered by rank."""
     if num_ranks() == 1:
         return [value]
     found: list[Any] = [None] * num_ranks()
@@ -60,8 +60,8 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     """Calls a function on rank 0 alone, and returns its result on all ranks.
 
     Raises:
-        Exception: The function's own error, on rank 0.
-        RuntimeError: On all other ranks if the function fails, so that none waits for rank 0.
+        Exception: The error of the function, on rank 0.
+        RuntimeError: On all other ranks if the function fails, so that no rank waits for rank 0.
     """
     if num_ranks() == 1:
         return function()
@@ -82,11 +82,11 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def fail_together(error: Exception | None) -> None:
-    """Raises on all ranks if one of them has an error, so that none waits for it.
+    """Raises on all ranks if one of them has an error, so that no rank waits for it.
 
     Raises:
         Exception: The error of this rank.
-        RuntimeError: On ranks without an error of their own.
+        RuntimeError: On ranks without an error.
     """
     failed = float(error is not None)
     if num_ranks() > 1:
@@ -94,7 +94,7 @@ def fail_together(error: Exception | None) -> None:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError("Another rank has failed; see its error.")
+        raise RuntimeError("Another rank has failed. Read the error of that rank.")
 
 
 def align_generators() -> None:
@@ -104,7 +104,7 @@ def align_generators() -> None:
 
 
 def own_seed(seed: int, number: int) -> int:
-    """Seed of one rank, derived from a common seed; 32 bits, the range of a CPU generator."""
+    """Returns the seed of one rank, derived from a common seed; 32 bits, for CPU generators."""
     return (seed + _APART * number) % 2**32
 
 

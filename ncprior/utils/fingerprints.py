@@ -1,4 +1,4 @@
-"""Fingerprints of modules and base priors, to check that heads are used with the right ones."""
+"""Fingerprints of modules and base priors, to check that heads are used with the right VAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch.distributions.utils import lazy_property
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Fingerprint ``"<dtype>:<SHA-256>"`` over a module's sorted names, shapes and float32 values.
+    """Returns the fingerprint ``"<dtype>:<SHA-256>"`` of a module.
+
+    Arguments:
+        module: The module. Names, shapes and values in float32 of its parameters and buffers count,
+            sorted by name.
+
+    Returns:
+        The fingerprint; its first part names the dtypes of the module, such as ``"float32"``.
 
     Example:
         >>> module_fingerprint(torch.nn.Linear(1, 1)).split(":")[0]
@@ -30,9 +37,10 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def base_fingerprint(base: object) -> str | None:
-    """Fingerprint ``"<type>:<SHA-256>"`` over a base's types, shapes and float32 values.
+    """Returns the fingerprint ``"<type>:<SHA-256>"`` of a base's types, shapes and values.
 
-    Only constructor arguments of the distribution count, not attributes derived from them.
+    Values are in float32. Only constructor arguments of the distribution count, not attributes
+    derived from them.
 
     Arguments:
         base: A prior. Its parameters are its attributes, including those of nested distributions

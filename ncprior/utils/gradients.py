@@ -36,7 +36,7 @@ def check_parameters(
 
 
 def share_weights(module: nn.Module) -> None:
-    """Gives all ranks the weights of rank 0; does nothing without a process group."""
+    """Copies the weights of rank 0 to all ranks; does nothing without a process group."""
     for tensor in module.state_dict().values():
         from_rank(0, tensor)
 
@@ -44,8 +44,8 @@ def share_weights(module: nn.Module) -> None:
 def zero_gradients(module: nn.Module) -> None:
     """Sets every gradient to zero, and allocates the gradients that do not exist yet.
 
-    If the backward pass allocated them, they would lie between activations in memory, and the
-    allocator could not reuse that memory for the next group.
+    Gradients that the backward pass allocates lie between activations in memory, so that the
+    allocator cannot reuse the memory of these activations for the next group.
     """
     for p in module.parameters():
         if p.grad is not None:

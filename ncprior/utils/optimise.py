@@ -1,4 +1,4 @@
-"""Schedule and moving average of every training; descent with early stopping; a plain loop."""
+"""Optimisation: cosine schedule, moving average, descent with early stopping, a plain loop."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def update_average(
     """Moves an exponential moving average towards tensors, in place, after a step.
 
     Arguments:
-        average: The averages; integers, which cannot be averaged, are copied.
+        average: The averages; integers are copied instead.
         tensors: The tensors, in the same order.
-        decay: Decay per step; during a warm-up, (1 + step) / (10 + step) where it is less.
+        decay: Decay per step; at most (1 + step) / (10 + step), which is a warm-up.
         step: Number of the step, from 1.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
@@ -67,11 +67,13 @@ def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     if z.ndim < 2 or len(z) < 2:
         raise ValueError(
             f"A base is fitted to latents of shape (N, *event), N at least 2; got "
-            f"{tuple(z.shape)}. latents_of(source, x) encodes data."
+            f"{tuple(z.shape)}. Encode data by latents_of(source, x)."
         )
     flat = z.detach().reshape(len(z), -1).to(dtype)
     if not torch.isfinite(flat).all():
-        raise ValueError("Some latents are not finite. Look at what the encoder returns.")
+        raise ValueError(
+            "Some latents are not finite. Look for NaN or infinity in the output of the encoder."
+        )
     centre, spread = flat.mean(0), flat.std(0)
     spread = torch.where(spread > 0, spread, 1.0)
     return (flat - centre) / spread, centre, spread
@@ -90,28 +92,28 @@ def minimise(
     name: str = "fit",
     progress: bool = False,
 ) -> float:
-    """Minimises a loss in place, and keeps the parameters of the least held-out loss.
+    """Minimises a loss in place, and keeps the parameters with the lowest held-out loss.
 
     The optimizer is AdamW with clipped gradients and a cosine schedule to 0. As in
     :func:`ncprior.fit`, a moving average of the parameters is evaluated and kept; the first
-    candidate is their initial value.
+    candidate is the initial values.
 
     Arguments:
         loss: Draws a batch and returns its mean loss, a scalar.
-        held_out: Returns the held-out loss, the same for the same parameters.
+        held_out: Returns the held-out loss, a deterministic function of the parameters.
         parameters: The parameters; no other tensor gets a gradient.
         steps: Number of steps.
         learning_rate: The first learning rate.
         weight_decay: AdamW's weight decay.
-        patience: Held-out losses, one every 100 steps, without progress before it stops;
+        patience: Held-out losses, one every 100 steps, without progress before training stops;
             ``None`` never stops early.
-        project: Called after each step, to project the parameters onto a convex set (convex, so
-            that their averages stay in it).
+        project: Called after each step, to project the parameters onto a set. It must be convex,
+            so that averages of parameters stay in it.
         name: Name of the fitted model, for the progress bar and for errors.
         progress: Whether to show a progress bar.
 
     Returns:
-        The least held-out loss.
+        The lowest held-out loss.
 
     Raises:
         FloatingPointError: If a held-out loss is not finite; the parameters are the best so far.
@@ -153,7 +155,7 @@ def _step(
 
 
 class _Best:
-    """Moving average of the parameters, and its values at the least held-out loss."""
+    """Moving average of the parameters, and its values at the lowest held-out loss."""
 
     def __init__(
         self, parameters: Sequence[Tensor], held_out: Callable[[], Tensor], name: str
@@ -178,7 +180,7 @@ class _Best:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Afterwards, also on an error: the best parameters, without gradients."""
+        """Context that ends, also on an error, with the best parameters, without gradients."""
         try:
             yield
         finally:
@@ -227,7 +229,7 @@ def train(
         batch_size: Rows per batch.
         learning_rate: The first learning rate.
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
-        name: Name of the progress bar.
+        name: Title of the progress bar.
         progress: Whether to show a progress bar.
 
     Example:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Context with products in bfloat16, or in the tensors' own precision, also under autocast.
+    """Context with products in bfloat16, or in the precision of the tensors.
 
     Arguments:
         device_type: Type of the device, such as ``"cpu"``.
-        precision: ``torch.bfloat16`` for autocast; any other turns autocast off.
+        precision: ``torch.bfloat16`` for autocast; any other dtype turns autocast off.
+
+    Returns:
+        A context manager.
 
     Example:
         >>> with at_precision("cpu", torch.bfloat16):
@@ -39,7 +42,7 @@ def check_precision(precision: torch.dtype) -> None:
 
 
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
-    """Applies a linear layer in its own precision, also under autocast: nats need float32."""
+    """Applies a linear layer in its own precision, also under autocast, for outputs in nats."""
     if not torch.is_autocast_enabled(h.device.type):
         return linear(h)  # type: ignore[no-any-return]
     with torch.autocast(h.device.type, enabled=False):

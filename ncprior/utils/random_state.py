@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of the generators of torch (all devices), NumPy and Python."""
+    """Returns the states of the generators of torch (all devices), NumPy and Python."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -30,7 +30,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Context with seeded generators of torch, NumPy and Python; restored at the end.
+    """Context with seeded generators of torch, NumPy and Python; they are restored at the end.
 
     Arguments:
         seed: The seed, used modulo 2**32.

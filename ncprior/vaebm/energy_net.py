@@ -34,7 +34,8 @@ class EnergyNet(nn.Module):
             ``width``.
 
     Raises:
-        ValueError: If the shape is not (C, H, W), or the width is below 1.
+        ValueError: If the shape is not (C, H, W), or the width is below 1. For vectors, use
+            ``MLPHead``.
 
     References:
         Swish: Searching for Activation Functions (Ramachandran et al., 2017).
@@ -66,7 +67,17 @@ class EnergyNet(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns E(x) in nats, with shape ``(B,)``."""
+        """Energy of images.
+
+        Arguments:
+            x: Images, with shape ``(B, C, H, W)``.
+
+        Returns:
+            E(x) in nats, with shape ``(B,)``, in float32 or better.
+
+        Raises:
+            ValueError: If x has another shape than ``image_shape``.
+        """
         if tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"This energy takes images of shape (B, {', '.join(map(str, self.image_shape))}); "

@@ -1,8 +1,8 @@
-"""`fit_vaebm`: the training of energies as a service, with exact resume and a way back.
+"""`fit_vaebm`: the whole training of an energy, with exact resume and a stop at divergence.
 
 Energies can diverge: the training of the published code "will eventually explode". Here, training
-stops when the energy gap between data and chains is too large, or when a number is not finite. The
-energy then has the weights of the last row before.
+stops if the energy gap between data and chains is too large, or if a number is not finite. The
+energy then has the weights of the last row before the divergence.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _DEFAULTS = EnergySettings()
 
 
 class EnergyRow(NamedTuple):
-    """One line of a history; means over the steps since the previous row.
+    """Row of a history: means over the steps since the previous row.
 
     Attributes:
         step: Steps taken so far.
-        gap: Mean E of data minus mean E of chains, in nats.
-        energy: Mean E of data, in nats.
-        spectral: Sum of the largest singular values.
+        gap: Energy gap in nats: mean E of the data minus mean E of the chains.
+        energy: Mean E of the data, in nats.
+        spectral: Sum of the largest singular values of all weights.
         grad_norm: Norm of the gradient before clipping.
         learning_rate: The learning rate of the last step.
         seconds: Time spent training so far, in seconds.
@@ -58,7 +58,7 @@ class EnergyHistory(NamedTuple):
     Attributes:
         rows: One row every ``eval_every`` steps, and one at the end.
         kept_step: The step whose averaged weights were kept.
-        stopped: Why training ended.
+        stopped: Reason why training ended.
         diverged: Whether training ended because the energy diverged.
     """
 
@@ -91,17 +91,18 @@ def fit_vaebm(
 ) -> EnergyHistory:
     """Trains the energy of a model, and leaves VAE and heads as they were.
 
-    The optimizer is Adam, with a cosine schedule to 0; an exponential moving average of the weights
-    is kept. If ``checkpoint`` exists, training resumes from it as if it had never stopped, with the
-    replay buffer: the weights come out the same, bit for bit.
+    The optimizer is Adam, with a cosine schedule to 0. An exponential moving average of the
+    weights is kept. If ``checkpoint`` exists, training resumes from it, with the replay buffer, as
+    if it had never stopped: the weights come out the same, bit for bit.
 
     Arguments:
         model: The model; its energy ends up with the kept weights, in evaluation mode.
         data: A tensor or map-style dataset of x, a ``DataLoader``, or any iterable of batches.
         steps: Number of optimizer steps.
-        batch_size: Rows per batch, where batches are made here; as many chains are drawn.
+        batch_size: Rows per batch, where batches are made here, and number of chains.
         learning_rate: The first learning rate.
-        sampler: Sampler of NCP for the starts of the chains; ``None`` starts from the base.
+        sampler: Sampler of the NCP prior for the start of the chains; ``None`` starts from the
+            base.
         condition: Returns the chains' condition for a batch, if the source needs one.
         checkpoint: A file to save to and to resume from.
         callback: Called with each new :class:`EnergyRow`; stops training by returning True.
@@ -113,12 +114,14 @@ def fit_vaebm(
         settings: All rarely used settings, such as ``EnergySettings(buffer_size=10_000)``.
 
     Returns:
-        The history of the training. A divergence is not raised: ``diverged`` and ``stopped`` report
-        it, and the weights are those of the last row before.
+        The history of the training. A divergence raises no error: ``diverged`` and ``stopped``
+        report it, and the weights are those of the last row before.
 
     Raises:
         ValueError: If the checkpoint belongs to another training, or a number is out of range.
-        TypeError: If data for a checkpoint can be read only once.
+            Pass another file, or the number in the range that the message names.
+        TypeError: If data for a checkpoint can be read only once. Pass a tensor, a dataset, a
+            ``DataLoader`` or a list.
         RuntimeError: If there are several processes. Call :meth:`VAEBMTrainer.step` in a loop.
 
     Example:
@@ -158,7 +161,7 @@ def fit_vaebm(
 
 
 def _facts(model: VAEBM, sampler: Sampler | None, data: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Returns what a checkpoint compares besides the settings: the chains, the model, the data."""
+    """Returns the properties of chains, model and data that a checkpoint compares."""
     return {
         "langevin": [model.num_steps, model.step_size, model.langevin_target],
         "data_noise": model.data_noise,
@@ -183,7 +186,7 @@ def _trainer(
         ),
         sampler=sampler,
         contrast=settings.contrast,
-        buffer=ReplayBuffer(size, settings.replay_share) if size else None,
+        buffer=ReplayBuffer(size, settings.replay_fraction) if size else None,
         spectral_weight=settings.spectral_weight,
         max_grad_norm=settings.max_grad_norm,
         condition=condition,
@@ -191,7 +194,7 @@ def _trainer(
 
 
 class EnergyTraining(ResumableTraining):
-    """One training of an energy, which goes back to the row before a divergence.
+    """Training of an energy, which returns to the weights of the last row before a divergence.
 
     Arguments:
         model: The model whose energy is trained.
@@ -236,7 +239,7 @@ class EnergyTraining(ResumableTraining):
         return f"gap {row.gap:.2f}, E {row.energy:.1f}"
 
     def kept(self) -> Mapping[str, Tensor]:
-        """The averaged weights; after a divergence, those of the last row before."""
+        """Returns the averaged weights; after a divergence, those of the last row before."""
         return self.good if self.diverged else self.average
 
     @property
@@ -245,7 +248,7 @@ class EnergyTraining(ResumableTraining):
         return self.good_step if self.diverged else self.trainer.steps
 
     def state(self) -> dict[str, Any]:
-        """Content of a checkpoint, with the weights to go back to and the replay buffer."""
+        """Content of a checkpoint, with the weights of the last row and the replay buffer."""
         buffer = self.trainer.buffer
         return {
             **super().state(),
@@ -258,7 +261,7 @@ class EnergyTraining(ResumableTraining):
         }
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
-        """Resumes from a checkpoint, with the weights to go back to and the replay buffer."""
+        """Resumes from a checkpoint, with the weights of the last row and the replay buffer."""
         super().restore(saved, stream)
         self.good = {name: t.to(self.device) for name, t in saved["good"].items()}
         self.good_step, self.diverged = saved["good_step"], saved["diverged"]

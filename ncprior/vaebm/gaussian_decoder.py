@@ -30,7 +30,8 @@ class GaussianDecoder(WrappedSource):
             ``rebase(GaussianDecoder(source, 0.1), base)``.
 
     Example:
-        >>> GaussianDecoder(source, 0.1).likelihood(source.advance(source.start(4), torch.zeros(4, 2)))
+        >>> state = source.advance(source.start(4), torch.zeros(4, 2))
+        >>> GaussianDecoder(source, 0.1).likelihood(state)
         Independent(Normal(loc: torch.Size([4, 3]), scale: torch.Size([4, 3])), 1)
         >>> GaussianDecoder.fitted(source, torch.randn(100, 3)).num_groups
         1
@@ -73,7 +74,7 @@ class GaussianDecoder(WrappedSource):
             The source with the likelihood of that σ.
 
         Raises:
-            ValueError: If the decoder does not return images of the data's shape.
+            ValueError: If the decoder does not return x̂ of the shape of x.
         """
         device, total, count, rows = device_of(source), 0.0, 0, 0
         for batch in one_pass(held_out, batch_size, device):
@@ -82,14 +83,21 @@ class GaussianDecoder(WrappedSource):
             if x_hat.shape != x.shape:
                 raise ValueError(
                     f"Residuals need x and the decoder's mean of one shape; got {tuple(x.shape)} "
-                    f"and {tuple(x_hat.shape)}."
+                    f"and {tuple(x_hat.shape)}. Pass data as the decoder returns them."
                 )
             total += float((x - x_hat).double().square().sum())
             count, rows = count + x.numel(), rows + len(x)
         return cls(source, math.sqrt(total / max(1, count)), f"fitted on {rows} held-out rows")
 
     def likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
-        """Returns p(x | z) = N(x̂, σ² I)."""
+        """Likelihood p(x | z) = N(x̂, σ² I).
+
+        Arguments:
+            state: State of the source after all groups.
+
+        Returns:
+            The distribution of x, with batch shape ``(B,)`` and event shape that of x.
+        """
         mean = self.source.decode(state).float()
         normal = Normal(mean, torch.full_like(mean, self.sigma), validate_args=False)
         return Independent(normal, mean.ndim - 1, validate_args=False)

@@ -140,9 +140,16 @@ class VAEBM(PretrainedEnergy, nn.Module):
         self.decoder_noise = self._probe()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Energy E(x) in nats, with shape ``(B,)``, in float32 or better, also under autocast.
+        """Energy of images, with products in the model's ``precision``, also under autocast.
 
-        Products are in the model's ``precision``, also under autocast of the caller.
+        Arguments:
+            x: Images, with shape ``(B, ...)``.
+
+        Returns:
+            E(x) in nats, with shape ``(B,)``, in float32 or better.
+
+        Raises:
+            ValueError: If the energy does not return shape ``(B,)``.
 
         Example:
             >>> VAEBM(source, lambda x: x.sum(1))(torch.ones(4, 3))
@@ -166,7 +173,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         condition: Any = None,  # noqa: ANN401
         **options: Any,  # noqa: ANN401
     ) -> Chains:
-        """Samples: draws of the VAE or of NCP, moved by Langevin dynamics.
+        """Draws samples of the VAE or of NCP, and moves them by Langevin dynamics.
 
         Arguments:
             batch_size: B, the number of chains.
@@ -180,7 +187,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
 
         Raises:
             FloatingPointError: If the energy, log r or a gradient is not finite.
-            ValueError: If a sampler is given without ratio heads.
+            ValueError: If a sampler is given without ratio heads. Pass ``sampler=None``.
 
         Example:
             >>> chains = VAEBM(prior, lambda x: x.square().sum(1)).sample(8, num_steps=4)
@@ -198,7 +205,18 @@ class VAEBM(PretrainedEnergy, nn.Module):
         sampler: Sampler | None = None,
         condition: Any = None,  # noqa: ANN401
     ) -> tuple[Tensor, ...]:
-        """Noise at the start of chains; the arguments are those of :meth:`sample`.
+        """Draws the noise at the start of chains.
+
+        Arguments:
+            batch_size: B, the number of chains.
+            sampler: Sampler of the NCP prior, see :meth:`sample`.
+            condition: Condition of the source, such as labels, or ``None``.
+
+        Returns:
+            The noise of every group, each ``(B, *event)``, and of a normal decoder, ``(B, ...)``.
+
+        Raises:
+            ValueError: If a sampler is given without ratio heads. Pass ``sampler=None``.
 
         Example:
             >>> [tuple(part.shape) for part in VAEBM(source, lambda x: x.sum(1)).draw_noise(5)]
@@ -220,7 +238,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         adjusted: bool = False,
         condition: Any = None,  # noqa: ANN401
     ) -> Chains:
-        """Langevin chains from given noise: one step is ε ← ε + ½λ ∇log π(ε) + √λ N(0, I).
+        """Runs Langevin chains from given noise; one step is ε ← ε + ½λ ∇log π(ε) + √λ N(0, I).
 
         Arguments:
             noise: Start of the chains: ``noise`` of :class:`Chains`, or of :meth:`draw_noise`.
@@ -233,7 +251,10 @@ class VAEBM(PretrainedEnergy, nn.Module):
             The chains.
 
         Raises:
-            FloatingPointError: If the energy, log r or a gradient is not finite.
+            FloatingPointError: If the energy, log r or a gradient is not finite. Use a smaller
+                ``step_size``.
+            ValueError: If the noise is not one tensor per group and, for a normal decoder, one
+                more. Pass that of :meth:`draw_noise` or of other chains.
 
         Example:
             >>> model = VAEBM(source, lambda x: x.square().sum(1))
@@ -261,7 +282,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
 
     def extra_repr(self) -> str:
-        """Settings in ``print(model)``, besides the energy."""
+        """Returns the settings in ``print(model)``, besides the energy."""
         of = "" if self.prior is None else f"{len(self.prior.heads)} ratio heads on "
         noisy = gaussian_decoder_of(self.source)
         name = type(self.source).__name__ if noisy is None else repr(noisy)
@@ -279,7 +300,11 @@ class VAEBM(PretrainedEnergy, nn.Module):
         other._modules = {name: deepcopy(m, memo) for name, m in self._modules.items()}
         return other
 
-    def _walk(self, condition: Any, precision: torch.dtype = torch.float32) -> NoiseMap:  # noqa: ANN401
+    def _walk(
+        self,
+        condition: Any,  # noqa: ANN401
+        precision: torch.dtype = torch.float32,
+    ) -> NoiseMap:
         official = self.langevin_target == "official"
         return NoiseMap(self.source, self.prior, condition, official, precision)
 

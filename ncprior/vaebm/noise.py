@@ -160,7 +160,8 @@ class NoiseMap:
         with at_precision(u.device.type, torch.float32):  # also for a VAE in bfloat16
             z = _from_noise(group.prior, u)
             if normal is None:
-                log_weight = log_weight + group.prior.log_prob(z) + 0.5 * _sum(u.square())  # type: ignore[attr-defined]
+                log_p = group.prior.log_prob(z)  # type: ignore[attr-defined]
+                log_weight = log_weight + log_p + 0.5 * _sum(u.square())
             elif self.official:
                 log_weight = log_weight - _sum(normal.scale.log().expand_as(u))
         if self.prior is not None and self.prior.is_on(k):
@@ -200,7 +201,11 @@ def normal_of(distribution: object) -> Normal | None:
     return distribution if isinstance(distribution, Normal) else None
 
 
-def _mean(likelihood: Distribution, source: LatentSource[Any, Any], state: Any) -> Tensor:  # noqa: ANN401
+def _mean(
+    likelihood: Distribution,
+    source: LatentSource[Any, Any],
+    state: Any,  # noqa: ANN401
+) -> Tensor:
     """Mean of p(x | z); from ``source.decode``, at twice the cost, if there is no other."""
     try:
         return likelihood.mean

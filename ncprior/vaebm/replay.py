@@ -1,4 +1,4 @@
-"""Replay buffer of Langevin chains, from whose ends new chains can go on."""
+"""Replay buffer of Langevin chains: new chains can continue earlier ones."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor
 
 
 class ReplayBuffer:
-    """Replay buffer: the noise of the last chains, from which some of the new chains go on.
+    """Replay buffer: the noise of the last chains, which some of the new chains continue.
 
     Arguments:
         size: Largest number of kept chains; the oldest are replaced first.
-        share: Probability that a chain goes on from a kept one, if there are any.
+        fraction: Probability that a new chain continues a kept one, if there are any.
 
     Raises:
-        ValueError: If the size is below 1, or the share is not from 0 to 1.
+        ValueError: If the size is below 1, or the fraction is not from 0 to 1.
 
     References:
         Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient
         (Tieleman, ICML 2008); Xiao et al. (2021), whose persistent chains keep ε_z alone.
     """
 
-    def __init__(self, size: int, share: float) -> None:
-        if size < 1 or not 0 <= share <= 1:
+    def __init__(self, size: int, fraction: float) -> None:
+        if size < 1 or not 0 <= fraction <= 1:
             raise ValueError(
-                f"A replay buffer keeps 1 chain or more and has a share from 0 to 1; got {size} "
-                f"and {share}."
+                f"A replay buffer needs a size of at least 1 and a fraction from 0 to 1; got "
+                f"{size} and {fraction}."
             )
-        self.size, self.share = size, share
+        self.size, self.fraction = size, fraction
         self.kept: tuple[Tensor, ...] = ()  # each (at most size, *event)
         self.pushed = 0
 
@@ -38,7 +38,7 @@ class ReplayBuffer:
         if not self.kept:
             return tuple(fresh)
         rows, device = len(fresh[0]), fresh[0].device
-        replayed = torch.rand(rows, device=device) < self.share
+        replayed = torch.rand(rows, device=device) < self.fraction
         index = torch.randint(len(self.kept[0]), (rows,), device=device)
         return tuple(
             torch.where(replayed.reshape(-1, *(1,) * (new.ndim - 1)), old[index].to(new), new)
@@ -46,7 +46,7 @@ class ReplayBuffer:
         )
 
     def push(self, noise: Sequence[Tensor]) -> None:
-        """Adds the noise of finished chains, in place of the oldest."""
+        """Adds the noise of finished chains, which replaces the oldest."""
         noise = [part.detach()[: self.size] for part in noise]
         filled, count = len(self.kept[0]) if self.kept else 0, len(noise[0])
         if filled < self.size:

@@ -1,4 +1,4 @@
-"""Saving of an energy, with what it was trained on: the VAE, its base, heads, noise and chains."""
+"""Saving of an energy, with fingerprints of the VAE, base and heads, and settings of the chains."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class PretrainedEnergy(Pretrained):
             _check_trained_on(saved, now)
             saved.check_fingerprints(now["fingerprint"])
         if (new := energy) is None:
-            new = saved.build("its energy", config["energy"], ENERGIES, "pass energy=")
+            new = saved.build("its energy", config["energy"], ENERGIES, "Pass energy=")
         saved.check_tensors(new.state_dict(), "energy")
         model = cls(source, new, **{name: config[name] for name in _SETTINGS})
         new.load_state_dict(saved.tensors, assign=energy is None)
@@ -108,17 +108,17 @@ def _check_trained_on(saved: SavedFile, now: Mapping[str, Any]) -> None:
     """Validates that heads and decoder noise are those of training."""
     both = saved.config["fingerprint"]["heads"], now["fingerprint"]["heads"]
     if both[0] != both[1]:
-        over, given = ("the VAE alone" if heads is None else f"heads {heads}" for heads in both)
-        saved.refuse(
-            f"it was trained over {over}, and now there is {given}. Pass the NCP prior, or the "
-            f"source, that it was trained on, or check_fingerprint=False"
+        stored, given = ("the VAE alone" if heads is None else f"heads {heads}" for heads in both)
+        saved.fail(
+            f"it was trained on {stored}; got {given}",
+            "Pass the NCP prior, or the source, that it was trained on, or check_fingerprint=False",
         )
     sigma = saved.config["sigma"]
     if not _same_sigma(sigma, now["sigma"]):
-        saved.refuse(
+        saved.fail(
             f"it was trained with decoder noise {sigma or 'of the likelihood'}, and the source "
-            f"has {now['sigma'] or 'that of its likelihood'}. Wrap it in GaussianDecoder(source, "
-            f"sigma), or leave that out"
+            f"has {now['sigma'] or 'that of its likelihood'}",
+            "Wrap it in GaussianDecoder(source, sigma), or leave that out",
         )
 
 

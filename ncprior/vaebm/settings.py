@@ -17,10 +17,10 @@ class EnergySettings(OptimizerSettings):
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
         ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
         contrast: ``"x"`` or ``"mean"``, see :class:`VAEBMTrainer`.
-        buffer_size: Number of chains kept to go on from; 0 starts each step afresh.
-        replay_share: Probability that a chain goes on from a kept one.
+        buffer_size: Number of chains kept in the replay buffer; 0 starts new chains at every step.
+        replay_fraction: Probability that a new chain continues a kept one.
         spectral_weight: Weight of the spectral regularisation.
-        max_gap: Largest distance of a row's energy gap from 0, in nats; beyond it, training has
+        max_gap: Largest absolute energy gap of a row, in nats; with a larger one, training has
             diverged.
 
     Raises:
@@ -39,7 +39,7 @@ class EnergySettings(OptimizerSettings):
     ema_decay: float = 0.99
     contrast: Contrast = "x"
     buffer_size: int = 0
-    replay_share: float = 0.6
+    replay_fraction: float = 0.6
     spectral_weight: float = 0.002
     max_gap: float = 100.0
 

@@ -3,8 +3,8 @@ r"""Spectral regularisation: the sum of the largest singular values of a network
 .. math::
     R(\theta) = \sum_W \sigma_1(W) = \sum_W u_W^T W v_W,
 
-where W is a weight with all axes but the first flattened, and u, v are its leading singular vectors.
-They are found by power iteration, which goes on from the vectors of the last call. The gradient
+where W is a weight with all axes but the first flattened, and u, v are its leading singular
+vectors. They are found by power iteration, which starts from the vectors of the last call. The gradient
 treats u and v as constants: ∂R/∂W = u vᵀ.
 
 References:
@@ -26,7 +26,7 @@ _FIRST_ITERATIONS = 30
 
 
 class SpectralPenalty(nn.Module):
-    """Spectral penalty R(θ) of a network; the vectors u are its buffers, the network no submodule.
+    """Spectral penalty R(θ) of a network; the vectors u are buffers, the network no submodule.
 
     Arguments:
         net: The network; every parameter of two axes or more is a weight.

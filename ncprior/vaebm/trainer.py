@@ -8,7 +8,7 @@ With p_E(x) ∝ p(x)·e^{-E(x)}, p the VAE or NCP, the gradient of the likelihoo
 
 whose second mean is taken over the ends of short Langevin chains. Chains start from the VAE, from
 NCP's own sampler, or from the ends of earlier chains. The energy is learnt together with the
-chains: if these are too short to forget their start, it is steeper than log p / p_data.
+chains: if the chains are too short to forget their start, the energy is steeper than log p / p_data.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -47,7 +47,7 @@ class EnergyMetrics(NamedTuple):
         gap: Mean E of the data minus mean E of the chains, in nats; about 0 if the chains follow
             the energy.
         energy: Mean E of the data, in nats.
-        spectral: Sum of the largest singular values.
+        spectral: Sum of the largest singular values of all weights.
         grad_norm: Norm of the gradient before clipping.
     """
 
@@ -58,7 +58,7 @@ class EnergyMetrics(NamedTuple):
 
 
 class VAEBMTrainer:
-    """One step of energy training, for a loop of one's own.
+    """Single steps of energy training, for a loop of your own.
 
     The model's ``data_noise`` is added to the data, drawn anew in every step.
 
@@ -66,21 +66,22 @@ class VAEBMTrainer:
     averaged over the ranks.
 
     Arguments:
-        model: The model whose energy is trained; chains have its numbers of steps and its λ.
+        model: The model whose energy is trained; chains have its number of steps and its λ.
         optimizer: An optimizer of the energy's parameters.
         backward: Back-propagates a loss.
-        sampler: Sampler of NCP for the starts of the chains; ``None`` starts from the base.
-        contrast: Output of a chain that is contrasted with data: ``"x"``, with the decoder's noise,
-            or ``"mean"``, as in the published code on all data sets but CIFAR-10.
-        buffer: Buffer of chains to go on from; ``None`` starts each step afresh.
+        sampler: Sampler of the NCP prior for the start of the chains; ``None`` starts from the
+            base.
+        contrast: Output of a chain that is contrasted with data: ``"x"``, with the noise of the
+            decoder, or ``"mean"``, as in the published code on all data sets but CIFAR-10.
+        buffer: Replay buffer of chains; ``None`` starts new chains at every step.
         spectral_weight: Weight of the spectral regularisation. The published code has 0.2, for
             larger networks; a weight that is too large for a small gap keeps a new network flat.
         max_grad_norm: Largest norm of the gradient; ``None`` does not clip.
         condition: Returns the chains' condition for a batch, if the source needs one.
 
     Raises:
-        ValueError: If the optimizer holds parameters that are not the energy's, or the options do
-            not go together.
+        ValueError: If the optimizer holds parameters that are not the energy's, or the options
+            exclude each other. The message names the remedy.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -112,13 +113,13 @@ class VAEBMTrainer:
             )
         if model.data_noise and contrast == "mean":
             raise ValueError(
-                f"Means have no noise, and data of this model have σ = {model.data_noise:g}. Take "
+                f"Means have no noise, and data of this model have σ = {model.data_noise:g}. Pass "
                 f'contrast="x", or a model without data_noise.'
             )
         if condition is not None and buffer is not None:
             raise ValueError(
-                "A replay buffer keeps chains, and not the conditions that they were drawn under. "
-                "Leave out one of the two."
+                "A replay buffer keeps chains without their conditions; got both a buffer and a "
+                "condition. Leave out one of the two."
             )
         check_parameters(optimizer, model, "the energy's", "model.parameters()")
         self.model, self.optimizer, self.backward = model, optimizer, backward
@@ -133,15 +134,17 @@ class VAEBMTrainer:
         """Takes one optimizer step on one batch.
 
         Arguments:
-            x: One batch, as the user's loader yields it. In a tuple, the first item is the images.
+            x: One batch, as the user's loader yields it, with images ``(B, ...)``. If it is a
+                tuple such as (image, label), the images are its first item.
 
         Returns:
-            Energies and gradient norm, averaged over the ranks.
+            Energies in nats and gradient norm, averaged over the ranks.
 
         Raises:
-            FloatingPointError: If a chain, the loss or a gradient is not finite. The energy and the
-                buffer are then as they were before the step.
-            ValueError: If data and chains have other shapes.
+            FloatingPointError: If a chain, the loss or a gradient is not finite. The energy and
+                the buffer are then as they were before the step. Use a lower learning rate.
+            ValueError: If data and chains have different shapes. Pass images as the VAE decodes
+                them.
 
         Example:
             >>> from ncprior.heads import MLPHead
@@ -155,8 +158,8 @@ class VAEBMTrainer:
         drawn = chains.x if self.contrast == "x" else chains.mean
         if data.shape != drawn.shape:
             raise ValueError(
-                f"The energy sets data against what the VAE decodes: images of one shape; got "
-                f"{tuple(data.shape)} and {tuple(drawn.shape)}."
+                f"Data and images decoded by the VAE must have one shape; got "
+                f"{tuple(data.shape)} and {tuple(drawn.shape)}. Pass images as the VAE decodes them."
             )
         data = data.to(drawn)
         if self.model.data_noise:
@@ -181,7 +184,14 @@ class VAEBMTrainer:
         """Draws the chains that a batch is contrasted with.
 
         Arguments:
-            x: The batch.
+            x: One batch, as for :meth:`step`.
+
+        Returns:
+            As many chains as the batch has rows, B.
+
+        Raises:
+            FloatingPointError: If the energy, log r or a gradient is not finite.
+            ValueError: If the VAE is in training mode. Call ``eval()`` on it.
 
         Example:
             >>> from ncprior.heads import MLPHead

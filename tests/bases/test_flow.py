@@ -214,7 +214,7 @@ def test_a_file_that_makes_no_flow_is_refused(edit: Any, tmp_path: Path) -> None
     tensors, config = load_tensors(tmp_path / FILE)
     edit(tensors, config)
     save_tensors(tmp_path / FILE, tensors, config)
-    with pytest.raises(ValueError, match="its base is not made as a Flow is"):
+    with pytest.raises(ValueError, match="its base cannot be built as a Flow"):
         NCPrior.from_pretrained(source, tmp_path)
 
 

@@ -196,7 +196,7 @@ def test_a_file_that_makes_no_base_is_refused(edit: Any, tmp_path: Path) -> None
     tensors, config = load_tensors(tmp_path / FILE)
     edit(tensors, config)
     save_tensors(tmp_path / FILE, tensors, config)
-    with pytest.raises(ValueError, match="its base is not made as a FlowMatching is"):
+    with pytest.raises(ValueError, match="its base cannot be built as a FlowMatching"):
         NCPrior.from_pretrained(source, tmp_path)
 
 

@@ -182,7 +182,9 @@ def test_own_heads_are_passed_in(tmp_path: Path) -> None:
     assert inspect(tmp_path)["heads"] == [{"kind": "custom", "config": {"class": "Bowl"}}]
     assert "from_pretrained(source, " in (card := (tmp_path / "README.md").read_text())
     assert "heads=..." in card
-    with pytest.raises(ValueError, match="head 0 is a Bowl of its author's own; pass heads="):
+    with pytest.raises(
+        ValueError, match="head 0 is a Bowl, which ncprior cannot build. Pass heads="
+    ):
         NCPrior.from_pretrained(prior.source, tmp_path)
 
 
@@ -201,19 +203,25 @@ def test_one_head_per_group(heads: list[nn.Module], prior: NCPrior, saved: Path)
 
 
 HEADS: dict[str, object] = {
-    "head 0 is none of MLPHead, ConvHead, CategoricalHead": {"kind": "os.system", "config": {}},
-    "head 0 is none": {"kind": "torch.nn.Linear", "config": {"in_features": 1}},
-    "head 0 is none of": "MLPHead",
-    "is none of": {"kind": "MLPHead"},
-    "is none of MLPHead": {"kind": ["MLPHead"], "config": {}},
-    "is not made as a MLPHead is .*code": {
+    "head 0 must be one of MLPHead, ConvHead, CategoricalHead": {
+        "kind": "os.system",
+        "config": {},
+    },
+    "head 0 must be one": {"kind": "torch.nn.Linear", "config": {"in_features": 1}},
+    "head 0 must be one of": "MLPHead",
+    "must be one of": {"kind": "MLPHead"},
+    "must be one of MLPHead": {"kind": ["MLPHead"], "config": {}},
+    "cannot be built as a MLPHead .*code": {
         "kind": "MLPHead",
         "config": {"event_shape": [2], "code": 1},
     },
-    "is not made as a MLPHead is": {"kind": "MLPHead", "config": {}},
-    "not made as a MLPHead is": {"kind": "MLPHead", "config": {"event_shape": [2], "width": "8"}},
-    "not made as a ConvHead is": {"kind": "ConvHead", "config": {"event_shape": [2]}},
-    "tensors are not those of the heads .*of another shape": {
+    "cannot be built as a MLPHead": {"kind": "MLPHead", "config": {}},
+    "cannot be built as a MLPHead \\(empty": {
+        "kind": "MLPHead",
+        "config": {"event_shape": [2], "width": "8"},
+    },
+    "cannot be built as a ConvHead": {"kind": "ConvHead", "config": {"event_shape": [2]}},
+    "tensors do not fit the heads .*of another shape": {
         "kind": "MLPHead",
         "config": {"event_shape": [2], "width": 16, "depth": 1},
     },
@@ -273,18 +281,20 @@ def test_heads_on_a_base_of_ones_own_need_that_base(tmp_path: Path) -> None:
         NCPrior.from_pretrained(gaussian(), tmp_path)
     loaded = NCPrior.from_pretrained(nested(first, partial(sir, num_proposals=3)), tmp_path)
     assert equal_draws(loaded, second)
-    assert "one of its author's own" in (tmp_path / "README.md").read_text()
+    assert "The base prior is not in here" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("match", "change"),
     {
-        "its base is none of GaussianMixture": lambda c, t: c.update(base={"kind": "os.system"}),
-        "its base is not made as": lambda c, t: t.pop("base.scale"),
-        "base is not made as a GaussianMixture": lambda c, t: t.update(
+        "its base must be one of GaussianMixture": lambda c, t: c.update(
+            base={"kind": "os.system"}
+        ),
+        "its base cannot be built as": lambda c, t: t.pop("base.scale"),
+        "base cannot be built as a GaussianMixture": lambda c, t: t.update(
             {"base.loc": torch.ones(2)}
         ),
-        "makes no sense of: base": lambda c, t: c.update(base=3),
+        "has no valid base": lambda c, t: c.update(base=3),
     }.items(),
 )
 def test_a_base_comes_from_a_fixed_table(match: str, change: Any, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_an_energy_comes_back_from_the_hub(
     assert found["equal"] and repository.private and len(repository.commits) == 2
     assert files.keys() == {".gitattributes", "vaebm.safetensors", "config.json", "README.md"}
     assert 'VAEBM.from_pretrained(source, "tester/my-energy")' in files["README.md"].decode()
-    assert "no vaebm.safetensors to be had from a Hub repository" in found["absent"]
+    assert "vaebm.safetensors cannot be downloaded from a Hub repository" in found["absent"]
 
 
 @pytest.mark.slow  # huggingface_hub tries for a minute

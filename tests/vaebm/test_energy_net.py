@@ -130,7 +130,7 @@ def test_a_weight_of_zeros_and_a_net_without_weights() -> None:
 
 
 def test_a_share_of_the_chains_goes_on_from_kept_ones() -> None:
-    buffer = ReplayBuffer(50, share=0.3)
+    buffer = ReplayBuffer(50, fraction=0.3)
     fresh = (torch.zeros(4000, 2), torch.zeros(4000, 1, 3))
     assert torch.equal(buffer.mix(fresh)[0], fresh[0])  # none is kept yet
     ones = torch.arange(1.0, 51)
@@ -143,7 +143,7 @@ def test_a_share_of_the_chains_goes_on_from_kept_ones() -> None:
 
 
 def test_the_oldest_chains_are_replaced_first() -> None:
-    buffer = ReplayBuffer(5, share=1.0)
+    buffer = ReplayBuffer(5, fraction=1.0)
     for i in range(4):
         buffer.push((torch.full((2, 1), float(i)),))
     assert sorted(buffer.kept[0].flatten().tolist()) == [1.0, 2.0, 2.0, 3.0, 3.0]
@@ -152,14 +152,14 @@ def test_the_oldest_chains_are_replaced_first() -> None:
 
 
 def test_what_was_pushed_may_be_changed_afterwards() -> None:
-    buffer, noise = ReplayBuffer(5, share=1.0), torch.ones(5, 1, requires_grad=True)
+    buffer, noise = ReplayBuffer(5, fraction=1.0), torch.ones(5, 1, requires_grad=True)
     buffer.push((noise,))
     with torch.no_grad():
         noise.zero_()
     assert buffer.kept[0].sum() == 5 and not buffer.kept[0].requires_grad
 
 
-@pytest.mark.parametrize(("size", "share"), [(0, 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))])
-def test_a_buffer_that_makes_no_sense_is_refused(size: int, share: float) -> None:
+@pytest.mark.parametrize(("size", "fraction"), [(0, 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))])
+def test_a_buffer_that_makes_no_sense_is_refused(size: int, fraction: float) -> None:
     with pytest.raises(ValueError, match="keeps 1 chain or more"):
-        ReplayBuffer(size, share)
+        ReplayBuffer(size, fraction)

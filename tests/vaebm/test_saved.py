@@ -175,7 +175,7 @@ def test_another_vae_base_noise_or_prior_is_refused(saved: Path) -> None:
     )
     VAEBM.from_pretrained(source(sigma=0.1 + 1e-9), saved)  # fitted with other threads
     prior = trained(source())
-    refuses("trained over the VAE alone, and now there is heads float32:", prior, saved)
+    refuses("trained on the VAE alone; got heads float32:", prior, saved)
     for other in (source(seed=1), source(sigma=0.2), prior):
         VAEBM.from_pretrained(other, saved, check_fingerprint=False)
 
@@ -184,15 +184,15 @@ def test_other_heads_or_another_strength_are_refused(tmp_path: Path) -> None:
     prior = trained(source())
     model(prior).save_pretrained(tmp_path)
     VAEBM.from_pretrained(prior, tmp_path)
-    refuses("trained over heads .*, and now there is the VAE alone", prior.source, tmp_path)
+    refuses("trained on heads .*; got the VAE alone", prior.source, tmp_path)
     prior.strength = 0.5
-    refuses("trained over heads .*:1.0:1, and now there is heads .*:0.5:1", prior, tmp_path)
+    refuses("trained on heads .*:1.0:1; got heads .*:0.5:1", prior, tmp_path)
     prior.strength, prior.active = 1.0, [False]
-    refuses("and now there is heads .*:1.0:0", prior, tmp_path)
+    refuses("got heads .*:1.0:0", prior, tmp_path)
     prior.active = [True]
     with torch.no_grad():
         next(prior.parameters()).add_(1.0)
-    refuses("trained over heads", prior, tmp_path)
+    refuses("trained on heads", prior, tmp_path)
 
 
 def test_a_missing_fingerprint_is_warned_of(saved: Path) -> None:
@@ -207,7 +207,9 @@ def test_a_missing_fingerprint_is_warned_of(saved: Path) -> None:
 def test_a_net_of_ones_own_takes_the_saved_tensors(tmp_path: Path) -> None:
     of = VAEBM(source(), stirred(Quadratic(3)))
     of.save_pretrained(tmp_path)
-    refuses("its energy is a Quadratic of its author's own; pass energy=", source(), tmp_path)
+    refuses(
+        "its energy is a Quadratic, which ncprior cannot build. Pass energy=", source(), tmp_path
+    )
     loaded = VAEBM.from_pretrained(source(), tmp_path, energy=Quadratic(3))
     assert equal_chains(of, loaded)
     other = stirred(Quadratic(4))
@@ -236,16 +238,19 @@ def test_a_damaged_file_is_refused(saved: Path) -> None:
     [
         ({"format": 2}, "it has format 2, and ncprior .* reads format 1"),
         ({"extra": 1}, "unknown keys: extra"),
-        ({"num_steps": -1}, "makes no sense of: num_steps"),
-        ({"num_steps": 1.5}, "makes no sense of: num_steps"),
-        ({"step_size": 0}, "makes no sense of: step_size"),
-        ({"langevin_target": "other"}, "makes no sense of: langevin_target"),
-        ({"data_noise": -0.5}, "makes no sense of: data_noise"),
-        ({"data_noise": "much"}, "makes no sense of: data_noise"),
-        ({"sigma": "wide"}, "makes no sense of: sigma"),
-        ({"fingerprint": {"vae": None}}, "makes no sense of: fingerprint"),
-        ({"energy": {"kind": "os.system", "config": {}}}, "none of EnergyNet, MLPHead"),
-        ({"energy": {"kind": "MLPHead", "config": {"width": "x"}}}, "not made as a MLPHead is"),
+        ({"num_steps": -1}, "has no valid num_steps"),
+        ({"num_steps": 1.5}, "has no valid num_steps"),
+        ({"step_size": 0}, "has no valid step_size"),
+        ({"langevin_target": "other"}, "has no valid langevin_target"),
+        ({"data_noise": -0.5}, "has no valid data_noise"),
+        ({"data_noise": "much"}, "has no valid data_noise"),
+        ({"sigma": "wide"}, "has no valid sigma"),
+        ({"fingerprint": {"vae": None}}, "has no valid fingerprint"),
+        ({"energy": {"kind": "os.system", "config": {}}}, "must be one of EnergyNet, MLPHead"),
+        (
+            {"energy": {"kind": "MLPHead", "config": {"width": "x"}}},
+            "cannot be built as a MLPHead",
+        ),
         ({"energy": {"kind": "EnergyNet", "config": {"image_shape": [3]}}}, "shape \\(C, H, W\\)"),
         (
             {
@@ -254,7 +259,7 @@ def test_a_damaged_file_is_refused(saved: Path) -> None:
                     "config": {"event_shape": [3], "width": 4, "depth": 1},
                 }
             },
-            "its tensors are not those of the energy",
+            "its tensors do not fit the energy",
         ),
     ],
 )
@@ -269,7 +274,7 @@ def test_an_edited_configuration_is_refused(
 def test_what_is_not_there_is_named(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no file"):
         VAEBM.from_pretrained(source(), tmp_path)
-    with pytest.raises(ValueError, match="A revision is one of a Hub repository"):
+    with pytest.raises(ValueError, match="A revision belongs to a Hub repository"):
         VAEBM.from_pretrained(source(), saved, revision="main")
     trained(gaussian()).save_pretrained(tmp_path / "heads")
     with pytest.raises(FileNotFoundError, match=FILE):

@@ -174,7 +174,7 @@ def test_data_as_noisy_as_the_decoder_are_told_from_its_draws_by_nothing() -> No
 
 def test_chains_go_on_from_the_buffer() -> None:
     of = model()
-    buffer = ReplayBuffer(16, share=1.0)
+    buffer = ReplayBuffer(16, fraction=1.0)
     trainer = VAEBMTrainer(of, torch.optim.SGD(of.parameters(), 0.0), buffer=buffer)
     trainer.step(data(16))
     ends = buffer.kept
@@ -262,7 +262,7 @@ def test_means_are_not_set_against_noisy_data() -> None:
 def test_bad_batches_and_optimizers_are_refused() -> None:
     of = model()
     trainer = VAEBMTrainer(of, adam(of))
-    with pytest.raises(ValueError, match=r"of one shape; got \(16, 2\) and \(16, 3\)"):
+    with pytest.raises(ValueError, match=r"must have one shape; got \(16, 2\) and \(16, 3\)"):
         trainer.step(data(16)[:, :2])
     other = torch.nn.Linear(3, 1)
     with pytest.raises(ValueError, match="not the energy's; the VAE stays frozen"):
@@ -400,7 +400,7 @@ def test_a_callback_stops_it() -> None:
         ({"max_gap": 0.0}, "max_gap must be positive"),
         ({"max_gap": float("nan")}, "max_gap must be positive"),
         ({"contrast": "nothing"}, "contrast is one of"),
-        ({"buffer_size": 5, "replay_share": 2.0}, "a share from 0 to 1"),
+        ({"buffer_size": 5, "replay_fraction": 2.0}, "a fraction from 0 to 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
