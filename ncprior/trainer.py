@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ncprior.heads.inputs import head_input
-from ncprior.heads.stacked import log_ratios
-from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
-from ncprior.source import contrastive_pairs
 from ncprior.utils.distributed import (
     average_over_ranks,
     num_ranks,
@@ -66,8 +62,6 @@ class NCETrainer:
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
             ``torch.bfloat16``; weights, log r and sums are in float32 in either case.
-        batched: Whether heads of equal shape in several groups are evaluated in one computation,
-            whose memory grows with the number of groups. On a CPU this is slower for most heads.
         group_parallel: Whether each rank trains the heads of some groups alone, on all rows of its
             batches, and no gradients are exchanged. Groups are assigned to ranks in turn. A head
             is then up to date only on its :meth:`owner`.
@@ -95,7 +89,6 @@ class NCETrainer:
         num_draws: int = 1,
         max_grad_norm: float | None = 5.0,
         precision: torch.dtype = torch.float32,
-        batched: bool = False,
         group_parallel: bool = False,
     ) -> None:
         if num_draws < 1:
@@ -114,7 +107,6 @@ class NCETrainer:
         self.num_draws = num_draws
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.precision = precision
-        self.batched = batched
         self.group_parallel = group_parallel
         self.steps = 0
         share_weights(prior)
@@ -152,8 +144,7 @@ class NCETrainer:
         """
         for k in self.groups:
             zero_gradients(self.prior.heads[k])
-        at_once = self.batched and self.groups  # a rank may have none
-        losses = self._all_at_once(x) if at_once else self._in_turn(x)
+        losses = self._backward(x)
         if self.group_parallel:
             mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms(losses)]))
         else:
@@ -163,7 +154,8 @@ class NCETrainer:
         self.steps += 1
         return StepMetrics(mean_loss, norms)
 
-    def _in_turn(self, x: Any) -> Tensor:  # noqa: ANN401
+    def _backward(self, x: Any) -> Tensor:  # noqa: ANN401
+        """Back-propagates the loss of each group in turn; returns the losses, with shape ``(K,)``."""
         losses = []
         for loss in self.prior.group_losses(
             *(x, self.noise_weight, self.num_draws),
@@ -174,19 +166,6 @@ class NCETrainer:
                 self.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses)
-
-    def _all_at_once(self, x: Any) -> Tensor:  # noqa: ANN401
-        pairs = list(contrastive_pairs(self.prior.source, x, self.num_draws))
-        heads = [self.prior.heads[k] for k in self.groups]
-        inputs = [
-            (head_input(self.prior.source, k, pairs[k][0]), pairs[k][1]) for k in self.groups
-        ]
-        log_r = log_ratios(heads, inputs, precision=self.precision)
-        losses = torch.stack([nce_loss(q, p, self.noise_weight) for q, p in log_r])
-        if losses.requires_grad:
-            self.backward(losses.sum())
-        found = dict(zip(self.groups, losses.detach(), strict=True))
-        return torch.stack([found.get(k, losses.new_zeros(())) for k in range(len(pairs))])
 
     def _norms(self, losses: Tensor) -> Tensor:
         """Averages and clips the heads' gradients; returns their norms before clipping."""

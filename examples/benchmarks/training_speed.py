@@ -11,7 +11,7 @@ with one thread. `train-flat`: a convolutional VAE on MNIST with 16 latents, our
 `train-flat-fp32` is without it. `train-hierarchical`: ten groups of latents, mixed precision, walks
 shared for ten epochs; `walk-epochs-E` shares them for E epochs in float32, and `loss_cost` is what
 that adds to the held-out loss in nats. `gain-95`: seconds to 95 % of the final gain in held-out loss.
-`groups-K`: heads alone, in turn and at once; `processes-N`: N processes of one thread, steps of 1,024
+`groups-K`: heads alone; `processes-N`: N processes of one thread, steps of 1,024
 rows in all, on the clock: leave the machine to it.
 """
 
@@ -210,13 +210,12 @@ class Speed:
         """Time of a step per group, of 1 group and of 30."""
         contenders: dict[str, Contender] = {}
         for count in (1, 30):
-            for how, batched in {"in-turn": False, "at-once": True}.items():
-                torch.manual_seed(seed)
-                trainer, walk = stepping(count, batched, self.device)
-                contenders[f"groups-{count}-{how}"] = partial(trainer.step, walk)
+            torch.manual_seed(seed)
+            trainer, walk = stepping(count, self.device)
+            contenders[f"groups-{count}"] = partial(trainer.step, walk)
         times = by_turns(contenders, self.device, rounds=self.settings["rounds"])
         medians = {name: sorted(found)[len(found) // 2] for name, found in times.items()}
-        one = medians["groups-1-in-turn"]
+        one = medians["groups-1"]
         return [
             {
                 "name": name,
@@ -245,7 +244,7 @@ WAYS: dict[str, tuple[Callable[..., Curve], dict[str, Any]]] = {
 }
 
 
-def stepping(count: int, batched: bool, device: torch.device) -> tuple[NCETrainer, Any]:
+def stepping(count: int, device: torch.device) -> tuple[NCETrainer, Any]:
     """A trainer of so many heads, and a batch of walks for it: nothing of a VAE is run."""
     z = torch.distributions.Normal(torch.zeros(256, 16, device=device), 1.0)
     group = {"prior": parameters(z), "posterior": parameters(z)}
@@ -253,7 +252,7 @@ def stepping(count: int, batched: bool, device: torch.device) -> tuple[NCETraine
     heads = [MLPHead((16,), context_shape=(64,), width=128).to(device) for _ in range(count)]
     prior = NCPrior(CachedGroupsSource(count), heads)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(prior.parameters(), fused=True)
-    return NCETrainer(prior, optimizer, batched=batched), walk
+    return NCETrainer(prior, optimizer), walk
 
 
 def small_training(how: str) -> Contender:

@@ -65,8 +65,6 @@ class FitSettings(OptimizerSettings):
             system's folder for temporary files. The result does not depend on it.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
             ``torch.bfloat16``, which is mixed precision; weights, log r and sums stay in float32.
-        batched: Whether heads of equal shape in several groups are evaluated in one computation,
-            whose memory grows with the number of groups. On a CPU this is slower for most heads.
         group_parallel: In several processes, whether each of them trains the heads of some groups
             alone, on whole batches, and no gradients are exchanged. Otherwise the rows of every
             batch are distributed over the processes, and gradients are averaged.
@@ -88,7 +86,6 @@ class FitSettings(OptimizerSettings):
     cache_epochs: float | Literal["auto"] | None = "auto"
     cache_memory: float = field(default=4.0, compare=False)
     precision: torch.dtype = torch.float32
-    batched: bool = False
     group_parallel: bool = False
 
     def __post_init__(self) -> None:

@@ -161,7 +161,6 @@ class StageRuns:
             num_draws=settings.num_draws,
             max_grad_norm=settings.max_grad_norm,
             precision=settings.precision,
-            batched=settings.batched,
             group_parallel=settings.group_parallel,
         )
 

@@ -853,7 +853,6 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         "num_draws": 2,
         "cache_epochs": 3,
         "precision": torch.bfloat16,
-        "batched": True,
         "group_parallel": True,
     }
     changes = {name: {name: value} for name, value in main.items()}
