@@ -38,10 +38,10 @@ Examples:
 """
 
 _DIAGNOSE = """\
-The VAE and the data are Python objects of yours, given as FILE.py:NAME or MODULE:NAME. For --source,
-NAME is a LatentSource. For --data and --train, NAME is a tensor, a dataset or a DataLoader. NAME can
-also be a function without arguments that returns the object. The file is imported, so its code runs
-as with `python FILE.py`. No code from PATH_OR_REPO is run.
+The VAE and the data are your Python objects, given as FILE.py:NAME or MODULE:NAME. For --source,
+NAME is a LatentSource. For --data and --train, NAME is a tensor, a dataset or a DataLoader. NAME
+can also be a function without arguments that returns the object. The file is imported, so its code
+runs as with `python FILE.py`. No code from PATH_OR_REPO is run.
 
 Example my_vae.py:
 
@@ -51,7 +51,8 @@ Example my_vae.py:
 
 Examples:
   ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out --plot report.png
+  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out \\
+      --plot report.png
 """
 
 _INSPECT = """\
@@ -132,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a small VAE on digits and close its prior hole",
-        description="Trains a small VAE on real digits, measures its prior hole, and trains a ratio "
-        "head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
+        description="Trains a small VAE on real digits, measures its prior hole, and trains a "
+        "ratio head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
         epilog=_DEMO,
         formatter_class=raw,
     )
@@ -141,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         choices=("digits", "mnist"),
         default="digits",
-        help="scikit-learn's 8×8 digits, or MNIST from $NCPRIOR_DATA or the Hub; default: %(default)s",
+        help="scikit-learn's 8×8 digits, or MNIST from $NCPRIOR_DATA or the Hub; "
+        "default: %(default)s",
     )
     demo.add_argument(
         "--out",
@@ -158,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     diagnose = commands.add_parser(
         "diagnose",
         help="report on the heads of a saved prior, for your VAE and held-out data",
-        description="Prints a report on the heads of a saved prior: one line per group of latents, with "
-        "loss, calibration, effective sample size and a verdict.",
+        description="Prints a report on the heads of a saved prior: one line per group of "
+        "latents, with loss, calibration, effective sample size and a verdict.",
         epilog=_DIAGNOSE,
         formatter_class=raw,
     )

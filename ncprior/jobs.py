@@ -174,7 +174,7 @@ def _path(folder: Path, i: int) -> Path:
 
 
 def _seed(seed: int, i: int) -> int:
-    """Returns the seed of part i: different for all parts of a job, and for jobs of nearby seeds."""
+    """Returns the seed of part i: different for all parts, and for jobs of nearby seeds."""
     digest = hashlib.sha256(str(seed).encode()).digest()
     return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 

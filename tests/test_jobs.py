@@ -174,7 +174,7 @@ def test_conditions_go_with_their_rows(tmp_path: Path) -> None:
     z, x = (torch.cat([part[name] for part in parts]) for name in ("z_0", "x"))
     with torch.no_grad():
         torch.testing.assert_close(x, vae.decode(z, c))
-    with pytest.raises(ValueError, match="a row per sample; got 22 for 23"):
+    with pytest.raises(ValueError, match="one row per sample; got 22 rows for 23 samples"):
         sample_parts(prior, SAMPLER, tmp_path, condition=c[1:], **JOB)
 
 

@@ -208,7 +208,7 @@ class StageRuns:
 
 
 def _can_fuse(prior: NCPrior) -> bool:
-    """Whether AdamW has a fused step for these weights; it is about five times as fast on a CPU."""
+    """Whether AdamW has a fused step for these weights, about five times as fast on a CPU."""
     tensors = list(prior.parameters())
     fusable = {"cpu", "cuda"}
     return bool(tensors) and all(

@@ -16,8 +16,8 @@ def module_fingerprint(module: nn.Module) -> str:
     """Returns the fingerprint ``"<dtype>:<SHA-256>"`` of a module.
 
     Arguments:
-        module: The module. Names, shapes and values in float32 of its parameters and buffers count,
-            sorted by name.
+        module: The module. The names, shapes and values (in float32) of its parameters and
+            buffers count, sorted by name.
 
     Returns:
         The fingerprint; its first part names the dtypes of the module, such as ``"float32"``.

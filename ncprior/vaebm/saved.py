@@ -1,4 +1,4 @@
-"""Saving of an energy, with fingerprints of the VAE, base and heads, and settings of the chains."""
+"""Saving of an energy, with fingerprints of VAE, base and heads and settings of the chains."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _check_trained_on(saved: SavedFile, now: Mapping[str, Any]) -> None:
         stored, given = ("the VAE alone" if heads is None else f"heads {heads}" for heads in both)
         saved.fail(
             f"it was trained on {stored}; got {given}",
-            "Pass the NCP prior, or the source, that it was trained on, or check_fingerprint=False",
+            "Pass the NCP prior or source that it was trained on, or check_fingerprint=False",
         )
     sigma = saved.config["sigma"]
     if not _same_sigma(sigma, now["sigma"]):

@@ -4,8 +4,8 @@ r"""Spectral regularisation: the sum of the largest singular values of a network
     R(\theta) = \sum_W \sigma_1(W) = \sum_W u_W^T W v_W,
 
 where W is a weight with all axes but the first flattened, and u, v are its leading singular
-vectors. They are found by power iteration, which starts from the vectors of the last call. The gradient
-treats u and v as constants: ∂R/∂W = u vᵀ.
+vectors. They are found by power iteration, which starts from the vectors of the last call. The
+gradient treats u and v as constants: ∂R/∂W = u vᵀ.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models

@@ -8,7 +8,8 @@ With p_E(x) ∝ p(x)·e^{-E(x)}, p the VAE or NCP, the gradient of the likelihoo
 
 whose second mean is taken over the ends of short Langevin chains. Chains start from the VAE, from
 NCP's own sampler, or from the ends of earlier chains. The energy is learnt together with the
-chains: if the chains are too short to forget their start, the energy is steeper than log p / p_data.
+chains: if the chains are too short to forget their start, the energy is steeper than
+log p / p_data.
 
 References:
     | VAEBM: A Symbiosis between Variational Autoencoders and Energy-based Models
@@ -159,7 +160,8 @@ class VAEBMTrainer:
         if data.shape != drawn.shape:
             raise ValueError(
                 f"Data and images decoded by the VAE must have one shape; got "
-                f"{tuple(data.shape)} and {tuple(drawn.shape)}. Pass images as the VAE decodes them."
+                f"{tuple(data.shape)} and {tuple(drawn.shape)}. Pass images as the VAE decodes "
+                f"them."
             )
         data = data.to(drawn)
         if self.model.data_noise:

@@ -162,8 +162,8 @@ def test_only_the_one_file_is_downloaded(
 
 def test_what_is_not_on_the_hub_is_named(pushed: dict[str, Any]) -> None:
     for reason, names in {
-        "no repository": ["no directory tester/absent", "repository tester/absent:"],
-        "no revision": ["repository tester/my-prior at revision absent:"],
+        "no repository": ["no directory tester/absent", "repository tester/absent. "],
+        "no revision": ["repository tester/my-prior at revision absent. "],
     }.items():
         assert all(name in pushed[reason] for name in [*names, FILE])
 

@@ -161,5 +161,5 @@ def test_what_was_pushed_may_be_changed_afterwards() -> None:
 
 @pytest.mark.parametrize(("size", "fraction"), [(0, 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))])
 def test_a_buffer_that_makes_no_sense_is_refused(size: int, fraction: float) -> None:
-    with pytest.raises(ValueError, match="keeps 1 chain or more"):
+    with pytest.raises(ValueError, match="needs a size of at least 1"):
         ReplayBuffer(size, fraction)
