@@ -30,6 +30,7 @@ SCRIPTS = [
     "vaebm.py",
     "sampling_speed.py",
     "training_speed.py",
+    "table8.py",
 ]
 
 

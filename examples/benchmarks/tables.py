@@ -32,7 +32,7 @@ PAPER_HIERARCHICAL = {"NCP": 78.67 - 78.10}
 
 def label(row: Row) -> str:
     """Name of a row: its method, or its own name."""
-    return str(row["method"] if "method" in row else row["name"])
+    return str(next(row[key] for key in ("method", "name", "sampler") if key in row))
 
 
 def by_method(rows: list[Row], kind: str = "model") -> list[list[Row]]:
@@ -201,6 +201,17 @@ VAES = {
 }
 
 
+def paper_times(rows: list[Row]) -> list[str]:
+    """Table of table8.py: times and memory of a sampler beside those of the paper."""
+    titles = ["sampler", "images", "how", "s", "s in the paper", "times faster", "GiB"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [row["sampler"], row["images"], row["how"], f"{row['seconds']:.2f}"]
+        cells += [f"{row['paper_seconds']:.2f}", f"{row['times_faster']:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['peak_gib']:.2f} |")
+    return lines
+
+
 class Table(NamedTuple):
     """Function from rows to the lines of a table, and the command that measured the rows."""
 
@@ -215,6 +226,7 @@ TABLES = {
     ),
     "sampling_speed": Table(lambda rows: columns(rows, SAMPLING), "sampling_speed.py"),
     "training_speed": Table(lambda rows: columns(rows, TRAINING), "training_speed.py"),
+    "table8": Table(paper_times, "table8.py --device cuda"),
     "hole_mnist": Table(hole, "prior_hole.py --data mnist"),
     "hole_cifar10": Table(hole, "prior_hole.py --data cifar10"),
     "vaebm_mnist": Table(energies, "vaebm.py --data mnist"),

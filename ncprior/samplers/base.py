@@ -56,7 +56,7 @@ def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
 
     On a CPU, 4,096 latents stay in its cache. An accelerator waits for launches instead: on an H200,
     131,072 latents of 16 numbers are nine times as fast per latent as 4,096. Feature maps need
-    memory, so that a chunk has at most 2²⁴ numbers there.
+    memory, so that a chunk has at most 2²⁶ numbers there.
 
     Arguments:
         z: Latents, with shape ``(M, B, *event)``.
@@ -66,7 +66,7 @@ def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
         return chunk_size
     if z.device.type == "cpu":
         return 4096
-    return max(1024, min(2**17, 2**24 // max(1, z.shape[2:].numel())))
+    return max(1, min(2**17, 2**26 // max(1, z.shape[2:].numel())))
 
 
 def check_rows(prior: Sampleable) -> None:
