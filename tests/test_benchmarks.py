@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -140,16 +141,24 @@ def test_a_table_leaves_gaps_where_a_row_knows_nothing(bench: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_teaches(script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / script), "--help"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_help_teaches(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
     for word in ("--quick", "--seed", "--json", "--cache"):
-        assert word in done.stdout
+        assert word in shown
+
+
+def test_a_script_runs_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "prior_hole.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--quick" in done.stdout
 
 
 def run_tables(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -189,7 +189,8 @@ def test_mnist_runs_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_mnist(folder, "train", images[:1100], labels[:1100])
     write_mnist(folder, "test", images[1100:], labels[1100:])
     monkeypatch.setenv("NCPRIOR_DATA", str(tmp_path / "data"))
-    small = {"validation": 100, "num_features": 16, "num_samples": 300, "batch_size": 32}
+    small = {"validation": 100, "num_features": 16, "num_samples": 200, "batch_size": 32}
+    small |= {"vae_steps": 100, "fit": {"steps": 20, "eval_every": 10}}
     settings = replace(demo._SETTINGS["mnist"], **small)
     monkeypatch.setitem(demo._SETTINGS, "mnist", settings)
     result = run_demo("mnist", out=tmp_path / "out", progress=False)

@@ -103,6 +103,9 @@ class Stopped(Exception):
 
 def rank_main(rank: int, folder: Path) -> None:
     """What one rank gets."""
+    from ncprior.training import held_out
+
+    held_out._HELD_OUT_DRAWS = 32  # of 2,048: both ranks are compared, not the precision
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     saved: dict[str, Tensor] = {}
