@@ -84,15 +84,15 @@ class LatentSource(Protocol[E, S]):
 
     @abstractmethod
     def start(self, batch_size: int, encoding: E | None = None, condition: Any = None) -> S:  # noqa: ANN401
-        """Returns the state in front of the first group."""
+        """Returns the state before the first group."""
 
     @abstractmethod
     def group(self, state: S) -> Group:
-        """Returns prior, posterior and context of the group that the state is in front of."""
+        """Returns prior, posterior and context of the next group."""
 
     @abstractmethod
     def advance(self, state: S, z: Tensor) -> S:
-        """Returns the state behind the group, given its latents z_k of shape ``(B, *event)``."""
+        """Returns the state after the group, given its latents z_k of shape ``(B, *event)``."""
 
     @abstractmethod
     def decode(self, state: S) -> Tensor:
@@ -220,7 +220,7 @@ def visit(
 
     Arguments:
         source: The VAE.
-        state: The state in front of the first group, as ``source.start`` returns it.
+        state: The state before the first group, as ``source.start`` returns it.
         choose: ``choose(k, group)`` returns z_k, with shape ``(B, *event)``.
 
     Returns:

@@ -180,7 +180,8 @@ class Target:
         call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
         self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
         self.calls += 1
-        # A chain with a non-finite value stays in place: priors that validate z would raise first.
+        # After a value that is not finite, all slopes are 0 here: z stays finite, and a prior that
+        # validates z does not raise its own error first.
         still = [torch.where(bad, 0.0, slope) for slope in slopes]
         return Point(*point[:3], *still)
 
