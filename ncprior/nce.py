@@ -1,7 +1,7 @@
 r"""Noise contrastive estimation of the ratio between a posterior and a prior.
 
-A classifier D(z) separates z ~ q(z) (label 1) from noise z ~ p(z) (label 0), which is drawn ν
-times as often. It minimises
+A classifier D(z) separates z ~ q(z) (label 1) from noise z ~ p(z) (label 0), whose term has
+weight ν. It minimises
 
 .. math::
     \mathcal{L}(D) = - E_{q(z)} [\log D(z)] - \nu E_{p(z)} [\log (1 - D(z))],

@@ -67,8 +67,8 @@ class NCPrior(PretrainedHeads, nn.Module):
 
     Arguments:
         source: The VAE.
-        heads: One ratio head per group, ``head(z, context=None) -> log_r``; a module alone is the
-            head of a single group.
+        heads: One ratio head per group, ``head(z, context=None) -> log_r``; for a single group,
+            the head itself.
 
     Attributes:
         heads: The heads, an ``nn.ModuleList``.
@@ -79,7 +79,7 @@ class NCPrior(PretrainedHeads, nn.Module):
             :func:`ncprior.heads.prepare_head`.
 
     Raises:
-        ValueError: If there is not one head per group.
+        ValueError: If the number of heads is not the number of groups.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -126,7 +126,7 @@ class NCPrior(PretrainedHeads, nn.Module):
             TypeError: If the decoder does not return one tensor with one row per row of x.
 
         Warns:
-            UserWarning: If reconstructions of a row are no closer to it than to other rows.
+            UserWarning: If the reconstruction of a row is no closer to that row than to others.
 
         Example:
             >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
@@ -208,8 +208,8 @@ class NCPrior(PretrainedHeads, nn.Module):
             The decoder's means, the latents and the draws.
 
         Raises:
-            FloatingPointError: If log r is not finite; names the group.
-            TypeError: If the sampler does not support a group's prior; names the group.
+            FloatingPointError: If log r is not finite; the message names the group.
+            TypeError: If the sampler does not support a group's prior; the message names the group.
 
         Example:
             >>> from functools import partial
@@ -311,8 +311,8 @@ class NCPrior(PretrainedHeads, nn.Module):
             One draw per row; a draw of the base prior if the head is off.
 
         Raises:
-            FloatingPointError: If log r is not finite; names the group.
-            TypeError: If the sampler does not support the group's prior; names the group.
+            FloatingPointError: If log r is not finite; the message names the group.
+            TypeError: If the sampler does not support the group's prior; the message names the group.
 
         Example:
             >>> from functools import partial

@@ -54,7 +54,7 @@ class Group(NamedTuple):
 class LatentSource(Protocol[E, S]):
     """A pretrained VAE as groups of latents that are visited in order; the base class of sources.
 
-    A subclass writes the walk: ``num_groups``, ``encode``, ``start``, ``group``, ``advance`` and
+    A subclass must define ``num_groups``, ``encode``, ``start``, ``group``, ``advance`` and
     ``decode``. The other members have defaults, and are overridden where the VAE offers more.
 
     Encodings, states and conditions are pytrees of tensors whose first axis is the batch. ``start``
@@ -129,7 +129,7 @@ class LatentSource(Protocol[E, S]):
     def shared_prior(self) -> Sampleable | None:
         """Returns p(z) of a single group where all rows share it, with an empty batch shape.
 
-        Saving identifies a base prior by it. By default there is none.
+        It identifies the base prior when a prior is saved. The default is ``None``.
         """
         return None
 
@@ -334,8 +334,8 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
     """
     require_source(source)
     base = source.shared_prior()
-    generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(generators):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         try:
             if not isinstance(base, Distribution):
                 base = source.group(source.start(1)).prior
@@ -351,7 +351,7 @@ def contrastive_pairs(
     x: Any,  # noqa: ANN401
     num_draws: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields the draws of each group that its head has to classify, given z_<k of the posterior.
+    """Yields, for each group, the posterior and prior draws of z_k that its head classifies.
 
     Arguments:
         source: The VAE.

@@ -53,7 +53,7 @@ class NCETrainer:
     the optimizer only; with Lightning, use manual optimisation.
 
     Arguments:
-        prior: The prior whose heads are trained, in the mode (train or eval) it is in.
+        prior: The prior whose heads are trained, in its current mode (train or eval).
         optimizer: An optimizer of the heads' parameters.
         backward: Back-propagates a loss.
         noise_weight: ν, see :func:`ncprior.nce_loss`.
@@ -62,13 +62,14 @@ class NCETrainer:
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
             ``torch.bfloat16``; weights, log r and sums are in float32 in either case.
-        group_parallel: Whether each rank trains the heads of some groups alone, on all rows of its
-            batches, and no gradients are exchanged. Groups are assigned to ranks in turn. A head
-            is then up to date only on its :meth:`owner`.
+        group_parallel: Whether the groups are divided among the ranks. Each rank then trains only its
+            own heads, on all rows of its batches, and ranks exchange no gradients. A head is then
+            up to date only on its :meth:`owner`.
 
     Raises:
         TypeError: If the prior is wrapped in DistributedDataParallel. Pass ``prior.module``.
-        ValueError: If the optimizer holds parameters that are not the heads', or ``num_draws``
+        ValueError: If the optimizer holds parameters that do not belong to the heads, or
+            ``num_draws``
             is below 1. Make the optimizer from ``prior.parameters()``.
 
     Example:
@@ -95,9 +96,9 @@ class NCETrainer:
             raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
         if isinstance(prior, DistributedDataParallel):
             raise TypeError(
-                "NCETrainer takes the NCPrior itself, not DistributedDataParallel(prior): it goes "
-                "backward group by group, beside which DDP leaves gradients unreduced, and "
-                "averages them over the ranks itself. Pass prior.module."
+                "NCETrainer takes the NCPrior itself, not DistributedDataParallel(prior). It "
+                "back-propagates one group at a time, and DDP would not average those gradients "
+                "over the ranks. NCETrainer averages them itself. Pass prior.module."
             )
         check_parameters(optimizer, prior, "the heads'", "prior.parameters()")
         self.prior = prior

@@ -24,7 +24,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.functional import silu
 
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, is_as_made
+from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, is_unmodified
 from ncprior.heads.product import ProductHead, factors
 from ncprior.utils.precision import at_precision, check_precision
 
@@ -135,7 +135,7 @@ def prepare_head(
         torch.Size([500, 4])
     """
     check_precision(precision)
-    plain = is_as_made(head) and not _drops_out(head)
+    plain = is_unmodified(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
         inner = prepare_head(head.head, context, precision=precision)
         return lambda z: inner(head.embed(z))

@@ -257,7 +257,7 @@ class CategoricalHead(_Head):
         return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
 
 
-def is_as_made(head: nn.Module) -> bool:
+def is_unmodified(head: nn.Module) -> bool:
     """Returns whether a head has the modules its class makes and no hooks.
 
     Arguments:
@@ -305,7 +305,7 @@ class _ConvCell(nn.Module):
         super().__init__()
         self.pool = pool
         self.layers = nn.Sequential(
-            nn.GroupNorm(width // 8, width),  # 8 channels each: not even a 1×1 map is all mean
+            nn.GroupNorm(width // 8, width),  # 8 channels each: one alone would be 0 on 1×1
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.GroupNorm(width // 8, width),

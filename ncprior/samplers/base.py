@@ -31,7 +31,7 @@ NOT_FINITE = (
 
 
 class Draw(NamedTuple):
-    """Draws z, one per row, with their sampling diagnostics; ``None`` where one does not apply.
+    """Draws z, one per row, with their sampling diagnostics; a diagnostic that a sampler does not compute is ``None``.
 
     Attributes:
         z: The latents, with shape ``(B, *event)``.
@@ -54,8 +54,8 @@ class Draw(NamedTuple):
 def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
     """Number of latents per call of a head: ``chunk_size``, or one that suits the device of z.
 
-    On a CPU, 4,096 latents stay in its cache. An accelerator waits for launches instead: on an H200,
-    131,072 latents of 16 numbers are nine times as fast per latent as 4,096. Feature maps need
+    On a CPU, 4,096 latents stay in its cache. On an accelerator, the launch of kernels dominates small
+    calls: on an H200, 131,072 latents of 16 numbers are nine times as fast per latent as 4,096. Feature maps need
     memory, so that a chunk has at most 2²⁶ numbers there.
 
     Arguments:
@@ -77,7 +77,7 @@ def check_rows(prior: Sampleable) -> None:
     """
     if isinstance(prior, Distribution) and len(prior.batch_shape) != 1:
         raise ValueError(
-            f"The prior of a sampler has batch shape (B,); got {tuple(prior.batch_shape)} with "
+            f"The prior given to a sampler must have batch shape (B,); got {tuple(prior.batch_shape)} with "
             f"event shape {tuple(prior.event_shape)}. Use prior.expand((B,))."
         )
 

@@ -104,8 +104,8 @@ def independence(
         num_steps: Number of proposals per row.
         init: Start of the chains, ``(B, *event)``, such as the z of another draw; ``None`` draws
             it from p(z).
-        chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
-            per row if that is more. ``None``: 4,096 on a CPU, more on an accelerator.
+        chunk_size: Largest number of latents (proposals × rows) per call of ``log_ratio``; at least
+            one proposal per row is always given. ``None``: 4,096 on a CPU, more on an accelerator.
 
     Returns:
         A draw with ``z`` and ``acceptance``.

@@ -42,17 +42,17 @@ def sir(
     the cost. The distribution of each row does not change, and rows are independent given the
     proposals. But two rows pick the same proposal with probability E[1 / ESS], and the covariance
     of f(z) between rows is the variance of the weighted mean of f over the proposals, about Var f
-    / ESS. The variance of a mean over n draws in batches of B is thus about Var f · (1/n + 1/(ESS
-    · n / B)). Sharing is harmless while B is well below the ESS; otherwise the draws of a batch
+    / ESS. The variance of a mean over n draws in batches of B is thus about Var f / n ·
+    (1 + B / ESS). Sharing is harmless while B is well below the ESS; otherwise the draws of a batch
     look alike.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
-        log_ratio: Maps z, with shape ``(*, B, *event)``, to log r(z) in nats, ``(*, B)``. Its
-            argument may be overwritten once it has returned.
+        log_ratio: Maps z, with shape ``(*, B, *event)``, to log r(z) in nats, ``(*, B)``. It
+            must not keep a reference to z, which may be overwritten after the call.
         num_proposals: M, the number of proposals per row.
-        chunk_size: Most latents (proposals × rows) given to ``log_ratio`` at once, or one proposal
-            per row if that is more. Bounds the memory; the distribution of the draw does not
+        chunk_size: Largest number of latents (proposals × rows) per call of ``log_ratio``; at least
+            one proposal per row is always given. Bounds the memory; the distribution of the draw does not
             depend on it. ``None``: 4,096 on a CPU, more on an accelerator.
         share_proposals: Whether all rows choose among the same M proposals. p and log r must be
             the same for every row, as in the first group of a VAE without conditions.

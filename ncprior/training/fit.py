@@ -13,8 +13,8 @@ import torch
 from ncprior.data.stream import split
 from ncprior.prior import NCPrior
 from ncprior.training.arguments import validate_fit_arguments
-from ncprior.training.engine import fingerprint_of, length_of, load, unchanged
 from ncprior.training.history import History, Row
+from ncprior.training.resumable import fingerprint_of, length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero

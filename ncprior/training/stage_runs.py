@@ -17,10 +17,10 @@ from ncprior.heads.product import ProductHead, factors, fresh_head
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.trainer import NCETrainer
-from ncprior.training.engine import length_of, load
-from ncprior.training.heads_run import HeadTraining
+from ncprior.training.head_training import HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
+from ncprior.training.resumable import length_of, load
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device

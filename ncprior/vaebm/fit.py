@@ -18,7 +18,7 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
-from ncprior.training.engine import ResumableTraining, length_of, load, unchanged, weights_of
+from ncprior.training.resumable import ResumableTraining, length_of, load, unchanged, weights_of
 from ncprior.training.settings import TrainingTerms, require_positive
 from ncprior.utils.distributed import num_ranks
 from ncprior.vaebm.model import VAEBM

@@ -162,7 +162,7 @@ def test_a_ddp_wrapped_prior_is_refused_with_the_reason(ranks: Ranks) -> None:
         kind, message = metadata["errors"]["ddp"]
         assert kind == "TypeError"
         assert "not DistributedDataParallel(prior)" in message
-        assert "beside which DDP leaves gradients unreduced" in message
+        assert "DDP would not average those gradients over the ranks" in message
         assert "Pass prior.module" in message
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ncprior.data.stream import Stream
 from ncprior.prior import NCPrior
 from ncprior.trainer import NCETrainer
-from ncprior.training.engine import ResumableTraining, weights_of
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
+from ncprior.training.resumable import ResumableTraining, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 
