@@ -130,9 +130,11 @@ def test_a_population_is_large_enough_however_small_the_batch(batch: int) -> Non
 
     torch.manual_seed(0)
     smc = partial(tempered_smc, num_particles=1, num_moves=8, share_particles=True)
-    z = torch.cat([smc(base, log_r).z for _ in range(max(2, 200 // batch))])
+    calls = max(2, min(60, 200 // batch))
+    z = torch.cat([smc(base, log_r).z for _ in range(calls)])
     share = (z > 0).float().mean()
-    assert abs(share - 0.9) < 4 * math.sqrt(0.09 / len(z) + 0.002)  # 0.045: of a population
+    # Independent populations, whose shares have a standard deviation of 0.045 each.
+    assert abs(share - 0.9) < 4 * math.sqrt(0.09 / len(z) + 0.002 / calls)
 
 
 def test_particles_are_resampled_as_often_as_they_weigh() -> None:
