@@ -243,7 +243,6 @@ import resource, sys, torch
 from torch.distributions import Independent, Normal
 from ncprior.distributions import expand
 from ncprior.heads import MLPHead
-from ncprior.samplers.base import latents_at_once
 from ncprior.samplers.proposals import Proposals
 from ncprior.samplers import sir
 
