@@ -353,6 +353,8 @@ def contrastive_pairs(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yields, for each group, the posterior and prior draws of z_k that its head classifies.
 
+    Both are drawn under the same z_<k ~ q(z_<k | x).
+
     Arguments:
         source: The VAE.
         x: One batch, as the user's loader yields it.

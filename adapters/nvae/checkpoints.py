@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm, silu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ncprior.adapters.nvae.layout import cuda_only_layers
-from ncprior.source import require_eval, visit
+from ncprior.source import LatentSource, require_eval, visit
 
 _OLDER_ARGS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 
@@ -131,7 +131,7 @@ class on_cpu:
 
 @contextmanager
 def readjust_batchnorm(
-    source: Any,  # noqa: ANN401
+    source: LatentSource[Any, Any],
     draw: Callable[[], object] | None = None,
     *,
     batch_size: int = 16,
@@ -274,7 +274,7 @@ def _take_batch_statistics(average: Statistics, layer: Any, inputs: tuple[Tensor
         moving.lerp_(new.to(moving), layer.momentum)
 
 
-def _walk(source: Any, batch_size: int) -> None:  # noqa: ANN401
+def _walk(source: LatentSource[Any, Any], batch_size: int) -> None:
     """Draws one batch from the base prior and decodes it."""
     _, state = visit(source, source.start(batch_size), lambda k, group: group.prior.sample())
     source.decode(state)

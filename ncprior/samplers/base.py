@@ -54,9 +54,8 @@ class Draw(NamedTuple):
 def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
     """Number of latents per call of a head: ``chunk_size``, or one that suits the device of z.
 
-    On a CPU, 4,096 latents stay in its cache. On an accelerator, the launch of kernels dominates small
-    calls: on an H200, 131,072 latents of 16 numbers are nine times as fast per latent as 4,096. Feature maps need
-    memory, so that a chunk has at most 2²⁶ numbers there.
+    On a CPU, few latents stay in its cache. On an accelerator, the launch of kernels dominates small
+    calls. A chunk there has at most 2²⁶ numbers, which bounds the memory of feature maps.
 
     Arguments:
         z: Latents, with shape ``(M, B, *event)``.

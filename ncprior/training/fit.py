@@ -14,7 +14,7 @@ from ncprior.data.stream import split
 from ncprior.prior import NCPrior
 from ncprior.training.arguments import validate_fit_arguments
 from ncprior.training.history import History, Row
-from ncprior.training.resumable import fingerprint_of, length_of, load, unchanged
+from ncprior.training.resumable import length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero
@@ -108,7 +108,7 @@ def fit(
         eval_every=eval_every,
         settings=settings,
         facts={
-            "VAE": fingerprint_of(prior.source),
+            "VAE": prior.source.fingerprint(),
             "rows": length_of(data),
             "ranks": num_ranks(),
         },

@@ -218,12 +218,6 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
     return state
 
 
-def fingerprint_of(source: Any) -> str | None:  # noqa: ANN401
-    """Returns the fingerprint of a source's VAE, or ``None`` if the source has none."""
-    fingerprint: str | None = source.fingerprint()
-    return fingerprint
-
-
 def length_of(data: Any) -> int | None:  # noqa: ANN401
     """Returns the length of data, or ``None`` if the data has none."""
     try:
@@ -239,9 +233,9 @@ def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
     Raises:
         RuntimeError: If the VAE has changed in between.
     """
-    before = fingerprint_of(source)
+    before = source.fingerprint()
     yield
-    if fingerprint_of(source) != before:
+    if source.fingerprint() != before:
         raise RuntimeError(
             "The VAE has changed during training, which itself does not change it. Look for an "
             "encoder or a callback that writes to parameters or buffers."

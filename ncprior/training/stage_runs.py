@@ -36,7 +36,7 @@ _WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 
 _MOST_STAGES = 5  # with stages="auto"
 
-Path = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
 class _Inputs(NamedTuple):
@@ -73,13 +73,13 @@ class StageRuns:
     checkpoint_every: int
     progress: bool
 
-    def first(self, prior: NCPrior, checkpoint: Path | None) -> History:
+    def first(self, prior: NCPrior, checkpoint: FilePath | None) -> History:
         """Trains the heads of a prior against its own base."""
         cache = self.terms.settings.num_cached_proposals
         return self._train(prior, prior.source, checkpoint, cache)
 
     def further(
-        self, prior: NCPrior, stages: int | Literal["auto"], checkpoint: Path | None
+        self, prior: NCPrior, stages: int | Literal["auto"], checkpoint: FilePath | None
     ) -> Iterator[History]:
         """Trains further stages, and multiplies in the heads that have learnt something."""
         most = _MOST_STAGES if stages == "auto" else stages
@@ -112,7 +112,7 @@ class StageRuns:
         self,
         prior: NCPrior,
         source: LatentSource[Any, Any],
-        checkpoint: Path | None,
+        checkpoint: FilePath | None,
         cache: int | None,
         stage: int = 1,
     ) -> History:
