@@ -1,0 +1,219 @@
+"""The gate for arguments: counts, numbers, choices, objects and tensors of public functions.
+
+Every error names the argument, and says what was asked, what was given and what to do. A value of
+the wrong type raises a TypeError, a value out of range a ValueError.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def require_counts(interval: str = "[1, inf)", /, **counts: Any) -> None:  # noqa: ANN401
+    """Validates whole numbers.
+
+    Arguments:
+        interval: The allowed interval in the notation of mathematics, such as ``"[0, inf)"``; with
+            ``" or None"`` behind it, ``None`` is allowed too.
+        counts: The values by name of the argument.
+
+    Raises:
+        TypeError: If a value is not a whole number: ``2.0`` and ``True`` are not.
+        ValueError: If a value is outside the interval.
+    """
+    asked = f"a whole number in {interval}"
+    for name, value in counts.items():
+        if value is None and interval.endswith(" or None"):
+            continue
+        if not _is_whole(value):
+            raise TypeError(f"{name} must be {asked}; got {described(value)}. Pass an int.")
+        _require_within(interval, name, operator.index(value), asked)
+
+
+def require_numbers(interval: str = "(-inf, inf)", /, **numbers: Any) -> None:  # noqa: ANN401
+    """Validates real numbers; NaN is in no interval, infinity only in one that is closed there.
+
+    Arguments:
+        interval: The allowed interval, as in :func:`require_counts`, such as ``"(0, 1]"``.
+        numbers: The values by name of the argument.
+
+    Raises:
+        TypeError: If a value is not a real number: ``True``, a string or a tensor are not.
+        ValueError: If a value is outside the interval.
+    """
+    asked = f"a number in {interval}"
+    for name, value in numbers.items():
+        if value is None and interval.endswith(" or None"):
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be {asked}; got {described(value)}. Pass a float.")
+        _require_within(interval, name, float(value), asked)
+
+
+def require_flags(**flags: Any) -> None:  # noqa: ANN401
+    """Validates that values, by name of the argument, are ``True`` or ``False``."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {described(value)}.")
+
+
+def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:  # noqa: ANN401
+    """Validates that a value is one of a few.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    choices = list(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {listed}; got {described(value)}.")
+
+
+def require_instance(
+    name: str,
+    value: Any,  # noqa: ANN401
+    kinds: type[T] | tuple[type[T], ...],
+    remedy: str,
+) -> T:
+    """Returns an object after a check that it is of a type, or of one of several.
+
+    Arguments:
+        name: The argument.
+        value: The object.
+        kinds: The type or types.
+        remedy: Remedy for the message, a whole sentence.
+
+    Raises:
+        TypeError: If it is of none of the types; the message says so of a class, too.
+    """
+    if not isinstance(value, kinds):
+        names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+        raise TypeError(
+            f"{name} must be of type {' or '.join(names)}; got {described(value)}. {remedy}"
+        )
+    return value
+
+
+def require_callable(name: str, value: Any, remedy: str) -> None:  # noqa: ANN401
+    """Validates that an object can be called and is no class.
+
+    Raises:
+        TypeError: If it cannot, or is a class.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be a function; got {described(value)}. {remedy}")
+
+
+def real_tensor(
+    name: str,
+    value: Any,  # noqa: ANN401
+    *,
+    ndim: int | None = None,
+    rows: int = 1,
+    integers: bool = True,
+) -> Tensor:
+    """Returns finite real numbers as a tensor of floats, from a tensor, an array or a list.
+
+    Arguments:
+        name: The argument.
+        value: Numbers with shape ``(N, ...)``.
+        ndim: The required number of dimensions, or ``None`` for 1 or more.
+        rows: The least number N of rows.
+        integers: Whether whole numbers are converted to float32; otherwise they raise an error.
+
+    Returns:
+        The tensor; a tensor of floats is returned as it is.
+
+    Raises:
+        TypeError: If it holds no real numbers.
+        ValueError: If its shape is wrong, or a value is NaN or infinite.
+    """
+    x = _as_tensor(name, value)
+    if x.is_complex() or x.dtype == torch.bool or not (x.is_floating_point() or integers):
+        wanted = "real numbers" if integers else "floating-point numbers"
+        raise TypeError(f"{name} must be {wanted}; got {described(x)}.")
+    if not x.is_floating_point():
+        x = x.float()
+    wrong_ndim = x.ndim < 1 if ndim is None else x.ndim != ndim
+    if wrong_ndim or len(x) < rows:
+        dims = "1 or more dimensions" if ndim is None else f"{ndim} dimensions"
+        raise ValueError(f"{name} must have {dims} and {rows} or more rows; got {described(x)}.")
+    require_finite(name, x)
+    return x
+
+
+def require_finite(name: str, x: Tensor) -> None:
+    """Validates that a tensor of shape ``(N, ...)`` has no NaN and no infinity; waits for a GPU.
+
+    Raises:
+        ValueError: If it has; the message counts the rows.
+    """
+    wrong = ~torch.isfinite(x)
+    if wrong.any():
+        rows = int(wrong.flatten(1).any(1).sum()) if x.ndim > 1 else int(wrong.sum())
+        raise ValueError(
+            f"{name} must be finite; got NaN or infinity in {rows} of {len(x) if x.ndim else 1} "
+            f"rows. Remove or mend these rows."
+        )
+
+
+def described(value: Any) -> str:  # noqa: ANN401
+    """Returns a short description of an object for an error message, on one line."""
+    match value:
+        case type():
+            return f"the class {value.__name__}"
+        case Tensor():
+            return f"a tensor of {str(value.dtype).removeprefix('torch.')}, {tuple(value.shape)}"
+        case np.ndarray():
+            return f"an array of {value.dtype}, {value.shape}"
+        case None | bool() | int() | float() | complex() | str() | np.generic():
+            text = repr(value)
+            return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return f"an object of type {type(value).__name__}"
+
+
+_LONGEST = 60  # characters of a value in a message
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:  # noqa: ANN401
+    if isinstance(value, Tensor):
+        return value
+    if hasattr(value, "to_numpy"):  # a table of pandas or polars
+        value = value.to_numpy()
+    try:
+        if isinstance(value, list | tuple) and any(isinstance(row, Tensor) for row in value):
+            return torch.stack(list(value))
+        if isinstance(value, np.ndarray | list | tuple | Real):
+            return torch.from_numpy(np.array(value))  # a copy: arrays may be read-only
+    except (RuntimeError, TypeError, ValueError):
+        pass
+    raise TypeError(
+        f"{name} must be a tensor or an array of numbers; got {described(value)}. Pass a tensor."
+    )
+
+
+def _is_whole(value: Any) -> bool:  # noqa: ANN401
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _require_within(interval: str, name: str, value: float, asked: str) -> None:
+    """Validates a value against an interval such as ``[0, 1)``, with or without `` or None``."""
+    bounds = interval.removesuffix(" or None")
+    low, high = (float(bound) for bound in bounds[1:-1].split(","))
+    above = value >= low if bounds[0] == "[" else value > low
+    below = value <= high if bounds[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{name} must be {asked}; got {described(value)}.")

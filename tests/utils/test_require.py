@@ -1,0 +1,145 @@
+"""The gate for arguments: every error says what was asked, what was got, and what to do."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+from ncprior.utils.require import (
+    described,
+    real_tensor,
+    require_callable,
+    require_choice,
+    require_counts,
+    require_finite,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), torch.tensor(2), 10**30])
+def test_whole_numbers_pass(value: Any) -> None:
+    require_counts(steps=value)
+
+
+@pytest.mark.parametrize(
+    "value", [28.6, 28.0, "28", None, True, math.nan, [3], torch.tensor(3.0), np.float64(3), 1j]
+)
+def test_a_count_that_is_no_whole_number_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"steps must be a whole number in \[1, inf\); got .*int"):
+        require_counts(steps=value)
+
+
+def test_a_count_outside_its_interval_is_a_value_error_that_names_it() -> None:
+    require_counts("[0, inf)", num_steps=0)
+    with pytest.raises(ValueError, match=r"batch_size must be .* in \[1, inf\); got 0\."):
+        require_counts(steps=3, batch_size=0)
+
+
+def test_none_passes_only_where_the_interval_says_so() -> None:
+    require_counts("[1, inf) or None", patience=None)
+    require_numbers("(0, inf) or None", step_size=None)
+    with pytest.raises(ValueError, match=r"patience must be .* or None; got -1\."):
+        require_counts("[1, inf) or None", patience=-1)
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("(0, 1)", [0.5, np.float32(0.25)], [0, 1, -1, 2, math.nan]),
+        ("[0, 1]", [0, 1, 0.0, 1.0], [-1e-9, 1 + 1e-9, math.inf]),
+        ("(-inf, inf)", [0, -1e300], [math.inf, -math.inf, math.nan]),
+        ("[0, inf]", [math.inf], [math.nan, -math.inf]),
+    ],
+)
+def test_intervals_are_those_of_mathematics(
+    interval: str, inside: list[float], outside: list[float]
+) -> None:
+    for value in inside:
+        require_numbers(interval, rate=value)
+    for value in outside:
+        with pytest.raises(ValueError, match="rate must be a number in"):
+            require_numbers(interval, rate=value)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, 1j, torch.tensor(0.1), [0.1]])
+def test_what_is_no_real_number_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"rate must be a number in \(0, 1\); got .*float"):
+        require_numbers("(0, 1)", rate=value)
+
+
+def test_flags_and_choices() -> None:
+    require_flags(adjusted=True)
+    with pytest.raises(TypeError, match="adjusted must be True or False; got 1"):
+        require_flags(adjusted=1)
+    require_choice("kind", "mlp", ("auto", "mlp"))
+    with pytest.raises(ValueError, match="kind must be one of 'auto', 'mlp'; got 'mpl'"):
+        require_choice("kind", "mpl", ("auto", "mlp"))
+    with pytest.raises(ValueError, match="kind must be one of 1, 2; got True"):
+        require_choice("kind", True, (1, 2))
+
+
+def test_objects_of_another_type_and_classes() -> None:
+    normal = Normal(0.0, 1.0)
+    assert require_instance("prior", normal, Normal, "Pass one.") is normal
+    with pytest.raises(TypeError, match="must be of type Normal; got the class Normal. Pass one."):
+        require_instance("prior", Normal, Normal, "Pass one.")
+    with pytest.raises(TypeError, match="of type int or str; got an object of type Normal"):
+        require_instance("prior", normal, (int, str), "Pass one.")
+    require_callable("decoder", abs, "Pass one.")
+    with pytest.raises(TypeError, match="decoder must be a function; got the class Normal"):
+        require_callable("decoder", Normal, "Pass one.")
+
+
+@pytest.mark.parametrize(
+    "value", [[[1, 2], [3, 4]], np.array([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 4]])]
+)
+def test_numbers_become_a_tensor_of_floats(value: Any) -> None:
+    x = real_tensor("features", value, ndim=2, rows=2)
+    assert x.dtype == torch.float32
+    assert x.tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_tensor_of_floats_is_returned_as_it_is_and_an_array_is_copied() -> None:
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert real_tensor("features", x) is x
+    array = np.ones((3, 2))
+    array.setflags(write=False)
+    assert real_tensor("features", array).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "value", ["abc", None, [["a"]], [[1], [2, 3]], torch.ones(2, 2) > 0, torch.ones(2, 2) * 1j, {}]
+)
+def test_what_holds_no_real_numbers_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="features must be "):
+        real_tensor("features", value)
+
+
+def test_codes_are_no_floats() -> None:
+    with pytest.raises(TypeError, match="z must be floating-point numbers; got a tensor of int64"):
+        real_tensor("z", torch.zeros(3, 2, dtype=torch.long), integers=False)
+
+
+def test_wrong_shapes_and_values_that_are_not_finite() -> None:
+    with pytest.raises(
+        ValueError, match=r"must have 2 dimensions and 1 or more rows; got .*\(3,\)"
+    ):
+        real_tensor("features", torch.zeros(3), ndim=2)
+    with pytest.raises(ValueError, match="2 or more rows"):
+        real_tensor("features", torch.zeros(1, 2), rows=2)
+    x = torch.zeros(4, 3)
+    x[1, 0], x[1, 1], x[3, 2] = math.nan, math.inf, -math.inf
+    with pytest.raises(ValueError, match="NaN or infinity in 2 of 4 rows"):
+        require_finite("features", x)
+
+
+def test_descriptions_are_short_and_on_one_line() -> None:
+    assert described(torch.zeros(2, 3)) == "a tensor of float32, (2, 3)"
+    assert described(np.zeros(2)) == "an array of float64, (2,)"
+    assert described("a\nb") == r"'a\nb'"
+    assert len(described("a" * 1000)) < 80
