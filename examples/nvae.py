@@ -223,7 +223,7 @@ def main() -> None:
         prior, x, held_out=x_test[:500], steps=steps, learning_rate=2e-3, settings=settings
     )
     print(f"held-out loss, summed over groups: {sum(history.best_loss):.3f} nats")
-    print(diagnose(prior, x_test[500:1500], train=x[:1000], num_draws=2000))
+    print(diagnose(prior, x_test[500:1500], train=x[:1000], num_draws=2000, fresh_steps=0))
     if dataset == "mnist":
         measure(prior, x, data, test.images, options)
 

@@ -101,7 +101,16 @@ def main() -> None:
         eval_every=max(steps // 4, 1),
     )
     print(f"held-out loss, summed over groups: {sum(history.best_loss or []):.3f} nats")
-    print(diagnose(prior, held_out[100:], num_draws=100, num_proposals=(10, 50), batch_size=size))
+    print(
+        diagnose(
+            prior,
+            held_out[100:],
+            num_draws=100,
+            num_proposals=(10, 50),
+            fresh_steps=0,
+            batch_size=size,
+        )
+    )
     sample = prior.sample(4, partial(sir, num_proposals=50))
     print(f"drew images of shape {tuple(sample.x.shape)} by SIR with 50 proposals per group")
 

@@ -11,8 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
+
+from ncprior.utils.require import real_tensor, require_counts
 
 _PRIOR_DRAWS, _PRIOR_K = 10, 0.5  # the weak prior of k in PSIS
+
+_RIDGE = 1e-12  # of the Hessian, whose entries are about 1 where the samples overlap
 
 _FEWEST_EXCEEDANCES = 5  # the shape of a tail of fewer distinct values is undefined
 
@@ -31,7 +36,7 @@ class Mean(NamedTuple):
     @classmethod
     def of(cls, values: Tensor) -> "Mean":
         """Mean of values of shape ``(draws, rows)``, whose rows are independent."""
-        rows = values.double().mean(0)
+        rows = values.cpu().double().mean(0)
         return cls(rows.mean().item(), rows.std().item() / math.sqrt(len(rows)))
 
 
@@ -98,7 +103,8 @@ def recalibrate(log_q: Tensor, log_p: Tensor) -> Recalibration:
         >>> round(fit.slope, 1)
         0.5
     """
-    log_r = torch.stack([log_q, log_p]).double()
+    log_q, log_p = _pair(log_q, log_p)
+    log_r = torch.stack([log_q, log_p])
     apart = log_q.min() >= log_p.max() or log_p.min() >= log_q.max()
     if apart:  # also where log r is constant
         return Recalibration(math.nan, math.nan, math.nan, math.nan)
@@ -132,7 +138,9 @@ def reliability(log_q: Tensor, log_p: Tensor, num_bins: int = 10) -> Reliability
         >>> reliability(torch.zeros(1, 3), torch.zeros(1, 3))
         Reliability(predicted=(0.5,), observed=(0.5,), size=(6,))
     """
-    d = torch.cat([log_q.flatten(), log_p.flatten()]).double().sigmoid()
+    log_q, log_p = _pair(log_q, log_p)
+    require_counts(num_bins=num_bins)
+    d = torch.cat([log_q.flatten(), log_p.flatten()]).sigmoid()
     from_q = (torch.arange(len(d), device=d.device) < log_q.numel()).double()
     first = [len(d) * j // num_bins for j in range(1, num_bins)]
     edges = d.sort().values[first].unique()
@@ -173,7 +181,8 @@ def pareto_k(log_weights: Tensor) -> float:
         >>> round(pareto_k(log_weights), 1)
         0.5
     """
-    ordered = log_weights.flatten().double().sort().values
+    log_weights = real_tensor("log_weights", log_weights, rows=2)
+    ordered = log_weights.flatten().cpu().double().sort().values
     size = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
     start, tail = ordered[-size - 1], ordered[-size:]
     tail = tail[tail > start]
@@ -193,16 +202,42 @@ def pareto_k(log_weights: Tensor) -> float:
     return (n * k_hat + _PRIOR_DRAWS * _PRIOR_K) / (n + _PRIOR_DRAWS)
 
 
+def _pair(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the CPU, after a check of their values and shapes."""
+    log_q, log_p = real_tensor("log_q", log_q), real_tensor("log_p", log_p)
+    if log_q.shape != log_p.shape:
+        raise ValueError(
+            f"log_q and log_p must have the same shape; got {tuple(log_q.shape)} and "
+            f"{tuple(log_p.shape)}. Draw equally many z from q and p."
+        )
+    return log_q.cpu().double(), log_p.cpu().double()
+
+
 def _newton(features: Tensor, label: Tensor) -> Tensor:
-    """Minimiser of the NCE loss, which is convex, over the weights of a logit."""
+    """Minimiser of the NCE loss, which is convex, over the weights of a logit.
+
+    Where the samples hardly overlap, a full step overshoots to a Hessian of zero: a step is halved
+    until the loss falls.
+    """
     weights = features.new_zeros(2)
+    loss = _logistic_loss(features, label, weights)
     for _ in range(100):
         gradient, hessian = _derivatives(features, label, weights)
         step = torch.linalg.solve(hessian, gradient.mean((1, 2)).sum(0))
-        weights = weights - step
+        for _ in range(40):
+            there = _logistic_loss(features, label, weights - step)
+            if there <= loss:
+                break
+            step = step / 2
+        weights, loss = weights - step, there
         if step.abs().max() < 1e-9 * (1 + weights.abs().max()):
             break
     return weights
+
+
+def _logistic_loss(features: Tensor, label: Tensor, weights: Tensor) -> Tensor:
+    logit = features @ weights
+    return softplus(torch.where(label > 0.5, -logit, logit)).mean()
 
 
 def _derivatives(features: Tensor, label: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,4 +246,5 @@ def _derivatives(features: Tensor, label: Tensor, weights: Tensor) -> tuple[Tens
     gradient = (d - label)[..., None] * features
     draws = d[0].numel()
     hessian = torch.einsum("adn,adni,adnj->ij", d * (1 - d), features, features) / draws
-    return gradient, hessian
+    # Far from the minimum all D may be 0 or 1 to the last bit, and the Hessian zero.
+    return gradient, hessian + _RIDGE * torch.eye(2, dtype=hessian.dtype, device=hessian.device)

@@ -30,6 +30,7 @@ class Verdict(str, Enum):
     TOO_FEW = "too few proposals"
     OVER_CONFIDENT = "head over-confident"
     TOO_FLAT = "head too flat"
+    INCOMPLETE = "head incomplete"
     MEMORISES = "head memorises"
     TOO_WIDE = "gap too wide, use a closer base"
     OFF = "off"
@@ -44,7 +45,10 @@ class Verdict(str, Enum):
 
 
 _ADVICE = {
-    Verdict.GOOD: "Sample with sir, with at least the proposals needed.",
+    Verdict.GOOD: (
+        "log r is calibrated, and a fresh head finds little that it misses. Sample with sir, with "
+        "at least the proposals needed."
+    ),
     Verdict.MATCHES: (
         "The head finds no difference that is worth correcting: use the base for this group "
         "(prior.active[k] = False)."
@@ -64,6 +68,10 @@ _ADVICE = {
     Verdict.TOO_FLAT: (
         "|log r| is too small on held-out data: train longer or with a larger head, or rescale "
         "log r: ncprior.training.calibrate_heads."
+    ),
+    Verdict.INCOMPLETE: (
+        "log r is calibrated, but a fresh head still finds differences between q and p that it "
+        "misses: train longer, with a larger head or more data, or add a stage: fit(stages=2)."
     ),
     Verdict.MEMORISES: (
         "The NCE loss is lower on training data than on held-out data: train with more data, a "
@@ -95,6 +103,8 @@ class GroupReport(NamedTuple):
         jsd_error: Its standard error.
         kl: E_q[log r] in nats: KL(q || p) if log r is exact.
         kl_error: Its standard error.
+        kl_bound: Lower bound of KL(q || p) in nats that no scale of log r can change, by Donsker
+            and Varadhan; at most the logarithm of the number of draws.
         identity: E_q[D] + E_p[D] with D = σ(log r), a pure number: 1 if log r is exact.
         identity_error: Its standard error.
         slope: a of the recalibration a·log r + b: 1 is calibrated, below 1 over-confident, above 1
@@ -112,7 +122,13 @@ class GroupReport(NamedTuple):
         log_z: Mean of log (1/M) Σ r at the larger M, in nats: an estimate of log Z from below.
         log_z_error: Its standard error.
         proposals_needed: exp(KL + sd_q[log r]) of the recalibrated log r: the order of magnitude
-            of M from which draws of SIR are close to q. At most 10⁹.
+            of M from which draws of SIR are close to q; at least 1/P, with P the fraction of draws
+            of p whose log r is as high as half of the draws of q. At most 10⁹.
+        needs_more: Whether no draw of p has a log r as high as half of the draws of q, so that
+            ``proposals_needed`` is only a lower bound.
+        missing: The part of the Jensen-Shannon divergence, in nats, that a fresh head finds on
+            held-out data and log r misses; negative if the fresh head finds nothing.
+        missing_error: Its standard error.
         train_loss: The plain NCE loss on training data, in nats.
         train_gap: Held-out loss minus training loss, in nats.
         train_gap_error: Its standard error.
@@ -135,6 +151,7 @@ class GroupReport(NamedTuple):
     jsd_error: float = math.nan
     kl: float = math.nan
     kl_error: float = math.nan
+    kl_bound: float = math.nan
     identity: float = math.nan
     identity_error: float = math.nan
     slope: float = math.nan
@@ -149,6 +166,9 @@ class GroupReport(NamedTuple):
     log_z: float = math.nan
     log_z_error: float = math.nan
     proposals_needed: int = 1
+    needs_more: bool = False
+    missing: float = math.nan
+    missing_error: float = math.nan
     train_loss: float = math.nan
     train_gap: float = math.nan
     train_gap_error: float = math.nan

@@ -22,6 +22,7 @@ _COLORS = {
     Verdict.TOO_FEW: "C1",
     Verdict.OVER_CONFIDENT: "C3",
     Verdict.TOO_FLAT: "C4",
+    Verdict.INCOMPLETE: "C8",
     Verdict.MEMORISES: "C5",
     Verdict.TOO_WIDE: "C6",
     Verdict.OFF: "0.85",

@@ -13,8 +13,13 @@ from ncprior.samplers.compose import describe
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import tempered_smc
+from ncprior.utils.require import require_counts, require_instance
 
 _PLENTY = 30  # multiple of the proposals needed at which the bias of SIR is below 1 %
+
+_HOPELESS = "No sampler closes a gap that is too wide: fit a closer base first."
+
+_MATCHING = (Verdict.MATCHES, Verdict.CONSTANT)
 
 _MOST_MOVES = 16  # per temperature; more moves do not improve the draws
 
@@ -49,6 +54,7 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
 
     The rules, in this order:
 
+    * The base's own draw, if no head finds a difference.
     * SIR, if the budget allows many times the proposals needed, whose number grows as e^KL.
     * On a Gaussian mixture base, SIR within components if the budget allows the proposals needed,
       else Langevin chains within components.
@@ -73,9 +79,11 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     Example:
         >>> from ncprior.diagnostics import diagnose
         >>> report = diagnose(prior, torch.randn(200, 3))
-        >>> print(recommend_sampler(report, budget=100).sampler)
-        functools.partial(<function sir at ...>, num_proposals=100)
+        >>> print(recommend_sampler(report, budget=100))  # the head is not trained yet
+        sir(num_proposals=1), about 1 evaluations per sample. No head finds a difference: ...
     """
+    require_instance("report", report, Report, "Pass the result of diagnose(prior, held_out).")
+    require_counts(budget=budget)
     groups = [group for group in report.groups if group.verdict is not Verdict.OFF]
     heads = sum(group.num_factors for group in groups)
     if budget < max(1, heads):
@@ -85,40 +93,66 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
     if not groups:
         return Recommendation(partial(sir, num_proposals=1), 0, "No head is in use.")
     each = budget // heads
-    needed = max(group.proposals_needed for group in groups)
+    if all(group.verdict in _MATCHING for group in groups):
+        return Recommendation(
+            partial(sir, num_proposals=1), heads, "No head finds a difference: draw from the base."
+        )
+    widest = max(
+        (group for group in groups if group.verdict not in _MATCHING),
+        key=lambda group: group.proposals_needed,
+    )
+    choice = _choice(report, widest, each, heads)
+    if any(group.verdict is Verdict.TOO_WIDE for group in groups):
+        return choice._replace(reason=f"{choice.reason} {_HOPELESS}")
+    return choice
+
+
+def _choice(report: Report, widest: GroupReport, each: int, heads: int) -> Recommendation:
+    """Recommendation for ``each`` evaluations of every head."""
+    needed = widest.proposals_needed
     by_sir = partial(sir, num_proposals=each)
     if each >= _PLENTY * needed:
-        return Recommendation(by_sir, each * heads, f"{needed:,} proposals are needed: plenty.")
-    if len(report.groups) == 1 and groups[0].num_components > 1:
-        return _within(groups[0], each)
-    if len(report.groups) > 1 or groups[0].has_context or not groups[0].has_gradient:
+        return Recommendation(by_sir, each * heads, f"{_stated(widest)}: plenty.")
+    if len(report.groups) == 1 and widest.num_components > 1:
+        return _within(widest, each)
+    if len(report.groups) > 1 or widest.has_context or not widest.has_gradient:
         enough = "enough" if each >= needed else "the budget is short, a closer base would help"
-        reason = f"{needed:,} proposals are needed in the widest group: {enough}."
-        return Recommendation(by_sir, each * heads, reason)
+        return Recommendation(
+            by_sir, each * heads, f"{_stated(widest)} in the widest group: {enough}."
+        )
     # Gaussians that are δ apart have an ESS of e^{-δ²}, and are √(2 KL) apart in all.
-    temperatures = max(1, math.ceil(math.sqrt(2 * max(0.0, groups[0].kl) / math.log(2))))
+    kl = max(0.0, widest.kl, widest.kl_bound)
+    temperatures = max(1, math.ceil(math.sqrt(2 * kl / math.log(2))))
     moves = min(_MOST_MOVES, (each // 2 - 1) // temperatures)
     if moves < 1:
         return Recommendation(by_sir, each * heads, "The budget is too small for tempered SMC.")
     return Recommendation(
         partial(tempered_smc, num_particles=1, share_particles=True, num_moves=moves),
         2 * (1 + temperatures * moves) * heads,
-        f"{needed:,} proposals are needed, and SIR is exact enough with {_PLENTY} times as many, "
-        f"beyond the budget; shared particles reach β = 1 in about {temperatures} temperatures.",
+        f"{_stated(widest)} for draws close to q, and {_PLENTY} times as many for a bias below 1 %; "
+        f"shared particles reach it at this budget, in about {temperatures} temperatures.",
     )
+
+
+def _stated(group: GroupReport) -> str:
+    """States the proposals that a group needs."""
+    at_least = "More than " if group.needs_more else ""
+    return f"{at_least}{group.proposals_needed:,} proposals are needed"
 
 
 def _within(group: GroupReport, each: int) -> Recommendation:
     """Recommendation for a group on a mixture base, with ``each`` evaluations of log r."""
-    needed = f"{group.proposals_needed:,} proposals are needed"
     moves = each // 2 - 1
     if each >= group.proposals_needed or moves < 1 or not group.has_gradient:
         by_sir = within_components(partial(sir, num_proposals=each))
         cost = each * group.num_factors
-        return Recommendation(by_sir, cost, f"{needed}, fewer within the components of the base.")
+        return Recommendation(
+            by_sir, cost, f"{_stated(group)}, fewer within the components of the base."
+        )
     # tempered_smc with one particle is a MALA chain that adapts its step size.
     chain = partial(tempered_smc, num_particles=1, num_moves=moves)
     reason = (
-        f"{needed}, beyond the budget: Langevin chains move within the components of the base."
+        f"{_stated(group)}, beyond the budget: Langevin chains move within the components of the "
+        f"base."
     )
     return Recommendation(within_components(chain), 2 * (1 + moves) * group.num_factors, reason)

@@ -16,7 +16,6 @@ corrects for both.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,11 +27,18 @@ from torch import Tensor
 
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
-from ncprior.diagnostics.diagnose import evaluating, scaled_log_r, walk_posterior
+from ncprior.diagnostics.walks import evaluating, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import Group, device_of, require_eval
 from ncprior.utils.random_state import seeded
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
 
 _STEPS = 12  # largest number of steps of the search; a smooth function takes about five
 
@@ -86,8 +92,11 @@ def match_strength(
         >>> match_strength(prior, torch.randn(50, 3), partial(sir, num_proposals=9), progress=False)
         1.0
     """
-    if not 1 <= max_strength < math.inf:
-        raise ValueError(f"max_strength must be 1 or more and finite; got {max_strength}.")
+    require_instance("prior", prior, NCPrior, "Pass a prior with trained heads.")
+    require_callable("sampler", sampler, "Pass a sampler, such as partial(sir, num_proposals=50).")
+    require_numbers("[1, inf)", max_strength=max_strength)
+    require_counts(batch_size=batch_size)
+    require_flags(progress=progress)
     require_eval(prior.source, prior.source.module)
     device, seed = device_of(prior.source), int(torch.randint(2**31, ()))
 

@@ -11,9 +11,13 @@ from ncprior.diagnostics.group_report import UNRELIABLE_K, GroupReport, Verdict
 
 _WIDTH = 100  # columns of the table
 
+_KL_DIFFERS = 0.5  # nats
+
 LEGEND = (
     "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] are followed by the shape k "
-    "of their Pareto tail; in parentheses, where k is above 0.7, they are unreliable."
+    "of their Pareto tail; in parentheses, where k is above 0.7, they are unreliable. KL is E_q[log r], "
+    "or with ≥ a lower bound; needed with > is one too. JSD and KL measure what the head knows: "
+    "missed is the part of the JSD that a fresh head still finds."
 )
 
 
@@ -69,16 +73,24 @@ def _columns(low: int, high: int) -> list[_Column]:
         _Column("group", "", lambda g: str(g.group)),
         _Column("NCE loss", "nats", lambda g: _with_error(g.nce_loss, g.nce_loss_error, 3)),
         _Column("JSD", "nats", lambda g: _number(g.jsd, 3)),
-        _Column("KL", "nats", lambda g: _number(g.kl, 2)),
+        _Column("KL", "nats", _kl),
         _Column("slope", "", lambda g: _with_error(g.slope, g.slope_error, 2)),
         _Column("E[D]", "q + p", lambda g: _number(g.identity, 2)),
         _Column("E_p[r]", "k", lambda g: _with_tail(g.mean_r, g.mean_r_k)),
         _Column("E_q[1/r]", "k", lambda g: _with_tail(g.mean_inverse_r, g.mean_inverse_r_k)),
         _Column("ESS of", f"{low}/{high}", lambda g: _per(g.ess)),
         _Column("log Z", "nats", lambda g: _number(g.log_z, 2)),
-        _Column("needed", "M", lambda g: _number(g.proposals_needed, 0)),
+        _Column("needed", "M", lambda g: ">" * g.needs_more + _number(g.proposals_needed, 0)),
+        _Column("missed", "JSD", lambda g: _number(g.missing, 3), optional=True),
         _Column("train", "gap", lambda g: _number(g.train_gap, 3), optional=True),
     ]
+
+
+def _kl(group: GroupReport) -> str:
+    """E_q[log r], or the bound that no scale of log r can change where that is higher."""
+    if group.kl_bound > group.kl + _KL_DIFFERS:
+        return f"≥{_number(group.kl_bound, 1)}"
+    return _number(group.kl, 2)
 
 
 def _number(value: float, digits: int) -> str:

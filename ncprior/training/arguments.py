@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ncprior.data.stream import first_batch, iter_is_self
-from ncprior.diagnostics.diagnose import group_kinds
+from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
 from ncprior.training.settings import FitSettings, TrainingTerms, require_positive

@@ -39,7 +39,7 @@ def calibrate_heads(
     for head in prior.heads:
         rescale_head(head, 1.0, 0.0)  # raises before the heads are measured
     slopes = []
-    for group in diagnose(prior, held_out, batch_size=batch_size).groups:
+    for group in diagnose(prior, held_out, fresh_steps=0, batch_size=batch_size).groups:
         slope = group.slope if group.slope > 0 else 1.0
         if slope != 1:
             rescale_head(prior.heads[group.group], slope, group.offset)

@@ -12,12 +12,14 @@ from torch import Tensor
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.rebase import rebase
-from ncprior.diagnostics.diagnose import diagnose
+from ncprior.diagnostics.diagnose import diagnose as diagnose_all
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.recommend import Recommendation, recommend_sampler
 from ncprior.diagnostics.report import Report
 from ncprior.heads.product import ProductHead
 from ncprior.samplers.smc import tempered_smc
+
+diagnose = partial(diagnose_all, fresh_steps=0)  # fresh heads have a file of their own
 
 
 def report_of(*groups: dict[str, Any]) -> Report:
@@ -159,3 +161,44 @@ def test_two_modes_are_kept() -> None:
     choice = recommend_sampler(diagnose(prior, x), budget=40)
     z = prior.sample(4000, choice.sampler).latents[0]
     assert abs((z > 0).float().mean() - 0.5) < 8 * 0.5 / math.sqrt(4000)
+
+
+def test_N4_groups_that_match_the_base_need_no_proposals() -> None:
+    matching = {"verdict": Verdict.MATCHES, "proposals_needed": 2, "kl": 0.0}
+    choice = recommend_sampler(report_of(matching), budget=500)
+    assert choice.sampler.keywords == {"num_proposals": 1}  # type: ignore[attr-defined]
+    assert "draw from the base" in choice.reason
+    wide = {"proposals_needed": 700, "kl": 6.0}
+    both = recommend_sampler(report_of({**matching, "proposals_needed": 9000}, wide), budget=2000)
+    assert both.reason == "700 proposals are needed in the widest group: enough."
+
+
+def test_N4_the_reason_does_not_contradict_the_report() -> None:
+    choice = recommend_sampler(report_of({"proposals_needed": 22, "kl": 1.5}), budget=500)
+    assert choice.reason.startswith("22 proposals are needed for draws close to q, and 30 times")
+
+
+def test_W1_a_gap_that_is_too_wide_is_said_to_be_so() -> None:
+    group = {
+        "verdict": Verdict.TOO_WIDE,
+        "proposals_needed": 43_000,
+        "needs_more": True,
+        "kl": 4.0,
+        "kl_bound": 10.7,
+    }
+    choice = recommend_sampler(report_of(group), budget=500)
+    assert choice.reason.startswith("More than 43,000 proposals are needed")
+    assert "in about 6 temperatures" in choice.reason  # of the bound, not of the saturated log r
+    assert choice.reason.endswith("fit a closer base first.")
+
+
+@pytest.mark.parametrize("budget", [math.nan, math.inf, 2.5, "many", None])
+def test_F35_a_budget_is_a_whole_number(budget: Any) -> None:
+    with pytest.raises(TypeError, match="budget must be a whole number"):
+        recommend_sampler(report_of({"kl": 1.0}), budget=budget)
+
+
+def test_F36_a_prior_is_no_report() -> None:
+    problem = GaussianPair()
+    with pytest.raises(TypeError, match="report must be of type Report; got .*NCPrior"):
+        recommend_sampler(NCPrior(problem.source(), problem.head()), budget=9)  # type: ignore[arg-type]

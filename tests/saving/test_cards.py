@@ -14,7 +14,7 @@ from ncprior.diagnostics.diagnose import diagnose
 
 
 def test_the_model_card_is_filled(prior: NCPrior, tmp_path: Path) -> None:
-    report = diagnose(prior, torch.rand(64, 2), num_draws=64, num_proposals=(5, 25))
+    report = diagnose(prior, torch.rand(64, 2), num_draws=64, num_proposals=(5, 25), fresh_steps=0)
     prior.save_pretrained(tmp_path, report=report, base_model="someone/vae")
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     data = yaml.safe_load(front)
