@@ -635,7 +635,10 @@ def test_a_sample_only_prior_is_given_its_size() -> None:
 
 @pytest.mark.parametrize(
     ("decoder", "got"),
-    [(lambda z: (z, z), "got tuple"), (lambda z: z[:1], r"16 rows; got \(1, 2\)")],
+    [
+        (lambda z: (z, z), "got an object of type tuple"),
+        (lambda z: z[:1], r"16 rows; got a tensor of float32, \(1, 2\)"),
+    ],
 )
 def test_a_decoder_that_returns_something_else_is_refused(
     decoder: Callable[[Tensor], Any], got: str
