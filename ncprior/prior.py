@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from ncprior.heads.inputs import head_input
 from ncprior.heads.probe import probe_heads, warn_if_not_finite
 from ncprior.heads.settings import HeadSettings
 from ncprior.nce import nce_loss
-from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.samplers.base import Draw, LogRatio, Sample, Sampler
 from ncprior.saving.heads import PretrainedHeads
 from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, require_source, visit
 from ncprior.utils.batches import own_batch
@@ -39,28 +39,6 @@ from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.require import require_callable, require_counts, require_instance
 from ncprior.utils.visible import require_apart
-
-
-class Sample(NamedTuple):
-    """Images, latents and quality of the draws of :meth:`NCPrior.sample`.
-
-    Attributes:
-        x: The decoder's mean, with shape ``(B, ...)``.
-        latents: One z_k per group, each with shape ``(B, *event)``.
-        draws: One :class:`~ncprior.Draw` per group, with effective sample size and other
-            diagnostics of the sampler.
-
-    Example:
-        >>> from functools import partial
-        >>> from ncprior import sir
-        >>> sample = prior.sample(8, partial(sir, num_proposals=100))
-        >>> sample.x.shape, sample.latents[0].shape, sample.draws[0].ess.shape
-        (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8]))
-    """
-
-    x: Tensor
-    latents: tuple[Tensor, ...]
-    draws: tuple[Draw, ...]
 
 
 class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
@@ -169,6 +147,8 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the NCE loss of each group in turn, so that only one head's graph is in memory.
 
+        Autocast is off until the next loss is asked for: gradients are in float32 like the losses.
+
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
@@ -190,7 +170,10 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
                     yield z.new_zeros((), dtype=torch.float32)
                     continue
                 log_r = self._log_r(k, z, context, precision, lead=3)
-                yield nce_loss(log_r[0], log_r[1], noise_weight)
+                with at_precision(
+                    z.device.type, torch.float32
+                ):  # so is the caller's backward pass
+                    yield nce_loss(log_r[0], log_r[1], noise_weight)
 
     @torch.no_grad()
     def sample(self, batch_size: int, sampler: Sampler, *, condition: Any = None) -> Sample:  # noqa: ANN401
@@ -355,7 +338,7 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         if not self.is_on(k):
             return Draw(group.prior.sample())
         require_steady(k, self.heads[k])
-        with naming_group(k):
+        with naming_group(k), at_precision(self._device().type, torch.float32):
             draw = sampler(group.prior, self._ratio(k, group.context))
             require_instance("The sampler's result", draw, Draw, "Return ncprior.Draw(z=z).")
         if not torch.isfinite(draw.z).all():

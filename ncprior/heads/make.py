@@ -78,7 +78,7 @@ def make_head(
         z = torch.cat([z, _draws(group.posterior)])
     if group.context is not None and len(group.context) == 1:
         warnings.warn(
-            "One row does not show the scales of a context. Pass some tens of rows.", stacklevel=2
+            "One row does not show the scales of a context. Pass some tens of rows.", stacklevel=4
         )
     head.fit_scale(z, group.context)
     made: nn.Module = head
