@@ -67,3 +67,21 @@ def floating_dtype(*modules: object) -> torch.dtype | None:
     parameters = (p for m in modules if isinstance(m, nn.Module) for p in m.parameters())
     dtypes = {p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1}
     return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def floating_weight(*modules: nn.Module | None) -> Tensor:
+    """Returns the first floating-point parameter of the first of these modules that has one.
+
+    Arguments:
+        modules: The modules; ``None`` is passed over.
+
+    Raises:
+        ValueError: If none of them has one.
+    """
+    for module in modules:
+        for p in () if module is None else module.parameters():
+            if p.is_floating_point() and p.dtype.itemsize > 1:
+                return p
+    raise ValueError(
+        "The VAE has no floating-point parameters, and so no dtype. Pass its weights."
+    )
