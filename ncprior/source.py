@@ -26,7 +26,7 @@ from ncprior.distributions import Sampleable, naming_bad_rows
 from ncprior.utils.batches import map_tensors, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import random_state, set_random_state
-from ncprior.utils.require import described, require_counts
+from ncprior.utils.require import described, require_counts, require_finite
 
 E = TypeVar("E")
 
@@ -160,9 +160,6 @@ class WrappedSource(LatentSource[Any, Any]):
     Arguments:
         source: The wrapped source.
 
-    Raises:
-        TypeError: If it is not a :class:`LatentSource`.
-
     Example:
         >>> class Doubled(WrappedSource):
         ...     def decode(self, state):
@@ -264,7 +261,10 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
     """
     encoding = source.encode(own_batch(x, device_of(source)))
     state = source.start(num_rows(encoding), encoding)
-    return visit(source, state, lambda k, group: posterior_of(group).sample())
+    latents, state = visit(source, state, lambda k, group: posterior_of(group).sample())
+    for k, z in enumerate(latents):
+        require_finite(f"Group {k}: z drawn from q(z | x)", z)
+    return latents, state
 
 
 def posterior_of(group: Group) -> Distribution:
