@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.empirical import NoPrior
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
+from ncprior.utils.precision import floating_weight
 
 _REFUSED = {
     "VQModel": (
@@ -96,7 +97,7 @@ class DiffusersSource(SingleGroup):
         )
 
     def _q(self, x: Tensor) -> Distribution:
-        p = next(self.module.parameters())
+        p = floating_weight(getattr(self.module, "encoder", None), self.module)
         latent_dist = getattr(self.module.encode(x.to(p.device, p.dtype)), "latent_dist", None)
         mean, std = getattr(latent_dist, "mean", None), getattr(latent_dist, "std", None)
         if mean is None or std is None or getattr(latent_dist, "deterministic", False):
@@ -129,5 +130,7 @@ class DiffusersSource(SingleGroup):
                 )
 
     def _reconstruct(self, z: Tensor) -> Tensor:
-        x: Tensor = self.module.decode(z).sample
+        first = getattr(self.module, "post_quant_conv", None)  # of another dtype if it is upcast
+        weight = floating_weight(first, getattr(self.module, "decoder", None), self.module)
+        x: Tensor = self.module.decode(z.to(weight.dtype)).sample
         return x.float()

@@ -22,6 +22,7 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
+from ncprior.utils.precision import floating_weight
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "
@@ -149,7 +150,7 @@ class PythaeSource(SingleGroup):
                 f"{self._lineage[0]} takes x of shape (B, {', '.join(map(str, shape))}); "
                 f"got {tuple(x.shape)}."
             )
-        p = next(self.module.parameters())
+        p = floating_weight(self.module.encoder, self.module)
         out = self.module.encoder(x.to(p.device, p.dtype))
         code = self._item(out, "embedding", len(x))
         if self.noise is not None:
@@ -167,7 +168,8 @@ class PythaeSource(SingleGroup):
         return out[name].to(torch.promote_types(out[name].dtype, torch.float32))
 
     def _reconstruct(self, z: Tensor) -> Tensor:
-        x: Tensor = self.module.decoder(z)["reconstruction"]
+        weight = floating_weight(self.module.decoder, self.module)
+        x: Tensor = self.module.decoder(z.to(weight.dtype))["reconstruction"]
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def _check_noise(self, noise: float | None) -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
 from ncprior.source import Group, LatentSource, require_eval
+from ncprior.utils.precision import floating_weight
 
 Condition: TypeAlias = dict[str, Tensor]
 
@@ -164,7 +165,7 @@ class SCVISource(LatentSource[Any, Any]):
         """Encodes one batch: the parameters of q(z | x), and the condition."""
         require_eval(self.module)
         condition = self.condition(x)
-        counts = x["X"].to(next(self.module.parameters()))
+        counts = x["X"].to(floating_weight(self.module))
         tensors = self.module._get_inference_input({**condition, "X": counts})
         q = self.module.inference(**tensors)["qz"]
         return self.Encoding(q.loc.float(), q.scale.float(), condition)
@@ -210,7 +211,7 @@ class SCVISource(LatentSource[Any, Any]):
             raise ValueError(
                 "Decoding needs z; this walk has none yet. Call advance(state, z) first."
             )
-        z = self.module.z_encoder.z_transformation(state.z.to(next(self.module.parameters())))
+        z = self.module.z_encoder.z_transformation(state.z.to(floating_weight(self.module)))
         inferred = {"z": z, "library": state.condition["library"]}
         labels = torch.zeros_like(state.condition["batch"])  # unused where no condition names them
         tensors = {"labels": labels, **state.condition}

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
-from ncprior.utils.precision import at_least_float32
+from ncprior.utils.precision import at_least_float32, floating_weight
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
 _NORMALISATION = {
@@ -252,7 +252,7 @@ class VDVAESource(LatentSource[Any, Any]):
         """Returns the encoder's input for bytes or for VDVAE's own pair."""
         x, *others = x if isinstance(x, tuple | list) else (x,)
         paired = [getattr(other, "shape", None) for other in others] == [getattr(x, "shape", 0)]
-        size, parameter = self._model.H.image_size, next(self.module.parameters())
+        size, parameter = self._model.H.image_size, floating_weight(self.module)
         shape = (size, size, 3)
         if not isinstance(x, Tensor) or x.shape[1:] != shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

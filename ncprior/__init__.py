@@ -32,8 +32,8 @@ floor first; a file imports only from lower floors and from its own folder:
 
 from ncprior._version import __version__
 from ncprior.nce import nce_loss
-from ncprior.prior import NCPrior, Sample
-from ncprior.samplers.base import Draw
+from ncprior.prior import NCPrior
+from ncprior.samplers.base import Draw, Sample
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.sir import sir
 from ncprior.single_group import SingleGroup

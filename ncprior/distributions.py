@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -71,6 +72,39 @@ def build(tree: Parameters) -> Distribution:
     ((name, tensors),) = tree.items()
     distribution = _TYPES[name](**tensors, validate_args=False)  # validation synchronises a GPU
     return Independent(distribution, len(distribution.batch_shape) - 1, validate_args=False)
+
+
+@contextmanager
+def naming_bad_rows(k: int, q: Distribution | None) -> Iterator[None]:
+    """Context in which an error of torch names the rows of x whose posterior is NaN or infinite.
+
+    Arguments:
+        k: The group.
+        q: Its posterior.
+
+    Raises:
+        ValueError: Instead of torch's error, if a parameter of the posterior is not finite.
+
+    Example:
+        >>> q = Normal(torch.full((5,), torch.nan), 1.0, validate_args=False)
+        >>> with naming_bad_rows(0, q):
+        ...     raise RuntimeError("normal expects all elements of std >= 0.0")
+        Traceback (most recent call last):
+        ValueError: Group 0: q(z | x) is NaN or infinite in 5 of 5 rows. Look for NaN or infinity...
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        tree = parameters(q) if q is not None else None
+        tensors = [t for tensors in (tree or {}).values() for t in tensors.values()]
+        bad = [~torch.isfinite(t).reshape(len(t), -1).all(1) for t in tensors if t.ndim > 0]
+        count = int(torch.stack(bad).any(0).sum()) if bad else 0
+        if count == 0:
+            raise
+        raise ValueError(
+            f"Group {k}: q(z | x) is NaN or infinite in {count} of {len(bad[0])} rows. Look for NaN "
+            f"or infinity in these rows of x, or in the encoder's weights."
+        ) from error
 
 
 def expand(prior: Sampleable, batch_size: int) -> Sampleable:

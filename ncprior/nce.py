@@ -32,6 +32,8 @@ import math
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ncprior.utils.require import described, require_instance, require_numbers
+
 
 def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float = 1.0) -> Tensor:
     """NCE loss E_q[softplus(-(log r - log ν))] + ν E_p[softplus(log r - log ν)].
@@ -45,7 +47,8 @@ def nce_loss(log_r_posterior: Tensor, log_r_prior: Tensor, noise_weight: float =
         The loss in nats, a scalar.
 
     Raises:
-        ValueError: If ν is not positive and finite.
+        TypeError: If an argument has the wrong type.
+        ValueError: If ν is not positive and finite, or there are no draws.
 
     References:
         Aneja et al. (2021), equation 3, at ν = 1.
@@ -74,15 +77,21 @@ def nce_terms(
         log r.
 
     Raises:
-        ValueError: If ν is not positive and finite.
+        TypeError: If an argument has the wrong type.
+        ValueError: If ν is not positive and finite, or there are no draws.
 
     Example:
         >>> import torch
         >>> nce_terms(torch.zeros(2), torch.zeros(1))
         (tensor([0.6931, 0.6931]), tensor([0.6931]))
     """
-    if not 0 < noise_weight < math.inf:
-        raise ValueError(f"noise_weight must be positive and finite; got {noise_weight}.")
+    require_numbers("(0, inf)", noise_weight=noise_weight)
+    for name, log_r in (("log_r_posterior", log_r_posterior), ("log_r_prior", log_r_prior)):
+        require_instance(name, log_r, Tensor, "Pass log r(z) in nats as a tensor of floats.")
+        if not log_r.is_floating_point() or log_r.numel() == 0:
+            raise ValueError(
+                f"{name} must be a tensor of floats with 1 or more draws; got {described(log_r)}."
+            )
     log_nu = math.log(noise_weight)
     loss_q = softplus(-(log_r_posterior - log_nu))
     return loss_q, noise_weight * softplus(log_r_prior - log_nu)

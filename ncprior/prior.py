@@ -14,56 +14,37 @@ References:
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ncprior.heads.checks import (
+    as_heads,
+    checked_log_r,
+    naming_parts,
+    require_finite_groups,
+    require_steady,
+)
 from ncprior.heads.fast import prepare_head
 from ncprior.heads.inputs import head_input
-from ncprior.heads.probe import probe_heads
+from ncprior.heads.probe import probe_heads, warn_if_not_finite
+from ncprior.heads.settings import HeadSettings
 from ncprior.nce import nce_loss
-from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.samplers.base import Draw, LogRatio, Sample, Sampler
 from ncprior.saving.heads import PretrainedHeads
-from ncprior.source import (
-    Group,
-    LatentSource,
-    contrastive_pairs,
-    require_source,
-    visit,
-)
+from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, require_source, visit
+from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
-from ncprior.utils.precision import at_least_float32, at_precision
+from ncprior.utils.precision import at_least_float32, at_precision, check_precision
+from ncprior.utils.require import require_callable, require_counts, require_instance
+from ncprior.utils.visible import require_apart
 
 
-class Sample(NamedTuple):
-    """Images, latents and quality of the draws of :meth:`NCPrior.sample`.
-
-    Attributes:
-        x: The decoder's mean, with shape ``(B, ...)``.
-        latents: One z_k per group, each with shape ``(B, *event)``.
-        draws: One :class:`~ncprior.Draw` per group, with effective sample size and other
-            diagnostics of the sampler.
-
-    Example:
-        >>> from functools import partial
-        >>> from ncprior import sir
-        >>> sample = prior.sample(8, partial(sir, num_proposals=100))
-        >>> sample.x.shape, sample.latents[0].shape, sample.draws[0].ess.shape
-        (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8]))
-    """
-
-    x: Tensor
-    latents: tuple[Tensor, ...]
-    draws: tuple[Draw, ...]
-
-
-class NCPrior(PretrainedHeads, nn.Module):
+class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
     """A frozen VAE with its prior reweighted, group by group, by ratio heads.
 
-    The source is never registered, moved or changed: parameters and ``state_dict`` are those of the
-    heads.
+    The source is never registered, moved or changed: parameters and ``state_dict`` are the heads'.
 
     Arguments:
         source: The VAE.
@@ -72,14 +53,11 @@ class NCPrior(PretrainedHeads, nn.Module):
 
     Attributes:
         heads: The heads, an ``nn.ModuleList``.
-        strength: α ≥ 0 of r^α: 1 is the trained prior, 0 the base.
-        active: One bool per group: whether its head is used.
-        precision: Precision of matrix products and convolutions in the heads during sampling:
-            ``torch.float32``, or ``torch.bfloat16`` with sums in float32, see
-            :func:`ncprior.heads.prepare_head`.
 
     Raises:
-        ValueError: If the number of heads is not the number of groups.
+        TypeError: If the source is no :class:`LatentSource`, or a head is no module.
+        ValueError: If the number of heads is not the number of groups, or a head shares parameters
+            with the VAE.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -93,21 +71,13 @@ class NCPrior(PretrainedHeads, nn.Module):
     def __init__(
         self, source: LatentSource[Any, Any], heads: nn.Module | Iterable[nn.Module]
     ) -> None:
-        require_source(source)
         super().__init__()
-        if not isinstance(heads, nn.ModuleList):
-            heads = nn.ModuleList([heads] if isinstance(heads, nn.Module) else heads)
-        if len(heads) != source.num_groups:
-            raise ValueError(
-                f"One ratio head per latent group: the source has {source.num_groups} groups, "
-                f"got {len(heads)} heads."
-            )
         self.source = source
-        self.heads = heads
+        self.heads = as_heads(heads, source.num_groups)
+        require_apart(self.heads, source, "Heads")
         self.strength = 1.0
         self.active = [True] * source.num_groups
         self.precision = torch.float32
-        self._disabled = False
 
     @classmethod
     def for_source(cls, source: LatentSource[Any, Any], x: Any, **options: Any) -> NCPrior:  # noqa: ANN401
@@ -120,19 +90,21 @@ class NCPrior(PretrainedHeads, nn.Module):
                 ``dropout``, ``kind``.
 
         Returns:
-            The prior; it equals the base prior until it is trained.
+            The prior, in evaluation mode; it equals the base prior until it is trained.
 
         Raises:
-            TypeError: If the decoder does not return one tensor with one row per row of x.
+            TypeError: If x is no batch, or the decoder does not return one row per row of x.
+            ValueError: If x has no rows, or the posterior of a row is not finite.
 
         Warns:
-            UserWarning: If the reconstruction of a row is no closer to that row than to others.
+            UserWarning: If reconstructions of a row are no closer to it than to other rows, or not
+                finite.
 
         Example:
             >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
             369
         """
-        return cls(source, probe_heads(source, x, **options))
+        return cls(source, probe_heads(source, x, **options)).eval()
 
     def forward(self, x: Any, noise_weight: float = 1.0, num_draws: int = 1) -> Tensor:  # noqa: ANN401
         """Returns :meth:`nce_loss`: for a single backward pass, and for plain DDP."""
@@ -150,6 +122,9 @@ class NCPrior(PretrainedHeads, nn.Module):
         Returns:
             The losses in nats, with shape ``(K,)``.
 
+        Raises:
+            FloatingPointError: If a loss is not finite; the message names the group.
+
         References:
             Aneja et al. (2021), equation 4.
 
@@ -157,7 +132,9 @@ class NCPrior(PretrainedHeads, nn.Module):
             >>> prior.nce_loss(x).shape
             torch.Size([1])
         """
-        return torch.stack(list(self.group_losses(x, noise_weight, num_draws)))
+        losses = torch.stack(list(self.group_losses(x, noise_weight, num_draws)))
+        require_finite_groups("The NCE loss", losses, "x")
+        return losses
 
     def group_losses(
         self,
@@ -169,6 +146,8 @@ class NCPrior(PretrainedHeads, nn.Module):
         groups: Container[int] | None = None,
     ) -> Iterator[Tensor]:
         """Yields the NCE loss of each group in turn, so that only one head's graph is in memory.
+
+        Autocast is off until the next loss is asked for: gradients are in float32 like the losses.
 
         Arguments:
             x: One batch, as the user's loader yields it.
@@ -184,12 +163,17 @@ class NCPrior(PretrainedHeads, nn.Module):
             >>> for loss in prior.group_losses(x):
             ...     loss.backward()
         """
-        for k, (z, context) in enumerate(contrastive_pairs(self.source, x, num_draws)):
-            if groups is not None and k not in groups:
-                yield z.new_zeros((), dtype=torch.float32)
-                continue
-            log_r = self.log_r(k, z, context, precision=precision)
-            yield nce_loss(log_r[0], log_r[1], noise_weight)
+        x = own_batch(x, self._device())
+        with naming_parts(self.source, self.heads):
+            for k, (z, context) in enumerate(contrastive_pairs(self.source, x, num_draws)):
+                if groups is not None and k not in groups:
+                    yield z.new_zeros((), dtype=torch.float32)
+                    continue
+                log_r = self._log_r(k, z, context, precision, lead=3)
+                with at_precision(
+                    z.device.type, torch.float32
+                ):  # so is the caller's backward pass
+                    yield nce_loss(log_r[0], log_r[1], noise_weight)
 
     @torch.no_grad()
     def sample(self, batch_size: int, sampler: Sampler, *, condition: Any = None) -> Sample:  # noqa: ANN401
@@ -208,8 +192,12 @@ class NCPrior(PretrainedHeads, nn.Module):
             The decoder's means, the latents and the draws.
 
         Raises:
-            FloatingPointError: If log r is not finite; the message names the group.
-            TypeError: If the sampler does not support a group's prior; the message names the group.
+            FloatingPointError: If log r is not finite; the message names the group, as do others.
+            TypeError: If the sampler does not support a group's prior.
+            ValueError: If a head has dropout and is in training mode. Call ``prior.eval()``.
+
+        Warns:
+            UserWarning: If the decoder returns NaN or infinity.
 
         Example:
             >>> from functools import partial
@@ -217,15 +205,19 @@ class NCPrior(PretrainedHeads, nn.Module):
             >>> prior.sample(8, partial(sir, num_proposals=100)).x.shape
             torch.Size([8, 3])
         """
+        require_counts(batch_size=batch_size)
         draws = []
 
         def choose(k: int, group: Group) -> Tensor:
             draws.append(self.draw(k, group, sampler))
             return draws[k].z
 
-        start = self.source.start(batch_size, condition=condition)
-        latents, state = visit(self.source, start, choose)
-        return Sample(self.source.decode(state), latents, tuple(draws))
+        with naming_parts(self.source, self.heads):
+            start = self.source.start(batch_size, condition=self._own(condition))
+            latents, state = visit(self.source, start, choose)
+            x = self.source.decode(state)
+        warn_if_not_finite(x, "The decoder", 4)
+        return Sample(x, latents, tuple(draws))
 
     def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
         """Returns α log r_k(z_k | z_<k) of every group, as the sampler uses it.
@@ -237,27 +229,37 @@ class NCPrior(PretrainedHeads, nn.Module):
         Returns:
             The log-ratios in nats, with shape ``(B, K)``; 0 for groups whose head is off.
 
+        Raises:
+            FloatingPointError: If a log-ratio is not finite; the message names the group.
+            ValueError: If the number of latents is wrong, or a head in training mode has dropout.
+
         Example:
             >>> prior.log_ratio([torch.randn(5, 2)]).shape
             torch.Size([5, 1])
         """
+        require_instance("latents", latents, (list, tuple), "Pass one z per group, [z].")
         if len(latents) != self.source.num_groups:
             raise ValueError(
                 f"One z per latent group: the source has {self.source.num_groups} groups, "
                 f"got {len(latents)} latents."
             )
-        log_r = []
+        latents, log_r = self._own(list(latents)), []
 
         def weigh(k: int, group: Group) -> Tensor:
             z = latents[k]
             if self.is_on(k):
-                log_r.append(self.strength * self.log_r(k, z, group.context))
+                require_steady(k, self.heads[k])
+                log_r.append(self.strength * self._log_r(k, z, group.context, lead=1))
             else:
                 log_r.append(torch.zeros(len(z), device=z.device))
             return z
 
-        visit(self.source, self.source.start(len(latents[0]), condition=condition), weigh)
-        return torch.stack(log_r, dim=1)
+        with naming_parts(self.source, self.heads):
+            start = self.source.start(len(latents[0]), condition=self._own(condition))
+            visit(self.source, start, weigh)
+        ratios = torch.stack(log_r, dim=1)
+        require_finite_groups("log r", ratios, "the latents")
+        return ratios
 
     def log_r(
         self,
@@ -278,25 +280,35 @@ class NCPrior(PretrainedHeads, nn.Module):
         Returns:
             log r in nats, with shape ``(*, B)``, without ``strength`` and ``active``.
 
+        Raises:
+            TypeError: If the head does not return a tensor of floats.
+            ValueError: If log r has another shape, or the head has dropout and is in training mode.
+
         Example:
             >>> prior.log_r(0, torch.randn(100, 5, 2), None).shape
             torch.Size([100, 5])
         """
+        require_counts(f"[0, {len(self.heads) - 1}]", k=k)
+        require_instance("z", z, Tensor, "Pass latents of group k as a tensor.")
+        check_precision(precision)
+        require_steady(k, self.heads[k])
+        return self._log_r(k, z, context, precision)
+
+    def _log_r(
+        self,
+        k: int,
+        z: Tensor,
+        context: Tensor | None,
+        precision: torch.dtype = torch.float32,
+        lead: int | None = None,
+    ) -> Tensor:
+        """log r_k(z, c), also of a head in training mode; z has ``lead`` axes ``(*, B)``."""
         h = head_input(self.source, k, z)
         with at_precision(z.device.type, precision):
-            log_r: Tensor = self.heads[k](
+            log_r = self.heads[k](
                 at_least_float32(h), None if context is None else at_least_float32(context)
             )
-        return at_least_float32(log_r)
-
-    def is_on(self, k: int) -> bool:
-        """Returns whether head k is used: it is ``active``, ``strength`` > 0, and not ``disabled``.
-
-        Example:
-            >>> prior.is_on(0)
-            True
-        """
-        return self.active[k] and self.strength != 0 and not self._disabled
+        return at_least_float32(checked_log_r(k, log_r, h, lead))
 
     @torch.no_grad()
     def draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
@@ -312,7 +324,8 @@ class NCPrior(PretrainedHeads, nn.Module):
 
         Raises:
             FloatingPointError: If log r is not finite; the message names the group.
-            TypeError: If the sampler does not support the group's prior; the message names the group.
+            TypeError: If the sampler does not support the group's prior, or returns no ``Draw``.
+            ValueError: If the head has dropout and is in training mode. Call ``prior.eval()``.
 
         Example:
             >>> from functools import partial
@@ -320,10 +333,17 @@ class NCPrior(PretrainedHeads, nn.Module):
             >>> prior.draw(0, source.group(source.start(4)), partial(sir, num_proposals=9)).z.shape
             torch.Size([4, 2])
         """
+        require_callable("sampler", sampler, "Pass one, such as partial(sir, num_proposals=500).")
+        require_instance("group", group, Group, "Pass source.group(state).")
         if not self.is_on(k):
             return Draw(group.prior.sample())
-        with naming_group(k):
-            return sampler(group.prior, self._ratio(k, group.context))
+        require_steady(k, self.heads[k])
+        with naming_group(k), at_precision(self._device().type, torch.float32):
+            draw = sampler(group.prior, self._ratio(k, group.context))
+            require_instance("The sampler's result", draw, Draw, "Return ncprior.Draw(z=z).")
+        if not torch.isfinite(draw.z).all():
+            raise FloatingPointError(f"Group {k}: the sampler has drawn z that are not finite.")
+        return draw
 
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
         """α log r_k(·, c), for many z of one context."""
@@ -331,21 +351,14 @@ class NCPrior(PretrainedHeads, nn.Module):
         log_r = prepare_head(self.heads[k], c, precision=self.precision)
         return lambda z: self.strength * log_r(at_least_float32(head_input(self.source, k, z)))
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """A context manager inside which this prior equals the base prior.
+    def _device(self) -> torch.device:
+        """The device of the heads, on which the VAE is as well."""
+        own = next((p.device for p in self.parameters()), None)
+        return device_of(self.source) if own is None else own
 
-        Example:
-            >>> with prior.disabled():
-            ...     prior.log_ratio([torch.randn(2, 2)])
-            tensor([[0.],
-                    [0.]])
-        """
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
+    def _own(self, tree: Any) -> Any:  # noqa: ANN401
+        """A condition or latents on the device of the heads, with arrays as tensors."""
+        return None if tree is None else own_batch(tree, self._device())
 
     def extra_repr(self) -> str:
         """Returns the part of ``print(prior)`` besides the heads."""
@@ -355,6 +368,7 @@ class NCPrior(PretrainedHeads, nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Keeps the source unregistered, also if it is an ``nn.Module``."""
         if name == "source":
+            require_source(value)
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from ncprior.distributions import Sampleable, build, expand, is_parameters, parameters
 from ncprior.source import Group, LatentSource, num_rows, require_eval
+from ncprior.utils.precision import floating_dtype
+from ncprior.utils.require import described, require_callable, require_counts, require_instance
 
 
 class SingleGroup(LatentSource[Any, Any]):
@@ -22,9 +24,10 @@ class SingleGroup(LatentSource[Any, Any]):
         posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. If a batch is
             a tuple or list such as (image, label), x is its first item.
         decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
-        module: The VAE itself, for the fingerprint and for the check that it is in evaluation mode.
-            It is never registered, moved or changed. (The check also covers modules, and modules
-            of bound methods, that are given as ``posterior`` and ``decoder``.)
+        module: The VAE itself, or a list of its modules, for the fingerprint, the dtype of z, and
+            the check that it is in evaluation mode. It is never registered, moved or changed. (The
+            check also covers modules, and modules of bound methods, that are given as
+            ``posterior`` and ``decoder``.)
         likelihood: Maps z to p(x | z), a distribution over x.
         condition: Returns the condition c, with shape ``(B, C)``, of a batch as the loader yields
             it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
@@ -36,7 +39,7 @@ class SingleGroup(LatentSource[Any, Any]):
 
     Raises:
         ValueError: If the prior has a batch shape.
-        TypeError: If the prior cannot be sampled.
+        TypeError: If the prior cannot be sampled, or a part has the wrong type.
 
     Example:
         >>> from ncprior.source import sample_posterior
@@ -59,13 +62,20 @@ class SingleGroup(LatentSource[Any, Any]):
         posterior: Callable[..., Distribution],
         decoder: Callable[..., Tensor],
         *,
-        module: nn.Module | None = None,
+        module: nn.Module | Iterable[nn.Module] | None = None,
         likelihood: Callable[..., Distribution] | None = None,
         condition: Callable[[Any], Tensor] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if not isinstance(prior, Sampleable):
-            raise TypeError(f"The prior needs a method `sample`; got {type(prior).__name__}.")
+        if isinstance(prior, type) or not isinstance(prior, Sampleable):
+            raise TypeError(
+                f"The prior needs a method `sample`; got {described(prior)}. Pass a distribution, "
+                f"such as Independent(Normal(zeros, ones), 1)."
+            )
+        optional = {"likelihood": likelihood, "condition": condition, "features": features}
+        given = {name: part for name, part in optional.items() if part is not None}
+        for name, part in {"posterior": posterior, "decoder": decoder, **given}.items():
+            require_callable(name, part, "Pass a function or a module.")
         if isinstance(prior, Distribution) and prior.batch_shape:
             raise ValueError(
                 f"The prior must have an empty batch shape; got batch shape "
@@ -73,9 +83,9 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"Wrap it in Independent(prior, {len(prior.batch_shape)})."
             )
         self.prior = prior
-        self.module = module
+        self.module = _as_module(module)
         parts = (posterior, decoder)
-        self._watched = (module, *(getattr(part, "__self__", part) for part in parts))
+        self._watched = (self.module, *(getattr(part, "__self__", part) for part in parts))
         self._posterior = posterior
         self._decoder = decoder
         self._likelihood = likelihood
@@ -102,9 +112,11 @@ class SingleGroup(LatentSource[Any, Any]):
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
         require_eval(*self._watched)
-        c = None if self._condition is None else self._condition(x)
+        c = None if self._condition is None else _checked_condition(self._condition(x))
         x = x[0] if isinstance(x, tuple | list) else x
-        q = parameters(self._checked_posterior(x, c))
+        distribution = self._checked_posterior(x, c)
+        _require_rows_of(x, distribution)
+        q = parameters(distribution)
         return self.Encoding(x if q is None else q, c)
 
     def start(
@@ -114,6 +126,7 @@ class SingleGroup(LatentSource[Any, Any]):
         condition: Tensor | None = None,
     ) -> State:
         """Returns the state before z is given, for ``batch_size`` rows."""
+        require_counts("[0, inf)", batch_size=batch_size)
         require_eval(*self._watched)
         q, c = (None, condition) if encoding is None else encoding
         if (c is None) != (self._condition is None):
@@ -122,6 +135,7 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"This source {needs} condition; got {got}. A condition is picked out of a batch "
                 f"by SingleGroup(condition=...) and given to sample(..., condition=...)."
             )
+        c = None if c is None else _checked_condition(c)
         for name, tree in (("encoding", q), ("condition", c)):
             if tree is not None and num_rows(tree) != batch_size:
                 raise ValueError(
@@ -167,7 +181,13 @@ class SingleGroup(LatentSource[Any, Any]):
         if self._features is None:
             return z
         lead = z.shape[: z.ndim - self._event_ndim]
-        h = self._features(self._for_module(z.reshape(-1, *z.shape[len(lead) :])))
+        flat = z.reshape(-1, *z.shape[len(lead) :])
+        h = self._features(self._for(self._features, flat))
+        if not isinstance(h, Tensor) or h.shape[:1] != flat.shape[:1]:
+            raise ValueError(
+                f"features must map z of shape (N, *event) to one tensor of N rows, here {len(flat)}; "
+                f"got {described(h)}. Features of a row depend on that row of z alone."
+            )
         return h.reshape(*lead, *h.shape[1:])
 
     def shared_prior(self) -> Sampleable:
@@ -177,19 +197,30 @@ class SingleGroup(LatentSource[Any, Any]):
     def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
         if state.z is None:
             raise ValueError("Decoding needs z; this walk has none yet. Call advance(state, z).")
-        z = self._for_module(state.z)
+        z = self._for(self._decoder, state.z)
         return (z,) if state.condition is None else (z, state.condition)
 
-    def _for_module(self, z: Tensor) -> Tensor:
-        if z.is_floating_point() and self.module is not None:
-            return z.to(next((p.dtype for p in self.module.parameters()), z.dtype))
-        return z
+    def _for(self, function: object, z: Tensor) -> Tensor:
+        """z in the floating-point dtype of a function's module, or of the VAE, if there is one."""
+        if not z.is_floating_point():
+            return z
+        part = getattr(function, "__self__", function)
+        dtype = floating_dtype(part if isinstance(part, nn.Module) else self.module)
+        return z if dtype is None else z.to(dtype)
 
     def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
-        q = self._posterior(x) if c is None else self._posterior(x, c)
+        try:
+            q = self._posterior(x) if c is None else self._posterior(x, c)
+        except ValueError as error:  # of a distribution that validates its parameters
+            if isinstance(x, Tensor) and not torch.isfinite(x).all():
+                raise ValueError(
+                    f"posterior(x) raises an error, and x has NaN or infinity. Remove or mend these "
+                    f"rows. {error}"
+                ) from error
+            raise
         if not isinstance(q, Distribution):
             raise TypeError(
-                f"posterior(x) must return a distribution; got {type(q).__name__}. From a mean "
+                f"posterior(x) must return a distribution; got {described(q)}. From a mean "
                 f"and a log-variance make Independent(Normal(mean, (0.5 * log_var).exp()), 1)."
             )
         event = self.prior.event_shape if isinstance(self.prior, Distribution) else q.event_shape
@@ -206,3 +237,33 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"the prior is to have as many event axes."
             )
         return q
+
+
+def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | None:
+    """Returns one module for several."""
+    remedy = "Pass the VAE, an nn.Module, or a list of its modules; or leave it out."
+    if module is None or isinstance(module, nn.Module):
+        return module
+    if not isinstance(module, list | tuple):
+        return require_instance("module", module, nn.Module, remedy)
+    return nn.ModuleList([require_instance("module", part, nn.Module, remedy) for part in module])
+
+
+def _checked_condition(c: Any) -> Any:  # noqa: ANN401
+    """Returns a condition after a check that its tensor has shape ``(B, C)``."""
+    if isinstance(c, Tensor) and c.ndim < 2:
+        raise ValueError(
+            f"A condition must have shape (B, C), a vector per row; got {described(c)}. Make labels "
+            f"one-hot: torch.nn.functional.one_hot(labels, num_classes).float()."
+        )
+    return c
+
+
+def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401
+    """Validates that q(z | x) has the rows of x, where x has one number of rows."""
+    rows = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim > 0}
+    if len(rows) == 1 and q.batch_shape[0] not in rows:
+        raise ValueError(
+            f"posterior(x) must return one row per row of x; got {q.batch_shape[0]} rows for "
+            f"{rows.pop()} of x. The batch must be the first axis of both."
+        )

@@ -22,9 +22,11 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from ncprior.distributions import Sampleable
-from ncprior.utils.batches import map_tensors
+from ncprior.distributions import Sampleable, naming_bad_rows
+from ncprior.utils.batches import map_tensors, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.require import described, require_counts, require_finite
 
 E = TypeVar("E")
 
@@ -55,7 +57,7 @@ class LatentSource(Protocol[E, S]):
     """A pretrained VAE as groups of latents that are visited in order; the base class of sources.
 
     A subclass must define ``num_groups``, ``encode``, ``start``, ``group``, ``advance`` and
-    ``decode``. The other members have defaults, and are overridden where the VAE offers more.
+    ``decode``. Other members have defaults.
 
     Encodings, states and conditions are pytrees of tensors whose first axis is the batch. ``start``
     and ``advance`` return new states; ``group`` and ``decode`` are pure functions of a state, may be
@@ -143,13 +145,12 @@ def require_source(source: object) -> None:
     Example:
         >>> require_source(torch.nn.Linear(1, 1))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        TypeError: A source is a subclass of ncprior.LatentSource; got Linear. Subclass ...
+        TypeError: A source is a subclass of ncprior.LatentSource; got an object of type Linear...
     """
     if LatentSource not in type(source).__mro__:
         raise TypeError(
-            f"A source is a subclass of ncprior.LatentSource; got {type(source).__name__}. "
-            f"Subclass ncprior.LatentSource, or wrap a VAE of one group in "
-            f"SingleGroup(prior, posterior, decoder)."
+            f"A source is a subclass of ncprior.LatentSource; got {described(source)}. Subclass it, "
+            f"wrap a VAE in SingleGroup(prior, posterior, decoder), or pass prior.source."
         )
 
 
@@ -158,9 +159,6 @@ class WrappedSource(LatentSource[Any, Any]):
 
     Arguments:
         source: The wrapped source.
-
-    Raises:
-        TypeError: If it is not a :class:`LatentSource`.
 
     Example:
         >>> class Doubled(WrappedSource):
@@ -231,9 +229,12 @@ def visit(
         >>> source.decode(state).shape
         torch.Size([4, 3])
     """
+    require_source(source)
     latents = []
     for k in range(source.num_groups):
-        z = choose(k, source.group(state))
+        group = source.group(state)
+        with naming_bad_rows(k, group.posterior):
+            z = choose(k, group)
         state = source.advance(state, z)
         latents.append(z)
     return tuple(latents), state
@@ -258,10 +259,12 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
         >>> [z.shape for z in latents], source.decode(state).shape
         ([torch.Size([4, 2])], torch.Size([4, 3]))
     """
-    require_source(source)
-    encoding = source.encode(x)
+    encoding = source.encode(own_batch(x, device_of(source)))
     state = source.start(num_rows(encoding), encoding)
-    return visit(source, state, lambda k, group: posterior_of(group).sample())
+    latents, state = visit(source, state, lambda k, group: posterior_of(group).sample())
+    for k, z in enumerate(latents):
+        require_finite(f"Group {k}: z drawn from q(z | x)", z)
+    return latents, state
 
 
 def posterior_of(group: Group) -> Distribution:
@@ -298,9 +301,8 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
 
     map_tensors(count, tree)
     if not rows:
-        raise ValueError(
-            f"Expected tensors whose first axis is the batch; got {type(tree).__name__} without any."
-        )
+        got = type(tree).__name__
+        raise ValueError(f"Expected tensors whose first axis is the batch; got {got} without any.")
     return rows[0]
 
 
@@ -315,18 +317,20 @@ def require_eval(*parts: object) -> None:
     """
     for part in parts:
         for name, submodule in part.named_modules() if isinstance(part, nn.Module) else ():
-            if submodule.training:
+            if submodule.training and type(submodule) not in _CONTAINERS:
                 raise ValueError(
-                    f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is "
-                    f"in training mode. Call vae.eval() first."
+                    f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
+                    f"training mode. Call vae.eval(); leave out module= where that is impossible, "
+                    f"as for a module of torch.export."
                 )
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their own flag changes nothing
 
 
 @torch.no_grad()
 def device_of(source: LatentSource[Any, Any]) -> torch.device:
-    """Returns the device on which a source draws latents.
-
-    If it cannot draw without a condition, this is the device of its ``module``, or else the CPU.
+    """Returns the device on which a source draws latents, or else of its ``module``, or else the CPU.
 
     Example:
         >>> device_of(source)
@@ -334,16 +338,17 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
     """
     require_source(source)
     base = source.shared_prior()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        try:
-            if not isinstance(base, Distribution):
-                base = source.group(source.start(1)).prior
-            return base.sample().device
-        except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
-            module = source.module
-    parameters = module.parameters() if isinstance(module, nn.Module) else ()
-    return next((p.device for p in parameters), torch.device("cpu"))
+    outside = random_state()
+    try:
+        if not isinstance(base, Distribution):
+            base = source.group(source.start(1)).prior
+        return base.sample().device
+    except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
+        module = source.module
+    finally:
+        set_random_state(outside)
+    found = (p.device for p in (module.parameters() if isinstance(module, nn.Module) else ()))
+    return next(found, torch.device("cpu"))
 
 
 def contrastive_pairs(
@@ -369,6 +374,7 @@ def contrastive_pairs(
         >>> [z.shape for z, context in contrastive_pairs(source, x)]
         [torch.Size([2, 1, 4, 2])]
     """
+    require_counts(num_draws=num_draws)
     count = Size((num_draws,))
     require_eval(source, source.module)
     with torch.no_grad():
@@ -377,7 +383,9 @@ def contrastive_pairs(
     for k in range(source.num_groups):
         with torch.no_grad():
             group = source.group(state)
-            z_q, z_p = _draw(posterior_of(group), count), _draw(group.prior, count)
+            with naming_bad_rows(k, group.posterior):
+                z_q = _draw(posterior_of(group), count)
+            z_p = _draw(group.prior, count)
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
             z = torch.stack([z_q, z_p.to(z_q.dtype)])

@@ -53,7 +53,7 @@ class NCETrainer:
     the optimizer only; with Lightning, use manual optimisation.
 
     Arguments:
-        prior: The prior whose heads are trained, in its current mode (train or eval).
+        prior: The prior whose heads are trained; it is put in training mode.
         optimizer: An optimizer of the heads' parameters.
         backward: Back-propagates a loss.
         noise_weight: ν, see :func:`ncprior.nce_loss`.
@@ -110,6 +110,7 @@ class NCETrainer:
         self.precision = precision
         self.group_parallel = group_parallel
         self.steps = 0
+        prior.train()
         share_weights(prior)
 
     def owner(self, k: int) -> int | None:

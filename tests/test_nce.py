@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,3 +242,24 @@ def test_a_categorical_head_learns_the_exact_ratio() -> None:
     variance = expected * (1 - expected)
     slack = 0.24 * variance + 4 * np.sqrt(variance / n)
     assert (np.abs(draw.x.mean(0).numpy() - expected) < slack).all()
+
+
+@pytest.mark.parametrize(
+    ("q", "p", "weight", "match"),
+    [
+        ([0.0], torch.zeros(2), 1.0, "log_r_posterior must be of type Tensor"),
+        (torch.zeros(2), None, 1.0, "log_r_prior must be of type Tensor; got None"),
+        (
+            torch.zeros(0),
+            torch.zeros(2),
+            1.0,
+            "log_r_posterior must be a tensor of floats with 1 or",
+        ),
+        (torch.zeros(2), torch.zeros(2).long(), 1.0, "log_r_prior must be a tensor of floats"),
+        (torch.zeros(2), torch.zeros(2), "1", "noise_weight must be a number"),
+        (torch.zeros(2), torch.zeros(2), torch.nan, "noise_weight must be a number"),
+    ],
+)
+def test_F26_F36_arguments_of_the_loss(q: Any, p: Any, weight: Any, match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        nce_loss(q, p, weight)

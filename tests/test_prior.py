@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from helpers.problems import Codes, CorrelatedPair, ExactRatio, GaussianPair, SampleOnly
@@ -24,13 +27,14 @@ from helpers.toys import (
 )
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
+from torch.utils.data import DataLoader, TensorDataset
 
-from ncprior import Draw, Group, NCPrior, SingleGroup, langevin, sir
+from ncprior import Draw, Group, NCETrainer, NCPrior, SingleGroup, langevin, sir
 from ncprior.distributions import Sampleable
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import LogRatio
-from ncprior.source import posterior_of
+from ncprior.source import posterior_of, sample_posterior
 
 SIR = partial(sir, num_proposals=20)
 ULA = partial(langevin, num_steps=3, step_size=0.1)
@@ -635,7 +639,10 @@ def test_a_sample_only_prior_is_given_its_size() -> None:
 
 @pytest.mark.parametrize(
     ("decoder", "got"),
-    [(lambda z: (z, z), "got tuple"), (lambda z: z[:1], r"16 rows; got \(1, 2\)")],
+    [
+        (lambda z: (z, z), "got an object of type tuple"),
+        (lambda z: z[:1], r"16 rows; got a tensor of float32, \(1, 2\)"),
+    ],
 )
 def test_a_decoder_that_returns_something_else_is_refused(
     decoder: Callable[[Tensor], Any], got: str
@@ -644,3 +651,288 @@ def test_a_decoder_that_returns_something_else_is_refused(
     source = SingleGroup(base, lambda x: Independent(Normal(x, 0.1), 1), decoder)
     with pytest.raises(TypeError, match=got):
         NCPrior.for_source(source, torch.randn(16, 2))
+
+
+# --- what must not be silent ---
+
+
+def test_F7_disabled_holds_for_its_own_thread_alone() -> None:
+    prior, both, seen = flat_prior(), threading.Barrier(2), {}
+
+    def first() -> None:
+        with prior.disabled():
+            both.wait()  # the second is inside as well
+            both.wait()  # the second has left
+            seen["first"] = prior.is_on(0)
+
+    def second() -> None:
+        with prior.disabled():
+            both.wait()
+            seen["second"] = prior.is_on(0)
+        seen["after"] = prior.is_on(0)
+        both.wait()
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": False, "second": False, "after": True}
+    assert prior.is_on(0)
+    assert not equals_base(prior)
+
+
+def test_F7_two_priors_may_leave_in_any_order() -> None:
+    a, b = flat_prior(), flat_prior()
+    inside_a, inside_b = a.disabled(), b.disabled()
+    inside_a.__enter__()
+    inside_b.__enter__()
+    inside_a.__exit__(None, None, None)
+    assert (a.is_on(0), b.is_on(0)) == (True, False)
+    with b.disabled():
+        pass
+    assert not b.is_on(0)
+    inside_b.__exit__(None, None, None)
+    assert b.is_on(0)
+
+
+def test_F7_copies_and_pickles_of_a_disabled_prior_are_on() -> None:
+    prior = NCPrior(ExactlyNothing(), MLPHead((2,), width=8))
+    prior.strength, prior.active = 0.5, [False]
+    with prior.disabled():
+        others = [copy.deepcopy(prior), pickle.loads(pickle.dumps(prior))]
+        assert not any(other.is_on(0) for other in others)  # not active
+        for other in others:
+            other.active[0] = True
+            assert other.is_on(0)
+            assert other.strength == 0.5
+
+
+class ExactlyNothing(SingleGroup):
+    """A source that pickle can take: without lambdas."""
+
+    def __init__(self) -> None:
+        super().__init__(base(), VAE().posterior, VAE().decode)
+
+
+NOT_A_STRENGTH = [-1, -0.1, math.nan, math.inf, 1 + 1j, True, "1", None, torch.ones(())]
+
+
+@pytest.mark.parametrize("value", NOT_A_STRENGTH, ids=repr)
+def test_F18_W10_a_strength_is_validated_when_it_is_set(value: Any) -> None:
+    prior = flat_prior()
+    with pytest.raises((TypeError, ValueError), match=r"strength must be a number in \[0, inf\)"):
+        prior.strength = value
+    assert prior.strength == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ([True], "one bool per group: there are 3 groups, got 1"),
+        ([True] * 4, "there are 3 groups, got 4"),
+        ([1, 0, 1], "got 1 in it"),
+        (["yes"] * 3, "got 'yes' in it"),
+        (True, "list of 3 bools; got True"),
+        ("yes", "list of 3 bools; got 'yes'"),
+        (None, "list of 3 bools; got None"),
+    ],
+)
+def test_F18_W10_active_is_validated_when_it_is_set(value: Any, match: str) -> None:
+    prior = hierarchical_prior()
+    with pytest.raises((TypeError, ValueError), match=match):
+        prior.active = value
+    assert prior.active == [True, True, True]
+
+
+def test_F18_items_of_active_are_validated_too() -> None:
+    prior = hierarchical_prior()
+    prior.active = np.array([True, False, True])
+    prior.active[2], prior.active[:2] = False, [False, True]
+    assert prior.active == [False, True, False]
+    with pytest.raises(TypeError, match="got 1 in it"):
+        prior.active[0] = 1
+    with pytest.raises(ValueError, match="got 2"):
+        prior.active[:2] = [True]
+    with pytest.raises(AttributeError):
+        prior.active.append(True)  # type: ignore[attr-defined]
+    assert prior.active == [False, True, False]
+    assert repr(prior.active) == "[False, True, False]"
+
+
+@pytest.mark.parametrize("value", [torch.float16, "bf16", None])
+def test_F17_a_precision_is_validated_when_it_is_set(value: Any) -> None:
+    with pytest.raises(ValueError, match="precision must be one of torch.float32, torch.bfloat16"):
+        flat_prior().precision = value
+
+
+def test_F14_an_empty_batch_raises() -> None:
+    for x in (torch.empty(0, 3), (torch.empty(0, 3),), np.empty((0, 3)), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="1 or more rows"):
+            NCPrior.for_source(flat(), x)
+    with pytest.raises(ValueError, match="1 or more rows"):
+        flat_prior().nce_loss(torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("x", [None, "x", 3, Tensor, DataLoader(TensorDataset(torch.ones(2, 3)))])
+def test_F36_what_is_no_batch_raises(x: Any) -> None:
+    for use in (partial(NCPrior.for_source, flat()), flat_prior().nce_loss):
+        with pytest.raises(TypeError, match="x must be one batch"):
+            use(x)
+
+
+@pytest.mark.parametrize("name", ["flat", "hierarchical"])
+def test_F15_a_row_that_is_not_finite_raises(name: str) -> None:
+    prior, x = PRIORS[name](), torch.randn(32, 3)
+    x[5, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"Group 0: The NCE loss is not finite.*in x"):
+        prior.nce_loss(x)
+    for use in (sample_posterior, NCPrior.for_source):
+        with pytest.raises((ValueError, FloatingPointError), match="finite"):
+            use(prior.source, x)
+    z = torch.randn(32, 2)
+    z[3] = torch.inf
+    with pytest.raises(FloatingPointError, match="log r is not finite"):
+        prior.log_ratio([z] * prior.source.num_groups)
+
+
+def test_F15_the_rows_are_counted() -> None:
+    source = SingleGroup(
+        base(), lambda x: Independent(Normal(x, x.abs(), validate_args=False), 1), lambda z: z
+    )
+    x = torch.randn(32, 2)
+    x[3] = x[7, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"Group 0: q\(z \| x\) is NaN or infinite in 2 of 32 rows"
+    ):
+        sample_posterior(source, x)
+
+
+def test_F21_gradients_under_autocast_are_those_without() -> None:
+    source = SingleGroup(
+        base(), lambda x: Independent(Normal(x, 0.3, validate_args=False), 1), lambda z: z
+    )
+    prior, x = stir(NCPrior(source, MLPHead((2,), width=64))), torch.randn(64, 2)
+    ula = partial(langevin, num_steps=10, step_size=0.1)
+    found = []
+    for enabled in (False, True):
+        trainer = NCETrainer(prior, torch.optim.SGD(prior.parameters(), lr=0.0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            torch.manual_seed(1)
+            z = prior.sample(50, ula).latents[0]
+            trainer.step(x)
+            assert torch.is_autocast_enabled("cpu") == enabled
+        found.append((z, [p.grad.clone() for p in prior.parameters() if p.grad is not None]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("count", [-1, 0, 2.5, "3", None, True])
+def test_F26_sample_takes_a_whole_number(count: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"batch_size must be a whole number in \[1"):
+        flat_prior().sample(count, SIR)
+
+
+def test_F26_draws_and_weights_are_numbers() -> None:
+    prior, x = flat_prior(), torch.randn(4, 3)
+    for wrong in (0, 1.5, "2"):
+        with pytest.raises((TypeError, ValueError), match="num_draws must be a whole number"):
+            prior.nce_loss(x, num_draws=wrong)
+        with pytest.raises((TypeError, ValueError), match=r"must be a (whole )?number in"):
+            prior.is_on(wrong + 3 if wrong != "2" else wrong)
+    for weight in (0, -1.0, math.nan, math.inf, "1", None):
+        with pytest.raises((TypeError, ValueError), match=r"noise_weight must be a number in \(0"):
+            prior.nce_loss(x, weight)
+
+
+def test_F36_wrong_objects_of_a_prior_are_named() -> None:
+    prior = flat_prior()
+    group, z = prior.source.group(prior.source.start(4)), torch.randn(4, 2)
+    for use, match in (
+        (lambda: prior.sample(4, None), "sampler must be a function; got None"),
+        (lambda: prior.sample(4, Draw), "sampler must be a function; got the class Draw"),
+        (
+            lambda: prior.sample(4, lambda p, r: p.sample()),
+            "sampler's result must be of type Draw",
+        ),
+        (lambda: prior.draw(0, group.prior, SIR), "group must be of type Group"),
+        (lambda: prior.log_ratio(z), "latents must be of type list or tuple"),
+        (lambda: prior.log_r(0, None, None), "z must be of type Tensor"),
+        (
+            lambda: setattr(prior, "source", VAE()),
+            "A source is a subclass of ncprior.LatentSource",
+        ),
+    ):
+        with pytest.raises(TypeError, match=match):
+            use()  # type: ignore[no-untyped-call]
+
+
+def test_F35_a_sampler_that_returns_nan_raises() -> None:
+    with pytest.raises(FloatingPointError, match="Group 0: the sampler has drawn z that are not"):
+        flat_prior().sample(4, lambda p, r: Draw(p.sample() * torch.nan))
+
+
+def nan_beyond(vae: VAE, limit: float) -> Callable[[Tensor], Tensor]:
+    return lambda z: torch.where(z[:, :1].abs() > limit, torch.nan, vae.decode(z))
+
+
+def test_W9_nan_images_are_told() -> None:
+    vae = VAE()
+    source = SingleGroup(base(), vae.posterior, nan_beyond(vae, 1.0), module=vae)
+    prior = stir(NCPrior(source, MLPHead((2,), width=8)))
+    with pytest.warns(
+        UserWarning, match=r"The decoder has returned NaN or infinity in \d+ of 200"
+    ):
+        prior.sample(200, SIR)
+    with pytest.warns(UserWarning, match="The decoder has returned NaN") as found:
+        NCPrior.for_source(
+            SingleGroup(base(), vae.posterior, nan_beyond(vae, 0.1)), torch.randn(64, 3)
+        )
+    assert len(found) == 1  # and no word of the posterior's scale
+    assert found[0].filename == __file__
+
+
+def test_C5_one_number_per_row_is_a_batch() -> None:
+    source = SingleGroup(
+        Normal(torch.tensor(0.0), 1.0), lambda v: Normal(v, 0.1 + 0 * v), lambda z: z
+    )
+    assert NCPrior.for_source(source, torch.randn(64)).nce_loss(torch.randn(64)).shape == (1,)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_M3_data_in_bytes_reconstruct_as_well_as_data_in_one(dtype: torch.dtype) -> None:
+    p = Independent(Normal(torch.zeros(6), torch.ones(6)), 1)
+    source = SingleGroup(p, lambda x: Independent(Normal(x / 255, 0.01), 1), lambda z: z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NCPrior.for_source(source, (255 * torch.rand(64, 6)).to(dtype))
+
+
+def test_G_C2_data_are_moved_to_the_heads() -> None:
+    """The VAE is a fake on another device: it sees where its batch is."""
+    seen = []
+
+    class Far(SingleGroup):
+        def encode(self, x: Any) -> Any:
+            seen.append(x["x"].device.type)
+            raise InterruptedError
+
+    source = Far(base(), VAE().posterior, VAE().decode)
+    prior = NCPrior(source, MLPHead((2,), width=8)).to("meta")
+    with pytest.raises(InterruptedError):
+        prior.nce_loss({"x": torch.randn(4, 3)})
+    assert seen == ["meta"]
+
+
+def test_G_C6_parts_on_two_devices_are_named() -> None:
+    prior = NCPrior(flat(), MLPHead((2,), width=8)).to("meta")
+    match = "base on cpu, VAE on cpu, heads on meta. Move"
+    for use in (lambda: prior.nce_loss(torch.randn(4, 3)), lambda: prior.sample(4, SIR)):
+        with pytest.raises(ValueError, match=match):
+            use()
+    far = Independent(Normal(torch.zeros(2, device="meta"), 1.0, validate_args=False), 1)
+    vae = VAE()
+    with pytest.raises(ValueError, match="base on meta, VAE on cpu. Move"):
+        NCPrior.for_source(
+            SingleGroup(far, vae.posterior, vae.decode, module=vae), torch.randn(9, 3)
+        )

@@ -33,13 +33,23 @@ def head_input(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
     Returns:
         Features of z, with shape ``(*, B, ...)``; by default z itself.
 
+    Raises:
+        ValueError: If z requires gradients and the features cut them.
+
     Example:
         >>> z = torch.randn(5, 4, 2)
         >>> head_input(source, 0, z) is z
         True
     """
     with nullcontext() if z.requires_grad else torch.no_grad():
-        return source.features(k, z)
+        h = source.features(k, z)
+    if z.requires_grad and torch.is_grad_enabled() and not h.requires_grad:
+        raise ValueError(
+            f"The features of group {k} have no gradient with respect to z, so that Langevin dynamics "
+            f"would ignore the head. Leave torch.no_grad, detach and rounding out of features=; or "
+            f"sample by sir, which needs no gradient."
+        )
+    return h
 
 
 def with_head_inputs(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> Group:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
+from ncprior.distributions import Sampleable
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.source import Group
+from ncprior.utils.require import described, require_instance
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
+@torch.no_grad()
 def make_head(
     group: Group,
     *,
@@ -33,6 +39,7 @@ def make_head(
         The head, on the device of the latents.
 
     Raises:
+        TypeError: If the group or the kind has the wrong type, or there is no such option.
         ValueError: If the prior does not define the number of categories of the codes.
 
     Example:
@@ -42,21 +49,55 @@ def make_head(
         >>> type(make_head(Group(prior), width=32)).__name__
         'ConvHead'
     """
-    z = group.prior.sample()
+    require_instance("group", group, Group, "Pass source.group(state).")
+    if kind is not None and not (isinstance(kind, type) and issubclass(kind, MLPHead | ConvHead)):
+        raise TypeError(
+            f"kind must be MLPHead, ConvHead or a class derived from one; got {described(kind)}."
+        )
+    z = _draws(group.prior)
     event_shape = tuple(z.shape[1:])
-    context_shape = None if group.context is None else tuple(group.context.shape[1:])
-    options["context_shape"] = context_shape
-    if not z.is_floating_point():
-        codes = CategoricalHead(event_shape, _num_categories(group), **options).to(z.device)
-        codes.fit_scale(z, group.context)
-        return codes
-    if kind is None:
-        kind = ConvHead if len(event_shape) == 3 else MLPHead
-    head = kind(event_shape, **options).to(z.device)
-    if group.posterior is not None:
-        z = torch.cat([z, group.posterior.sample()])
+    codes = not z.is_floating_point()
+    default = ConvHead if len(event_shape) == 3 else MLPHead
+    chosen: type[nn.Module] = CategoricalHead if codes else kind or default
+    known = signature(chosen).parameters.keys() - {
+        "event_shape",
+        "context_shape",
+        "num_categories",
+    }
+    if wrong := options.keys() - known:
+        raise TypeError(
+            f"The options of a {chosen.__name__} are {', '.join(sorted(known))}; got "
+            f"{', '.join(sorted(wrong))}."
+        )
+    if group.context is not None:
+        options["context_shape"] = group.context.shape[1:]
+    if codes:
+        options["num_categories"] = _num_categories(group)
+    head: Any = chosen(event_shape, **options).to(z.device)
+    if group.posterior is not None and not codes:
+        z = torch.cat([z, _draws(group.posterior)])
+    if group.context is not None and len(group.context) == 1:
+        warnings.warn(
+            "One row does not show the scales of a context. Pass some tens of rows.", stacklevel=4
+        )
     head.fit_scale(z, group.context)
-    return head
+    made: nn.Module = head
+    return made
+
+
+def _draws(p: Sampleable) -> Tensor:
+    """One draw per row; of few rows several, so that they show the scales of z."""
+    z = p.sample()
+    if len(z) == 0:
+        raise ValueError("A head needs the scales of z: the group must have rows; got none.")
+    if len(z) < _FEW:
+        z = torch.cat([z, p.sample(Size((-(-_DRAWS // len(z)),))).flatten(0, 1)])
+    return z
+
+
+_FEW = 8  # rows
+
+_DRAWS = 64
 
 
 def _num_categories(group: Group) -> int:

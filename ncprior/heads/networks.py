@@ -21,6 +21,13 @@ from torch import Tensor, nn
 
 from ncprior.heads.contexts import MapContext, Standardise, VectorContext
 from ncprior.utils.precision import in_full
+from ncprior.utils.require import (
+    described,
+    require_counts,
+    require_instance,
+    require_numbers,
+    require_shape,
+)
 
 
 class _Head(nn.Module):
@@ -32,11 +39,16 @@ class _Head(nn.Module):
     out: nn.Linear
 
     def __init__(self, **config: Any) -> None:  # noqa: ANN401
+        counts = [name for name in ("width", "num_categories") if name in config]
+        require_counts(**{name: config[name] for name in counts})
+        require_counts("[0, inf)", depth=config["depth"])
+        require_numbers("[0, 1)", dropout=config["dropout"])
+        for name in ("event_shape", "context_shape"):
+            if name == "event_shape" or config[name] is not None:
+                config[name] = list(require_shape(name, config[name]))
         super().__init__()
-        self._config = {
-            name: list(value) if isinstance(value, Sequence) else value
-            for name, value in config.items()
-        }
+        self.event_shape = tuple(config["event_shape"])
+        self._config = config | {name: int(config[name]) for name in (*counts, "depth")}
 
     def config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, ready for JSON."""
@@ -92,7 +104,6 @@ class MLPHead(_Head):
             depth=depth,
             dropout=dropout,
         )
-        self.event_shape = tuple(event_shape)
         self.scale = Standardise(self.event_shape)
         self.stem = nn.Linear(math.prod(self.event_shape), width)
         self.context = VectorContext(context_shape, width)
@@ -145,11 +156,6 @@ class ConvHead(_Head):
         depth: int = 2,
         dropout: float = 0.0,
     ) -> None:
-        if len(event_shape) != 3 or width % 8:
-            raise ValueError(
-                f"ConvHead needs an event shape (C, H, W) and a width that is a multiple of 8; "
-                f"got {tuple(event_shape)} and {width}."
-            )
         super().__init__(
             event_shape=event_shape,
             context_shape=context_shape,
@@ -157,7 +163,11 @@ class ConvHead(_Head):
             depth=depth,
             dropout=dropout,
         )
-        self.event_shape = tuple(event_shape)
+        if len(self.event_shape) != 3 or width % 8:
+            raise ValueError(
+                f"ConvHead needs an event shape (C, H, W) and a width that is a multiple of 8; "
+                f"got {self.event_shape} and {width}."
+            )
         channels, height, side = self.event_shape
         self.scale = Standardise((channels, 1, 1))
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
@@ -214,11 +224,6 @@ class CategoricalHead(_Head):
         depth: int = 2,
         dropout: float = 0.0,
     ) -> None:
-        if len(event_shape) not in (0, 2):
-            raise ValueError(
-                f"CategoricalHead takes codes of event shape () or (H, W); "
-                f"got {tuple(event_shape)}. Pass a head of your own for other shapes."
-            )
         super().__init__(
             event_shape=event_shape,
             num_categories=num_categories,
@@ -227,7 +232,11 @@ class CategoricalHead(_Head):
             depth=depth,
             dropout=dropout,
         )
-        self.event_shape = tuple(event_shape)
+        if len(self.event_shape) not in (0, 2):
+            raise ValueError(
+                f"CategoricalHead takes codes of event shape () or (H, W); "
+                f"got {self.event_shape}. Pass a head of your own for other shapes."
+            )
         self.embedding = nn.Embedding(num_categories, width)
         kind = ConvHead if event_shape else MLPHead
         self.head = kind(
@@ -253,7 +262,9 @@ class CategoricalHead(_Head):
 
     def embed(self, z: Tensor) -> Tensor:
         """Returns the features of codes, with shape ``(*, B, width)`` or ``(*, B, width, H, W)``."""
-        h: Tensor = self.embedding(_checked_event(z, self.event_shape).long())
+        if _checked_event(z, self.event_shape).is_floating_point():
+            raise TypeError(f"CategoricalHead takes codes, whole numbers; got {described(z)}.")
+        h: Tensor = self.embedding(z.long())
         return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
 
 
@@ -333,6 +344,7 @@ def _zero(linear: nn.Linear) -> nn.Linear:
 
 
 def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+    require_instance("z", z, Tensor, "Pass latents as a tensor.")
     if z.ndim <= len(event_shape) or z.shape[z.ndim - len(event_shape) :] != event_shape:
         raise ValueError(
             f"The head takes z of shape (*, B, {', '.join(map(str, event_shape))}); "

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncprior.heads.checks import naming_parts
 from ncprior.heads.inputs import with_head_inputs
 from ncprior.heads.make import make_head
-from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_source, visit
+from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
+from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
+from ncprior.utils.require import described
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 @torch.no_grad()
 def probe_heads(
     source: LatentSource[Any, Any],
@@ -28,14 +32,16 @@ def probe_heads(
         options: Arguments of :func:`ncprior.heads.make_head`.
 
     Raises:
-        TypeError: If the decoder does not return one tensor with one row per row of x.
+        TypeError: If x is no batch, or the decoder does not return one tensor with one row per row
+            of x.
+        ValueError: If x has no rows, or the posterior of a row is not finite.
 
     Warns:
-        UserWarning: If reconstructions of a row are no closer to it than to other rows.
+        UserWarning: If reconstructions of a row are no closer to it than to other rows, or are not
+            finite; or if one row is to give the scales of a context.
     """
-    require_source(source)
-    encoding = source.encode(x)
-    rows, heads = num_rows(encoding), []
+    x = own_batch(x, device_of(source))
+    heads: list[nn.Module] = []
 
     def make(k: int, group: Group) -> Tensor:
         z = posterior_of(group).sample()
@@ -43,22 +49,52 @@ def probe_heads(
             heads.append(make_head(with_head_inputs(source, k, group, z), **options))
         return z
 
-    _, state = visit(source, source.start(rows, encoding), make)
-    x_hat = source.decode(state)
-    if not isinstance(x_hat, Tensor) or len(x_hat) != rows:
-        got = f"{tuple(x_hat.shape)}" if isinstance(x_hat, Tensor) else type(x_hat).__name__
+    with naming_parts(source):
+        encoding = source.encode(x)
+        rows = num_rows(encoding)
+        if rows == 0:
+            raise ValueError(
+                "x must have 1 or more rows; got an encoding of none. Pass more data."
+            )
+        _, state = visit(source, source.start(rows, encoding), make)
+        x_hat = source.decode(state)
+    if not isinstance(x_hat, Tensor) or x_hat.shape[:1] != (rows,):
         raise TypeError(
-            f"The decoder must return the mean of p(x | z) as one tensor of {rows} rows; got {got}."
+            f"The decoder must return the mean of p(x | z) as one tensor of {rows} rows; got "
+            f"{described(x_hat)}."
         )
-    _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
+    if warn_if_not_finite(x_hat, "The decoder", 6):
+        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
     return heads
+
+
+def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:
+    """Returns whether decoded x are finite, with a warning if they are not; waits for a GPU.
+
+    Arguments:
+        x: Decoded means, with shape ``(B, ...)``.
+        whose: The decoder's name in the warning.
+        stacklevel: The frame that the warning names, counted from here as 1.
+
+    Warns:
+        UserWarning: If a value is NaN or infinite.
+    """
+    finite = torch.isfinite(x).reshape(len(x), -1).all(1)
+    if finite.all():
+        return True
+    warnings.warn(
+        f"{whose} has returned NaN or infinity in {int((~finite).sum())} of {len(x)} rows. Look for "
+        f"an overflow, as of half precision, in the decoder.",
+        stacklevel=stacklevel,
+    )
+    return False
 
 
 def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
     """Warns if the posterior is so wide that z does not identify the row that it came from."""
     if not isinstance(x, Tensor) or len(x) < 8 or x[0].numel() != x_hat[0].numel():
         return
-    distance = torch.cdist(x_hat.flatten(1).float(), x.flatten(1).to(x_hat.device, torch.float32))
+    distance = torch.cdist(_standardised(x_hat), _standardised(x.to(x_hat.device)))
     own = distance.diagonal()
     others = (distance.sum(1) - own) / (len(x) - 1)
     if (own < others).float().mean() < 0.9:
@@ -67,5 +103,11 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
             "scale a standard deviation (from a log-variance, (0.5 * log_var).exp())? Does "
             "advance or decode leave something out, or group mix up its inputs? Compare with the "
             "model's own forward pass.",
-            stacklevel=5,
+            stacklevel=6,
         )
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Rows of mean 0 and standard deviation 1 over all: data in [0, 255] is like data in [0, 1]."""
+    x = x.reshape(len(x), -1).float()
+    return (x - x.mean()) / x.std().clamp_min(1e-12)

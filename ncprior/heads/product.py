@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncprior.utils.require import require_instance
+
 
 class ProductHead(nn.Module):
     """log r = Σ_s ℓ_s: the product of the ratios of several stages.
 
     Arguments:
         heads: The heads ℓ_s, first stage first.
+
+    Raises:
+        TypeError: If a head is no module.
+        ValueError: If there is none.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -23,7 +29,11 @@ class ProductHead(nn.Module):
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(
+            [require_instance("A head", head, nn.Module, "Pass modules.") for head in heads]
+        )
+        if not self.heads:
+            raise ValueError("A product needs at least one head; got none. Pass the heads.")
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
@@ -47,6 +57,8 @@ def factors(head: nn.Module) -> list[nn.Module]:
     return list(head.heads) if isinstance(head, ProductHead) else [head]
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
+@torch.no_grad()
 def fresh_head(head: nn.Module) -> nn.Module:
     """Returns an untrained head with the configuration and input scales of another.
 

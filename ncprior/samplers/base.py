@@ -51,6 +51,28 @@ class Draw(NamedTuple):
     acceptance: Tensor | None = None
 
 
+class Sample(NamedTuple):
+    """Images, latents and quality of the draws of :meth:`ncprior.NCPrior.sample`.
+
+    Attributes:
+        x: The decoder's mean, with shape ``(B, ...)``.
+        latents: One z_k per group, each with shape ``(B, *event)``.
+        draws: One :class:`~ncprior.Draw` per group, with effective sample size and other
+            diagnostics of the sampler.
+
+    Example:
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> sample = prior.sample(8, partial(sir, num_proposals=100))
+        >>> sample.x.shape, sample.latents[0].shape, sample.draws[0].ess.shape
+        (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8]))
+    """
+
+    x: Tensor
+    latents: tuple[Tensor, ...]
+    draws: tuple[Draw, ...]
+
+
 def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
     """Number of latents per call of a head: ``chunk_size``, or one that suits the device of z.
 

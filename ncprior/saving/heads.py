@@ -17,6 +17,7 @@ from ncprior.saving.kinds import base_entry, build_base, build_head, head_entry,
 from ncprior.saving.mixin import Pretrained
 from ncprior.saving.tensors import read_metadata
 from ncprior.source import LatentSource, device_of
+from ncprior.utils.switches import Switches
 
 FILE = "ncprior.safetensors"
 
@@ -26,7 +27,7 @@ class PretrainedHeads(Pretrained):
 
     heads: nn.ModuleList
     strength: float
-    active: list[bool]
+    active: Switches
 
     _file = FILE
     _tags = ("ncprior", "vae", "noise-contrastive-prior")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from copy import copy
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset
+
+from ncprior.utils.require import described
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noqa: ANN401
@@ -50,6 +55,41 @@ def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401
     """
     is_ahead = device.type == "cuda"  # a copy to the CPU could be read before it has arrived
     return map_tensors(lambda t: t.to(device, non_blocking=is_ahead), batch)
+
+
+def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
+    """Returns one batch of a user on a device, with arrays and tables of numbers as tensors.
+
+    Arguments:
+        x: One batch, as the user's loader yields it; arrays of float64, the default of NumPy, are
+            converted to torch's default dtype.
+        device: The device.
+
+    Raises:
+        TypeError: If x is no batch, such as a ``DataLoader``.
+        ValueError: If x has no rows.
+
+    Example:
+        >>> own_batch([np.zeros((5, 3)), "labels"], torch.device("cpu"))[0].dtype
+        torch.float32
+    """
+    if x is None or isinstance(x, type | str | Number | DataLoader | Dataset):
+        raise TypeError(
+            f"x must be one batch, a tensor or what a DataLoader yields; got {described(x)}. Take one "
+            f"batch, next(iter(loader)) or dataset[:256]."
+        )
+    x = x.to_numpy() if hasattr(x, "to_numpy") else x
+    x = to_device(tree_map_only(np.ndarray, _from_array, x), device)
+    if isinstance(x, Tensor) and (x.ndim == 0 or len(x) == 0):
+        raise ValueError(f"x must have 1 or more rows; got {described(x)}. Pass rows of data.")
+    return x
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Any:  # noqa: ANN401
+    if array.dtype.kind not in "biuf":
+        return array
+    tensor = torch.from_numpy(np.array(array))  # a copy: arrays may be read-only
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:

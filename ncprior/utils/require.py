@@ -166,6 +166,26 @@ def require_finite(name: str, x: Tensor) -> None:
         )
 
 
+def require_shape(name: str, shape: Any) -> tuple[int, ...]:  # noqa: ANN401
+    """Returns a shape as a tuple of whole numbers of at least 1, after a check.
+
+    Arguments:
+        name: The argument.
+        shape: The shape.
+
+    Raises:
+        TypeError: If it is no list of whole numbers.
+        ValueError: If a size is below 1.
+    """
+    if isinstance(shape, str) or not isinstance(shape, Iterable):
+        raise TypeError(
+            f"{name} must be a list of whole numbers, such as (16,); got {described(shape)}."
+        )
+    sizes = tuple(shape)
+    require_counts(**{f"{name}[{i}]": size for i, size in enumerate(sizes)})
+    return tuple(operator.index(size) for size in sizes)
+
+
 def described(value: Any) -> str:  # noqa: ANN401
     """Returns a short description of an object for an error message, on one line."""
     match value:
@@ -175,7 +195,7 @@ def described(value: Any) -> str:  # noqa: ANN401
             return f"a tensor of {str(value.dtype).removeprefix('torch.')}, {tuple(value.shape)}"
         case np.ndarray():
             return f"an array of {value.dtype}, {value.shape}"
-        case None | bool() | int() | float() | complex() | str() | np.generic():
+        case None | bool() | int() | float() | complex() | str() | np.generic() | torch.dtype():
             text = repr(value)
             return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
     return f"an object of type {type(value).__name__}"

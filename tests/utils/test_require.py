@@ -18,6 +18,7 @@ from ncprior.utils.require import (
     require_flags,
     require_instance,
     require_numbers,
+    require_shape,
 )
 
 
@@ -143,3 +144,14 @@ def test_descriptions_are_short_and_on_one_line() -> None:
     assert described(np.zeros(2)) == "an array of float64, (2,)"
     assert described("a\nb") == r"'a\nb'"
     assert len(described("a" * 1000)) < 80
+
+
+def test_a_shape_is_a_tuple_of_whole_numbers() -> None:
+    assert require_shape("event_shape", torch.Size([2, 3])) == (2, 3)
+    assert require_shape("event_shape", np.array([2])) == (2,)
+    assert require_shape("event_shape", ()) == ()
+    for wrong, match in (("ab", "list of whole numbers"), (3, "list"), ([2.0], r"\[0\] must be")):
+        with pytest.raises(TypeError, match=match):
+            require_shape("event_shape", wrong)
+    with pytest.raises(ValueError, match=r"event_shape\[1\] must be a whole number in \[1, inf\)"):
+        require_shape("event_shape", (2, 0))

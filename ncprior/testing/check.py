@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import Sampleable, parameters
-from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_source
-
-Source: TypeAlias = LatentSource[Any, Any]
-
-Tree: TypeAlias = Any  # a pytree of tensors whose first axis is the batch
-
-Start: TypeAlias = tuple[int, Tree, Tree]  # batch size, encoding and condition
-
-_HALF = (torch.float16, torch.bfloat16)
+from ncprior.distributions import parameters
+from ncprior.source import Group, device_of, num_rows
+from ncprior.testing.walk import HALF, Source, Walk, check_first_axis, require, walk_and_check
+from ncprior.utils.batches import own_batch
+from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.trees import Tree, clone, same, take
 
 
 def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
@@ -29,9 +25,10 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     Nothing is returned if all rules hold. The numbers are not compared with those of the model
     itself: do that once, see ``adapters/README.md``. The rules are: shapes and dtypes; priors and
     contexts do not depend on x; ``group`` is pure and ``advance`` leaves the old state usable; rows
-    of a batch do not depend on other rows, and one row alone works too; one seed gives one result;
-    ``features`` are functions of z alone; gradients reach every latent; grad mode and the VAE
-    (parameters, ``.grad``, buffers, training flags) are unchanged.
+    of a batch do not depend on other rows, and one row alone works too (encodings are compared
+    where ``encode`` draws nothing); one seed gives one result; draws of the prior can be decoded;
+    ``features`` are functions of z alone; gradients reach every latent from whatever is not whole
+    numbers; grad mode and the VAE (parameters, ``.grad``, buffers, training flags) are unchanged.
 
     Arguments:
         source: The source to check.
@@ -40,6 +37,7 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
 
     Raises:
         AssertionError: At the first rule that is broken; the message gives the value and a remedy.
+        TypeError: If the source is no :class:`ncprior.LatentSource`, or x no batch.
 
     Example:
         >>> check_source(source, x)
@@ -48,22 +46,24 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
         Traceback (most recent call last):
         AssertionError: num_groups must be an int of at least 1; got 0.
     """
-    require_source(source)
+    device = device_of(source)
     _check_num_groups(source)
-    cuda = range(torch.cuda.device_count())
-    with _frozen(source), torch.random.fork_rng(cuda), torch.no_grad():
+    x = own_batch(x, device)
+    condition = None if condition is None else own_batch(condition, device)
+    with _frozen(source), _reproducible(), torch.no_grad():
         encoding = source.encode(x)
         count = num_rows(encoding)
         _check_count(x, count)
-        _check_first_axis(encoding, count, "encode(x)")
-        walk = _walk(source, (count, encoding, None))
-        free = _walk(source, (count, None, condition), walk.latents)
+        check_first_axis(encoding, count, "encode(x)")
+        walk = walk_and_check(source, (count, encoding, None))
+        free = walk_and_check(source, (count, None, condition), walk.latents)
         for state, z in (*zip(walk.states, walk.latents), *zip(free.states, free.latents)):  # noqa: B905
             with _naming_old_states():
                 _check_purity(source, state)
                 _check_fork(source, state, z)
         for last, start in ((walk.states[-1], x), (free.states[-1], None)):
             _check_decoder(source, last, start)
+        _check_prior_walk(source, count, condition)
         _check_blindness(source, walk, free)
         for rows in ([count - 1, 0], [0]):
             _check_encoding_rows(source, x, encoding, rows)
@@ -73,6 +73,28 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
             _check_features(source, k, z)
         _check_gradients(source, walk)
         _check_gradients(source, free)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Context that restores all generators, with convolutions that depend on no other row."""
+    outside, cudnn = random_state(), torch.backends.cudnn
+    exact = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    try:
+        with exact:
+            yield
+    finally:
+        set_random_state(outside)
+
+
+@contextmanager
+def _drawing_nothing(message: str) -> Iterator[None]:
+    """Context that checks that no generator has moved."""
+    before = random_state()
+    yield
+    require(same(random_state(), before), message)
 
 
 @contextmanager
@@ -86,137 +108,41 @@ def _naming_old_states() -> Iterator[None]:
         ) from error
 
 
-class _Walk(NamedTuple):
-    start: Start
-    states: list[Tree]  # K + 1: in front of every group, and the last
-    groups: list[Group]
-    latents: list[Tensor]
-    x: Tensor
-
-
-def _walk(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk:
-    """Visits all groups with given latents or draws of the posterior, and checks every output."""
-    count, mode = start[0], torch.is_grad_enabled()
-    states, groups, drawn = [source.start(*start)], [], []
-    for k in range(source.num_groups):
-        _check_first_axis(states[-1], count, f"The state in front of group {k}")
-        groups.append(source.group(states[-1]))
-        kind = type(groups[-1]).__name__
-        _require(isinstance(groups[-1], Group), f"group must return a Group; got a {kind}.")
-        drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
-        _check_group(groups[-1], drawn[-1], count, f"Group {k}")
-        states.append(source.advance(states[-1], drawn[-1]))
-    _check_first_axis(states[-1], count, "The last state")
-    x = source.decode(states[-1])
-    kind = type(x).__name__
-    _require(isinstance(x, Tensor), f"decode(state) must return one tensor; got a {kind}.")
-    _check_first_axis(x, count, "decode(state)")
-    _require(
-        torch.is_grad_enabled() == mode,
-        "The source has turned gradients on or off. It must leave that to its callers.",
-    )
-    return _Walk(start, states, groups, drawn, x)
-
-
 def _check_num_groups(source: Source) -> None:
     count = source.num_groups
     good = type(count) is int and count >= 1
-    _require(good, f"num_groups must be an int of at least 1; got {count}.")
+    require(good, f"num_groups must be an int of at least 1; got {count}.")
 
 
 def _check_count(x: Tree, count: int) -> None:
-    _require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
+    require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
     rows = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim > 0}
-    _require(
+    require(
         len(rows) != 1 or rows == {count},
         f"encode(x): x has {min(rows, default=0)} rows and its encoding {count}. The batch must be "
         f"the first axis of every tensor of an encoding.",
     )
 
 
-def _check_group(group: Group, z: Tensor, count: int, name: str) -> None:
-    _check_first_axis(group.context, count, f"{name}: the context")
-    _check_dtype(group.context, f"{name}: the context")
-    p, q = group.prior, group.posterior
-    if isinstance(p, Distribution) and isinstance(q, Distribution):
-        _require(
-            len(p.event_shape) != len(q.event_shape) or p.event_shape == q.event_shape,
-            f"{name}: the prior's event shape is {tuple(p.event_shape)} and the posterior's "
-            f"{tuple(q.event_shape)}. Is the group the state's own?",
-        )
-    _check_distribution(group.prior, z, f"{name}: the prior")
-    if group.posterior is not None:
-        _check_distribution(group.posterior, z, f"{name}: the posterior")
-
-
-def _check_first_axis(tree: Tree, count: int, name: str) -> None:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            problem = "" if leaf.shape[:1] == (count,) else f"shape {tuple(leaf.shape)}"
-        else:
-            plain = leaf is None or isinstance(leaf, bool | int | float | str)
-            problem = "" if plain else f"a {type(leaf).__name__}"
-        _require(
-            not problem,
-            f"{name} must be a pytree of tensors whose first axis is the batch of {count} rows; "
-            f"got {problem}. Expand what rows share; keep parameters instead of distributions.",
-        )
-
-
-def _check_dtype(tensor: Tensor | None, name: str) -> None:
-    _require(
-        tensor is None or tensor.dtype not in _HALF,
-        f"{name} must be in float32 or better, or integers; got half precision. Make it .float().",
-    )
-
-
-def _check_distribution(p: Sampleable, z: Tensor, name: str) -> None:
-    kind = type(p).__name__
-    _require(isinstance(p, Sampleable), f"{name} must have a method sample; got a {kind}.")
-    sample, shape = p.sample(Size((2,))), (2, *z.shape)
-    _check_dtype(sample, name)
-    got = tuple(sample.shape)
-    _require(
-        got == shape, f"{name}.sample((2,)) must have shape (2, B, *event), {shape}; got {got}."
-    )
-    if isinstance(p, Distribution):
-        _require(
-            (p.batch_shape, p.event_shape) == (z.shape[:1], z.shape[1:]),
-            f"{name} must have batch shape {tuple(z.shape[:1])} and event shape "
-            f"{tuple(z.shape[1:])}; got {tuple(p.batch_shape)} and {tuple(p.event_shape)}. "
-            f"Independent turns batch axes into event axes.",
-        )
-        try:
-            with suppress(NotImplementedError):  # the density need not be known
-                p.log_prob(z)
-        except ValueError as error:
-            raise AssertionError(
-                f"{name} raises an error for a draw of the posterior. Make distributions with "
-                f"validate_args=False, which synchronises no GPU either. {error}"
-            ) from error
-
-
-def _check_blindness(source: Source, walk: _Walk, free: _Walk) -> None:
+def _check_blindness(source: Source, walk: Walk, free: Walk) -> None:
     rule = (
         "{} must be the same with and without x, as p(z_k | z_<k) and c(z_<k) do not depend on it. "
         "Pass condition= if the source takes one."
     )
     for k, (group, other) in enumerate(zip(walk.groups, free.groups, strict=True)):
         blind, z = other.posterior is None, walk.latents[k]
-        _require(blind, f"Group {k}: without x the posterior must be None.")
+        require(blind, f"Group {k}: without x the posterior must be None.")
         pair = _tensors(other, z), _tensors(group._replace(posterior=None), z)
         _require_same(*pair, rule.format(f"Group {k}: prior and context"), _tolerance(source))
     _require_same(free.x, walk.x, rule.format("decode(state)"), _tolerance(source))
 
 
 def _check_purity(source: Source, state: Tree) -> None:
-    before, seen = _clone(state), []
+    before, seen = clone(state), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        generator = torch.get_rng_state()
-        group = source.group(state)
-        drawn = not torch.equal(torch.get_rng_state(), generator)
-        _require(not drawn, "group(state) draws: it must show distributions, and draw nothing.")
+        with _drawing_nothing("group(state) draws: it must show distributions, and draw nothing."):
+            group = source.group(state)
         seen.append(_seen(group))
     _require_same(state, before, "group(state) has changed the state: it must be a pure view.")
     _require_same(
@@ -234,11 +160,25 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
     images = x[0] if isinstance(x, tuple | list) else x
     if isinstance(images, Tensor) and _knows_likelihood(source, state):
         shape = tuple(source.likelihood(state).log_prob(images).shape)
-        _require(
+        require(
             shape == (len(images),),
             f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
             f"Independent sums over axes.",
         )
+
+
+def _check_prior_walk(source: Source, count: int, condition: Tree) -> None:
+    """Checks that draws of the prior can be decoded."""
+    state = source.start(count, None, condition)
+    for _ in range(source.num_groups):
+        state = source.advance(state, source.group(state).prior.sample())
+    try:
+        source.decode(state)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise AssertionError(
+            f"decode(state) fails for draws of the prior ({error!r}). Are they of the dtype and range "
+            f"of the posterior's?"
+        ) from error
 
 
 def _knows_likelihood(source: Source, state: Tree) -> bool:
@@ -249,9 +189,9 @@ def _knows_likelihood(source: Source, state: Tree) -> bool:
 
 
 def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
-    before, group = _clone((state, z)), _seen(source.group(state))
+    before, group = clone((state, z)), _seen(source.group(state))
     first = source.advance(state, z)
-    kept = _clone(first)
+    kept = clone(first)
     source.advance(state, source.group(state).prior.sample())
     rule = "An old state stays usable: make a new one, without in-place operations."
     _require_same((state, z), before, f"advance(state, z) has changed the state or z. {rule}")
@@ -262,18 +202,21 @@ def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
 
 
 def _check_encoding_rows(source: Source, x: Tree, encoding: Tree, rows: list[int]) -> None:
-    leaves = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+    leaves, before = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)], random_state()
+    source.encode(x)
+    if not same(random_state(), before):
+        return  # an encoder that draws gives other rows other numbers
     if leaves and all(leaf.shape[:1] == (num_rows(encoding),) for leaf in leaves):
-        part, whole = source.encode(_take(x, rows)), _take(encoding, rows)
+        part, whole = source.encode(take(x, rows)), take(encoding, rows)
         _require_same(part, whole, f"encode(x): {_COMPANY}", _tolerance(source))
 
 
-def _check_walk_rows(source: Source, walk: _Walk, rows: list[int]) -> None:
-    latents, tolerance = _take(walk.latents, rows), _tolerance(source)
-    part = _walk(source, (len(rows), *_take(walk.start[1:], rows)), latents)
+def _check_walk_rows(source: Source, walk: Walk, rows: list[int]) -> None:
+    latents, tolerance = take(walk.latents, rows), _tolerance(source)
+    part = walk_and_check(source, (len(rows), *take(walk.start[1:], rows)), latents)
     for k, z in enumerate(latents):
-        whole = _take(_tensors(walk.groups[k], walk.latents[k]), rows)
-        for group in (source.group(_take(walk.states[k], rows)), part.groups[k]):
+        whole = take(_tensors(walk.groups[k], walk.latents[k]), rows)
+        for group in (source.group(take(walk.states[k], rows)), part.groups[k]):
             _require_same(_tensors(group, z), whole, f"Group {k}: {_COMPANY}", tolerance)
     _require_same(part.x, walk.x[rows], f"decode(state): {_COMPANY}", tolerance)
 
@@ -287,11 +230,10 @@ _COMPANY = (
 
 def _check_features(source: Source, k: int, z: Tensor) -> None:
     """Checks the inputs of the heads, which are functions of z_k alone."""
-    generator, two = torch.get_rng_state(), torch.stack([z, z.flip(0)])
-    h, name = source.features(k, two), f"features({k}, z)"
-    drawn = not torch.equal(torch.get_rng_state(), generator)
-    _require(not drawn, f"{name} draws: it must be a function of z alone.")
-    _require(
+    two, name = torch.stack([z, z.flip(0)]), f"features({k}, z)"
+    with _drawing_nothing(f"{name} draws: it must be a function of z alone."):
+        h = source.features(k, two)
+    require(
         isinstance(h, Tensor) and h.shape[:2] == two.shape[:2],
         f"{name} must keep the leading axes of z, which are proposals and rows: from (*, B, *event) "
         f"to (*, B, ...).",
@@ -299,15 +241,18 @@ def _check_features(source: Source, k: int, z: Tensor) -> None:
     _require_same(source.features(k, z[:1]), h[0, :1], f"{name}: {_COMPANY}", _tolerance(source))
 
 
-def _check_gradients(source: Source, walk: _Walk) -> None:
+def _check_gradients(source: Source, walk: Walk) -> None:
     latents = [z.clone().requires_grad_(z.is_floating_point()) for z in walk.latents]
     with torch.enable_grad():
-        walk = _walk(source, walk.start, latents)
+        walk = walk_and_check(source, walk.start, latents)
         shown = [_tensors(g, z.detach()) for g, z in zip(walk.groups, latents, strict=True)]
         for k, z in enumerate(latents):
             later = [t for t in tree_leaves((shown[k + 1 :], walk.x)) if isinstance(t, Tensor)]
-            _require(
-                not z.requires_grad or _depends(torch.cat([t.flatten() for t in later]), z),
+            later = [
+                t.flatten() for t in later if t.is_floating_point()
+            ]  # tokens have no gradient
+            require(
+                not (later and z.requires_grad) or _depends(torch.cat(later), z),
                 f"Group {k}: no gradient reaches z from decode(state) or a later group. "
                 f"A source never detaches and never disables gradients; its callers do.",
             )
@@ -324,8 +269,8 @@ def _frozen(source: Source) -> Iterator[None]:
     before = _module_state(source)
     yield
     after = _module_state(source)
-    changed = [name for name in after if not _same(after[name], before.get(name), 0.0)]
-    _require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
+    changed = [name for name in after if not same(after[name], before.get(name))]
+    require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
 
 
 def _modules(source: Source) -> dict[str, nn.Module]:
@@ -348,7 +293,7 @@ def _module_state(source: Source) -> dict[str, Any]:
 def _tolerance(source: Source) -> float:
     """Relative difference of floats that is allowed between batch sizes."""
     tensors = [p for module in _modules(source).values() for p in module.parameters()]
-    return 0.1 if any(p.dtype in _HALF for p in tensors) else 1e-4
+    return 0.1 if any(p.dtype in HALF for p in tensors) else 1e-4
 
 
 def _seen(group: Group) -> list[Tensor | None]:
@@ -368,31 +313,5 @@ def _tensors(group: Group, z: Tensor) -> Tree:
     return tensors
 
 
-def _take(tree: Tree, rows: list[int]) -> Tree:
-    return tree_map_only(Tensor, lambda t: t[rows], tree)
-
-
-def _clone(tree: Tree) -> Tree:
-    return tree_map_only(Tensor, torch.clone, tree)
-
-
-def _same(a: Tree, b: Tree, tolerance: float) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return type(a) is type(b) and bool(a == b)
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    scale = float(b[torch.isfinite(b)].abs().mean().nan_to_num()) if tolerance else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
 def _require_same(a: Tree, b: Tree, rule: str, tolerance: float = 0.0) -> None:
-    first, second = tree_leaves(a), tree_leaves(b)
-    pairs = zip(first, second, strict=False)
-    _require(len(first) == len(second) and all(_same(p, q, tolerance) for p, q in pairs), rule)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
+    require(same(a, b, tolerance), rule)
