@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -16,11 +17,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
     """Returns a batch with a function applied to every tensor in it.
 
     Mappings and dataclasses that are no pytrees to torch, such as the ``UserDict`` of a tokenizer
-    or the batches of pythae, keep their type.
+    or the batches of pythae, keep their type. Arrays of numbers become tensors.
 
     Arguments:
         function: The function.
-        batch: A tensor, or tensors in tuples, lists, mappings, dataclasses or pytrees of torch.
+        batch: A tensor or array, or tensors in tuples, lists, mappings, dataclasses or pytrees of torch.
 
     Example:
         >>> from collections import UserDict
@@ -28,6 +29,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
         >>> batch[0]["image"], batch[1]
         (tensor([1.]), 'a name')
     """
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
+        return function(tensor_of(batch))
     if isinstance(batch, Mapping):
         return _refilled(batch, {k: map_tensors(function, v) for k, v in batch.items()})
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -50,6 +53,26 @@ def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401
     """
     is_ahead = device.type == "cuda"  # a copy to the CPU could be read before it has arrived
     return map_tensors(lambda t: t.to(device, non_blocking=is_ahead), batch)
+
+
+def take_rows(batch: Any, rows: slice) -> Any:  # noqa: ANN401
+    """Returns some rows of every tensor of a batch; tensors without axes stay."""
+    return map_tensors(lambda t: t[rows] if t.ndim > 0 else t, batch)
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Returns an array of numbers as a tensor; float64 becomes torch's default dtype.
+
+    Example:
+        >>> tensor_of(np.zeros(2)).dtype
+        torch.float32
+    """
+    default = torch.get_default_dtype()
+    if array.dtype.kind == "f" and array.dtype.itemsize > default.itemsize:
+        array = array.astype(str(default).removeprefix("torch."))
+    elif not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
