@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from numbers import Real
 from typing import Any
 
@@ -99,11 +99,6 @@ def as_data(data: Any) -> Any:  # noqa: ANN401
     return data
 
 
-def iter_is_self(data: Any) -> bool:  # noqa: ANN401
-    """Returns whether an iterable is a one-shot iterator."""
-    return isinstance(data, Iterator)
-
-
 def is_map_style(data: Any) -> bool:  # noqa: ANN401
     """Returns whether data is a dataset with a length whose rows are taken by their number."""
     return (
@@ -111,14 +106,6 @@ def is_map_style(data: Any) -> bool:  # noqa: ANN401
         and hasattr(data, "__getitem__")
         and not isinstance(data, DataLoader | IterableDataset | list | tuple | Mapping)
     )
-
-
-def length_of(data: Any) -> int | None:  # noqa: ANN401
-    """Returns the length of data, or ``None`` if the data has none."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 def _require_batches(data: list[Any] | tuple[Any, ...]) -> None:

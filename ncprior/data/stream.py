@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from ncprior.data.rows import RowData, Rows, as_data, is_map_style, iter_is_self
+from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import require_counts, require_numbers
@@ -188,6 +188,11 @@ def one_pass(
             f"Pass a tensor, a dataset, a DataLoader or a list of batches."
         )
     return _batches(data, batch_size)
+
+
+def iter_is_self(data: Any) -> bool:  # noqa: ANN401
+    """Returns whether an iterable is a one-shot iterator."""
+    return isinstance(data, Iterator)
 
 
 class _InOrder:
