@@ -217,7 +217,7 @@ def require_trainable(prior: NCPrior) -> None:
     """Validates that the heads of a prior can be trained.
 
     Raises:
-        TypeError: If it is no NCPrior. The message says what to pass.
+        TypeError: If it is no NCPrior. The message names the remedy.
         ValueError: If no parameter of the heads takes a gradient, or one is in half precision.
 
     Example:
@@ -228,8 +228,8 @@ def require_trainable(prior: NCPrior) -> None:
     if isinstance(prior, DataParallel | DistributedDataParallel):
         raise TypeError(
             f"Training takes the NCPrior itself, not {type(prior).__name__}(prior). It "
-            f"back-propagates one group at a time, and averages gradients over the ranks itself. "
-            f"Pass prior.module."
+            f"back-propagates one group at a time, and DDP would not average those gradients over "
+            f"the ranks. NCETrainer averages them itself. Pass prior.module."
         )
     remedy = "Make one of a source by NCPrior.for_source(source, x)."
     parameters = list(require_instance("prior", prior, NCPrior, remedy).parameters())

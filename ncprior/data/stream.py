@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any, overload
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
+from ncprior.source import num_rows
 from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import require_counts, require_numbers
 
 _END = object()
+
+_MOST_ROWS = 2**17  # of held-out data without a length, which may be endless
 
 _PROBED = 64  # rows, spread over the data, that tell whether data is the same
 
@@ -282,6 +286,28 @@ def require_restartable(data: Any) -> None:  # noqa: ANN401
             "of persistent workers cannot be saved; got persistent_workers=True. Pass "
             "persistent_workers=False, or no checkpoint."
         )
+
+
+def require_rows_and_end(data: Any, batch_size: int) -> None:  # noqa: ANN401
+    """Validates that held-out data has rows and an end, by reading it if it has no length.
+
+    Raises:
+        ValueError: If it has no rows, or no length and more than 131,072 rows.
+    """
+    batches = one_pass(data, batch_size)
+    rows = length_hint(batches, -1)
+    if rows < 0:
+        rows = 0
+        with seeded(0), _own_generators_restored(batches):
+            for batch in batches:
+                rows += num_rows(batch)
+                if rows > _MOST_ROWS:
+                    raise ValueError(
+                        f"Held-out data without a length must have an end and at most "
+                        f"{_MOST_ROWS} rows; got more. Pass fewer rows, or data with a length."
+                    )
+    if rows == 0:
+        raise ValueError("The held-out data has no batches. Pass at least one row.")
 
 
 def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401

@@ -32,7 +32,7 @@ def training_facts(
     patience: int | None,
     resumable: bool,
 ) -> dict[str, Any]:
-    """Returns what a checkpoint compares besides the settings: VAE, data, ranks and patience.
+    """Returns properties that a checkpoint compares: VAE, data, ranks and patience.
 
     Digests of data are read only for a checkpoint.
     """
@@ -43,11 +43,9 @@ def training_facts(
         "patience": patience,
     }
     if resumable:
-        require_restartable(data)
-        facts["data"] = data_digest(data, batch_size)
-    if resumable and held_out is not None:
-        require_restartable(held_out)
-        facts["held_out"] = data_digest(held_out, batch_size)
+        for name, given in (("data", data), ("held_out", held_out)):
+            require_restartable(given)
+            facts[name] = None if given is None else data_digest(given, batch_size)
     return facts
 
 
@@ -61,7 +59,7 @@ def validate_loop_arguments(
     """Validates the arguments of a training loop that do not change its result.
 
     Raises:
-        TypeError: If an argument is of the wrong type. The message says what to pass.
+        TypeError: If an argument is of the wrong type. The message names the remedy.
         ValueError: If a number is out of range, or the checkpoint is a directory.
         OSError: If the checkpoint cannot be written.
     """

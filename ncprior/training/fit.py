@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ncprior.data.rows import Rows, as_data
-from ncprior.data.stream import split
+from ncprior.data.stream import require_rows_and_end, split
 from ncprior.prior import NCPrior
 from ncprior.trainer import require_trainable
 from ncprior.training.arguments import (
@@ -103,8 +103,8 @@ def fit(
         ValueError: If the checkpoint belongs to another training, arguments are out of range or
             exclude each other, or the heads cannot be trained. The message names the remedy.
         TypeError: If an argument is of the wrong type, the data can be read only once and are
-            needed again, or the heads or the base do not support stages. Pass what the message
-            says; or nest stages by :func:`ncprior.training.nested`.
+            needed again, or the heads or the base do not support stages. The message
+            names the remedy; stages can also be nested by :func:`ncprior.training.nested`.
         OSError: If the checkpoint cannot be written. Pass a path that can.
         RuntimeError: If the VAE changes itself; it is found after the first step. Look for
             buffers that its encoder or decoder writes to.
@@ -141,6 +141,8 @@ def fit(
         ),
     )
     validate_fit_arguments(prior, data, terms, stages=stages)
+    if held_out is not None:
+        require_rows_and_end(held_out, batch_size)
     align_generators()
     saved = on_rank_zero(lambda: load(checkpoint))
     # A checkpoint of another kind of training has no seed; its terms will differ.

@@ -22,7 +22,7 @@ def gate(prior: NCPrior, history: History) -> tuple[int, ...]:
         The groups that were switched off, from 0.
 
     Raises:
-        TypeError: If an argument is of the wrong type. The message says what to pass.
+        TypeError: If an argument is of the wrong type. The message names the remedy.
         ValueError: If the history has no held-out losses, or is of another prior. Pass
             ``held_out`` to ``fit``.
 

@@ -23,7 +23,7 @@ class OptimizerSettings:
         ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
 
     Raises:
-        TypeError: If a value is of the wrong type. The message says what to pass.
+        TypeError: If a value is of the wrong type. The message names the remedy.
         ValueError: If a number is out of range. The message names the range.
     """
 
@@ -68,7 +68,7 @@ class FitSettings(OptimizerSettings):
             batch are distributed over the processes, and gradients are averaged.
 
     Raises:
-        TypeError: If a value is of the wrong type. The message says what to pass.
+        TypeError: If a value is of the wrong type. The message names the remedy.
         ValueError: If a number is out of range. The message names the range.
 
     Example:
@@ -121,7 +121,7 @@ class TrainingTerms(Generic[Settings]):
         facts: Properties of model, data and processes by name, such as the VAE's fingerprint.
 
     Raises:
-        TypeError: If a number is of the wrong type. The message says what to pass.
+        TypeError: If a number is of the wrong type. The message names the remedy.
         ValueError: If a number is out of range. The message names the range.
     """
 

@@ -160,7 +160,7 @@ class StageRuns:
 
     def _trainer(self, prior: NCPrior) -> NCETrainer:
         settings = self.terms.settings
-        optimizer = _adamw(prior, self.terms.learning_rate, settings.weight_decay)
+        optimizer = _adamw(prior, float(self.terms.learning_rate), float(settings.weight_decay))
         return NCETrainer(
             prior,
             optimizer,

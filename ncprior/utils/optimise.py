@@ -35,7 +35,7 @@ def cosine_rate(learning_rate: float, taken: int, steps: int) -> float:
         taken: Number of steps taken so far.
         steps: Number of all steps.
     """
-    return 0.5 * learning_rate * (1 + math.cos(math.pi * taken / steps))
+    return 0.5 * float(learning_rate) * (1 + math.cos(math.pi * taken / steps))
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def minimise(
 
     Raises:
         FloatingPointError: If a held-out loss is not finite; the parameters are the best so far.
-        TypeError: If a number is of the wrong type. The message says what to pass.
+        TypeError: If a number is of the wrong type. The message names the remedy.
         ValueError: If a number is out of range. The message names the range.
     """
     require_counts("[0, inf)", steps=steps)
@@ -246,7 +246,7 @@ def train(
         progress: Whether to show a progress bar.
 
     Raises:
-        TypeError: If an argument is of the wrong type. The message says what to pass.
+        TypeError: If an argument is of the wrong type. The message names the remedy.
         ValueError: If a number is out of range. The message names the range.
 
     Example:
