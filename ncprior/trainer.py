@@ -12,20 +12,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ncprior.prior import NCPrior
+from ncprior.utils.batches import map_tensors
 from ncprior.utils.distributed import (
     average_over_ranks,
     num_ranks,
     rank,
+    require_own_device,
     sum_over_ranks,
 )
 from ncprior.utils.gradients import (
     check_parameters,
+    gradients_enabled,
     reduce_and_clip,
     share_weights,
     zero_gradients,
+)
+from ncprior.utils.precision import check_precision
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_numbers,
 )
 
 
@@ -67,10 +78,10 @@ class NCETrainer:
             up to date only on its :meth:`owner`.
 
     Raises:
-        TypeError: If the prior is wrapped in DistributedDataParallel. Pass ``prior.module``.
-        ValueError: If the optimizer holds parameters that do not belong to the heads, or
-            ``num_draws``
-            is below 1. Make the optimizer from ``prior.parameters()``.
+        TypeError: If the prior is no NCPrior, such as one in DataParallel or
+            DistributedDataParallel. Pass ``prior.module``.
+        ValueError: If the optimizer holds parameters that do not belong to the heads, nothing in
+            the heads can be trained, or a number is out of range. The message names the remedy.
 
     Example:
         >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-3))
@@ -92,14 +103,16 @@ class NCETrainer:
         precision: torch.dtype = torch.float32,
         group_parallel: bool = False,
     ) -> None:
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
-        if isinstance(prior, DistributedDataParallel):
-            raise TypeError(
-                "NCETrainer takes the NCPrior itself, not DistributedDataParallel(prior). It "
-                "back-propagates one group at a time, and DDP would not average those gradients "
-                "over the ranks. NCETrainer averages them itself. Pass prior.module."
-            )
+        require_trainable(prior)
+        require_instance(
+            "optimizer", optimizer, torch.optim.Optimizer, "Make one of prior.parameters()."
+        )
+        require_callable("backward", backward, "Pass a function of the loss.")
+        require_numbers("(0, inf)", noise_weight=noise_weight)
+        require_counts(num_draws=num_draws)
+        require_numbers("(0, inf] or None", max_grad_norm=max_grad_norm)
+        check_precision(precision)
+        require_flags(group_parallel=group_parallel)
         check_parameters(optimizer, prior, "the heads'", "prior.parameters()")
         self.prior = prior
         self.optimizer = optimizer
@@ -133,9 +146,12 @@ class NCETrainer:
             x: One batch of B rows, as the user's loader yields it.
 
         Returns:
-            Loss in nats and gradient norm per group, averaged over the ranks.
+            Loss in nats and gradient norm per group, averaged over the ranks. Gradients are
+            computed also inside ``torch.no_grad`` and ``torch.inference_mode``.
 
         Raises:
+            ValueError: If the batch is empty, or the loss of a head with parameters has no
+                gradient. Look for ``detach`` or ``torch.no_grad`` in its ``forward``.
             FloatingPointError: If a loss or gradient is not finite; the message names group and
                 step. The heads are then as they were before the step. Use a lower learning rate.
 
@@ -144,6 +160,10 @@ class NCETrainer:
             >>> trainer.step(x).loss  # 2 log 2 before the first step
             tensor([1.3863])
         """
+        with gradients_enabled():
+            return self._step(_usable(x))
+
+    def _step(self, x: Any) -> StepMetrics:  # noqa: ANN401
         for k in self.groups:
             zero_gradients(self.prior.heads[k])
         losses = self._backward(x)
@@ -158,14 +178,19 @@ class NCETrainer:
 
     def _backward(self, x: Any) -> Tensor:  # noqa: ANN401
         """Back-propagates the loss of each group in turn; returns the losses, with shape ``(K,)``."""
-        losses = []
+        losses: list[Tensor] = []
+        groups = self.groups
         for loss in self.prior.group_losses(
-            *(x, self.noise_weight, self.num_draws),
-            precision=self.precision,
-            groups=self.groups,
+            *(x, self.noise_weight, self.num_draws), precision=self.precision, groups=groups
         ):
-            if loss.requires_grad:  # not a head without parameters
+            k = len(losses)
+            if loss.requires_grad:
                 self.backward(loss)
+            elif k in groups and any(p.requires_grad for p in self.prior.heads[k].parameters()):
+                raise ValueError(
+                    f"The loss of group {k} has no gradient, although its head has parameters to "
+                    f"train. Look for detach() or torch.no_grad in the head's forward."
+                )
             losses.append(loss.detach())
         return torch.stack(losses)
 
@@ -187,3 +212,56 @@ class NCETrainer:
                 f"{norms[k].item():.4g} at step {self.steps}. The heads are as they were before "
                 f"this step. Look for NaN or infinity in x, or take a lower learning rate."
             )
+
+
+def require_trainable(prior: NCPrior) -> None:
+    """Validates that the heads of a prior can be trained.
+
+    Raises:
+        TypeError: If it is no NCPrior. The message names the remedy.
+        ValueError: If no parameter of the heads takes a gradient, or one is in half precision.
+
+    Example:
+        >>> require_trainable(prior.requires_grad_(False))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: Heads must have parameters that can be trained; got ...
+    """
+    if isinstance(prior, DataParallel | DistributedDataParallel):
+        raise TypeError(
+            f"Training takes the NCPrior itself, not {type(prior).__name__}(prior). It "
+            f"back-propagates one group at a time, and DDP would not average those gradients over "
+            f"the ranks. NCETrainer averages them itself. Pass prior.module."
+        )
+    remedy = "Make one of a source by NCPrior.for_source(source, x)."
+    parameters = list(require_instance("prior", prior, NCPrior, remedy).parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"Heads must have parameters that can be trained; got {len(parameters)} parameters, "
+            f"none of which requires a gradient. Call prior.requires_grad_(True)."
+        )
+    if any(p.is_inference() for p in parameters):
+        raise ValueError(
+            "The parameters of the heads were made under torch.inference_mode and can take no "
+            "gradient. Make the prior outside of it."
+        )
+    low = [p.dtype for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
+    if low:
+        raise ValueError(
+            f"Heads must be trained in float32 or better; got parameters of {low[0]}. Call "
+            f"prior.float(), and pass precision=torch.bfloat16 for faster products."
+        )
+    require_own_device(parameters[0].device)
+
+
+def _usable(x: Any) -> Any:  # noqa: ANN401
+    """Returns a batch with rows, whose tensors autograd can save."""
+    rows: list[int] = []
+
+    def usable(tensor: Tensor) -> Tensor:
+        rows.extend(tensor.shape[:1])
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    x = map_tensors(usable, x)
+    if rows and rows[0] == 0:
+        raise ValueError("A batch must have 1 or more rows; got 0. Leave out empty batches.")
+    return x

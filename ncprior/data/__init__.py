@@ -3,7 +3,8 @@
 from ncprior.data.device_loader import Loader
 from ncprior.data.encodings import CachedEncodings, CachedGroupsSource, EncodedSource
 from ncprior.data.row_store import RowStore
-from ncprior.data.stream import RowData, Stream, first_batch, one_pass, split
+from ncprior.data.rows import RowData
+from ncprior.data.stream import Stream, first_batch, one_pass, split
 
 __all__ = [
     "CachedEncodings",

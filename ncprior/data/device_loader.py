@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncprior.data.stream import Stream
 from ncprior.source import num_rows
-from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.batches import map_tensors, take_rows, to_device
 
 _END = object()
 
@@ -81,7 +81,7 @@ class Loader:
                     f"Every rank takes rows of every batch; got a batch of {num_rows(batch)} rows "
                     f"for {ranks} ranks. Make a DataLoader with drop_last=True, or larger batches."
                 )
-            batch = map_tensors(lambda t: t[rank::ranks], batch)
+            batch = take_rows(batch, slice(rank, None, ranks))
         if self._copying is None:
             return to_device(batch, self.device)
         with torch.cuda.stream(self._copying):

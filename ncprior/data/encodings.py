@@ -23,7 +23,8 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
 from ncprior.data.row_store import RowStore
-from ncprior.data.stream import RowData, one_pass, own_generators
+from ncprior.data.rows import RowData, Rows
+from ncprior.data.stream import one_pass, own_generators
 from ncprior.distributions import build, parameters
 from ncprior.source import (
     Group,
@@ -33,8 +34,11 @@ from ncprior.source import (
     num_rows,
     posterior_of,
     require_eval,
+    require_source,
 )
+from ncprior.utils.batches import to_device
 from ncprior.utils.random_state import seeded
+from ncprior.utils.require import require_counts, require_numbers
 
 
 class CachedEncodings(RowData):
@@ -69,9 +73,13 @@ class CachedEncodings(RowData):
         *,
         batch_size: int,
         seed: int,
-        budget: int = 2**32,
+        budget: float = 2**32,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        require_source(source)
+        require_counts(batch_size=batch_size)
+        require_counts("(-inf, inf)", seed=seed)
+        require_numbers("[0, inf]", budget=budget)
         self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
         self.budget, self.folder = budget, folder
         kind = EncodedSource if source.num_groups == 1 else CachedGroupsSource
@@ -221,16 +229,16 @@ def epochs_to_cache(
     """
     if epochs != "auto":
         return None if stage > 1 and source.num_groups > 1 else epochs
-    lasting = isinstance(data, Tensor) and source.num_groups == 1 and rows_drawn >= 2 * len(data)
+    has_rows = isinstance(data, Tensor | Rows)
+    lasting = has_rows and source.num_groups == 1 and rows_drawn >= 2 * len(data)
     return math.inf if lasting and _encodes_once_for_all(source, data[:2]) else None
 
 
 @torch.no_grad()
 def _encodes_once_for_all(source: LatentSource[Any, Any], x: Tensor) -> bool:
     """Returns whether an encoding is neither x itself nor random."""
-    device = device_of(source)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        x = x.to(device)
+    x = to_device(x, device_of(source))
+    with seeded(0):
         first, second = (
             [leaf for leaf in tree_leaves(source.encode(x)) if isinstance(leaf, Tensor)]
             for _ in range(2)

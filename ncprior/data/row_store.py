@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import weakref
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ncprior.utils.require import require_numbers
 
 
 class RowStore:
@@ -25,8 +25,9 @@ class RowStore:
         budget: Number of bytes in memory, on the device of the tensors. Above it, all rows are on
             disk, in files that are mapped into memory. The largest tensor takes twice its memory
             while batches are concatenated.
-        folder: Folder in which a temporary folder is made for rows on disk, by default the
-            system's; it is removed with the store.
+        folder: Folder of the files, by default the system's folder for temporary files. The files
+            have no names there, so that nothing is left if the process is killed (on Windows, they
+            have names until it ends).
 
     Raises:
         ValueError: If there are no batches, or their pytrees, shapes or dtypes differ.
@@ -42,26 +43,31 @@ class RowStore:
         self,
         batches: Iterable[Any],
         *,
-        budget: int,
+        budget: float,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.on_disk = False
+        require_numbers("[0, inf]", budget=budget)
         parts: list[list[Tensor]] = []
+        files: list[IO[bytes]] = []
         kept = 0
-        for batch in batches:
-            leaves, spec = tree_flatten(batch)
+        with ExitStack() as opened:  # a mapped file stays readable after it is closed
+            for batch in batches:
+                leaves, spec = tree_flatten(batch)
+                if not parts:
+                    self._tree, self._spec = leaves, spec
+                    parts = [[] for leaf in leaves if isinstance(leaf, Tensor)]
+                tensors = self._checked(leaves, spec)
+                kept += sum(t.nbytes for t in tensors)
+                for part, tensor in zip(parts, tensors, strict=True):
+                    part.append(_of_its_own(tensor.detach()))
+                if kept > budget:
+                    while len(files) < len(parts):
+                        files.append(opened.enter_context(tempfile.TemporaryFile(dir=folder)))
+                    _spill(parts, files)
             if not parts:
-                self._tree, self._spec = leaves, spec
-                parts = [[] for leaf in leaves if isinstance(leaf, Tensor)]
-            tensors = self._checked(leaves, spec)
-            kept += sum(t.nbytes for t in tensors)
-            for part, tensor in zip(parts, tensors, strict=True):
-                part.append(_of_its_own(tensor.detach()))
-            if kept > budget:
-                self._spill(parts, folder)
-        if not parts:
-            raise ValueError("There are no batches to keep rows of.")
-        self._leaves = self._mapped() if self.on_disk else [_joined(part) for part in parts]
+                raise ValueError("There are no batches to keep rows of.")
+            self.on_disk = len(files) > 0
+            self._leaves = self._mapped(files) if files else [_joined(part) for part in parts]
 
     def __len__(self) -> int:
         return len(self._leaves[0])
@@ -80,7 +86,8 @@ class RowStore:
     def _checked(self, leaves: Sequence[Any], spec: Any) -> list[Tensor]:  # noqa: ANN401
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         first = [leaf for leaf in self._tree if isinstance(leaf, Tensor)]
-        if spec != self._spec or not tensors or len({len(t) for t in tensors}) != 1:
+        counts = {tuple(t.shape[:1]) for t in tensors}
+        if spec != self._spec or len(counts) != 1 or counts == {()}:
             raise ValueError(
                 f"Rows are kept of batches that are one pytree of tensors of as many rows; got "
                 f"{self._spec} and {spec} with {[tuple(t.shape) for t in tensors]}."
@@ -93,27 +100,22 @@ class RowStore:
                 )
         return tensors
 
-    def _spill(self, parts: list[list[Tensor]], folder: str | os.PathLike[str] | None) -> None:
-        if not self.on_disk:
-            self._folder = Path(tempfile.mkdtemp(prefix="ncprior-rows-", dir=folder))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            self.on_disk = True
-        for k, part in enumerate(parts):
-            with self._path(k).open("ab") as file:
-                for tensor in part:
-                    file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            part.clear()
-
-    def _mapped(self) -> list[Tensor]:
+    def _mapped(self, files: list[IO[bytes]]) -> list[Tensor]:
         mapped = []
-        for k, like in enumerate(leaf for leaf in self._tree if isinstance(leaf, Tensor)):
+        tensors = (leaf for leaf in self._tree if isinstance(leaf, Tensor))
+        for file, like in zip(files, tensors, strict=True):
             # Mapped copy-on-write, which torch does not warn of; nobody writes.
-            raw = torch.from_numpy(np.memmap(self._path(k), np.uint8, mode="c"))
+            raw = torch.from_numpy(np.memmap(file, np.uint8, mode="c"))
             mapped.append(raw.view(like.dtype).view(-1, *like.shape[1:]))
         return mapped
 
-    def _path(self, k: int) -> Path:
-        return self._folder / f"{k}.bin"
+
+def _spill(parts: list[list[Tensor]], files: list[IO[bytes]]) -> None:
+    """Writes the rows of every tensor to its file."""
+    for part, file in zip(parts, files, strict=True):
+        for tensor in part:
+            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        part.clear()
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

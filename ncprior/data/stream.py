@@ -1,18 +1,27 @@
 """Streams of batches, epoch after epoch, whose position can be saved and restored exactly."""
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from operator import length_hint
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from ncprior.utils.batches import to_device
+from ncprior.data.rows import RowData, Rows, as_data, is_map_style
+from ncprior.source import num_rows
+from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
+from ncprior.utils.require import require_counts, require_numbers
 
 _END = object()
+
+_MOST_ROWS = 2**17  # of held-out data without a length, which may be endless
+
+_PROBED = 64  # rows, spread over the data, that tell whether data is the same
 
 
 class Stream:
@@ -30,6 +39,8 @@ class Stream:
 
     Raises:
         TypeError: If the data is none of these, or must be resumable and is a one-shot iterator.
+        ValueError: If it must be resumable and is a ``DataLoader`` with persistent workers, whose
+            generators cannot be saved.
 
     Example:
         >>> stream = Stream(torch.arange(10), batch_size=4)
@@ -39,11 +50,8 @@ class Stream:
 
     def __init__(self, data: Any, batch_size: int, *, resumable: bool = False) -> None:  # noqa: ANN401
         self.loader = _batches(data, batch_size)
-        if resumable and iter_is_self(self.loader):
-            raise TypeError(
-                f"A checkpoint needs data that can be read again from its start; got a one-shot "
-                f"{type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
-            )
+        if resumable:
+            require_restartable(data)
         self._iterator: Iterator[Any] = iter(())
         self._epoch_start: dict[str, Any] | None = None
         self._taken = 0
@@ -119,8 +127,8 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     """Splits a tensor or a map-style dataset, shuffled, into a training and a held-out part.
 
     Arguments:
-        data: The data, as for :class:`Stream`.
-        fraction: Fraction of held-out rows; there is at least one.
+        data: The data, as for :class:`Stream`. Rows of an array are not copied.
+        fraction: Fraction of held-out rows, between 0 and 1; there is at least one.
         seed: Seed of the shuffle.
 
     Returns:
@@ -130,8 +138,10 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
         >>> [len(part) for part in split(torch.arange(100), 0.05, seed=0)]
         [95, 5]
     """
-    data = _as_tensor(data)
-    if not isinstance(data, Tensor) and not _is_map_style(data):
+    require_numbers("(0, 1)", fraction=fraction)
+    require_counts("(-inf, inf)", seed=seed)
+    data = as_data(data)
+    if not isinstance(data, Tensor) and not is_map_style(data):
         return None
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     count = max(1, round(fraction * len(data)))
@@ -140,6 +150,8 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     held_out, train = rows[:count], rows[count:]
     if isinstance(data, Tensor):
         return data[train.to(data.device)], data[held_out.to(data.device)]
+    if isinstance(data, Rows):
+        return data.take(train), data.take(held_out)
     return Subset(data, train.tolist()), Subset(data, held_out.tolist())
 
 
@@ -168,11 +180,12 @@ def one_pass(
     """
     if device is not None:
         return _OnDevice(one_pass(data, batch_size), device)
-    data = _as_tensor(data)
+    require_counts(batch_size=batch_size)
+    data = as_data(data)
     if isinstance(data, Tensor | RowData):
         return _InOrder(data, batch_size)
-    if _is_map_style(data):
-        return DataLoader(data, batch_size)
+    if is_map_style(data):
+        return DataLoader(data, int(batch_size), collate_fn=_collate)
     if iter_is_self(data):
         raise TypeError(
             f"Held-out data is read many times; got a one-shot {type(data).__name__}. "
@@ -184,36 +197,6 @@ def one_pass(
 def iter_is_self(data: Any) -> bool:  # noqa: ANN401
     """Returns whether an iterable is a one-shot iterator."""
     return isinstance(data, Iterator)
-
-
-def _as_tensor(data: Any) -> Any:  # noqa: ANN401
-    if isinstance(data, np.ndarray):
-        return torch.from_numpy(data if data.flags.writeable else data.copy())
-    return data
-
-
-class RowData:
-    """Base class of data besides tensors that is indexed by a tensor of row numbers or a slice.
-
-    Example:
-        >>> class Squares(RowData):
-        ...     device = torch.device("cpu")
-        ...     def __len__(self):
-        ...         return 10
-        ...     def __getitem__(self, rows):
-        ...         return torch.arange(10)[rows] ** 2
-        >>> len(next(Stream(Squares(), batch_size=4)))
-        4
-    """
-
-    device: torch.device
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, rows: Any) -> Any:  # noqa: ANN401
-        """Returns rows."""
-        raise NotImplementedError
 
 
 class _InOrder:
@@ -257,29 +240,74 @@ class _Shuffled:
 
 
 def _batches(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
-    data = _as_tensor(data)
-    if (isinstance(data, Tensor | RowData) or _is_map_style(data)) and len(data) == 0:
+    require_counts(batch_size=batch_size)
+    data, batch_size = as_data(data), int(batch_size)
+    has_rows = isinstance(data, Tensor | RowData)
+    if (has_rows or is_map_style(data)) and len(data) == 0:
         return []
-    if isinstance(data, Tensor | RowData):
+    if has_rows:
         return _Shuffled(data, batch_size)
     if isinstance(data, IterableDataset):
-        return DataLoader(data, batch_size)
-    if _is_map_style(data):
-        return DataLoader(data, min(batch_size, len(data)), shuffle=True, drop_last=True)
-    if isinstance(data, Iterable) and not isinstance(data, dict):
-        return data
-    raise TypeError(
-        f"Expected a tensor, a dataset, a DataLoader or an iterable of batches; "
-        f"got {type(data).__name__}."
-    )
+        return DataLoader(data, batch_size, collate_fn=_collate)
+    if is_map_style(data):
+        size = min(batch_size, len(data))
+        return DataLoader(data, size, shuffle=True, drop_last=True, collate_fn=_collate)
+    batches: Iterable[Any] = data
+    return batches
 
 
-def _is_map_style(data: Any) -> bool:  # noqa: ANN401
-    return (
-        isinstance(data, Sized)
-        and hasattr(data, "__getitem__")
-        and not isinstance(data, DataLoader | IterableDataset | list | tuple | dict)
-    )
+def _collate(rows: list[Any]) -> Any:  # noqa: ANN401
+    """Returns a batch of rows, as a ``DataLoader`` makes it by default."""
+    try:
+        return default_collate(rows)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"Rows of a dataset must be tensors, arrays or numbers of one shape; they make no "
+            f"batch: {error}. Pass a DataLoader with a collate_fn, or, for a dataset that yields "
+            f"whole batches, DataLoader(dataset, batch_size=None)."
+        ) from error
+
+
+def require_restartable(data: Any) -> None:  # noqa: ANN401
+    """Validates that an epoch of the data can be read again exactly, as a checkpoint needs it.
+
+    Raises:
+        TypeError: If the data is a one-shot iterator.
+        ValueError: If it is a ``DataLoader`` with persistent workers.
+    """
+    if iter_is_self(data):
+        raise TypeError(
+            f"A checkpoint needs data that can be read again from its start; got a one-shot "
+            f"{type(data).__name__}. Pass a tensor, a dataset, a DataLoader or a list."
+        )
+    if isinstance(data, DataLoader) and data.num_workers > 0 and data.persistent_workers:
+        raise ValueError(
+            "A checkpoint needs a DataLoader with new workers in every epoch, as the random state "
+            "of persistent workers cannot be saved; got persistent_workers=True. Pass "
+            "persistent_workers=False, or no checkpoint."
+        )
+
+
+def require_rows_and_end(data: Any, batch_size: int) -> None:  # noqa: ANN401
+    """Validates that held-out data has rows and an end, by reading it if it has no length.
+
+    Raises:
+        ValueError: If it has no rows, or no length and more than 131,072 rows.
+    """
+    batches = one_pass(data, batch_size)
+    rows = length_hint(batches, -1)
+    if rows < 0:
+        rows = 0
+        with seeded(0), _own_generators_restored(batches):
+            for batch in batches:
+                rows += num_rows(batch)
+                if rows > _MOST_ROWS:
+                    raise ValueError(
+                        f"Held-out data without a length must have an end and at most "
+                        f"{_MOST_ROWS} rows; got more. Pass fewer rows, or data with a length."
+                    )
+    if rows == 0:
+        raise ValueError("The held-out data has no batches. Pass at least one row.")
 
 
 def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
@@ -294,11 +322,61 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
         tensor([0, 1, 2, 3])
     """
     batches = one_pass(data, batch_size)
-    own = [(generator, generator.get_state()) for generator in own_generators(batches)]
     outside = random_state()
     try:
-        return next(iter(batches))
+        with _own_generators_restored(batches):
+            return next(iter(batches))
     finally:
         set_random_state(outside)
+
+
+def data_digest(data: Any, batch_size: int) -> str | None:  # noqa: ANN401
+    """Returns a digest of some rows of data; all random generators are left unchanged.
+
+    Arguments:
+        data: As for :func:`one_pass`. Of rows, 64 are read, spread over all of them; of a list, the
+            first batch, the last and one between; otherwise, the first batch.
+        batch_size: Rows per batch, where batches are made.
+
+    Returns:
+        The digest, or ``None`` if the rows differ when they are read again under the same seed.
+    """
+    first, second = (_digest_of_probe(data, batch_size) for _ in range(2))
+    return first if first == second else None
+
+
+def _digest_of_probe(data: Any, batch_size: int) -> str:  # noqa: ANN401
+    digest = hashlib.sha256()
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten()
+        digest.update(raw.view(torch.uint8).numpy().data)
+        return tensor
+
+    with seeded(0), _own_generators_restored(data) as generators:
+        for generator in generators:
+            generator.manual_seed(0)
+        map_tensors(add, _probe(as_data(data), batch_size))
+    return digest.hexdigest()[:16]
+
+
+def _probe(data: Any, batch_size: int) -> Any:  # noqa: ANN401
+    if isinstance(data, list | tuple):
+        return [data[n] for n in sorted({0, len(data) // 2, len(data) - 1})] if data else []
+    if isinstance(data, Tensor | RowData) or is_map_style(data):
+        rows = torch.linspace(0, max(0, len(data) - 1), min(len(data), _PROBED)).long()
+        if isinstance(data, Tensor | RowData):
+            return data[rows.to(data.device)]
+        return next(iter(one_pass(Subset(data, rows.tolist()), _PROBED)), [])
+    return next(iter(one_pass(data, batch_size)), [])
+
+
+@contextmanager
+def _own_generators_restored(loader: Any) -> Iterator[list[torch.Generator]]:  # noqa: ANN401
+    own = [(generator, generator.get_state()) for generator in own_generators(loader)]
+    try:
+        yield [generator for generator, _ in own]
+    finally:
         for generator, state in own:
             generator.set_state(state)

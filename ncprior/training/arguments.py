@@ -2,14 +2,93 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
-from ncprior.data.stream import first_batch, iter_is_self
+from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_restartable
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.training.settings import FitSettings, TrainingTerms, require_positive
-from ncprior.utils.distributed import gather
+from ncprior.training.resumable import length_of
+from ncprior.training.settings import FitSettings, TrainingTerms
+from ncprior.utils.distributed import gather, num_ranks, on_rank_zero
+from ncprior.utils.require import (
+    require_callable,
+    require_choice,
+    require_counts,
+    require_flags,
+    require_instance,
+)
+
+
+def training_facts(
+    prior: NCPrior,
+    data: Any,  # noqa: ANN401
+    held_out: Any,  # noqa: ANN401
+    *,
+    batch_size: int,
+    patience: int | None,
+    resumable: bool,
+) -> dict[str, Any]:
+    """Returns properties that a checkpoint compares: VAE, data, ranks and patience.
+
+    Digests of data are read only for a checkpoint.
+    """
+    facts = {
+        "VAE": prior.source.fingerprint(),
+        "rows": length_of(data),
+        "ranks": num_ranks(),
+        "patience": patience,
+    }
+    if resumable:
+        for name, given in (("data", data), ("held_out", held_out)):
+            require_restartable(given)
+            facts[name] = None if given is None else data_digest(given, batch_size)
+    return facts
+
+
+def validate_loop_arguments(
+    *,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    callback: Any,  # noqa: ANN401
+    progress: bool,
+) -> None:
+    """Validates the arguments of a training loop that do not change its result.
+
+    Raises:
+        TypeError: If an argument is of the wrong type. The message names the remedy.
+        ValueError: If a number is out of range, or the checkpoint is a directory.
+        OSError: If the checkpoint cannot be written.
+    """
+    require_counts(checkpoint_every=checkpoint_every)
+    require_flags(progress=progress)
+    if callback is not None:
+        require_callable("callback", callback, "Pass a function of one row, or None.")
+    if checkpoint is not None:
+        remedy = "Pass the path of a file, or None."
+        require_instance("checkpoint", checkpoint, (str, os.PathLike), remedy)
+        on_rank_zero(lambda: _require_writable(Path(checkpoint)))
+
+
+def _require_writable(path: Path) -> None:
+    """Validates that a file can be written beside a path; the test file has no name."""
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint must be a file; got the directory {path}. Pass a path such as "
+            f"{path / 'checkpoint'}."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"checkpoint must be a file that can be written; got {path}: {error}. Pass a path in "
+            f"a folder that you may write to."
+        ) from error
 
 
 def validate_fit_arguments(
@@ -18,24 +97,23 @@ def validate_fit_arguments(
     terms: TrainingTerms[FitSettings],
     *,
     stages: int | Literal["auto"],
-    patience: int | None,
-    checkpoint_every: int,
 ) -> None:
-    """Validates arguments of :func:`ncprior.fit`, each alone and together.
+    """Validates arguments of :func:`ncprior.fit` together.
 
     Arguments:
         prior: The prior.
         data: The training data.
         terms: The terms of the training.
         stages: Heads per group, or ``"auto"``.
-        patience: Evaluations without progress before training stops, or ``None``.
-        checkpoint_every: Steps between checkpoints.
 
     Raises:
         ValueError: If a number is out of range, or ranks are given different terms.
         TypeError: If the data can be read only once, or heads or bases do not support stages.
     """
-    require_positive({"checkpoint_every": checkpoint_every, "patience": patience})
+    if isinstance(stages, str):
+        require_choice("stages", stages, ["auto"])
+    else:
+        require_counts(stages=stages)
     if terms.batch_size < terms.facts["ranks"]:
         raise ValueError(
             f"Every rank takes rows of every batch; got batches of {terms.batch_size} rows for "
@@ -66,8 +144,6 @@ def _require_agreement(terms: TrainingTerms[FitSettings]) -> None:
 
 def _validate_stages(prior: NCPrior, stages: int | Literal["auto"]) -> None:
     """Validates the number of stages, and that each head can have a successor."""
-    if stages != "auto" and (not isinstance(stages, int) or stages < 1):
-        raise ValueError(f"stages must be a number from 1 or 'auto'; got {stages!r}.")
     if stages == 1:
         return
     if prior.strength != 1:

@@ -7,6 +7,7 @@ from typing import Any
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.heads.product import rescale_head
 from ncprior.prior import NCPrior
+from ncprior.utils.require import require_counts, require_instance
 
 
 def calibrate_heads(
@@ -36,6 +37,8 @@ def calibrate_heads(
         >>> calibrate_heads(prior, torch.randn(100, 3))  # a new head's log r is 0
         (1.0,)
     """
+    require_instance("prior", prior, NCPrior, "Pass the trained NCPrior.")
+    require_counts(batch_size=batch_size)
     for head in prior.heads:
         rescale_head(head, 1.0, 0.0)  # raises before the heads are measured
     slopes = []

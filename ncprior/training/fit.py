@@ -9,15 +9,24 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from ncprior.data.stream import split
+from ncprior.data.rows import Rows, as_data
+from ncprior.data.stream import require_rows_and_end, split
 from ncprior.prior import NCPrior
-from ncprior.training.arguments import validate_fit_arguments
+from ncprior.trainer import require_trainable
+from ncprior.training.arguments import (
+    training_facts,
+    validate_fit_arguments,
+    validate_loop_arguments,
+)
 from ncprior.training.history import History, Row
-from ncprior.training.resumable import length_of, load, unchanged
+from ncprior.training.resumable import load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
-from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero
+from ncprior.utils.distributed import align_generators, on_rank_zero
+from ncprior.utils.gradients import gradients_enabled
+from ncprior.utils.require import require_counts, require_instance
 
 _HELD_OUT_FRACTION = 0.05
 
@@ -57,10 +66,11 @@ def fit(
 
     Arguments:
         prior: The prior; its heads end up with the kept weights, in evaluation mode.
-        data: A tensor or map-style dataset of x, a ``DataLoader``, or any iterable of batches.
-        held_out: Data of the same kind for early stopping. By default, 5 % of a tensor or
-            map-style dataset are held out at random; with any other data, nothing is held out, and
-            there is a warning.
+        data: A tensor, array, table or map-style dataset of x, a ``DataLoader``, or any iterable
+            of batches. Rows of a float64 array become torch's default dtype.
+        held_out: Data for early stopping, of any of these kinds. By default, 5 % of data with rows
+            are held out at random; with any other data, nothing is held out, and there is a
+            warning.
         steps: Number of optimizer steps.
         batch_size: Rows per batch, where batches are made here.
         learning_rate: The first learning rate.
@@ -72,8 +82,9 @@ def fit(
             Jensen-Shannon divergence to learn. Every stage costs as much as the first one. For
             the other form of stages, see :func:`ncprior.training.nested`.
         checkpoint: A file to save to and to resume from; further stages have files of their own
-            beside it.
-        callback: Called with each new :class:`Row`; stops training by returning True.
+            beside it. It must be of the same data, settings and patience.
+        callback: Called with each new :class:`Row`; stops the whole training by returning True.
+            From its checkpoint, such a training goes on when ``fit`` is called again.
         progress: Whether to show a progress bar.
 
     Other arguments:
@@ -86,12 +97,17 @@ def fit(
 
     Raises:
         FloatingPointError: If a loss is not finite; the message names group and step. The heads
-            keep the best weights so far. Look for NaN or infinity in the data.
-        ValueError: If the checkpoint belongs to another training, or arguments are out of range or
-            exclude each other. The message names the remedy.
-        TypeError: If the data can be read only once and are needed again, or the heads or the base
-            do not support stages. Pass a tensor, a dataset, a ``DataLoader`` or a list; or nest
-            stages by :func:`ncprior.training.nested`.
+            keep the best weights so far on held-out data, among them those from before the
+            training; without held-out data, the averaged weights. Look for NaN or infinity in the
+            data, or take a lower learning rate.
+        ValueError: If the checkpoint belongs to another training, arguments are out of range or
+            exclude each other, or the heads cannot be trained. The message names the remedy.
+        TypeError: If an argument is of the wrong type, the data can be read only once and are
+            needed again, or the heads or the base do not support stages. The message
+            names the remedy; stages can also be nested by :func:`ncprior.training.nested`.
+        OSError: If the checkpoint cannot be written. Pass a path that can.
+        RuntimeError: If the VAE changes itself; it is found after the first step. Look for
+            buffers that its encoder or decoder writes to.
 
     Warns:
         UserWarning: If nothing is held out. Pass ``held_out``.
@@ -101,24 +117,32 @@ def fit(
         >>> len(history.rows[-1].loss)
         1
     """
+    require_trainable(prior)
+    require_instance("settings", settings, FitSettings, "Pass FitSettings(...).")
+    require_counts("[1, inf) or None", patience=patience)
+    validate_loop_arguments(
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        callback=callback,
+        progress=progress,
+    )
+    data, held_out = as_data(data), None if held_out is None else as_data(held_out)
     terms = TrainingTerms(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
         eval_every=eval_every,
         settings=settings,
-        facts={
-            "VAE": prior.source.fingerprint(),
-            "rows": length_of(data),
-            "ranks": num_ranks(),
-        },
+        facts=training_facts(
+            *(prior, data, held_out),
+            batch_size=batch_size,
+            patience=patience,
+            resumable=checkpoint is not None,
+        ),
     )
-    validate_fit_arguments(
-        *(prior, data, terms),
-        stages=stages,
-        patience=patience,
-        checkpoint_every=checkpoint_every,
-    )
+    validate_fit_arguments(prior, data, terms, stages=stages)
+    if held_out is not None:
+        require_rows_and_end(held_out, batch_size)
     align_generators()
     saved = on_rank_zero(lambda: load(checkpoint))
     # A checkpoint of another kind of training has no seed; its terms will differ.
@@ -132,9 +156,10 @@ def fit(
         progress=progress,
     )
     _validate_parts(prior, runs, stages)
-    with unchanged(prior.source), _evaluating_after(prior):
+    with gradients_enabled(), unchanged(prior.source), _evaluating_after(prior):
         history = runs.first(prior, checkpoint)
-        history = history._replace(stages=tuple(runs.further(prior, stages, checkpoint)))
+        further = runs.further(prior, history, stages, checkpoint)
+        history = history._replace(stages=tuple(further))
         align_generators()
     return history
 
@@ -163,7 +188,8 @@ def _parts(data: Any, held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN
     """Returns the training and the held-out part of the data."""
     if held_out is not None:
         return data, held_out
-    parts = split(data, _HELD_OUT_FRACTION, seed)
+    rows = Rows(data) if isinstance(data, Tensor) else data  # not copied by the split
+    parts: tuple[Any, Any] | None = split(rows, _HELD_OUT_FRACTION, seed)
     if parts is None:
         warnings.warn(
             f"Nothing is held out of {type(data).__name__}: overfitting cannot be detected. "

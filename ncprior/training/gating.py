@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ncprior.prior import NCPrior
 from ncprior.training.history import History
+from ncprior.utils.require import require_instance
 
 
 def gate(prior: NCPrior, history: History) -> tuple[int, ...]:
@@ -21,7 +22,9 @@ def gate(prior: NCPrior, history: History) -> tuple[int, ...]:
         The groups that were switched off, from 0.
 
     Raises:
-        ValueError: If the history has no held-out losses. Pass ``held_out`` to ``fit``.
+        TypeError: If an argument is of the wrong type. The message names the remedy.
+        ValueError: If the history has no held-out losses, or is of another prior. Pass
+            ``held_out`` to ``fit``.
 
     Example:
         >>> from ncprior import fit
@@ -30,6 +33,13 @@ def gate(prior: NCPrior, history: History) -> tuple[int, ...]:
         >>> gate(prior, history), prior.active
         ((0,), [False])
     """
+    require_instance("prior", prior, NCPrior, "Pass the trained NCPrior.")
+    require_instance("history", history, History, "Pass what fit returned.")
+    if len(history.best_step) != len(prior.heads):
+        raise ValueError(
+            f"The history must be of this prior, with {len(prior.heads)} groups; got "
+            f"{len(history.best_step)} groups. Pass the history of its own training."
+        )
     if history.best_loss is None:
         raise ValueError(
             "Gating needs held-out losses, and this history has none. Pass held_out= to fit."

@@ -19,6 +19,8 @@ from ncprior.training.resumable import ResumableTraining, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 
+BY_CALLBACK = "stopped by the callback"
+
 
 class HeadTraining(ResumableTraining):
     """Training of heads; the head of each group keeps its own best weights.
@@ -49,15 +51,33 @@ class HeadTraining(ResumableTraining):
         super().__init__(prior, prior.heads, trainer, terms, name)
         self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
         self.held_out, self.patience, self.callback = held_out, patience, callback
+        self.initial = weights_of(prior.heads)
         self.best: dict[str, Tensor] | None = None
         self.best_loss = [math.inf] * len(prior.heads)
         self.best_error = [math.inf] * len(prior.heads)
         self.best_step = [0] * len(prior.heads)
         self.loss_sum = torch.zeros(len(prior.heads), device=self.device)
+        self.has_stepped = False
+
+    def start(self) -> None:
+        """Measures the weights before the first step: the first candidate for the best ones."""
+        if self.held_out is not None:
+            self._measure(self.held_out)
 
     def step(self, x: Any) -> None:  # noqa: ANN401
-        """Takes one step on the NCE loss."""
+        """Takes one step on the NCE loss; the first one must leave the VAE as it was.
+
+        Raises:
+            RuntimeError: If it changes the VAE.
+        """
         self.loss_sum += self.trainer.step(x).loss
+        if not self.has_stepped:
+            self.has_stepped = True
+            if self.prior.source.fingerprint() != self.terms.facts["VAE"]:
+                raise RuntimeError(
+                    "The VAE has changed during the first step, which itself does not change it. "
+                    "Look for an encoder that writes to parameters or buffers, such as a counter."
+                )
 
     def evaluate(self) -> str:
         """Adds a row; keeps the averaged weights of every group that improves."""
@@ -89,8 +109,9 @@ class HeadTraining(ResumableTraining):
         """Stops if the callback returns True, or without progress on held-out data."""
         callback, last = self.callback, max(self.best_step)
         limit = math.inf if self.patience is None else self.patience * self.terms.eval_every
-        if callback is not None and on_rank_zero(lambda: callback(row) is True):
-            self.stopped = f"stopped by the callback at step {self.trainer.steps}"
+        by_callback = callback is not None and on_rank_zero(lambda: callback(row) is True)
+        if by_callback and self.stopped is None:
+            self.stopped = f"{BY_CALLBACK} at step {self.trainer.steps}"
         elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
             self.stopped = f"no progress on held-out data since step {last}"
 
@@ -103,8 +124,14 @@ class HeadTraining(ResumableTraining):
                 )
 
     def kept(self) -> Mapping[str, Tensor]:
-        """Returns the best weights on held-out data; without such data, the averaged weights."""
-        return self.average if self.best is None else self.best
+        """Returns the best weights on held-out data; without such data, the averaged weights.
+
+        Averaged weights that are not finite are replaced by those before the first step.
+        """
+        if self.best is not None:
+            return self.best
+        finite = all(bool(torch.isfinite(t).all()) for t in self.average.values())
+        return self.average if finite else self.initial
 
     def collect(self) -> None:
         """Copies to every rank the heads of the rank that trains them."""
@@ -124,9 +151,10 @@ class HeadTraining(ResumableTraining):
         return History(self.rows, self.best_step, self.best_loss, self.best_error, stopped)
 
     def state(self) -> dict[str, Any]:
-        """Content of a checkpoint, with the best weights so far."""
+        """Content of a checkpoint, with the best weights so far; a stop by the callback is none."""
         return {
             **super().state(),
+            "stopped": None if str(self.stopped).startswith(BY_CALLBACK) else self.stopped,
             "split_seed": self.split_seed,
             "best": self.best,
             "best_loss": self.best_loss,

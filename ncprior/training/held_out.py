@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ncprior.data.rows import RowData, is_map_style
 from ncprior.data.stream import one_pass, own_generators
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
 from ncprior.source import contrastive_pairs, num_rows
-from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.batches import take_rows, to_device
 from ncprior.utils.distributed import (
     num_ranks,
     own_seed,
     rank,
     sum_over_ranks,
 )
+from ncprior.utils.random_state import seeded
 
 _HELD_OUT_DRAWS = 2048  # fewest draws of z per held-out loss
 
@@ -26,11 +30,13 @@ _HELD_OUT_DRAWS = 2048  # fewest draws of z per held-out loss
 class HeldOut:
     """Held-out NCE loss of every group and its standard error, with the same z at every call.
 
+    Every row is encoded once; the fewer rows, the more z_k are drawn for each of them.
+
     Arguments:
         data: The held-out data.
         prior: The prior whose heads are measured.
         batch_size: Rows per batch, where batches are made here.
-        seed: Seed of the draws of z.
+        seed: Seed of the draws of z, and of data that draw at random.
         groups: The groups that this rank measures on all rows; ``None`` distributes the rows over
             the ranks, and each of them measures all groups.
     """
@@ -44,47 +50,48 @@ class HeldOut:
         groups: Collection[int] | None = None,
     ) -> None:
         self.batches, self.prior = one_pass(data, batch_size), prior
-        self.seed = seed
-        self.groups = groups
+        self.seed, self.groups = seed, groups
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
+        has_rows = isinstance(data, Tensor | RowData) or is_map_style(data)
+        self.rows = len(data) if has_rows else 0  # 0: not counted yet
 
     @torch.no_grad()
     def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
-        """Returns the losses and their standard errors, in nats, one per group.
-
-        Raises:
-            ValueError: If the held-out data has no batches.
-        """
-        passes: list[Tensor] = []
-        rows = drawn = 0
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(own_seed(self.seed, rank()))
-            while drawn < _HELD_OUT_DRAWS:
-                for generator, state in self.own:  # the same rows again, in the same order
-                    generator.set_state(state)
-                parts = [(num_rows(b), self._losses(b, device)) for b in self.batches]
-                if not parts:
-                    raise ValueError("The held-out data has no batches. Pass at least one row.")
-                rows = sum(count for count, _ in parts)
-                passes.append(torch.cat([losses for _, losses in parts], dim=1))
-                drawn += rows
+        """Returns the losses and their standard errors, in nats, one per group."""
+        rows = self.rows = self.rows or self._count()
+        draws = math.ceil(_HELD_OUT_DRAWS / rows)
+        with self._seeded():
+            losses = torch.cat([self._losses(b, device, draws) for b in self.batches], dim=1)
         # The standard error is over rows: further draws for the same rows do not lower it.
-        losses = torch.stack(passes).mean(0)
         mean = sum_over_ranks(losses.sum(1)) / rows
         spread = sum_over_ranks(self._own_groups(losses - mean[:, None]).square().sum(1))
         return mean.tolist(), (spread / (rows * max(1, rows - 1))).sqrt().tolist()
 
-    def _losses(self, batch: Any, device: torch.device) -> Tensor:  # noqa: ANN401
-        """Losses of the rows of a batch that this rank measures, ``(K, n)``."""
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Context in which the same rows come in the same order, with the same noise."""
+        for generator, state in self.own:
+            generator.set_state(state)
+        with seeded(own_seed(self.seed, rank())):
+            yield
+
+    def _count(self) -> int:
+        """Returns the number of rows of one pass."""
+        with self._seeded():
+            return sum(num_rows(batch) for batch in self.batches)
+
+    def _losses(self, batch: Any, device: torch.device, draws: int) -> Tensor:  # noqa: ANN401
+        """Losses of the rows of a batch that this rank measures, ``(K, n)``, on the CPU."""
         share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
-        x = to_device(map_tensors(lambda t: t[share], batch), device)
+        x = to_device(take_rows(batch, share), device)
         count = num_rows(x)
         losses = torch.zeros(len(self.prior.heads), count, dtype=torch.float64)
         if count > 0:
-            for k, (z, context) in enumerate(contrastive_pairs(self.prior.source, x)):
+            for k, (z, context) in enumerate(contrastive_pairs(self.prior.source, x, draws)):
                 if self.groups is None or k in self.groups:
-                    log_r = self.prior.log_r(k, z, context)[:, 0]
-                    losses[k] = sum(nce_terms(log_r[0], log_r[1]))
+                    log_r = self.prior.log_r(k, z, context)
+                    loss_q, loss_p = nce_terms(log_r[0], log_r[1])
+                    losses[k] = (loss_q + loss_p).cpu().double().mean(0)
         return losses
 
     def _own_groups(self, losses: Tensor) -> Tensor:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ncprior.utils.require import require_numbers
+
+_ROUNDING = 1e-6  # nats, of losses in float32
+
 
 class Row(NamedTuple):
     """Row of a history: the losses at one evaluation.
@@ -40,7 +44,8 @@ class History(NamedTuple):
 
     Attributes:
         rows: One row every ``eval_every`` steps, and one at the end.
-        best_step: Per group, the step whose averaged weights were kept.
+        best_step: Per group, the step whose averaged weights were kept; 0 if no step has lowered
+            its held-out loss.
         best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
         best_error: Per group, the standard error of ``best_loss``; ``None`` without held-out data.
         stopped: Reason why training ended.
@@ -72,10 +77,12 @@ class History(NamedTuple):
         Arguments:
             least: Largest divergence that counts as nothing, in nats.
         """
+        require_numbers("[0, inf)", least=least)
         if self.best_loss is None or self.best_error is None:
             return [True] * len(self.best_step)
         pairs = zip(self.best_loss, self.best_error, strict=True)
-        return [loss + 2 * error < 2 * (math.log(2) - least) for loss, error in pairs]
+        most = 2 * (math.log(2) - least) - _ROUNDING
+        return [loss + 2 * error < most for loss, error in pairs]
 
     def __str__(self) -> str:
         """Returns the kept losses and steps, and why training ended, in one line per stage."""

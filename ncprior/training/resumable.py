@@ -199,7 +199,7 @@ class ResumableTraining(ABC):
         tensors = self.module.state_dict().values()
         decay = terms.settings.ema_decay
         update_average(self.average.values(), tensors, decay, self.stepper.steps)
-        if self.stepper.steps == terms.steps:
+        if self.stepper.steps >= terms.steps:
             self.stopped = f"all {terms.steps} steps taken"
 
 

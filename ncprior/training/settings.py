@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+
+from ncprior.utils.precision import check_precision
+from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,8 @@ class OptimizerSettings:
         ema_decay: Decay per step of the weights' moving average, reached after a warm-up.
 
     Raises:
-        ValueError: If a number is out of range. The message names it and its range.
+        TypeError: If a value is of the wrong type. The message names the remedy.
+        ValueError: If a number is out of range. The message names the range.
     """
 
     weight_decay: float = 1e-2
@@ -29,15 +33,9 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Validates the numbers."""
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm must be positive, or None for no clipping; got "
-                f"{self.max_grad_norm}."
-            )
-        if not 0 <= self.ema_decay <= 1:
-            raise ValueError(f"ema_decay must be from 0 to 1; got {self.ema_decay}.")
+        require_numbers("[0, inf)", weight_decay=self.weight_decay)
+        require_numbers("(0, inf] or None", max_grad_norm=self.max_grad_norm)
+        require_numbers("[0, 1]", ema_decay=self.ema_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,8 @@ class FitSettings(OptimizerSettings):
             batch are distributed over the processes, and gradients are averaged.
 
     Raises:
-        ValueError: If a number is out of range. The message names it and its range.
+        TypeError: If a value is of the wrong type. The message names the remedy.
+        ValueError: If a number is out of range. The message names the range.
 
     Example:
         >>> from ncprior import fit
@@ -91,14 +90,14 @@ class FitSettings(OptimizerSettings):
     def __post_init__(self) -> None:
         """Validates the numbers."""
         super().__post_init__()
-        if not 0 < self.noise_weight < math.inf:
-            raise ValueError(f"noise_weight must be positive; got {self.noise_weight}.")
-        counts = {"num_draws": self.num_draws, "num_cached_proposals": self.num_cached_proposals}
-        if self.cache_epochs != "auto":
-            counts["cache_epochs"] = self.cache_epochs  # type: ignore[assignment]
-        require_positive(counts)
-        if not self.cache_memory >= 0:
-            raise ValueError(f"cache_memory must be at least 0 GiB; got {self.cache_memory}.")
+        require_numbers("(0, inf)", noise_weight=self.noise_weight)
+        require_counts(num_draws=self.num_draws)
+        require_counts("[1, inf) or None", num_cached_proposals=self.num_cached_proposals)
+        if not (isinstance(self.cache_epochs, str) and self.cache_epochs == "auto"):
+            require_numbers("[1, inf] or None", cache_epochs=self.cache_epochs)
+        require_numbers("[0, inf]", cache_memory=self.cache_memory)
+        check_precision(self.precision)
+        require_flags(group_parallel=self.group_parallel)
 
     @property
     def caches(self) -> bool:
@@ -122,7 +121,8 @@ class TrainingTerms(Generic[Settings]):
         facts: Properties of model, data and processes by name, such as the VAE's fingerprint.
 
     Raises:
-        ValueError: If a count is below 1. The message names it.
+        TypeError: If a number is of the wrong type. The message names the remedy.
+        ValueError: If a number is out of range. The message names the range.
     """
 
     steps: int
@@ -133,9 +133,9 @@ class TrainingTerms(Generic[Settings]):
     facts: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Validates the counts."""
-        names = ("steps", "batch_size", "eval_every")
-        require_positive({name: getattr(self, name) for name in names})
+        """Validates the numbers."""
+        require_counts(steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
+        require_numbers("[0, inf)", learning_rate=self.learning_rate)
 
     def stored(self) -> dict[str, Any]:
         """Returns every compared value by its name, as a checkpoint stores it."""
@@ -162,16 +162,10 @@ class TrainingTerms(Generic[Settings]):
                 )
 
 
-def require_positive(counts: Mapping[str, float | None]) -> None:
-    """Validates counts by their names; ``None`` passes.
-
-    Raises:
-        ValueError: If a count is below 1.
-    """
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}.")
-
-
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    return str(value) if isinstance(value, torch.dtype) else value
+    """A value as JSON stores it."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value

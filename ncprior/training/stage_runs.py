@@ -17,7 +17,7 @@ from ncprior.heads.product import ProductHead, factors, fresh_head
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.trainer import NCETrainer
-from ncprior.training.head_training import HeadTraining
+from ncprior.training.head_training import BY_CALLBACK, HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
 from ncprior.training.resumable import length_of, load
@@ -25,6 +25,7 @@ from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
+from ncprior.utils.fingerprints import module_fingerprint
 
 _STAGE_CACHE = 50_000  # most cached draws of the prior so far
 
@@ -79,15 +80,22 @@ class StageRuns:
         return self._train(prior, prior.source, checkpoint, cache)
 
     def further(
-        self, prior: NCPrior, stages: int | Literal["auto"], checkpoint: FilePath | None
+        self,
+        prior: NCPrior,
+        history: History,
+        stages: int | Literal["auto"],
+        checkpoint: FilePath | None,
     ) -> Iterator[History]:
         """Trains further stages, and multiplies in the heads that have learnt something."""
         most = _MOST_STAGES if stages == "auto" else stages
         for stage in range(2, most + 1):
+            if history.stopped.startswith(BY_CALLBACK):
+                return
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
-            history = self._train(new, reweighted(prior), path, cache, stage)
+            so_far = module_fingerprint(prior.heads)
+            history = self._train(new, reweighted(prior), path, cache, stage, so_far)
             learnt = history.has_learnt(_WORTH if stages == "auto" else 0.0)
             kept = [on and has for on, has in zip(prior.active, learnt, strict=True)]
             history = history._replace(kept=tuple(kept))
@@ -115,17 +123,19 @@ class StageRuns:
         checkpoint: FilePath | None,
         cache: int | None,
         stage: int = 1,
+        so_far: str | None = None,
     ) -> History:
         """Trains the heads of a prior against the base of a source, or cached draws of it."""
         align_generators()
         inputs = self._inputs(source, cache, stage)
         trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
         trainer = self._trainer(trained)
+        facts = {**self.terms.facts, "stage": stage, "heads so far": so_far}
         saved = on_rank_zero(lambda: load(checkpoint))
         stream = Stream(inputs.data, self.terms.batch_size, resumable=checkpoint is not None)
         run = HeadTraining(
             *(trained, trainer),
-            replace(self.terms, facts={**self.terms.facts, "stage": stage}),
+            replace(self.terms, facts=facts),
             "heads" if stage == 1 else f"heads of stage {stage}",
             split_seed=self.split_seed,
             held_out=self._held_out(inputs, prior, trainer),
@@ -134,8 +144,10 @@ class StageRuns:
         )
         if saved is not None:
             run.restore(saved, stream)
-        elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
-            torch.manual_seed(own_seed(self.split_seed + stage, rank()))
+        else:
+            if rank() > 0:  # so far all ranks draw the same; from here on, each its own z
+                torch.manual_seed(own_seed(self.split_seed + stage, rank()))
+            run.start()
         share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
         batches = Loader(stream, run.device, share, before=inputs.before, first=trainer.steps)
         run.run(
@@ -148,12 +160,7 @@ class StageRuns:
 
     def _trainer(self, prior: NCPrior) -> NCETrainer:
         settings = self.terms.settings
-        optimizer = torch.optim.AdamW(
-            prior.parameters(),
-            self.terms.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=_can_fuse(prior),
-        )
+        optimizer = _adamw(prior, float(self.terms.learning_rate), float(settings.weight_decay))
         return NCETrainer(
             prior,
             optimizer,
@@ -196,7 +203,7 @@ class StageRuns:
         source: LatentSource[Any, Any],
         data: Any,  # noqa: ANN401
     ) -> CachedEncodings:
-        memory = int(self.terms.settings.cache_memory * 2**30)
+        memory = self.terms.settings.cache_memory * 2**30
         size = self.terms.batch_size
         return CachedEncodings(source, data, batch_size=size, seed=self.split_seed, budget=memory)
 
@@ -207,10 +214,11 @@ class StageRuns:
         return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
 
 
-def _can_fuse(prior: NCPrior) -> bool:
-    """Whether AdamW has a fused step for these weights, about five times as fast on a CPU."""
-    tensors = list(prior.parameters())
-    fusable = {"cpu", "cuda"}
-    return bool(tensors) and all(
-        p.device.type in fusable and p.is_floating_point() for p in tensors
-    )
+def _adamw(prior: NCPrior, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with a fused step where the device has one, about five times as fast on a CPU."""
+    try:
+        return torch.optim.AdamW(
+            prior.parameters(), learning_rate, weight_decay=weight_decay, fused=True
+        )
+    except RuntimeError:  # the device or dtype of a parameter has none
+        return torch.optim.AdamW(prior.parameters(), learning_rate, weight_decay=weight_decay)

@@ -37,7 +37,9 @@ from ncprior.bases.rebase import Rebased, rebase
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Draw, Sampler
 from ncprior.samplers.smc import tempered_smc
-from ncprior.source import Group, LatentSource, device_of
+from ncprior.source import Group, LatentSource
+from ncprior.utils.random_state import seeded
+from ncprior.utils.require import require_callable, require_instance
 
 _PARTICLES = 16  # per row, if every row has its own target
 
@@ -94,6 +96,9 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
         torch.Size([4, 3])
     """
 
+    require_instance("prior", prior, NCPrior, "Pass a trained NCPrior.")
+    require_callable("sampler", sampler, "Pass one such as partial(sir, num_proposals=20).")
+
     def base(k: int, group: Group) -> Drawn:
         return Drawn(lambda: Draw(prior.draw(k, group, sampler).z))
 
@@ -144,9 +149,7 @@ def with_cached_proposals(
             by more than 0.5 nats (standard deviation), so that its draws are unreliable. Use a
             base closer to the aggregate posterior.
     """
-    device = device_of(source)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed):
         base = source.group(source.start(_POPULATION)).prior
         z, apart = (
             base.sample(Size((-(-n // _POPULATION),))).flatten(0, 1)[:n]

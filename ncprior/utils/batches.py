@@ -21,11 +21,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
     """Returns a batch with a function applied to every tensor in it.
 
     Mappings and dataclasses that are no pytrees to torch, such as the ``UserDict`` of a tokenizer
-    or the batches of pythae, keep their type.
+    or the batches of pythae, keep their type. Arrays of numbers become tensors.
 
     Arguments:
         function: The function.
-        batch: A tensor, or tensors in tuples, lists, mappings, dataclasses or pytrees of torch.
+        batch: A tensor or array, or tensors in tuples, lists, mappings, dataclasses or pytrees of torch.
 
     Example:
         >>> from collections import UserDict
@@ -33,6 +33,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
         >>> batch[0]["image"], batch[1]
         (tensor([1.]), 'a name')
     """
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
+        return function(tensor_of(batch))
     if isinstance(batch, Mapping):
         return _refilled(batch, {k: map_tensors(function, v) for k, v in batch.items()})
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -79,17 +81,34 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
             f"batch, next(iter(loader)) or dataset[:256]."
         )
     x = x.to_numpy() if hasattr(x, "to_numpy") else x
-    x = to_device(tree_map_only(np.ndarray, _from_array, x), device)
+    x = to_device(tree_map_only(np.ndarray, _of_numbers, x), device)
     if isinstance(x, Tensor) and (x.ndim == 0 or len(x) == 0):
         raise ValueError(f"x must have 1 or more rows; got {described(x)}. Pass rows of data.")
     return x
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> Any:  # noqa: ANN401
-    if array.dtype.kind not in "biuf":
-        return array
-    tensor = torch.from_numpy(np.array(array))  # a copy: arrays may be read-only
-    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+def take_rows(batch: Any, rows: slice) -> Any:  # noqa: ANN401
+    """Returns some rows of every tensor of a batch; tensors without axes stay."""
+    return map_tensors(lambda t: t[rows] if t.ndim > 0 else t, batch)
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Returns an array of numbers as a tensor; float64 becomes torch's default dtype.
+
+    Example:
+        >>> tensor_of(np.zeros(2)).dtype
+        torch.float32
+    """
+    default = torch.get_default_dtype()
+    if array.dtype.kind == "f" and array.dtype.itemsize > default.itemsize:
+        array = array.astype(str(default).removeprefix("torch."))
+    elif not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
+
+
+def _of_numbers(array: np.ndarray) -> Any:  # noqa: ANN401
+    return tensor_of(array) if array.dtype.kind in "biuf" else array
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:

@@ -97,6 +97,24 @@ def fail_together(error: Exception | None) -> None:
         raise RuntimeError("Another rank has failed. Read the error of that rank.")
 
 
+def require_own_device(device: torch.device) -> None:
+    """Validates that NCCL sums on the device of the trained weights: on the current GPU.
+
+    Raises:
+        ValueError: If the current GPU is another one, as on all ranks but one without
+            ``torch.cuda.set_device``.
+    """
+    if num_ranks() == 1 or device.index is None or dist.get_backend() != "nccl":
+        return
+    current = torch.cuda.current_device()
+    if device.index != current:
+        raise ValueError(
+            f"In several processes, the weights must be on the current GPU of their process; they "
+            f"are on {device}, and the current GPU is cuda:{current}. Call "
+            f"torch.cuda.set_device({device.index}) first."
+        )
+
+
 def align_generators() -> None:
     """Seeds torch's generators on all ranks with a draw of rank 0; no effect on one rank."""
     if num_ranks() > 1:

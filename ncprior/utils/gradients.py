@@ -1,6 +1,9 @@
-"""Gradients of one module: checked, zeroed, averaged over the ranks and clipped."""
+"""Gradients of one module: enabled, checked, zeroed, averaged over the ranks and clipped."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,13 @@ from ncprior.utils.distributed import (
     from_rank,
     num_ranks,
 )
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Context with gradients, also inside ``torch.no_grad`` and ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def check_parameters(

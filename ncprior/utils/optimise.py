@@ -11,6 +11,15 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from ncprior.utils.gradients import gradients_enabled
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
+
 _EVAL_EVERY = 100  # steps between held-out losses
 
 _EMA_DECAY = 0.999  # per step, reached after a warm-up
@@ -26,7 +35,7 @@ def cosine_rate(learning_rate: float, taken: int, steps: int) -> float:
         taken: Number of steps taken so far.
         steps: Number of all steps.
     """
-    return 0.5 * learning_rate * (1 + math.cos(math.pi * taken / steps))
+    return 0.5 * float(learning_rate) * (1 + math.cos(math.pi * taken / steps))
 
 
 @torch.no_grad()
@@ -117,16 +126,21 @@ def minimise(
 
     Raises:
         FloatingPointError: If a held-out loss is not finite; the parameters are the best so far.
-        ValueError: If ``steps``, ``learning_rate`` or ``patience`` is out of range.
+        TypeError: If a number is of the wrong type. The message names the remedy.
+        ValueError: If a number is out of range. The message names the range.
     """
-    if steps < 0 or not 0 < learning_rate < math.inf or (patience is not None and patience < 1):
-        raise ValueError(
-            f"steps must be at least 0, learning_rate positive and finite and patience at least "
-            f"1; got {steps}, {learning_rate} and {patience}."
-        )
+    require_counts("[0, inf)", steps=steps)
+    require_counts("[1, inf) or None", patience=patience)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_numbers("[0, inf)", weight_decay=weight_decay)
+    require_flags(progress=progress)
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
     best = _Best(parameters, held_out, name)
-    with best.kept(), tqdm(total=steps, desc=name, disable=not progress) as bar:
+    with (
+        gradients_enabled(),
+        best.kept(),
+        tqdm(total=steps, desc=name, disable=not progress) as bar,
+    ):
         for step in range(1, steps + 1):
             optimizer.param_groups[0]["lr"] = cosine_rate(learning_rate, step - 1, steps)
             _step(optimizer, loss, parameters)
@@ -145,8 +159,7 @@ def minimise(
 def _step(
     optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], parameters: Sequence[Tensor]
 ) -> None:
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         # The gradient of a sum is one number expanded, which cannot be clipped in place.
         parameter.grad = None if gradient is None else gradient.contiguous()
@@ -232,6 +245,10 @@ def train(
         name: Title of the progress bar.
         progress: Whether to show a progress bar.
 
+    Raises:
+        TypeError: If an argument is of the wrong type. The message names the remedy.
+        ValueError: If a number is out of range. The message names the range.
+
     Example:
         >>> x, line = torch.randn(100, 1), nn.Linear(1, 1)
         >>> def loss(rows):
@@ -240,11 +257,17 @@ def train(
         >>> round(line.weight.item(), 1)
         3.0
     """
+    require_instance("module", module, nn.Module, "Pass the network to train.")
+    require_callable("loss", loss, "Pass a function of row numbers that returns a scalar.")
+    require_counts(num_rows=num_rows, steps=steps, batch_size=batch_size)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_numbers("(0, inf] or None", max_grad_norm=max_grad_norm)
+    require_flags(progress=progress)
     optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = islice(_shuffled_rows(num_rows, min(batch_size, num_rows)), steps)
     module.train()
-    with tqdm(batches, desc=name, total=steps, disable=not progress) as bar:
+    with gradients_enabled(), tqdm(batches, desc=name, total=steps, disable=not progress) as bar:
         for rows in bar:
             optimizer.zero_grad()
             loss(rows).backward()

@@ -19,8 +19,9 @@ from ncprior.data.stream import Stream
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
 from ncprior.training.resumable import ResumableTraining, length_of, load, unchanged, weights_of
-from ncprior.training.settings import TrainingTerms, require_positive
+from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import num_ranks
+from ncprior.utils.require import require_counts
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.saved import trained_on
@@ -139,7 +140,7 @@ def fit_vaebm(
         settings=settings,
         facts=_facts(model, sampler, data),
     )
-    require_positive({"checkpoint_every": checkpoint_every})
+    require_counts(checkpoint_every=checkpoint_every)
     if num_ranks() > 1:
         raise RuntimeError(
             "fit_vaebm runs in one process. In several, call VAEBMTrainer.step in a loop."

@@ -152,7 +152,7 @@ def test_no_held_out_row_is_trained_on() -> None:
             return data()[i]
 
     fit(small(), Rows(), steps=60, eval_every=60, batch_size=5, **QUIET)
-    trained, held_out = set(seen[:300]), set(seen[300:])
+    trained, held_out = set(seen[5:305]), {*seen[:5], *seen[305:]}  # step 0 is evaluated too
     assert len(trained) == 95 and len(held_out) == 5
     assert trained.isdisjoint(held_out)
 
@@ -283,8 +283,7 @@ def test_it_ends_in_evaluation_mode_with_no_gradients() -> None:
     hook = prior.heads[0].register_forward_hook(lambda head, *_: modes.append(head.training))
     fit(prior, data(), steps=3, eval_every=3, batch_size=16, **QUIET)
     hook.remove()
-    assert modes[:3] == [True] * 3  # training
-    assert set(modes[3:]) == {False}  # held-out losses
+    assert modes == [False, *[True] * 3, False]  # held-out losses around the training
     assert not prior.training and not any(head.training for head in prior.heads)
     assert all(p.grad is None and p.requires_grad for p in prior.parameters())
     assert {p.device for p in prior.parameters()} == {torch.device("cpu")}
@@ -327,7 +326,7 @@ def test_a_vae_that_changes_itself_is_noticed() -> None:
         return vae.posterior(x)
 
     prior = NCPrior(SingleGroup(base(), posterior, vae.decode, module=vae), MLPHead((2,), width=8))
-    with pytest.raises(RuntimeError, match="The VAE has changed during training"):
+    with pytest.raises(RuntimeError, match="The VAE has changed during the first step"):
         fit(prior, data(), steps=2, **QUIET)
 
 
@@ -365,6 +364,7 @@ class Scripted:
         self, monkeypatch: pytest.MonkeyPatch, losses: list[list[float]], error: float = 0.0
     ) -> None:
         self.losses, self.weights, self.error = iter(losses), [], error
+        self.started = False
         monkeypatch.setattr(import_module("ncprior.training.stage_runs"), "HeldOut", self._made)
 
     def _made(self, data: Any, prior: NCPrior, *_: Any, **__: Any) -> Scripted:
@@ -372,6 +372,9 @@ class Scripted:
         return self
 
     def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
+        if not self.started:  # the weights before the first step
+            self.started = True
+            return [99.0] * len(self.prior.heads), [self.error] * len(self.prior.heads)
         self.weights.append(weights(self.prior.heads))
         losses = next(self.losses)
         return losses, [self.error] * len(losses)
@@ -508,7 +511,7 @@ def test_memorising_heads_are_stopped() -> None:
     )
     assert history.stopped.startswith("no progress on held-out data since step")
     assert history.best_step[0] < history.rows[-1].step
-    assert history.best_loss[0] == min(row.held_out[0] for row in history.rows)
+    assert history.best_loss[0] <= min(row.held_out[0] for row in history.rows)
     assert history.rows[-1].loss[0] < history.best_loss[0]
 
 
@@ -595,14 +598,14 @@ def test_an_interrupt_in_the_callback_keeps_the_best_weights() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "patience"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1; got .*0"):
+        with pytest.raises(ValueError, match=rf"{name} must be a whole number in \[1, .*got 0"):
             fit(small(), data(), **{name: 0}, **QUIET)
     for name in ("num_draws", "num_cached_proposals", "cache_epochs"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1; got .*0"):
+        with pytest.raises(ValueError, match=rf"{name} must be a .*number in \[1, .*got 0"):
             FitSettings(**{name: 0})
     with pytest.raises(ValueError, match="1 rows cannot be split"):
         fit(small(), data(1), **QUIET)
-    with pytest.raises(TypeError, match="got int"):
+    with pytest.raises(TypeError, match="got 3"):
         without_warning(small(), 3)
 
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ncprior.data.stream import one_pass
 from ncprior.source import num_rows
-from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.batches import map_tensors, tensor_of, to_device
 
 META = torch.device("meta")
 
@@ -87,3 +88,13 @@ def test_a_pass_on_a_device_can_be_measured_and_repeated(data: Any) -> None:
     for _ in range(2):
         found = [b if isinstance(b, Tensor) else b["x"] for b in batches]
         assert [(len(x), x.device) for x in found] == [(5, META), (5, META)]
+
+
+def test_M8_arrays_become_tensors_and_names_stay() -> None:
+    batch = map_tensors(torch.exp, {"x": np.zeros(2), "name": np.array(["a"]), "n": np.arange(2)})
+    assert batch["x"].dtype == torch.float32 and torch.equal(batch["x"], torch.ones(2))
+    assert batch["n"].shape == (2,)
+    assert isinstance(batch["name"], np.ndarray)
+    read_only = np.zeros(3, dtype=np.float32)
+    read_only.flags.writeable = False
+    assert tensor_of(read_only[::-1]).add_(1).sum() == 3

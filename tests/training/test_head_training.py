@@ -1,0 +1,238 @@
+"""Training of heads: gradients everywhere, the best weights from step 0 on, what a checkpoint compares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.problems import GaussianPair
+from helpers.toys import VAE, base, flat, ladder_prior, same, stir, weights
+from torch import Tensor, nn
+
+from ncprior import NCETrainer, NCPrior, SingleGroup, fit
+from ncprior.heads.networks import MLPHead
+from ncprior.training import FitSettings, Row
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncprior.training.held_out._HELD_OUT_DRAWS", 32)
+
+
+def data(seed: int = 12) -> Tensor:
+    return torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def small(seed: int = 1) -> NCPrior:
+    torch.manual_seed(seed)
+    return stir(ladder_prior(2))
+
+
+# --- gradients, whatever is switched off outside ---
+
+OFF: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("off", OFF)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_F3_W2_fit_trains_as_usual_where_gradients_are_off(off: str, stages: int) -> None:
+    problem = GaussianPair()
+    ends = []
+    for context in (torch.enable_grad, OFF[off]):
+        torch.manual_seed(1)
+        prior = NCPrior(problem.source(), MLPHead((2,), width=8))
+        with context():
+            x = problem.data(200)
+            fit(prior, x, steps=4, stages=stages, learning_rate=0.01, batch_size=32, **QUIET)
+        ends.append(weights(prior))
+        assert not any(p.is_inference() for p in prior.parameters())
+    assert same(*ends)
+    assert prior.heads[0].state_dict()  # and it can be trained on
+    fit(prior, data()[:, :2], steps=1, **QUIET)
+
+
+@pytest.mark.parametrize("off", OFF)
+def test_F3_W2_a_step_trains_as_usual_where_gradients_are_off(off: str) -> None:
+    ends = []
+    for context in (torch.enable_grad, OFF[off]):
+        prior = small()
+        trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters()))
+        with context():
+            assert (trainer.step(data() + 0).grad_norm > 0).all()
+        ends.append(weights(prior))
+    assert same(*ends)
+
+
+class Detached(MLPHead):
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(z, context).detach()
+
+
+def test_F3_a_head_whose_loss_has_no_gradient_is_refused() -> None:
+    """Weight decay alone moved it before."""
+    prior = stir(NCPrior(flat(), Detached((2,), width=8)))
+    before = weights(prior)
+    with pytest.raises(ValueError, match=r"loss of group 0 has no gradient.*detach\(\)"):
+        fit(prior, data(), steps=2, **QUIET)
+    assert same(weights(prior), before)
+
+
+def test_W2_heads_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        head = MLPHead((2,), width=8)
+    with pytest.raises(ValueError, match="made under torch.inference_mode"):
+        fit(NCPrior(flat(), head), data(), steps=2, **QUIET)
+
+
+# --- the best weights, from step 0 on ---
+
+
+@pytest.mark.parametrize("rate", [1e9, 1e30])
+def test_F16_heads_that_diverge_before_the_first_evaluation_are_as_they_were(rate: float) -> None:
+    prior = small()
+    before = weights(prior)
+    with pytest.raises(FloatingPointError):
+        fit(prior, data(), steps=50, learning_rate=rate, **QUIET)
+    assert same(weights(prior), before)
+
+
+def test_F16_without_held_out_data_heads_do_not_end_as_nan() -> None:
+    prior = small()
+    before = weights(prior)
+    with pytest.warns(UserWarning, match="held out"), pytest.raises(FloatingPointError):
+        fit(prior, list(data().split(50)), steps=50, learning_rate=1e38, **QUIET)
+    assert all(t.isfinite().all() for t in weights(prior).values()), before
+
+
+def test_F16_weights_that_no_step_has_improved_are_kept() -> None:
+    prior = NCPrior(GaussianPair().source(), Offset())
+    history = fit(prior, GaussianPair().data(300), steps=3, learning_rate=10.0, **QUIET)
+    assert (history.best_step, prior.heads[0].offset.item()) == ([0], 0.0)
+    assert history.best_loss is not None and len(history.rows) == 1
+
+
+class Offset(nn.Module):
+    """Exact but for an offset, which starts at its best value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return GaussianPair().log_r(z) + self.offset
+
+
+def test_M6_a_vae_that_counts_its_calls_is_found_after_the_first_step() -> None:
+    vae = VAE()
+    vae.register_buffer("calls", torch.zeros(()))
+
+    def posterior(x: Tensor) -> Any:
+        vae.calls += 1
+        return vae.posterior(x)
+
+    prior, rows = (
+        NCPrior(SingleGroup(base(), posterior, vae.decode, module=vae), MLPHead((2,))),
+        [],
+    )
+    before = weights(prior)
+    with pytest.raises(RuntimeError, match="has changed during the first step.*counter"):
+        fit(prior, data(), steps=99, eval_every=1, callback=rows.append, **QUIET)
+    assert not rows
+    assert same(weights(prior), before)
+
+
+# --- what a checkpoint compares ---
+
+OPTIONS: dict[str, Any] = {"steps": 8, "eval_every": 2, "batch_size": 16, "checkpoint_every": 2}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("make", [Tensor.clone, lambda x: list(x.split(16)), Tensor.numpy])
+def test_F8_W7_a_checkpoint_of_other_data_of_equal_length_is_refused(
+    finished: bool, make: Callable[[Tensor], Any], tmp_path: Path
+) -> None:
+    path, held_out = tmp_path / "c", data(5)[:50]
+    options = {**OPTIONS, "held_out": held_out, "checkpoint": path}
+    stop = None if finished else stopping_at(4)
+    fit(small(), make(data()), callback=stop, **options, **QUIET)
+    other = small(2)
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"training with data=\w+; got data=\w+.*another check"):
+        fit(other, make(5 + 9 * data()), **options, **QUIET)
+    assert same(weights(other), before)
+
+
+def stopping_at(step: int) -> Callable[[Row], bool]:
+    return lambda row: row.step == step
+
+
+def test_F8_a_checkpoint_of_other_held_out_data_or_patience_is_refused(tmp_path: Path) -> None:
+    options = {**OPTIONS, "checkpoint": tmp_path / "c", "held_out": data(5)[:50]}
+    fit(small(), data(), **options, **QUIET)
+    for changed in ({"held_out": data(6)[:50]}, {"held_out": None}, {"patience": 3}):
+        name = next(iter(changed))
+        with pytest.raises(ValueError, match=f"training with {name}=.*; got {name}="):
+            fit(small(), data(), **{**options, **changed}, **QUIET)
+
+
+def test_F8_a_training_that_the_callback_stopped_goes_on(tmp_path: Path) -> None:
+    """Bit for bit as one that was never stopped; a callback that stops ends further stages too."""
+    expected = small()
+    torch.manual_seed(3)
+    uninterrupted = fit(expected, data(), stages=1, **OPTIONS, **QUIET)
+    path, prior = tmp_path / "c", small()
+    torch.manual_seed(3)
+    for step in (2, 6):
+        history = fit(
+            prior, data(), checkpoint=path, callback=stopping_at(step), **OPTIONS, **QUIET
+        )
+        assert history.stopped == f"stopped by the callback at step {step}"
+    history = fit(prior, data(), checkpoint=path, **OPTIONS, **QUIET)
+    assert same(weights(prior), weights(expected))
+    assert [row[:4] for row in history.rows] == [row[:4] for row in uninterrupted.rows]
+    assert history.stopped == "all 8 steps taken"
+
+
+def test_F8_more_stages_resume_from_the_checkpoint_of_one(tmp_path: Path) -> None:
+    """Why `stages` is not compared: the first stage does not depend on it."""
+    problem = GaussianPair()
+    x, histories = problem.data(100), []
+    for stages in (1, 2):
+        prior = NCPrior(problem.source(), MLPHead((2,), width=8))
+        path = tmp_path / "c"
+        histories.append(fit(prior, x, stages=stages, checkpoint=path, **OPTIONS, **QUIET))
+    assert histories[0].rows == histories[1].rows
+    assert len(histories[1].stages) == 1
+
+
+def test_F8_a_further_stage_is_of_the_heads_that_it_multiplies(tmp_path: Path) -> None:
+    problem = GaussianPair()
+
+    def run(seed: int, path: Path) -> None:
+        torch.manual_seed(1)
+        x = problem.data(200)
+        torch.manual_seed(seed)
+        prior = NCPrior(problem.source(), MLPHead((2,), width=8))
+        fit(prior, x, stages=2, checkpoint=path, learning_rate=0.1, **OPTIONS, **QUIET)
+
+    run(1, tmp_path / "a")
+    (tmp_path / "a").unlink()
+    with pytest.raises(ValueError, match="training with heads so far="):
+        run(2, tmp_path / "a")
+
+
+def test_F4_a_checkpoint_beyond_its_last_step_ends() -> None:
+    prior = small()
+    history = fit(prior, data(), steps=2, eval_every=5, settings=FitSettings(), **QUIET)
+    assert history.stopped == "all 2 steps taken"
+    assert not math.isnan(history.rows[-1].loss[0])

@@ -1,0 +1,114 @@
+"""Held-out losses: the same at every call, one encoding per row, and an end."""
+
+from __future__ import annotations
+
+import random
+from collections import UserDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.problems import CorrelatedPair, GaussianPair
+from helpers.toys import VAE, base, flat
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ncprior import NCPrior, SingleGroup, fit
+from ncprior.heads.networks import MLPHead
+from ncprior.training import held_out as module
+from ncprior.training.held_out import HeldOut
+
+CPU = torch.device("cpu")
+
+
+class Noisy(Dataset[Tensor]):
+    """Rows with noise of one generator."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> Tensor:
+        draw = {"torch": torch.randn, "numpy": np.random.randn, "python": random.random}[self.kind]
+        return torch.full((2,), float(i)) + (draw(()) if self.kind == "torch" else draw())
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
+@pytest.mark.parametrize("loader", [False, True])
+def test_W12_losses_are_the_same_every_time(kind: str, loader: bool) -> None:
+    problem = GaussianPair()
+    data = DataLoader(Noisy(kind), 4, shuffle=True) if loader else Noisy(kind)
+    held_out = HeldOut(data, NCPrior(problem.source(), problem.head()), 4, seed=3)
+    before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
+    assert held_out(CPU) == held_out(CPU)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[2], random.getstate()) == before[1:]
+
+
+@pytest.mark.parametrize("rows", [1, 20, 300, 3000])
+def test_F29_every_row_is_encoded_once_and_drawn_often(rows: int) -> None:
+    problem, counts = GaussianPair(), []
+    source = problem.source()
+    encode = source.encode
+    source.encode = lambda x: counts.append(len(x)) or encode(x)
+    draws: list[torch.Size] = []
+    head = problem.head()
+    head.register_forward_hook(lambda _, inputs, output: draws.append(output.shape))
+    x = problem.data(rows)
+    HeldOut(x, NCPrior(source, head), 256, seed=0)(CPU)
+    assert sum(counts) == rows
+    assert sum(shape[1] * shape[2] for shape in draws) >= max(rows, 2048)
+
+
+def test_F29_many_draws_of_few_rows_have_the_exact_loss() -> None:
+    """Mean over 100 sets of 20 rows; with 103 draws of z each."""
+    problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
+    losses = [HeldOut(problem.data(20), prior, 256, seed)(CPU)[0][1] for seed in range(100)]
+    exact = 2 * np.log(2) - 2 * problem.jsd
+    assert abs(np.mean(losses) - exact) < 4 * np.std(losses) / 10
+
+
+def keyed(batches: list[Any]) -> tuple[NCPrior, list[Any]]:
+    vae = VAE()
+    source = SingleGroup(base(), lambda b: vae.posterior(b["x"]), vae.decode, module=vae)
+    return NCPrior(source, MLPHead((2,), width=8)), batches
+
+
+def test_C4_batches_may_hold_tensors_without_axes() -> None:
+    parts = torch.randn(40, 3).split(10)
+    prior, data = keyed([{"x": part, "temperature": torch.tensor(3.0)} for part in parts])
+    history = fit(prior, data, held_out=data[:2], steps=2, progress=False)
+    assert history.best_loss is not None
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_W3_the_rows_of_any_mapping_are_dealt_out_over_ranks(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = torch.randn(40, 3).split(10)
+    prior, data = keyed([kind(x=part) for part in parts])
+    shares = []
+    monkeypatch.setattr(module, "num_ranks", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        held_out = HeldOut(data, prior, 10, seed=0)
+        shares.append(held_out._losses(data[0], CPU, 1).shape)
+    assert shares == [(1, 5)] * 2
+
+
+class Endless(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield torch.randn(3)
+
+
+def test_M8_endless_held_out_data_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncprior.data.stream._MOST_ROWS", 1000)
+    for data in (Endless(), DataLoader(Endless(), 50)):
+        prior = NCPrior(flat(), MLPHead((2,), width=8))
+        with pytest.raises(ValueError, match="must have an end and at most 1000 rows"):
+            fit(prior, torch.randn(40, 3), held_out=data, steps=2, progress=False)
