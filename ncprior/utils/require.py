@@ -151,6 +151,27 @@ def real_tensor(
     return x
 
 
+def numbers(name: str, value: Any, *, rows: int = 1) -> Tensor:  # noqa: ANN401
+    """Returns finite real numbers or codes, from a tensor, an array or a list, in their own dtype.
+
+    Arguments:
+        name: The argument.
+        value: Numbers with shape ``(N, ...)``.
+        rows: The least number N of rows.
+
+    Raises:
+        TypeError: If it holds no real numbers.
+        ValueError: If it has fewer rows, or a value is NaN or infinite.
+    """
+    x = _as_tensor(name, value)
+    if x.is_complex():
+        raise TypeError(f"{name} must be real numbers or codes; got {described(x)}.")
+    if x.ndim < 1 or len(x) < rows:
+        raise ValueError(f"{name} must have {rows} or more rows; got {described(x)}.")
+    require_finite(name, x)
+    return x
+
+
 def require_finite(name: str, x: Tensor) -> None:
     """Validates that a tensor of shape ``(N, ...)`` has no NaN and no infinity; waits for a GPU.
 
