@@ -131,6 +131,8 @@ def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
         ValueError: If its shape is wrong, or a value is NaN or infinite.
     """
     z = numbers("init", init).detach()
+    if z.dtype == torch.float64 and not isinstance(init, Tensor):
+        z = z.to(torch.get_default_dtype())  # arrays and lists are in double precision by default
     if isinstance(prior, Distribution) and z.shape != prior.batch_shape + prior.event_shape:
         raise ValueError(
             f"init must have the prior's shape (B, *event), "
