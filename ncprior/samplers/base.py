@@ -18,7 +18,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from ncprior.distributions import Sampleable
+from ncprior.distributions import Sampleable, is_prior
 from ncprior.utils.require import described, numbers, require_callable, require_instance
 
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
@@ -75,7 +75,7 @@ def check_prior(prior: Sampleable) -> None:
     Raises:
         TypeError: If it is not.
     """
-    if isinstance(prior, type) or not isinstance(prior, Sampleable) or hasattr(prior, "log_ratio"):
+    if not is_prior(prior):
         raise TypeError(
             f"prior must be p(z), a distribution of batch shape (B,); got {described(prior)}. "
             f"Draw from an NCPrior by NCPrior.sample(n, sampler)."

@@ -32,6 +32,7 @@ from ncprior.samplers.base import (
     like_event,
     start_at,
 )
+from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 _NEVER = 2**31 - 1  # a call that no chain reaches; MPS computes integers by way of a double
@@ -179,11 +180,7 @@ class Target:
     """
 
     def __init__(self, prior: Sampleable, log_ratio: LogRatio) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "Langevin dynamics takes gradients, which torch.inference_mode forbids. "
-                "Call it under torch.no_grad instead."
-            )
+        require_grad_mode("Langevin dynamics")
         check_target(prior, log_ratio)
         self.prior, self.log_ratio = _continuous(prior), log_ratio
         self.calls = 0
