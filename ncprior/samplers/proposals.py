@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior.distributions import Sampleable, is_expanded
-from ncprior.samplers.base import LogRatio, draw_from
+from ncprior.samplers.base import LogRatio, checked, draw_from
 
 _POINTS = 4  # proposals at which rows are compared
 
@@ -66,7 +66,7 @@ def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None
         )
     if log_prob is not None and not _equal_rows(log_prob(points)):
         _raise_not_shareable("p(z) differs between rows")
-    if not _equal_rows(log_ratio(points)):
+    if not _equal_rows(checked(log_ratio(points), points.shape[:2])):
         _raise_not_shareable("log r(z) differs between rows, as it depends on a context")
 
 

@@ -21,8 +21,9 @@ from torch.distributions import (
     VonMises,
 )
 
-from ncprior import langevin, sir
+from ncprior import NCPrior, SingleGroup, langevin, sir
 from ncprior.bases.mixture import GaussianMixture
+from ncprior.heads import MLPHead
 from ncprior.samplers import (
     Draw,
     at_temperature,
@@ -113,6 +114,25 @@ def test_F5_a_constant_log_r_needs_no_gradient(sampler: Any, parameter: Any) -> 
     calls.clear()
     langevin(PRIOR, log_ratio, num_steps=9, step_size=0.1)
     assert len(calls) == 9 + 2  # looked at once in a run, not at every step
+
+
+def test_F5_features_without_a_gradient_are_named_by_the_prior() -> None:
+    features = torch.no_grad()(torch.tanh)
+    source = SingleGroup(standard_normal(2), posterior, lambda z: z, features=features)
+    head = MLPHead((2,), width=4, depth=1)
+    with torch.no_grad():
+        head.out.weight.normal_()
+    with pytest.raises(ValueError, match=r"Group 0: log_ratio changes with z.*features="):
+        NCPrior(source, head).sample(8, GRADIENTS[0])
+
+
+def posterior(x: Tensor) -> Distribution:
+    return Independent(Normal(x, 1.0), 1)
+
+
+def test_F13_shared_proposals_look_at_log_r_too() -> None:
+    with pytest.raises(ValueError, match="log_ratio must map z"):
+        sir(PRIOR, lambda z: z.sum(), num_proposals=4, share_proposals=True)
 
 
 COUNTS: list[tuple[Any, str]] = [
