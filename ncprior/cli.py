@@ -101,6 +101,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _diagnose(options: argparse.Namespace) -> int:
     from ncprior.diagnostics.diagnose import diagnose
+    from ncprior.utils.random_state import seeded
 
     with torch.random.fork_rng():
         source, data = _load_object(options.source), _load_object(options.data)
@@ -108,8 +109,8 @@ def _diagnose(options: argparse.Namespace) -> int:
         prior = ncprior.NCPrior.from_pretrained(
             source, options.path_or_repo, revision=options.revision
         )
-        torch.manual_seed(options.seed)
-        report = diagnose(prior, data, train=train, num_proposals=tuple(options.proposals))
+        with seeded(options.seed):
+            report = diagnose(prior, data, train=train, num_proposals=tuple(options.proposals))
     if options.plot is not None:
         report.plot().savefig(options.plot)
     print(report.to_json() if options.json else report)

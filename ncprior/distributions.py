@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from torch import Size, Tensor
@@ -132,6 +132,17 @@ def is_expanded(prior: Sampleable) -> bool:
         False
     """
     return isinstance(prior, _Rows)
+
+
+def is_prior(value: object) -> TypeGuard[Sampleable]:
+    """Returns whether an object draws z: an ``NCPrior``, which draws whole samples, does not.
+
+    Example:
+        >>> is_prior(Normal(0.0, 1.0)), is_prior(Normal), is_prior(None)
+        (True, False, False)
+    """
+    draws = isinstance(value, Sampleable) and not isinstance(value, type)
+    return draws and not hasattr(value, "log_ratio")
 
 
 class _Rows:

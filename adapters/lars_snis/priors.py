@@ -250,7 +250,9 @@ class LARSPrior(nn.Module):
 
     def _accept(self, z: Tensor) -> Tensor:
         """a(z), in float64: sums of small probabilities."""
-        a: Tensor = self.logit(z).double().sigmoid()
+        logit: Tensor = self.logit(z)
+        logit = logit.cpu() if logit.device.type == "mps" else logit  # which has no float64
+        a = logit.double().sigmoid()
         if not torch.isfinite(a).all():
             raise FloatingPointError(
                 "LARS's acceptance is not finite. Look for NaN or infinity in its weights."

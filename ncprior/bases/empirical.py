@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from ncprior.bases.mixture import GaussianMixture
+from ncprior.bases.shapes import size_of
 from ncprior.distributions import Sampleable, parameters
+from ncprior.utils.require import described, numbers, require_instance
 
 
 class NoPrior:
@@ -27,6 +29,7 @@ class NoPrior:
     """
 
     def __init__(self, reason: str, event_shape: Sequence[int] | None = None) -> None:
+        require_instance("reason", reason, str, "Pass a sentence.")
         self.reason, self.event_shape = reason, event_shape
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
@@ -47,10 +50,12 @@ class Empirical:
     the most numbers. It has no density.
 
     Arguments:
-        z: Latents, with shape ``(N, *event)``.
+        z: Latents, with shape ``(N, *event)``: real numbers or codes, as a tensor, an array or a
+            list.
 
     Raises:
-        ValueError: If there are no latents.
+        TypeError: If they are not numbers.
+        ValueError: If there are no latents, or some are not finite.
 
     Example:
         >>> from ncprior.bases import latents_of
@@ -59,18 +64,15 @@ class Empirical:
         torch.Size([7, 2])
     """
 
-    def __init__(self, z: Tensor) -> None:
-        if z.ndim < 1 or len(z) < 1:
-            raise ValueError(
-                f"The latents have shape (N, *event), with N at least 1; got {tuple(z.shape)}."
-            )
-        self.z, self.event_shape = z.detach(), z.shape[1:]
+    def __init__(self, z: Tensor | ArrayLike) -> None:
+        self.z = numbers("z", z).detach()
+        self.event_shape = self.z.shape[1:]
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Draws rows, with shape ``(*sample_shape, *event)``."""
-        count = math.prod(sample_shape)
-        rows = torch.randint(len(self.z), (count,), device=self.z.device)
-        return self.z[rows].reshape(*sample_shape, *self.event_shape)
+        size = size_of(sample_shape)
+        rows = torch.randint(len(self.z), (size.numel(),), device=self.z.device)
+        return self.z[rows].reshape(size + self.event_shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by name."""
@@ -101,14 +103,14 @@ def stored_numbers(base: Sampleable) -> int:
     if isinstance(base, GaussianMixture) and base.is_full:
         k, d = base.loc.shape
         return k * (1 + d + d * (d + 1) // 2)
-    if hasattr(base, "tensors"):
+    if hasattr(base, "tensors") and not isinstance(base, type):
         tensors = base.tensors()
     else:
         known = parameters(base) if isinstance(base, Distribution) else None
         if known is None:
             raise TypeError(
-                f"Cannot count the numbers that a {type(base).__name__} stores. Give it a method "
-                f"tensors(), which returns its tensors by name."
+                f"Cannot count the numbers that the base stores; got {described(base)}. Give it a "
+                f"method tensors(), which returns its tensors by name."
             )
         (tensors,) = known.values()
     return sum(t.numel() for t in tensors.values() if t.is_floating_point())

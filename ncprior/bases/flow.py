@@ -14,16 +14,28 @@ References:
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from ncprior.bases.shapes import flattened, size_of
 from ncprior.data.stream import Stream, split
+from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
+from ncprior.utils.require import (
+    floats,
+    real_tensor,
+    require_counts,
+    require_finite,
+    require_flags,
+    require_instance,
+    require_numbers,
+    require_positive,
+)
 
 _ROWS = 4096  # latents per batch of the held-out density
 
@@ -44,7 +56,8 @@ class Flow(Distribution):
             flow, which is not saved with the heads.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        TypeError: If ``flow`` is not a module, or ``loc`` or ``scale`` are not real numbers.
+        ValueError: If the shapes do not fit, a value is not finite, or a scale is not positive.
 
     Example:
         >>> import zuko
@@ -66,12 +79,16 @@ class Flow(Distribution):
         event_shape: Sequence[int] | None = None,
         spline: Mapping[str, int] | None = None,
     ) -> None:
-        event = loc.shape if event_shape is None else Size(event_shape)
-        if loc.ndim != 1 or scale.shape != loc.shape or math.prod(event) != len(loc):
+        require_instance("flow", flow, nn.Module, "Pass a flow of zuko or normflows.")
+        loc, scale = floats("loc", loc), floats("scale", scale)
+        event = loc.shape if event_shape is None else size_of(event_shape, "event_shape")
+        if loc.ndim != 1 or scale.shape != loc.shape or event.numel() != len(loc):
             raise ValueError(
                 f"A flow takes loc and scale of shape (D,), with an event shape of D numbers; got "
                 f"{tuple(loc.shape)}, {tuple(scale.shape)} and {tuple(event)}."
             )
+        require_finite("loc", loc)
+        require_positive("scale", scale)
         self.flow = flow.eval().requires_grad_(False)
         self.loc, self.scale = loc, scale
         self.spline = None if spline is None else dict(spline)
@@ -91,15 +108,14 @@ class Flow(Distribution):
     @torch.no_grad()
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: ANN401, B008
         """Draws z, with shape ``(*sample_shape, *batch, *event)``."""
-        shape = self._extended_shape(Size(sample_shape))
-        white = _draw(self.flow, math.prod(shape[: len(shape) - len(self.event_shape)]))
+        shape = self._extended_shape(size_of(sample_shape))
+        white = _draw(self.flow, shape[: len(shape) - len(self.event_shape)].numel())
         return (self.loc + self.scale * white).reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
-        lead = value.shape[: value.ndim - len(self.event_shape)]
-        flat = value.reshape(-1, len(self.loc)).to(self.loc.dtype)
-        log_p = _log_prob(self.flow, (flat - self.loc) / self.scale)
+        flat, lead = flattened(value, self.event_shape)
+        log_p = _log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale)
         return (log_p - self.scale.log().sum()).reshape(lead)
 
     def config(self) -> dict[str, Any] | None:
@@ -137,7 +153,7 @@ class Flow(Distribution):
 
 
 def fit_flow(
-    latents: Tensor,
+    latents: Tensor | ArrayLike,
     flow: nn.Module | None = None,
     *,
     steps: int = 2000,
@@ -155,7 +171,8 @@ def fit_flow(
     which makes SIR with hundreds of proposals slow.
 
     Arguments:
-        latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
+        latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`:
+            floating-point numbers, as a tensor, an array or a list.
         flow: A flow of your own over D standardised numbers, of zuko or normflows. It is trained
             in place and then frozen, and is not saved with the heads; see
             :meth:`ncprior.NCPrior.save_pretrained`.
@@ -174,9 +191,11 @@ def fit_flow(
     Raises:
         FloatingPointError: If the held-out mean of log p(z) is not finite.
         ImportError: If no flow is given and zuko is not installed.
-        TypeError: If ``flow`` is not a flow of zuko or normflows.
-        ValueError: If there are too few latents or some are not finite, or the flow is not over D
-            numbers.
+        RuntimeError: Inside ``torch.inference_mode``.
+        TypeError: If ``flow`` is not a flow of zuko or normflows, another argument has the wrong
+            type, or latents are integers: codes of categories have no flow.
+        ValueError: If an argument is out of range, there are too few latents or some are not
+            finite, or the flow is not over D numbers.
 
     References:
         Durkan et al. (2019), with the coupling layers of Dinh et al. (2017).
@@ -186,6 +205,14 @@ def fit_flow(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
+    require_counts("[0, inf)", steps=steps)
+    require_counts(batch_size=batch_size)
+    require_counts("[1, inf) or None", patience=patience)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_numbers("[0, inf)", weight_decay=weight_decay)
+    require_flags(progress=progress)
+    require_grad_mode("fit_flow")
+    latents = real_tensor("latents", latents, integers=False)
     dtype = torch.float32 if flow is None else _dtype(flow)
     white, loc, scale = standardise(latents, dtype)
     spline = _MODEST if flow is None else None

@@ -23,12 +23,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 
+from ncprior.bases.shapes import size_of
 from ncprior.data.stream import Stream, split
+from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
+from ncprior.utils.require import (
+    floats,
+    real_tensor,
+    require_counts,
+    require_finite,
+    require_flags,
+    require_instance,
+    require_numbers,
+    require_positive,
+)
 
 _FREQUENCIES = 8  # of cosines and sines of the time
+
+_MAKE = "Make a VelocityNet of D features."
 
 _HELD_OUT_DRAWS = 2048  # least number of lines in the held-out loss
 
@@ -40,9 +55,14 @@ class VelocityNet(nn.Module):
         features: D, the number of latents.
         width: Features of the hidden layers.
         depth: Number of residual blocks.
+
+    Raises:
+        TypeError: If a size is not a whole number.
+        ValueError: If a size is below 1.
     """
 
     def __init__(self, features: int, *, width: int = 256, depth: int = 3) -> None:
+        require_counts(features=features, width=width, depth=depth)
         super().__init__()
         self.features, self.width, self.depth = features, width, depth
         self.stem = nn.Linear(features, width)
@@ -91,7 +111,9 @@ class FlowMatching:
         num_evaluations: Evaluations of the network per sample, two for each step.
 
     Raises:
-        ValueError: If the shapes do not fit, or ``num_steps`` is below 1.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the shapes do not fit, a value is not finite, a scale is not positive, or
+            ``num_steps`` is below 1.
 
     Example:
         >>> base = FlowMatching(VelocityNet(6), torch.zeros(6), torch.ones(6), event_shape=(2, 3))
@@ -108,15 +130,22 @@ class FlowMatching:
         event_shape: Sequence[int] | None = None,
         num_steps: int = 20,
     ) -> None:
-        event, d = loc.shape if event_shape is None else Size(event_shape), network.features
+        require_instance("network", network, nn.Module, _MAKE)
+        require_instance("network.features", getattr(network, "features", None), int, _MAKE)
+        require_counts(num_steps=num_steps)
+        loc, scale = floats("loc", loc), floats("scale", scale)
+        event, d = (
+            loc.shape if event_shape is None else size_of(event_shape, "event_shape"),
+            network.features,
+        )
         if loc.shape != (d,) or scale.shape != (d,) or math.prod(event) != d:
             raise ValueError(
                 f"A velocity of {d} latents takes loc and scale of shape ({d},) and an event "
                 f"shape of {d} numbers; got {tuple(loc.shape)}, {tuple(scale.shape)} and "
                 f"{tuple(event)}."
             )
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
+        require_finite("loc", loc)
+        require_positive("scale", scale)
         self.network = network.eval().requires_grad_(False)
         self.loc, self.scale = loc, scale
         self.event_shape, self.num_steps = Size(event), num_steps
@@ -129,13 +158,14 @@ class FlowMatching:
     @torch.no_grad()
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Draws z, with shape ``(*sample_shape, *event)``."""
-        z = self.loc.new_empty(math.prod(sample_shape), len(self.loc)).normal_()
+        size = size_of(sample_shape)
+        z = self.loc.new_empty(size.numel(), len(self.loc)).normal_()
         h = 1 / self.num_steps
         for i in range(self.num_steps):
             t = z.new_full((len(z), 1), i * h)
             halfway = z + 0.5 * h * self.network(z, t)
             z = z + h * self.network(halfway, t + 0.5 * h)
-        return (self.loc + self.scale * z).reshape(*sample_shape, *self.event_shape)
+        return (self.loc + self.scale * z).reshape(size + self.event_shape)
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration to save besides the tensors, ready for JSON."""
@@ -176,7 +206,7 @@ class FlowMatching:
 
 
 def fit_flow_matching(
-    latents: Tensor,
+    latents: Tensor | ArrayLike,
     *,
     width: int = 256,
     depth: int = 3,
@@ -193,7 +223,8 @@ def fit_flow_matching(
     weights.
 
     Arguments:
-        latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
+        latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`:
+            floating-point numbers, as a tensor, an array or a list.
         width: Features of the network's hidden layers.
         depth: Number of the network's residual blocks.
         num_steps: Steps of the midpoint method in sampling, with two evaluations each.
@@ -209,7 +240,11 @@ def fit_flow_matching(
 
     Raises:
         FloatingPointError: If a held-out loss is not finite.
-        ValueError: If there are too few latents, or some are not finite.
+        RuntimeError: Inside ``torch.inference_mode``.
+        TypeError: If an argument has the wrong type, or latents are integers: codes of categories
+            have no velocity.
+        ValueError: If an argument is out of range, or there are too few latents, or some are not
+            finite.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., ICLR 2023), with the straight lines
@@ -221,6 +256,14 @@ def fit_flow_matching(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
+    require_counts(width=width, depth=depth, num_steps=num_steps)
+    require_counts("[0, inf)", steps=steps)
+    require_counts(batch_size=batch_size)
+    require_counts("[1, inf) or None", patience=patience)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_flags(progress=progress)
+    require_grad_mode("fit_flow_matching")
+    latents = real_tensor("latents", latents, integers=False)
     white, loc, scale = standardise(latents)
     network = VelocityNet(white.shape[1], width=width, depth=depth).to(white.device)
     base = FlowMatching(network, loc, scale, event_shape=latents.shape[1:], num_steps=num_steps)

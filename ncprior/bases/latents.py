@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch.distributions import Distribution
 
 from ncprior.data.stream import one_pass
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
+from ncprior.utils.batches import map_tensors
+from ncprior.utils.require import require_choice, require_counts, require_finite
 
 
 @torch.no_grad()
@@ -35,27 +39,56 @@ def latents_of(
         The latents, with shape ``(N, *event)``.
 
     Raises:
-        ValueError: If there is no group k, or ``of`` is neither of the two.
+        TypeError: If the source is not a :class:`~ncprior.LatentSource`, or a count is not a whole
+            number.
+        ValueError: If there is no group k, an argument is out of range, the data have no rows, or
+            they or their latents are not finite.
 
     Example:
         >>> latents_of(source, x).shape
         torch.Size([4, 2])
     """
     require_source(source)
-    if not 0 <= k < source.num_groups or of not in ("samples", "means"):
-        raise ValueError(
-            f"k must be from 0 to {source.num_groups - 1}, and of 'samples' or 'means'; "
-            f"got {k} and {of!r}."
-        )
+    require_counts(f"[0, {source.num_groups - 1}]", k=k)
+    require_choice("of", of, ("samples", "means"))
+    require_counts(batch_size=batch_size)
     device, latents = device_of(source), []
     for batch in one_pass(data, batch_size, device):
-        encoding = source.encode(batch)
-        state = source.start(num_rows(encoding), encoding)
-        for _ in range(k):
-            state = source.advance(state, _take(posterior_of(source.group(state)), of))
-        latents.append(_take(posterior_of(source.group(state)), of))
-    return torch.cat(latents)
+        with _blaming_data(batch):
+            encoding = source.encode(batch)
+            state = source.start(num_rows(encoding), encoding)
+            for _ in range(k):
+                state = source.advance(state, _take(posterior_of(source.group(state)), of))
+            latents.append(_take(posterior_of(source.group(state)), of))
+    if sum(map(len, latents)) == 0:
+        raise ValueError("The data have no rows. Pass one row of x or more.")
+    z = torch.cat(latents)
+    require_finite("q(z | x)", z)
+    return z
+
+
+@contextmanager
+def _blaming_data(batch: Any) -> Iterator[None]:  # noqa: ANN401
+    """Context that traces errors of the encoder and its posterior back to NaN in the data."""
+    try:
+        yield
+    except (RuntimeError, ValueError):
+        map_tensors(_require_finite_x, batch)
+        raise
+
+
+def _require_finite_x(x: Tensor) -> Tensor:
+    require_finite("x", x)
+    return x
 
 
 def _take(q: Distribution, of: str) -> Tensor:
-    return q.sample() if of == "samples" else q.mean
+    if of == "means":
+        return q.mean
+    try:
+        return q.sample()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"q(z | x) cannot be sampled ({error}). Look for NaN or infinity in x, and in the "
+            f"output of the encoder."
+        ) from error

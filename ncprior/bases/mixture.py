@@ -9,6 +9,7 @@ gap to the heads, and SIR with M proposals corrects about log M nats.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -17,6 +18,9 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
+
+from ncprior.bases.shapes import flattened, size_of
+from ncprior.utils.require import described, floats
 
 _Shape: TypeAlias = "Size | list[int] | tuple[int, ...]"
 
@@ -38,7 +42,9 @@ class GaussianMixture(Distribution):
         event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        TypeError: If a parameter is not a tensor of real numbers.
+        ValueError: If the shapes do not fit, a value is not finite, a standard deviation or a
+            diagonal of a factor is not positive, or a factor is not lower triangular.
 
     Example:
         >>> p = GaussianMixture(torch.zeros(3), torch.randn(3, 2), torch.ones(3, 2))
@@ -57,7 +63,9 @@ class GaussianMixture(Distribution):
         *,
         event_shape: Sequence[int] | None = None,
     ) -> None:
-        event = loc.shape[1:] if event_shape is None else Size(event_shape)
+        logits, loc = floats("logits", logits), floats("loc", loc)
+        scale = floats("scale", scale).contiguous()  # as it will be once saved and loaded
+        event = loc.shape[1:] if event_shape is None else size_of(event_shape, "event_shape")
         k, d = loc.shape if loc.ndim == 2 else (0, 0)
         fits = tuple(logits.shape) == (k,) and tuple(scale.shape) in ((k, d), (k, d, d))
         if k < 1 or not fits or math.prod(event) != d:
@@ -68,6 +76,8 @@ class GaussianMixture(Distribution):
             )
         self.logits, self.loc, self.scale = logits, loc, scale
         super().__init__(Size(), event, validate_args=False)
+        if not (logits.is_meta or loc.is_meta or scale.is_meta):
+            self._check_values()
 
     @classmethod
     def from_sklearn(
@@ -82,6 +92,7 @@ class GaussianMixture(Distribution):
             event_shape: Shape of z; ``(D,)`` if ``None``.
 
         Raises:
+            TypeError: If it is not a Gaussian mixture of scikit-learn.
             ValueError: If the mixture is not fitted; call its ``fit`` first.
 
         Example:
@@ -90,6 +101,10 @@ class GaussianMixture(Distribution):
             >>> GaussianMixture.from_sklearn(theirs).loc.shape
             torch.Size([3, 2])
         """
+        if isinstance(mixture, type) or not hasattr(mixture, "covariance_type"):
+            raise TypeError(
+                f"mixture must be a fitted sklearn.mixture.GaussianMixture; got {described(mixture)}."
+            )
         if not hasattr(mixture, "means_"):
             raise ValueError("The mixture is not fitted: call mixture.fit(z) first.")
         logits, loc = torch.as_tensor(mixture.weights_).log(), torch.as_tensor(mixture.means_)
@@ -128,7 +143,7 @@ class GaussianMixture(Distribution):
 
     def expand(self, batch_shape: _Shape, _instance: Any = None) -> GaussianMixture:  # noqa: ANN401
         """Returns the distribution of independent rows, which share the parameters."""
-        new = type(self)(**self.tensors(), event_shape=self.event_shape)
+        new = copy.copy(self)
         new._batch_shape = Size(batch_shape)
         return new
 
@@ -163,7 +178,7 @@ class GaussianMixture(Distribution):
     @torch.no_grad()
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws z, with shape ``(*sample_shape, *batch, *event)``."""
-        shape = self._extended_shape(Size(sample_shape))
+        shape = self._extended_shape(size_of(sample_shape))
         count = math.prod(shape[: len(shape) - len(self.event_shape)])
         noise = self.loc.new_empty(count, self.loc.shape[1]).normal_()
         if not self.is_full:
@@ -179,8 +194,8 @@ class GaussianMixture(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, with shape ``(*sample_shape, *batch)``."""
-        lead = value.shape[: value.ndim - len(self.event_shape)]
-        return self.log_joint(value.reshape(-1, self.loc.shape[1])).logsumexp(1).reshape(lead)
+        z, lead = flattened(value, self.event_shape)
+        return self.log_joint(z).logsumexp(1).reshape(lead)
 
     def log_joint(self, z: Tensor) -> Tensor:
         """Returns log π_j N(z; μ_j, Σ_j) in nats for flat z, ``(N, D)``, with shape ``(N, K)``."""
@@ -217,8 +232,22 @@ class GaussianMixture(Distribution):
     def _squares(self, z: Tensor, block: slice) -> Tensor:
         """Squared Mahalanobis distances to a block of components, ``(N, K')``."""
         away = z - self.loc[block, None]  # (K', N, D)
-        white = away @ self._whitening[block] if self.is_full else away / self.scale[block, None]
+        if self.is_full:
+            white = away @ self._whitening[block].to(away.dtype)
+        else:
+            white = away / self.scale[block, None]
         return white.square().sum(-1).mT
+
+    def _check_values(self) -> None:
+        scale, sd = self.scale, self._standard_deviations
+        fits = torch.isfinite(self.loc).all() & torch.isfinite(scale).all() & (sd > 0).all()
+        fits &= torch.isfinite(self.logits.logsumexp(0))  # some weights can be 0, but not all
+        if not fits or (self.is_full and scale.triu(1).any()):
+            raise ValueError(
+                "A mixture takes finite parameters, with positive standard deviations, or lower "
+                "triangular Cholesky factors of positive diagonal; got other values. Take "
+                "torch.linalg.cholesky(covariance) as scale."
+            )
 
     @lazy_property
     def _weights(self) -> Tensor:
@@ -252,5 +281,9 @@ class GaussianMixture(Distribution):
     @lazy_property
     def _log_det(self) -> Tensor:
         """log |Σ_j|^½, with shape ``(K,)``."""
-        scale = self.scale.diagonal(dim1=-2, dim2=-1) if self.is_full else self.scale
-        return scale.log().sum(-1)
+        return self._standard_deviations.log().sum(-1)
+
+    @property
+    def _standard_deviations(self) -> Tensor:
+        """Standard deviations, or the diagonals of the factors, with shape ``(K, D)``."""
+        return self.scale.diagonal(dim1=-2, dim2=-1) if self.is_full else self.scale

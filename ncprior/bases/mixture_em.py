@@ -6,10 +6,17 @@ import math
 from collections.abc import Iterator
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.utils.optimise import standardise
+from ncprior.utils.require import (
+    real_tensor,
+    require_choice,
+    require_counts,
+    require_numbers,
+)
 
 COVARIANCES = ("full", "diagonal")
 
@@ -18,15 +25,19 @@ _KMEANS_ROWS, _KMEANS_STEPS = 20_000, 20
 _FIRST_STEPS = 10  # EM steps of each start
 
 
-def fit_gaussian(z: Tensor, *, covariance: str = "full") -> GaussianMixture:
+def fit_gaussian(z: Tensor | ArrayLike, *, covariance: str = "full") -> GaussianMixture:
     """Gaussian fitted to latents by its moments.
 
     Arguments:
-        z: Latents, with shape ``(N, *event)``.
+        z: Latents, with shape ``(N, *event)``, as for :func:`fit_mixture`.
         covariance: ``"full"`` or ``"diagonal"``.
 
     Returns:
         A mixture of one component.
+
+    Raises:
+        TypeError: If the latents are not floating-point numbers.
+        ValueError: If there are fewer than two rows, or values that are not finite.
 
     Example:
         >>> base = fit_gaussian(3 + torch.randn(10_000, 2))
@@ -38,7 +49,7 @@ def fit_gaussian(z: Tensor, *, covariance: str = "full") -> GaussianMixture:
 
 @torch.no_grad()
 def fit_mixture(
-    z: Tensor,
+    z: Tensor | ArrayLike,
     num_components: int = 10,
     *,
     covariance: str = "full",
@@ -53,7 +64,8 @@ def fit_mixture(
     The latents are visited in batches on their own device; moments are summed in float64.
 
     Arguments:
-        z: Latents, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`.
+        z: Latents, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`:
+            floating-point numbers, as a tensor, an array or a list.
         num_components: K.
         covariance: ``"full"`` or ``"diagonal"``.
         max_steps: Largest number of EM steps.
@@ -66,7 +78,10 @@ def fit_mixture(
         The mixture, in float32.
 
     Raises:
-        ValueError: If there are fewer rows than components, or values that are not finite.
+        TypeError: If an argument has the wrong type, or z are integers: codes of categories have
+            no Gaussians.
+        ValueError: If an argument is out of range, there are fewer rows than components, or values
+            that are not finite.
 
     References:
         | Maximum Likelihood from Incomplete Data via the EM Algorithm (Dempster et al., 1977)
@@ -78,17 +93,16 @@ def fit_mixture(
         >>> fit_mixture(z, 2).loc.sort(0).values.round()[:, 0]
         tensor([-2.,  2.])
     """
-    if covariance not in COVARIANCES:
-        raise ValueError(f"The covariance is one of {', '.join(COVARIANCES)}; got {covariance!r}.")
-    if not 1 <= num_components < len(z) or z.ndim < 2:
+    require_choice("covariance", covariance, COVARIANCES)
+    require_counts(num_components=num_components, max_steps=max_steps)
+    require_counts(starts=starts, batch_size=batch_size)
+    require_numbers("[0, inf)", tolerance=tolerance, regularisation=regularisation)
+    z = real_tensor("z", z, integers=False)
+    if num_components >= len(z) or z.ndim < 2:
         raise ValueError(
             f"A mixture of {num_components} components needs z of shape (N, *event) with more "
             f"rows than components; got {tuple(z.shape)}."
         )
-    counts = {"max_steps": max_steps, "starts": starts, "batch_size": batch_size}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}.")
     white, centre, spread = standardise(z)
     em = _EM(white, covariance, regularisation, batch_size)
     first = [em.run(em.start(num_components), _FIRST_STEPS, tolerance) for _ in range(starts)]
@@ -124,7 +138,7 @@ class _EM:
 
     def _labels(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches with the one-hot labels of k-means."""
-        centres = _kmeans(self.z[torch.randperm(len(self.z))[:_KMEANS_ROWS]], k)
+        centres = _kmeans(self.z[_some_rows(self.z)], k)
         for z in self.z.split(self.batch_size):
             yield z, torch.nn.functional.one_hot(torch.cdist(z, centres).argmin(1), k).to(z)
 
@@ -135,7 +149,7 @@ class _EM:
         for z in self.z.split(self.batch_size):
             log_joint = mixture.log_joint(z)
             log_p = log_joint.logsumexp(1, keepdim=True)
-            total += log_p.to("cpu", torch.float64).sum()
+            total += log_p.cpu().double().sum()
             yield z, (log_joint - log_p).exp()
 
     def _maximise(self, batches: Iterator[tuple[Tensor, Tensor]]) -> GaussianMixture:
@@ -146,7 +160,7 @@ class _EM:
                 second = torch.stack([(w[:, None] * z).mT @ z for w in weight.mT])
             else:
                 second = weight.mT @ z.square()
-            new = [t.to("cpu", torch.float64) for t in (weight.sum(0), weight.mT @ z, second)]
+            new = [t.cpu().double() for t in (weight.sum(0), weight.mT @ z, second)]
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
         count = sums[0] + 1e-10
         loc = sums[1] / count[:, None]
@@ -169,6 +183,10 @@ class _EM:
             if not info.any():
                 return factor
             more = max(10 * more, 1e-12)
+
+
+def _some_rows(z: Tensor) -> Tensor:
+    return torch.randperm(len(z), device=z.device)[:_KMEANS_ROWS]
 
 
 def _kmeans(z: Tensor, k: int) -> Tensor:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ncprior.distributions import Sampleable, expand
+from ncprior.distributions import Sampleable, expand, is_prior
 from ncprior.source import Group, LatentSource, WrappedSource, num_rows
+from ncprior.utils.require import described
 
 Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
 
@@ -30,12 +31,15 @@ def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
             ``group.context``. With one group of latents it can be the prior itself, with an empty
             batch shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
 
+            Nothing can be told of the networks behind a function: heads that are saved with it
+            load without an error on a function that has changed.
+
     Returns:
         The same VAE with that prior.
 
     Raises:
-        ValueError: If one prior is given for several groups.
-        TypeError: If the base can neither be sampled nor called.
+        ValueError: If one prior is given for several groups, or it has a batch shape.
+        TypeError: If the base can neither be sampled nor called, or is a class.
 
     Example:
         >>> from ncprior.bases import fit_gaussian, latents_of
@@ -69,11 +73,17 @@ class Rebased(WrappedSource):
 
     def __init__(self, source: LatentSource[Any, Any], base: Base) -> None:
         super().__init__(source)
-        prior, function = (base, None) if isinstance(base, Sampleable) else (None, base)
-        if prior is None and not callable(function):
+        prior: Sampleable | None = base if is_prior(base) else None
+        function = base if prior is None else None
+        if prior is None and (not callable(base) or isinstance(base, type | Sampleable)):
             raise TypeError(
-                f"A base is a prior with a method `sample`, or base(k, group) that makes one; "
-                f"got {type(base).__name__}."
+                f"base must be a prior with a method sample(sample_shape), or a function base(k, "
+                f"group) that makes one; got {described(base)}. Pass one of ncprior.bases."
+            )
+        if isinstance(prior, Distribution) and prior.batch_shape:
+            raise ValueError(
+                f"base must have an empty batch shape; got batch shape "
+                f"{tuple(prior.batch_shape)}. Wrap it in Independent(base, {len(prior.batch_shape)})."
             )
         if prior is not None and source.num_groups > 1:
             raise ValueError(
@@ -121,6 +131,11 @@ class Rebased(WrappedSource):
         if self.prior is not None:
             return expand(self.prior, num_rows(state.walk))
         prior: Sampleable = self._base(state.k, group)
+        if not is_prior(prior):
+            raise TypeError(
+                f"Group {state.k}: base(k, group) must return a prior with a method sample; got "
+                f"{described(prior)}."
+            )
         if isinstance(prior, Distribution) and not prior.batch_shape:
             return expand(prior, num_rows(state.walk))
         return prior

@@ -23,9 +23,16 @@ from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.data.stream import Stream, iter_is_self, split
 from ncprior.distributions import parameters
-from ncprior.source import LatentSource, device_of, num_rows, posterior_of
+from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
 from ncprior.utils.batches import to_device
+from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise
+from ncprior.utils.require import (
+    require_counts,
+    require_finite,
+    require_flags,
+    require_numbers,
+)
 
 _ROWS = 4096  # latents per batch of the density
 
@@ -69,10 +76,12 @@ def fit_vamp(
 
     Raises:
         FloatingPointError: If the held-out mean of log p(z) is not finite.
-        TypeError: If the posterior is not a diagonal Gaussian, or x is not a floating-point
-            tensor.
-        ValueError: If the source has several groups or a condition, the encoder blocks gradients,
-            or there are fewer rows of data than pseudo-inputs.
+        RuntimeError: Inside ``torch.inference_mode``.
+        TypeError: If the posterior is not a diagonal Gaussian, x is not a floating-point tensor,
+            or another argument has the wrong type.
+        ValueError: If an argument is out of range, the source has several groups or a condition,
+            the encoder blocks gradients, data are not finite, or there are fewer rows of data than
+            pseudo-inputs.
 
     References:
         Tomczak & Welling (2018), equation 9.
@@ -82,6 +91,14 @@ def fit_vamp(
         >>> base.loc.shape, base.is_full
         (torch.Size([5, 2]), False)
     """
+    require_source(source)
+    require_counts(num_components=num_components, batch_size=batch_size)
+    require_counts("[0, inf)", steps=steps)
+    require_counts("[1, inf) or None", patience=patience)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_flags(progress=progress)
+    _check_bounds(bounds)
+    require_grad_mode("fit_vamp")
     train, held_out = _with_held_out(data, held_out)
     fixed, stream = latents_of(source, held_out), Stream(train, batch_size)
     _gaussian(source, next(stream))  # validates the VAE first
@@ -149,6 +166,17 @@ class _PseudoInputs:
         self.u.clamp_(*self.bounds)
 
 
+def _check_bounds(bounds: Any) -> None:  # noqa: ANN401
+    if bounds is None:
+        return
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"bounds must be a pair (least, largest) or None; got {bounds!r}.")
+    least, largest = bounds
+    require_numbers("[-inf, inf]", least=least, largest=largest)
+    if not least < largest:
+        raise ValueError(f"bounds must be (least, largest), least < largest; got {bounds!r}.")
+
+
 def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, Size]:  # noqa: ANN401
     """Mean and standard deviation of q(z | x), and the event shape of z."""
     if source.num_groups != 1:
@@ -193,8 +221,6 @@ def _with_held_out(data: Any, held_out: Any) -> tuple[Any, Any]:  # noqa: ANN401
 
 def _first_rows(data: Any, count: int) -> Tensor:  # noqa: ANN401
     """Random rows of x if the data can be shuffled, else the first rows."""
-    if count < 1:
-        raise ValueError(f"num_components must be at least 1; got {count}.")
     rows: list[Tensor] = []
     for batch in Stream(data, count).loader:
         x = batch[0] if isinstance(batch, tuple | list) else batch
@@ -204,6 +230,7 @@ def _first_rows(data: Any, count: int) -> Tensor:  # noqa: ANN401
                 f"Pseudo-inputs are optimised like x, which must be a floating-point tensor; got "
                 f"{kind}. Pass x as floats."
             )
+        require_finite("x", x)
         rows.append(x)
         if sum(map(len, rows)) >= count:
             return torch.cat(rows)[:count]

@@ -134,4 +134,4 @@ def _fraction_below(scores: Tensor, others: Tensor) -> Tensor:
     """Fraction of other scores below each score; ties count one half."""
     others = others.sort().values
     ends = [torch.searchsorted(others, scores, right=right) for right in (False, True)]
-    return (ends[0] + ends[1]).double() / (2 * len(others))
+    return (ends[0] + ends[1]).cpu().double() / (2 * len(others))

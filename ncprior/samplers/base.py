@@ -12,13 +12,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from ncprior.distributions import Sampleable
+from ncprior.distributions import Sampleable, is_prior
+from ncprior.utils.require import described, numbers, require_callable, require_instance
 
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -90,12 +91,29 @@ def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
     return max(1, min(2**17, 2**26 // max(1, z.shape[2:].numel())))
 
 
-def check_rows(prior: Sampleable) -> None:
-    """Validates that a prior has one row per sample.
+def check_prior(prior: Sampleable) -> None:
+    """Validates that an object is a distribution or another sampler of z, and no ``NCPrior``.
 
     Raises:
-        ValueError: If its batch shape is not ``(B,)``; use ``prior.expand((B,))``.
+        TypeError: If it is not.
     """
+    if not is_prior(prior):
+        raise TypeError(
+            f"prior must be p(z), a distribution of batch shape (B,); got {described(prior)}. "
+            f"Draw from an NCPrior by NCPrior.sample(n, sampler)."
+        )
+
+
+def check_target(prior: Sampleable, log_ratio: LogRatio) -> None:
+    """Validates the arguments that all samplers share.
+
+    Raises:
+        TypeError: If the prior is not a distribution or another sampler of z, or ``log_ratio`` is
+            not a function.
+        ValueError: If the prior's batch shape is not ``(B,)``; use ``prior.expand((B,))``.
+    """
+    check_prior(prior)
+    require_callable("log_ratio", log_ratio, "Pass a function that maps z to log r(z) in nats.")
     if isinstance(prior, Distribution) and len(prior.batch_shape) != 1:
         raise ValueError(
             f"The prior given to a sampler must have batch shape (B,); got {tuple(prior.batch_shape)} with "
@@ -103,12 +121,68 @@ def check_rows(prior: Sampleable) -> None:
         )
 
 
-def checked(log_r: Tensor, shape: Size) -> Tensor:
-    """Returns log r in at least float32, after a check of its shape.
+def draw_from(prior: Sampleable, count: int) -> Tensor:
+    """Draws ``count`` z per row of a prior, with shape ``(count, B, *event)``.
 
     Raises:
+        TypeError: If the prior does not draw a tensor of real numbers or codes.
+        ValueError: If its draws do not have such a shape.
+    """
+    z = prior.sample(Size((count,)))
+    if not isinstance(z, Tensor) or z.is_complex():
+        raise TypeError(
+            f"The prior must draw a tensor of real numbers or codes; got {described(z)}."
+        )
+    if z.ndim < 2 or len(z) != count:
+        raise ValueError(
+            f"The prior's sample(({count},)) must have shape ({count}, B, *event), with one row for "
+            f"each sample; got {described(z)}."
+        )
+    return z
+
+
+def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
+    """Returns the start of Markov chains as a tensor, after a check of its shape and values.
+
+    Arguments:
+        init: Latents of every row, ``(B, *event)``, as a tensor, an array or a list.
+        prior: p(z), of batch shape ``(B,)``.
+
+    Raises:
+        TypeError: If ``init`` holds no real numbers or codes.
+        ValueError: If its shape is wrong, or a value is NaN or infinite.
+    """
+    z = numbers("init", init).detach()
+    if z.dtype == torch.float64 and not isinstance(init, Tensor):
+        z = z.to(torch.get_default_dtype())  # arrays and lists are in double precision by default
+    if isinstance(prior, Distribution) and z.shape != prior.batch_shape + prior.event_shape:
+        raise ValueError(
+            f"init must have the prior's shape (B, *event), "
+            f"{tuple(prior.batch_shape + prior.event_shape)}; got {tuple(z.shape)}."
+        )
+    return z
+
+
+def checked_draw(draw: Any) -> Draw:  # noqa: ANN401
+    """Returns what a sampler has drawn, after a check of its type.
+
+    Raises:
+        TypeError: If it is not a :class:`Draw`.
+    """
+    return require_instance("The result of a sampler", draw, Draw, "Return ncprior.Draw(z=z).")
+
+
+def checked(log_r: Tensor, shape: Size) -> Tensor:
+    """Returns log r in at least float32, after a check of its type and shape.
+
+    Raises:
+        TypeError: If log r is not a tensor of real numbers.
         ValueError: If log r has another shape.
     """
+    if not isinstance(log_r, Tensor) or log_r.is_complex() or log_r.dtype == torch.bool:
+        raise TypeError(
+            f"log_ratio must return log r(z), a tensor of real numbers; got {described(log_r)}."
+        )
     if log_r.shape != shape:
         raise ValueError(
             f"log_ratio must map z of shape (*, B, *event) to log r of shape (*, B), here "

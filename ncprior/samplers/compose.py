@@ -10,7 +10,6 @@ and therefore the ratio r = q/p: heads must be trained at that temperature.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from ncprior.distributions import Sampleable
-from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.samplers.base import Draw, LogRatio, Sampler, checked_draw
+from ncprior.utils.require import require_callable, require_numbers
 
 
 def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
@@ -35,6 +35,9 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
         The sampler. The z of its draw is that of the last sampler; every other field is that of
         the last sampler that returned one.
 
+    Raises:
+        TypeError: If an argument is not a sampler, or one after the first takes no ``init``.
+
     Example:
         >>> from functools import partial
         >>> from ncprior import langevin, sir
@@ -47,10 +50,19 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
         (torch.Size([4]), torch.Size([4]))
     """
 
+    for part in (first, *then):
+        require_callable("A sampler", part, _EXAMPLE)
+    for step in then:
+        if not _takes_init(step):
+            raise TypeError(
+                f"Samplers after the first start from init=, as langevin and independence do; got "
+                f"{describe(step)}. Put it first."
+            )
+
     def sampler(prior: Sampleable, log_ratio: LogRatio) -> Draw:
-        draw = first(prior, log_ratio)
+        draw = checked_draw(first(prior, log_ratio))
         for step in then:
-            found = step(prior, log_ratio, init=draw.z)._asdict()
+            found = checked_draw(step(prior, log_ratio, init=draw.z))._asdict()
             draw = draw._replace(**{name: it for name, it in found.items() if it is not None})
         return draw
 
@@ -76,7 +88,7 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
 
     Raises:
         ValueError: If T is not positive and finite.
-        TypeError: When drawing, if the prior has no density.
+        TypeError: If an argument has the wrong type; when drawing, if the prior has no density.
 
     Example:
         >>> from functools import partial
@@ -86,8 +98,8 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
         >>> round(z.std().item(), 1)
         0.5
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite; got {temperature}.")
+    require_callable("sampler", sampler, _EXAMPLE)
+    require_numbers("(0, inf)", temperature=temperature)
 
     def tempered(prior: Sampleable, log_ratio: LogRatio) -> Draw:
         if not hasattr(prior, "log_prob"):
@@ -103,6 +115,17 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
         return sampler(prior, log_r_t)
 
     return tempered
+
+
+_EXAMPLE = "Pass a sampler, such as partial(sir, num_proposals=500)."
+
+
+def _takes_init(sampler: Callable[..., Draw]) -> bool:
+    try:
+        known = inspect.signature(sampler).parameters.values()
+    except ValueError:  # a builtin, which does not tell
+        return True
+    return any(it.name == "init" or it.kind is it.VAR_KEYWORD for it in known)
 
 
 def describe(sampler: Any) -> str:  # noqa: ANN401

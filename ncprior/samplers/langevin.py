@@ -9,15 +9,33 @@ References:
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    VonMises,
+    constraints,
+)
 
 from ncprior.distributions import Sampleable
-from ncprior.samplers.base import Draw, LogRatio, check_rows, checked, like_event
+from ncprior.samplers.base import (
+    Draw,
+    LogRatio,
+    check_prior,
+    check_target,
+    checked,
+    like_event,
+    start_at,
+)
+from ncprior.utils.gradients import require_grad_mode
+from ncprior.utils.require import require_counts, require_flags, require_numbers
+
+_NEVER = 2**31 - 1  # a call that no chain reaches; MPS computes integers by way of a double
 
 
 @torch.no_grad()
@@ -39,10 +57,12 @@ def langevin(
     By default this is the unadjusted Langevin algorithm (ULA), whose stationary distribution
     differs from r·p / Z by O(λ). ``adjusted=True`` adds a Metropolis-Hastings correction of each
     step: the Metropolis-adjusted Langevin algorithm (MALA), which leaves r·p / Z invariant.
-    Gradients are taken with respect to z alone.
+    Gradients are taken with respect to z alone. Chains move in all of R^n: latents on a sphere,
+    a simplex or a circle are for :func:`~ncprior.sir`, as torch does not always tell that a prior
+    lives there.
 
     Arguments:
-        prior: p(z), a continuous distribution of batch shape ``(B,)``.
+        prior: p(z), a continuous distribution on R^n of batch shape ``(B,)``.
         log_ratio: Maps z, with shape ``(B, *event)``, to log r(z) in nats, ``(B,)``.
         num_steps: Number of steps.
         step_size: λ, in squared units of z.
@@ -54,8 +74,10 @@ def langevin(
         A draw with ``z`` and, when adjusted, ``acceptance``.
 
     Raises:
-        TypeError: If the prior is discrete, bounded, or has no density.
-        ValueError: If ``num_steps``, ``step_size`` or the shape of ``init`` is wrong.
+        TypeError: If the prior is discrete, bounded, or has no density, or an argument has the
+            wrong type.
+        ValueError: If an argument is out of range, or log r or log p changes with z but its
+            gradient is cut, as by ``torch.no_grad`` or ``detach``.
         FloatingPointError: If log r, log p or a gradient is not finite; take a smaller step size.
 
     References:
@@ -67,13 +89,12 @@ def langevin(
         >>> round(draw.z.mean().item(), 1)
         0.5
     """
-    if num_steps < 0 or not 0 < step_size < math.inf:
-        raise ValueError(
-            f"num_steps must be at least 0 and step_size positive and finite; "
-            f"got {num_steps}, {step_size}."
-        )
+    require_counts("[0, inf)", num_steps=num_steps)
+    require_numbers("(0, inf)", step_size=step_size)
+    require_flags(adjusted=adjusted)
     target = Target(prior, log_ratio)
-    z = prior.sample() if init is None else _checked_init(init, target.prior)
+    z = prior.sample() if init is None else start_at(init, prior)
+    z = z if z.is_floating_point() else z.float()
     if adjusted:
         z, acceptance = _mala(target, z, num_steps, step_size)
     else:
@@ -154,18 +175,16 @@ class Target:
 
     Raises:
         TypeError: If the prior is discrete, bounded, or has no density.
-        ValueError: If its batch shape is not ``(B,)``.
+        ValueError: If its batch shape is not ``(B,)``; when called, if the gradient of log r or log
+            p is cut.
     """
 
     def __init__(self, prior: Sampleable, log_ratio: LogRatio) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "Langevin dynamics takes gradients, which torch.inference_mode forbids. "
-                "Call it under torch.no_grad instead."
-            )
+        require_grad_mode("Langevin dynamics")
+        check_target(prior, log_ratio)
         self.prior, self.log_ratio = _continuous(prior), log_ratio
-        check_rows(prior)
         self.calls = 0
+        self.constants: set[str] = set()  # of log r and log p, those seen not to depend on z
         self.first_bad: Tensor | None = None  # stays on the device: no synchronisation per step
 
     def __call__(self, z: Tensor) -> Point:
@@ -174,10 +193,11 @@ class Target:
             z = z.detach().requires_grad_()
             log_p = self.prior.log_prob(z)
             log_r = checked(self.log_ratio(z), log_p.shape)
-            slopes = [_gradient(log_r, z), _gradient(log_p, z)]
+            slopes = [self._gradient("log_ratio", self.log_ratio, log_r, z)]
+            slopes += [self._gradient("prior.log_prob", self.prior.log_prob, log_p, z)]
         point = Point(z.detach(), log_r.detach(), log_p.detach(), *slopes)
         bad = ~torch.stack([torch.isfinite(values).all() for values in point[1:]]).all()
-        call = torch.where(bad, self.calls, torch.iinfo(torch.int64).max)
+        call = torch.where(bad, self.calls, _NEVER)
         self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
         self.calls += 1
         # After a value that is not finite, all slopes are 0 here: z stays finite, and a prior that
@@ -199,6 +219,20 @@ class Target:
                 f"the head's weights, the prior or the context."
             )
 
+    def _gradient(
+        self, name: str, function: Callable[[Tensor], Tensor], value: Tensor, z: Tensor
+    ) -> Tensor:
+        """∂ Σ value / ∂z of value = function(z); 0 for a constant, at the price of one check."""
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+            if gradient is not None:
+                return gradient
+        if name not in self.constants:
+            with torch.no_grad():
+                _require_constant(name, function, value, z)
+            self.constants.add(name)
+        return torch.zeros_like(z)
+
 
 def supports_langevin(prior: Sampleable) -> bool:
     """Whether a prior supports Langevin dynamics: it needs a density on all of R^n.
@@ -207,6 +241,7 @@ def supports_langevin(prior: Sampleable) -> bool:
         >>> supports_langevin(Normal(0.0, 1.0)), supports_langevin(torch.distributions.Bernoulli(0.5))
         (True, False)
     """
+    check_prior(prior)
     try:
         _continuous(prior)
     except TypeError:
@@ -214,12 +249,19 @@ def supports_langevin(prior: Sampleable) -> bool:
     return True
 
 
-def _gradient(value: Tensor, z: Tensor) -> Tensor:
-    """∂ Σ value / ∂z; 0 where value is a constant."""
-    if not value.requires_grad:
-        return torch.zeros_like(z)
-    (gradient,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
-    return torch.zeros_like(z) if gradient is None else gradient
+def _require_constant(
+    name: str, function: Callable[[Tensor], Tensor], value: Tensor, z: Tensor
+) -> None:
+    """Validates that a function without a gradient is a constant, at two other places."""
+    away = torch.linspace(0.5, 1.5, z.shape[1:].numel(), dtype=z.dtype, device=z.device)
+    for factor in (1, -2):
+        there = function(z + factor * away.reshape(z.shape[1:]))
+        if not torch.equal(value.nan_to_num(), there.nan_to_num().to(value.dtype)):
+            raise ValueError(
+                f"{name} changes with z, but Langevin dynamics gets no gradient of it. Look for "
+                f"no_grad, inference_mode or detach in the ratio head, in features= or in the "
+                f"source; or use sir, which needs no gradient."
+            )
 
 
 def _continuous(prior: Sampleable) -> Distribution:
@@ -239,7 +281,7 @@ def _continuous(prior: Sampleable) -> Distribution:
         )
     while hasattr(support, "base_constraint"):  # behind Independent and mixtures
         support = support.base_constraint
-    if isinstance(support, _BOUNDED):
+    if isinstance(support, _BOUNDED) or _is_circular(prior):
         raise TypeError(
             f"Langevin dynamics needs latents on all of R^n; the prior {name} is bounded. Use sir."
         )
@@ -255,17 +297,22 @@ _BOUNDED = tuple(
         constraints.greater_than_eq(0),
         constraints.less_than(0),
         constraints.simplex,
+        constraints.lower_triangular,
+        constraints.lower_cholesky,
+        constraints.corr_cholesky,
+        constraints.symmetric,
+        constraints.positive_definite,
     )
 )
 
 
-def _checked_init(init: Tensor, prior: Distribution) -> Tensor:
-    if isinstance(prior, Distribution) and init.shape != prior.batch_shape + prior.event_shape:
-        raise ValueError(
-            f"init must have the prior's shape (B, *event), "
-            f"{tuple(prior.batch_shape + prior.event_shape)}; got {tuple(init.shape)}."
-        )
-    return init.detach()
+def _is_circular(prior: Sampleable) -> bool:
+    """Whether z is an angle of a von Mises distribution, whose support torch calls real."""
+    if isinstance(prior, Independent):
+        return _is_circular(prior.base_dist)
+    if isinstance(prior, MixtureSameFamily):
+        return _is_circular(prior.component_distribution)
+    return isinstance(prior, VonMises)
 
 
 def name_of(prior: Sampleable) -> str:

@@ -25,7 +25,8 @@ from torch.distributions import Independent, Normal
 
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
-from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.samplers.base import Draw, LogRatio, Sampler, check_target, checked_draw
+from ncprior.utils.require import require_callable
 
 
 def within_components(sampler: Sampler) -> Sampler:
@@ -40,7 +41,8 @@ def within_components(sampler: Sampler) -> Sampler:
         The sampler; ``log_mean_weight`` of its draws estimates log Z_j of the row's component.
 
     Raises:
-        TypeError: When drawing, if the prior is no :class:`~ncprior.bases.GaussianMixture`.
+        TypeError: If ``sampler`` is not a function; when drawing, if the prior is no
+            :class:`~ncprior.bases.GaussianMixture`.
 
     Example:
         >>> from functools import partial
@@ -52,15 +54,18 @@ def within_components(sampler: Sampler) -> Sampler:
         0.5
     """
 
+    require_callable("sampler", sampler, "Pass one, such as partial(sir, num_proposals=50).")
+
     def within(prior: Sampleable, log_ratio: LogRatio) -> Draw:
-        if not isinstance(prior, GaussianMixture) or len(prior.batch_shape) != 1:
+        check_target(prior, log_ratio)
+        if not isinstance(prior, GaussianMixture):
             raise TypeError(
                 f"within_components needs a mixture base, such as rebase(source, "
                 f"fit_mixture(latents_of(source, x))); got {type(prior).__name__}."
             )
         weights = prior.logits.softmax(0)
         place = _Places(prior, torch.multinomial(weights, prior.batch_shape[0], replacement=True))
-        draw = sampler(place.noise, lambda noise: log_ratio(place(noise)))
+        draw = checked_draw(sampler(place.noise, lambda noise: log_ratio(place(noise))))
         return draw._replace(z=place(draw.z))
 
     return within

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior.distributions import Sampleable, is_expanded
-from ncprior.samplers.base import LogRatio
+from ncprior.samplers.base import LogRatio, checked, draw_from
 
 _POINTS = 4  # proposals at which rows are compared
 
@@ -33,7 +33,7 @@ class Proposals:
     def __call__(self, count: int) -> Tensor:
         """Draws ``count`` proposals per row, of shape ``(count, B, *event)``."""
         if self.normal is None:
-            return self.prior.sample(Size((count,)))
+            return draw_from(self.prior, count)
         mean, sd = self.normal
         if len(self.buffer) < count:
             self.buffer = mean.new_empty(count, *mean.shape)
@@ -66,7 +66,7 @@ def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None
         )
     if log_prob is not None and not _equal_rows(log_prob(points)):
         _raise_not_shareable("p(z) differs between rows")
-    if not _equal_rows(log_ratio(points)):
+    if not _equal_rows(checked(log_ratio(points), points.shape[:2])):
         _raise_not_shareable("log r(z) differs between rows, as it depends on a context")
 
 

@@ -7,21 +7,22 @@ References:
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import (
     Draw,
     LogRatio,
-    check_rows,
+    check_target,
     checked,
+    draw_from,
     finite,
     latents_at_once,
     like_event,
+    start_at,
 )
+from ncprior.utils.require import require_counts, require_numbers
 
 
 @torch.no_grad()
@@ -51,6 +52,7 @@ def rejection(
         kept in any case.
 
     Raises:
+        TypeError: If an argument has the wrong type, or draws or log r are not real numbers.
         ValueError: If ``max_tries`` is below 1, or the bound is not finite.
         FloatingPointError: If log r is not finite.
 
@@ -63,11 +65,9 @@ def rejection(
         >>> round(draw.z.mean().item(), 1)
         0.7
     """
-    if max_tries < 1 or not math.isfinite(log_bound):
-        raise ValueError(
-            f"max_tries must be at least 1 and log_bound finite; got {max_tries}, {log_bound}."
-        )
-    check_rows(prior)
+    require_counts(max_tries=max_tries)
+    require_numbers(log_bound=log_bound)
+    check_target(prior, log_ratio)
 
     def attempt() -> tuple[Tensor, Tensor]:
         z, log_r = _proposals(prior, log_ratio, 1)
@@ -111,7 +111,9 @@ def independence(
         A draw with ``z`` and ``acceptance``.
 
     Raises:
-        ValueError: If ``num_steps`` or ``chunk_size`` is too small.
+        TypeError: If an argument has the wrong type, or draws or log r are not real numbers.
+        ValueError: If ``num_steps`` or ``chunk_size`` is too small, or ``init`` has the wrong
+            shape or a value that is not finite.
         FloatingPointError: If log r is not finite.
 
     References:
@@ -123,13 +125,10 @@ def independence(
         >>> round(draw.z.mean().item(), 1)
         0.5
     """
-    if num_steps < 0 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(
-            f"num_steps must be at least 0 and chunk_size at least 1; got {num_steps}, "
-            f"{chunk_size}."
-        )
-    check_rows(prior)
-    z = prior.sample() if init is None else init
+    require_counts("[0, inf)", num_steps=num_steps)
+    require_counts("[1, inf) or None", chunk_size=chunk_size)
+    check_target(prior, log_ratio)
+    z = prior.sample() if init is None else start_at(init, prior)
     here = finite(checked(log_ratio(z[None]), z[None].shape[:2]))[0]
     accepted = torch.zeros_like(here)
     left, at_once = num_steps, latents_at_once(z[None], chunk_size)
@@ -150,5 +149,5 @@ def independence(
 
 
 def _proposals(prior: Sampleable, log_ratio: LogRatio, count: int) -> tuple[Tensor, Tensor]:
-    z = prior.sample(Size((count,)))
+    z = draw_from(prior, count)
     return z, finite(checked(log_ratio(z), z.shape[:2]))

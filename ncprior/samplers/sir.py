@@ -12,12 +12,13 @@ from ncprior.samplers.base import (
     NOT_FINITE,
     Draw,
     LogRatio,
-    check_rows,
+    check_target,
     checked,
     latents_at_once,
     like_event,
 )
 from ncprior.samplers.proposals import Proposals, require_same_rows
+from ncprior.utils.require import require_counts, require_flags
 
 _SHARED_KEYS = 2**20  # log-weights with noise, of proposals × rows, at once
 
@@ -61,6 +62,7 @@ def sir(
         A draw with ``z``, ``ess`` and ``log_mean_weight``.
 
     Raises:
+        TypeError: If an argument has the wrong type, or draws or log r are not real numbers.
         ValueError: If ``num_proposals`` or ``chunk_size`` is below 1, the prior or log r has the
             wrong shape, or rows differ and cannot share proposals.
         FloatingPointError: If log r is not finite.
@@ -74,11 +76,10 @@ def sir(
         >>> round(draw.z.mean().item(), 1)
         0.5
     """
-    if num_proposals < 1 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(
-            f"num_proposals and chunk_size must be at least 1; got {num_proposals}, {chunk_size}."
-        )
-    check_rows(prior)
+    require_counts(num_proposals=num_proposals)
+    require_counts("[1, inf) or None", chunk_size=chunk_size)
+    require_flags(share_proposals=share_proposals)
+    check_target(prior, log_ratio)
     # The first chunk is one proposal per row: its shape gives B, also for sample-only priors.
     proposals = Proposals(prior)
     z = proposals(1)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from ncprior.distributions import Sampleable
-from ncprior.samplers.base import Draw, LogRatio
+from ncprior.samplers.base import Draw, LogRatio, draw_from
 from ncprior.samplers.langevin import Point, Target, mala_step
 from ncprior.samplers.proposals import require_same_rows
+from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 _BISECTIONS = 20
 
@@ -67,9 +68,11 @@ def tempered_smc(
         A draw with ``z``, ``log_mean_weight`` (an estimate of log Z in nats), and ``acceptance``.
 
     Raises:
-        ValueError: If a number is out of range, rows differ and cannot share particles, or β = 1
-            is not reached; take more particles or temperatures.
-        TypeError: If the prior is discrete, bounded, or has no density.
+        ValueError: If a number is out of range, rows differ and cannot share particles, the
+            gradient of log r or log p is cut, or β = 1 is not reached; take more particles or
+            temperatures.
+        TypeError: If the prior is discrete, bounded, or has no density, or an argument has the
+            wrong type.
         FloatingPointError: If log r is not finite.
 
     References:
@@ -81,11 +84,12 @@ def tempered_smc(
         >>> round(draw.z.mean().item())
         5
     """
-    if min(num_particles, num_moves, max_temperatures) < 1 or not 0 < ess_fraction < 1:
-        raise ValueError(
-            f"num_particles, num_moves and max_temperatures must be at least 1 and ess_fraction "
-            f"between 0 and 1; got {num_particles}, {num_moves}, {max_temperatures}, {ess_fraction}."
-        )
+    require_counts(
+        num_particles=num_particles, num_moves=num_moves, max_temperatures=max_temperatures
+    )
+    require_numbers("(0, inf)", step_size=step_size)
+    require_numbers("(0, 1)", ess_fraction=ess_fraction)
+    require_flags(share_particles=share_particles)
     particles = _Particles(Target(prior, log_ratio), num_particles, share_particles)
     accepted = []
     for _ in range(max_temperatures):
@@ -107,12 +111,12 @@ class _Particles:
 
     def __init__(self, target: Target, num_particles: int, share: bool) -> None:
         self.target, self.share = target, share
-        z = target.prior.sample(Size((num_particles,)))
+        z = draw_from(target.prior, num_particles)
         if share:
             require_same_rows(target.prior, target.log_ratio, z)
             missing = -(-_POPULATION // z.shape[1]) - num_particles
             if missing > 0:
-                z = torch.cat([z, target.prior.sample(Size((missing,)))])
+                z = torch.cat([z, draw_from(target.prior, missing)])
         self.at = target(z)  # z: (P, B, *event)
         self.beta = 0.0
         self.log_z = torch.zeros_like(self.at.log_r[0])
@@ -169,7 +173,7 @@ class _Particles:
 def _systematic(log_w: Tensor) -> Tensor:
     """Systematic resampling: P ancestors, each ⌊P w⌋ or ⌈P w⌉ times, in random order, (P, B)."""
     device = "cpu" if log_w.device.type == "mps" else log_w.device
-    w = log_w.to(device, torch.float64).softmax(0).mT
+    w = log_w.to(device).double().softmax(0).mT
     count = w.shape[1]
     start = torch.rand(len(w), 1, dtype=torch.float64, device=device)
     points = (torch.arange(count, device=device) + start) / count

@@ -23,6 +23,22 @@ def gradients_enabled() -> Iterator[None]:
         yield
 
 
+def require_grad_mode(what: str) -> None:
+    """Validates that gradients can be taken here.
+
+    Arguments:
+        what: What takes them, for the message.
+
+    Raises:
+        RuntimeError: Inside ``torch.inference_mode``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} takes gradients, which torch.inference_mode forbids. Call it outside, or "
+            f"under torch.no_grad instead."
+        )
+
+
 def check_parameters(
     optimizer: torch.optim.Optimizer, module: nn.Module, whose: str, remedy: str
 ) -> None:

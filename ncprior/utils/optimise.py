@@ -84,6 +84,8 @@ def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
             "Some latents are not finite. Look for NaN or infinity in the output of the encoder."
         )
     centre, spread = flat.mean(0), flat.std(0)
+    if not torch.isfinite(centre + spread).all():
+        raise ValueError("Some latents are too large for their means and standard deviations.")
     spread = torch.where(spread > 0, spread, 1.0)
     return (flat - centre) / spread, centre, spread
 

@@ -140,7 +140,8 @@ def real_tensor(
     x = _as_tensor(name, value)
     if x.is_complex() or x.dtype == torch.bool or not (x.is_floating_point() or integers):
         wanted = "real numbers" if integers else "floating-point numbers"
-        raise TypeError(f"{name} must be {wanted}; got {described(x)}.")
+        remedy = "" if integers else " Convert what is no code of a category by .float()."
+        raise TypeError(f"{name} must be {wanted}; got {described(x)}.{remedy}")
     if not x.is_floating_point():
         x = x.float()
     wrong_ndim = x.ndim < 1 if ndim is None else x.ndim != ndim
@@ -151,14 +152,59 @@ def real_tensor(
     return x
 
 
+def numbers(name: str, value: Any, *, rows: int = 1) -> Tensor:  # noqa: ANN401
+    """Returns finite real numbers or codes, from a tensor, an array or a list, in their own dtype.
+
+    Arguments:
+        name: The argument.
+        value: Numbers with shape ``(N, ...)``.
+        rows: The least number N of rows.
+
+    Raises:
+        TypeError: If it holds no real numbers.
+        ValueError: If it has fewer rows, or a value is NaN or infinite.
+    """
+    x = _as_tensor(name, value)
+    if x.is_complex():
+        raise TypeError(f"{name} must be real numbers or codes; got {described(x)}.")
+    if x.ndim < 1 or len(x) < rows:
+        raise ValueError(f"{name} must have {rows} or more rows; got {described(x)}.")
+    require_finite(name, x)
+    return x
+
+
+def floats(name: str, value: Any) -> Tensor:  # noqa: ANN401
+    """Returns real numbers as a tensor of floats, without a look at the values.
+
+    Raises:
+        TypeError: If it holds no real numbers.
+    """
+    x = _as_tensor(name, value)
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers; got {described(x)}.")
+    return x if x.is_floating_point() else x.float()
+
+
+def require_positive(name: str, x: Tensor) -> None:
+    """Validates that a tensor is positive and finite; waits for a GPU, and passes meta tensors.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not x.is_meta and not ((x > 0) & torch.isfinite(x)).all():
+        raise ValueError(f"{name} must be positive and finite everywhere; got other values.")
+
+
 def require_finite(name: str, x: Tensor) -> None:
     """Validates that a tensor of shape ``(N, ...)`` has no NaN and no infinity; waits for a GPU.
+
+    Tensors on the meta device, which have no values, pass.
 
     Raises:
         ValueError: If it has; the message counts the rows.
     """
     wrong = ~torch.isfinite(x)
-    if wrong.any():
+    if not x.is_meta and wrong.any():
         rows = int(wrong.flatten(1).any(1).sum()) if x.ndim > 1 else int(wrong.sum())
         raise ValueError(
             f"{name} must be finite; got NaN or infinity in {rows} of {len(x) if x.ndim else 1} "

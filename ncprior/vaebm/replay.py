@@ -52,7 +52,7 @@ class ReplayBuffer:
         if filled < self.size:
             parts = zip(self.kept, noise, strict=True) if self.kept else ((n,) for n in noise)
             self.kept = tuple(torch.cat(pair)[: self.size] for pair in parts)
-        place = torch.arange(self.pushed, self.pushed + count) % self.size
+        place = torch.arange(self.pushed, self.pushed + count, device=noise[0].device) % self.size
         for kept, new in zip(self.kept, noise, strict=True):
             kept[place.to(kept.device)] = new
         self.pushed += count

@@ -254,7 +254,7 @@ class Wrong(Affine):
     ("z", "flow", "error", "match"),
     [
         (torch.randn(10), None, ValueError, "shape"),
-        (torch.full((10, 2), math.inf), None, ValueError, "not finite"),
+        (torch.full((10, 2), math.inf), None, ValueError, "must be finite"),
         (torch.randn(50, 2, 2), bent(3), ValueError, "must take z of 4 numbers"),
         (torch.randn(50, 2), zuko.flows.MAF(2, context=3), ValueError, "without context"),
         (torch.randn(50, 2), nn.Linear(2, 2), TypeError, "A flow is a module of zuko.*got Linear"),

@@ -93,7 +93,7 @@ def test_one_prior_for_several_groups_is_refused() -> None:
 
 
 def test_what_is_no_base_is_refused() -> None:
-    with pytest.raises(TypeError, match="got int"):
+    with pytest.raises(TypeError, match=r"base must be a prior .*; got 3\."):
         rebase(flat(), 3)  # type: ignore[arg-type]
 
 
@@ -148,7 +148,9 @@ def test_latents_of_a_later_group_come_after_those_before() -> None:
 
 @pytest.mark.parametrize("options", [{"k": 1}, {"k": -1}, {"of": "modes"}])
 def test_latents_that_there_are_not_are_refused(options: Any) -> None:
-    with pytest.raises(ValueError, match="k must be from 0 to 0"):
+    with pytest.raises(
+        ValueError, match=r"k must be .* in \[0, 0\]|of must be one of 'samples', 'means'"
+    ):
         latents_of(flat(), torch.randn(4, 3), **options)
 
 
@@ -215,7 +217,7 @@ def test_stored_latents_are_a_base_that_only_samples() -> None:
 
 
 def test_no_latents_are_no_distribution() -> None:
-    with pytest.raises(ValueError, match=r"N at least 1; got \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"1 or more rows; got .*\(0, 2\)"):
         Empirical(torch.empty(0, 2))
 
 
@@ -228,5 +230,7 @@ def test_the_numbers_that_a_base_stores_are_counted() -> None:
         "pool": stored_numbers(Empirical(z)),
     }
     assert counts == {"full": 45, "diagonal": 27, "N(0, I)": 8, "pool": 400}
-    with pytest.raises(TypeError, match="Cannot count the numbers that a SampleOnly stores"):
+    with pytest.raises(
+        TypeError, match="Cannot count the numbers that the base stores; got .*SampleOnly"
+    ):
         stored_numbers(SampleOnly(base()))

@@ -165,7 +165,7 @@ DATA = torch.randn(50, 3)
         (single(correlated), DATA, {}, TypeError, "diagonal Gaussians.*got MultivariateNormal"),
         (single(blocked), DATA, {}, ValueError, "blocks gradients"),
         (flat(), DATA, {"num_components": 49}, ValueError, "49 pseudo-inputs.*which has only 48"),
-        (flat(), DATA, {"num_components": 0}, ValueError, "num_components must be at least 1"),
+        (flat(), DATA, {"num_components": 0}, ValueError, "num_components must be"),
         (flat(), [DATA], {}, ValueError, "No rows of a list can be held out"),
         (flat(), iter([DATA]), {"held_out": DATA}, TypeError, "one-shot list_iterator"),
         (

@@ -1,0 +1,48 @@
+"""Shapes of draws and of latents, as bases take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Size, Tensor
+
+from ncprior.utils.require import described
+
+
+def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
+    """Returns the shape of draws, or another shape, as a ``Size``.
+
+    Raises:
+        TypeError: If it is not a sequence of whole numbers.
+        ValueError: If one of them is negative.
+    """
+    try:
+        size = Size(shape)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a tuple of whole numbers, such as (5,); got {described(shape)}."
+        ) from error
+    if min(size, default=0) < 0:
+        raise ValueError(f"{name} must have no negative number; got {tuple(size)}.")
+    return size
+
+
+def flattened(z: Tensor, event_shape: Size) -> tuple[Tensor, Size]:
+    """Flattens latents of shape ``(*, *event)``.
+
+    Returns:
+        The flat latents, with shape ``(N, D)``, and the shape ``(*)`` in front of the event.
+
+    Raises:
+        TypeError: If z is not a tensor.
+        ValueError: If its last axes are not those of an event.
+    """
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z must be a tensor of shape (*, *event); got {described(z)}.")
+    lead = z.shape[: max(0, z.ndim - len(event_shape))]
+    if z.shape[len(lead) :] != event_shape:
+        raise ValueError(
+            f"z must have shape (*, *event) with event shape {tuple(event_shape)}; got "
+            f"{tuple(z.shape)}."
+        )
+    return z.reshape(-1, event_shape.numel()), lead
