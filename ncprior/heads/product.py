@@ -13,7 +13,7 @@ class ProductHead(nn.Module):
     """log r = Σ_s ℓ_s: the product of the ratios of several stages.
 
     Arguments:
-        heads: The heads ℓ_s, first stage first.
+        heads: The heads ℓ_s, first stage first; a product among them gives its factors.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -23,7 +23,7 @@ class ProductHead(nn.Module):
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(factor for head in heads for factor in factors(head))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""

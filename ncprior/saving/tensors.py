@@ -12,8 +12,9 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import safetensors.torch
 import torch
@@ -25,10 +26,19 @@ from ncprior.utils.require import described
 _KEY = "ncprior"  # one key, since safetensors writes several in any order
 
 _DTYPES = {  # by the names of safetensors
-    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16},
-    **{"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F32": torch.float32, "F64": torch.float64, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which no UTF-8 text has
@@ -229,13 +239,13 @@ class _Content(NamedTuple):
     canonical: str  # JSON of the configuration
 
 
-def _open(path: str | os.PathLike[str]) -> BinaryIO:
+def _open(path: str | os.PathLike[str]) -> BufferedReader:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)}.")
     return Path(path).open("rb")
 
 
-def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> _Content:
+def _read_header(path: str | os.PathLike[str], file: BufferedReader) -> _Content:
     """Reads the header of an open file, and compares all of it with the size of the file."""
     damaged = "it is not a whole safetensors file"
     whole = os.fstat(file.fileno()).st_size

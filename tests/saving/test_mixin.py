@@ -134,7 +134,7 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
 
 
 def test_a_path_that_can_be_no_repository_is_not_asked_for(prior: NCPrior) -> None:
-    with pytest.raises(FileNotFoundError, match="no directory ./a/b/c"):
+    with pytest.raises(FileNotFoundError, match="no file a/b/c"):
         NCPrior.from_pretrained(prior.source, "./a/b/c")
 
 
