@@ -25,6 +25,7 @@ from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
+from ncprior.utils.random_state import random_state, set_random_state
 
 _STAGE_CACHE = 50_000  # most cached draws of the prior so far
 
@@ -117,6 +118,7 @@ class StageRuns:
         stage: int = 1,
     ) -> History:
         """Trains the heads of a prior against the base of a source, or cached draws of it."""
+        outside = random_state()
         align_generators()
         inputs = self._inputs(source, cache, stage)
         trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
@@ -133,7 +135,11 @@ class StageRuns:
             callback=self.callback,
         )
         if saved is not None:
-            run.restore(saved, stream)
+            try:
+                run.restore(saved, stream)
+            except ValueError:
+                set_random_state(outside)
+                raise
         elif rank() > 0:  # so far all ranks draw the same; from here on, each its own z
             torch.manual_seed(own_seed(self.split_seed + stage, rank()))
         share = (0, 1) if trainer.group_parallel else (rank(), num_ranks())
