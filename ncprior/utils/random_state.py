@@ -13,7 +13,7 @@ _ACCELERATORS = ("cuda", "xpu", "mps")
 
 _NUMPY_WORDS = 624  # of the Mersenne Twister, in NumPy as in torch
 
-_CPU_STATE = 5056  # bytes of the state of torch's generator on the CPU
+_CPU_STATE = len(torch.Generator().get_state())  # bytes, for torch's generator on the CPU
 
 
 def random_state() -> dict[str, Any]:
@@ -59,7 +59,8 @@ def is_random_state(value: Any) -> bool:  # noqa: ANN401
         random.Random(0).setstate(python)
     except (OverflowError, TypeError, ValueError):
         return False
-    return sizes and whole and is_generator_state(cpu) and all(map(_is_device, devices.items()))
+    on_cpu = is_generator_state(cpu) and len(cpu) == _CPU_STATE
+    return sizes and whole and on_cpu and all(map(_is_device, devices.items()))
 
 
 def is_generator_state(value: Any) -> bool:  # noqa: ANN401
