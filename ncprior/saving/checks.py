@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def is_fingerprint(value: Any, *parts: str) -> bool:  # noqa: ANN401
 
 def is_number(value: Any, low: float, high: float = math.inf) -> bool:  # noqa: ANN401
     """Returns whether a value is a finite number, and no bool, from ``low`` to ``high``."""
-    return type(value) in (int, float) and low <= value <= high and math.isfinite(value)
+    return type(value) in (int, float) and low <= value <= min(high, sys.float_info.max)
 
 
 def is_count(value: Any, low: int, high: int = 2**31 - 1) -> bool:  # noqa: ANN401
