@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from ncprior.saving.hub import is_repository
 from ncprior.saving.kinds import is_custom
 from ncprior.saving.tensors import printable
-from ncprior.utils.require import described, require_instance
+from ncprior.utils.require import described
 
 _PRIOR = """\
 # {heading}
@@ -87,11 +87,10 @@ def model_card(text: str, tags: Sequence[str], data: Mapping[str, Any], report: 
         report: Text of a report.
 
     Raises:
-        TypeError: If the metadata is no dict of texts, numbers, and lists and dicts of them, or its
+        TypeError: If the metadata is not of texts, numbers, and lists and dicts of them, or its
             tags are no list of texts.
         ValueError: If the Hub does not take the metadata.
     """
-    require_instance("card_data", data, Mapping, "Pass a dict of metadata.")
     for name, value in data.items():
         _require_plain(f"card_data[{name!r}]", value)
     more = data.get("tags") or []

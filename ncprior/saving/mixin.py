@@ -240,7 +240,9 @@ class Pretrained(nn.Module):
             vae=vae_link(base_model),
             num_proposals=500 if report is None else report.num_proposals[-1],
         )
-        data = {"base_model": base_model, **(card_data or {})}
+        given = {} if card_data is None else card_data
+        require_instance("card_data", given, Mapping, "Pass a dict of metadata.")
+        data = {"base_model": base_model, **given}
         return model_card(text, self._tags, data, None if report is None else str(report))
 
     def _tensors(self) -> dict[str, Tensor]:
