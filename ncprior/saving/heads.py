@@ -28,7 +28,7 @@ from ncprior.saving.kinds import (
     saved_base,
 )
 from ncprior.saving.mixin import Pretrained
-from ncprior.source import LatentSource, device_of
+from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.require import require_numbers
 
 FILE = "ncprior.safetensors"
@@ -90,6 +90,7 @@ class PretrainedHeads(Pretrained):
         check_fingerprint: bool,
         heads: nn.Module | Iterable[nn.Module] | None = None,
     ) -> PretrainedHeads:
+        require_source(source)
         config = saved.config
         _check_counts(saved)
         if config["num_groups"] != source.num_groups:

@@ -71,10 +71,11 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
 
     Raises:
         FileNotFoundError: If there is no such repository, or no such file in it.
-        OSError: If the Hub cannot be reached, refuses access or fails, or the file cannot be stored.
+        OSError: If the Hub cannot be reached, denies access or fails, or the file cannot be stored.
         ValueError: If a revision is given with a local path.
     """
     require_instance("path_or_repo", path_or_repo, (str, os.PathLike), "Pass a path or a name.")
+    require_instance("revision", revision, (str, type(None)), "Pass a branch, tag or commit.")
     path = Path(path_or_repo)
     is_local = path.exists() or not is_repository(path_or_repo) or path.suffix == ".safetensors"
     if is_local and revision is not None:
@@ -96,7 +97,7 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
 
 
 def _raise_hub_error(where: str, file: str, error: Exception) -> NoReturn:
-    """Raises FileNotFoundError for what does not exist, and any other error by its root cause."""
+    """Raises FileNotFoundError if there is no such file, and any other error by its root cause."""
     cause: BaseException = error
     while cause.__cause__ is not None and isinstance(cause, FileNotFoundError):
         cause = cause.__cause__

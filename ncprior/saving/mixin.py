@@ -140,6 +140,10 @@ class Pretrained(nn.Module):
             'https://huggingface.co/user/my-prior/commit/0f3c...'
         """
         require_instance("repo_id", repo_id, str, 'Pass a name such as "user/my-prior".')
+        for name, value in {"revision": revision, "commit_message": commit_message}.items():
+            require_instance(name, value, (str, type(None)), "Pass a text.")
+        if private is not None:
+            require_flags(private=private)
         return upload(
             partial(self._files, **card),
             repo_id,
@@ -178,7 +182,7 @@ class Pretrained(nn.Module):
         Raises:
             FileNotFoundError: If there is no such file, directory or repository.
             ImportError: If the saved base is a flow, and zuko is not installed.
-            OSError: If the Hub cannot be reached, refuses access or fails, or the file cannot be
+            OSError: If the Hub cannot be reached, denies access or fails, or the file cannot be
                 stored. The message names the cause.
             ValueError: If the file is damaged, or does not fit the source or your own modules,
                 which are then left unchanged. The message names the remedy.
@@ -196,10 +200,11 @@ class Pretrained(nn.Module):
         """
         require_flags(check_fingerprint=check_fingerprint)
         path = locate(path_or_repo, cls._file, revision)
-        saved = SavedFile.read(path, cls._validators)
-        with torch.random.fork_rng(devices=[]):  # a new flow draws weights to be overwritten
+        # Weights made in inference mode could not be trained; a new flow draws weights.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            saved = SavedFile.read(path, cls._validators)
             model: Self = cls._build(saved, source, check_fingerprint, **own)
-        return model.to(device_of(model.source)).eval()
+            return model.to(device_of(model.source)).eval()
 
     def _files(self, name: str, **card: Any) -> dict[str, bytes]:  # noqa: ANN401
         """Returns the files to save, after a check that they can be loaded.
@@ -259,7 +264,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def _check(cls, saved: SavedFile) -> None:
-        """Validates what is to be saved, as :meth:`_build` does what is loaded."""
+        """Validates a model before it is saved, as :meth:`_build` validates a file."""
         raise NotImplementedError
 
     @classmethod

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ncprior.utils.leftovers import in_use, remove_unused
-from ncprior.utils.require import described
+from ncprior.utils.require import described, require_instance
 
 _KEY = "ncprior"  # one key, since safetensors writes several in any order
 
@@ -68,7 +68,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> path.read_text(), len(list(path.parent.iterdir()))
         ('whole', 1)
     """
-    path = Path(path)
+    path = _as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unused(path.parent, f".{path.name}.", ".tmp")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -94,7 +94,8 @@ def save_tensors(
         metadata: The configuration: nested dict, list, str, int, finite float, bool and None.
 
     Raises:
-        TypeError: If the configuration holds a value that JSON has no form for. Convert it first.
+        TypeError: If an argument or a tensor is of the wrong type, or the configuration holds a
+            value that JSON has no form for. Convert it first.
         ValueError: If it holds a float that is not finite. Save it as a text or ``None``.
 
     Example:
@@ -112,7 +113,10 @@ def save_tensors(
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """Returns the content of a file of :func:`save_tensors`, whose arguments and errors it has."""
+    require_instance("tensors", tensors, Mapping, "Pass a dict of tensors by name.")
+    require_instance("metadata", metadata, Mapping, "Pass a dict.")
     for name, tensor in tensors.items():
+        require_instance("the name of a tensor", name, str, "Pass a dict of tensors by name.")
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise TypeError(
                 f"Only dense tensors can be saved; {name} is {described(tensor)}. Keep it in a "
@@ -220,7 +224,7 @@ class _Entry(NamedTuple):
     def read(self, body: bytearray) -> Tensor:
         """Returns the tensor, which shares the memory of the body if it is aligned there."""
         if self.begin == self.end:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         whole = body if self.begin % self.dtype.itemsize == 0 else body[self.begin : self.end]
         first = self.begin if whole is body else 0
         count = math.prod(self.shape)
@@ -230,7 +234,7 @@ class _Entry(NamedTuple):
 
 
 class _Content(NamedTuple):
-    """The header of a file: what its body holds."""
+    """The header of a file, which describes its body."""
 
     entries: dict[str, _Entry]
     size: int
@@ -240,9 +244,16 @@ class _Content(NamedTuple):
 
 
 def _open(path: str | os.PathLike[str]) -> BufferedReader:
-    if not Path(path).is_file():
+    if not (file := _as_path(path)).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)}.")
-    return Path(path).open("rb")
+    return file.open("rb")
+
+
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    require_instance("path", path, (str, os.PathLike), "Pass the path of a file.")
+    if not Path(path).name or "\0" in os.fspath(path):
+        raise ValueError(f"path must name a file; got {os.fspath(path)!r}. Pass another path.")
+    return Path(path)
 
 
 def _read_header(path: str | os.PathLike[str], file: BufferedReader) -> _Content:

@@ -45,7 +45,7 @@ def differences(own: Mapping[str, Any], saved: Mapping[str, Tensor], prefix: str
 
 
 def faults(tensors: Mapping[str, Tensor], prefix: str = "") -> str:
-    """Returns what is wrong with the values of a network or a base, and ``""`` if nothing is.
+    """Returns the faults in the values of a network or a base, and ``""`` if there are none.
 
     Floating-point numbers have one dtype and are finite; scales, which a name ending in ``scale``
     or ``sd`` marks, have positive diagonals. ``logits`` may be -infinity.

@@ -21,7 +21,7 @@ from ncprior.saving.checks import (
 )
 from ncprior.saving.kinds import entry_of, is_custom
 from ncprior.saving.mixin import Pretrained
-from ncprior.source import LatentSource, device_of
+from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.require import require_instance
 from ncprior.vaebm.energy_net import EnergyNet
@@ -90,6 +90,7 @@ class PretrainedEnergy(Pretrained):
     ) -> PretrainedEnergy:
         config = saved.config
         heads, vae = (source, source.source) if isinstance(source, NCPrior) else (None, source)
+        require_source(vae)
         if check_fingerprint:
             now = trained_on(vae, heads)
             _check_trained_on(saved, now)

@@ -80,6 +80,21 @@ def test_a_prior_on_any_base_comes_back(name: str, tmp_path: Path) -> None:
     assert not any(t.is_meta for t in loaded.state_dict().values())
 
 
+def test_C2_heads_loaded_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
+    saved_on("flow matching", tmp_path)
+    with torch.inference_mode():
+        prior = NCPrior.from_pretrained(gaussian(), tmp_path)
+    prior.nce_loss(torch.rand(4, 2)).sum().backward()
+
+
+@pytest.mark.parametrize("source", [nn.Linear(2, 3), None, 3, "vae"])
+def test_F36_what_is_no_source_is_named(source: Any, tmp_path: Path) -> None:
+    saved_on("none", tmp_path), saved_energy(tmp_path)
+    for model in (NCPrior, VAEBM):
+        with pytest.raises(TypeError, match=r"LatentSource|source"):
+            model.from_pretrained(source, tmp_path)  # type: ignore[attr-defined]
+
+
 # F2: sizes
 
 MLP = {"kind": "MLPHead", "config": {"event_shape": [2], "width": 8, "depth": 1, "dropout": 0.0}}
@@ -339,6 +354,32 @@ def test_tensors_that_a_file_cannot_hold_are_named(tmp_path: Path) -> None:
             tensor = tensor.to(torch.complex128)
         with pytest.raises(TypeError, match="a is a tensor of"):
             save_tensors(tmp_path / "a", {"a": tensor}, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "tensors", "metadata", "error"),
+    [
+        (None, {}, {}, TypeError),
+        (3, {}, {}, TypeError),
+        ("", {}, {}, ValueError),
+        ("a\0b", {}, {}, ValueError),
+        ("a", [torch.zeros(1)], {}, TypeError),
+        ("a", {1: torch.zeros(1)}, {}, TypeError),
+        ("a", {"a": [1.0]}, {}, TypeError),
+        ("a", {}, None, TypeError),
+    ],
+)
+def test_F26_wrong_arguments_of_save_tensors_are_named(
+    path: Any, tensors: Any, metadata: Any, error: type[Exception], tmp_path: Path
+) -> None:
+    where = str(tmp_path / path) if path == "a" else path
+    with pytest.raises(error, match="must|can be saved"):
+        save_tensors(where, tensors, metadata)
+    for read in (load_tensors, read_metadata):
+        if path != "a":
+            with pytest.raises(error, match="path must"):
+                read(path)
     assert not list(tmp_path.iterdir())
 
 
