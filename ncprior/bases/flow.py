@@ -36,8 +36,11 @@ from ncprior.utils.require import (
     require_numbers,
     require_positive,
 )
+from ncprior.utils.states import differences
 
 _ROWS = 4096  # latents per batch of the held-out density
+
+_MOST_MASKS = 16  # entries of the masks per saved weight
 
 _MODEST = {"transforms": 4, "width": 128, "bins": 8}  # the default flow of fit_flow
 
@@ -136,12 +139,15 @@ class Flow(Distribution):
         Raises:
             ImportError: If zuko is not installed.
             KeyError: If a tensor or a setting is missing.
-            RuntimeError: If a tensor of the flow is missing, unknown or of another shape.
+            ValueError: If a tensor of the flow is missing, unknown or of another shape or dtype.
         """
         weights = {n.removeprefix("flow."): t for n, t in tensors.items()}
         loc, scale = weights.pop("loc"), weights.pop("scale")
+        _check_sizes(len(loc), sum(t.numel() for t in weights.values()), **config["spline"])
         flow = _spline_flow(len(loc), **config["spline"])
-        flow.load_state_dict(weights)
+        if wrong := differences(flow.state_dict(), weights, "flow."):
+            raise ValueError(f"its tensors are others; {wrong}")
+        flow.load_state_dict(weights, assign=True)
         return cls(flow, loc, scale, **config)
 
     def to(self, device: torch.device | str) -> Flow:
@@ -246,6 +252,16 @@ def _spline_flow(features: int, *, transforms: int, width: int, bins: int) -> nn
     sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": bins}
     flow: nn.Module = NSF(features, passes=2, randperm=features > 2, **sizes)
     return flow
+
+
+def _check_sizes(features: int, numbers: int, *, transforms: int, width: int, bins: int) -> None:
+    """Validates that a spline flow has no more weights than a file, before memory is allocated.
+
+    zuko builds masks on the CPU, with ``features`` columns and one row per parameter of a spline.
+    """
+    rows = features * (3 * bins - 1)
+    if transforms * width * (width + rows) > numbers or features * rows > _MOST_MASKS * numbers:
+        raise ValueError(f"a flow of these sizes has more than the {numbers:,} saved weights")
 
 
 def _dtype(flow: nn.Module) -> torch.dtype:

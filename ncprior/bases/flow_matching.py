@@ -40,6 +40,7 @@ from ncprior.utils.require import (
     require_numbers,
     require_positive,
 )
+from ncprior.utils.states import differences
 
 _FREQUENCIES = 8  # of cosines and sines of the time
 
@@ -187,14 +188,17 @@ class FlowMatching:
 
         Raises:
             KeyError: If a tensor or a setting is missing.
-            RuntimeError: If a tensor of the network is missing, unknown or of another shape.
+            ValueError: If a tensor of the network is missing, unknown or of another shape or dtype.
         """
         weights = {n.removeprefix("network."): t for n, t in tensors.items()}
         settings = dict(config)
         loc, scale = weights.pop("loc"), weights.pop("scale")
         width, depth = settings.pop("width"), settings.pop("depth")
-        network = VelocityNet(len(loc), width=width, depth=depth)
-        network.load_state_dict(weights)
+        with torch.device("meta"):  # no memory before names and shapes are compared
+            network = VelocityNet(len(loc), width=width, depth=depth)
+        if wrong := differences(network.state_dict(), weights, "network."):
+            raise ValueError(f"its tensors are others; {wrong}")
+        network.load_state_dict(weights, assign=True)
         return cls(network, loc, scale, **settings)
 
     def to(self, device: torch.device | str) -> FlowMatching:

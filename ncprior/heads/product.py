@@ -15,7 +15,7 @@ class ProductHead(nn.Module):
     """log r = Σ_s ℓ_s: the product of the ratios of several stages.
 
     Arguments:
-        heads: The heads ℓ_s, first stage first.
+        heads: The heads ℓ_s, first stage first; a product among them gives its factors.
 
     Raises:
         TypeError: If a head is no module.
@@ -29,9 +29,8 @@ class ProductHead(nn.Module):
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(
-            [require_instance("A head", head, nn.Module, "Pass modules.") for head in heads]
-        )
+        heads = [require_instance("A head", head, nn.Module, "Pass modules.") for head in heads]
+        self.heads = nn.ModuleList(factor for head in heads for factor in factors(head))
         if not self.heads:
             raise ValueError("A product needs at least one head; got none. Pass the heads.")
 

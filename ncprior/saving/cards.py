@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ncprior.saving.hub import is_repository
+from ncprior.saving.kinds import is_custom
+from ncprior.saving.tensors import printable
+from ncprior.utils.require import described
+
 _PRIOR = """\
-# {name}
+# {heading}
 
 A [noise contrastive prior](https://arxiv.org/abs/2010.02917) for {vae}. The VAE is not in here and
 was not changed: these are the ratio heads that reweigh its prior, so that samples decoded from the
@@ -19,12 +26,15 @@ prior come closer to samples decoded from its posterior. Saved by `ncprior` {ncp
 ```python
 from functools import partial
 
-from ncprior import NCPrior, sir
+from ncprior import NCPrior, sir{imports}
 
 source = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder, module=vae)
-prior = NCPrior.from_pretrained(source, "{name}"{own})
-x = prior.sample(16, partial(sir, num_proposals={num_proposals})).x
+prior = NCPrior.from_pretrained(source, {name}{own})
+x = prior.sample(16, {sampler}).x
 ```
+
+`recommend_sampler(diagnose(prior, x_test), budget=500)` of `ncprior.diagnostics` finds the sampler
+that fits these heads and the number of evaluations that a sample may cost.
 
 ## Latent groups
 
@@ -44,7 +54,7 @@ _OWN_BASE = (
 )
 
 _ENERGY = """\
-# {name}
+# {heading}
 
 The energy of a [VAEBM](https://arxiv.org/abs/2010.00654) for {vae}: it reweighs the images of {of}
 by e^(-E(x)). {missing} not in here and not changed. Saved by `ncprior` {ncprior}.
@@ -75,11 +85,67 @@ def model_card(text: str, tags: Sequence[str], data: Mapping[str, Any], report: 
         tags: Tags of all cards of this kind.
         data: Metadata for the Hub; its tags are added.
         report: Text of a report.
+
+    Raises:
+        TypeError: If the metadata is not of texts, numbers, and lists and dicts of them, or its
+            tags are no list of texts.
+        ValueError: If the Hub does not take the metadata.
     """
-    tags = [*tags, *data.get("tags", ())]
-    front = ModelCardData(**{"library_name": "ncprior", **data, "tags": tags}).to_yaml()
-    end = "It was saved without a report." if report is None else f"```text\n{report}\n```"
+    for name, value in data.items():
+        _require_plain(f"card_data[{name!r}]", value)
+    more = data.get("tags") or []
+    if not isinstance(more, list | tuple) or not all(isinstance(tag, str) for tag in more):
+        raise TypeError(f"card_data['tags'] must be a list of texts; got {described(more)}.")
+    try:
+        entries = {"library_name": "ncprior", **data, "tags": [*tags, *more]}
+        front = ModelCardData(**entries).to_yaml()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"card_data must be metadata of a model card; got {', '.join(map(repr, data))} "
+            f"({error}). See the documentation of model cards of the Hugging Face Hub."
+        ) from error
+    longest = max((len(ticks) for ticks in re.findall("`+", report or "")), default=0)
+    fence = "`" * max(3, longest + 1)
+    end = "It was saved without a report." if report is None else f"{fence}text\n{report}\n{fence}"
     return f"---\n{front}\n---\n\n{text}\n## Diagnostics\n\n{end}\n"
+
+
+def vae_link(base_model: str | None) -> str:
+    """Returns a link to the VAE in a Hub repository, or ``"a VAE"`` without one.
+
+    Raises:
+        ValueError: If the name cannot be that of a repository.
+    """
+    if base_model is None:
+        return "a VAE"
+    if not is_repository(base_model):
+        raise ValueError(
+            f"base_model must be a Hub repository, such as 'user/my-vae'; got "
+            f"{described(base_model)}. Describe any other VAE in the card itself."
+        )
+    return f"[{base_model}](https://huggingface.co/{base_model})"
+
+
+def _require_plain(name: str, value: Any) -> None:  # noqa: ANN401
+    """Validates that metadata is of plain types, which YAML writes without names of classes."""
+    if value is None or type(value) in (bool, int, float, str):
+        return
+    if type(value) in (list, tuple):
+        for item in value:
+            _require_plain(name, item)
+    elif type(value) is dict and all(isinstance(key, str) for key in value):
+        for key, item in value.items():
+            _require_plain(f"{name}[{key!r}]", item)
+    else:
+        raise TypeError(
+            f"{name} must be text, a number, or a list or dict of them; got {described(value)}. "
+            f"Convert it first."
+        )
+
+
+def _heading(name: str) -> str:
+    """A name of a directory as plain text of a Markdown heading."""
+    return re.sub(r"([\\`*<>\[\]&|#])", r"\\\1", printable(name))
 
 
 def prior_text(
@@ -94,16 +160,22 @@ def prior_text(
         sizes: Number of parameters of each head.
         names: ``name`` to load it by, ``vae`` as a link, and ``num_proposals`` of the example.
     """
-    base = config["base"]
+    base, name = config["base"], names.pop("name")
+    sampler = f"partial(sir, num_proposals={names.pop('num_proposals')})"
+    on_mixture = base is not None and base["kind"] == "GaussianMixture" and len(sizes) == 1
     groups = zip(sizes, config["heads"], config["active"], strict=True)
     rows = [
         f"| {k} | {entry['kind']} | {size:,} | {'yes' if on else 'no'} |"
         for k, (size, entry, on) in enumerate(groups)
     ]
     return _PRIOR.format(
-        own=", heads=..." if any(map(_is_custom, config["heads"])) else "",
+        heading=_heading(name),
+        name=json.dumps(name),
+        imports="\nfrom ncprior.samplers import within_components" * on_mixture,
+        sampler=f"within_components({sampler})" if on_mixture else sampler,
+        own=", heads=..." if any(map(is_custom, config["heads"])) else "",
         rows="\n".join(rows),
-        on_base="" if base is None else _OWN_BASE if _is_custom(base) else _BASE.format(**base),
+        on_base="" if base is None else _OWN_BASE if is_custom(base) else _BASE.format(**base),
         **{key: config[key] for key in ("ncprior", "strength")},
         **names,
     )
@@ -126,10 +198,12 @@ def energy_text(
     sigma, on_data = config["sigma"], config["data_noise"]
     on_ncp = config["fingerprint"]["heads"] is not None
     settings = ("ncprior", "num_steps", "step_size", "langevin_target")
+    name, num_proposals = names.pop("name"), names.pop("num_proposals")
     return _ENERGY.format(
+        heading=_heading(name),
         of="a noise contrastive prior on it" if on_ncp else "its own prior",
         missing="The VAE and the ratio heads are" if on_ncp else "The VAE is",
-        code=_energy_code(config, on_ncp, names["name"], names["num_proposals"]),
+        code=_energy_code(config, on_ncp, name, num_proposals),
         kind=config["energy"]["kind"],
         size=size,
         noise=noise if sigma is None else f"one σ = {sigma:.4g}",
@@ -143,7 +217,7 @@ def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, num_proposa
     """Code that loads an energy and samples."""
     sigma = config["sigma"]
     prior = "prior" if on_ncp else "source"
-    own = ", energy=..." if _is_custom(config["energy"]) else ""
+    own = ", energy=..." if is_custom(config["energy"]) else ""
     sampler = f", sampler=partial(sir, num_proposals={num_proposals})" if on_ncp else ""
     lines = [
         *(["from functools import partial\n", "from ncprior import NCPrior, sir"] * on_ncp),
@@ -151,12 +225,7 @@ def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, num_proposa
         "\nsource = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder)",
         *([f"source = GaussianDecoder(source, {sigma!r})"] * (sigma is not None)),
         *(['prior = NCPrior.from_pretrained(source, "...")'] * on_ncp),
-        f'model = VAEBM.from_pretrained({prior}, "{name}"{own})',
+        f"model = VAEBM.from_pretrained({prior}, {json.dumps(name)}{own})",
         f"x = model.sample(16{sampler}).mean",
     ]
     return "\n".join(lines)
-
-
-def _is_custom(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry, or a factor of a product of heads, is outside the tables of kinds."""
-    return entry["kind"] == "custom" or any(map(_is_custom, entry["config"].get("heads", ())))

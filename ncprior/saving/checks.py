@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ncprior._version import __version__
-from ncprior.saving.tensors import load_tensors
+from ncprior.saving.tensors import load_tensors, printable, read_metadata
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import base_fingerprint
+from ncprior.utils.states import differences, faults
+
+_ERRORS = (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 FORMAT = 1  # of the configuration; loading a file of another format raises an error
 
@@ -36,20 +42,80 @@ def is_fingerprint(value: Any, *parts: str) -> bool:  # noqa: ANN401
     )
 
 
+def is_number(value: Any, low: float, high: float = math.inf) -> bool:  # noqa: ANN401
+    """Returns whether a value is a finite number, and no bool, from ``low`` to ``high``."""
+    return type(value) in (int, float) and low <= value <= min(high, sys.float_info.max)
+
+
+def is_count(value: Any, low: int, high: int = 2**31 - 1) -> bool:  # noqa: ANN401
+    """Returns whether a value is a whole number, and no bool, from ``low`` to ``high``."""
+    return type(value) is int and low <= value <= high
+
+
+def is_shape(value: Any) -> bool:  # noqa: ANN401
+    """Returns whether a value is a list of sizes, as a shape without batch is stored."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_AXES
+        and all(is_count(size, 1) for size in value)
+        and math.prod(value) < 2**63
+    )
+
+
+_MOST_AXES = 16
+
+# Of the constructors of all kinds; unknown names are left to the constructors.
+_ARGUMENTS: Validators = {
+    "event_shape": is_shape,
+    "image_shape": is_shape,
+    "context_shape": lambda value: value is None or is_shape(value),
+    "width": lambda value: is_count(value, 1),
+    "depth": lambda value: is_count(value, 0),
+    "num_categories": lambda value: is_count(value, 1),
+    "dropout": lambda value: is_number(value, 0, 1),
+    "num_steps": lambda value: is_count(value, 1, 10_000),
+    "spline": lambda value: (
+        isinstance(value, dict)
+        and value.keys() == {"transforms", "width", "bins"}
+        and all(is_count(size, 1) for size in value.values())
+    ),
+}
+
+
 class SavedFile:
     """Configuration and tensors of a file, with checks whose errors name the file.
 
-    Every check raises a ValueError; the message names the remedy.
+    Every check raises a ValueError; the message names the remedy. Networks are built without
+    memory for their weights and take the tensors of the file, so that loading needs no more memory
+    than these.
 
     Arguments:
         path: The file.
+        tensors: Its tensors.
+        config: Its configuration.
         validators: A check of the value of every key besides ``format`` and ``ncprior``.
     """
 
-    def __init__(self, path: Path, validators: Validators) -> None:
-        self.path = path
-        self.tensors, self.config = load_tensors(path)
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        config: dict[str, Any],
+        validators: Validators,
+    ) -> None:
+        self.path, self.tensors, self.config = path, dict(tensors), config
+        self.layers_left = len(tensors)  # each layer has one tensor or more
         self._check_configuration(validators)
+
+    @classmethod
+    def read(cls, path: Path, validators: Validators) -> SavedFile:
+        """Reads a file."""
+        return cls(path, *load_tensors(path), validators)
+
+    @classmethod
+    def read_configuration(cls, path: Path, validators: Validators) -> dict[str, Any]:
+        """Returns the configuration of a file, without its tensors."""
+        return cls(path, {}, read_metadata(path), validators).config
 
     def check_values(self, valid: Mapping[str, bool]) -> None:
         """Validates values of the configuration, given by key whether each of them is valid."""
@@ -64,7 +130,8 @@ class SavedFile:
                 self.fail(
                     f"it was trained on the {name} {stored[part]}, and the source's is "
                     f"{given[part]}",
-                    "Pass the one it was trained on, or check_fingerprint=False",
+                    "Pass the one it was trained on, without other wrappers around its modules, or "
+                    "check_fingerprint=False",
                 )
         if None in (stored["vae"], given["vae"]):
             whose = "The file" if stored["vae"] is None else "The source"
@@ -75,28 +142,38 @@ class SavedFile:
                 stacklevel=4,  # the caller of from_pretrained
             )
 
-    def check_tensors(self, own: Mapping[str, Tensor], whose: str) -> None:
-        """Validates that the tensors have the names and shapes of the tensors of a module.
+    def check_tensors(self, own: Mapping[str, Any], whose: str) -> None:
+        """Validates that the tensors have the names, shapes and dtypes of those of a module.
 
         Arguments:
             own: The module's tensors by name.
             whose: Argument of ``from_pretrained`` that passes such modules, for the message.
         """
-        saved = self.tensors
-        differences = {
-            "missing": sorted(own.keys() - saved.keys()),
-            "unexpected": sorted(saved.keys() - own.keys()),
-            "of another shape": [
-                f"{name} {tuple(saved[name].shape)} for {tuple(own[name].shape)}"
-                for name in sorted(own.keys() & saved.keys())
-                if saved[name].shape != own[name].shape
-            ],
-        }
-        found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
-        if found:
+        self._fail_if(differences(own, self.tensors), whose)
+
+    def fill(self, module: nn.Module, prefix: str, whose: str) -> nn.Module:
+        """Gives the tensors with a prefix to a module that was built on the meta device.
+
+        Arguments:
+            module: The module; each of its tensors is replaced.
+            prefix: Prefix of the names of the tensors, which are removed from the file.
+            whose: As in :meth:`check_tensors`.
+        """
+        tensors = self.take(prefix)
+        own = module.state_dict()
+        self._fail_if(differences(own, tensors, prefix) or faults(tensors, prefix), whose)
+        module.load_state_dict(tensors, assign=True)
+        return module
+
+    def check_all_taken(self, whose: str) -> None:
+        """Validates that no tensors are left."""
+        self._fail_if(differences({}, self.tensors), whose)
+
+    def _fail_if(self, wrong: str, whose: str) -> None:
+        if wrong:
             self.fail(
-                f"its tensors do not fit the {whose} ({'; '.join(found)})",
-                f"Pass {whose}= with the saved names and shapes, or save the file again",
+                f"its tensors do not fit the {whose} ({wrong})",
+                f"Pass {whose}= with the saved names, shapes and dtypes, or save the file again",
             )
 
     def build(
@@ -122,11 +199,35 @@ class SavedFile:
                 name = config.get("class", "function")
                 self.fail(f"{whose} is a {name}, which ncprior cannot build", remedy)
             case {"kind": str(kind), "config": dict(arguments)} if kind in table:
+                self._check_arguments(f"{whose} cannot be built as a {kind}", arguments)
                 try:
                     return table[kind](**arguments)
-                except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                except _ERRORS as error:
                     self.fail(f"{whose} cannot be built as a {kind} ({error})")
         self.fail(f"{whose} must be one of {', '.join(table)}; got {entry}")
+
+    def build_network(
+        self,
+        whose: str,
+        entry: Any,  # noqa: ANN401
+        table: Mapping[str, type[nn.Module]],
+        remedy: str,
+    ) -> nn.Module:
+        """Builds a network by :meth:`build` on the meta device, for :meth:`fill`."""
+        with torch.device("meta"):
+            network: nn.Module = self.build(whose, entry, table, remedy)
+        return network
+
+    def _check_arguments(self, what: str, arguments: Mapping[str, Any]) -> None:
+        """Validates the arguments of a constructor, and that it makes no more layers than saved."""
+        known = arguments.keys() & _ARGUMENTS.keys()
+        wrong = sorted(name for name in known if not _ARGUMENTS[name](arguments[name]))
+        if wrong:
+            self.fail(f"{what} (no valid {', '.join(wrong)})")
+        self.layers_left -= 1 + arguments.get("depth", 0)
+        self.layers_left -= arguments.get("spline", {}).get("transforms", 0)
+        if self.layers_left < 0:
+            self.fail(f"{what} (it has more layers than the file has tensors)")
 
     def take(self, prefix: str) -> dict[str, Tensor]:
         """Removes the tensors whose names have a prefix; returns them, named without it."""
@@ -135,7 +236,8 @@ class SavedFile:
 
     def fail(self, reason: str, remedy: str = "Save or download the file again") -> NoReturn:
         """Raises the error of a file that cannot be loaded, with its reason and a remedy."""
-        raise ValueError(f"Cannot load {self.path}: {reason}. {remedy}.")
+        reason = printable(f"Cannot load {self.path}: {' '.join(reason.split())}")
+        raise ValueError(f"{reason}. {remedy}.")
 
     def _check_configuration(self, validators: Validators) -> None:
         if (form := self.config.get("format")) != FORMAT:

@@ -5,6 +5,7 @@
 """
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ncprior.saving.tensors import printable
+
+_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")  # the numeric ones of NumPy
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401
@@ -35,30 +40,37 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
     """Joins a JSON tree and tensors of :func:`pack`; the tensors stay on their device.
 
     Raises:
-        ValueError: If tree and tensors are not those of :func:`pack`.
+        ValueError: If tree and tensors are not those of :func:`pack`, which uses each tensor once.
     """
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    if isinstance(tree, list):
-        return [unpack(item, tensors) for item in tree]
-    if isinstance(tree, dict) and len(tree) == 1:
-        ((kind, value),) = tree.items()
-        try:
-            match kind:
-                case "float":
-                    return float(value)
-                case "tuple":
-                    return tuple(unpack(value, tensors))
-                case "dict":
-                    return {unpack(k, tensors): unpack(v, tensors) for k, v in value}
-                case "tensor":
-                    return tensors[value]
-                case "array":
-                    name, dtype, shape = value
-                    return tensors[name].numpy().view(dtype).reshape(shape).copy()
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"Not a packed state: {kind} cannot hold {value!r}.") from error
-    raise ValueError(f"Not a packed state: it holds {tree!r}.")
+    unused = dict(tensors)
+    try:
+        state = _unpack(tree, unused)
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        reason = printable(f"{type(error).__name__}: {error}", longest=100)
+        raise ValueError(f"It holds no state that was packed ({reason}).") from error
+    if unused:
+        raise ValueError(f"It holds {len(unused)} tensors that belong to no part of its state.")
+    return state
+
+
+def _unpack(tree: Any, unused: dict[str, Tensor]) -> Any:  # noqa: ANN401
+    match tree:
+        case None | bool() | int() | float() | str():
+            return tree
+        case list():
+            return [_unpack(item, unused) for item in tree]
+        case {"float": str(value), **rest} if not rest:
+            return float(value)
+        case {"tuple": list(items), **rest} if not rest:
+            return tuple(_unpack(item, unused) for item in items)
+        case {"dict": list(items), **rest} if not rest:
+            return {_unpack(k, unused): _unpack(v, unused) for k, v in items}
+        case {"tensor": str(name), **rest} if not rest:
+            return unused.pop(name)
+        case {"array": [str(name), str(dtype), list(shape)], **rest} if not rest:
+            if _DTYPE.fullmatch(dtype):
+                return unused.pop(name).numpy().view(dtype).reshape(shape).copy()
+    raise ValueError(f"a {type(tree).__name__} stands for no value")
 
 
 def _pack(tree: Any, tensors: dict[str, Tensor], where: str) -> Any:  # noqa: ANN401
@@ -66,7 +78,7 @@ def _pack(tree: Any, tensors: dict[str, Tensor], where: str) -> Any:  # noqa: AN
         name = str(len(tensors))
         tensors[name] = tree.detach()
         return {"tensor": name}
-    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biufc":
+    if isinstance(tree, np.ndarray) and _DTYPE.fullmatch(tree.dtype.str):
         name = str(len(tensors))
         tensors[name] = torch.from_numpy(np.frombuffer(tree.tobytes(), np.uint8).copy())
         return {"array": [name, tree.dtype.str, list(tree.shape)]}

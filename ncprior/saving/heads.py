@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -11,13 +10,29 @@ from torch import Tensor, nn
 
 from ncprior.bases.rebase import Rebased, rebase
 from ncprior.saving.cards import prior_text
-from ncprior.saving.checks import SavedFile, Validators, fingerprints, is_fingerprint
+from ncprior.saving.checks import (
+    SavedFile,
+    Validators,
+    fingerprints,
+    is_count,
+    is_fingerprint,
+    is_number,
+)
 from ncprior.saving.hub import locate
-from ncprior.saving.kinds import base_entry, build_base, build_head, head_entry, saved_base
+from ncprior.saving.kinds import (
+    base_entry,
+    build_base,
+    build_head,
+    head_entry,
+    is_custom,
+    saved_base,
+)
 from ncprior.saving.mixin import Pretrained
 from ncprior.saving.tensors import read_metadata
 from ncprior.source import LatentSource, device_of
 from ncprior.utils.switches import Switches
+from ncprior.source import LatentSource, device_of, require_source
+from ncprior.utils.require import require_numbers
 
 FILE = "ncprior.safetensors"
 
@@ -32,10 +47,10 @@ class PretrainedHeads(Pretrained):
     _file = FILE
     _tags = ("ncprior", "vae", "noise-contrastive-prior")
     _validators: ClassVar[Validators] = {
-        "num_groups": lambda value: isinstance(value, int),
+        "num_groups": lambda value: is_count(value, 1),
         "heads": lambda value: isinstance(value, list),
         "base": lambda value: value is None or isinstance(value, dict),
-        "strength": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
+        "strength": lambda value: is_number(value, 0),
         "active": lambda value: isinstance(value, list) and {*map(type, value)} <= {bool},
         "fingerprint": lambda value: is_fingerprint(value, "vae", "base"),
     }
@@ -46,6 +61,7 @@ class PretrainedHeads(Pretrained):
         return {**self.state_dict(), **{f"base.{name}": t for name, t in of_base.items()}}
 
     def _configuration(self) -> dict[str, Any]:
+        require_numbers("[0, inf)", strength=self.strength)
         return {
             "num_groups": len(self.heads),
             "heads": [head_entry(head) for head in self.heads],
@@ -60,6 +76,16 @@ class PretrainedHeads(Pretrained):
         return prior_text(config, sizes, **names)
 
     @classmethod
+    def _check(cls, saved: SavedFile) -> None:
+        _check_counts(saved)
+        of_base = saved.take("base.")
+        if saved.config["base"] is not None and not is_custom(saved.config["base"]):
+            build_base(saved, of_base)
+        for k, entry in enumerate(saved.config["heads"]):
+            if not is_custom(entry):
+                build_head(saved, k, entry)
+
+    @classmethod
     def _build(
         cls,
         saved: SavedFile,
@@ -67,19 +93,28 @@ class PretrainedHeads(Pretrained):
         check_fingerprint: bool,
         heads: nn.Module | Iterable[nn.Module] | None = None,
     ) -> PretrainedHeads:
+        require_source(source)
         config = saved.config
-        _check_groups(saved, source)
-        of_base = saved.take("base.")
-        if config["base"] is not None and not isinstance(source, Rebased):
-            source = rebase(source, build_base(saved, of_base).to(device_of(source)))
+        _check_counts(saved)
+        if config["num_groups"] != source.num_groups:
+            saved.fail(
+                f"it has heads for {config['num_groups']} latent groups, and the source has "
+                f"{source.num_groups}",
+                "Pass the VAE that it was trained on",
+            )
+        source = _with_base(saved, source)
         if check_fingerprint:
             saved.check_fingerprints(fingerprints(source))
         if (new := heads) is None:
-            new = [build_head(saved, k, entry) for k, entry in enumerate(config["heads"])]
+            new = nn.ModuleList(build_head(saved, k, e) for k, e in enumerate(config["heads"]))
+            saved.check_all_taken("heads")
+            new.to(device_of(source))
         prior = cls(source, new)
-        saved.check_tensors(prior.state_dict(), "heads")
-        prior.load_state_dict(saved.tensors, assign=heads is None)
+        if heads is not None:
+            saved.check_tensors(prior.state_dict(), "heads")
         prior.strength, prior.active = config["strength"], config["active"]
+        if heads is not None:
+            prior.load_state_dict(saved.tensors)
         return prior
 
 
@@ -98,7 +133,7 @@ def inspect(
 
     Raises:
         FileNotFoundError: If there is no such file, directory or repository.
-        ValueError: If the file is truncated or not of this package. Download or save it again.
+        ValueError: If the file is truncated, or no saved prior. Download or save it again.
 
     Example:
         >>> import tempfile
@@ -107,15 +142,21 @@ def inspect(
         >>> inspect(directory)["heads"][0]["kind"]
         'MLPHead'
     """
-    return read_metadata(locate(path_or_repo, FILE, revision))
+    path = locate(path_or_repo, FILE, revision)
+    return SavedFile.read_configuration(path, PretrainedHeads._validators)
 
 
-def _check_groups(saved: SavedFile, source: LatentSource[Any, Any]) -> None:
-    """Validates that there is one head per latent group of the source."""
+def _check_counts(saved: SavedFile) -> None:
+    """Validates that there is one head, and one flag, per latent group."""
     count = saved.config["num_groups"]
     saved.check_values({key: len(saved.config[key]) == count for key in ("heads", "active")})
-    if count != source.num_groups:
-        saved.fail(
-            f"it has heads for {count} latent groups, and the source has {source.num_groups}",
-            "Pass the VAE that it was trained on",
-        )
+
+
+def _with_base(saved: SavedFile, source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
+    """Returns the source with the saved base on it, unless another base is on it already."""
+    of_base, entry = saved.take("base."), saved.config["base"]
+    if of_base and (entry is None or is_custom(entry)):
+        saved.fail("it has tensors of a base, and its configuration names no such base")
+    if entry is None or isinstance(source, Rebased):
+        return source
+    return rebase(source, build_base(saved, of_base).to(device_of(source)))

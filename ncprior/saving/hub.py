@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ncprior._version import __version__
+from ncprior.utils.require import require_instance
+
+_ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
+
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def is_repository(name: object) -> bool:
+    """Returns whether a value has the form of a Hub repository: ``"owner/name"`` or ``"name"``."""
+    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
 
 
 def upload(
-    write: Callable[[Path, str], None],
+    files: Callable[[str], dict[str, bytes]],
     repo_id: str,
     *,
     private: bool | None,
@@ -23,22 +40,23 @@ def upload(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Commits the files that ``write(directory, repo_id)`` writes; returns the commit's URL.
+    """Commits the files that ``files(repo_id)`` returns by name; returns the commit's URL.
 
-    The options are those of :meth:`ncprior.NCPrior.push_to_hub`.
+    The files are made before the repository, so that one that is not valid leaves no trace. The
+    options are those of :meth:`ncprior.NCPrior.push_to_hub`.
     """
+    contents = files(repo_id)
     api = HfApi(token=token, library_name="ncprior", library_version=__version__)
     visibility: dict[str, Any] = {} if private is None else {"private": private}
-    repo_id = api.create_repo(repo_id, exist_ok=True, **visibility).repo_id
+    full_id = api.create_repo(repo_id, exist_ok=True, **visibility).repo_id
+    if full_id != repo_id:
+        contents = files(full_id)
     if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with TemporaryDirectory() as directory:
-        write(Path(directory), repo_id)
-        files = sorted(Path(directory).iterdir())
-        operations = [CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=f) for f in files]
-        commit = api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision
-        )
+        api.create_branch(full_id, branch=revision, exist_ok=True)
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+    commit = api.create_commit(
+        full_id, operations, commit_message=commit_message, revision=revision
+    )
     return commit.commit_url
 
 
@@ -46,16 +64,20 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
     """Returns the local path of a file; a file of a Hub repository is downloaded.
 
     Arguments:
-        path_or_repo: The file itself, its directory, or a Hub repository.
+        path_or_repo: The file itself, its directory, or a Hub repository. A name that exists here,
+            is a ``Path``, or cannot be the name of a repository, such as ``"./a"``, is local.
         file: Name of the file in a directory or repository.
         revision: Branch, tag or commit of the repository.
 
     Raises:
-        FileNotFoundError: If there is no such directory or repository.
+        FileNotFoundError: If there is no such repository, or no such file in it.
+        OSError: If the Hub cannot be reached, denies access or fails, or the file cannot be stored.
         ValueError: If a revision is given with a local path.
     """
+    require_instance("path_or_repo", path_or_repo, (str, os.PathLike), "Pass a path or a name.")
+    require_instance("revision", revision, (str, type(None)), "Pass a branch, tag or commit.")
     path = Path(path_or_repo)
-    is_local = path.exists() or not isinstance(path_or_repo, str) or path.suffix == ".safetensors"
+    is_local = path.exists() or not is_repository(path_or_repo) or path.suffix == ".safetensors"
     if is_local and revision is not None:
         raise ValueError(
             f"A revision belongs to a Hub repository; {path} is a local path. Leave it out."
@@ -67,10 +89,28 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
         found = hf_hub_download(
             name, file, revision=revision, library_name="ncprior", library_version=__version__
         )
-    except (OSError, HFValidationError) as error:
-        at = "" if revision is None else f" at revision {revision}"
-        raise FileNotFoundError(
-            f"There is no directory {name}, and {file} cannot be downloaded from a Hub repository "
-            f"{name}{at}. Check the name and your access. The reason is: {error}"
-        ) from error
+    except (OSError, EntryNotFoundError) as error:
+        _raise_hub_error(
+            f"{name}{'' if revision is None else f' at revision {revision}'}", file, error
+        )
     return Path(found)
+
+
+def _raise_hub_error(where: str, file: str, error: Exception) -> NoReturn:
+    """Raises FileNotFoundError if there is no such file, and any other error by its root cause."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and isinstance(cause, FileNotFoundError):
+        cause = cause.__cause__
+    offline = isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError)
+    if offline or (isinstance(cause, _ABSENT) and not isinstance(cause, GatedRepoError)):
+        raise FileNotFoundError(
+            f"There is no directory {where.split()[0]}, and {file} cannot be downloaded from a Hub "
+            f"repository {where}. Check the name and your access. The reason is: {cause}"
+        ) from error
+    if isinstance(error, FileNotFoundError):  # which would say that there is no such file
+        raise ConnectionError(
+            f"{file} cannot be downloaded from the Hub repository {where}: "
+            f"{type(cause).__name__}: {cause}. Try again later, or check the connection and the "
+            f"folder HF_HOME."
+        ) from error
+    raise error

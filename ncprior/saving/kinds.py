@@ -20,6 +20,7 @@ from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
 from ncprior.heads.product import ProductHead
 from ncprior.saving.checks import SavedFile
 from ncprior.source import LatentSource
+from ncprior.utils.states import faults
 
 HEADS = {cls.__name__: cls for cls in (MLPHead, ConvHead, CategoricalHead)}
 
@@ -43,13 +44,24 @@ def head_entry(head: nn.Module) -> dict[str, Any]:
 
 
 def build_head(saved: SavedFile, k: int, entry: Any) -> nn.Module:  # noqa: ANN401
-    """Builds the head of group k from its entry."""
-    build = partial(saved.build, f"head {k}", table=HEADS, remedy="Pass heads=")
+    """Builds the head of group k from its entry and its tensors."""
+    build = partial(saved.build_network, f"head {k}", table=HEADS, remedy="Pass heads=")
     match entry:
         case {"kind": "ProductHead", "config": {"heads": [_, *_] as factors}}:
-            return ProductHead(map(build, factors))
-    head: nn.Module = build(entry)
-    return head
+            head: nn.Module = ProductHead(map(build, factors))
+        case _:
+            head = build(entry)
+    return saved.fill(head, f"heads.{k}.", "heads")
+
+
+def is_custom(entry: Any) -> bool:  # noqa: ANN401
+    """Whether an entry, or a factor of a product of heads, is outside the tables of kinds."""
+    match entry:
+        case {"kind": "custom"}:
+            return True
+        case {"kind": "ProductHead", "config": {"heads": list(factors)}}:
+            return any(isinstance(f, dict) and f.get("kind") == "custom" for f in factors)
+    return False
 
 
 def saved_base(source: LatentSource[Any, Any]) -> GaussianMixture | Flow | FlowMatching | None:
@@ -78,6 +90,10 @@ def build_base(saved: SavedFile, tensors: Mapping[str, Tensor]) -> Any:  # noqa:
     def rebuild(cls: Any) -> Any:  # noqa: ANN401
         return lambda **config: cls.rebuild(tensors, config)
 
+    numbers = {name: t for name, t in tensors.items() if name in ("logits", "loc", "scale")}
+    whole = [name for name, t in numbers.items() if not t.is_floating_point()]
+    if wrong := f"no real numbers: {', '.join(whole)}" if whole else faults(tensors, "base."):
+        saved.fail(f"the tensors of its base cannot be used ({wrong})")
     table = {kind: rebuild(cls) for kind, cls in BASES.items()}
     remedy = "Put it on the source: rebase(source, base), or nested(prior, sampler)"
     return saved.build("its base", saved.config["base"], table, remedy)

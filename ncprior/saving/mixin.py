@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ncprior._version import __version__
-from ncprior.saving.cards import model_card
+from ncprior.saving.cards import model_card, vae_link
 from ncprior.saving.checks import FORMAT, SavedFile, Validators
 from ncprior.saving.hub import locate, upload
-from ncprior.saving.tensors import save_tensors, write_atomically
+from ncprior.saving.tensors import to_bytes, write_atomically
 from ncprior.source import LatentSource, device_of
+from ncprior.utils.require import described, require_flags, require_instance
 
 
 class CardReport(Protocol):
@@ -39,7 +41,7 @@ class CardReport(Protocol):
 class Pretrained(nn.Module):
     """Mixin of models on a frozen VAE: saves the trained part, and loads it onto the VAE again.
 
-    A subclass defines the constants and the four methods at the end.
+    A subclass defines the constants and the five methods at the end.
     """
 
     source: LatentSource[Any, Any]
@@ -58,6 +60,9 @@ class Pretrained(nn.Module):
     ) -> None:
         """Saves the trained part, without the VAE; earlier files are replaced.
 
+        All files are written beside the earlier ones first. If one cannot be written, such as on a
+        full disk, the earlier files stay as they were.
+
         An :class:`~ncprior.NCPrior` saves its heads, strength, active groups and a fitted base: a
         ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
         ``fit_flow`` builds by default. Put any other base, such as your own flow, on the source
@@ -68,19 +73,38 @@ class Pretrained(nn.Module):
             directory: Directory of the files, made if missing: one safetensors file, which is all
                 that loading reads, ``config.json`` and the model card ``README.md``.
             report: Report of :func:`ncprior.diagnostics.diagnose`, for the model card.
-            base_model: Hub repository of the VAE, for the model card.
-            card_data: Further metadata of the model card, such as ``{"license": "mit"}``.
+            base_model: Hub repository of the VAE, such as ``"user/my-vae"``, for the model card.
+            card_data: Further metadata of the model card, such as ``{"license": "mit"}``: texts,
+                numbers, and lists and dicts of them.
 
         Raises:
-            TypeError: If the energy of a VAEBM is not an ``nn.Module``. Make it one.
+            OSError: If a file cannot be written. The message names the files that are new.
+            TypeError: If an argument has the wrong type, or the energy of a VAEBM is not an
+                ``nn.Module``. Make it one.
+            ValueError: If ``from_pretrained`` could not load the result, such as weights that are
+                NaN. The message names the part.
 
         Example:
             >>> import tempfile
             >>> prior.save_pretrained(tempfile.mkdtemp())
         """
+        require_instance("directory", directory, (str, os.PathLike), "Pass the path of a folder.")
         directory = Path(directory)
         name = directory.resolve().name
-        self._write(directory, name, report=report, base_model=base_model, card_data=card_data)
+        files = self._files(name, report=report, base_model=base_model, card_data=card_data)
+        try:
+            with ExitStack() as stack:
+                for file, content in files.items():
+                    if (directory / file).is_dir():
+                        raise IsADirectoryError(f"{file} is a folder")
+                    temporary = stack.enter_context(write_atomically(directory / file))
+                    temporary.write_bytes(content)
+        except OSError as error:
+            new = [file for file, content in files.items() if _holds(directory / file, content)]
+            raise OSError(
+                f"Cannot save to {directory}: {error}. New files there: {', '.join(new) or 'none'}; "
+                f"all others are as before. Make room or pass another folder."
+            ) from error
 
     def push_to_hub(
         self,
@@ -94,6 +118,8 @@ class Pretrained(nn.Module):
     ) -> str:
         """Saves the files of :meth:`save_pretrained` to the Hugging Face Hub, as one commit.
 
+        Nothing is written to the disk, and no repository is made before all files are valid.
+
         Arguments:
             repo_id: The repository, such as ``"user/my-prior"``; made if missing.
             private: Whether a repository made now is private; ``None`` is the account's default.
@@ -105,12 +131,21 @@ class Pretrained(nn.Module):
         Returns:
             The URL of the commit.
 
+        Raises:
+            TypeError: As :meth:`save_pretrained`.
+            ValueError: As :meth:`save_pretrained`.
+
         Example:
             >>> prior.push_to_hub("user/my-prior", private=True)  # doctest: +SKIP
             'https://huggingface.co/user/my-prior/commit/0f3c...'
         """
+        require_instance("repo_id", repo_id, str, 'Pass a name such as "user/my-prior".')
+        for name, value in {"revision": revision, "commit_message": commit_message}.items():
+            require_instance(name, value, (str, type(None)), "Pass a text.")
+        if private is not None:
+            require_flags(private=private)
         return upload(
-            partial(self._write, **card),
+            partial(self._files, **card),
             repo_id,
             private=private,
             token=token,
@@ -147,6 +182,8 @@ class Pretrained(nn.Module):
         Raises:
             FileNotFoundError: If there is no such file, directory or repository.
             ImportError: If the saved base is a flow, and zuko is not installed.
+            OSError: If the Hub cannot be reached, denies access or fails, or the file cannot be
+                stored. The message names the cause.
             ValueError: If the file is damaged, or does not fit the source or your own modules,
                 which are then left unchanged. The message names the remedy.
 
@@ -161,23 +198,32 @@ class Pretrained(nn.Module):
             >>> NCPrior.from_pretrained(source, directory).strength
             1.0
         """
-        saved = SavedFile(locate(path_or_repo, cls._file, revision), cls._validators)
-        with torch.random.fork_rng(devices=[]):  # new modules draw weights to be overwritten
+        require_flags(check_fingerprint=check_fingerprint)
+        path = locate(path_or_repo, cls._file, revision)
+        # Weights made in inference mode could not be trained; a new flow draws weights.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            saved = SavedFile.read(path, cls._validators)
             model: Self = cls._build(saved, source, check_fingerprint, **own)
-        return model.to(device_of(model.source)).eval()
+            return model.to(device_of(model.source)).eval()
 
-    def _write(self, directory: Path, name: str, **card: Any) -> None:  # noqa: ANN401
-        """Writes the three files; ``name`` is the one to load the model by."""
+    def _files(self, name: str, **card: Any) -> dict[str, bytes]:  # noqa: ANN401
+        """Returns the files to save, after a check that they can be loaded.
+
+        Arguments:
+            name: The name to load the model by.
+            card: Arguments of the card.
+        """
         tensors = self._tensors()
         config = {"format": FORMAT, "ncprior": __version__, **self._configuration()}
+        data = to_bytes(tensors, config)
+        with torch.random.fork_rng(devices=[]):
+            saved = SavedFile(Path(self._file), tensors, config, self._validators)
+            self._check(saved)
         texts = {
             "config.json": json.dumps(config, indent=2) + "\n",
             "README.md": self._card(config, name, **card),
         }
-        save_tensors(directory / self._file, tensors, config)
-        for file, content in texts.items():
-            with write_atomically(directory / file) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+        return {self._file: data, **{file: text.encode() for file, text in texts.items()}}
 
     def _card(
         self,
@@ -188,13 +234,20 @@ class Pretrained(nn.Module):
         card_data: Mapping[str, Any] | None = None,
     ) -> str:
         """Model card, with a report at its end."""
+        if report is not None and not hasattr(report, "num_proposals"):
+            raise TypeError(
+                f"report must be the report of diagnose; got {described(report)}. Pass "
+                f"diagnose(prior, x), or leave it out."
+            )
         text = self._card_text(
             config,
             name=name,
-            vae=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a VAE",
+            vae=vae_link(base_model),
             num_proposals=500 if report is None else report.num_proposals[-1],
         )
-        data = {"base_model": base_model, **(card_data or {})}
+        given = {} if card_data is None else card_data
+        require_instance("card_data", given, Mapping, "Pass a dict of metadata.")
+        data = {"base_model": base_model, **given}
         return model_card(text, self._tags, data, None if report is None else str(report))
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -210,6 +263,15 @@ class Pretrained(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def _check(cls, saved: SavedFile) -> None:
+        """Validates a model before it is saved, as :meth:`_build` validates a file."""
+        raise NotImplementedError
+
+    @classmethod
     def _build(cls, saved: SavedFile, source: Any, check_fingerprint: bool) -> Any:  # noqa: ANN401
         """Builds the model of a file on a source; a subclass also takes the user's modules."""
         raise NotImplementedError
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content

@@ -13,9 +13,17 @@ from torch import Tensor
 from ncprior.data.stream import Stream
 from ncprior.prior import NCPrior
 from ncprior.trainer import NCETrainer
+from ncprior.training.checkpoints import (
+    Validators,
+    are_numbers,
+    are_rows,
+    is_finite,
+    is_like,
+    is_step,
+)
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
-from ncprior.training.resumable import ResumableTraining, weights_of
+from ncprior.training.resumable import ResumableTraining, tensors_of, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 
@@ -163,6 +171,19 @@ class HeadTraining(ResumableTraining):
             "loss_sum": self.loss_sum,
         }
 
+    def validators(self, saved: Mapping[str, Any], stream: Stream) -> Validators:
+        """Returns a check of each entry of a checkpoint."""
+        k, last = len(self.prior.heads), self.terms.steps
+        return {
+            **super().validators(saved, stream),
+            "rows": lambda value: are_rows(value, len(Row._fields)),
+            "best": lambda v: v is None or (is_like(v, self.average) and is_finite(v)),
+            "best_loss": lambda value: are_numbers(value, k),
+            "best_error": lambda value: are_numbers(value, k),
+            "best_step": lambda v: are_numbers(v, k, (int,)) and all(is_step(s, last) for s in v),
+            "loss_sum": lambda value: is_like(value, self.loss_sum),
+        }
+
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
         """Resumes from a checkpoint, with the best weights so far."""
         super().restore(saved, stream)
@@ -200,7 +221,7 @@ class HeadTraining(ResumableTraining):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, tensor in self.prior.heads.state_dict().items():
+        for name, tensor in tensors_of(self.prior.heads).items():
             trained = tensor.clone()
             tensor.copy_(self.average[name])
             self.average[name].copy_(trained)

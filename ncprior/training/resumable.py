@@ -17,9 +17,21 @@ from torch import Tensor, nn
 from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.saving.codec import pack, unpack
-from ncprior.saving.tensors import load_tensors, save_tensors
+from ncprior.saving.tensors import load_tensors, printable, save_tensors
+from ncprior.training.checkpoints import (
+    Validators,
+    are_generators,
+    fits_optimizer,
+    fits_stream,
+    is_duration,
+    is_finite,
+    is_like,
+    is_plain,
+    is_step,
+    require_valid,
+)
 from ncprior.training.settings import TrainingTerms
-from ncprior.utils.distributed import gather, rank
+from ncprior.utils.distributed import gather, num_ranks, rank
 from ncprior.utils.optimise import cosine_rate, update_average
 from ncprior.utils.random_state import random_state, set_random_state
 
@@ -34,8 +46,8 @@ class Stepper(Protocol):
 class ResumableTraining(ABC):
     """Training as a template method: :meth:`run` is the loop, and a subclass takes the steps.
 
-    A subclass overrides :meth:`step` and :meth:`evaluate`, and extends :meth:`state` and
-    :meth:`restore` by its own part of a checkpoint.
+    A subclass overrides :meth:`step` and :meth:`evaluate`, and extends :meth:`state`,
+    :meth:`validators` and :meth:`restore` by its own part of a checkpoint.
 
     Arguments:
         owner: The module that is put into training and evaluation mode.
@@ -131,7 +143,7 @@ class ResumableTraining(ABC):
             yield
         finally:
             kept = self.kept()
-            for name, tensor in self.module.state_dict().items():
+            for name, tensor in tensors_of(self.module).items():
                 tensor.copy_(kept[name])
             self.stepper.optimizer.zero_grad()
             self.owner.eval()
@@ -159,27 +171,54 @@ class ResumableTraining(ABC):
             tree, tensors = pack(state)
             save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
 
+    def validators(self, saved: Mapping[str, Any], stream: Stream) -> Validators:
+        """Returns a check of each entry of a checkpoint.
+
+        Arguments:
+            saved: The checkpoint; whether the training has stopped, and when, decides on others.
+            stream: The data.
+        """
+        weights, optimizer = dict(self.module.state_dict()), self.stepper.optimizer
+        last: int = saved["steps"] if is_step(saved.get("steps"), self.terms.steps) else 0
+        # One that has stopped may have diverged, and is not continued.
+        trains = saved.get("stopped") is None
+        return {
+            "steps": lambda value: is_step(value, self.terms.steps),
+            "steps_since_row": lambda value: is_step(value, last),
+            "stopped": lambda value: value is None or isinstance(value, str),
+            "seconds": is_duration,
+            "weights": lambda v: is_like(v, weights) and (not trains or is_finite(v)),
+            "average": lambda v: is_like(v, self.average) and (not trains or is_finite(v)),
+            "optimizer": lambda v: not trains or fits_optimizer(v, optimizer, last),
+            "stream": lambda v: not trains or fits_stream(v, stream, last),
+            "generators": lambda value: are_generators(value, num_ranks()),
+        }
+
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
-        """Resumes a training from a checkpoint.
+        """Resumes a training from a checkpoint, after all of it has been checked.
+
+        Hyperparameters of the optimizer stay: they belong to the terms.
 
         Raises:
-            ValueError: If the checkpoint belongs to another training.
+            ValueError: If the checkpoint is damaged or belongs to another training. Nothing has
+                changed then.
         """
-        self.terms.require_equal(saved["settings"])
-        if _shapes(self.module.state_dict()) != _shapes(saved["weights"]):
-            raise ValueError(
-                "The checkpoint holds weights of other shapes than these heads or this energy. "
-                "Build them as they were, or pass another checkpoint file."
-            )
+        try:
+            self.terms.require_equal(saved["settings"])
+        except ValueError as error:
+            raise ValueError(printable(str(error))) from None
+        require_valid(saved, self.validators(saved, stream))
+        self.stopped = None if saved["stopped"] is None else printable(saved["stopped"])
+        if self.stopped is None:
+            stream.restore(saved["stream"])
+            optimizer = self.stepper.optimizer
+            own = {**optimizer.state_dict(), "state": saved["optimizer"]["state"]}
+            optimizer.load_state_dict(own)
         self.module.load_state_dict(saved["weights"])
         for name, tensor in self.average.items():
             tensor.copy_(saved["average"][name])
-        self.stepper.optimizer.load_state_dict(saved["optimizer"])
         self.stepper.steps = saved["steps"]
-        self.steps_since_row = saved["steps_since_row"]
-        self.stopped, self.seconds = saved["stopped"], saved["seconds"]
-        if self.stopped is None:
-            stream.restore(saved["stream"])
+        self.steps_since_row, self.seconds = saved["steps_since_row"], saved["seconds"]
         set_random_state(saved["generators"][rank()])
 
     def _advance(self, batches: Loader) -> None:
@@ -196,7 +235,7 @@ class ResumableTraining(ABC):
         if self.stopped is not None:
             return
         self.steps_since_row += 1
-        tensors = self.module.state_dict().values()
+        tensors = tensors_of(self.module).values()
         decay = terms.settings.ema_decay
         update_average(self.average.values(), tensors, decay, self.stepper.steps)
         if self.stepper.steps >= terms.steps:
@@ -212,10 +251,18 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
     if path is None or not Path(path).exists():
         return None
     tensors, metadata = load_tensors(path)
-    if metadata.get("kind") != "checkpoint":
-        raise ValueError(f"{os.fspath(path)} is not a checkpoint of fit. Pass another file.")
-    state: dict[str, Any] = unpack(metadata["state"], tensors)
-    return state
+    reason = ""
+    if metadata.get("kind") == "checkpoint":
+        try:
+            state: dict[str, Any] = unpack(metadata.get("state"), tensors)
+            match state:
+                case {"settings": dict(settings)} if is_plain(settings):
+                    if is_step(state.get("split_seed", 0), 2**31):
+                        return state
+        except ValueError as error:
+            reason = f": {error}"
+    reason = printable(f"{os.fspath(path)} is not a checkpoint of fit{reason}").rstrip(".")
+    raise ValueError(f"{reason}. Pass another file.")
 
 
 def length_of(data: Any) -> int | None:  # noqa: ANN401
@@ -242,10 +289,11 @@ def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
         )
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's state without extra state, such as that of ``get_extra_state``."""
+    return {n: value for n, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a copy of a module's state."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    """Returns a copy of a module's tensors."""
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(module).items()}

@@ -26,6 +26,7 @@ from ncprior.training.stages import reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
 from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.random_state import random_state, set_random_state
 
 _STAGE_CACHE = 50_000  # most cached draws of the prior so far
 
@@ -126,6 +127,7 @@ class StageRuns:
         so_far: str | None = None,
     ) -> History:
         """Trains the heads of a prior against the base of a source, or cached draws of it."""
+        outside = random_state()
         align_generators()
         inputs = self._inputs(source, cache, stage)
         trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
@@ -143,7 +145,11 @@ class StageRuns:
             callback=self.callback,
         )
         if saved is not None:
-            run.restore(saved, stream)
+            try:
+                run.restore(saved, stream)
+            except ValueError:
+                set_random_state(outside)
+                raise
         else:
             if rank() > 0:  # so far all ranks draw the same; from here on, each its own z
                 torch.manual_seed(own_seed(self.split_seed + stage, rank()))

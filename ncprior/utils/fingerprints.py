@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +13,36 @@ from torch.distributions.transforms import Transform
 from torch.distributions.utils import lazy_property
 
 
-def module_fingerprint(module: nn.Module) -> str:
+def module_fingerprint(module: nn.Module) -> str | None:
     """Returns the fingerprint ``"<dtype>:<SHA-256>"`` of a module.
 
     Arguments:
         module: The module. The names, shapes and values (in float32) of its parameters and
-            buffers count, sorted by name.
+            buffers count, sorted by name, and its extra state if there is any. The names that
+            ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put in front do not
+            count.
 
     Returns:
         The fingerprint; its first part names the dtypes of the module, such as ``"float32"``.
+        ``None`` if a tensor is on the meta device, without values.
 
     Example:
         >>> module_fingerprint(torch.nn.Linear(1, 1)).split(":")[0]
         'float32'
     """
     digest = hashlib.sha256()
-    tensors = module.state_dict()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
-    dtypes = {str(t.dtype) for t in tensors.values() if t.is_floating_point()}
-    return f"{'+'.join(sorted(dtypes)).replace('torch.', '') or 'none'}:{digest.hexdigest()}"
+    dtypes = set()
+    for name, value in sorted(_unwrapped(module.state_dict()).items()):
+        for place, leaf in _leaves(value, name):
+            if not isinstance(leaf, Tensor):
+                digest.update(f"{place}={leaf}".encode())
+                continue
+            if leaf.is_meta:
+                return None
+            digest.update(f"{place}{tuple(leaf.shape)}".encode() + _bytes(leaf))
+            if leaf.is_floating_point():
+                dtypes.add(str(leaf.dtype).removeprefix("torch."))
+    return f"{'+'.join(sorted(dtypes)) or 'none'}:{digest.hexdigest()}"
 
 
 def base_fingerprint(base: object) -> str | None:
@@ -47,15 +56,56 @@ def base_fingerprint(base: object) -> str | None:
             and transforms.
 
     Returns:
-        The fingerprint, or ``None`` if ``base`` is not a ``Distribution``.
+        The fingerprint, or ``None`` if ``base`` is not a ``Distribution``, or a tensor is on the
+        meta device, without values.
     """
     if not isinstance(base, Distribution):
         return None
     digest = hashlib.sha256()
     for name, value in _named_tensors(base, "base"):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        if value.is_meta:
+            return None
+        digest.update(f"{name}{tuple(value.shape)}".encode() + _bytes(value))
     return f"{type(base).__name__}:{digest.hexdigest()}"
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state under the names that it has without wrappers of the module."""
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _leaves(value: object, name: str) -> Iterator[tuple[str, Tensor | str]]:
+    """Yields the tensors of an entry of a state, and descriptions of all else in its extra state.
+
+    The same state has the same descriptions in every process.
+    """
+    if isinstance(value, Tensor):
+        yield name, value.detach()
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=repr):
+            yield from _leaves(value[key], f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{name}[{i}]")
+    elif value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype):
+        yield name, repr(value)
+    else:
+        yield name, type(value).__name__
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Returns the values of a tensor of any layout and dtype, in float32."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.to("cpu", torch.float32).contiguous().numpy().tobytes()
 
 
 def _named_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:

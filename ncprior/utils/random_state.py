@@ -1,4 +1,4 @@
-"""Random states of torch, NumPy and Python, saved, restored and seeded together."""
+"""Random states of torch on all devices, NumPy and Python, saved, restored and seeded together."""
 
 import random
 from collections.abc import Iterator
@@ -7,30 +7,82 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+_ACCELERATORS = ("cuda", "xpu", "mps")
+
+_NUMPY_WORDS = 624  # of the Mersenne Twister, in NumPy as in torch
+
+_CPU_STATE = len(torch.Generator().get_state())  # bytes, for torch's generator on the CPU
 
 
 def random_state() -> dict[str, Any]:
     """Returns the states of the generators of torch (all devices), NumPy and Python."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        **{name: _get(name) for name in _ACCELERATORS},
         "numpy": list(np.random.get_state(legacy=True)),
         "python": random.getstate(),
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restores the state of the generators, as returned by :func:`random_state`."""
+    """Restores the state of the generators, as returned by :func:`random_state`.
+
+    States of devices that this machine does not have are left out.
+    """
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for name in _ACCELERATORS:
+        _set(name, state.get(name, []))
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
+
+
+def is_random_state(value: Any) -> bool:  # noqa: ANN401
+    """Returns whether a value from a file is a whole state of :func:`random_state`.
+
+    No generator is changed. Positions are compared with the length of the state, as the generators
+    of torch and NumPy would read outside of it.
+    """
+    match value:
+        case {
+            "torch": Tensor() as cpu,
+            "numpy": ["MT19937", np.ndarray() as words, int(position), 0 | 1, float()],
+            "python": (3, tuple() as numbers, None | float()) as python,
+            **devices,
+        }:
+            sizes = words.shape == (_NUMPY_WORDS,) and 0 <= position <= _NUMPY_WORDS
+            whole = {*map(type, numbers)} <= {int} and words.dtype == np.uint32
+        case _:
+            return False
+    try:
+        random.Random(0).setstate(python)
+    except (OverflowError, TypeError, ValueError):
+        return False
+    on_cpu = is_generator_state(cpu) and len(cpu) == _CPU_STATE
+    return sizes and whole and on_cpu and all(map(_is_device, devices.items()))
+
+
+def is_generator_state(value: Any) -> bool:  # noqa: ANN401
+    """Returns whether a value from a file is the state of a ``torch.Generator`` on any device."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 1:
+        return False
+    if len(value) != _CPU_STATE:
+        return 0 < len(value) < _CPU_STATE  # another device, which compares the length itself
+    try:
+        torch.Generator().set_state(value.clone())
+    except RuntimeError:
+        return False
+    # As many words are left until the next block as there are behind the position, or fewer.
+    left, position = int(value[8:12].view(torch.int32)), int(value[16:24].view(torch.int64))
+    return left + position <= _NUMPY_WORDS + 1
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Context with seeded generators of torch, NumPy and Python; they are restored at the end.
+
+    The generators of all devices are kept, since ``torch.manual_seed`` seeds all of them.
 
     Arguments:
         seed: The seed, used modulo 2**32.
@@ -44,3 +96,27 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(outside)
+
+
+def _get(name: str) -> list[Tensor]:
+    if name == "mps":
+        return [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    devices = getattr(torch, name)
+    states: list[Tensor] = devices.get_rng_state_all() if devices.is_initialized() else []
+    return states
+
+
+def _set(name: str, states: list[Tensor]) -> None:
+    if name == "mps":
+        if states and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(states[0])
+    elif states:
+        devices = getattr(torch, name)
+        for i, state in zip(range(devices.device_count()), states, strict=False):
+            devices.set_rng_state(state, i)
+
+
+def _is_device(entry: tuple[Any, Any]) -> bool:
+    name, states = entry
+    known = name in _ACCELERATORS and isinstance(states, list)
+    return known and all(map(is_generator_state, states))

@@ -18,10 +18,12 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
+from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step
 from ncprior.training.resumable import ResumableTraining, length_of, load, unchanged, weights_of
 from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import num_ranks
 from ncprior.utils.require import require_counts
+from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.saved import trained_on
@@ -145,12 +147,16 @@ def fit_vaebm(
         raise RuntimeError(
             "fit_vaebm runs in one process. In several, call VAEBMTrainer.step in a loop."
         )
-    saved = load(checkpoint)
+    saved, outside = load(checkpoint), random_state()
     trainer = _trainer(model, terms, sampler, condition)
     stream = Stream(data, batch_size, resumable=checkpoint is not None)
     run = EnergyTraining(model, trainer, terms, callback)
     if saved is not None:
-        run.restore(saved, stream)
+        try:
+            run.restore(saved, stream)
+        except ValueError:
+            set_random_state(outside)
+            raise
     with unchanged(model.source):
         run.run(
             Loader(stream, run.device),
@@ -260,6 +266,36 @@ class EnergyTraining(ResumableTraining):
             "penalty": dict(self.trainer.penalty.state_dict()),
             "buffer": None if buffer is None else (buffer.kept, buffer.pushed),
         }
+
+    def validators(self, saved: Mapping[str, Any], stream: Stream) -> Validators:
+        """Returns a check of each entry of a checkpoint."""
+        return {
+            **super().validators(saved, stream),
+            "rows": lambda value: are_rows(value, len(EnergyRow._fields)),
+            "good": lambda value: is_like(value, self.good) and is_finite(value),
+            "good_step": lambda value: is_step(value, self.terms.steps),
+            "diverged": lambda value: isinstance(value, bool),
+            "sums": lambda value: is_like(value, self.sums),
+            "penalty": lambda value: is_like(value, self.trainer.penalty.state_dict()),
+            "buffer": self._fits_buffer,
+        }
+
+    def _fits_buffer(self, value: Any) -> bool:  # noqa: ANN401
+        """Whether a value is the content of the replay buffer, of chains of this model."""
+        buffer = self.trainer.buffer
+        if buffer is None or not isinstance(value, tuple) or len(value) != 2:
+            return buffer is None and value is None
+        kept, pushed = value
+        if not isinstance(kept, tuple) or not is_step(pushed, 2**62):
+            return False
+        if not kept:
+            return True
+        with seeded(0), torch.no_grad():
+            noise = self.trainer.model.draw_noise(1)
+        rows = len(kept[0]) if isinstance(kept[0], Tensor) and kept[0].ndim else 0
+        like = tuple(part.new_zeros(1).expand(rows, *part.shape[1:]) for part in noise)
+        full = 1 <= rows <= buffer.size
+        return full and is_like(kept, like) and is_finite(dict(enumerate(kept)))
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
         """Resumes from a checkpoint, with the weights of the last row and the replay buffer."""

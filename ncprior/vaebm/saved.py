@@ -11,11 +11,19 @@ from torch import Tensor, nn
 from ncprior.heads.networks import MLPHead
 from ncprior.prior import NCPrior
 from ncprior.saving.cards import energy_text
-from ncprior.saving.checks import SavedFile, Validators, fingerprints, is_fingerprint
-from ncprior.saving.kinds import entry_of
+from ncprior.saving.checks import (
+    SavedFile,
+    Validators,
+    fingerprints,
+    is_count,
+    is_fingerprint,
+    is_number,
+)
+from ncprior.saving.kinds import entry_of, is_custom
 from ncprior.saving.mixin import Pretrained
-from ncprior.source import LatentSource
+from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.require import require_instance
 from ncprior.vaebm.energy_net import EnergyNet
 from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.noise import LangevinTarget
@@ -23,6 +31,8 @@ from ncprior.vaebm.noise import LangevinTarget
 FILE = "vaebm.safetensors"
 
 ENERGIES = {"EnergyNet": EnergyNet, "MLPHead": MLPHead}
+
+_MOST_STEPS = 100_000  # of a chain: more would seem not to end
 
 _SETTINGS = ("num_steps", "step_size", "langevin_target", "data_noise")  # of the model
 
@@ -38,11 +48,11 @@ class PretrainedEnergy(Pretrained):
     _tags = ("ncprior", "vae", "energy-based-model", "vaebm")
     _validators: ClassVar[Validators] = {
         "energy": lambda value: isinstance(value, dict),
-        "num_steps": lambda value: type(value) is int and value >= 0,
-        "step_size": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+        "num_steps": lambda value: is_count(value, 0, _MOST_STEPS),
+        "step_size": lambda value: is_number(value, 0) and value > 0,
         "langevin_target": lambda value: value in get_args(LangevinTarget),
-        "data_noise": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
-        "sigma": lambda value: value is None or (isinstance(value, float) and value > 0),
+        "data_noise": lambda value: is_number(value, 0),
+        "sigma": lambda value: value is None or (is_number(value, 0) and value > 0),
         "fingerprint": lambda value: is_fingerprint(value, "vae", "base", "heads"),
     }
 
@@ -66,6 +76,11 @@ class PretrainedEnergy(Pretrained):
         return energy_text(config, size, self.decoder_noise, **names)
 
     @classmethod
+    def _check(cls, saved: SavedFile) -> None:
+        if not is_custom(saved.config["energy"]):
+            _built(saved)
+
+    @classmethod
     def _build(
         cls,
         saved: SavedFile,
@@ -74,17 +89,28 @@ class PretrainedEnergy(Pretrained):
         energy: nn.Module | None = None,
     ) -> PretrainedEnergy:
         config = saved.config
+        heads, vae = (source, source.source) if isinstance(source, NCPrior) else (None, source)
+        require_source(vae)
         if check_fingerprint:
-            heads, vae = (source, source.source) if isinstance(source, NCPrior) else (None, source)
             now = trained_on(vae, heads)
             _check_trained_on(saved, now)
             saved.check_fingerprints(now["fingerprint"])
         if (new := energy) is None:
-            new = saved.build("its energy", config["energy"], ENERGIES, "Pass energy=")
-        saved.check_tensors(new.state_dict(), "energy")
+            new = _built(saved).to(device_of(vae))
+        else:
+            require_instance("energy", new, nn.Module, "Pass a network.")
+            saved.check_tensors(new.state_dict(), "energy")
         model = cls(source, new, **{name: config[name] for name in _SETTINGS})
-        new.load_state_dict(saved.tensors, assign=energy is None)
+        if energy is not None:
+            energy.load_state_dict(saved.tensors)
         return model
+
+
+def _built(saved: SavedFile) -> nn.Module:
+    """Builds the energy from its entry and its tensors."""
+    entry = saved.config["energy"]
+    network = saved.build_network("its energy", entry, ENERGIES, "Pass energy=")
+    return saved.fill(network, "", "energy")
 
 
 def trained_on(source: LatentSource[Any, Any], prior: NCPrior | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def load(name, revision=None):
 def try_to_load(name, revision=None):
     try:
         return len(load(name, revision).heads)
-    except FileNotFoundError as error:
+    except (ConnectionError, FileNotFoundError) as error:
         return str(error)
 
 prior = trained(gaussian())
@@ -206,4 +206,4 @@ def test_a_hub_that_does_not_answer_is_named(tmp_path: Path) -> None:
     with hub_server() as hub:
         environment = hub.environment(tmp_path)
     found = run_client(LOAD, environment)
-    assert all(f"no directory {name}" in error for name, error in found.items())
+    assert all(f"the Hub repository {name}: Connect" in error for name, error in found.items())

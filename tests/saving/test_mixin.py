@@ -134,7 +134,7 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
 
 
 def test_a_path_that_can_be_no_repository_is_not_asked_for(prior: NCPrior) -> None:
-    with pytest.raises(FileNotFoundError, match="no directory ./a/b/c"):
+    with pytest.raises(FileNotFoundError, match="no file a/b/c"):
         NCPrior.from_pretrained(prior.source, "./a/b/c")
 
 
@@ -178,3 +178,67 @@ def test_a_base_that_is_only_sampled_is_not_compared(saved: Path) -> None:
     base = SampleOnly(standard_normal(2))
     assert base_fingerprint(base) is None
     NCPrior.from_pretrained(gaussian(base=base), saved)
+
+
+# Files that cannot be written
+
+
+def full(limit: int) -> Callable[[Path, bytes], int]:
+    """Writing on a disk of some bytes."""
+
+    def write(path: Path, content: bytes) -> int:
+        if len(content) > limit:
+            raise OSError(28, "No space left on device")
+        return len(content) if path.open("wb").write(content) else 0
+
+    return write
+
+
+def test_F31_a_full_disk_leaves_all_files_as_they_were(
+    prior: NCPrior, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with torch.no_grad():
+        next(prior.parameters()).add_(1.0)
+    prior.strength = 0.5
+    smallest = min(len(content) for content in before.values())
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="New files there: none; all"),
+    ):
+        patch.setattr(Path, "write_bytes", full(smallest))
+        prior.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", FILE])
+def test_F31_a_folder_in_the_place_of_a_file_changes_nothing(
+    name: str, prior: NCPrior, saved: Path
+) -> None:
+    (saved / name).unlink()
+    (saved / name).mkdir()
+    before = {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()}
+    with torch.no_grad():
+        next(prior.parameters()).add_(1.0)
+    with pytest.raises(OSError, match=f"{name} is a folder.* all others are as before"):
+        prior.save_pretrained(saved)
+    left = {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()}
+    assert left == before and len(list(saved.iterdir())) == 3
+
+
+@pytest.mark.parametrize("directory", [None, 3, b"x", []])
+def test_what_is_no_path_is_named(directory: Any, prior: NCPrior) -> None:
+    with pytest.raises(TypeError, match="directory must be of type str or PathLike"):
+        prior.save_pretrained(directory)
+    with pytest.raises(TypeError, match="check_fingerprint must be True or False"):
+        NCPrior.from_pretrained(prior.source, "x", check_fingerprint="no")  # type: ignore[arg-type]
+
+
+def test_M1_the_message_names_other_wrappers(prior: NCPrior, saved: Path) -> None:
+    refuses("without other wrappers around its modules", gaussian(seed=1), saved)
+
+
+def test_F33_the_same_vae_in_a_wrapper_of_torch_is_accepted(prior: NCPrior, saved: Path) -> None:
+    vae = torch.nn.DataParallel(prior.source.module).eval()
+    source = SingleGroup(standard_normal(2), around(0.5), vae, module=vae)
+    assert equal_draws(prior.eval(), NCPrior.from_pretrained(source, saved))

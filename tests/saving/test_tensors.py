@@ -6,14 +6,18 @@ import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.damage import raw, split_raw
 from helpers.equality import identical
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ncprior.saving import tensors
 from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors, write_atomically
 
 
@@ -197,3 +201,73 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 2  # the old file, and half of the new one beside it
     tensors, metadata = load_tensors(path)
     assert metadata == {"n": 1} and torch.equal(tensors["a"], torch.ones(1000))
+
+
+def test_F9_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, other = load_tensors(path), path.with_name("other")
+    save_tensors(other, {"b": torch.zeros(1000)}, {"n": 2})
+    read = tensors._read_header
+
+    def replaced(*arguments: Any) -> Any:
+        content = read(*arguments)
+        os.replace(other, path)
+        return content
+
+    monkeypatch.setattr(tensors, "_read_header", replaced)
+    assert identical(list(load_tensors(path)), list(old))
+    monkeypatch.undo()
+    assert load_tensors(path)[1] == {"n": 2}
+
+
+WRITES_ON = """
+import sys, torch
+from ncprior.saving import save_tensors
+n = 0
+while True:
+    save_tensors(sys.argv[1], {"a": torch.full((50 + n % 7,), float(n))}, {"n": n})
+    n += 1
+    if n == 3:
+        print("ready", flush=True)
+"""
+
+
+def test_F9_a_reader_beside_a_writer_finds_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    writer = subprocess.Popen([sys.executable, "-c", WRITES_ON, str(path)], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+        seen = set()
+        for _ in range(400):
+            found, metadata = load_tensors(path)
+            assert (found["a"] == metadata["n"]).all() and len(found["a"]) == 50 + metadata[
+                "n"
+            ] % 7
+            seen.add(metadata["n"])
+        assert len(seen) > 1
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+def test_tensors_of_odd_places_are_read(path: Path) -> None:
+    """Bytes before others leave the others at places that are no multiples of their size."""
+    parts = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.arange(5.0), "c": torch.zeros(0)}
+    save_tensors(path, parts, {})
+    header, body = split_raw(path.read_bytes())
+    header["a"]["data_offsets"], header["b"]["data_offsets"] = [0, 3], [3, 23]
+    header["c"]["data_offsets"] = [23, 23]
+    path.write_bytes(raw(header, parts["a"].numpy().tobytes() + parts["b"].numpy().tobytes()))
+    assert len(body) == 23 and identical(dict(sorted(load_tensors(path)[0].items())), parts)
+
+
+def test_a_file_is_read_into_its_own_size_of_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    save_tensors(path, {"a": torch.zeros(30, 2**18)}, {})  # 30 MiB
+    tracemalloc.start()
+    try:
+        _ = load_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * path.stat().st_size
+    finally:
+        tracemalloc.stop()

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform
 
-from ncprior.utils.fingerprints import base_fingerprint
+from ncprior.utils.fingerprints import base_fingerprint, module_fingerprint
 
 
 def mixture(mean: float) -> Distribution:
@@ -79,3 +80,102 @@ def test_half_precision_is_told_apart_by_its_values_only() -> None:
     assert base_fingerprint(Normal(rounded, exact)) != base_fingerprint(
         Normal(rounded.half(), exact)
     )
+
+
+# Modules
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1).double())
+
+
+class Holder(nn.Module):
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+def test_fingerprints_of_earlier_files_stay() -> None:
+    assert module_fingerprint(net()) == (
+        "float32+float64:b4be6f963b78194b278f505e5a317133325609c0a58844619a5d1dc172318a0b"
+    )
+    assert base_fingerprint(Independent(Normal(torch.ones(3), 2.0), 1)) == (
+        "Independent:04f6d39e4daed8fc647cd026ebdd7ad1084dc649b2fff7bc2c54ab9abde560eb"
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda vae: nn.DataParallel(vae),
+        lambda vae: Holder(_orig_mod=vae),  # as torch.compile names it
+        lambda vae: Holder(_orig_mod=nn.DataParallel(vae)),
+        lambda vae: Holder(module=Holder(module=vae)),
+    ],
+)
+def test_F33_M1_a_wrapper_of_torch_leaves_the_fingerprint(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
+    assert module_fingerprint(wrap(net())) == module_fingerprint(net())
+    assert module_fingerprint(nn.Sequential(wrap(net()[0]), net()[1:])) is not None
+
+
+def test_F33_one_of_several_modules_named_module_is_no_wrapper() -> None:
+    assert module_fingerprint(Holder(module=net(), other=nn.Linear(1, 1))) != (
+        module_fingerprint(Holder(other=nn.Linear(1, 1)))
+    )
+
+
+class WithState(nn.Module):
+    def __init__(self, state: object) -> None:
+        super().__init__()
+        self.layer, self.state = nn.Linear(1, 1, bias=False), state
+        nn.init.ones_(self.layer.weight)
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+
+def test_C3_extra_state_counts_and_is_the_same_in_every_process() -> None:
+    states: list[object] = [{"a": 1}, {"a": 2}, {"a": torch.ones(1)}, [1, "x"], None, object()]
+    found = [module_fingerprint(WithState(state)) for state in states]
+    assert len(set(found)) == len(states)
+    assert found == [module_fingerprint(WithState(state)) for state in states[:-1] + [object()]]
+
+
+def test_C3_state_of_any_layout_has_a_fingerprint() -> None:
+    for convert in (Tensor.to_sparse, Tensor.to_sparse_csr):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch: sparse CSR is in beta state
+            sparse, dense = nn.Module(), nn.Module()
+            sparse.register_buffer("graph", convert(torch.eye(3)))
+            dense.register_buffer("graph", torch.eye(3))
+            assert module_fingerprint(sparse) == module_fingerprint(dense)
+    complex_valued = nn.Module()
+    complex_valued.register_buffer("phase", torch.tensor([1j]))
+    other = nn.Module()
+    other.register_buffer("phase", torch.tensor([2j]))
+    assert module_fingerprint(complex_valued) != module_fingerprint(other)
+
+
+def test_C3_a_quantised_module_has_a_fingerprint() -> None:
+    if not torch.backends.quantized.supported_engines:
+        pytest.skip("no engine for quantised layers")
+    torch.manual_seed(1)  # another than that of net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated
+        first, again, other = (
+            torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})
+            for layer in (net()[0], net()[0], nn.Linear(3, 4))
+        )
+        assert module_fingerprint(first) == module_fingerprint(again)
+        assert module_fingerprint(first) != module_fingerprint(other)
+
+
+def test_C3_tensors_without_values_have_no_fingerprint() -> None:
+    assert module_fingerprint(nn.Linear(2, 2, device="meta")) is None
+    base = Independent(Normal(torch.zeros(2, device="meta"), 1.0, validate_args=False), 1)
+    assert base_fingerprint(base) is None

@@ -1,0 +1,156 @@
+"""What is local, what is on the Hub, and the errors of the Hub; nothing here uses a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.hub_problems import gaussian, trained
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ncprior import NCPrior
+from ncprior.saving import hub, inspect
+from ncprior.saving.heads import FILE
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "name", ["./a/b", "../a", "a/b/c", "/a/b", "~/a", ".", "a\\b", "a b", "", "a/", "\x1b[31m/a"]
+)
+def test_N8_a_name_that_can_be_no_repository_is_local(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hf_hub_download", failing(AssertionError("the Hub was asked")))
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        NCPrior.from_pretrained(gaussian(), name)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"a/b", gaussian()])
+def test_what_is_no_path_is_named(name: Any) -> None:
+    for load in (inspect, lambda path: NCPrior.from_pretrained(gaussian(), path)):
+        with pytest.raises(TypeError, match="path_or_repo must be of type str or PathLike"):
+            load(name)
+
+
+def answer(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    """An error of the Hub, without the response that its constructor takes."""
+    error = kind.__new__(kind)
+    error.args = (f"{status} answer",)
+    return error
+
+
+def uncached(cause: Exception) -> Exception:
+    error = LocalEntryNotFoundError(
+        "An error happened, and it is not cached. Check your connection."
+    )
+    between = RuntimeError("in between")
+    error.__cause__, between.__cause__ = cause, None
+    return error
+
+
+ABSENT = {
+    "repository": answer(RepositoryNotFoundError, 404),
+    "revision": answer(RevisionNotFoundError, 404),
+    "offline": uncached(OfflineModeIsEnabled("offline mode is enabled")),
+}
+
+FAILED = {
+    "429": (uncached(answer(HfHubHTTPError, 429)), "429 answer"),
+    "503": (uncached(answer(HfHubHTTPError, 503)), "503 answer"),
+    "connection": (uncached(ConnectionError("no route")), "ConnectionError: no route"),
+    "gated": (answer(GatedRepoError, 403), "403 answer"),
+    "no space": (OSError(28, "No space left on device"), "No space left"),
+    "cache": (NotADirectoryError(20, "Not a directory", "/x"), "Not a directory"),
+    "no cache": (FileNotFoundError(2, "No such file", "/proc/x"), "HF_HOME"),
+}
+
+
+@pytest.mark.parametrize("case", ABSENT)
+def test_M4_what_does_not_exist_is_not_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "hf_hub_download", failing(ABSENT[case]))
+    with pytest.raises(FileNotFoundError, match=f"{FILE} cannot be downloaded from a Hub"):
+        NCPrior.from_pretrained(gaussian(), "someone/model")
+
+
+@pytest.mark.parametrize("case", FAILED)
+def test_M4_other_errors_of_the_hub_are_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, match = FAILED[case]
+    monkeypatch.setattr(hub, "hf_hub_download", failing(error))
+    with pytest.raises(OSError, match=match) as caught:
+        NCPrior.from_pretrained(gaussian(), "someone/model")
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+class Api:
+    """A Hub that notes what it is asked for."""
+
+    asked: list[str]
+
+    def __init__(self, **_: Any) -> None:
+        Api.asked = []
+
+    def create_repo(self, repo_id: str, **_: Any) -> Any:
+        Api.asked.append("repository")
+        return type("Repo", (), {"repo_id": f"someone/{repo_id.split('/')[-1]}"})
+
+    def create_commit(self, repo_id: str, operations: list[Any], **_: Any) -> Any:
+        Api.asked.append("commit")
+        self.__class__.files = {o.path_in_repo: o.path_or_fileobj for o in operations}
+        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/0"})
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> type[Any]:
+    monkeypatch.setattr(hub, "HfApi", Api)
+    Api.asked = []
+    return Api
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"base_model": "](javascript:x)"},
+        {"card_data": {"tags": 3}},
+        {"card_data": {"license": object()}},
+        {"report": "fine"},
+        {"reprot": None},
+    ],
+)
+def test_F30_no_repository_is_made_before_the_card_is_valid(
+    card: dict[str, Any], api: type[Any]
+) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        trained(gaussian()).push_to_hub("model", **card)
+    assert api.asked == []
+
+
+def test_F22_a_push_leaves_no_files_behind(
+    api: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    url = trained(gaussian()).push_to_hub("model")
+    assert url == "https://hub/someone/model/commit/0" and api.asked == ["repository", "commit"]
+    assert sorted(api.files) == ["README.md", "config.json", FILE]
+    assert '"someone/model"' in api.files["README.md"].decode()
+    assert yaml.safe_load(api.files["README.md"].decode().split("---\n")[1])["tags"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="repo_id must be of type str"):
+        trained(gaussian()).push_to_hub(None)  # type: ignore[arg-type]
