@@ -41,6 +41,18 @@ def check_precision(precision: torch.dtype) -> None:
         raise ValueError(f"precision must be torch.float32 or torch.bfloat16; got {precision}.")
 
 
+def input_like(module: nn.Module) -> Tensor:
+    """Returns the first floating-point parameter of a module, whose device and dtype inputs take.
+
+    Example:
+        >>> x = torch.zeros(1, dtype=torch.float64)
+        >>> x.to(input_like(nn.Linear(1, 1))).dtype
+        torch.float32
+    """
+    floats = (p for p in module.parameters() if p.is_floating_point())
+    return next(floats, torch.empty(0))
+
+
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
     """Applies a linear layer in its own precision, also under autocast, for outputs in nats."""
     if not torch.is_autocast_enabled(h.device.type):
