@@ -5,10 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import UserDict
 from functools import partial
 from pathlib import Path
@@ -85,28 +81,6 @@ def test_neither_order_nor_number_of_processes_matters(
         files = sample_parts(made(), SAMPLER, tmp_path, parts=order, **JOB)
         assert [file.name for file in files] == [f"part-{i:05d}.safetensors" for i in order]
     assert contents(tmp_path) == whole
-
-
-def test_a_job_killed_and_started_again_gives_the_same_files(
-    whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    folder = tmp_path / "job"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    process = subprocess.Popen(command, env=environment)
-    try:
-        while not (folder / "part-00001.safetensors").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
-    finally:
-        process.wait(60)
-    assert len(list(folder.glob("part-*"))) < 5
-    # What a process leaves that is killed while it writes:
-    (folder / ".part-00004.safetensors.0badcafe.tmp").write_bytes(whole["job.json"])
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert contents(folder) == whole
 
 
 def test_what_is_there_is_not_drawn_again_and_what_is_damaged_is(
@@ -398,18 +372,6 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     sample_parts(made(), SAMPLER, tmp_path, parts=[0, 1, 3, 4], **JOB)
     with pytest.raises(FileNotFoundError, match="part-00002"):
         list(read_parts(tmp_path))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    save_at_once = parts_module.save_tensors
-
-    def save_slowly(*arguments: Any) -> None:
-        time.sleep(0.2)
-        save_at_once(*arguments)
-
-    parts_module.save_tensors = save_slowly
-    sample_parts(made(), SAMPLER, sys.argv[1], **JOB)
 
 
 def test_no_two_parts_of_a_job_share_a_seed() -> None:
