@@ -15,7 +15,8 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.empirical import NoPrior
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
+from ncprior.utils.require import floats_of_batch, require_instance
 
 _REFUSED = {
     "VQModel": (
@@ -34,6 +35,8 @@ _REFUSED = {
     ),
 }
 
+_PIXELS = (-16.0, 16.0)  # pixels of any scaling are within; bytes are not
+
 
 class DiffusersSource(SingleGroup):
     """An autoencoder of diffusers with Gaussian posterior, such as ``AutoencoderKL``.
@@ -51,7 +54,8 @@ class DiffusersSource(SingleGroup):
 
     Raises:
         TypeError: If the model has no ``encode`` and ``decode``.
-        ValueError: If it is a model that cannot be wrapped, or in training mode.
+        ValueError: If it is a model that cannot be wrapped, or in training mode. ``encode`` raises
+            it for bytes that have not been scaled.
 
     Example:
         >>> from diffusers import AutoencoderKL
@@ -67,6 +71,8 @@ class DiffusersSource(SingleGroup):
     module: Any
 
     def __init__(self, model: nn.Module) -> None:
+        remedy = "Load one: AutoencoderKL.from_pretrained(...)."
+        require_instance("model", model, nn.Module, remedy)
         name = type(model).__name__
         for part in type(model).__mro__:
             if part.__name__ in _REFUSED:
@@ -85,6 +91,15 @@ class DiffusersSource(SingleGroup):
         )
         super().__init__(prior, self._q, self._reconstruct, module=model)
 
+    def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
+        """Encodes one batch: the parameters of q(z | x).
+
+        Raises:
+            ValueError: If the size of the images does not fit, or x holds bytes.
+        """
+        remedy = "Scale images to [-1, 1]: x / 127.5 - 1 for bytes."
+        return super().encode(floats_of_batch(type(self.module).__name__, x, remedy, _PIXELS))
+
     def likelihood(self, state: SingleGroup.State) -> Distribution:
         """Raises an error, as the decoder defines no p(x | z).
 
@@ -97,8 +112,8 @@ class DiffusersSource(SingleGroup):
         )
 
     def _q(self, x: Tensor) -> Distribution:
-        p = floating_weight(getattr(self.module, "encoder", None), self.module)
-        latent_dist = getattr(self.module.encode(x.to(p.device, p.dtype)), "latent_dist", None)
+        x = x.to(input_like(self._part("encoder")))
+        latent_dist = getattr(self.module.encode(x), "latent_dist", None)
         mean, std = getattr(latent_dist, "mean", None), getattr(latent_dist, "std", None)
         if mean is None or std is None or getattr(latent_dist, "deterministic", False):
             kind = (
@@ -131,6 +146,11 @@ class DiffusersSource(SingleGroup):
 
     def _reconstruct(self, z: Tensor) -> Tensor:
         first = getattr(self.module, "post_quant_conv", None)  # of another dtype if it is upcast
-        weight = floating_weight(first, getattr(self.module, "decoder", None), self.module)
+        weight = input_like(first, self._part("decoder"))
         x: Tensor = self.module.decode(z.to(weight.dtype)).sample
         return x.float()
+
+    def _part(self, name: str) -> nn.Module:
+        """Returns the encoder or the decoder, whose dtype may be of its own; else the model."""
+        part: nn.Module = getattr(self.module, name, self.module)
+        return part

@@ -22,8 +22,16 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from ncprior.source import Group, LatentSource, require_eval
+from ncprior.utils.require import (
+    floats_of_batch,
+    require_counts,
+    require_instance,
+    require_numbers,
+)
 
 _SIDE = 4  # of every group's map
+
+_BYTES = "Divide bytes by 255, and draw binary images: (x / 255).bernoulli()."
 
 
 class HVAE(nn.Module):
@@ -35,6 +43,10 @@ class HVAE(nn.Module):
         width: Channels of h and s.
         hidden: Channels inside the cells.
 
+    Raises:
+        TypeError: If a size is not a whole number.
+        ValueError: If a size is below 1.
+
     Example:
         >>> vae = HVAE(num_groups=3, width=16, hidden=8)
         >>> vae.negative_elbo(torch.rand(5, 1, 28, 28).bernoulli()).shape
@@ -44,6 +56,7 @@ class HVAE(nn.Module):
     def __init__(
         self, *, num_groups: int = 10, latents: int = 2, width: int = 64, hidden: int = 32
     ) -> None:
+        require_counts(num_groups=num_groups, latents=latents, width=width, hidden=hidden)
         super().__init__()
         self.num_groups = num_groups
         self.encoder = nn.Sequential(  # 32 -> 8 -> 4
@@ -134,6 +147,10 @@ def train_hvae(
         learning_rate: The first learning rate.
         progress: Whether to show a progress bar.
 
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, or the images do not fill a batch.
+
     Example:
         >>> vae = HVAE(num_groups=2, width=16, hidden=8)
         >>> train_hvae(vae, torch.rand(64, 1, 28, 28), epochs=1, batch_size=32, progress=False)
@@ -142,6 +159,11 @@ def train_hvae(
     """
     from ncprior.utils.optimise import train
 
+    require_instance("vae", vae, HVAE, "Make one: HVAE().")
+    require_counts(epochs=epochs)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    images = floats_of_batch("An HVAE", images, _BYTES, (0, 1)).to(vae.h_0)
+    require_counts(f"[1, {epochs * len(images)}]", batch_size=batch_size)
     steps, seen = epochs * len(images) // batch_size, 0
 
     def loss(rows: Tensor) -> Tensor:
@@ -195,6 +217,9 @@ class HVAESource(LatentSource[Any, Any]):
     Arguments:
         model: The VAE, in evaluation mode.
 
+    Raises:
+        TypeError: If it is no :class:`HVAE`.
+
     Example:
         >>> from ncprior.testing import check_source
         >>> vae = HVAE(num_groups=3, width=16, hidden=8).eval()
@@ -202,7 +227,8 @@ class HVAESource(LatentSource[Any, Any]):
     """
 
     def __init__(self, model: HVAE) -> None:
-        self.module: HVAE = model
+        remedy = "Wrap another VAE in SingleGroup, or in a subclass of LatentSource."
+        self.module: HVAE = require_instance("model", model, HVAE, remedy)
         self.num_groups = model.num_groups
 
     class State(NamedTuple):
@@ -216,10 +242,10 @@ class HVAESource(LatentSource[Any, Any]):
         """Returns features of images ``(B, 1, 28, 28)``, the first item of a tuple or list.
 
         Raises:
-            ValueError: If the images have another shape, or the VAE is in training mode.
+            ValueError: If the images have another shape or range, or the VAE is in training mode.
         """
         require_eval(self.module)
-        x = x[0] if isinstance(x, tuple | list) else x
+        x = floats_of_batch("An HVAE", x, _BYTES, (0, 1)).to(self.module.h_0)
         if tuple(x.shape[1:]) != (1, 28, 28):
             raise ValueError(f"The images must have shape (B, 1, 28, 28); got {tuple(x.shape)}.")
         return self.module.features(x)

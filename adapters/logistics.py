@@ -20,6 +20,8 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, softplus
 
+from ncprior.utils.require import require_counts, require_instance
+
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
 
@@ -36,7 +38,9 @@ class LogisticMixture(Distribution):
         num_bits: Bits of a channel: x takes the values 0, 1/(2^n - 1), ..., 1.
 
     Raises:
-        ValueError: If the number of parameters of a pixel is not ten per component.
+        TypeError: If the parameters are no tensor, or the bits no whole number.
+        ValueError: If the number of parameters of a pixel is not ten per component, or there are
+            fewer than 1 or more than 16 bits.
 
     Example:
         >>> mixture = LogisticMixture(torch.randn(4, 10 * 5, 8, 8))
@@ -49,12 +53,14 @@ class LogisticMixture(Distribution):
     support = constraints.independent(constraints.unit_interval, 3)
 
     def __init__(self, parameters: Tensor, *, num_bits: int = 8) -> None:
-        count, channels, height, width = parameters.shape
-        if channels % 10:
+        require_instance("parameters", parameters, Tensor, "Pass the decoder's output.")
+        require_counts("[1, 16]", num_bits=num_bits)
+        if parameters.ndim != 4 or parameters.shape[1] == 0 or parameters.shape[1] % 10:
             raise ValueError(
                 f"A mixture of logistics over RGB images has 10 parameters per component and "
                 f"pixel; got parameters of shape {tuple(parameters.shape)}."
             )
+        count, channels, height, width = parameters.shape
         components = channels // 10
         logits, rest = parameters.split([components, 9 * components], dim=1)
         rest = rest.reshape(count, 3, 3 * components, height, width)

@@ -22,7 +22,8 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
+from ncprior.utils.require import described, floats_of_batch, require_numbers
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "
@@ -52,6 +53,8 @@ _REFUSED = {
     **dict.fromkeys(("SVAE", "PoincareVAE"), _CURVED),
 }
 
+_PIXELS = (-16.0, 16.0)  # pixels of any scaling are within; bytes are not
+
 _NO_LIKELIHOOD = {
     "MSSSIM_VAE": "it was trained on structural similarity, which is no density of x",
     "VAEGAN": "it was trained on features of a discriminator, which give no density of x",
@@ -65,8 +68,8 @@ class PythaeSource(SingleGroup):
     An AE or RAE has none until one is fitted. A fitted ``GaussianMixtureSampler`` of pythae becomes
     the prior by ``rebase(source, GaussianMixture.from_sklearn(sampler.gmm))``.
 
-    A batch is x itself, with shape ``(B, *input_dim)``, the first item of a tuple, or the item
-    ``"data"`` of a dict, as pythae's own data sets yield it.
+    A batch is x itself, floats with shape ``(B, *input_dim)`` as in training, the first item of a
+    tuple, or the item ``"data"`` of a dict, as pythae's own data sets yield it.
 
     Arguments:
         model: The model, in evaluation mode, on the device where it is to stay.
@@ -76,7 +79,7 @@ class PythaeSource(SingleGroup):
     Raises:
         TypeError: If it is no pythae model.
         ValueError: If its posterior is not Gaussian, if it is in training mode, or if there is no
-            ``noise`` where one is needed, or one where none is.
+            ``noise`` where one is needed, one where none is, or one out of range.
 
     Example:
         >>> from pythae.models import RAE_L2, RAE_L2_Config
@@ -100,12 +103,20 @@ class PythaeSource(SingleGroup):
         super().__init__(self._prior(), self._q, self._reconstruct, module=model)
 
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
-        """Encodes one batch: the parameters of q(z | x)."""
+        """Encodes one batch: the parameters of q(z | x).
+
+        Raises:
+            ValueError: If x is of another shape, or holds bytes that have not been scaled.
+        """
         if isinstance(x, Mapping):
             if "data" not in x:
                 raise ValueError(f"x is the item 'data' of a batch; got the items {list(x)}.")
             x = x["data"]
-        return super().encode(x)
+        limits = _PIXELS if len(self.module.input_dim or ()) == 3 else None
+        if getattr(self.module.model_config, "reconstruction_loss", None) == "bce":
+            limits = (0.0, 1.0)
+        remedy = "Scale x as in training: x / 255 for bytes and models of images in [0, 1]."
+        return super().encode(floats_of_batch(self._lineage[0], x, remedy, limits))
 
     def likelihood(self, state: SingleGroup.State) -> Distribution:
         """Returns p(x | z): N(mean, I) for the loss ``mse``, Bernoulli for ``bce``.
@@ -130,14 +141,13 @@ class PythaeSource(SingleGroup):
             return NoPrior(f"{self._lineage[0]} has no prior.")
         if "VAMP" in self._lineage:
             return self._mixture()
-        p = next(self.module.parameters())
-        zeros = torch.zeros(self.module.latent_dim, device=p.device)
+        zeros = torch.zeros(self.module.latent_dim, device=input_like(self.module).device)
         return _normal(zeros, torch.ones_like(zeros), axes=1)
 
     @torch.no_grad()
     def _mixture(self) -> GaussianMixture:
         """The mixture of q(z | u) over pseudo-inputs u, in equal shares."""
-        weight = next(self.module.pseudo_inputs.parameters())
+        weight = input_like(self.module.pseudo_inputs)
         u = self.module.pseudo_inputs(self.module.idle_input.to(weight))
         out = self.module.encoder(u.reshape(len(u), *self.module.model_config.input_dim))
         scale = (0.5 * out["log_covariance"].float()).exp()
@@ -150,8 +160,7 @@ class PythaeSource(SingleGroup):
                 f"{self._lineage[0]} takes x of shape (B, {', '.join(map(str, shape))}); "
                 f"got {tuple(x.shape)}."
             )
-        p = floating_weight(self.module.encoder, self.module)
-        out = self.module.encoder(x.to(p.device, p.dtype))
+        out = self.module.encoder(x.to(input_like(self.module.encoder)))
         code = self._item(out, "embedding", len(x))
         if self.noise is not None:
             return _normal(code, torch.full_like(code, self.noise))
@@ -168,19 +177,20 @@ class PythaeSource(SingleGroup):
         return out[name].to(torch.promote_types(out[name].dtype, torch.float32))
 
     def _reconstruct(self, z: Tensor) -> Tensor:
-        weight = floating_weight(self.module.decoder, self.module)
-        x: Tensor = self.module.decoder(z.to(weight.dtype))["reconstruction"]
+        z = z.to(input_like(self.module.decoder).dtype)
+        x: Tensor = self.module.decoder(z)["reconstruction"]
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def _check_noise(self, noise: float | None) -> None:
         name = self._lineage[0]
+        require_numbers("(0, inf) or None", noise=noise)
         if self._is_gaussian and noise is not None:
             raise ValueError(f"{name} has a posterior of its own: leave out noise={noise}.")
-        if not self._is_gaussian and (noise is None or not noise > 0):
+        if not self._is_gaussian and noise is None:
             raise ValueError(
                 f"{name} encodes x as one code without noise. Say how wide q(z | x) = "
                 f"N(code, noise² I) is to be: PythaeSource(model, noise=...), a standard deviation "
-                f"above 0, say a tenth of that of the codes; got {noise}."
+                f"above 0, say a tenth of that of the codes."
             )
 
 
@@ -198,7 +208,7 @@ def _lineage(model: object) -> list[str]:
             raise ValueError(f"A {name} cannot be wrapped: {_REFUSED[name]}.")
     if not {"VAE", "AE"} & set(names):
         raise TypeError(
-            f"PythaeSource takes a VAE or an AE of pythae; got {type(model).__name__}. "
+            f"PythaeSource takes a VAE or an AE of pythae; got {described(model)}. "
             f"Wrap a model of your own in SingleGroup(prior, posterior, decoder, module=model)."
         )
     return names

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,15 @@ from torch.nn.utils.parametrizations import spectral_norm
 from ncprior.bases.empirical import NoPrior
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
+from ncprior.utils.require import (
+    described,
+    floats_of_batch,
+    real_tensor,
+    require_choice,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
 
 
 class _Setting(NamedTuple):
@@ -79,8 +88,8 @@ class _Networks(nn.Module):
 
     def __init__(self, data: str, width: float) -> None:
         super().__init__()
-        if data not in _SETTINGS:
-            raise ValueError(f"The data is one of {', '.join(_SETTINGS)}; got {data!r}.")
+        require_choice("data", data, _SETTINGS)
+        require_numbers("(0, inf)", width=width)
         if round(width * _DOWN[0]) < 1:
             raise ValueError(
                 f"width is a fraction of the filter counts, of which the first is {_DOWN[0]}; "
@@ -108,17 +117,13 @@ class _Networks(nn.Module):
         return features
 
     def _checked(self, x: Tensor) -> Tensor:
+        x = floats_of_batch("This model", x, "Divide bytes by 255: x.float() / 255.")
         shape = (self.setting.channels, self.setting.size, self.setting.size)
         if x.ndim != 4 or tuple(x.shape[1:]) != shape:
             remedy = " Pad it: pad_to_32(x)." if tuple(x.shape[1:]) == (1, 28, 28) else ""
             raise ValueError(
                 f"These networks take images of shape (B, {', '.join(map(str, shape))}); "
                 f"got {tuple(x.shape)}.{remedy}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"These networks take images as floats in [0, 1]; got {x.dtype}. "
-                f"Pass x.float() / 255."
             )
         return x
 
@@ -153,6 +158,7 @@ class VAE(_Networks):
     """
 
     def __init__(self, data: str, *, width: float = 1.0, beta: float | None = None) -> None:
+        require_numbers("(0, inf) or None", beta=beta)
         super().__init__(data, width)
         self.beta = self.setting.vae if beta is None else beta
         self.sigma = math.sqrt(self.beta * self.setting.channels / 2)
@@ -213,9 +219,9 @@ class RAE(_Networks):
         width: float = 1.0,
         beta: float | None = None,
     ) -> None:
+        require_numbers("[0, inf) or None", beta=beta)
         super().__init__(data, width)
-        if regulariser not in self.setting.rae:
-            raise ValueError(f"The regulariser is 'l2', 'sn' or None; got {regulariser!r}.")
+        require_choice("regulariser", regulariser, self.setting.rae)
         preset, self.decay = self.setting.rae[regulariser]
         self.beta = preset if beta is None else beta
         self._initialise()
@@ -273,6 +279,7 @@ class RAESource(SingleGroup):
         prior: Sampleable
         posterior: Callable[[Tensor], Distribution]
         likelihood: Callable[[Tensor], Distribution]
+        require_flags(maps=maps)
         if isinstance(model, VAE):
             if noise is not None:
                 raise ValueError(
@@ -283,13 +290,20 @@ class RAESource(SingleGroup):
             prior = NoPrior("A RAE has no prior of its own.", (model.latents,))
             posterior, likelihood = partial(_around_code, model, _checked(noise)), _refuse
         else:
-            raise TypeError(f"RAESource takes a VAE or a RAE; got {type(model).__name__}.")
+            raise TypeError(
+                f"RAESource takes a VAE or a RAE of ncprior.adapters.rae; got {described(model)}. "
+                f"Wrap another VAE in SingleGroup."
+            )
         super().__init__(
             *(prior, posterior, model.decode),
             module=model,
             likelihood=likelihood,
             features=model.decoder[:2] if maps else None,
         )
+
+    def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
+        """Encodes one batch of images in [0, 1]: the parameters of q(z | x)."""
+        return super().encode(floats_of_batch("RAESource", x, "Divide bytes by 255.", (0, 1)))
 
 
 def _around_code(model: RAE, noise: float, x: Tensor) -> Distribution:
@@ -299,11 +313,11 @@ def _around_code(model: RAE, noise: float, x: Tensor) -> Distribution:
 
 
 def _checked(noise: float | None) -> float:
-    if noise is None or not 0 < noise < math.inf:
+    require_numbers("(0, inf) or None", noise=noise)
+    if noise is None:
         raise ValueError(
-            f"A RAE's codes have no noise, and NCE needs a density q(z | x): pass noise=, the "
-            f"standard deviation of q(z | x) in units of z; got {noise}. Try a tenth of "
-            f"model.encode(x).std()."
+            "A RAE's codes have no noise, and NCE needs a density q(z | x): pass noise=, the "
+            "standard deviation of q(z | x) in units of z. Try a tenth of model.encode(x).std()."
         )
     return noise
 
@@ -331,6 +345,7 @@ def pad_to_32(x: Tensor) -> Tensor:
         >>> pad_to_32(torch.rand(4, 1, 28, 28)).shape
         torch.Size([4, 1, 32, 32])
     """
+    x = real_tensor("x", x)
     if x.ndim != 4 or tuple(x.shape[2:]) != (28, 28):
         raise ValueError(f"Images of shape (B, C, 28, 28) are padded; got {tuple(x.shape)}.")
     return pad(x, (2, 2, 2, 2))
@@ -353,6 +368,7 @@ def settle(model: VAE | RAE, images: Tensor) -> None:
         >>> model.training
         False
     """
+    require_instance("model", model, (VAE, RAE), "Pass a VAE or a RAE of ncprior.adapters.rae.")
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -21,7 +21,14 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
 from ncprior.source import Group, LatentSource, require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
+from ncprior.utils.require import (
+    described,
+    require_counts,
+    require_flags,
+    require_instance,
+    tensor_of_batch,
+)
 
 Condition: TypeAlias = dict[str, Tensor]
 
@@ -48,9 +55,9 @@ class SCVISource(LatentSource[Any, Any]):
         ValueError: If it is untrained, minified, in training mode, or has latent library sizes.
 
     Example:
-        >>> SCVISource(torch.nn.Linear(1, 1))
+        >>> SCVISource(torch.nn.Linear(1, 1))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        TypeError: SCVISource takes an scvi.model.SCVI; got Linear.
+        TypeError: SCVISource takes an scvi.model.SCVI; got an object of type Linear. Pass ...
 
         With scvi-tools:
 
@@ -64,7 +71,10 @@ class SCVISource(LatentSource[Any, Any]):
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
         if "SCVI" not in [part.__name__ for part in type(model).__mro__]:
-            raise TypeError(f"SCVISource takes an scvi.model.SCVI; got {type(model).__name__}.")
+            raise TypeError(
+                f"SCVISource takes an scvi.model.SCVI; got {described(model)}. Pass the trained "
+                f"model, not its network."
+            )
         if not model.is_trained:
             raise ValueError("The SCVI model is not trained: call model.train() first.")
         if model.minified_data_type is not None:
@@ -124,6 +134,8 @@ class SCVISource(LatentSource[Any, Any]):
             ...     print(batch["X"].shape)
             torch.Size([256, 2000])
         """
+        require_counts(batch_size=batch_size)
+        require_flags(shuffle=shuffle)
         adata = self.model._validate_anndata(adata)
         loader: DataLoader[Any] = self.model._make_data_loader(
             adata, indices=indices, batch_size=batch_size, shuffle=shuffle
@@ -152,7 +164,7 @@ class SCVISource(LatentSource[Any, Any]):
                 f"A batch is a dict with the counts as 'X', as source.loader(adata) yields it; "
                 f"got {got}."
             )
-        counts = batch["X"]
+        counts = tensor_of_batch(batch["X"])
         if counts.ndim != 2 or counts.shape[1] != self.module.n_input:
             raise ValueError(
                 f"The counts have shape (B, {self.module.n_input}), a column per gene; "
@@ -165,7 +177,7 @@ class SCVISource(LatentSource[Any, Any]):
         """Encodes one batch: the parameters of q(z | x), and the condition."""
         require_eval(self.module)
         condition = self.condition(x)
-        counts = x["X"].to(floating_weight(self.module))
+        counts = tensor_of_batch(x["X"]).to(input_like(self.module))
         tensors = self.module._get_inference_input({**condition, "X": counts})
         q = self.module.inference(**tensors)["qz"]
         return self.Encoding(q.loc.float(), q.scale.float(), condition)
@@ -185,7 +197,8 @@ class SCVISource(LatentSource[Any, Any]):
         if encoding is not None:
             self._checked(encoding.condition, batch_size)
             return self.State(*encoding, z=None)
-        return self.State(None, None, self._checked(condition or {}, batch_size), None)
+        given = {} if condition is None else condition
+        return self.State(None, None, self._checked(given, batch_size), None)
 
     def group(self, state: State) -> Group:
         """Returns p(z) = N(0, I), q(z | x), and the one-hot batch as context."""
@@ -211,7 +224,7 @@ class SCVISource(LatentSource[Any, Any]):
             raise ValueError(
                 "Decoding needs z; this walk has none yet. Call advance(state, z) first."
             )
-        z = self.module.z_encoder.z_transformation(state.z.to(floating_weight(self.module)))
+        z = self.module.z_encoder.z_transformation(state.z.to(input_like(self.module)))
         inferred = {"z": z, "library": state.condition["library"]}
         labels = torch.zeros_like(state.condition["batch"])  # unused where no condition names them
         tensors = {"labels": labels, **state.condition}
@@ -221,6 +234,8 @@ class SCVISource(LatentSource[Any, Any]):
 
     def _checked(self, condition: Mapping[str, Tensor], count: int) -> Condition:
         """Returns the needed tensors of a condition on the model's device, after validating it."""
+        remedy = "Pass what source.condition(next(iter(source.loader()))) returns."
+        require_instance("condition", condition, Mapping, remedy)
         names = ("library", *self._needed)
         missing = [name for name in names if name not in condition]
         if missing:
@@ -230,6 +245,7 @@ class SCVISource(LatentSource[Any, Any]):
                 f"source.condition(next(iter(source.loader())))."
             )
         for name in names:
+            require_instance(name, condition[name], Tensor, remedy)
             rows = tuple(condition[name].shape)
             if (
                 len(rows) != 2
@@ -240,7 +256,7 @@ class SCVISource(LatentSource[Any, Any]):
                     f"The walk has {count} rows, and its condition {name!r} shape {rows}; "
                     f"library and batch are ({count}, 1)."
                 )
-        device = next(self.module.parameters()).device
+        device = input_like(self.module).device
         return {name: condition[name].to(device) for name in names}
 
 

@@ -21,7 +21,9 @@ from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
-from ncprior.utils.precision import at_least_float32, floating_weight
+from ncprior.utils.precision import at_least_float32, input_like
+from ncprior.utils.random_state import seeded
+from ncprior.utils.require import described, require_instance, require_numbers, tensor_of_batch
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
 _NORMALISATION = {
@@ -104,8 +106,7 @@ class VDVAESource(LatentSource[Any, Any]):
         activations: Features | None
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
-        if not temperature > 0:
-            raise ValueError(f"The temperature must be positive; got {temperature}.")
+        require_numbers("(0, inf)", temperature=temperature)
         self.module: nn.Module = _checked(model)
         self.temperature = temperature
         self._blocks: list[Any] = list(self._model.decoder.dec_blocks)
@@ -190,13 +191,12 @@ class VDVAESource(LatentSource[Any, Any]):
             >>> VDVAESource(vdvae()).self_check(x)
             0.0
         """
+        require_numbers("[0, inf)", tolerance=tolerance)
         encoding = self.encode(x)
-        count, device = num_rows(encoding), next(self.module.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
+        with seeded(0):
             features, blocks = self._model.decoder(dict(encoding.activations), get_latents=True)
-            torch.manual_seed(0)
-            state, pairs = self.start(count, encoding), []
+        with seeded(0):
+            state, pairs = self.start(num_rows(encoding), encoding), []
             for k, block in enumerate(blocks):
                 z = posterior_of(self.group(state)).sample()
                 kl = _kl(state.posterior, state.prior)
@@ -250,25 +250,26 @@ class VDVAESource(LatentSource[Any, Any]):
 
     def _normalised(self, x: Any) -> Tensor:  # noqa: ANN401
         """Returns the encoder's input for bytes or for VDVAE's own pair."""
-        x, *others = x if isinstance(x, tuple | list) else (x,)
-        paired = [getattr(other, "shape", None) for other in others] == [getattr(x, "shape", 0)]
-        size, parameter = self._model.H.image_size, floating_weight(self.module)
-        shape = (size, size, 3)
-        if not isinstance(x, Tensor) or x.shape[1:] != shape:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        first, *others = x if isinstance(x, tuple | list) else (x,)
+        paired = [getattr(other, "shape", None) for other in others] == [
+            getattr(first, "shape", 0)
+        ]
+        size, parameter = self._model.H.image_size, input_like(self.module)
+        images = tensor_of_batch(first)
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(
                 f"This VDVAE expects images of shape (B, {size}, {size}, 3), channels last; "
-                f"got {got}. From channels first: x.permute(0, 2, 3, 1)."
+                f"got {tuple(images.shape)}. From channels first: x.permute(0, 2, 3, 1)."
             )
-        if x.dtype == torch.uint8:
+        if images.dtype == torch.uint8:
             shift, scale = _NORMALISATION[self._model.H.dataset]
-            return (x.to(parameter) - shift) * (1 / scale)
-        if not (paired and x.is_floating_point()):
+            return (images.to(parameter) - shift) * (1 / scale)
+        if not (paired and images.is_floating_point()):
             raise ValueError(
                 f"VDVAE expects bytes (uint8), or the pair (normalised, target) that its own loader "
-                f"makes; got {x.dtype}. From images in [0, 1]: (255 * x).round().to(torch.uint8)."
+                f"makes; got {images.dtype}. From images in [0, 1]: (255 * x).round().to(torch.uint8)."
             )
-        return x.to(parameter)
+        return images.to(parameter)
 
 
 class ByteImages(Distribution):
@@ -290,6 +291,7 @@ class ByteImages(Distribution):
     support = constraints.independent(constraints.integer_interval(0, 255), 3)
 
     def __init__(self, mixture: LogisticMixture) -> None:
+        require_instance("mixture", mixture, LogisticMixture, "Pass LogisticMixture(parameters).")
         self.mixture = mixture
         self._step = 256 // (mixture.levels + 1)
         channels, height, width = mixture.event_shape
@@ -324,7 +326,7 @@ def _checked(model: Any) -> nn.Module:  # noqa: ANN401
         missing += [f"{name} in a block" for name in _BLOCK if not hasattr(block, name)]
     if missing or not isinstance(model, nn.Module):
         raise TypeError(
-            f"VDVAESource takes VDVAE's VAE; got {type(model).__name__}, which lacks "
+            f"VDVAESource takes VDVAE's VAE; got {described(model)}, which lacks "
             f"{', '.join(missing[:3])}. Give the model itself, not its state_dict."
         )
     H: Any = model.H

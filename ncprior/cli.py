@@ -8,15 +8,22 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 import ncprior
+from ncprior.source import require_source
+from ncprior.utils.require import described, real_tensor, require_counts
 
 _IMPORTED = time.time()
+
+_EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError)
 
 _DESCRIPTION = """\
 Better priors for pretrained VAEs by noise contrastive estimation.
@@ -39,9 +46,10 @@ Examples:
 
 _DIAGNOSE = """\
 The VAE and the data are your Python objects, given as FILE.py:NAME or MODULE:NAME. For --source,
-NAME is a LatentSource. For --data and --train, NAME is a tensor, a dataset or a DataLoader. NAME
-can also be a function without arguments that returns the object. The file is imported, so its code
-runs as with `python FILE.py`. No code from PATH_OR_REPO is run.
+NAME is a LatentSource. For --data and --train, NAME is a tensor, an array or table of numbers, a
+dataset or a DataLoader. NAME can also be a function without arguments that returns the object. The
+file is imported, so its code runs as with `python FILE.py`; a module is also looked for in the
+working folder. No code from PATH_OR_REPO is run.
 
 Example my_vae.py:
 
@@ -69,22 +77,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; ``sys.argv`` if ``None``.
 
     Returns:
-        Exit status: 0 after success, 1 after an error that the user can correct, 130 after an
-        interruption.
+        Exit status: 0 after success, 1 after an error in the arguments or files, 2 after an error in
+        the user's own Python code, 130 after an interruption.
 
     Example:
         >>> main(["inspect", "no-such-file.safetensors"])  # the reason is on standard error
         1
     """
     options = _parser().parse_args(arguments)
+    path = sys.path.copy()
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
         print("ncprior: interrupted; no incomplete file is left", file=sys.stderr)
         return 130
-    except (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        print(f"ncprior: {error}", file=sys.stderr)
-        return 1
+    except (Exception, SystemExit) as error:
+        line = _line_of_the_user(error)
+        if line is None and not isinstance(error, _EXPECTED):
+            raise
+        message = " ".join(str(error).split())
+        if line is not None or isinstance(error, KeyError) or not message:
+            message = f"{line or ''}{type(error).__name__}: {message}"
+        print(f"ncprior: {message}", file=sys.stderr)
+        return 1 if line is None else 2
+    finally:
+        sys.path[:] = path
     return status
 
 
@@ -103,9 +120,11 @@ def _diagnose(options: argparse.Namespace) -> int:
     from ncprior.diagnostics.diagnose import diagnose
     from ncprior.utils.random_state import seeded
 
+    require_counts("(-1e18, 1e18)", seed=options.seed)
     with torch.random.fork_rng():
-        source, data = _load_object(options.source), _load_object(options.data)
-        train = None if options.train is None else _load_object(options.train)
+        source, data = _load_object(options.source), _load_data(options.data)
+        require_source(source)
+        train = None if options.train is None else _load_data(options.train)
         prior = ncprior.NCPrior.from_pretrained(
             source, options.path_or_repo, revision=options.revision
         )
@@ -217,20 +236,73 @@ def _load_object(where: str) -> Any:  # noqa: ANN401
     if not place or not name.isidentifier():
         raise ValueError(f"Expected FILE.py:NAME or MODULE:NAME; got {where}.")
     if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if spec is None or spec.loader is None or not Path(place).is_file():
-            raise FileNotFoundError(f"There is no file {place}. Give the path of a Python file.")
-        module = sys.modules.get(spec.name)
-        if module is None or getattr(module, "__file__", None) != spec.origin:
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # imported once, also for several names
-            spec.loader.exec_module(module)
+        module = _import_file(place)
     else:
+        _add_to_path(Path.cwd())
         module = importlib.import_module(place)
     if not hasattr(module, name):
         raise LookupError(f"{place} has no {name}. Give a name that it defines.")
     found = getattr(module, name)
     return found() if hasattr(found, "__code__") else found
+
+
+def _load_data(where: str) -> Any:  # noqa: ANN401
+    """Returns data as :func:`_load_object` does; arrays and tables become tensors of float32."""
+    data = _load_object(where)
+    if isinstance(data, np.ndarray) or hasattr(data, "to_numpy"):
+        return real_tensor(where, data).float()
+    if isinstance(data, type) or not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
+        raise TypeError(
+            f"{where} must be data: a tensor, an array, a table, a dataset or a DataLoader; got "
+            f"{described(data)}."
+        )
+    return data
+
+
+def _import_file(place: str) -> Any:  # noqa: ANN401
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {place}. Give the path of a Python file.")
+    _add_to_path(path.parent)
+    module = sys.modules.get(path.stem)
+    if module is None or getattr(module, "__file__", None) != str(path):
+        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # imported once, also for several names
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            raise
+    return module
+
+
+def _add_to_path(folder: Path) -> None:
+    """Lets the user's files import their neighbours, as ``python FILE.py`` does."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _line_of_the_user(error: BaseException) -> str | None:
+    """Returns ``"FILE:LINE: "`` of the last line of the user's own code that led to an error."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename}:{error.lineno}: "
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if _is_the_users(frame):
+            return f"{frame.f_code.co_filename}:{line}: "
+    return None
+
+
+def _is_the_users(frame: FrameType) -> bool:
+    """Returns whether a frame is of no code of Python, of an installed package or of this one."""
+    path = Path(frame.f_code.co_filename)
+    others = (Path(os.__file__).parent, Path(ncprior.__file__).parent)
+    return (
+        path.is_file()
+        and frame.f_globals.get("__name__", "").partition(".")[0] != "ncprior"
+        and not any(path.is_relative_to(folder) for folder in others)
+        and not {"site-packages", "dist-packages"} & set(path.parts)
+    )
 
 
 def _started() -> float:

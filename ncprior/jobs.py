@@ -9,24 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
 from ncprior.saving.checks import fingerprints
-from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors, write_atomically
-from ncprior.source import num_rows
+from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors
+from ncprior.source import device_of, num_rows
+from ncprior.utils.batches import map_tensors
 from ncprior.utils.distributed import num_ranks, rank
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import seeded
+from ncprior.utils.require import require_callable, require_counts, require_instance
+
+_SETTINGS = ("num_samples", "part_size", "seed", "sampler", "prior")  # of a job, in job.json
+
+_SEEDS = "(-1e18, 1e18)"
 
 
 def sample_parts(
@@ -49,7 +57,8 @@ def sample_parts(
         num_samples: N, the number of samples of the whole job.
         part_size: Samples per part, drawn at once; the last part may be smaller.
         seed: Seed of the job. The caller's random generators do not change.
-        condition: Condition of the source, such as labels: a pytree of N rows, or ``None``.
+        condition: Condition of the source, such as labels: tensors or an array of N rows, or
+            ``None``. Rows on the CPU are moved to the VAE's device part by part.
         parts: The numbers of the parts that this process draws, such as those of a job array. The
             default is all parts, divided among the ranks of a process group if there is one.
 
@@ -58,9 +67,10 @@ def sample_parts(
         shape ``(B, ...)``, and ``z_0``, ``z_1``, … of the groups, each ``(B, *event)``.
 
     Raises:
-        ValueError: If the folder holds another job, or a number is out of range. Pass another
-            folder, or the number that the message names. Two bases of one type that can only be
-            sampled cannot be distinguished.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the folder holds another job or a part of one, ``job.json`` is damaged, or a
+            number is out of range. The message names the file and the remedy. Two bases of one
+            type that can only be sampled cannot be distinguished.
 
     Example:
         >>> import tempfile
@@ -73,27 +83,33 @@ def sample_parts(
         >>> torch.cat([part["x"] for part in read_parts(folder)]).shape
         torch.Size([10, 3])
     """
-    if num_samples < 1 or part_size < 1:
-        raise ValueError(
-            f"num_samples and part_size must be at least 1; got {num_samples} and {part_size}."
-        )
+    require_instance("prior", prior, NCPrior, "Pass an NCPrior: NCPrior(source, heads).")
+    require_callable("sampler", sampler, "Pass one such as partial(sir, num_proposals=50).")
+    require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
+    require_counts(num_samples=num_samples, part_size=part_size)
+    require_counts(_SEEDS, seed=seed)
+    num_samples, part_size, seed = map(operator.index, (num_samples, part_size, seed))
+    if isinstance(condition, np.ndarray):
+        condition = torch.from_numpy(condition.copy())
     if condition is not None and num_rows(condition) != num_samples:
         raise ValueError(
             f"A condition needs one row per sample; got {num_rows(condition)} rows for "
             f"{num_samples} samples. Pass {num_samples} rows."
         )
     count = -(-num_samples // part_size)
-    chosen = range(rank(), count, num_ranks()) if parts is None else list(parts)
-    if not all(0 <= i < count for i in chosen):
-        raise ValueError(f"The parts of this job are 0 to {count - 1}; got {list(chosen)}.")
+    chosen = range(rank(), count, num_ranks()) if parts is None else _chosen(parts, count)
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
     job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
     folder = Path(folder)
     _claim(folder, job)
     for i in chosen:
-        if not _is_whole(_path(folder, i)):
-            rows = slice(i * part_size, min((i + 1) * part_size, num_samples))
-            _draw(prior, sampler, _path(folder, i), rows, _seed(seed, i), condition)
+        path, first = _path(folder, i), i * part_size
+        if not _is_drawn(path, _contents(job, i)):
+            rows = slice(first, min(first + part_size, num_samples))
+            with seeded(_seed(seed, i)):
+                tensors = _draw(prior, sampler, rows, condition)
+            _save(path, tensors, _contents(job, i))
+        _tidy(path)
     return [_path(folder, i) for i in chosen]
 
 
@@ -108,65 +124,143 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: If the folder holds no job, or a part is missing. Run the job again.
-        ValueError: If a part is damaged. Delete it, and run the job again.
+        ValueError: If a part or ``job.json`` is damaged, or a part is of another job or has the
+            number of another part. Delete the file that the message names, and run the job again.
 
     Example:
         >>> next(read_parts("nowhere"))
         Traceback (most recent call last):
         FileNotFoundError: nowhere holds no sampling job. Run sample_parts first.
     """
+    require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
     folder = Path(folder)
-    if not (folder / "job.json").is_file():
+    if not (folder / "job.json").exists():
         raise FileNotFoundError(f"{folder} holds no sampling job. Run sample_parts first.")
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    job = _read_job(folder)
     for i in range(-(-job["num_samples"] // job["part_size"])):
-        yield load_tensors(_path(folder, i))[0]
+        tensors, found = load_tensors(_path(folder, i))
+        if found != _contents(job, i):
+            _raise_strange(_path(folder, i))
+        yield tensors
 
 
-def _draw(
-    prior: NCPrior,
-    sampler: Sampler,
-    path: Path,
-    rows: slice,
-    seed: int,
-    condition: Any,  # noqa: ANN401
-) -> None:
-    with seeded(seed):
-        some = tree_map_only(Tensor, lambda t: t[rows], condition)
-        sample = prior.sample(rows.stop - rows.start, sampler, condition=some)
-    tensors = {f"z_{k}": z for k, z in enumerate(sample.latents)}
+def _chosen(parts: Iterable[int], count: int) -> list[int]:
+    """Returns the numbers of the parts, after a check that the job has them."""
+    require_instance("parts", parts, Iterable, "Pass a list of numbers.")
+    chosen = []
+    for i in parts:
+        require_counts(f"[0, {count - 1}]", parts=i)
+        chosen.append(operator.index(i))
+    return chosen
+
+
+def _draw(prior: NCPrior, sampler: Sampler, rows: slice, condition: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Returns the tensors of one part, drawn under the condition of its rows."""
+    if condition is not None:
+        device = device_of(prior.source)
+        condition = map_tensors(lambda t: t[rows].to(device) if t.is_cpu else t[rows], condition)
+    sample = prior.sample(rows.stop - rows.start, sampler, condition=condition)
+    return {"x": sample.x, **{f"z_{k}": z for k, z in enumerate(sample.latents)}}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], contents: dict[str, Any]) -> None:
     try:
-        save_tensors(path, {"x": sample.x, **tensors}, {"kind": "samples", "first": rows.start})
+        save_tensors(path, tensors, contents)
     except FileNotFoundError:
-        if not _is_whole(path):  # otherwise another process has written it and removed ours
+        if not _is_drawn(path, contents):  # otherwise another process has written and tidied it
             raise
-    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # left by a process that was killed
+
+
+def _tidy(path: Path) -> None:
+    """Removes the temporary files of a written file, left by processes that were killed."""
+    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):
         unfinished.unlink(missing_ok=True)
 
 
 def _claim(folder: Path, job: dict[str, Any]) -> None:
     """Writes the job's settings to the folder, or compares them with those it holds.
 
+    Of several processes that claim a folder at once, one writes the file and all others compare.
+
     Raises:
         ValueError: If the folder holds another job; pass another folder.
     """
     path = folder / "job.json"
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if other := {name: found.get(name) for name in job if found.get(name) != job[name]}:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(job, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    _tidy(path)
+    found = _read_job(folder)
+    if other := {name: found[name] for name in job if found[name] != job[name]}:
         raise ValueError(
             f"{folder} holds parts of another job, with {other}; got "
             f"{ {name: job[name] for name in other} }. Pass another folder."
         )
 
 
-def _is_whole(path: Path) -> bool:
+def _publish(temporary: Path, path: Path) -> None:
+    """Gives a whole file its name, unless another process has given it to a file of its own."""
     try:
-        return path.exists() and read_metadata(path).get("kind") == "samples"
-    except ValueError:
+        os.link(temporary, path)
+    except OSError:
+        if not path.exists():  # no hard links here: two jobs are told apart by their parts
+            os.replace(temporary, path)
+
+
+def _read_job(folder: Path) -> dict[str, Any]:
+    """Returns the settings of the job of a folder, after a check of their types and ranges.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = folder / "job.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        job = {name: found[name] for name in _SETTINGS}
+        require_counts(num_samples=job["num_samples"], part_size=job["part_size"])
+        require_counts(_SEEDS, seed=job["seed"])
+    except (IsADirectoryError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no job of sample_parts ({type(error).__name__}: {error}). Delete it and "
+            f"call sample_parts with the job's settings again; whole parts are kept."
+        ) from error
+    return job
+
+
+def _contents(job: dict[str, Any], i: int) -> dict[str, Any]:
+    """Returns the configuration of part i of a job, which its file must hold."""
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    return {"kind": "samples", "job": digest, "part": i}
+
+
+def _is_drawn(path: Path, contents: dict[str, Any]) -> bool:
+    """Returns whether a file is a whole part.
+
+    Raises:
+        ValueError: If it is a whole file with other contents, such as a part of another job.
+    """
+    try:
+        found = read_metadata(path)
+    except (FileNotFoundError, ValueError):
         return False
+    if found != contents:
+        _raise_strange(path)
+    return True
+
+
+def _raise_strange(path: Path) -> NoReturn:
+    raise ValueError(
+        f"{path} is not this part of the job in {path.parent / 'job.json'}: it is of another job, "
+        f"or a copy of another part. Move or delete it, and run the job again."
+    )
 
 
 def _path(folder: Path, i: int) -> Path:
@@ -190,5 +284,5 @@ def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
         return tensor
 
-    tree_map_only(Tensor, update, condition)
+    map_tensors(update, condition)
     return digest.hexdigest()

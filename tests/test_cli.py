@@ -94,12 +94,118 @@ def test_a_wrong_place_is_said(
     assert not captured.out
 
 
-def test_a_missing_prior_is_said_without_a_traceback(place: Path) -> None:
-    command = [sys.executable, "-m", "ncprior.cli", "inspect", "nowhere/ncprior.safetensors"]
+def test_N8_the_package_runs_as_a_module_and_says_what_is_missing(place: Path) -> None:
+    command = [sys.executable, "-m", "ncprior", "inspect", "nowhere/ncprior.safetensors"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("ncprior: There is no file")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("prior = NCPrior(source, MLPHead((2,)))", "got NCPrior"),
+        ("prior = 3", "got int"),
+        ("prior = SingleGroup", "A source is a subclass of ncprior.LatentSource; got"),
+        ("def prior(): return None", "got NoneType"),
+    ],
+)
+def test_F24_what_is_no_source_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str], code: str, message: str
+) -> None:
+    heads = "from ncprior import NCPrior\nfrom ncprior.heads import MLPHead\n"
+    Path("my_vae_of_test.py").write_text(MY_VAE + heads + code)
+    where = ["--source", "my_vae_of_test.py:prior", "--data", "my_vae_of_test.py:held_out"]
+    assert main(["diagnose", "saved", *where]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+WRONG_POSTERIOR = """vae.forward = lambda z: z
+def posterior(x):
+    return x @ z
+source = SingleGroup(base, posterior, vae, module=vae)"""
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "message"),
+    [
+        ("x = (1,\ny = 2", 1, "SyntaxError: '(' was never closed"),
+        ("x = 1\nraise RuntimeError('no\\nmemory')", 2, "RuntimeError: no memory"),
+        ("def f():\n    raise AttributeError\nf()", 2, "AttributeError: "),
+        ("import no_such_package", 1, "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("import sys\nsys.exit()", 2, "SystemExit: "),
+        (WRONG_POSTERIOR, 3, "NameError: name 'z' is not defined"),
+        ("def held_out():\n    return {}['a']", 2, "KeyError: 'a'"),
+    ],
+)
+def test_F24_an_error_in_the_users_file_names_its_line(
+    place: Path, capsys: pytest.CaptureFixture[str], code: str, line: int, message: str
+) -> None:
+    Path("my_vae_of_test.py").write_text(MY_VAE + code)
+    where = ["--source", "my_vae_of_test.py:source", "--data", "my_vae_of_test.py:held_out"]
+    for arguments in (where, [part.replace(".py:", ":") for part in where]):
+        assert main(["diagnose", "saved", *arguments]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert f"my_vae_of_test.py:{MY_VAE.count(chr(10)) + line}: {message}" in said
+        sys.modules.pop("my_vae_of_test", None)
+
+
+def test_F24_a_file_is_read_again_after_an_error(place: Path) -> None:
+    where = ["--source", "my_vae_of_test.py:source", "--data", "my_vae_of_test.py:held_out"]
+    Path("my_vae_of_test.py").write_text("source = 1 / 0")
+    assert main(["diagnose", "saved", *where]) == 2
+    Path("my_vae_of_test.py").write_text(MY_VAE)
+    assert main(["diagnose", "saved", *where]) == 0
+
+
+def test_N8_modules_in_the_working_folder_and_neighbours_of_a_file_are_found(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sys.path.copy()
+    where = ["--source", "my_vae_of_test:source", "--data", "my_vae_of_test:held_out"]
+    assert main(["diagnose", "saved", *where]) == 0
+    Path("deep").mkdir()
+    Path("deep", "neighbour_of_test.py").write_text(MY_VAE)
+    Path("deep", "vae_of_test.py").write_text("from neighbour_of_test import *")
+    where = ["--source", "deep/vae_of_test.py:source", "--data", "deep/vae_of_test.py:held_out"]
+    assert main(["diagnose", "saved", *where]) == 0
+    assert sys.path == before
+    del sys.modules["neighbour_of_test"], sys.modules["vae_of_test"]
+
+
+TABLE = """
+import numpy as np
+class DataFrame:  # of pandas or polars
+    def __init__(self, values): self.values = np.array(values)
+    def to_numpy(self): return self.values
+    def __getitem__(self, column): raise KeyError(column)
+    def __len__(self): return len(self.values)
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        *(("DataFrame(np.random.randn(100, 2))", 0), ("np.random.randn(100, 2)", 0)),
+        *(("DataFrame([['a', 1], ['b', 2]])", 1), ("3", 1), ("SingleGroup", 1), ("None", 1)),
+    ],
+)
+def test_N8_tables_and_arrays_are_data(
+    place: Path, capsys: pytest.CaptureFixture[str], data: str, status: int
+) -> None:
+    Path("my_vae_of_test.py").write_text(f"{MY_VAE}{TABLE}\ntable = {data}")
+    where = ["--source", "my_vae_of_test.py:source", "--data", "my_vae_of_test.py:table"]
+    assert main(["diagnose", "saved", *where]) == status
+    if status:
+        assert "my_vae_of_test.py:table must be" in capsys.readouterr().err
+
+
+def test_F26_the_seed_is_within_range(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--source", "my_vae_of_test.py:source", "--data", "my_vae_of_test.py:held_out"]
+    assert main(["diagnose", "saved", *where, "--seed", str(2**80)]) == 1
+    assert "seed must be a whole number" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

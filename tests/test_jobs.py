@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
+from collections import UserDict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,19 +38,13 @@ def made() -> NCPrior:
         return stir(ladder_prior(2))
 
 
-def slow(prior: Any, log_ratio: Any) -> Draw:
-    """SIR that takes its time."""
-    time.sleep(0.1)
-    return SAMPLER(prior, log_ratio)
-
-
 def slow_by(prior: Any, log_ratio: Any, *, sampler: Any) -> Draw:
     """Any sampler, taking its time."""
     return sampler(prior, log_ratio)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -90,30 +83,6 @@ def test_neither_order_nor_number_of_processes_matters(
     assert contents(tmp_path) == whole
 
 
-def test_a_job_killed_and_started_again_gives_the_same_files(
-    whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    folder = tmp_path / "job"
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    process = subprocess.Popen(command, env=environment)
-    try:
-        while not (folder / "part-00001.safetensors").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
-    finally:
-        process.wait(60)
-    assert len(list(folder.glob("part-*"))) < 5
-    # What a process leaves that is killed while it writes:
-    (folder / ".part-00004.safetensors.0badcafe.tmp").write_bytes(whole["job.json"])
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    slow_job = contents(folder)
-    assert slow_job.pop("job.json") != whole["job.json"]  # another sampler by name, the same draws
-    assert slow_job == {name: whole[name] for name in whole if name != "job.json"}
-
-
 def test_what_is_there_is_not_drawn_again_and_what_is_damaged_is(
     whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -128,11 +97,12 @@ def test_what_is_there_is_not_drawn_again_and_what_is_damaged_is(
         sample_parts(made(), counting, tmp_path, **JOB)
         assert len(drawn) == expected
     path = tmp_path / "part-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-3])
+    before = path.read_bytes()
+    path.write_bytes(before[:-3])
     drawn.clear()
     sample_parts(made(), counting, tmp_path, **JOB)
     assert len(drawn) == 2
-    assert path.read_bytes() == whole[path.name]
+    assert path.read_bytes() == before
 
 
 def test_generators_outside_stay_as_they_are(tmp_path: Path) -> None:
@@ -247,22 +217,161 @@ def test_samplers_made_of_samplers_are_told_apart_and_known_again(
 
 
 def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="parts of this job are 0 to 4; got .5."):
+    with pytest.raises(ValueError, match=r"parts must be a whole number in \[0, 4\]; got 5"):
         sample_parts(made(), SAMPLER, tmp_path, parts=[5], **JOB)
-    with pytest.raises(ValueError, match="at least 1; got 0 and 5"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number in .*; got 0"):
         sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "num_samples": 0})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"num_samples": 23.0}, {"num_samples": "23"}, {"part_size": None}, {"part_size": 0.5}),
+        *({"parts": 3}, {"parts": "ab"}, {"parts": [1.0]}, {"prior": None}, {"sampler": None}),
+        *({"prior": NCPrior}, {"sampler": "sir"}, {"folder": None}, {"condition": 3}),
+    ],
+)
+def test_F26_counts_and_objects_of_a_job(wrong: dict[str, Any], tmp_path: Path) -> None:
+    given = {"prior": made(), "sampler": SAMPLER, "folder": tmp_path / "job", **JOB, **wrong}
+    with pytest.raises((TypeError, ValueError), match="must be|Expected tensors"):
+        sample_parts(**given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, "a", True])
+def test_F35_a_seed_is_a_whole_number(seed: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="seed must be a whole number"):
+        sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "seed": seed})
+    assert not list(tmp_path.iterdir())
+
+
+def test_F26_whole_numbers_of_numpy_are_whole_numbers(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    job = {name: np.int64(value) for name, value in JOB.items()}
+    sample_parts(made(), SAMPLER, tmp_path, parts=np.arange(5), **job)
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("seed", [7, 8])
+def test_F10_of_two_jobs_that_claim_a_folder_at_once_one_is_refused(
+    seed: int,
+    has_links: bool,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other job runs after this one found the folder empty, and before it has claimed it."""
+    fsync = os.fsync
+
+    def fsync_after_the_other(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        sample_parts(made(), SAMPLER, tmp_path, **JOB)
+        fsync(descriptor)
+
+    def without_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync_after_the_other)
+    if not has_links:
+        monkeypatch.setattr(os, "link", without_links)
+    if seed == JOB["seed"]:
+        sample_parts(made(), SAMPLER, tmp_path, **JOB)
+    else:
+        with pytest.raises(ValueError, match="of another job"):
+            sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "seed": seed})
+    assert contents(tmp_path) == whole  # no temporary file, too
+    sample_parts(made(), SAMPLER, tmp_path / "alone", **JOB)
+    assert contents(tmp_path / "alone") == whole
+
+
+def test_F10_a_part_of_another_seed_or_with_another_number_is_refused(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    sample_parts(made(), SAMPLER, tmp_path / "other", **{**JOB, "seed": 8}, parts=[1])
+    strange = (tmp_path / "other" / "part-00001.safetensors").read_bytes()
+    for content in (strange, whole["part-00000.safetensors"]):
+        folder = tmp_path / "job"
+        sample_parts(made(), SAMPLER, folder, **JOB)
+        path = folder / "part-00001.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-00001.* is not this part .* delete it"):
+            list(read_parts(folder))
+        with pytest.raises(ValueError, match=r"part-00001.* is not this part .* delete it"):
+            sample_parts(made(), SAMPLER, folder, **JOB)
+        assert path.read_bytes() == content
+        path.unlink()
+    sample_parts(made(), SAMPLER, folder, **JOB)
+    assert contents(folder) == whole
+
+
+def test_F22_temporary_files_of_a_dead_job_are_removed_by_the_next(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f".{name}.0badcafe.tmp").write_bytes(content[:9])
+    sample_parts(made(), SAMPLER, tmp_path, **JOB)
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "garbage", "[]", "null", "{}", "3", '"job"', "[" * 100_000, "\ufeff{}"),
+        '{"num_samples": 23, "part_size": 5, "seed": 7}',
+        '{"num_samples": 23, "part_size": 0, "seed": 7, "sampler": "", "prior": ""}',
+        '{"num_samples": 23.5, "part_size": 5, "seed": 7, "sampler": "", "prior": ""}',
+        '{"num_samples": NaN, "part_size": [], "seed": null, "sampler": "", "prior": ""}',
+    ],
+)
+def test_F23_a_damaged_job_is_one_clear_error(
+    text: str, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / "job.json"
+    path.write_text(text, encoding="utf-8")
+    message = r"job.json holds no job of sample_parts .* Delete it and call sample_parts"
+    with pytest.raises(ValueError, match=message):
+        list(read_parts(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        sample_parts(made(), SAMPLER, tmp_path, **JOB)
+    path.unlink()
+    sample_parts(made(), SAMPLER, tmp_path, parts=[], **JOB)
+    assert contents(tmp_path) == whole
+
+
+def test_GC6_rows_of_a_condition_go_to_the_device_of_the_vae(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU."""
+    seen = []
+
+    def sample(self: NCPrior, num: int, sampler: Any, condition: dict[str, Tensor]) -> Any:
+        seen.extend((c.device.type, len(c)) for c in condition.values())
+        return SimpleNamespace(x=torch.zeros(num, 3), latents=[torch.zeros(num, 2)])
+
+    monkeypatch.setattr(NCPrior, "sample", sample)
+    monkeypatch.setattr(parts_module, "device_of", lambda source: torch.device("meta"))
+    condition = UserDict(a=torch.zeros(23), b=torch.zeros(23, 2))
+    sample_parts(made(), SAMPLER, tmp_path, condition=condition, **JOB)
+    assert seen == 8 * [("meta", 5)] + 2 * [("meta", 3)]
+
+
+def test_conditions_of_a_mapping_type_are_part_of_the_job(tmp_path: Path) -> None:
+    job = {"condition": UserDict(a=torch.zeros(23)), "parts": [], **JOB}
+    sample_parts(made(), SAMPLER, tmp_path, **job)
+    with pytest.raises(ValueError, match="parts of another job"):
+        sample_parts(made(), SAMPLER, tmp_path, **{**job, "condition": np.ones(23)})
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     sample_parts(made(), SAMPLER, tmp_path, parts=[0, 1, 3, 4], **JOB)
     with pytest.raises(FileNotFoundError, match="part-00002"):
         list(read_parts(tmp_path))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sample_parts(made(), slow, sys.argv[1], **JOB)
 
 
 def test_no_two_parts_of_a_job_share_a_seed() -> None:

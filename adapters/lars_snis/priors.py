@@ -30,6 +30,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import logsigmoid
 
 from ncprior.distributions import Sampleable
+from ncprior.utils.require import require_callable, require_counts, require_numbers
 
 NUM_LATENTS = 50  # of the paper's VAEs
 
@@ -42,6 +43,10 @@ class EnergyNet(nn.Module):
     Arguments:
         latents: Number of latents.
 
+    Raises:
+        TypeError: If the number is not a whole number.
+        ValueError: If it is below 1.
+
     Example:
         >>> net = EnergyNet()
         >>> net(torch.randn(7, 4, 50)).shape, sum(p.numel() for p in net.parameters())
@@ -49,6 +54,7 @@ class EnergyNet(nn.Module):
     """
 
     def __init__(self, latents: int = NUM_LATENTS) -> None:
+        require_counts(latents=latents)
         super().__init__()
         self.layers = mlp(latents, 100, 100, 1)
         glorot(self)
@@ -71,7 +77,8 @@ class SNISPrior(nn.Module):
             None. With a trained ratio head it is the distribution that NCP samples.
 
     Raises:
-        ValueError: If there is no proposal.
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is no proposal or no latent.
 
     Example:
         >>> prior = SNISPrior(num_proposals=16)
@@ -87,9 +94,10 @@ class SNISPrior(nn.Module):
         num_proposals: int = 128,
         energy: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        require_counts(latents=latents, num_proposals=num_proposals)
+        if energy is not None:
+            require_callable("energy", energy, "Pass a network such as EnergyNet().")
         super().__init__()
-        if num_proposals < 1:
-            raise ValueError(f"num_proposals must be at least 1; got {num_proposals}.")
         self.latents, self.num_proposals = latents, num_proposals
         self.energy = EnergyNet(latents) if energy is None else energy
 
@@ -146,7 +154,8 @@ class LARSPrior(nn.Module):
             estimate of :meth:`estimate_normaliser`; 0 before either.
 
     Raises:
-        ValueError: If there is no proposal.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range.
 
     Example:
         >>> prior = LARSPrior().eval()
@@ -166,12 +175,10 @@ class LARSPrior(nn.Module):
         num_proposals: int = 128,
         decay: float = 0.99,
     ) -> None:
+        require_counts(latents=latents, num_proposals=num_proposals)
+        require_counts("[2, inf)", truncation=truncation)
+        require_numbers("[0, 1)", decay=decay)
         super().__init__()
-        if truncation < 2 or num_proposals < 1:
-            raise ValueError(
-                f"truncation must be at least 2 and num_proposals at least 1; got {truncation}, "
-                f"{num_proposals}."
-            )
         self.latents, self.truncation = latents, truncation
         self.num_proposals, self.decay = num_proposals, decay
         self.logit = EnergyNet(latents)
@@ -216,8 +223,7 @@ class LARSPrior(nn.Module):
             FloatingPointError: If the acceptance is not finite.
             ValueError: If there is no sample.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1; got {num_samples}.")
+        require_counts(num_samples=num_samples)
         proposal, total, squares = standard_normal(self.latents, _like(self)), 0.0, 0.0
         for start in range(0, num_samples, _CHUNK):
             a = self._accept(proposal.sample(Size((min(_CHUNK, num_samples - start),))))

@@ -34,6 +34,14 @@ from ncprior.adapters.lars_snis.priors import (
 from ncprior.distributions import Sampleable, expand
 from ncprior.single_group import SingleGroup
 from ncprior.source import Group, LatentSource, require_eval
+from ncprior.utils.require import (
+    floats_of_batch,
+    real_tensor,
+    require_counts,
+    require_instance,
+    require_numbers,
+    tensor_of_batch,
+)
 
 _PIXELS = (1, 28, 28)
 
@@ -46,6 +54,7 @@ class _BinaryVAE(nn.Module):
 
     def __init__(self, mean: Tensor) -> None:
         super().__init__()
+        mean = real_tensor("mean", mean)
         if tuple(mean.shape) != _PIXELS:
             raise ValueError(
                 f"The mean is the training images' mean, of shape {_PIXELS}; got "
@@ -56,6 +65,8 @@ class _BinaryVAE(nn.Module):
 
     def _initialise(self, prior: SNISPrior | LARSPrior | None) -> None:
         """Initialises the networks, and keeps the prior unchanged."""
+        kinds = (SNISPrior, LARSPrior, type(None))
+        require_instance("prior", prior, kinds, "Pass SNISPrior(), LARSPrior() or None: N(0, I).")
         if prior is not None and prior.latents != NUM_LATENTS:
             raise ValueError(f"The prior must have {NUM_LATENTS} latents; got {prior.latents}.")
         glorot(self)
@@ -75,6 +86,7 @@ class _BinaryVAE(nn.Module):
         return kl if self.prior is None else kl - self.prior.log_ratio(z)
 
     def _centred(self, x: Tensor) -> Tensor:
+        x = tensor_of_batch(x)
         if x.ndim != 4 or tuple(x.shape[1:]) != _PIXELS:
             raise ValueError(
                 f"These networks take images of shape (B, 1, 28, 28), unpadded; got "
@@ -219,6 +231,9 @@ class EIMSource(SingleGroup):
     Arguments:
         model: The VAE, in evaluation mode when it is used.
 
+    Raises:
+        TypeError: If it is no :class:`EIMVAE`.
+
     Example:
         >>> from ncprior.source import sample_posterior
         >>> vae = EIMVAE(torch.full((1, 28, 28), 0.5)).eval()
@@ -228,6 +243,7 @@ class EIMSource(SingleGroup):
     """
 
     def __init__(self, model: EIMVAE) -> None:
+        require_instance("model", model, EIMVAE, "Two groups: ConvEIMSource(ConvEIMVAE(...)).")
         super().__init__(
             *(model.prior_distribution(), model.posterior, model.decode),
             module=model,
@@ -241,6 +257,9 @@ class ConvEIMSource(LatentSource[Any, Any]):
     Arguments:
         model: The VAE, in evaluation mode when it is used.
 
+    Raises:
+        TypeError: If it is no :class:`ConvEIMVAE`.
+
     Example:
         >>> from ncprior.source import sample_posterior
         >>> source = ConvEIMSource(ConvEIMVAE(torch.full((1, 28, 28), 0.5)).eval())
@@ -252,7 +271,8 @@ class ConvEIMSource(LatentSource[Any, Any]):
     num_groups = 2
 
     def __init__(self, model: ConvEIMVAE) -> None:
-        self.module: ConvEIMVAE = model
+        remedy = "One group: EIMSource(EIMVAE(...))."
+        self.module: ConvEIMVAE = require_instance("model", model, ConvEIMVAE, remedy)
 
     class Encoding(NamedTuple):
         """Loc and scale of q(z_2 | x), and features of x."""
@@ -273,7 +293,7 @@ class ConvEIMSource(LatentSource[Any, Any]):
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Encodes binary images, ``(B, 1, 28, 28)``, the first item of a batch that is a tuple."""
         require_eval(self.module)
-        return self.Encoding(*self.module.encode(x[0] if isinstance(x, tuple | list) else x))
+        return self.Encoding(*self.module.encode(x))
 
     def start(
         self, batch_size: int, encoding: Encoding | None = None, condition: None = None
@@ -345,11 +365,8 @@ class Binarised:
     """
 
     def __init__(self, images: Tensor, batch_size: int) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size must be between 1 and the number of images, {len(images)}; got "
-                f"{batch_size}."
-            )
+        images = floats_of_batch("Binarised", images, "Divide bytes by 255.", (0, 1))
+        require_counts(f"[1, {len(images)}]", batch_size=batch_size)
         self.images, self.batch_size = images, batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -383,6 +400,8 @@ def train_vae(
 
     Raises:
         FloatingPointError: If the ELBO is not finite.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range.
 
     Example:
         >>> images = torch.rand(64, 1, 28, 28)
@@ -392,6 +411,11 @@ def train_vae(
         (False, True)
     """
     from ncprior.utils.optimise import train
+
+    require_instance("vae", vae, (EIMVAE, ConvEIMVAE), "Make one: EIMVAE(images.mean(0)).")
+    require_counts(epochs=epochs, batch_size=batch_size)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    images = floats_of_batch("train_vae", images, "Divide bytes by 255.", (0, 1)).to(vae.mean)
 
     def negative_elbo(rows: Tensor) -> Tensor:
         loss = vae.negative_elbo(torch.bernoulli(images[rows])).mean()

@@ -16,9 +16,18 @@ from torch.nn.functional import batch_norm, silu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ncprior.adapters.nvae.layout import cuda_only_layers
-from ncprior.source import LatentSource, require_eval, visit
+from ncprior.source import LatentSource, require_eval, require_source, visit
+from ncprior.utils.require import (
+    described,
+    require_callable,
+    require_counts,
+    require_flags,
+    require_instance,
+)
 
 _OLDER_ARGS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
+
+_OTHER_MODEL = "Let `build` make the model that the checkpoint's args and arch_instance describe."
 
 _NOT_WEIGHTS = (".weight_normalized", ".num_batches_tracked")  # older checkpoints lack them
 
@@ -43,22 +52,21 @@ def load_checkpoint(
         The model, on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: If the file holds other types, is no such checkpoint, or does not fill the
-            model.
+        FileNotFoundError: If there is no such file.
+        TypeError: If ``build`` is no function, or returns no module.
+        ValueError: If the file is damaged, holds other types, is no such checkpoint, or does not
+            fill the model.
 
     Example:
         >>> model = load_checkpoint(  # doctest: +SKIP
         ...     "checkpoint.pt", lambda args, arch: AutoEncoder(args, None, arch)
         ... )
     """
+    require_instance("path", path, (str, os.PathLike), "Pass the path of a checkpoint.")
+    require_callable("build", build, "Pass lambda args, arch: AutoEncoder(args, None, arch).")
+    require_flags(trust_pickle=trust_pickle)
     checkpoint = _read(path, trust_pickle)
-    lacking = {"args", "arch_instance", "state_dict"} - set(checkpoint)
-    if lacking:
-        raise ValueError(
-            f"{os.fspath(path)} is no checkpoint of NVAE: it lacks {', '.join(sorted(lacking))}. "
-            f"Give the file that NVAE's train.py wrote."
-        )
-    args = checkpoint["args"]
+    args, weights = _checked(path, checkpoint)
     for name, value in _OLDER_ARGS.items():
         vars(args).setdefault(name, value)
     if torch.cuda.is_available():
@@ -66,7 +74,10 @@ def load_checkpoint(
     else:
         with without_cuda():
             model = build(args, checkpoint["arch_instance"])
-    _fill(model, checkpoint["state_dict"])
+    require_instance(
+        "build(args, arch)", model, nn.Module, "Return the AutoEncoder that it makes."
+    )
+    _fill(model, weights)
     return model.eval()
 
 
@@ -111,6 +122,7 @@ class on_cpu:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        require_instance("model", model, nn.Module, "Pass an AutoEncoder of NVAE.")
         self.model = model
         self._layers = [layer for layer in cuda_only_layers(model) if "forward" not in vars(layer)]
         for layer in self._layers:
@@ -167,6 +179,10 @@ def readjust_batchnorm(
         >>> x.shape
         torch.Size([4, 1, 8, 8])
     """
+    require_source(source)
+    require_counts(batch_size=batch_size, iterations=iterations)
+    if draw is not None:
+        require_callable("draw", draw, "Pass lambda: prior.sample(16, sampler).")
     require_eval(source.module)
     layers = _decoder_batchnorms(source.module)
     before = {layer: _statistics(layer) for layer in layers}
@@ -195,10 +211,19 @@ def _read(path: str | os.PathLike[str], trust_pickle: bool) -> Mapping[str, Any]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
+        remedy = "Copy or download it again."
+        if "global" in str(error).lower():  # of torch's messages: "Unsupported global"
+            remedy = (
+                "It holds more than tensors, plain values and an argparse.Namespace, and reading it "
+                "could run any code. If you trust where it comes from, pass trust_pickle=True."
+            )
+        raise ValueError(f"Cannot read {os.fspath(path)}. {remedy} {error}") from error
+    except (EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if getattr(error, "filename", None) is not None:  # there is no such file, or no permission
+            raise
         raise ValueError(
-            f"{os.fspath(path)} holds more than tensors, plain values and an argparse.Namespace, "
-            f"and reading it could run any code. If you trust where it comes from, pass "
-            f"trust_pickle=True. {error}"
+            f"Cannot read {os.fspath(path)}: it is empty, damaged or no file of torch.save "
+            f"({type(error).__name__}: {error}). Copy or download it again."
         ) from error
     finally:
         if not allowed:
@@ -208,16 +233,41 @@ def _read(path: str | os.PathLike[str], trust_pickle: bool) -> Mapping[str, Any]
     return checkpoint if isinstance(checkpoint, Mapping) else {}
 
 
+def _checked(
+    path: str | os.PathLike[str], checkpoint: Mapping[str, Any]
+) -> tuple[argparse.Namespace, Mapping[str, Tensor]]:
+    """Returns the arguments and the weights of a checkpoint of NVAE, after a check of their types."""
+    remedy = "Give the file that NVAE's train.py wrote."
+    if lacking := {"args", "arch_instance", "state_dict"} - set(checkpoint):
+        raise ValueError(
+            f"{os.fspath(path)} is no checkpoint of NVAE: it lacks {', '.join(sorted(lacking))}. "
+            f"{remedy}"
+        )
+    args, weights = checkpoint["args"], checkpoint["state_dict"]
+    are_weights = isinstance(weights, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    )
+    if not isinstance(args, argparse.Namespace) or not are_weights:
+        raise ValueError(
+            f"{os.fspath(path)} is no checkpoint of NVAE: its args must be an argparse.Namespace "
+            f"and its state_dict must map names to tensors; got {described(args)} and "
+            f"{described(weights)}. {remedy}"
+        )
+    return args, weights
+
+
 def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # of shapes
+        raise ValueError(f"The checkpoint did not load: {error}. {_OTHER_MODEL}") from error
     missing = [name for name in missing if not name.endswith(_NOT_WEIGHTS)]
     if missing or unexpected:
         some = ", ".join([*missing, *unexpected][:3])
         raise ValueError(
             f"The checkpoint did not load: {len(missing)} weights of the model are missing and "
-            f"{len(unexpected)} of the checkpoint are unknown to it ({some}, ...). Does `build` "
-            f"make the model that the checkpoint's args and arch_instance describe?"
+            f"{len(unexpected)} of the checkpoint are unknown to it ({some}, ...). {_OTHER_MODEL}"
         )
     for module in model.modules():
         if getattr(module, "data_init", False):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ncprior.utils.require import described
+
 _ATTRIBUTES = (
     *("stem", "pre_process", "enc_tower", "dec_tower", "enc0", "enc_sampler", "dec_sampler"),
     *("nf_cells", "prior_ftr0", "z0_size", "post_process", "image_conditional", "res_dist"),
@@ -31,7 +33,7 @@ def checked_model(model: Any) -> nn.Module:  # noqa: ANN401
     missing = [name for name in _ATTRIBUTES if not hasattr(model, name)]
     if missing or not isinstance(model, nn.Module):
         raise TypeError(
-            f"NVAESource takes NVAE's AutoEncoder; got {type(model).__name__}, which lacks "
+            f"NVAESource takes NVAE's AutoEncoder; got {described(model)}, which lacks "
             f"{', '.join(missing[:3])}. Give the model itself, not its checkpoint; "
             f"load_checkpoint makes the one from the other."
         )

@@ -45,6 +45,9 @@ from ncprior.adapters.nvae.layout import (
     masked_layers,
 )
 from ncprior.source import Group, LatentSource, require_eval
+from ncprior.utils.precision import input_like
+from ncprior.utils.random_state import seeded
+from ncprior.utils.require import floats_of_batch, require_numbers, tensor_of_batch
 
 _BORDER = 2  # around MNIST's 28×28 pixels
 
@@ -116,8 +119,7 @@ class NVAESource(LatentSource[Any, Any]):
         skips: tuple[Tensor, ...] | None
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
-        if not temperature > 0:
-            raise ValueError(f"The temperature must be positive; got {temperature}.")
+        require_numbers("(0, inf)", temperature=temperature)
         self.module: nn.Module = checked_model(model)
         self.temperature = temperature
         self.num_groups = len(self._model.enc_sampler)
@@ -238,14 +240,13 @@ class NVAESource(LatentSource[Any, Any]):
             ...     NVAESource(model).self_check(torch.rand(2, 1, 8, 8).round())
             0.0
         """
+        require_numbers("[0, inf)", tolerance=tolerance)
         self._require_ready()
         x = self._checked_images(x)
         on_gpu = x.is_cuda
-        with torch.random.fork_rng([x.device] if on_gpu else []):
-            torch.manual_seed(0)
-            with nullcontext() if on_gpu else without_cuda():
-                logits, log_q, log_p = self._model(x)[:3]
-            torch.manual_seed(0)
+        with seeded(0), nullcontext() if on_gpu else without_cuda():
+            logits, log_q, log_p = self._model(x)[:3]
+        with seeded(0):
             ours = self._totals(x)
         worst = 0.0
         for name, a, b in zip(("logits", "log q(z|x)", "log p(z)"), ours, (logits, log_q, log_p)):  # noqa: B905
@@ -335,19 +336,18 @@ class NVAESource(LatentSource[Any, Any]):
             )
 
     def _checked_images(self, x: Any) -> Tensor:  # noqa: ANN401
-        x = x[0] if isinstance(x, tuple | list) else x
+        images = tensor_of_batch(x)
         shape = self._image_shape
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1:] != shape:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if images.ndim != 4 or images.shape[1:] != shape:
+            got = tuple(images.shape)
             remedy = " Pad by 2 on every side." if self._model.crop_output else ""
             raise ValueError(
                 f"This NVAE expects images of shape (B, {', '.join(map(str, shape))}); got {got}.{remedy}"
             )
-        if not x.is_floating_point() or bool(((x < 0) | (x > 1)).any()):
-            raise ValueError("NVAE expects images in [0, 1], as floats. Divide bytes by 255.")
+        images = floats_of_batch("NVAE", images, "Divide bytes by 255.", (0, 1))
         bits = 1 if shape[0] == 1 else getattr(self._model, "num_bits", 8)
         levels = 2**bits - 1
-        if bits < 8 and bool(((x * levels).round() - x * levels).abs().max() > 1e-3):
+        if bits < 8 and bool(((images * levels).round() - images * levels).abs().max() > 1e-3):
             remedy = (
                 "Binarise x" if bits == 1 else f"Use (x * 255 // {2 ** (8 - bits)}) / {levels}"
             )
@@ -355,7 +355,7 @@ class NVAESource(LatentSource[Any, Any]):
             raise ValueError(
                 f"The model has {kind}: x must be on the levels k/{levels}. {remedy}."
             )
-        return x
+        return images.to(input_like(self.module))
 
 
 def _stairs(tower: Any) -> Iterator[list[Any]]:  # noqa: ANN401

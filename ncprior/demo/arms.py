@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import num_rows, sample_posterior
+from ncprior.utils.require import require_callable, require_counts, require_instance
 
 ARMS = ("base prior", "NCP", "posterior")
 
@@ -66,6 +67,10 @@ def draw_arms(
     Returns:
         The features of every generation, and each arm's first generation, by the arm's name.
 
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is below 1.
+
     Example:
         >>> from functools import partial
         >>> from ncprior import sir
@@ -81,6 +86,10 @@ def draw_arms(
         >>> len(features["NCP"]), first["posterior"].latents[0].shape
         (2, torch.Size([20, 2]))
     """
+    require_instance("prior", prior, NCPrior, "Pass an NCPrior: NCPrior(source, heads).")
+    for name, function in (("sampler", sampler), ("features", features), ("condition", condition)):
+        require_callable(name, function, "See the example in the docstring.")
+    require_counts(num_samples=num_samples, generations=generations)
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
     first: dict[str, Generation] = {}
     seeds = torch.randint(2**31, (generations,)).tolist()
@@ -100,6 +109,8 @@ def draw_arms(
 @torch.no_grad()
 def log_z(prior: NCPrior, num_draws: int) -> float:
     """Estimate of log Z = log E_p[r] in nats, for one group; 0 for an exact ratio."""
+    require_instance("prior", prior, NCPrior, "Pass an NCPrior: NCPrior(source, heads).")
+    require_counts(num_draws=num_draws)
     base = prior.source.group(prior.source.start(num_draws)).prior
     log_r = prior.log_ratio([base.sample()])[:, 0]
     return torch.logsumexp(log_r.double(), 0).item() - math.log(num_draws)

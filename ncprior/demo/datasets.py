@@ -17,6 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError
 from torch import Tensor
 
+from ncprior.utils.require import require_counts, require_instance
+
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray
 
@@ -65,12 +67,15 @@ def read_images(repo: str, split: str, label: str = "label") -> Labelled:
         FileNotFoundError: If there are no such files in the folder and on the Hub.
         ValueError: If the files have no column ``image`` or ``img``, or none of the classes, or
             images of several sizes.
+        TypeError: If a name is not a text.
         ImportError: If pyarrow or Pillow is not installed; install the extra ``demo``.
 
     Example:
         >>> read_images("ylecun/mnist", "test").images.shape  # doctest: +SKIP
         torch.Size([10000, 1, 28, 28])
     """
+    for name, text in (("repo", repo), ("split", split), ("label", label)):
+        require_instance(name, text, str, "Pass a name.")
     try:
         from PIL import Image
         from pyarrow import parquet
@@ -131,6 +136,7 @@ def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]
         The training images and the held-out images.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If either set would be empty.
 
     Example:
@@ -138,9 +144,10 @@ def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]
         >>> len(train.images), len(held_out.images)
         (1197, 600)
     """
+    require_instance("data", data, Labelled, "Pass Labelled(images, labels).")
     total = len(data.labels)
-    if not 0 < held_out < total:
-        raise ValueError(f"held_out must be between 1 and {total - 1}; got {held_out}.")
+    require_counts(f"[1, {total - 1}]", held_out=held_out)
+    require_counts("(-1e18, 1e18)", seed=seed)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     labels = data.labels[order]
     place = torch.empty(total, dtype=torch.float64)

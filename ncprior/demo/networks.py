@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ncprior.single_group import SingleGroup
+from ncprior.utils.require import require_choice, require_counts
 
 
 class VAE(nn.Module):
@@ -21,6 +22,10 @@ class VAE(nn.Module):
         counts: Binomial trials per pixel: pixel x is ``counts * x`` successes. 1 gives the
             Bernoulli likelihood; for fractional x it is its expectation over binarised x.
 
+    Raises:
+        TypeError: If a number is not a whole number.
+        ValueError: If there is no network for the size, or a number is below 1.
+
     Example:
         >>> vae = VAE(8, latents=6, counts=16).eval()
         >>> x = torch.rand(4, 1, 8, 8)
@@ -29,6 +34,8 @@ class VAE(nn.Module):
     """
 
     def __init__(self, size: int, *, latents: int, counts: int) -> None:
+        require_choice("size", size, (8, 28))
+        require_counts(latents=latents, counts=counts)
         super().__init__()
         self.encoder, self.decoder = (_dense if size == 8 else _convolutional)(latents)
         self.latents, self.counts = latents, counts
@@ -69,6 +76,10 @@ class Classifier(nn.Module):
         size: Height and width of the images: grey ones of 8 or 28, colour ones of 32.
         num_features: Number of features.
 
+    Raises:
+        TypeError: If the number of features is not a whole number.
+        ValueError: If there is no network for the size, or the number is below 1.
+
     Example:
         >>> classifier, x = Classifier(28, num_features=32), torch.rand(5, 1, 28, 28)
         >>> classifier(x).shape, classifier.features(x).shape
@@ -76,6 +87,8 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, size: int, *, num_features: int) -> None:
+        require_choice("size", size, (8, 28, 32))
+        require_counts(num_features=num_features)
         super().__init__()
         first = 1 if size == 8 else 2  # the first stride; all later strides are 2
         channels = (3, 32, 64, 128) if size == 32 else (1, 32, 64)

@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ncprior.utils.require import described, real_tensor
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -93,6 +95,11 @@ def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
     Returns:
         The directions, with shape ``(D, 2)``.
 
+    Raises:
+        TypeError: If the latents are no numbers.
+        ValueError: If latents are not finite, the rows of labels are others, or there are fewer
+            than three classes.
+
     References:
         The Utilization of Multiple Measurements in Problems of Biological Classification
         (Rao, 1948), the linear discriminant analysis of several classes
@@ -105,6 +112,12 @@ def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
         >>> discriminant_axes(z, labels).square().sum(1).round()  # the plane of axes 1 and 2
         tensor([0., 1., 1.])
     """
+    z, labels = real_tensor("z", z, ndim=2, rows=3), torch.as_tensor(labels)
+    if labels.shape != z.shape[:1] or len(labels.unique()) < 3:
+        raise ValueError(
+            f"labels must be one class per row of z, {len(z)}, and 3 classes or more; got "
+            f"{described(labels)} with {len(labels.unique())} classes. Pass the classes of the rows."
+        )
     classes = [z[labels == label] for label in labels.unique()]
     within = torch.stack([torch.cov(members.T) for members in classes]).mean(0)
     between = torch.cov(torch.stack([members.mean(0) for members in classes]).T)

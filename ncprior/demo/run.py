@@ -36,6 +36,7 @@ from ncprior.saving.tensors import save_tensors, write_atomically
 from ncprior.training.fit import fit
 from ncprior.training.settings import FitSettings
 from ncprior.utils.optimise import train
+from ncprior.utils.require import require_choice, require_counts, require_flags, require_instance
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def run_demo(
         ``log_z`` (nats), ``seconds``, a one-line ``summary`` and more.
 
     Raises:
-        ValueError: If ``data`` is neither of the two.
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``data`` is neither of the two, or the seed is out of range.
+        NotADirectoryError: If ``out`` is a file.
         ImportError: If the extra ``demo`` is not installed.
 
     Example:
@@ -121,9 +124,13 @@ def run_demo(
         'prior hole closed: 95 % (92–98), 35 s'
     """
     started = time.time() if started is None else started
-    if data not in _SETTINGS:
-        raise ValueError(f"The data is one of {', '.join(_SETTINGS)}; got {data!r}.")
-    if importlib.util.find_spec("matplotlib") is None:  # before minutes of training
+    require_choice("data", data, _SETTINGS)
+    require_instance("out", out, (str, os.PathLike), "Pass the path of a folder.")
+    require_counts("(-1e18, 1e18)", seed=seed)
+    require_flags(progress=progress)
+    if Path(out).exists() and not Path(out).is_dir():  # before minutes of training
+        raise NotADirectoryError(f"out must be a folder; {out} is a file. Pass another path.")
+    if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("The demonstration needs matplotlib: pip install 'ncprior[demo]'")
     settings = _SETTINGS[data]
     folder = Path(out)

@@ -42,6 +42,25 @@ def check_precision(precision: torch.dtype) -> None:
     require_choice("precision", precision, (torch.float32, torch.bfloat16))
 
 
+def input_like(*modules: nn.Module | None) -> Tensor:
+    """Returns a parameter whose device and dtype are those of a module's input.
+
+    It is the first floating-point parameter of the first of the modules that has one; codes of 8
+    bits are none.
+
+    Arguments:
+        modules: The modules, ``None`` for one that a model lacks.
+
+    Example:
+        >>> x = torch.zeros(1, dtype=torch.float64)
+        >>> x.to(input_like(nn.Linear(1, 1))).dtype
+        torch.float32
+    """
+    parameters = (p for module in modules if module is not None for p in module.parameters())
+    floats = (p for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(floats, torch.empty(0))
+
+
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
     """Applies a linear layer in its own precision, also under autocast, for outputs in nats."""
     if not torch.is_autocast_enabled(h.device.type):
@@ -67,21 +86,3 @@ def floating_dtype(*modules: object) -> torch.dtype | None:
     parameters = (p for m in modules if isinstance(m, nn.Module) for p in m.parameters())
     dtypes = {p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1}
     return dtypes.pop() if len(dtypes) == 1 else None
-
-
-def floating_weight(*modules: nn.Module | None) -> Tensor:
-    """Returns the first floating-point parameter of the first of these modules that has one.
-
-    Arguments:
-        modules: The modules; ``None`` is passed over.
-
-    Raises:
-        ValueError: If none of them has one.
-    """
-    for module in modules:
-        for p in () if module is None else module.parameters():
-            if p.is_floating_point() and p.dtype.itemsize > 1:
-                return p
-    raise ValueError(
-        "The VAE has no floating-point parameters, and so no dtype. Pass its weights."
-    )

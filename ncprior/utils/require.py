@@ -232,6 +232,47 @@ def require_shape(name: str, shape: Any) -> tuple[int, ...]:  # noqa: ANN401
     return tuple(operator.index(size) for size in sizes)
 
 
+def tensor_of_batch(x: Any) -> Tensor:  # noqa: ANN401
+    """Returns x of a batch, a tensor or an array itself, or the first item of a tuple or list.
+
+    Raises:
+        TypeError: If x is neither a tensor nor an array.
+    """
+    return _as_tensor("x", x[0] if isinstance(x, tuple | list) and len(x) > 0 else x)
+
+
+def floats_of_batch(
+    whose: str,
+    x: Any,  # noqa: ANN401
+    remedy: str,
+    limits: tuple[float, float] | None = None,
+) -> Tensor:
+    """Returns x of a batch as :func:`tensor_of_batch`, after a check that it holds floats in a range.
+
+    Arguments:
+        whose: The source or model, for the message.
+        x: The batch.
+        remedy: Remedy for numbers of another kind or range, for the message, a whole sentence.
+        limits: The least and the largest number that x may hold, or ``None``; waits for a GPU.
+
+    Raises:
+        TypeError: If x is neither a tensor nor an array.
+        ValueError: If it holds no floats, a number outside the range, or NaN.
+    """
+    tensor = tensor_of_batch(x)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{whose} takes x as floats; got {described(tensor)}. {remedy}")
+    if limits is not None and tensor.numel() > 0:
+        least, most = (end.item() for end in tensor.detach().aminmax())
+        if not limits[0] <= least <= most <= limits[1]:
+            require_finite("x", tensor)
+            raise ValueError(
+                f"{whose} takes x in [{limits[0]:g}, {limits[1]:g}]; got numbers from {least:.4g} "
+                f"to {most:.4g}. {remedy}"
+            )
+    return tensor
+
+
 def described(value: Any) -> str:  # noqa: ANN401
     """Returns a short description of an object for an error message, on one line."""
     match value:

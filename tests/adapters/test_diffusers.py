@@ -264,6 +264,39 @@ def test_other_modules_are_sent_to_single_group() -> None:
         DiffusersSource(nn.Linear(1, 1).eval())
 
 
+@pytest.mark.parametrize("wrong", [None, 3, "vae", diffusers.AutoencoderKL])
+def test_F32_what_is_no_model_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="model must be of type Module; got .*from_pretrained"):
+        DiffusersSource(wrong)
+
+
+def test_F32_W12_bytes_are_refused() -> None:
+    source, x = DiffusersSource(build()), 255 * torch.rand(4, 3, 8, 8)
+    for batch in (x.byte(), x, x.long(), x.byte().numpy(), (x, torch.zeros(4))):
+        with pytest.raises(ValueError, match=r"AutoencoderKL takes x .*x / 127\.5 - 1 for bytes"):
+            source.encode(batch)
+        with pytest.raises(ValueError, match=r"AutoencoderKL takes x .*x / 127\.5 - 1 for bytes"):
+            latents_of(source, [batch])
+
+
+def test_F25_arrays_are_images() -> None:
+    source, x = DiffusersSource(build()), images()
+    for array in (x.numpy(), x.double().numpy()):
+        ours, theirs = (source.encode(batch).posterior["Normal"]["loc"] for batch in (array, x))
+        assert torch.equal(ours, theirs)
+
+
+def test_W4_an_upcast_decoder_gets_z_in_its_own_dtype() -> None:
+    """As pipelines upcast it: the encoder stays in half precision."""
+    model, x = build(), images()
+    model.encoder.to(torch.bfloat16)
+    model.quant_conv.to(torch.bfloat16)
+    source = DiffusersSource(model)
+    (z,), state = sample_posterior(source, x)
+    z = z.bfloat16().float()
+    assert torch.equal(source.decode(source.advance(state, z)), model.decode(z).sample)
+
+
 def test_no_likelihood_and_why() -> None:
     x = images()
     source = based(build(), x)

@@ -1,6 +1,7 @@
 """The hierarchical VAE of our own."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers.toys import everything
 from torch import Tensor
 
 from ncprior import NCETrainer, NCPrior
-from ncprior.adapters.hvae import HVAE, HVAESource
+from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.testing import check_source
 
@@ -25,6 +26,43 @@ def small(num_groups: int = 3) -> HVAE:
 @pytest.fixture
 def x() -> Tensor:
     return torch.rand(6, 1, 28, 28).bernoulli()
+
+
+@pytest.mark.parametrize("name", ["num_groups", "latents", "width", "hidden"])
+def test_F32_sizes_of_the_vae_are_whole_numbers_from_1(name: str) -> None:
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            HVAE(**{name: wrong})
+    for wrong in (2.0, "2", None):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+            HVAE(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [None, 3, HVAE, torch.nn.Linear(1, 1)])
+def test_F32_what_is_no_hvae_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="model must be of type HVAE; got .*SingleGroup"):
+        HVAESource(wrong)
+    with pytest.raises(TypeError, match="vae must be of type HVAE"):
+        train_hvae(wrong, torch.rand(4, 1, 28, 28), epochs=1)
+
+
+def test_F32_bytes_are_refused(x: Tensor) -> None:
+    source = HVAESource(small())
+    for wrong in (255 * x, (255 * x).byte(), x.long(), x - 0.5):
+        with pytest.raises(ValueError, match="An HVAE takes x .* Divide bytes by 255"):
+            source.encode(wrong)
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        source.encode("x")
+    assert torch.equal(source.encode(x.double().numpy()), source.encode(x))
+
+
+def test_F26_arguments_of_training(x: Tensor) -> None:
+    for wrong in ({"epochs": 1.5}, {"batch_size": None}, {"learning_rate": "1"}):
+        with pytest.raises(TypeError, match="must be a"):
+            train_hvae(small(), x, **{"epochs": 1, "progress": False, **wrong})
+    for wrong in ({"epochs": 0}, {"batch_size": 7}, {"learning_rate": math.nan}):
+        with pytest.raises(ValueError, match="must be a"):
+            train_hvae(small(), x, **{"epochs": 1, "progress": False, **wrong})
 
 
 def test_it_keeps_the_laws_of_a_source(x: Tensor) -> None:

@@ -15,6 +15,7 @@ from helpers.toys import everything
 from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.utils._pytree import tree_leaves
 
 from ncprior import NCPrior, fit, langevin, sir
 from ncprior.adapters.lars_snis.priors import EnergyNet, LARSPrior, SNISPrior
@@ -414,12 +415,12 @@ def test_a_network_that_is_not_finite_is_refused(prior: SNISPrior | LARSPrior) -
 
 
 def test_wrong_numbers_of_proposals_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_proposals must be .*; got 0"):
         SNISPrior(num_proposals=0)
-    for wrong in ({"truncation": 1}, {"num_proposals": 0}):
-        with pytest.raises(ValueError, match="truncation must be at least 2"):
-            LARSPrior(**wrong)
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    for name, value in (("truncation", 1), ("num_proposals", 0), ("decay", 1)):
+        with pytest.raises(ValueError, match=f"{name} must be .*; got {value}"):
+            LARSPrior(**{name: value})
+    with pytest.raises(ValueError, match="num_samples must be .*; got 0"):
         LARSPrior().estimate_normaliser(0)
 
 
@@ -575,8 +576,43 @@ def test_other_wrong_arguments_are_refused() -> None:
         source.advance(source.start(4), torch.randn(3, 50))
     with pytest.raises(ValueError, match="takes no condition"):
         source.start(4, condition=torch.zeros(4))
-    with pytest.raises(ValueError, match="between 1 and the number of images, 6"):
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number in \[1, 6\]; got 7"):
         Binarised(grey(), 7)
+
+
+def test_F26_counts_are_whole_numbers() -> None:
+    for wrong in (2.0, "2", None, True):
+        for make in (EnergyNet, lambda n: SNISPrior(num_proposals=n), SNISPrior, LARSPrior):
+            with pytest.raises(TypeError, match="must be a whole number"):
+                make(wrong)
+        with pytest.raises(TypeError, match="batch_size must be a whole number"):
+            Binarised(grey(), wrong)
+        with pytest.raises(TypeError, match="epochs must be a whole number"):
+            train_vae(flat(), grey(), epochs=wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, EIMVAE, nn.Linear(2, 2), SNISPrior()])
+def test_F32_sources_take_their_own_vae_alone(wrong: Any) -> None:
+    for source, other in ((EIMSource, two_level()), (ConvEIMSource, flat())):
+        for model in (wrong, other):
+            with pytest.raises(
+                TypeError, match="model must be of type .*EIMVAE; got .* groups?: "
+            ):
+                source(model)
+    with pytest.raises(TypeError, match="prior must be of type SNISPrior or LARSPrior"):
+        EIMVAE(grey().mean(0), wrong if isinstance(wrong, nn.Linear) else SNISPrior)
+
+
+def loc(encoding: Any) -> Tensor:
+    (tensor, *_) = tree_leaves(encoding)
+    return tensor
+
+
+def test_F25_arrays_are_images() -> None:
+    x = binary()
+    source, conv = EIMSource(flat()), ConvEIMSource(two_level())
+    assert torch.equal(loc(source.encode(x.numpy())), loc(source.encode(x)))
+    assert torch.equal(conv.encode((x.double().numpy(), 3)).loc, conv.encode(x).loc)
 
 
 # Training

@@ -124,3 +124,15 @@ def test_rows_and_pixels_are_independent() -> None:
 def test_ten_parameters_per_component_are_needed() -> None:
     with pytest.raises(ValueError, match=r"10 parameters per component .* \(1, 12, 4, 4\)"):
         LogisticMixture(torch.zeros(1, 12, 4, 4))
+
+
+def test_F26_parameters_and_bits() -> None:
+    for shape in ((20,), (1, 20, 4), (1, 0, 4, 4)):
+        with pytest.raises(ValueError, match="10 parameters per component"):
+            LogisticMixture(torch.zeros(shape))
+    with pytest.raises(TypeError, match="parameters must be of type Tensor"):
+        LogisticMixture([1.0])
+    with pytest.raises(TypeError, match="num_bits must be a whole number"):
+        LogisticMixture(torch.zeros(1, 20, 4, 4), num_bits=8.0)
+    with pytest.raises(ValueError, match="num_bits must be a whole number"):
+        LogisticMixture(torch.zeros(1, 20, 4, 4), num_bits=0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import identical
 from helpers.nvae_standin import AutoEncoder, arguments, images, nvae, randomly
 from helpers.toys import everything
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from ncprior.adapters.nvae.laws import FlowedNormal, clamped
 from ncprior.adapters.nvae.source import NVAESource
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.testing import check_source
+from ncprior.utils.random_state import random_state
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -338,8 +340,16 @@ def _with(change: Callable[[Any], object], **options: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: {"state_dict": {}}, TypeError, "got dict, which lacks stem.* not its checkpoint"),
-        (lambda: nn.Linear(1, 1), TypeError, "got Linear, which lacks stem, pre_process"),
+        (
+            lambda: {"state_dict": {}},
+            TypeError,
+            "got an object of type dict, which lacks stem.* not its checkpoint",
+        ),
+        (
+            lambda: nn.Linear(1, 1),
+            TypeError,
+            "got an object of type Linear, which lacks stem, pre_process",
+        ),
         (lambda: _without("enc0"), TypeError, "lacks enc0"),
         (
             lambda: _with(lambda m: setattr(m, "dataset", "stacked_mnist")),
@@ -387,8 +397,47 @@ def test_a_model_that_the_walk_would_not_fit_is_refused(
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_temperatures_are_positive(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    with pytest.raises(ValueError, match=r"temperature must be a number in \(0, inf\)"):
         NVAESource(nvae(), temperature=temperature)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, AutoEncoder])
+def test_F32_what_is_no_model_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="NVAESource takes NVAE's AutoEncoder; got"):
+        NVAESource(wrong)
+    with pytest.raises(TypeError, match="model must be of type Module"):
+        on_cpu(wrong)
+    with pytest.raises(TypeError, match="A source is a subclass"), readjust_batchnorm(wrong):
+        pass
+
+
+def test_F26_counts_and_numbers() -> None:
+    source = ready()
+    for options in ({"iterations": 2.0}, {"batch_size": "4"}, {"draw": 3}):
+        with pytest.raises(TypeError, match="must be a"), readjust_batchnorm(source, **options):
+            pass
+    with pytest.raises(TypeError, match="tolerance must be a number"):
+        source.self_check(images(), tolerance="1")
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        NVAESource(nvae(), temperature="1")
+
+
+def test_F25_arrays_are_images() -> None:
+    source, x = ready(), images()
+    for array in (x.numpy(), x.double().numpy()):
+        assert torch.equal(source.encode(array).features, source.encode(x).features)
+
+
+def test_GS2_a_check_leaves_all_generators_as_they_were() -> None:
+    """fork_rng of one device would leave those of others reseeded: `seeded` keeps all."""
+    source, x = ready(), images()
+    seen: list[Any] = []
+    before = random_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.random, "fork_rng", lambda *_, **__: seen.append(1))
+        assert source.self_check(x) == 0
+    assert not seen
+    assert identical(random_state(), before)
 
 
 def _in_training(source: NVAESource) -> Tensor:
@@ -407,7 +456,7 @@ def _masks_elsewhere(source: NVAESource) -> Tensor:
     [
         ({}, lambda s: torch.zeros(2, 1, 4, 4), r"of shape \(B, 1, 8, 8\); got \(2, 1, 4, 4\)"),
         ({"crop_output": True}, lambda s: torch.zeros(2, 1, 4, 4), "Pad by 2 on every side"),
-        ({}, lambda s: "an image", "got str"),
+        ({}, lambda s: "an image", "x must be a tensor or an array"),
         ({}, lambda s: torch.zeros(1, 8, 8), r"got \(1, 8, 8\)"),
         ({}, lambda s: torch.rand(2, 1, 8, 8), "Bernoulli decoder: .* Binarise x"),
         ({}, lambda s: 255 * images(), "Divide bytes by 255"),
@@ -428,7 +477,7 @@ def test_wrong_images_and_models_that_cannot_run_are_refused_by_every_entrance(
     source = ready(**options)
     bad = x(source)
     for entrance in (source.encode, source.self_check):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             entrance(bad)
 
 
@@ -704,6 +753,56 @@ def test_another_file_is_no_checkpoint(contents: Any, tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="lacks arch_instance, args, state_dict"):
         load_checkpoint(tmp_path / "c.pt", build)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "empty, damaged or no file of torch.save .EOFError"),
+        (b"\x80\x02garbage", "Copy or download it again"),
+        (b"PK\x03\x04garbage", "Copy or download it again"),
+        (b"garbage", "Copy or download it again"),
+        ({"state_dict": None}, "state_dict must map names to tensors; got .* and None"),
+        ({"state_dict": [1]}, "state_dict must map names to tensors"),
+        ({"state_dict": {"stem.weight": 3}}, "state_dict must map names to tensors"),
+        ({"args": None}, "args must be an argparse.Namespace .* got None"),
+        (
+            {"state_dict": {"stem.weight": torch.zeros(1)}},
+            "did not load: .*size mismatch.*`build`",
+        ),
+    ],
+)
+def test_F36_a_damaged_checkpoint_is_one_clear_error(
+    contents: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.pt"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    else:
+        checkpoint(nvae(num_flows=1), path, **contents)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            load_checkpoint(path, build, trust_pickle=trust)
+
+
+def test_F36_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    path = checkpoint(nvae(num_flows=1), tmp_path / "c.pt")
+    whole = path.read_bytes()
+    for share in (0.01, 0.3, 0.7, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match="Copy or download it again"):
+            load_checkpoint(path, build)
+
+
+def test_F36_build_makes_a_module(tmp_path: Path) -> None:
+    path = checkpoint(nvae(num_flows=1), tmp_path / "c.pt")
+    for wrong in (None, "AutoEncoder", AutoEncoder):
+        with pytest.raises(TypeError, match="build must be a function"):
+            load_checkpoint(path, wrong)
+    with pytest.raises(TypeError, match="build.args, arch. must be of type Module; got None"):
+        load_checkpoint(path, lambda args, arch: None)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "nowhere.pt", build)
 
 
 # The published code

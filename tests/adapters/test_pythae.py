@@ -290,14 +290,56 @@ def test_a_model_that_did_not_load_is_told() -> None:
 
 
 def test_other_modules_are_sent_to_single_group() -> None:
-    with pytest.raises(TypeError, match="got Linear.*SingleGroup"):
+    with pytest.raises(TypeError, match="got an object of type Linear.*SingleGroup"):
         PythaeSource(nn.Linear(1, 1).eval())
 
 
 @pytest.mark.parametrize("noise", (None, 0.0, -1.0, float("nan")))
 def test_deterministic_codes_need_a_stated_noise(noise: float | None) -> None:
-    with pytest.raises(ValueError, match=f"AE encodes x as one code.*noise=.*got {noise}"):
+    message = "AE encodes x as one code.*noise=|noise must be a number"
+    with pytest.raises((TypeError, ValueError), match=message):
         PythaeSource(build("AE"), noise=noise)
+
+
+@pytest.mark.parametrize("wrong", [zoo.VAE, 3, "vae", nn.Linear(1, 1)])
+def test_F32_what_is_no_model_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="takes a VAE or an AE of pythae; got .*SingleGroup"):
+        PythaeSource(wrong)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_F32_bytes_are_refused(loss: str) -> None:
+    source, x = PythaeSource(build("VAE", reconstruction_loss=loss)), torch.rand(4, *SHAPE)
+    for data in ((255 * x).byte(), (255 * x).numpy().astype("uint8"), 255 * x, (255 * x).long()):
+        for batch in (data, (data, 1), {"data": data}):
+            with pytest.raises(ValueError, match="VAE takes x .*got .* x / 255 for bytes"):
+                source.encode(batch)
+            with pytest.raises(ValueError, match="VAE takes x .*got .* x / 255 for bytes"):
+                latents_of(source, [batch])
+    with pytest.raises(ValueError, match="x must be finite; got NaN or infinity in 1 of 4 rows"):
+        source.encode(x.index_fill(0, torch.tensor([2]), torch.nan))
+
+
+def test_F25_arrays_are_data() -> None:
+    source, x = PythaeSource(build("VAE")), torch.rand(4, *SHAPE)
+    expected = source.encode(x).posterior["Normal"]["loc"]
+    for array in (x.numpy(), x.double().numpy()):
+        assert torch.equal(source.encode(array).posterior["Normal"]["loc"], expected)
+    with pytest.raises(TypeError, match="x must be a tensor or an array"):
+        source.encode("x")
+
+
+def test_W4_x_and_z_take_the_dtypes_of_encoder_and_decoder() -> None:
+    model, x = build("VAE"), torch.rand(4, *SHAPE)
+    decoded = PythaeSource(model).module.decoder(torch.ones(4, 3))["reconstruction"]
+    model.register_parameter("codes", nn.Parameter(torch.arange(5), requires_grad=False))
+    model._parameters = dict(sorted(model._parameters.items()))  # the first parameter
+    source = PythaeSource(model)
+    state = source.start(4, source.encode(x))
+    assert torch.equal(source.decode(source.advance(state, torch.ones(4, 3))), decoded)
+    model.encoder.to(torch.bfloat16)
+    _, state = sample_posterior(PythaeSource(model), x)
+    assert torch.isfinite(PythaeSource(model).decode(state)).all()
 
 
 def test_noise_is_for_deterministic_codes_alone() -> None:

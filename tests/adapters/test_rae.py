@@ -12,6 +12,7 @@ from helpers.toys import everything
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 from torch.nn.functional import conv2d, pad
+from torch.utils._pytree import tree_leaves
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters import rae
@@ -278,7 +279,7 @@ def test_an_raes_means_are_its_codes_and_its_samples_are_not() -> None:
 
 @pytest.mark.parametrize("noise", [None, 0.0, -1.0, math.nan, math.inf])
 def test_an_rae_needs_a_noise(noise: float | None) -> None:
-    with pytest.raises(ValueError, match=r"pass noise=, the standard deviation"):
+    with pytest.raises(ValueError, match=r"pass noise=, the standard deviation|noise must be"):
         RAESource(small(RAE), noise=noise)
 
 
@@ -288,8 +289,27 @@ def test_a_vae_takes_no_noise() -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(TypeError, match="takes a VAE or a RAE; got Linear"):
-        RAESource(nn.Linear(2, 2))  # type: ignore[arg-type]
+    for model, name in ((nn.Linear(2, 2), "Linear"), (None, "None"), (VAE, "the class VAE")):
+        with pytest.raises(TypeError, match=f"takes a VAE or a RAE of .*; got .*{name}"):
+            RAESource(model)  # type: ignore[arg-type]
+
+
+def test_F32_images_in_0_to_255_are_refused() -> None:
+    for source in (RAESource(small(VAE)), RAESource(small(RAE), noise=0.1)):
+        with pytest.raises(
+            ValueError, match=r"in \[0, 1\]; got numbers from .* Divide bytes by 255"
+        ):
+            source.encode(255 * images())
+
+
+def loc(encoding: Any) -> Tensor:
+    (tensor, *_) = tree_leaves(encoding)
+    return tensor
+
+
+def test_F25_arrays_are_images() -> None:
+    source, x = RAESource(small(VAE)), images()
+    assert torch.equal(loc(source.encode(x.numpy())), loc(source.encode(x)))
 
 
 def test_only_the_vae_has_a_likelihood() -> None:
@@ -317,7 +337,7 @@ def test_training_mode_is_refused(model: type[VAE | RAE]) -> None:
         (torch.rand(2, 1, 28, 28), r"got \(2, 1, 28, 28\)\. Pad it: pad_to_32\(x\)\."),
         (torch.rand(2, 3, 32, 32), r"take images of shape \(B, 1, 32, 32\)"),
         (torch.rand(1, 32, 32), r"got \(1, 32, 32\)"),
-        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"Pass x\.float\(\) / 255"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "as floats; got .* Divide bytes by 255"),
     ],
 )
 def test_wrong_images_are_refused(x: Tensor, message: str) -> None:
@@ -327,12 +347,16 @@ def test_wrong_images_are_refused(x: Tensor, message: str) -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="one of mnist, cifar10, celeba; got 'svhn'"):
+    with pytest.raises(ValueError, match="one of 'mnist', 'cifar10', 'celeba'; got 'svhn'"):
         VAE("svhn")
-    with pytest.raises(ValueError, match="'l2', 'sn' or None; got 'gp'"):
+    for model in (VAE, RAE):
+        for wrong in ({"width": "1"}, {"beta": "1"}, {"beta": True}):
+            with pytest.raises(TypeError, match="must be a number"):
+                model("mnist", **wrong)
+    with pytest.raises(ValueError, match="one of None, 'l2', 'sn'; got 'gp'"):
         RAE("mnist", regulariser="gp")
-    for width in (0.0, -1.0, 0.001):
-        with pytest.raises(ValueError, match="fraction of the filter counts"):
+    for width in (0.0, -1.0, math.nan, 0.001):
+        with pytest.raises(ValueError, match="fraction of the filter counts|width must be"):
             VAE("mnist", width=width)
 
 

@@ -196,8 +196,28 @@ def test_latent_library_sizes_are_refused() -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"takes an scvi\.model\.SCVI; got Module"):
+    with pytest.raises(TypeError, match=r"takes an scvi\.model\.SCVI; got .*Module"):
         SCVISource(SCVI().module)
+    for wrong in (None, 3, SCVI):
+        with pytest.raises(TypeError, match=r"takes an scvi\.model\.SCVI; got"):
+            SCVISource(wrong)
+
+
+def test_F26_counts_and_conditions() -> None:
+    source = SCVISource(SCVI())
+    for wrong in ({"batch_size": 2.5}, {"shuffle": 1}):
+        with pytest.raises(TypeError, match="must be"):
+            source.loader(**wrong)
+    for condition in (3, torch.zeros(5, 1), {"library": [1.0], "batch": 0}):
+        with pytest.raises(TypeError, match="must be of type .*source.condition"):
+            source.start(5, condition=condition)
+
+
+def test_F25_arrays_are_counts() -> None:
+    source = SCVISource(SCVI())
+    x = batch_of(source)
+    array = {**x, "X": x["X"].numpy()}
+    assert torch.equal(source.encode(array).loc, source.encode(x).loc)
 
 
 def test_training_mode_is_refused() -> None:

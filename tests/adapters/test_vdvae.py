@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import identical
 from helpers.toys import everything
 from helpers.vdvae_standin import images, vdvae
 from torch import nn
@@ -22,6 +23,7 @@ from ncprior.adapters.logistics import LogisticMixture
 from ncprior.adapters.vdvae import ByteImages, VDVAESource
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.testing import check_source
+from ncprior.utils.random_state import random_state
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -267,9 +269,13 @@ def _with(change: Callable[[Any], object], **options: Any) -> nn.Module:
         (
             lambda: vdvae().state_dict(),
             TypeError,
-            "got OrderedDict, which lacks encoder.*state_dict",
+            "got an object of type OrderedDict, which lacks encoder.*state_dict",
         ),
-        (lambda: nn.Linear(1, 1), TypeError, "got Linear, which lacks encoder, decoder, H"),
+        (
+            lambda: nn.Linear(1, 1),
+            TypeError,
+            "got an object of type Linear, which lacks encoder, decoder, H",
+        ),
         (
             lambda: _with(lambda m: delattr(m.decoder, "bias_xs")),
             TypeError,
@@ -297,7 +303,7 @@ def test_a_model_that_the_walk_would_not_fit_is_refused(
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_temperatures_are_positive(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    with pytest.raises(ValueError, match=r"temperature must be a number in \(0, inf\)"):
         VDVAESource(vdvae(), temperature=temperature)
 
 
@@ -306,15 +312,47 @@ def test_temperatures_are_positive(temperature: float) -> None:
     [
         (torch.zeros(2, 3, 8, 8), r"\(B, 8, 8, 3\), channels last; got \(2, 3, 8, 8\)"),
         (torch.zeros(2, 8, 8, 1), r"got \(2, 8, 8, 1\)"),
-        ("an image", "got str"),
+        ("an image", "x must be a tensor or an array"),
         (torch.rand(2, 8, 8, 3), r"or the pair .*; got torch.float32"),
         ([torch.rand(2, 8, 8, 3), torch.zeros(2)], r"or the pair .*; got torch.float32"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.int64), r"or the pair .*; got torch.int64"),
     ],
 )
 def test_wrong_images_are_refused(x: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         VDVAESource(vdvae()).encode(x)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, nn.Module])
+def test_F32_what_is_no_model_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="VDVAESource takes VDVAE's VAE; got"):
+        VDVAESource(wrong)
+    with pytest.raises(TypeError, match="mixture must be of type LogisticMixture"):
+        ByteImages(wrong)
+
+
+def test_F26_numbers() -> None:
+    with pytest.raises(TypeError, match="tolerance must be a number"):
+        VDVAESource(vdvae()).self_check(images(2), tolerance="1")
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        VDVAESource(vdvae(), temperature="1")
+
+
+def test_F25_arrays_are_images() -> None:
+    source, x = VDVAESource(vdvae()), images(2)
+    ours, theirs = source.encode(x.numpy()).activations, source.encode(x).activations
+    assert all(torch.equal(ours[size], theirs[size]) for size in theirs)
+
+
+def test_GS2_a_check_leaves_all_generators_as_they_were() -> None:
+    """fork_rng of one device would leave those of others reseeded: `seeded` keeps all."""
+    source, x, before = VDVAESource(vdvae()), images(2), random_state()
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.random, "fork_rng", lambda *_, **__: seen.append(1))
+        assert source.self_check(x) == 0
+    assert not seen
+    assert identical(random_state(), before)
 
 
 def test_a_model_in_training_is_refused() -> None:

@@ -188,5 +188,7 @@ def test_a_split_depends_on_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("held_out", [0, 10, -1])
 def test_a_split_without_rows_is_refused(held_out: int) -> None:
-    with pytest.raises(ValueError, match=f"between 1 and 9; got {held_out}"):
+    with pytest.raises(
+        ValueError, match=rf"held_out must be a whole number in \[1, 9\]; got {held_out}"
+    ):
         split(numbered(torch.zeros(10, dtype=torch.long)), held_out, seed=0)

@@ -162,12 +162,60 @@ def test_an_interrupt_leaves_whole_files_and_the_earlier_report(
 def test_what_cannot_work_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="one of digits, mnist; got 'cifar'"):
+    with pytest.raises(ValueError, match="one of 'digits', 'mnist'; got 'cifar'"):
         run_demo("cifar", out=tmp_path / "a")
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"matplotlib: pip install 'ncprior\[demo\]'"):
         run_demo(out=tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"out": None}, "out must be of type str or PathLike"),
+        ({"progress": 0}, "progress must be True or False"),
+    ],
+)
+def test_F26_arguments_of_the_demonstration(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        run_demo(**{"out": tmp_path / "a", **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_as_folder_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_run", stop)
+    (tmp_path / "a").touch()
+    with pytest.raises(NotADirectoryError, match="out must be a folder; .* is a file"):
+        run_demo(out=tmp_path / "a")
+
+
+def test_F26_counts_of_networks_and_arms(tilted: NCPrior) -> None:
+    for wrong in (2.0, "2", None):
+        with pytest.raises(TypeError, match="must be a whole number"):
+            VAE(8, latents=wrong, counts=1)
+        with pytest.raises(TypeError, match="must be a whole number"):
+            Classifier(8, num_features=wrong)
+        with pytest.raises(TypeError, match="num_draws must be a whole number"):
+            log_z(tilted, wrong)
+        options = {"features": torch.sin, "num_samples": 3, "generations": wrong}
+        with pytest.raises(TypeError, match="generations must be a whole number"):
+            draw_arms(tilted, partial(sir, num_proposals=5), torch.ones(9, 1), **options)
+    for make in (
+        lambda: VAE(9, latents=2, counts=1),
+        lambda: Classifier(16, num_features=2),
+        lambda: log_z(tilted, 0),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            make()
+    with pytest.raises(TypeError, match="prior must be of type NCPrior"):
+        log_z(tilted.source, 9)
 
 
 def write_mnist(folder: Path, part: str, images: Tensor, labels: Tensor) -> None:
