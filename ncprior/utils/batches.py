@@ -58,7 +58,7 @@ def data_of(batch: Any) -> Tensor:  # noqa: ANN401
     """Returns the data x of a batch: the batch itself, or the first item of a tuple or a mapping.
 
     Raises:
-        TypeError: If that is no tensor.
+        TypeError: If that is no tensor of real numbers.
 
     Example:
         >>> data_of({"image": torch.zeros(2, 3), "label": torch.zeros(2)}).shape
@@ -69,9 +69,9 @@ def data_of(batch: Any) -> Tensor:  # noqa: ANN401
         x = next(iter(batch.values()), None)
     elif isinstance(batch, tuple | list):
         x = batch[0] if batch else None
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.is_complex():
         raise TypeError(
-            f"A batch must be a tensor x, or a tuple or mapping whose first item is x; got "
+            f"A batch must be a tensor x of real numbers, or a tuple or mapping whose first item is x; got "
             f"{described(batch)} with {described(x)}. Pass such batches."
         )
     return x
