@@ -40,7 +40,7 @@ from huggingface_hub.utils import tqdm
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from ncprior.data.checked import checked_batches
+from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
@@ -56,7 +56,7 @@ from ncprior.source import (
     require_source,
     visit,
 )
-from ncprior.utils.batches import data_of, map_tensors
+from ncprior.utils.batches import map_tensors
 from ncprior.utils.require import require_counts, require_flags, require_instance
 
 

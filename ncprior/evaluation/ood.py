@@ -35,13 +35,12 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from ncprior.data.checked import checked_batches
+from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of
-from ncprior.utils.batches import data_of
 from ncprior.utils.require import require_counts, require_flags
 from ncprior.vaebm.model import VAEBM
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ncprior.utils.require import described
-
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noqa: ANN401
     """Returns a batch with a function applied to every tensor in it.
@@ -52,29 +50,6 @@ def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401
     """
     is_ahead = device.type == "cuda"  # a copy to the CPU could be read before it has arrived
     return map_tensors(lambda t: t.to(device, non_blocking=is_ahead), batch)
-
-
-def data_of(batch: Any) -> Tensor:  # noqa: ANN401
-    """Returns the data x of a batch: the batch itself, or the first item of a tuple or a mapping.
-
-    Raises:
-        TypeError: If that is no tensor of real numbers.
-
-    Example:
-        >>> data_of({"image": torch.zeros(2, 3), "label": torch.zeros(2)}).shape
-        torch.Size([2, 3])
-    """
-    x = batch
-    if isinstance(batch, Mapping):
-        x = next(iter(batch.values()), None)
-    elif isinstance(batch, tuple | list):
-        x = batch[0] if batch else None
-    if not isinstance(x, Tensor) or x.is_complex():
-        raise TypeError(
-            f"A batch must be a tensor x of real numbers, or a tuple or mapping whose first item is x; got "
-            f"{described(batch)} with {described(x)}. Pass such batches."
-        )
-    return x
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:

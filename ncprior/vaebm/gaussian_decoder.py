@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.rebase import Rebased
-from ncprior.data.checked import checked_batches
+from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
 from ncprior.source import (
     LatentSource,
@@ -20,7 +20,6 @@ from ncprior.source import (
     require_source,
     sample_posterior,
 )
-from ncprior.utils.batches import data_of
 from ncprior.utils.require import described, require_counts, require_instance, require_numbers
 
 
@@ -101,8 +100,8 @@ class GaussianDecoder(WrappedSource):
                     f"Residuals need x and the decoder's mean of one shape; got {described(x)} and "
                     f"{described(x_hat)}. Pass data as the decoder returns them."
                 )
-            residual = (x.float() if x.dtype == torch.bool else x) - x_hat
-            total += float(residual.cpu().double().square().sum())
+            x = x.to(x_hat) if x.dtype == torch.bool else x
+            total += float((x - x_hat).cpu().double().square().sum())
             count, rows = count + x.numel(), rows + len(x)
         if not 0 < total < math.inf:
             raise ValueError(

@@ -25,9 +25,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
 from ncprior.source import num_rows, require_eval
-from ncprior.utils.batches import data_of
 from ncprior.utils.distributed import average_over_ranks, fail_together
 from ncprior.utils.gradients import (
     check_parameters,
