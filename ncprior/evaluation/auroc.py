@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ncprior.utils.require import described, real_tensor, require_numbers
 
 
 class AUROC(NamedTuple):
@@ -37,7 +40,8 @@ def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
     cut to [0, 1]; its width is 0 if every pair is in order.
 
     Arguments:
-        inside: Scores of in-distribution data, with shape ``(N,)``.
+        inside: Scores of in-distribution data, with shape ``(N,)``: a tensor, an array or a list.
+            Scores may be infinite.
         outside: Scores of out-of-distribution data, with shape ``(N',)``.
         level: Coverage of the interval.
 
@@ -47,6 +51,7 @@ def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
     Raises:
         ValueError: If there are fewer than two scores of either kind, a score is NaN, or the level
             is not between 0 and 1.
+        TypeError: If scores are not real numbers.
 
     References:
         DeLong et al. (1988), equations 4 and 5
@@ -55,7 +60,8 @@ def auroc(inside: Tensor, outside: Tensor, *, level: float = 0.95) -> AUROC:
         >>> print(auroc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0])))
         0.917 (0.686 to 1.000)
     """
-    above, below = _placements(inside, outside)
+    require_numbers("(0, 1)", level=level)
+    above, below = _placements(_scores("inside", inside), _scores("outside", outside))
     error = math.sqrt((above.var() / len(above) + below.var() / len(below)).item())
     return _with_interval(above.mean().item(), error, level, lowest=0.0)
 
@@ -84,6 +90,7 @@ def auroc_gain(
     Raises:
         ValueError: As for :func:`auroc`, and if the two scores have different numbers of images or
             sets.
+        TypeError: As for :func:`auroc`, and if ``than`` is not a pair. Pass (inside, outside).
 
     References:
         DeLong et al. (1988), on correlated areas
@@ -93,40 +100,45 @@ def auroc_gain(
         >>> print(auroc_gain(inside, outside, than=(inside, outside)))
         0.000 (0.000 to 0.000)
     """
-    others, other_outside = than
-    if not outside or [len(inside), *map(len, outside)] != [len(others), *map(len, other_outside)]:
+    require_numbers("(0, 1)", level=level)
+    if not isinstance(than, tuple | list) or len(than) != 2:
+        raise TypeError(f"than must be a pair (inside, outside) of scores; got {described(than)}.")
+    ours = [_scores("inside", inside), *_sets("outside", outside)]
+    theirs = [_scores("than[0]", than[0]), *_sets("than[1]", than[1])]
+    counts, other_counts = [len(s) for s in ours], [len(s) for s in theirs]
+    if len(ours) < 2 or counts != other_counts:
         raise ValueError(
             f"A paired difference needs two scores of the same images, of one set outside or more; "
-            f"got {len(inside)} inside and {[len(s) for s in outside]} outside, and {len(others)} "
-            f"and {[len(s) for s in other_outside]}."
+            f"got {counts[0]} inside and {counts[1:]} outside, and {other_counts[0]} and "
+            f"{other_counts[1:]}."
         )
     pairs = [
-        (_placements(inside, ours), _placements(others, theirs))
-        for ours, theirs in zip(outside, other_outside, strict=True)
+        (_placements(ours[0], one), _placements(theirs[0], other))
+        for one, other in zip(ours[1:], theirs[1:], strict=True)
     ]
-    above = torch.stack([ours[0] - theirs[0] for ours, theirs in pairs]).mean(0)
-    below = [(ours[1] - theirs[1]) / len(pairs) for ours, theirs in pairs]
+    above = torch.stack([one[0] - other[0] for one, other in pairs]).mean(0)
+    below = [(one[1] - other[1]) / len(pairs) for one, other in pairs]
     variance = sum(values.var().item() / len(values) for values in (above, *below))
     return _with_interval(above.mean().item(), math.sqrt(variance), level, lowest=-1.0)
 
 
 def _with_interval(value: float, error: float, level: float, *, lowest: float) -> AUROC:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1; got {level}.")
     margin = NormalDist().inv_cdf(0.5 + 0.5 * level) * error
     return AUROC(value, max(lowest, value - margin), min(1.0, value + margin), error)
 
 
+def _scores(name: str, scores: Any) -> Tensor:  # noqa: ANN401
+    return real_tensor(name, scores, ndim=1, rows=2, infinite=True).cpu().double()
+
+
+def _sets(name: str, sets: Any) -> list[Tensor]:  # noqa: ANN401
+    if not isinstance(sets, Tensor | np.ndarray | list | tuple):
+        raise TypeError(f"{name} must be a list of scores, one per set; got {described(sets)}.")
+    return [_scores(f"{name}[{k}]", scores) for k, scores in enumerate(sets)]
+
+
 def _placements(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """Fraction of other scores in the right order, per score; the mean is the AUROC."""
-    inside, outside = (scores.to("cpu", torch.float64).flatten() for scores in (inside, outside))
-    if min(len(inside), len(outside)) < 2:
-        raise ValueError(
-            f"An AUROC needs two scores or more of either kind; got {len(inside)} inside and "
-            f"{len(outside)} outside."
-        )
-    if inside.isnan().any() or outside.isnan().any():
-        raise ValueError("Some scores are NaN. Look at the images they belong to.")
     return _fraction_below(inside, outside), 1 - _fraction_below(outside, inside)
 
 

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ncprior.utils.require import real_tensor
+
 BLOCKS = 4  # with two blocks, the upper estimate would be too small about half of the time
 
 
@@ -50,27 +52,37 @@ def bounds(log_w: Tensor) -> Bounds:
     """Lower bound, jackknife estimate and upper estimate of log E w.
 
     Arguments:
-        log_w: Log-weights in nats, with shape ``(S, N)``. Draws in different quarters of the first
-            axis must be independent.
+        log_w: Log-weights in nats, with shape ``(S, N)``; -∞ is the weight 0. Draws in different
+            quarters of the first axis must be independent.
 
     Returns:
         The estimates in nats, with shape ``(N,)``. If S is below 8, all but the lower bound are
         NaN.
+
+    Raises:
+        ValueError: If a log-weight is NaN or +∞, or the shape is another.
 
     Example:
         >>> log_w = 2 * torch.randn(200, 1000, dtype=torch.float64)  # log E w = 2
         >>> [round(t.mean().item(), 1) for t in bounds(log_w)]
         [1.9, 2.0, 2.1]
     """
+    log_w = real_tensor("log_w", log_w, ndim=2, infinite=True)
+    if (log_w == math.inf).any():
+        raise ValueError(
+            "log_w must be below infinity; got an infinite weight. Look at the density."
+        )
     count = len(log_w)
     lower = _log_mean(log_w)
     if count < 2 * BLOCKS:
         return Bounds(lower, *torch.full_like(lower.expand(2, -1), math.nan))
     # log-mean without w_s = log-mean + log(1 - w_s / Σ w) + log(S / (S - 1))
-    fraction = (log_w - log_w.logsumexp(0)).exp().clamp(max=1 - 1e-12)
+    fraction = (log_w - log_w.logsumexp(0)).exp().nan_to_num(0.0).clamp(max=1 - 1e-12)
     without = torch.log1p(-fraction) + math.log(count / (count - 1))
     blocks = torch.stack([_log_mean(block) for block in log_w.tensor_split(BLOCKS)])
-    upper = (blocks.softmax(0) * blocks).sum(0)
+    weights = blocks.softmax(0)
+    upper = torch.where(weights > 0, weights * blocks, 0.0).sum(0)  # 0 log 0 = 0
+    upper = torch.where(lower.isneginf(), lower, upper)
     return Bounds(lower, lower - (count - 1) * without.mean(0), upper)
 
 

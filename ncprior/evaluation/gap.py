@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ncprior.evaluation.metrics import Moments, check_dimension, checked, frechet, moments
+from ncprior.utils.require import described, require_counts, require_instance, require_numbers
 
 Generations: TypeAlias = "Sequence[Tensor] | Tensor"
 
@@ -93,7 +95,8 @@ def gap_closed(
     the arms agree.
 
     Arguments:
-        reference: Features of held-out data, with shape ``(N_ref, F)``.
+        reference: Features of held-out data, with shape ``(N_ref, F)``: a tensor, an array or a
+            list. All other features are moved to its device.
         base: Features of R ≥ 5 independent generations from the base prior, ``(N, F)`` each.
         ours: The same for our prior. Use one seed for the i-th generations of all arms: the noise
             that they have in common cancels.
@@ -109,6 +112,7 @@ def gap_closed(
         The gap closed, its interval, and the distances.
 
     Raises:
+        TypeError: If features are not real numbers, or an arm is not a list of features.
         ValueError: If there are fewer than 5 generations, two generations are equal, their sizes
             differ, F > min(N, N_ref) / 10, or there is no measurable hole: D_base exceeds D_post
             by less than its sampling error. Draw more samples or take other features.
@@ -123,11 +127,9 @@ def gap_closed(
         >>> result.low < 0.96 < result.high  # D = F (scale - 1)²
         True
     """
-    if num_resamples < 2 or not 0 < level < 1:
-        raise ValueError(
-            "num_resamples must be at least 2 and level between 0 and 1; "
-            f"got {num_resamples} and {level}."
-        )
+    require_counts("[2, inf)", num_resamples=num_resamples)
+    require_counts("[0, 1e18]", seed=seed)
+    require_numbers("(0, 1)", level=level)
     reference = checked(reference, "reference")
     arms = _checked_arms(reference, {"base": base, "ours": ours, "posterior": posterior})
     distances = frechet(moments(reference), arms)
@@ -160,6 +162,7 @@ def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDif
 
     Raises:
         ValueError: If the results differ in more than the method.
+        TypeError: If a or b is not a result of :func:`gap_closed`.
 
     Example:
         >>> reference = torch.randn(1000, 2)
@@ -170,6 +173,9 @@ def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDif
         >>> gap_difference(first, second).low > 0
         True
     """
+    for name, result in (("a", a), ("b", b)):
+        require_instance(name, result, GapClosed, "Pass a result of gap_closed.")
+    require_numbers("(0, 1)", level=level)
     pairs = (a.distances, b.distances), (a.resampled, b.resampled)
     if not all(
         x.shape == y.shape and torch.allclose(x[::2], y[::2], rtol=1e-9, atol=0) for x, y in pairs
@@ -184,7 +190,13 @@ def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDif
 
 def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
     """Moments of all generations, with batch shape (3, R), after a check of the arms."""
-    counts = {name: [len(x) for x in generations] for name, generations in arms.items()}
+    found, counts = list[Moments](), dict[str, list[int]]()
+    for name, generations in arms.items():
+        counts[name] = []
+        for i, x in enumerate(_generations(name, generations)):
+            features = checked(x, f"{name}[{i}]", like=reference)
+            counts[name].append(len(features))
+            found.append(moments(features))
     fewest = min(len(count) for count in counts.values())
     if fewest < 5:
         raise ValueError(f"An interval needs at least 5 generations of every arm; got {fewest}.")
@@ -194,13 +206,17 @@ def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
             f"counts {counts}."
         )
     check_dimension(reference.shape[1], min(len(reference), *counts["base"]))
-    found = [
-        moments(checked(x, name, like=reference))
-        for name, generations in arms.items()
-        for x in generations
-    ]
     mean, cov = (torch.stack(m).unflatten(0, (3, fewest)) for m in zip(*found, strict=True))
     return Moments(mean, cov)
+
+
+def _generations(name: str, generations: Any) -> Any:  # noqa: ANN401
+    if not isinstance(generations, Tensor | np.ndarray | list | tuple):
+        raise TypeError(
+            f"{name} must be a list of features, one (N, F) per generation; got "
+            f"{described(generations)}."
+        )
+    return generations
 
 
 def _resampled_moments(x: Tensor, num_resamples: int, seed: int) -> Iterator[Moments]:

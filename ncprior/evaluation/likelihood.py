@@ -39,8 +39,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Size, Tensor
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_map_only
 
+from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
@@ -52,9 +52,12 @@ from ncprior.source import (
     device_of,
     num_rows,
     posterior_of,
+    require_eval,
     require_source,
     visit,
 )
+from ncprior.utils.batches import map_tensors
+from ncprior.utils.require import require_counts, require_flags, require_instance
 
 
 class Gain(NamedTuple):
@@ -123,23 +126,34 @@ class Likelihood(NamedTuple):
             >>> Likelihood("base", "local", x, x, x, 8, 0, 0).bits_per_dim(8)
             (1.0, 1.0)
         """
+        require_counts(num_dims=num_dims)
         unit = num_dims * math.log(2)
         return self.nll_lower / unit, self.nll_upper / unit
 
     def gain_over(self, other: Likelihood) -> Gain:
         """Paired difference of the lower bounds to those of another model on the same rows.
 
+        Raises:
+            TypeError: If the other is not a :class:`Likelihood`.
+            ValueError: If it is of another number of rows.
+
         Example:
             >>> found = log_likelihood(prior, x, num_samples=8, num_proposals=5)
             >>> print(found["sir"].gain_over(found["base"]))  # a new head: r = 1
             +0.00 ± 0.00 nats
         """
+        require_instance("other", other, Likelihood, "Pass a result of log_likelihood.")
+        if len(self.lower) != len(other.lower):
+            raise ValueError(
+                f"A paired difference needs estimates of the same rows; got {len(self.lower)} and "
+                f"{len(other.lower)} rows."
+            )
         difference = self.lower - other.lower
-        return Gain(difference.mean().item(), difference.std().item() / math.sqrt(len(difference)))
+        return Gain(difference.mean().item(), _standard_error(difference))
 
     def __str__(self) -> str:
         """Shows the range of the negative log-likelihood and its settings in one line."""
-        error = 1.96 * self.estimate.std() / math.sqrt(len(self.estimate))
+        error = 1.96 * _standard_error(self.estimate)
         pools = f", L = {self.num_pools}" if self.num_pools else ""
         kind = "" if self.model == "base" else f", {self.normalisation}ly normalised"
         return (
@@ -169,7 +183,8 @@ def log_likelihood(
         prior: The prior; or a source, for which only the base is measured. The source needs
             ``likelihood``, and densities of its priors and posteriors.
         data: Held-out x: a tensor or map-style dataset, a ``DataLoader``, or a list of batches. If
-            a batch is a tuple such as (image, label), p(x | z) is evaluated at its first item.
+            a batch is a tuple such as (image, label) or a mapping, p(x | z) is evaluated at its
+            first item.
         num_samples: S, the draws of z per row. If S is below 8, only lower bounds are estimated.
         num_proposals: M of SIR(M); ``None`` leaves SIR(M) out.
         num_pools: L, the pools of M - 1 proposals per draw and group.
@@ -187,9 +202,12 @@ def log_likelihood(
         same draws of z, so that differences are paired.
 
     Raises:
-        ValueError: If the source has no method ``likelihood``, a number is too small, or
-            ``share_pools`` is set and a group has a context.
-        TypeError: If a prior has no density, or the data can be read only once.
+        ValueError: If the source has no method ``likelihood``, a number is out of range, the data
+            has no rows or NaN, the VAE is in training mode, or ``share_pools`` is set and a group
+            has a context.
+        TypeError: If a prior has no density, the data can be read only once, or an argument has
+            the wrong type.
+        FloatingPointError: If a weight is NaN or infinite.
 
     References:
         Burda et al. (2016), equation 8; Lawson et al. (2019), equation 5.
@@ -199,11 +217,13 @@ def log_likelihood(
         >>> torch.equal(found["base"].lower, found["sir"].lower)  # a new head: r = 1
         True
     """
-    if min(num_samples, num_pools, 1 if num_proposals is None else num_proposals) < 1:
-        raise ValueError(
-            f"num_samples, num_proposals and num_pools must be at least 1; got {num_samples}, "
-            f"{num_proposals} and {num_pools}."
-        )
+    require_counts(
+        num_samples=num_samples, num_pools=num_pools, batch_size=batch_size, chunk_size=chunk_size
+    )
+    require_counts("[1, inf) or None", num_proposals=num_proposals)
+    require_flags(share_pools=share_pools, progress=progress)
+    if log_z is not None:
+        require_instance("log_z", log_z, LogZ, "Pass a result of log_normaliser, or None.")
     heads = prior if isinstance(prior, NCPrior) else None
     source = prior.source if isinstance(prior, NCPrior) else prior
     if heads is None and (num_proposals is not None or log_z is not None):
@@ -211,11 +231,12 @@ def log_likelihood(
             "num_proposals and log_z need ratio heads; got a source. Pass an NCPrior instead."
         )
     require_source(source)
+    require_eval(source, source.module)
     log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
     batches = one_pass(data, batch_size, device_of(source))
     seed = torch.initial_seed()
     columns: list[list[Bounds]] = [[], [], []]
-    for batch in tqdm(batches, desc="log p(x)", disable=not progress):
+    for batch in checked_batches(tqdm(batches, desc="log p(x)", disable=not progress)):
         for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
             column.append(bounds(log_w))
     base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)
@@ -255,7 +276,13 @@ class _Weights:
             for some in filter(len, block.split(at_once)):
                 log_w = self._walk(_tile(encoding, len(some)), _tile(x, len(some)))
                 chunks.append(log_w.reshape(3, len(some), rows))
-        return torch.cat(chunks, dim=1)
+        log_w = torch.cat(chunks, dim=1)
+        if not (log_w < math.inf).all():  # NaN is not
+            raise FloatingPointError(
+                "log p(x, z) - log q(z | x) or log r is NaN or infinite for some rows. Look for NaN or "
+                "infinity in the VAE, its likelihood or the heads, and for q(z | x) of scale 0."
+            )
+        return log_w
 
     def _walk(self, encoding: Any, x: Any) -> Tensor:  # noqa: ANN401
         log_w = torch.zeros(3, num_rows(encoding), dtype=torch.float64)
@@ -277,8 +304,7 @@ class _Weights:
             return z
 
         _, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
-        pixels = x[0] if isinstance(x, tuple | list) else x
-        return log_w + _wide(self.source.likelihood(state).log_prob(pixels))
+        return log_w + _wide(_log_likelihood(self.source.likelihood(state), data_of(x)))
 
     def _sir(self, k: int, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
         """Logarithm of an unbiased estimate of p_SIR / p at z with log-ratio ``own``, (B,)."""
@@ -306,6 +332,24 @@ class _Weights:
             yield group.prior.sample(Size((min(at_once, count - first),)))
 
 
+def _log_likelihood(likelihood: Distribution, x: Tensor) -> Tensor:
+    """log p(x | z) in nats, with shape ``(B,)``, after a check of the shapes."""
+    if isinstance(likelihood, Distribution):
+        shape = likelihood.batch_shape + likelihood.event_shape
+        if x.shape != shape:
+            raise ValueError(
+                f"Data must have the shape of p(x | z), {tuple(shape)}; got {tuple(x.shape)}. Pass "
+                f"data as the VAE decodes them."
+            )
+    log_p = likelihood.log_prob(x)
+    if log_p.shape != x.shape[:1]:
+        raise ValueError(
+            f"log p(x | z) must have shape (B,), here ({len(x)},); got {tuple(log_p.shape)}. Wrap "
+            f"p(x | z) in Independent(p, {x.ndim - 1})."
+        )
+    return log_p
+
+
 def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
     """α log r in nats, in float64."""
     return _wide(prior.strength * prior.log_r(k, z, context))
@@ -321,8 +365,13 @@ def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
 
 
 def _tile(tree: Any, count: int) -> Any:  # noqa: ANN401
-    return tree_map_only(Tensor, lambda t: t.repeat(count, *(1,) * (t.ndim - 1)), tree)
+    return map_tensors(lambda t: t.repeat(count, *(1,) * (t.ndim - 1)) if t.ndim else t, tree)
 
 
 def _wide(log_p: Tensor) -> Tensor:
-    return log_p.to("cpu", torch.float64)
+    return log_p.cpu().double()
+
+
+def _standard_error(values: Tensor) -> float:
+    """Standard error of the mean; NaN for one value."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

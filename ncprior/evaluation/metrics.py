@@ -1,6 +1,7 @@
 """Metrics of samples: Fréchet distance, precision and recall, maximum mean discrepancy (MMD).
 
-All metrics compare features: float matrices of shape ``(N, F)``. A feature function is any
+All metrics compare features: matrices of real numbers of shape ``(N, F)``, as tensors, arrays or
+lists. They are computed in float64, on the device of the first argument. A feature function is any
 callable that maps images, or other outputs of the decoder, to such a matrix.
 """
 
@@ -8,12 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ncprior.utils.require import (
+    described,
+    real_tensor,
+    require_choice,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
+
 Features: TypeAlias = Callable[[Tensor], Tensor]
+
+_LARGEST = 1e50  # of larger features, fourth powers overflow in float64
 
 
 class PrecisionRecall(NamedTuple):
@@ -62,6 +76,7 @@ def frechet_distance(a: Tensor, b: Tensor, *, strict: bool = True) -> Tensor:
         >>> round(frechet_distance(x, x + 2).item(), 6)  # 8 features moved by 2
         32.0
     """
+    require_flags(strict=strict)
     a = checked(a, "a")
     b = checked(b, "b", like=a)
     if strict:
@@ -103,12 +118,13 @@ def precision_recall(
         >>> precision_recall(real, real[:500])  # one of two modes
         PrecisionRecall(precision=1.0, recall=0.5)
     """
+    require_counts(neighbours=neighbours, chunk_size=chunk_size)
     real = checked(real, "real")
     generated = checked(generated, "generated", like=real)
-    if not 1 <= neighbours < min(len(real), len(generated)):
+    if neighbours >= min(len(real), len(generated)):
         raise ValueError(
-            f"neighbours must be at least 1 and less than both sample counts, {len(real)} and "
-            f"{len(generated)}; got {neighbours}."
+            f"neighbours must be less than both sample counts, {len(real)} and {len(generated)}; "
+            f"got {neighbours}."
         )
     return PrecisionRecall(
         _fraction_inside(generated, real, neighbours, chunk_size),
@@ -146,16 +162,17 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int
         >>> bool(mmd(x, y).abs() < 0.01), bool(mmd(x, y + 1) > 0.1)
         (True, True)
     """
+    require_numbers("(0, inf) or None", bandwidth=bandwidth)
+    require_counts(chunk_size=chunk_size)
     a = checked(a, "a")
     b = checked(b, "b", like=a)
     if bandwidth is None:
         pooled = torch.cat((a, b))
         bandwidth = torch.pdist(pooled[:: math.ceil(len(pooled) / 2000)]).median().item()
-    if not 0 < bandwidth < math.inf:
-        raise ValueError(
-            f"The bandwidth must be positive and finite; got {bandwidth}. "
-            "The default is 0 if half of the rows or more are equal: pass bandwidth=."
-        )
+        if bandwidth == 0:
+            raise ValueError(
+                "The median distance is 0, as half of the rows or more are equal. Pass bandwidth=."
+            )
 
     def sum_of(x: Tensor, y: Tensor) -> Tensor:
         kernels = ((d / bandwidth).square().mul(-0.5).exp() for d in _distances(x, y, chunk_size))
@@ -184,7 +201,9 @@ def inception_features(
 
     Raises:
         ImportError: If torch-fidelity is not installed.
-        ValueError: When the function is called, if images have another shape or range.
+        ValueError: If an argument is out of range and, when the function is called, if images
+            have another shape or range.
+        FileNotFoundError: If there is no such file of weights.
 
     References:
         GANs Trained by a Two Time-Scale Update Rule (Heusel et al., NeurIPS 2017)
@@ -194,6 +213,12 @@ def inception_features(
         >>> features(torch.rand(10, 1, 28, 28)).shape  # doctest: +SKIP
         torch.Size([10, 2048])
     """
+    require_choice("dimension", dimension, (64, 192, 768, 2048))
+    require_counts(batch_size=batch_size)
+    if weights is not None:
+        require_instance("weights", weights, str, "Pass the path of a file, or None.")
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"There is no file {weights}. Pass torch-fidelity's weights.")
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except ImportError as error:
@@ -206,7 +231,8 @@ def inception_features(
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
+        images = real_tensor("images", images, ndim=4)
+        if images.shape[1] not in (1, 3) or 0 in images.shape:
             raise ValueError(f"Images must be (N, 1 or 3, H, W); got {tuple(images.shape)}.")
         low, high = (x.item() for x in images.aminmax())
         if not (0 <= low and high <= 1):
@@ -218,22 +244,27 @@ def inception_features(
     return features
 
 
-def checked(x: Tensor, name: str, like: Tensor | None = None) -> Tensor:
-    """Returns features in float64, on the CPU if their device has no float64.
+def checked(values: Any, name: str, like: Tensor | None = None) -> Tensor:  # noqa: ANN401
+    """Returns features in float64, on the device of others or, if it has no float64, on the CPU.
 
     Raises:
+        TypeError: If they are not real numbers.
         ValueError: If the shape does not fit, or a feature is not finite; look at the samples.
     """
-    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
-        raise ValueError(f"Features are (N, F) with N ≥ 2; got {tuple(x.shape)} for {name}.")
+    x = real_tensor(name, values, ndim=2, rows=2)
+    if x.shape[1] < 1 or not x.abs().amax() < _LARGEST:
+        raise ValueError(
+            f"{name} must be features (N, F) with F ≥ 1, of less than {_LARGEST:g} each; got "
+            f"{described(x)}. Look at the samples, or rescale the features."
+        )
     if like is not None and x.shape[1] != like.shape[1]:
         raise ValueError(
             f"All features must come from one feature function: expected {like.shape[1]} per "
             f"sample, got {x.shape[1]} for {name}."
         )
-    if not x.isfinite().all():
-        raise ValueError(f"Some features of {name} are not finite; look at the samples.")
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+    x = x if like is None else x.to(like.device)
+    x = x.cpu() if x.device.type == "mps" else x
+    return x.double()
 
 
 def check_dimension(dimension: int, samples: int) -> None:

@@ -37,6 +37,16 @@ from ncprior.distributions import Sampleable
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
 from ncprior.samplers.langevin import Target, mala_step
+from ncprior.source import device_of, num_rows, require_eval
+from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.require import (
+    described,
+    require_counts,
+    require_finite,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
 
 
 class LogZ(NamedTuple):
@@ -121,8 +131,10 @@ def log_normaliser(
         The estimates.
 
     Raises:
-        ValueError: If a number is too small, or ``exact`` has the wrong shape.
-        TypeError: If T > 1 and a prior is discrete or has no density.
+        ValueError: If a number is out of range, ``exact`` has the wrong shape or NaN, the condition
+            has not one row, or the VAE is in training mode.
+        TypeError: If T > 1 and a prior is discrete or has no density, or an argument has the wrong
+            type.
         FloatingPointError: If log r is not finite.
 
     Example:
@@ -130,17 +142,16 @@ def log_normaliser(
         >>> z.lower, z.upper
         (0.0, 0.0)
     """
-    if num_particles < 2 or num_temperatures < 1 or replicates < 2:
-        raise ValueError(
-            f"num_particles and replicates must be at least 2, num_temperatures at least 1; got "
-            f"{num_particles}, {replicates} and {num_temperatures}."
-        )
-    shapes = None if exact is None else [len(z) for z in exact]
-    if shapes is not None and shapes != [replicates] * prior.source.num_groups:
-        raise ValueError(
-            f"exact must hold one z per group, of {replicates} rows each, one per replicate; got "
-            f"{len(shapes)} of {shapes} rows for {prior.source.num_groups} groups."
-        )
+    require_instance("prior", prior, NCPrior, "Pass an NCPrior, as NCPrior.for_source(source, x).")
+    require_counts("[2, inf)", num_particles=num_particles, replicates=replicates)
+    require_counts(num_temperatures=num_temperatures)
+    require_numbers("(0, inf)", step_size=step_size)
+    require_flags(progress=progress)
+    require_eval(prior.source, prior.source.module)
+    device = device_of(prior.source)
+    if exact is not None:
+        exact = _checked_exact(exact, prior.source.num_groups, replicates, device)
+    condition = _checked_condition(condition, device)
     smc = _Particles(prior, num_particles, num_temperatures, step_size, condition)
     forward, reverse = [], []
     for i in tqdm(range(replicates), desc="log Z", disable=not progress):
@@ -157,6 +168,34 @@ def log_normaliser(
         acceptance,
         torch.initial_seed(),
     )
+
+
+def _checked_exact(exact: Any, groups: int, rows: int, device: torch.device) -> list[Tensor]:  # noqa: ANN401
+    if not isinstance(exact, tuple | list) or not all(isinstance(z, Tensor) for z in exact):
+        raise TypeError(
+            f"exact must be a list of one tensor z per group; got {described(exact)}. Pass the "
+            f"latents of exact draws."
+        )
+    shapes = [tuple(z.shape) for z in exact]
+    if len(exact) != groups or any(shape[:1] != (rows,) for shape in shapes):
+        raise ValueError(
+            f"exact must hold one z per group, of {rows} rows each, one per replicate; got shapes "
+            f"{shapes} for {groups} groups."
+        )
+    for k, z in enumerate(exact):
+        require_finite(f"exact[{k}]", z)
+    return [z.to(device) for z in exact]
+
+
+def _checked_condition(condition: Any, device: torch.device) -> Any:  # noqa: ANN401
+    if condition is None:
+        return None
+    if num_rows(condition) != 1:
+        raise ValueError(
+            f"log Z is that of one condition, one row; got {num_rows(condition)} rows. Call "
+            f"log_normaliser for each row."
+        )
+    return to_device(condition, device)
 
 
 class Annealed(NamedTuple):
@@ -250,7 +289,7 @@ class _Particles:
                 log_w = torch.cat([log_w, self._step(k, kept, retained[k]).log_w])
                 kept = self.source.advance(kept, retained[k])
                 ahead = _cat(ahead, kept)
-            log_w = log_w.to("cpu", torch.float64)
+            log_w = log_w.cpu().double()
             log_z = log_z + log_w.logsumexp(0) - math.log(self.num_particles)
             # Parents of the next group's particles; the retained draw is its own.
             rows = torch.multinomial(log_w.softmax(0), count, replacement=True).to(step.z.device)
@@ -260,12 +299,20 @@ class _Particles:
         return log_z, [z[:1] for z in latents]
 
     def _start(self, rows: int) -> Any:  # noqa: ANN401
-        condition = tree_map_only(Tensor, lambda t: t.expand(rows, *t.shape[1:]), self.condition)
+        condition = map_tensors(
+            lambda t: t.expand(rows, *t.shape[1:]) if t.ndim else t, self.condition
+        )
         return self.source.start(rows, condition=condition)
 
     def _step(self, k: int, state: Any, z: Tensor | None) -> Annealed:  # noqa: ANN401
         """Draws or takes z_k, with its log-weight; the weight is 1 if the head is off."""
         group = self.source.group(state)
+        event = getattr(group.prior, "event_shape", None)
+        if z is not None and event is not None and z.shape[1:] != event:
+            raise ValueError(
+                f"exact[{k}] must have shape (R, *event) with the event {tuple(event)} of group {k}; "
+                f"got the event {tuple(z.shape[1:])}."
+            )
         if not self.prior.is_on(k):
             z = group.prior.sample() if z is None else z
             return Annealed(z, *torch.zeros(2, len(z), device=z.device))
@@ -282,10 +329,11 @@ class _Particles:
 
 def _cat(*trees: Any) -> Any:  # noqa: ANN401
     def join(*leaves: Any) -> Any:  # noqa: ANN401
-        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+        is_batch = isinstance(leaves[0], Tensor) and leaves[0].ndim > 0
+        return torch.cat(leaves) if is_batch else leaves[0]
 
     return tree_map(join, *trees)
 
 
 def _take(tree: Any, rows: Tensor) -> Any:  # noqa: ANN401
-    return tree_map_only(Tensor, lambda t: t[rows], tree)
+    return tree_map_only(Tensor, lambda t: t[rows.to(t.device)] if t.ndim else t, tree)

@@ -35,11 +35,13 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of
+from ncprior.utils.require import require_counts, require_flags
 from ncprior.vaebm.model import VAEBM
 
 
@@ -91,19 +93,25 @@ def ood_score(
         The scores with their terms.
 
     Raises:
-        ValueError: If the source has no method ``likelihood``.
-        TypeError: If a prior has no density, or the data can be read only once.
+        ValueError: If the source has no method ``likelihood``, a number is out of range, or the
+            data has no rows or NaN.
+        TypeError: If a prior has no density, the data can be read only once, or an argument has
+            the wrong type.
+        FloatingPointError: If a weight or an energy is NaN or infinite.
 
     Example:
         >>> ood_score(VAEBM(prior, lambda x: x.square().sum(1)), x, num_samples=8).total.shape
         torch.Size([4])
     """
+    require_counts(num_samples=num_samples, batch_size=batch_size, chunk_size=chunk_size)
+    require_flags(progress=progress)
     prior = (model.prior or model.source) if isinstance(model, VAEBM) else model
     has_heads = isinstance(prior, NCPrior)
     zero = torch.zeros(1, dtype=torch.float64)
     log_z = LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None
     terms = []
-    for batch in tqdm(one_pass(data, batch_size), desc="scores", disable=not progress):
+    batches = tqdm(one_pass(data, batch_size), desc="scores", disable=not progress)
+    for batch in checked_batches(batches):
         found = log_likelihood(  # one batch at a time, as the order of the data may differ in a second pass
             prior, [batch], num_samples=num_samples, log_z=log_z, chunk_size=chunk_size
         )
@@ -118,8 +126,14 @@ def ood_score(
 
 def _energy(model: VAEBM, batch: Any, num_samples: int) -> Tensor:  # noqa: ANN401
     """Energy of a batch in nats, ``(B,)``, averaged over the noise on data."""
-    x = (batch[0] if isinstance(batch, tuple | list) else batch).to(device_of(model.source))
-    if not model.data_noise:
-        return model(x)  # type: ignore[no-any-return]
-    noisy = (x + model.data_noise * torch.randn_like(x) for _ in range(num_samples))
-    return torch.stack([model(one) for one in noisy]).mean(0)
+    x = data_of(batch).to(device_of(model.source))
+    if model.data_noise:
+        noisy = (x + model.data_noise * torch.randn_like(x) for _ in range(num_samples))
+        energy = torch.stack([model(one) for one in noisy]).mean(0)
+    else:
+        energy = model(x)
+    if not torch.isfinite(energy).all():
+        raise FloatingPointError(
+            "The energy is NaN or infinite for some rows. Look for NaN or infinity in its weights."
+        )
+    return energy.cpu()

@@ -6,6 +6,7 @@ the wrong type raises a TypeError, a value out of range a ValueError.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from numbers import Real
@@ -120,6 +121,7 @@ def real_tensor(
     ndim: int | None = None,
     rows: int = 1,
     integers: bool = True,
+    infinite: bool = False,
 ) -> Tensor:
     """Returns finite real numbers as a tensor of floats, from a tensor, an array or a list.
 
@@ -129,6 +131,7 @@ def real_tensor(
         ndim: The required number of dimensions, or ``None`` for 1 or more.
         rows: The least number N of rows.
         integers: Whether whole numbers are converted to float32; otherwise they raise an error.
+        infinite: Whether infinite values are allowed, as for scores; NaN never is.
 
     Returns:
         The tensor; a tensor of floats is returned as it is.
@@ -148,7 +151,7 @@ def real_tensor(
     if wrong_ndim or len(x) < rows:
         dims = "1 or more dimensions" if ndim is None else f"{ndim} dimensions"
         raise ValueError(f"{name} must have {dims} and {rows} or more rows; got {described(x)}.")
-    require_finite(name, x)
+    require_finite(name, x.nan_to_num(math.nan, 0.0, 0.0) if infinite else x)
     return x
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, silu
 
 from ncprior.utils.precision import at_least_float32, in_full
+from ncprior.utils.require import described, require_counts
 
 _SMALLEST = 4  # feature maps are halved until they are at most this large
 
@@ -34,8 +35,9 @@ class EnergyNet(nn.Module):
             ``width``.
 
     Raises:
-        ValueError: If the shape is not (C, H, W), or the width is below 1. For vectors, use
+        ValueError: If the shape is not (C, H, W), or a size is below 1. For vectors, use
             ``MLPHead``.
+        TypeError: If a size is not a whole number.
 
     References:
         Swish: Searching for Activation Functions (Ramachandran et al., 2017).
@@ -47,12 +49,16 @@ class EnergyNet(nn.Module):
 
     def __init__(self, image_shape: Sequence[int], *, width: int = 32) -> None:
         super().__init__()
-        if len(image_shape) != 3 or width < 1:
+        require_counts(width=width)
+        if not isinstance(image_shape, tuple | list) or len(image_shape) != 3:
+            got = image_shape if isinstance(image_shape, tuple | list) else described(image_shape)
             raise ValueError(
-                f"EnergyNet takes images of shape (C, H, W) and a width of 1 or more; got "
-                f"{tuple(image_shape)} and {width}. For vectors, use MLPHead((D,)) as the energy."
+                f"image_shape must be a shape (C, H, W); got {got}. For vectors, use MLPHead((D,)) "
+                f"as the energy."
             )
-        self.image_shape, self.width = tuple(image_shape), width
+        for name, size in zip("CHW", image_shape, strict=True):
+            require_counts(**{f"{name} of image_shape": size})
+        self.image_shape, self.width = tuple(map(int, image_shape)), int(width)
         channels, size = self.image_shape[0], max(self.image_shape[1:])
         stride = 2 if size > 16 else 1
         self.stem = nn.Conv2d(channels, width, 3, padding=1, stride=stride)
@@ -76,12 +82,12 @@ class EnergyNet(nn.Module):
             E(x) in nats, with shape ``(B,)``, in float32 or better.
 
         Raises:
-            ValueError: If x has another shape than ``image_shape``.
+            ValueError: If x is no tensor or has another shape than ``image_shape``.
         """
-        if tuple(x.shape[1:]) != self.image_shape:
+        if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"This energy takes images of shape (B, {', '.join(map(str, self.image_shape))}); "
-                f"got {tuple(x.shape)}."
+                f"got {described(x)}."
             )
         x = x.to(self.out.weight.dtype, memory_format=torch.channels_last)
         h = silu(self.cells(self.stem(2 * x - 1)))

@@ -22,13 +22,19 @@ from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_lik
 from ncprior.training.resumable import ResumableTraining, length_of, load, unchanged, weights_of
 from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import num_ranks
-from ncprior.utils.require import require_counts
 from ncprior.utils.random_state import random_state, seeded, set_random_state
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_numbers,
+)
 from ncprior.vaebm.model import VAEBM
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.saved import trained_on
 from ncprior.vaebm.settings import EnergySettings
-from ncprior.vaebm.trainer import EnergyMetrics, VAEBMTrainer
+from ncprior.vaebm.trainer import EnergyMetrics, VAEBMTrainer, require_trainable
 
 _DEFAULTS = EnergySettings()
 
@@ -76,6 +82,8 @@ class EnergyHistory(NamedTuple):
         return f"{gap}weights of step {self.kept_step}; {self.stopped}"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_vaebm(
     model: VAEBM,
     data: Any,  # noqa: ANN401
@@ -96,7 +104,8 @@ def fit_vaebm(
 
     The optimizer is Adam, with a cosine schedule to 0. An exponential moving average of the
     weights is kept. If ``checkpoint`` exists, training resumes from it, with the replay buffer, as
-    if it had never stopped: the weights come out the same, bit for bit.
+    if it had never stopped: the weights come out the same, bit for bit. Gradients are enabled, also
+    under ``torch.no_grad`` or ``torch.inference_mode``.
 
     Arguments:
         model: The model; its energy ends up with the kept weights, in evaluation mode.
@@ -123,8 +132,8 @@ def fit_vaebm(
     Raises:
         ValueError: If the checkpoint belongs to another training, or a number is out of range.
             Pass another file, or the number in the range that the message names.
-        TypeError: If data for a checkpoint can be read only once. Pass a tensor, a dataset, a
-            ``DataLoader`` or a list.
+        TypeError: If data for a checkpoint can be read only once, or an argument has the wrong
+            type. Pass a tensor, a dataset, a ``DataLoader`` or a list.
         RuntimeError: If there are several processes. Call :meth:`VAEBMTrainer.step` in a loop.
 
     Example:
@@ -134,6 +143,18 @@ def fit_vaebm(
         >>> print(history)  # doctest: +ELLIPSIS
         energy gap ... nats, weights of step 3; all 3 steps taken
     """
+    require_trainable(model)
+    require_counts(
+        steps=steps,
+        batch_size=batch_size,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+    )
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_flags(progress=progress)
+    require_instance("settings", settings, EnergySettings, "Pass EnergySettings(buffer_size=…).")
+    if callback is not None:
+        require_callable("callback", callback, "Pass a function of an EnergyRow, or None.")
     terms = TrainingTerms(
         steps=steps,
         batch_size=batch_size,
@@ -142,7 +163,6 @@ def fit_vaebm(
         settings=settings,
         facts=_facts(model, sampler, data),
     )
-    require_counts(checkpoint_every=checkpoint_every)
     if num_ranks() > 1:
         raise RuntimeError(
             "fit_vaebm runs in one process. In several, call VAEBMTrainer.step in a loop."

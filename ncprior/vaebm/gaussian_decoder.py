@@ -6,11 +6,21 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.rebase import Rebased
+from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
-from ncprior.source import LatentSource, WrappedSource, device_of, sample_posterior
+from ncprior.source import (
+    LatentSource,
+    WrappedSource,
+    device_of,
+    require_eval,
+    require_source,
+    sample_posterior,
+)
+from ncprior.utils.require import described, require_counts, require_instance, require_numbers
 
 
 class GaussianDecoder(WrappedSource):
@@ -26,8 +36,8 @@ class GaussianDecoder(WrappedSource):
 
     Raises:
         ValueError: If σ is not positive and finite.
-        TypeError: If the source is wrapped by ``rebase``; reverse the order, as in
-            ``rebase(GaussianDecoder(source, 0.1), base)``.
+        TypeError: If an argument has the wrong type, or the source is wrapped by ``rebase``;
+            reverse the order, as in ``rebase(GaussianDecoder(source, 0.1), base)``.
 
     Example:
         >>> state = source.advance(source.start(4), torch.zeros(4, 2))
@@ -40,8 +50,9 @@ class GaussianDecoder(WrappedSource):
     def __init__(
         self, source: LatentSource[Any, Any], sigma: float, origin: str = "given"
     ) -> None:
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"σ of the decoder must be positive and finite; got {sigma}.")
+        require_source(source)
+        require_numbers("(0, inf)", sigma=sigma)
+        require_instance("origin", origin, str, "Pass a short text.")
         if isinstance(source, Rebased):
             raise TypeError(
                 "A GaussianDecoder around a rebased source would hide the base from saving. Use "
@@ -66,28 +77,38 @@ class GaussianDecoder(WrappedSource):
         Arguments:
             source: The VAE.
             held_out: Data that the VAE was not trained on: a tensor or map-style dataset of x, a
-                ``DataLoader``, or a list of batches. If a batch is a tuple such as (image, label),
-                x is its first item.
+                ``DataLoader``, or a list of batches. If a batch is a tuple such as (image, label)
+                or a mapping, x is its first item.
             batch_size: Rows per batch, where batches are made here.
 
         Returns:
             The source with the likelihood of that σ.
 
         Raises:
-            ValueError: If the decoder does not return x̂ of the shape of x.
+            ValueError: If the decoder does not return x̂ of the shape of x, the residuals are all 0
+                or not finite, the data has no rows or NaN, or the VAE is in training mode.
+            TypeError: If an argument has the wrong type.
         """
+        require_source(source)
+        require_counts(batch_size=batch_size)
+        require_eval(source, source.module)
         device, total, count, rows = device_of(source), 0.0, 0, 0
-        for batch in one_pass(held_out, batch_size, device):
-            x = batch[0] if isinstance(batch, tuple | list) else batch
-            x_hat = source.decode(sample_posterior(source, batch)[1])
-            if x_hat.shape != x.shape:
+        for batch in checked_batches(one_pass(held_out, batch_size, device)):
+            x, x_hat = data_of(batch), source.decode(sample_posterior(source, batch)[1])
+            if not isinstance(x_hat, Tensor) or x_hat.shape != x.shape:
                 raise ValueError(
-                    f"Residuals need x and the decoder's mean of one shape; got {tuple(x.shape)} "
-                    f"and {tuple(x_hat.shape)}. Pass data as the decoder returns them."
+                    f"Residuals need x and the decoder's mean of one shape; got {described(x)} and "
+                    f"{described(x_hat)}. Pass data as the decoder returns them."
                 )
+            x = x.to(x_hat) if x.dtype == torch.bool else x
             total += float((x - x_hat).cpu().double().square().sum())
             count, rows = count + x.numel(), rows + len(x)
-        return cls(source, math.sqrt(total / max(1, count)), f"fitted on {rows} held-out rows")
+        if not 0 < total < math.inf:
+            raise ValueError(
+                f"The residuals x - x̂ must be finite and not all 0; got a sum of squares of {total}. "
+                f"Look for NaN in the decoder's weights, or for a decoder that returns x itself."
+            )
+        return cls(source, math.sqrt(total / count), f"fitted on {rows} held-out rows")
 
     def likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
         """Likelihood p(x | z) = N(x̂, σ² I).

@@ -32,10 +32,21 @@ from torch.distributions import Independent, Normal
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import langevin
-from ncprior.source import LatentSource, device_of, require_eval, require_source
+from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
+from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.require import (
+    described,
+    real_tensor,
+    require_callable,
+    require_choice,
+    require_counts,
+    require_flags,
+    require_numbers,
+)
+from ncprior.vaebm.checks import require_apart, require_gradients, require_one_device
 from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
-from ncprior.vaebm.noise import LangevinTarget, NoiseMap
+from ncprior.vaebm.noise import LangevinTarget, NoiseMap, shapes_of
 from ncprior.vaebm.saved import PretrainedEnergy
 
 
@@ -88,10 +99,11 @@ class VAEBM(PretrainedEnergy, nn.Module):
             float32.
 
     Raises:
-        TypeError: If the prior of a group has no density on all of R^n; the message names the
-            group.
-        ValueError: If the source has no method ``likelihood``, the VAE is in training mode, or an
-            argument is out of range.
+        TypeError: If the prior of a group has no density on all of R^n, where the message names the
+            group, or an argument has the wrong type.
+        ValueError: If the source has no method ``likelihood``, the VAE is in training mode, an
+            argument is out of range, or the energy has parameters of the VAE or the heads, or is on
+            another device.
 
     Example:
         >>> model = VAEBM(source, lambda x: 0.5 * x.square().sum(1))
@@ -116,28 +128,24 @@ class VAEBM(PretrainedEnergy, nn.Module):
         precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if num_steps < 0 or not 0 < step_size < math.inf:
-            raise ValueError(
-                f"num_steps must be at least 0 and step_size positive and finite; "
-                f"got {num_steps} and {step_size}."
-            )
-        if langevin_target not in get_args(LangevinTarget):
-            raise ValueError(
-                f"langevin_target is one of {', '.join(get_args(LangevinTarget))}; "
-                f"got {langevin_target!r}."
-            )
-        if not 0 <= data_noise < math.inf:
-            raise ValueError(f"data_noise must be finite and at least 0; got {data_noise}.")
+        require_counts("[0, inf)", num_steps=num_steps)
+        require_numbers("(0, inf)", step_size=step_size)
+        require_choice("langevin_target", langevin_target, get_args(LangevinTarget))
+        require_numbers("[0, inf)", data_noise=data_noise)
         check_precision(precision)
         heads, source = (prior, prior.source) if isinstance(prior, NCPrior) else (None, prior)
         require_source(source)
+        require_callable("energy", energy, "Pass a network, or a function that maps x to E(x).")
+        require_apart(energy, source, heads)
+        require_one_device(energy, source, heads)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
         object.__setattr__(self, "source", source)
         self.energy = energy
-        self.num_steps, self.step_size = num_steps, step_size
+        self.num_steps, self.step_size = int(num_steps), float(step_size)
         self.langevin_target, self.precision = langevin_target, precision
         self.data_noise = float(data_noise)
         self.decoder_noise = self._probe()
+        self._has_gradients = False  # not yet checked
 
     def forward(self, x: Tensor) -> Tensor:
         """Energy of images, with products in the model's ``precision``, also under autocast.
@@ -149,20 +157,24 @@ class VAEBM(PretrainedEnergy, nn.Module):
             E(x) in nats, with shape ``(B,)``, in float32 or better.
 
         Raises:
+            TypeError: If x or the result of the energy is no tensor of real numbers.
             ValueError: If the energy does not return shape ``(B,)``.
 
         Example:
             >>> VAEBM(source, lambda x: x.sum(1))(torch.ones(4, 3))
             tensor([3., 3., 3., 3.])
         """
+        x = x if isinstance(x, Tensor) and x.is_floating_point() else real_tensor("x", x)
         with at_precision(x.device.type, self.precision):
-            energy: Tensor = at_least_float32(self.energy(at_least_float32(x)))
+            energy: Tensor = self.energy(at_least_float32(x))
+        if not isinstance(energy, Tensor) or not energy.is_floating_point():
+            raise TypeError(f"The energy must return a tensor of floats; got {described(energy)}.")
         if energy.shape != x.shape[:1]:
             raise ValueError(
                 f"The energy must map x of shape {tuple(x.shape)} to shape ({len(x)},); "
                 f"got {tuple(energy.shape)}."
             )
-        return energy
+        return at_least_float32(energy)
 
     @torch.no_grad()
     def sample(
@@ -222,11 +234,24 @@ class VAEBM(PretrainedEnergy, nn.Module):
             >>> [tuple(part.shape) for part in VAEBM(source, lambda x: x.sum(1)).draw_noise(5)]
             [(5, 2), (5, 3)]
         """
-        if sampler is not None and self.prior is None:
+        require_counts(batch_size=batch_size)
+        self.check_sampler(sampler)
+        return self._walk(condition).draw(batch_size, sampler).noise
+
+    def check_sampler(self, sampler: Sampler | None) -> None:
+        """Validates a sampler of the start of chains.
+
+        Raises:
+            TypeError: If it is not a function. Pass ``partial(sir, num_proposals=100)``.
+            ValueError: If it is given without ratio heads. Pass ``sampler=None``.
+        """
+        if sampler is None:
+            return
+        require_callable("sampler", sampler, "Pass partial(sir, num_proposals=100), or None.")
+        if self.prior is None:
             raise ValueError(
                 "A sampler needs ratio heads, which this VAEBM does not have. Pass sampler=None."
             )
-        return self._walk(condition).draw(batch_size, sampler).noise
 
     @torch.no_grad()
     def run_chains(
@@ -254,20 +279,30 @@ class VAEBM(PretrainedEnergy, nn.Module):
             FloatingPointError: If the energy, log r or a gradient is not finite. Use a smaller
                 ``step_size``.
             ValueError: If the noise is not one tensor per group and, for a normal decoder, one
-                more. Pass that of :meth:`draw_noise` or of other chains.
+                more. Pass that of :meth:`draw_noise` or of other chains. Also, at the first chains,
+                if the gradient of the energy, the decoder or the heads is cut, as by
+                ``torch.no_grad``.
+            TypeError: If the noise is not a list of tensors, or an argument has the wrong type.
 
         Example:
             >>> model = VAEBM(source, lambda x: x.square().sum(1))
             >>> model.run_chains(model.draw_noise(4), adjusted=True).acceptance.shape
             torch.Size([4])
         """
+        require_counts("[0, inf) or None", num_steps=num_steps)
+        require_numbers("(0, inf) or None", step_size=step_size)
+        require_flags(adjusted=adjusted)
+        shapes = shapes_of(noise)
         walk, precise = self._walk(condition, self.precision), self._walk(condition)
-        shapes = [part.shape for part in noise]
         u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
 
         def log_weight(u: Tensor) -> Tensor:
-            walked = walk(_unflatten(u, shapes))
+            parts = _unflatten(u, shapes)
+            walked = walk(parts)
             energy: Tensor = self(walked.x)
+            if not self._has_gradients:
+                require_gradients(walk, self, parts, walked, energy)
+                self._has_gradients = True
             return walked.log_weight - energy
 
         draw = langevin(
@@ -312,13 +347,15 @@ class VAEBM(PretrainedEnergy, nn.Module):
     def _probe(self) -> str:
         """Describes the decoder's noise after one walk, which validates the groups."""
         require_eval(self.source, self.source.module)
-        device = device_of(self.source)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            try:
-                self.source.start(1)
-            except ValueError:
-                return "that of p(x | z), under a condition"
+        try:
+            self.source.start(1)
+        except ValueError:
+            return "that of p(x | z), under a condition"
+        outside = random_state()
+        try:
             walked = NoiseMap(self.source).draw(1)
+        finally:
+            set_random_state(outside)
         if len(walked.noise) > self.source.num_groups:
             return "location and scale of p(x | z)"
         return "none, as p(x | z) is not normal: x is its mean"

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.mixture import GaussianMixture
@@ -44,6 +44,7 @@ from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import name_of, supports_langevin
 from ncprior.source import Group, LatentSource, visit
 from ncprior.utils.precision import at_least_float32, at_precision
+from ncprior.utils.require import described, require_finite
 
 LangevinTarget = Literal["exact", "official"]
 
@@ -135,6 +136,7 @@ class NoiseMap:
         def choose(k: int, group: Group) -> Tensor:
             _require_density(k, group)
             u = pick(k, group)
+            _require_event(k, group, u)
             z, log_weight = self._latents(k, group, u)
             noise.append(u)
             log_weights.append(log_weight)
@@ -178,6 +180,31 @@ class NoiseMap:
         return normal.loc + drawn * u, _sum(log_ratio + 0.5 * u.square())
 
 
+def shapes_of(noise: Any) -> list[Size]:  # noqa: ANN401
+    """Returns the shapes of the parts of noise, after a check of their types, rows and values.
+
+    Raises:
+        TypeError: If the noise is not a list of tensors of floats.
+        ValueError: If the parts have different numbers of rows or no rows, or a value is NaN or
+            infinite.
+    """
+    parts = list(noise) if isinstance(noise, tuple | list | Tensor) else [noise]
+    if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+        raise TypeError(
+            f"noise must be a list of tensors of floats; got {described(noise)}. Pass that of "
+            f"draw_noise or of other chains."
+        )
+    shapes: list[Size] = [part.shape for part in parts]
+    if len({shape[:1] for shape in shapes}) != 1 or shapes[0][:1] in ((), (0,)):
+        raise ValueError(
+            f"noise must be tensors with the same 1 or more rows; got the shapes "
+            f"{[tuple(shape) for shape in shapes]}. Pass that of draw_noise or of other chains."
+        )
+    for k, part in enumerate(parts):
+        require_finite(f"noise[{k}]", part)
+    return shapes
+
+
 def _to_noise(prior: object, z: Tensor) -> Tensor:
     """Returns ε_k of z_k for a normal prior, u_k for a mixture, else z_k itself."""
     normal = normal_of(prior)
@@ -208,9 +235,15 @@ def _mean(
 ) -> Tensor:
     """Mean of p(x | z); from ``source.decode``, at twice the cost, if there is no other."""
     try:
-        return likelihood.mean
+        mean = likelihood.mean
     except (AttributeError, NotImplementedError):
-        return source.decode(state)
+        mean = source.decode(state)
+    if not isinstance(mean, Tensor):
+        raise TypeError(
+            f"likelihood(state) must return p(x | z), a distribution; got {described(likelihood)}. "
+            f"From the mean x̂ of x make Independent(Normal(x̂, σ), x̂.ndim - 1)."
+        )
+    return mean
 
 
 def _require_density(k: int, group: Group) -> None:
@@ -222,6 +255,15 @@ def _require_density(k: int, group: Group) -> None:
             f"Group {k}: VAEBM uses Langevin dynamics, which needs a density on all of R^n; "
             f"the prior {name_of(group.prior)} {kind}. Put a base with a density on the source: "
             f"rebase(source, base)."
+        )
+
+
+def _require_event(k: int, group: Group, u: Tensor) -> None:
+    event = getattr(group.prior, "event_shape", u.shape[1:])
+    if u.shape[1:] != event:
+        raise ValueError(
+            f"The noise of group {k} must have shape (B, *event) with the event {tuple(event)}; got "
+            f"{tuple(u.shape)}. Pass that of draw_noise or of other chains."
         )
 
 

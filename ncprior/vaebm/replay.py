@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ncprior.utils.require import require_counts, require_numbers
+
 
 class ReplayBuffer:
     """Replay buffer: the noise of the last chains, which some of the new chains continue.
@@ -24,11 +26,8 @@ class ReplayBuffer:
     """
 
     def __init__(self, size: int, fraction: float) -> None:
-        if size < 1 or not 0 <= fraction <= 1:
-            raise ValueError(
-                f"A replay buffer needs a size of at least 1 and a fraction from 0 to 1; got "
-                f"{size} and {fraction}."
-            )
+        require_counts(size=size)
+        require_numbers("[0, 1]", fraction=fraction)
         self.size, self.fraction = size, fraction
         self.kept: tuple[Tensor, ...] = ()  # each (at most size, *event)
         self.pushed = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from ncprior.training.settings import OptimizerSettings
+from ncprior.utils.require import require_choice, require_counts, require_numbers
 from ncprior.vaebm.trainer import Contrast
 
 
@@ -25,6 +27,7 @@ class EnergySettings(OptimizerSettings):
 
     Raises:
         ValueError: If a number is out of range. The message names it and its range.
+        TypeError: If a number has the wrong type.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -46,7 +49,8 @@ class EnergySettings(OptimizerSettings):
     def __post_init__(self) -> None:
         """Validates the numbers."""
         super().__post_init__()
-        if self.buffer_size < 0:
-            raise ValueError(f"buffer_size must be at least 0; got {self.buffer_size}.")
-        if not self.max_gap > 0:
-            raise ValueError(f"max_gap must be positive; got {self.max_gap}.")
+        require_choice("contrast", self.contrast, get_args(Contrast))
+        require_counts("[0, inf)", buffer_size=self.buffer_size)
+        require_numbers("[0, 1]", replay_fraction=self.replay_fraction)
+        require_numbers("[0, inf)", spectral_weight=self.spectral_weight)
+        require_numbers("(0, inf]", max_gap=self.max_gap)

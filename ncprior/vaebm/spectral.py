@@ -33,6 +33,7 @@ class SpectralPenalty(nn.Module):
         num_iterations: Power iterations per call.
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in every step
     def __init__(self, net: nn.Module, num_iterations: int = 2) -> None:
         super().__init__()
         self.num_iterations = num_iterations

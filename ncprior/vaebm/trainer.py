@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
 from ncprior.source import num_rows, require_eval
 from ncprior.utils.distributed import average_over_ranks, fail_together
@@ -33,6 +34,13 @@ from ncprior.utils.gradients import (
     reduce_and_clip,
     share_weights,
     zero_gradients,
+)
+from ncprior.utils.require import (
+    described,
+    require_callable,
+    require_choice,
+    require_instance,
+    require_numbers,
 )
 from ncprior.vaebm.model import VAEBM, Chains
 from ncprior.vaebm.replay import ReplayBuffer
@@ -81,8 +89,10 @@ class VAEBMTrainer:
         condition: Returns the chains' condition for a batch, if the source needs one.
 
     Raises:
-        ValueError: If the optimizer holds parameters that are not the energy's, or the options
-            exclude each other. The message names the remedy.
+        ValueError: If the optimizer holds parameters that are not the energy's, all parameters are
+            frozen, an argument is out of range, or the options exclude each other. The message
+            names the remedy.
+        TypeError: If an argument has the wrong type, or the energy is no module with parameters.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -107,11 +117,19 @@ class VAEBMTrainer:
         max_grad_norm: float | None = 5.0,
         condition: Callable[[Any], Any] | None = None,
     ) -> None:
-        if contrast not in get_args(Contrast) or not 0 <= spectral_weight < math.inf:
-            raise ValueError(
-                f"contrast is one of {', '.join(get_args(Contrast))} and spectral_weight at least "
-                f"0; got {contrast!r} and {spectral_weight}."
-            )
+        require_trainable(model)
+        require_instance(
+            "optimizer", optimizer, torch.optim.Optimizer, "Pass torch.optim.Adam(…)."
+        )
+        require_callable("backward", backward, "Pass a function of the loss, or leave it out.")
+        require_choice("contrast", contrast, get_args(Contrast))
+        require_numbers("[0, inf)", spectral_weight=spectral_weight)
+        require_numbers("(0, inf] or None", max_grad_norm=max_grad_norm)
+        if buffer is not None:
+            require_instance("buffer", buffer, ReplayBuffer, "Pass a ReplayBuffer, or None.")
+        if condition is not None:
+            require_callable("condition", condition, "Pass a function of a batch, or None.")
+        model.check_sampler(sampler)
         if model.data_noise and contrast == "mean":
             raise ValueError(
                 f"Means have no noise, and data of this model have σ = {model.data_noise:g}. Pass "
@@ -131,12 +149,14 @@ class VAEBMTrainer:
         share_weights(model)
         self.penalty = SpectralPenalty(model.energy)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def step(self, x: Any) -> EnergyMetrics:  # noqa: ANN401
-        """Takes one optimizer step on one batch.
+        """Takes one optimizer step on one batch, also under ``no_grad`` or ``inference_mode``.
 
         Arguments:
             x: One batch, as the user's loader yields it, with images ``(B, ...)``. If it is a
-                tuple such as (image, label), the images are its first item.
+                tuple such as (image, label) or a mapping, the images are its first item.
 
         Returns:
             Energies in nats and gradient norm, averaged over the ranks.
@@ -145,7 +165,8 @@ class VAEBMTrainer:
             FloatingPointError: If a chain, the loss or a gradient is not finite. The energy and
                 the buffer are then as they were before the step. Use a lower learning rate.
             ValueError: If data and chains have different shapes. Pass images as the VAE decodes
-                them.
+                them. Also if the energy has no gradient with respect to its parameters.
+            TypeError: If the batch has no tensor of images.
 
         Example:
             >>> from ncprior.heads import MLPHead
@@ -154,8 +175,7 @@ class VAEBMTrainer:
             >>> trainer.step(x).gap.item()  # a new net's energy is 0
             0.0
         """
-        chains = self._chains(x)
-        data = x[0] if isinstance(x, tuple | list) else x
+        data, chains = data_of(x), self._chains(x)
         drawn = chains.x if self.contrast == "x" else chains.mean
         if data.shape != drawn.shape:
             raise ValueError(
@@ -168,6 +188,11 @@ class VAEBMTrainer:
             data = data + self.model.data_noise * torch.randn_like(data)
         zero_gradients(self.model)
         energy, energy_drawn = self.model(torch.cat([data, drawn])).chunk(2)
+        if not energy.requires_grad:
+            raise ValueError(
+                "The energy has no gradient with respect to its parameters, and would learn nothing. "
+                "Remove torch.no_grad, torch.inference_mode or detach() in the energy."
+            )
         gap, spectral = energy.mean() - energy_drawn.mean(), self.penalty()
         self.backward(gap + self.spectral_weight * spectral)
         measured = torch.stack([gap.detach(), energy.detach().mean(), spectral.detach()])
@@ -228,3 +253,24 @@ class VAEBMTrainer:
                 f"{metrics.grad_norm.item():.4g} at step {self.steps}. The energy is as it was "
                 f"before this step. Look for NaN or infinity in x, or take a lower learning rate."
             )
+
+
+def require_trainable(model: Any) -> None:  # noqa: ANN401
+    """Validates that a model's energy can be trained.
+
+    Raises:
+        TypeError: If the model is no :class:`VAEBM`, or its energy is no module with parameters.
+        ValueError: If all parameters are frozen, or were made under ``torch.inference_mode``.
+    """
+    require_instance("model", model, VAEBM, "Pass VAEBM(source, energy).")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise TypeError(
+            f"Only a network can be trained; got an energy without parameters, "
+            f"{described(model.energy)}. Pass an nn.Module with parameters."
+        )
+    if not any(p.requires_grad for p in parameters) or any(p.is_inference() for p in parameters):
+        raise ValueError(
+            "The energy's parameters must be trainable; got frozen ones, or some that were made under "
+            "torch.inference_mode. Call energy.requires_grad_(True), or make the energy outside."
+        )

@@ -66,3 +66,16 @@ def test_few_draws_make_lower_bounds_alone() -> None:
     assert torch.equal(lower, torch.zeros(2, dtype=torch.float64))
     assert estimate.isnan().all()
     assert upper.isnan().all()
+
+
+def test_weights_of_zero_are_weights_and_nan_raises() -> None:
+    log_w = torch.zeros(16, 3, dtype=torch.float64)
+    log_w[:8, 1] = log_w[:, 2] = -math.inf
+    found = bounds(log_w)
+    for column in found:
+        torch.testing.assert_close(column[0].item(), 0.0)
+        assert column[2] == -math.inf
+    assert found.lower[1] == pytest.approx(-math.log(2)) and torch.isfinite(found.upper[1])
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="log_w must be"):
+            bounds(log_w.clone().fill_(wrong))

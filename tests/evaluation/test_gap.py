@@ -194,14 +194,14 @@ def test_gap_closed_refuses_what_gives_no_interval() -> None:
             gap(reference, **{name: [*arm(shifts[:4]), *arm(shifts[4:], 99)]})
         with pytest.raises(ValueError, match="all of one sample count"):
             gap(reference, **{name: arm(shifts, 99)})
-        with pytest.raises(ValueError, match=f"not finite|of {name} are not finite"):
+        with pytest.raises(ValueError, match=rf"{name}\[4\] must be finite; got NaN"):
             gap(reference, **{name: [*arm(shifts[:4]), torch.full((100, 1), math.nan)]})
-        with pytest.raises(ValueError, match=f"expected 1 per sample, got 2 for {name}"):
+        with pytest.raises(ValueError, match=rf"expected 1 per sample, got 2 for {name}\[4\]"):
             gap(reference, **{name: [*arm(shifts[:4]), torch.randn(100, 2)]})
     uneven = {"base": BASE, "ours": OURS, "posterior": POSTERIOR}
     with pytest.raises(ValueError, match="all of one sample count"):
         gap(reference, **{k: [*arm(v[:4]), *arm(v[4:], 99)] for k, v in uneven.items()})
-    with pytest.raises(ValueError, match="for reference"):
+    with pytest.raises(ValueError, match="reference must have 2 dimensions"):
         gap(reference[0])
 
 
@@ -237,5 +237,26 @@ def test_no_measurable_hole_is_said() -> None:
 
 @pytest.mark.parametrize("changes", [{"num_resamples": 1}, {"level": 0}, {"level": 95}])
 def test_level_and_resamples_are_checked(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="num_resamples must be at least 2 and level between"):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must be a .*number in"):
         gap(torch.randn(200, 1), **changes)
+
+
+def test_F25_arrays_and_lists_are_converted() -> None:
+    reference, arms = torch.randn(200, 1), toy(100, 1)
+    expected = gap_closed(reference, **arms)
+    found = gap_closed(
+        reference.numpy(),
+        base=arms["base"].numpy(),
+        ours=[x.numpy() for x in arms["ours"]],
+        posterior=arms["posterior"].tolist(),
+    )
+    assert found[:6] == expected[:6]
+
+
+def test_F26_an_arm_that_is_no_list_of_features_is_said() -> None:
+    arms = toy(100, 1)
+    for wrong in (None, 3, "base", iter(arms["base"])):
+        with pytest.raises(TypeError, match="base must be a list of features"):
+            gap_closed(torch.randn(200, 1), **{**arms, "base": wrong})
+    with pytest.raises(TypeError, match="a must be of type GapClosed; got None"):
+        gap_difference(None, None)  # type: ignore[arg-type]

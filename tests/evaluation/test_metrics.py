@@ -3,7 +3,9 @@
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,12 +81,14 @@ def test_features_are_checked(distance: Callable[[Tensor, Tensor], object]) -> N
     with pytest.raises(ValueError, match="expected 2 per sample, got 3 for (b|generated)"):
         distance(x, torch.randn(100, 3))
     for shape in ((100,), (100, 2, 1), (1, 2), (100, 0)):
-        with pytest.raises(ValueError, match=r"\(N, F\) with N ≥ 2; got .* for (b|generated)"):
+        with pytest.raises(ValueError, match=r"(b|generated) must (have 2 dim|be features)"):
             distance(x, torch.zeros(shape))
     for value in (math.nan, math.inf):
         y = x.clone()
         y[3, 1] = value
-        with pytest.raises(ValueError, match="of (a|real) are not finite"):
+        with pytest.raises(
+            ValueError, match="(a|real) must be finite; got NaN or infinity in 1 of 100 rows"
+        ):
             distance(y, x)
 
 
@@ -111,8 +115,56 @@ def test_a_dropped_mode_costs_recall_and_an_invented_one_precision() -> None:
 
 @pytest.mark.parametrize("neighbours", [0, 10])
 def test_neighbours_are_checked(neighbours: int) -> None:
-    with pytest.raises(ValueError, match=f"sample counts, 20 and 10; got {neighbours}"):
+    with pytest.raises(ValueError, match=f"neighbours must be .*; got {neighbours}"):
         precision_recall(torch.randn(20, 2), torch.randn(10, 2), neighbours=neighbours)
+
+
+METRICS = [frechet_distance, mmd, precision_recall]
+
+
+@pytest.mark.parametrize("distance", METRICS)
+def test_F25_arrays_and_lists_are_converted(distance: Callable[..., Any]) -> None:
+    a, b = torch.randn(100, 2), torch.randn(100, 2) + 1
+    expected = distance(a, b)
+    for convert in (Tensor.numpy, Tensor.tolist):
+        assert distance(convert(a), convert(b)) == expected
+    assert distance((10 * a).round().int(), b) == distance((10 * a).round(), b)
+
+
+@pytest.mark.parametrize("distance", METRICS)
+def test_F35_complex_features_raise(distance: Callable[..., Any]) -> None:
+    a = torch.randn(100, 2)
+    for wrong in (a + 1j, a > 0, None, "abc"):
+        with pytest.raises(TypeError, match=r"a|real must be"):
+            distance(wrong, a)
+    with pytest.raises(ValueError, match=r"must be features .* of less than 1e\+50"):
+        distance(1e30 * a.double() * 1e30, a)
+
+
+@pytest.mark.parametrize("distance", METRICS)
+def test_GC5_features_are_moved_to_the_device_of_the_first(distance: Callable[..., Any]) -> None:
+    moved: list[torch.device] = []
+
+    class Elsewhere(Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Tensor:
+            moved.append(args[0])
+            return torch.Tensor(self)
+
+    distance(torch.randn(100, 2), torch.randn(100, 2).as_subclass(Elsewhere))
+    assert moved == [torch.device("cpu")]
+
+
+def test_F26_counts_of_metrics_are_whole_numbers() -> None:
+    a = torch.randn(20, 2)
+    for name in ("neighbours", "chunk_size"):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+            precision_recall(a, a, **{name: 2.5})
+    with pytest.raises(ValueError, match="chunk_size must be"):
+        mmd(a, a, chunk_size=0)
+    with pytest.raises(ValueError, match="dimension must be one of 64"):
+        inception_features(dimension=63)
+    with pytest.raises(FileNotFoundError, match="There is no file nowhere.pth"):
+        inception_features(weights="nowhere.pth")
 
 
 def test_chunks_bound_the_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +229,11 @@ def test_the_default_bandwidth_is_the_median_distance_of_the_pooled_sample() -> 
 
 
 def test_a_bandwidth_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="positive and finite; got -1"):
-        mmd(torch.randn(10, 2), torch.randn(10, 2), bandwidth=-1)
     with pytest.raises(
-        ValueError, match="got 0.0. The default is 0 if half of the rows or more are equal"
+        ValueError, match=r"bandwidth must be a number in \(0, inf\) or None; got -1"
     ):
+        mmd(torch.randn(10, 2), torch.randn(10, 2), bandwidth=-1)
+    with pytest.raises(ValueError, match="median distance is 0, as half of the rows or more are"):
         mmd(torch.zeros(10, 2), torch.zeros(10, 2))
 
 
@@ -202,32 +254,37 @@ class Extractor(nn.Module):
 
 
 def test_images_reach_inception_as_bytes_of_three_channels(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.touch()
     made: list[Extractor] = []
 
     def make(
         name: str, features_list: list[str], feature_extractor_weights_path: str | None
     ) -> Extractor:
-        assert features_list == ["64"] and feature_extractor_weights_path == "weights.pth"
+        assert features_list == ["64"] and feature_extractor_weights_path == str(weights)
         made.append(Extractor())
         return made[-1]
 
     fake = SimpleNamespace(FeatureExtractorInceptionV3=make)
     monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
-    features = inception_features(dimension=64, weights="weights.pth", batch_size=3)
+    features = inception_features(dimension=64, weights=str(weights), batch_size=3)
     grey = torch.tensor([0, 0.002, 0.1, 0.5, 1])[:, None, None, None].expand(-1, 1, 4, 4)
     pixels = torch.tensor([0.0, 1, 26, 128, 255])
     assert torch.equal(features(grey), pixels[:, None].expand(-1, 3))
     assert made[0].rows == [3, 2]
     colours = torch.tensor([0.0, 0.2, 1.0])[None, :, None, None].expand(2, -1, 4, 4)
     assert torch.equal(features(colours), torch.tensor([[0.0, 51, 255]]).expand(2, -1))
-    for images in (-grey, 2 * grey, grey / 0):
+    for images in (-grey, 2 * grey):
         with pytest.raises(ValueError, match=r"Images must be in \[0, 1\]; got"):
             features(images)
-    for shape in ((5, 2, 4, 4), (4, 3, 4)):
-        with pytest.raises(ValueError, match=r"must be \(N, 1 or 3, H, W\); got"):
-            features(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"must be \(N, 1 or 3, H, W\); got"):
+        features(torch.zeros(5, 2, 4, 4))
+    with pytest.raises(ValueError, match="images must have 4 dimensions"):
+        features(torch.zeros(4, 3, 4))
+    with pytest.raises(ValueError, match="images must be finite"):
+        features(grey / 0)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,7 @@ def test_annealing_gives_weighted_draws_of_the_target() -> None:
 )
 def test_numbers_that_are_too_small_are_refused(name: str, value: int) -> None:
     prior, _, _ = tilted(1.0)
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number in"):
         log_normaliser(prior, **{name: value})  # type: ignore[arg-type]
 
 

@@ -148,10 +148,20 @@ def test_perfect_order_and_infinite_scores() -> None:
 @pytest.mark.parametrize(
     ("inside", "outside", "level", "message"),
     [
-        (torch.zeros(1), torch.zeros(5), 0.95, "got 1 inside and 5 outside"),
-        (torch.zeros(5), torch.zeros(0), 0.95, "got 5 inside and 0 outside"),
-        (torch.zeros(5), torch.zeros(5), 1.0, "level must be between 0 and 1; got 1.0"),
-        (torch.tensor([0.0, math.nan]), torch.zeros(5), 0.95, "Some scores are NaN"),
+        (torch.zeros(1), torch.zeros(5), 0.95, "inside must have 1 dimensions and 2 or more rows"),
+        (
+            torch.zeros(5),
+            torch.zeros(0),
+            0.95,
+            "outside must have 1 dimensions and 2 or more rows",
+        ),
+        (torch.zeros(5), torch.zeros(5), 1.0, r"level must be a number in \(0, 1\); got 1.0"),
+        (
+            torch.tensor([0.0, math.nan]),
+            torch.zeros(5),
+            0.95,
+            "inside must be finite; got NaN or infinity in 1 of 2",
+        ),
     ],
 )
 def test_scores_that_make_no_sense_are_refused(
@@ -159,6 +169,17 @@ def test_scores_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         auroc(inside, outside, level=level)
+
+
+def test_F25_scores_may_be_arrays_or_lists() -> None:
+    inside, outside = torch.randn(9) + 1, torch.randn(7)
+    assert auroc(inside.numpy(), outside.tolist()) == auroc(inside, outside)
+    gain = auroc_gain(inside, [outside], than=(inside + 1, [outside]))
+    found = auroc_gain(inside.numpy(), [outside.numpy()], than=((inside + 1).tolist(), [outside]))
+    assert found == gain
+    for outsides, than in ((outside, (inside, [outside])), ([outside], inside), (None, None)):
+        with pytest.raises((TypeError, ValueError), match=r"than must be a pair|outside.* must "):
+            auroc_gain(inside, outsides, than=than)  # type: ignore[arg-type]
 
 
 def test_a_gain_is_the_mean_difference_of_the_areas() -> None:

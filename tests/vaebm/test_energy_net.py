@@ -61,11 +61,11 @@ def test_an_energy_is_made_again_from_its_configuration() -> None:
 
 
 def test_images_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(B, 1, 28, 28\); got \(2, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(B, 1, 28, 28\); got a tensor .* \(2, 1, 32, 32\)"):
         EnergyNet((1, 28, 28))(torch.rand(2, 1, 32, 32))
-    with pytest.raises(ValueError, match=r"shape \(C, H, W\).*got \(784,\) and 32"):
+    with pytest.raises(ValueError, match=r"shape \(C, H, W\); got \(784,\)"):
         EnergyNet((784,))
-    with pytest.raises(ValueError, match="width of 1 or more"):
+    with pytest.raises(ValueError, match="width must be a whole number"):
         EnergyNet((1, 8, 8), width=0)
 
 
@@ -161,5 +161,5 @@ def test_what_was_pushed_may_be_changed_afterwards() -> None:
 
 @pytest.mark.parametrize(("size", "fraction"), [(0, 0.5), (5, -0.1), (5, 1.1), (5, float("nan"))])
 def test_a_buffer_that_makes_no_sense_is_refused(size: int, fraction: float) -> None:
-    with pytest.raises(ValueError, match="needs a size of at least 1"):
+    with pytest.raises(ValueError, match="(size|fraction) must be"):
         ReplayBuffer(size, fraction)

@@ -358,11 +358,11 @@ def test_a_fitted_sigma_is_the_likeliest() -> None:
 def test_decoder_noise_that_makes_no_sense_is_refused() -> None:
     source = PROBLEM.source()
     for sigma in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="σ of the decoder must be positive"):
+        with pytest.raises(ValueError, match=r"sigma must be a number in \(0, inf\)"):
             GaussianDecoder(source, sigma)
     with pytest.raises(TypeError, match="around a rebased source"):
         GaussianDecoder(rebase(source, standard_normal(2)), 0.1)
-    with pytest.raises(ValueError, match=r"one shape; got \(9, 2\) and \(9, 3\)"):
+    with pytest.raises(ValueError, match=r"one shape; got .* \(9, 2\) and .* \(9, 3\)"):
         wrong = SingleGroup(
             standard_normal(2), lambda x: Independent(Normal(x, 1.0), 1), PROBLEM.decode
         )
@@ -452,13 +452,13 @@ def test_a_condition_reaches_the_walk() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": -1}, "num_steps must be at least 0"),
-        ({"data_noise": -0.1}, "data_noise must be finite and at least 0"),
-        ({"data_noise": float("inf")}, "data_noise must be finite and at least 0"),
-        ({"data_noise": float("nan")}, "data_noise must be finite and at least 0"),
-        ({"step_size": 0.0}, "step_size positive"),
-        ({"step_size": float("nan")}, "step_size positive"),
-        ({"langevin_target": "exactly"}, "one of exact, official; got 'exactly'"),
+        ({"num_steps": -1}, r"num_steps must be .* in \[0, inf\)"),
+        ({"data_noise": -0.1}, r"data_noise must be .* in \[0, inf\)"),
+        ({"data_noise": float("inf")}, r"data_noise must be .* in \[0, inf\)"),
+        ({"data_noise": float("nan")}, r"data_noise must be .* in \[0, inf\)"),
+        ({"step_size": 0.0}, r"step_size must be .* in \(0, inf\)"),
+        ({"step_size": float("nan")}, r"step_size must be .* in \(0, inf\)"),
+        ({"langevin_target": "exactly"}, "one of 'exact', 'official'; got 'exactly'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -609,5 +609,5 @@ def test_a_vae_called_under_autocast_stays_under_it() -> None:
 
 
 def test_another_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"float32 or torch.bfloat16; got torch.float16"):
+    with pytest.raises(ValueError, match=r"torch.float32.* torch.bfloat16; got torch.float16"):
         VAEBM(PROBLEM.source(), nothing, precision=torch.float16)

@@ -239,9 +239,9 @@ def test_a_batch_may_be_a_tuple_with_a_condition_in_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contrast": "y"}, "contrast is one of x, mean"),
-        ({"spectral_weight": -1.0}, "spectral_weight at least 0"),
-        ({"spectral_weight": float("nan")}, "spectral_weight at least 0"),
+        ({"contrast": "y"}, "contrast must be one of 'x', 'mean'"),
+        ({"spectral_weight": -1.0}, r"spectral_weight must be .* in \[0, inf\)"),
+        ({"spectral_weight": float("nan")}, r"spectral_weight must be .* in \[0, inf\)"),
         ({"condition": len, "buffer": ReplayBuffer(3, 0.5)}, "Leave out one of the two"),
     ],
 )
@@ -389,18 +389,18 @@ def test_a_callback_stops_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1; got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"eval_every": 0}, "eval_every must be at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
-        ({"ema_decay": 1.5}, "ema_decay must be from 0 to 1"),
-        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
-        ({"buffer_size": -1}, "buffer_size must be at least 0"),
-        ({"max_gap": 0.0}, "max_gap must be positive"),
-        ({"max_gap": float("nan")}, "max_gap must be positive"),
-        ({"contrast": "nothing"}, "contrast is one of"),
-        ({"buffer_size": 5, "replay_fraction": 2.0}, "a fraction from 0 to 1"),
+        ({"steps": 0}, "^steps must be .*; got 0"),
+        ({"batch_size": 0}, "batch_size must be .*; got 0"),
+        ({"eval_every": 0}, "eval_every must be .*; got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be .*; got 0"),
+        ({"ema_decay": 1.5}, "ema_decay must be"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be"),
+        ({"buffer_size": -1}, "buffer_size must be .*; got -1"),
+        ({"max_gap": 0.0}, "max_gap must be .*; got 0.0"),
+        ({"max_gap": float("nan")}, "max_gap must be .*; got nan"),
+        ({"contrast": "nothing"}, "contrast must be one of"),
+        ({"buffer_size": 5, "replay_fraction": 2.0}, "replay_fraction must be .*; got 2.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

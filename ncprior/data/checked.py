@@ -1,0 +1,50 @@
+"""Data x of a batch, and batches of a pass, each after a check: rows, and NaN or infinity in x."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ncprior.source import num_rows
+from ncprior.utils.require import described, require_finite
+
+
+def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields batches, each after a check of its x, at the price of one synchronisation.
+
+    Arguments:
+        batches: Batches, as :func:`~ncprior.data.stream.one_pass` returns them.
+
+    Raises:
+        ValueError: If there is no batch, one has no rows, or its x has NaN or infinity.
+        TypeError: If a batch has no tensor x.
+    """
+    count = 0
+    for count, batch in enumerate(batches, start=1):
+        if num_rows(batch) == 0:
+            raise ValueError(f"Batch {count} of the data has no rows. Leave it out.")
+        require_finite(f"x in batch {count} of the data", data_of(batch))
+        yield batch
+    if count == 0:
+        raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
+
+
+def data_of(batch: Any) -> Tensor:  # noqa: ANN401
+    """Returns the data x of a batch: the batch itself, or the first item of a tuple or a mapping.
+
+    Raises:
+        TypeError: If that is no tensor of real numbers.
+    """
+    x = batch
+    if isinstance(batch, Mapping):
+        x = next(iter(batch.values()), None)
+    elif isinstance(batch, tuple | list):
+        x = batch[0] if batch else None
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise TypeError(
+            f"A batch must be a tensor x of real numbers, or a tuple or mapping whose first item is "
+            f"x; got {described(batch)} with {described(x)}. Pass such batches."
+        )
+    return x
