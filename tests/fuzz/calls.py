@@ -49,7 +49,9 @@ class Call:
 TABLE: dict[str, Call] = {}
 
 
-def call(name: str, /, *, options: Mapping[str, Any] | None = None, **kinds: Kind) -> Callable[[Build], Build]:
+def call(
+    name: str, /, *, options: Mapping[str, Any] | None = None, **kinds: Kind
+) -> Callable[[Build], Build]:
     """Adds a call to the table.
 
     Arguments:
@@ -137,11 +139,15 @@ def random_values(kind: Kind) -> st.SearchStrategy[Value]:
 def random_tensors() -> st.SearchStrategy[Value]:
     """Tensors of any dtype and shape with up to four axes."""
     shapes = st.lists(st.sampled_from([0, 1, 2, 3, 24]), max_size=4).map(tuple)
-    dtypes = st.sampled_from([torch.float32, torch.float64, torch.int32, torch.bool, torch.float16])
+    dtypes = st.sampled_from(
+        [torch.float32, torch.float64, torch.int32, torch.bool, torch.float16]
+    )
 
     def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Value:
         valid = False if 0 in shape or not shape else None
-        return Value(f"torch.ones({shape}, {dtype})", lambda w, v: torch.ones(shape, dtype=dtype), valid)
+        return Value(
+            f"torch.ones({shape}, {dtype})", lambda w, v: torch.ones(shape, dtype=dtype), valid
+        )
 
     return st.builds(tensor, shapes, dtypes)
 
@@ -149,7 +155,9 @@ def random_tensors() -> st.SearchStrategy[Value]:
 @st.composite
 def random_replacements(draw: st.DrawFn, entry: Call) -> tuple[Replacement, ...]:
     """One or two arguments of a call, and values for them."""
-    names = [name for name, kind in entry.kinds.items() if kind.pool or kind.numbers or kind.tensors]
+    names = [
+        name for name, kind in entry.kinds.items() if kind.pool or kind.numbers or kind.tensors
+    ]
     chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
     return tuple(Replacement(name, draw(random_values(entry.kinds[name]))) for name in chosen)
 

@@ -79,7 +79,10 @@ def _rae(w: World) -> Any:
 
 SOURCES = {
     "nvae.NVAESource": (_nvae, lambda: torch.rand(4, 1, 8, 8).round()),
-    "vdvae.VDVAESource": (lambda w: vdvae.VDVAESource(vdvae_standin.vdvae()), vdvae_standin.images),
+    "vdvae.VDVAESource": (
+        lambda w: vdvae.VDVAESource(vdvae_standin.vdvae()),
+        vdvae_standin.images,
+    ),
     "hvae.HVAESource": (_hvae, _images),
     "lars_snis.ConvEIMSource": (_conv_eim, _images),
     "lars_snis.EIMSource": (_eim, _images),
@@ -169,10 +172,16 @@ def _(w: World) -> Built:
     return nvae.readjust_batchnorm, {"source": _nvae(w), "batch_size": 2, "iterations": 2}
 
 
-@call("ncprior.adapters.nvae.load_checkpoint", path=PATH, build=function(*LAYERS), trust_pickle=FLAG)
+@call(
+    "ncprior.adapters.nvae.load_checkpoint", path=PATH, build=function(*LAYERS), trust_pickle=FLAG
+)
 def _(w: World) -> Built:
     model, path = nvae_standin.nvae(), w.folder / "checkpoint.pt"
-    saved = {"args": nvae_standin.arguments(), "state_dict": model.state_dict(), "arch_instance": None}
+    saved = {
+        "args": nvae_standin.arguments(),
+        "state_dict": model.state_dict(),
+        "arch_instance": None,
+    }
     torch.save(saved, path)
 
     def build(arguments: Any, architecture: Any) -> nn.Module:
@@ -235,7 +244,11 @@ def _(w: World) -> Built:
     }
 
 
-@call("ncprior.adapters.logistics.LogisticMixture", parameters=INNER, num_bits=count(1, 16, huge=False))
+@call(
+    "ncprior.adapters.logistics.LogisticMixture",
+    parameters=INNER,
+    num_bits=count(1, 16, huge=False),
+)
 def _(w: World) -> Built:
     return logistics.LogisticMixture, {"parameters": torch.randn(2, 50, 4, 4)}
 
@@ -274,7 +287,12 @@ DATASET = choice("mnist", "cifar10", "celeba")
 RAE_SIZES = {"width": number(0, open_low=True), "beta": number(0, none=True)}
 
 
-@call("ncprior.adapters.rae.RAE", data=DATASET, regulariser=choice(None, "l2", "gp", "sn"), **RAE_SIZES)
+@call(
+    "ncprior.adapters.rae.RAE",
+    data=DATASET,
+    regulariser=choice(None, "l2", "gp", "sn"),
+    **RAE_SIZES,
+)
 def _(w: World) -> Built:
     return rae.RAE, {"data": "mnist", "width": 0.05}
 
@@ -284,7 +302,10 @@ def _(w: World) -> Built:
     return rae.VAE, {"data": "mnist", "width": 0.05}
 
 
-for _owner, _methods in {"RAE": ("encode", "loss"), "VAE": ("posterior", "loss", "prior", "likelihood")}.items():
+for _owner, _methods in {
+    "RAE": ("encode", "loss"),
+    "VAE": ("posterior", "loss", "prior", "likelihood"),
+}.items():
     for _method in _methods:
 
         @call(f"ncprior.adapters.rae.{_owner}.{_method}", options=SLOW)
@@ -305,7 +326,7 @@ for _owner, _methods in {"RAE": ("encode", "loss"), "VAE": ("posterior", "loss",
     maps=unsure(FLAG),
 )
 def _(w: World) -> Built:
-    return rae.RAESource, {"model": rae.RAE("mnist", width=0.05).eval()}
+    return rae.RAESource, {"model": rae.VAE("mnist", width=0.05).eval()}
 
 
 @call("ncprior.adapters.rae.pad_to_32", x=tensor(nan=None, cast=None, empty=None))
@@ -320,7 +341,9 @@ def _(w: World) -> Built:
 
 for _adapter in (PythaeSource, DiffusersSource, SCVISource):
 
-    @call(f"{_adapter.__module__}.{_adapter.__name__}", options={"valid": False}, model=WRONG_MODEL)
+    @call(
+        f"{_adapter.__module__}.{_adapter.__name__}", options={"valid": False}, model=WRONG_MODEL
+    )
     def _(w: World, adapter: Any = _adapter) -> Built:
         return adapter, {}
 
@@ -359,6 +382,8 @@ for _owner in ("LARSPrior", "SNISPrior"):
         @call(f"ncprior.adapters.lars_snis.{_owner}.{_method}")
         def _(w: World, owner: str = _owner, method: str = _method) -> Built:
             prior = getattr(lars_snis, owner)(2, num_proposals=4).eval()
+            if owner == "LARSPrior":
+                prior.estimate_normaliser(100)
             return getattr(prior, method), {"z": w.z} if method == "log_ratio" else {}
 
 
@@ -392,6 +417,16 @@ for _owner, _methods in {
             return partial(getattr(model, method), _images()), {}
 
 
+for _method in ("prior_of_z_1", "posterior_of_z_1", "likelihood"):
+
+    @call(f"ncprior.adapters.lars_snis.ConvEIMVAE.{_method}", options=SLOW)
+    def _(w: World, method: str = _method) -> Built:
+        model = lars_snis.ConvEIMVAE(torch.full((1, 28, 28), 0.5)).eval()
+        mean, _, features = model.encode(_images())
+        more = {"prior_of_z_1": (), "posterior_of_z_1": (features,), "likelihood": (mean,)}[method]
+        return partial(getattr(model, method), mean, *more), {}
+
+
 for _method in ("likelihood", "decode"):
 
     @call(f"ncprior.adapters.lars_snis.EIMVAE.{_method}", options=SLOW)
@@ -404,7 +439,9 @@ for _owner in ("EIMSource", "ConvEIMSource"):
 
     @call(f"ncprior.adapters.lars_snis.{_owner}", options=SLOW, model=WRONG_MODEL)
     def _(w: World, owner: str = _owner) -> Built:
-        return getattr(lars_snis, owner), {"model": (_eim if owner == "EIMSource" else _conv_eim)(w).module}
+        return getattr(lars_snis, owner), {
+            "model": (_eim if owner == "EIMSource" else _conv_eim)(w).module
+        }
 
 
 @call("ncprior.adapters.lars_snis.Binarised", images=IMAGES, batch_size=count())
@@ -430,5 +467,3 @@ def _(w: World) -> Built:
         "batch_size": 8,
         "progress": False,
     }
-
-

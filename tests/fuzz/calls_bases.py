@@ -261,7 +261,13 @@ def _(w: World) -> Built:
 
 BOUNDS = Kind(
     "bounds",
-    lambda v: True if v is None else None if isinstance(v, tuple | list | torch.Tensor) and len(v) == 2 else False,
+    lambda v: (
+        True
+        if v is None
+        else None
+        if isinstance(v, tuple | list | torch.Tensor) and len(v) == 2
+        else False
+    ),
     (
         constant("(1, 0)", (1, 0), False),
         constant("(0, 0)", (0, 0), False),
@@ -324,13 +330,20 @@ def _(w: World) -> Built:
     return partial(_rebased(w).advance, _rebased(w).start(24)), {"z": w.z}
 
 
+@call("ncprior.bases.Rebased.shared_prior")
+def _(w: World) -> Built:
+    return _rebased(w).shared_prior, {}
+
+
 for _name in ("group", "decode", "likelihood"):
 
     @call(f"ncprior.bases.Rebased.{_name}")
     def _(w: World, name: str = _name) -> Built:
         source = _rebased(w)
         state = source.start(24)
-        return getattr(source, name), {"state": state if name == "group" else source.advance(state, w.z)}
+        return getattr(source, name), {
+            "state": state if name == "group" else source.advance(state, w.z)
+        }
 
 
 @call("ncprior.bases.stored_numbers", base=opened(BASE))
@@ -342,9 +355,13 @@ def _(w: World) -> Built:
 
 PAIR = Kind(
     "two numbers of proposals",
-    lambda v: None
-    if isinstance(v, tuple | list | torch.Tensor) and len(v) == 2 and all(float(n) == int(n) >= 1 for n in v)
-    else False,
+    lambda v: (
+        None
+        if isinstance(v, tuple | list | torch.Tensor)
+        and len(v) == 2
+        and all(float(n) == int(n) >= 1 for n in v)
+        else False
+    ),
     (
         constant("(0, 5)", (0, 5), False),
         constant("(5, 2.5)", (5, 2.5), False),
@@ -423,7 +440,9 @@ def _report() -> diagnostics.Report:
     return diagnostics.Report((off,), 100, 8200, (50, 500))
 
 
-@call("ncprior.diagnostics.recommend_sampler", report=instance(diagnostics.Report), budget=count(2))
+@call(
+    "ncprior.diagnostics.recommend_sampler", report=instance(diagnostics.Report), budget=count(2)
+)
 def _(w: World) -> Built:
     return diagnostics.recommend_sampler, {"report": _report(), "budget": 100}
 
@@ -481,7 +500,13 @@ def _(w: World) -> Built:
     return evaluation.frechet_distance, {"a": w.z, "b": w.z + 1, "strict": False}
 
 
-@call("ncprior.evaluation.mmd", a=FEATURES, b=FEATURES, bandwidth=number(0, open_low=True, none=True), chunk_size=count())
+@call(
+    "ncprior.evaluation.mmd",
+    a=FEATURES,
+    b=FEATURES,
+    bandwidth=number(0, open_low=True, none=True),
+    chunk_size=count(),
+)
 def _(w: World) -> Built:
     return evaluation.mmd, {"a": w.z, "b": w.z + 1}
 
@@ -516,7 +541,9 @@ GENERATIONS = Kind(
 
 def _gap(w: World) -> dict[str, Any]:
     torch.manual_seed(0)
-    base, ours, posterior = torch.tensor([2.0, 1.2, 1.0]).view(3, 1, 1, 1) * torch.randn(3, 5, 30, 2)
+    base, ours, posterior = torch.tensor([2.0, 1.2, 1.0]).view(3, 1, 1, 1) * torch.randn(
+        3, 5, 30, 2
+    )
     return {"reference": torch.randn(30, 2), "base": base, "ours": ours, "posterior": posterior}
 
 
@@ -640,7 +667,9 @@ for _name in ("posterior", "negative_elbo"):
 
     @call(f"ncprior.demo.VAE.{_name}")
     def _(w: World, name: str = _name) -> Built:
-        return getattr(demo.VAE(8, latents=3, counts=16).eval(), name), {"x": torch.rand(4, 1, 8, 8)}
+        return getattr(demo.VAE(8, latents=3, counts=16).eval(), name), {
+            "x": torch.rand(4, 1, 8, 8)
+        }
 
 
 @call("ncprior.demo.VAE.decode")
@@ -726,5 +755,3 @@ def _(w: World) -> Built:
 )
 def _(w: World) -> Built:
     return demo.run_demo, {"out": w.folder / "demo", "progress": False}
-
-

@@ -114,6 +114,11 @@ for _name in METHODS:
     _method("ncprior.source.WrappedSource", lambda w: source.WrappedSource(w.source), _name)
 
 
+@call("ncprior.source.WrappedSource.fingerprint")
+def _(w: World) -> Built:
+    return source.WrappedSource(w.source).fingerprint, {}
+
+
 @call("ncprior.source.WrappedSource", source=SOURCE)
 def _(w: World) -> Built:
     return source.WrappedSource, {"source": w.source}
@@ -163,7 +168,13 @@ def _(w: World) -> Built:
     return source.contrastive_pairs, {"source": w.source, "x": w.x}
 
 
-@call("ncprior.testing.check_source", source=SOURCE, x=X, condition=NO_CONDITION, options={"slow": True})
+@call(
+    "ncprior.testing.check_source",
+    source=SOURCE,
+    x=X,
+    condition=NO_CONDITION,
+    options={"slow": True},
+)
 def _(w: World) -> Built:
     return check_source, {"source": w.source, "x": w.x}
 
@@ -336,7 +347,13 @@ def _(w: World) -> Built:
     "ncprior.NCPrior.active",
     value=Kind(
         "a list of bools",
-        lambda v: v in ([True], [False]) if isinstance(v, list) else None if hasattr(v, "__len__") else False,
+        lambda v: (
+            v in ([True], [False])
+            if isinstance(v, list)
+            else None
+            if hasattr(v, "__len__")
+            else False
+        ),
         (
             constant("[]", [], False),
             constant("[True, True]", [True, True], False),
@@ -367,9 +384,15 @@ def _adam(w: World) -> torch.optim.Optimizer:
 OPTIMIZER = instance(
     torch.optim.Optimizer,
     more=(
-        Value("an optimizer of the VAE", lambda w, v: torch.optim.SGD(w.vae.parameters(), 0.1), False),
+        Value(
+            "an optimizer of the VAE", lambda w, v: torch.optim.SGD(w.vae.parameters(), 0.1), False
+        ),
         Value("the class Adam", lambda w, v: torch.optim.Adam, False),
-        Value("an optimizer of other weights", lambda w, v: torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1), None),
+        Value(
+            "an optimizer of other weights",
+            lambda w, v: torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1),
+            None,
+        ),
     ),
 )
 TRAINER = {
@@ -445,7 +468,9 @@ def _(w: World) -> Built:
     return _sampling(w, s.independence, num_steps=3, init=w.z[:4])
 
 
-@call("ncprior.samplers.rejection", **BASE_AND_RATIO, log_bound=number(), max_tries=count(huge=False))
+@call(
+    "ncprior.samplers.rejection", **BASE_AND_RATIO, log_bound=number(), max_tries=count(huge=False)
+)
 def _(w: World) -> Built:
     sampler, arguments = _sampling(w, s.rejection, log_bound=1.0)
     return sampler, {**arguments, "log_ratio": lambda z: w.log_ratio(z).clamp(max=1.0)}
@@ -646,7 +671,9 @@ def _(w: World) -> Built:
     part_size=count(),
     seed=count(-(2**80), huge=False),
     condition=NO_CONDITION,
-    parts=Kind("part numbers", lambda v: True if v is None else None if hasattr(v, "__iter__") else False),
+    parts=Kind(
+        "part numbers", lambda v: True if v is None else None if hasattr(v, "__iter__") else False
+    ),
     options={"slow": True},
 )
 def _(w: World) -> Built:
@@ -666,6 +693,10 @@ def _(w: World) -> Built:
     return jobs.read_parts, {"folder": w.folder / "job"}
 
 
-@call("ncprior.cli.main", arguments=only_invalid(SEQUENCE).without("None", "a table"), options={"valid": False})
+@call(
+    "ncprior.cli.main",
+    arguments=only_invalid(SEQUENCE).without("None", "a table"),
+    options={"valid": False},
+)
 def _(w: World) -> Built:
     return cli.main, {"arguments": ["inspect", "nowhere"]}

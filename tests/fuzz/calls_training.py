@@ -47,7 +47,7 @@ from ncprior import LatentSource, NCPrior, fit, training, vaebm
 from ncprior.heads import MLPHead
 
 Built = tuple[Any, dict[str, Any]]
-TRAINS = {"trains": True, "slow": True, "limit": 6.0}
+TRAINS = {"trains": True, "slow": True, "limit": 8.0}
 
 FEW = count(huge=False)  # numbers of steps
 RATE = number(0, open_low=True)
@@ -65,7 +65,11 @@ RATE = number(0, open_low=True)
     batch_size=count(),
     learning_rate=RATE,
     patience=count(none=True),
-    stages=Kind("stages", lambda v: None if isinstance(v, str) and v == "auto" else count().verdict(v), count(huge=False).pool),
+    stages=Kind(
+        "stages",
+        lambda v: None if isinstance(v, str) and v == "auto" else count().verdict(v),
+        count(huge=False).pool,
+    ),
     checkpoint=OPTIONAL_PATH,
     callback=CALLBACK,
     progress=only_invalid(FLAG),
@@ -140,7 +144,13 @@ def _(w: World) -> Built:
     return _history(w).rows[-1].summary, {}
 
 
-@call("ncprior.training.calibrate_heads", options=TRAINS, prior=PRIOR, held_out=DATA, batch_size=only_invalid(count()))
+@call(
+    "ncprior.training.calibrate_heads",
+    options=TRAINS,
+    prior=PRIOR,
+    held_out=DATA,
+    batch_size=only_invalid(count()),
+)
 def _(w: World) -> Built:
     return training.calibrate_heads, {"prior": w.prior, "held_out": w.x}
 
@@ -190,7 +200,10 @@ def _(w: World) -> Built:
     return w.model, {"x": w.x}
 
 
-CHAINS = {"num_steps": count(0, huge=False, none=True), "step_size": number(0, open_low=True, none=True)}
+CHAINS = {
+    "num_steps": count(0, huge=False, none=True),
+    "step_size": number(0, open_low=True, none=True),
+}
 
 
 @call(
@@ -205,7 +218,12 @@ def _(w: World) -> Built:
     return w.model.sample, {"batch_size": 3}
 
 
-@call("ncprior.vaebm.VAEBM.draw_noise", batch_size=count(), sampler=OPTIONAL_SAMPLER, condition=NO_CONDITION)
+@call(
+    "ncprior.vaebm.VAEBM.draw_noise",
+    batch_size=count(),
+    sampler=OPTIONAL_SAMPLER,
+    condition=NO_CONDITION,
+)
 def _(w: World) -> Built:
     return w.model.draw_noise, {"batch_size": 3}
 
@@ -227,7 +245,9 @@ NOISE = Kind(
 )
 
 
-@call("ncprior.vaebm.VAEBM.run_chains", noise=NOISE, condition=NO_CONDITION, adjusted=FLAG, **CHAINS)
+@call(
+    "ncprior.vaebm.VAEBM.run_chains", noise=NOISE, condition=NO_CONDITION, adjusted=FLAG, **CHAINS
+)
 def _(w: World) -> Built:
     return w.model.run_chains, {"noise": [torch.randn(3, 2), torch.randn(3, 3)]}
 
@@ -246,8 +266,14 @@ CONTRAST = choice("x", "mean")
 OPTIMIZER = instance(
     torch.optim.Optimizer,
     more=(
-        Value("an optimizer of the VAE", lambda w, v: torch.optim.SGD(w.vae.parameters(), 0.1), False),
-        Value("an optimizer of the heads", lambda w, v: torch.optim.SGD(w.prior.parameters(), 0.1), None),
+        Value(
+            "an optimizer of the VAE", lambda w, v: torch.optim.SGD(w.vae.parameters(), 0.1), False
+        ),
+        Value(
+            "an optimizer of the heads",
+            lambda w, v: torch.optim.SGD(w.prior.parameters(), 0.1),
+            None,
+        ),
     ),
 )
 
@@ -312,9 +338,13 @@ def _(w: World) -> Built:
 
 IMAGE_SHAPE = Kind(
     "an image shape",
-    lambda v: None
-    if isinstance(v, tuple | list | torch.Tensor) and len(v) == 3 and all(int(n) > 0 for n in v)
-    else False,
+    lambda v: (
+        None
+        if isinstance(v, tuple | list | torch.Tensor)
+        and len(v) == 3
+        and all(int(n) > 0 for n in v)
+        else False
+    ),
     (
         constant("(0, 8, 8)", (0, 8, 8), False),
         constant("(1, -8, 8)", (1, -8, 8), False),
@@ -329,6 +359,11 @@ IMAGE_SHAPE = Kind(
 @call("ncprior.vaebm.EnergyNet", image_shape=IMAGE_SHAPE, width=unsure(count()))
 def _(w: World) -> Built:
     return vaebm.EnergyNet, {"image_shape": (1, 8, 8), "width": 8}
+
+
+@call("ncprior.vaebm.EnergyNet.config")
+def _(w: World) -> Built:
+    return vaebm.EnergyNet((1, 8, 8), width=8).config, {}
 
 
 @call("ncprior.vaebm.EnergyNet.forward", x=INNER)
@@ -374,7 +409,12 @@ def _five(function: Any, **arguments: Any) -> None:
         pass
 
 
-@call("ncprior.data.split", data=opened(DATA), fraction=number(0, 1, open_low=True, open_high=True), seed=FEW)
+@call(
+    "ncprior.data.split",
+    data=opened(DATA),
+    fraction=number(0, 1, open_low=True, open_high=True),
+    seed=FEW,
+)
 def _(w: World) -> Built:
     from ncprior.data import split
 
@@ -433,8 +473,14 @@ def _(w: World) -> Built:
 
 # --- saving
 
-REPORT = Kind("a report", lambda v: True if v is None else None if hasattr(v, "num_proposals") else False)
-CARD = {"report": REPORT, "base_model": OPTIONAL_TEXT, "card_data": Kind("a dict", lambda v: None if isinstance(v, dict | None) else False)}
+REPORT = Kind(
+    "a report", lambda v: True if v is None else None if hasattr(v, "num_proposals") else False
+)
+CARD = {
+    "report": REPORT,
+    "base_model": OPTIONAL_TEXT,
+    "card_data": Kind("a dict", lambda v: None if isinstance(v, dict | None) else False),
+}
 
 
 @call("ncprior.NCPrior.save_pretrained", directory=PATH, **CARD)
@@ -457,7 +503,9 @@ def _(w: World) -> Built:
     return w.prior.push_to_hub, {"repo_id": "not/a/repository"}
 
 
-LOADED_FROM = PATH.without("a missing path", "a path under a file", "a path under /proc", "a path with a null")
+LOADED_FROM = PATH.without(
+    "a missing path", "a path under a file", "a path under /proc", "a path with a null"
+)
 
 
 @call(
@@ -607,5 +655,3 @@ def _(w: World) -> Built:
         "batch_size": 8,
         "progress": False,
     }
-
-

@@ -73,9 +73,7 @@ def is_bool(value: Any) -> bool:
     return isinstance(value, bool | np.bool_)
 
 
-def count(
-    low: int = 1, high: float = math.inf, *, none: bool = False, huge: bool = True
-) -> Kind:
+def count(low: int = 1, high: float = math.inf, *, none: bool = False, huge: bool = True) -> Kind:
     """A whole number; ``huge`` adds one that no memory holds."""
 
     def verdict(value: Any) -> bool | None:
@@ -175,13 +173,17 @@ def is_path(value: Any) -> bool | None:
     return None if isinstance(value, str | os.PathLike) else False
 
 
-PATH = Kind("a path", is_path).without("'text'", "''").also(
-    Value("a folder", lambda w, v: w.folder),
-    Value("a file of other content", lambda w, v: w.folder / "mine.txt"),
-    Value("a path under a file", lambda w, v: w.folder / "mine.txt" / "x"),
-    Value("a missing path", lambda w, v: w.folder / "missing" / "x"),
-    Value("a path under /proc", lambda w, v: "/proc/nowhere/x"),
-    Value("a path with a null", lambda w, v: f"{w.folder}/a\0b"),
+PATH = (
+    Kind("a path", is_path)
+    .without("'text'", "''")
+    .also(
+        Value("a folder", lambda w, v: w.folder),
+        Value("a file of other content", lambda w, v: w.folder / "mine.txt"),
+        Value("a path under a file", lambda w, v: w.folder / "mine.txt" / "x"),
+        Value("a missing path", lambda w, v: w.folder / "missing" / "x"),
+        Value("a path under /proc", lambda w, v: "/proc/nowhere/x"),
+        Value("a path with a null", lambda w, v: f"{w.folder}/a\0b"),
+    )
 )
 OPTIONAL_PATH = Kind("a path or None", lambda v: True if v is None else is_path(v), PATH.pool)
 TEXT = Kind("a text", lambda v: None if isinstance(v, str) else False)
@@ -228,7 +230,9 @@ BASE_OR_FUNCTION = Kind(
 SAMPLER = function(
     *LAYERS[:4],
     Value("a sampler to NaN", lambda w, v: lambda p, r: _nan_draw(v(p, r)), False),
-    Value("a sampler to one row", lambda w, v: lambda p, r: v(p, r)._replace(z=v(p, r).z[:1]), False),
+    Value(
+        "a sampler to one row", lambda w, v: lambda p, r: v(p, r)._replace(z=v(p, r).z[:1]), False
+    ),
     Value("a sampler to None as z", lambda w, v: lambda p, r: v(p, r)._replace(z=None), False),
 )
 OPTIONAL_SAMPLER = function(*SAMPLER.pool[:7], none=True)
@@ -319,7 +323,9 @@ SHAPE = Kind(
     ),
 )
 OPTIONAL_SHAPE = Kind(
-    "a shape or None", lambda v: True if v is None else None if _is_shape(v) else _is_shape(v), SHAPE.pool
+    "a shape or None",
+    lambda v: True if v is None else None if _is_shape(v) else _is_shape(v),
+    SHAPE.pool,
 )
 MAPPING = Kind("a dict", lambda v: None if isinstance(v, dict) else False)
 SEQUENCE = Kind(
@@ -364,6 +370,8 @@ def unsure(kind: Kind) -> Kind:
 
 def opened(kind: Kind) -> Kind:
     """The kind with everything left open but what is no object of any use."""
-    pool = tuple(value if value.valid is ... else value._replace(valid=None) for value in kind.pool)
+    pool = tuple(
+        value if value.valid is ... else value._replace(valid=None) for value in kind.pool
+    )
     useless = type(None) | bool | int | float | complex | type
     return replace(kind, pool=pool, verdict=lambda v: False if isinstance(v, useless) else None)

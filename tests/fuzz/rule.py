@@ -28,9 +28,15 @@ import ncprior
 PACKAGE = Path(ncprior.__file__).resolve().parent
 OURS = (str(PACKAGE), str(PACKAGE.parent / "adapters"))
 TESTS = Path(__file__).resolve().parents[1]
-USERS = (str(TESTS / "helpers"), str(TESTS / "fuzz" / "world.py"), str(TESTS / "fuzz" / "values.py"))
+USERS = (
+    str(TESTS / "helpers"),
+    str(TESTS / "fuzz" / "world.py"),
+    str(TESTS / "fuzz" / "values.py"),
+)
 
 TALLY: Counter[str] = Counter()  # of all calls of this process, by outcome
+
+FOUND: list[Finding] = []  # by all calls of this process
 
 # Most severe first.
 SEVERITY = (
@@ -215,24 +221,33 @@ def check(
     TALLY[outcome.kind] += 1
     TALLY["milliseconds"] += round(1000 * (time.perf_counter() - started))
     failed = outcome.kind != "returned"
+    # A FloatingPointError says that training diverged; what was best until then is kept.
+    stopped = outcome.kind in ("ours", "cryptic") and "FloatingPointError" not in outcome.detail
     invalid = any(valid is False for _, valid in replaced.values())
     all_valid = all(valid for _, valid in replaced.values())
     leftovers = set(after.files or ()) - set(before.files or ())
     broken = {
         "the VAE changed": before.vae != after.vae,
         "hang": outcome.kind == "hang" and not huge,
-        "the prior changed": (failed or not trains)
+        "the prior changed": (not trains or stopped)
         and (before.heads, before.settings) != (after.heads, after.settings),
-        "files changed": (failed and outcome.kind != "user" and before.files != after.files)
+        "files changed": (stopped and before.files != after.files)
         or any(name.endswith(".tmp") for name in leftovers),
         "switches changed": before.switches != after.switches,
         "accepted in silence": invalid and not failed,
         "cryptic": outcome.kind == "cryptic" or (outcome.kind == "memory" and not huge),
-        "generators moved": invalid and gated and outcome.kind == "ours" and world.generators_moved(),
+        "generators moved": invalid
+        and gated
+        and outcome.kind == "ours"
+        and world.generators_moved(),
         "refused though valid": all_valid and outcome.kind in ("ours", "cryptic"),
     }
     names, values = tuple(replaced), tuple(text for text, _ in replaced.values())
-    found = [Finding(call, names, kind, values, outcome.detail) for kind, is_so in broken.items() if is_so]
+    found = [
+        Finding(call, names, kind, values, outcome.detail)
+        for kind, is_so in broken.items()
+        if is_so
+    ]
     if any(finding.kind == "cryptic" for finding in found):
         found = [f for f in found if f.kind != "refused though valid"]
     return found
