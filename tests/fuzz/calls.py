@@ -189,15 +189,17 @@ def explore(entry: Call, *, examples: int = 8, seconds: float | None = None) -> 
     return smallest(found)
 
 
+SETTINGS = settings(
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
 def _try_random(entry: Call, found: list[Finding], examples: int, number: int) -> None:
     @seed(number)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(SETTINGS, max_examples=examples)
     @given(random_replacements(entry))
     def run(replacements: tuple[Replacement, ...]) -> None:
         found.extend(make(entry, replacements))

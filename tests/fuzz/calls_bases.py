@@ -22,6 +22,7 @@ from fuzz.kinds import (
     OPTIONAL_TEXT,
     PRIOR,
     SAMPLER,
+    SEED,
     SOURCE,
     TEXT,
     Kind,
@@ -113,7 +114,7 @@ for _kind, _make in BASES.items():
         def _(w: World, make: Any = _make) -> Built:
             return make(w).config, {}
 
-        @call(f"{_owner}.to", device=unsure(choice("cpu", torch.device("cpu"))))
+        @call(f"{_owner}.to")
         def _(w: World, make: Any = _make) -> Built:
             return make(w).to, {"device": "cpu"}
 
@@ -195,7 +196,7 @@ for _kind in ("GaussianMixture", "Flow", "FlowMatching"):
 
 
 TRAINING = {
-    "steps": FEW,
+    "steps": count(0, huge=False),
     "batch_size": count(),
     "learning_rate": RATE,
     "patience": count(none=True),
@@ -399,7 +400,7 @@ def _(w: World) -> Built:
     prior=PRIOR,
     held_out=DATA,
     sampler=SAMPLER,
-    max_strength=number(0, open_low=True),
+    max_strength=number(1),
     batch_size=only_invalid(count()),
     progress=PROGRESS,
 )
@@ -412,7 +413,7 @@ def _(w: World) -> Built:
     }
 
 
-@call("ncprior.diagnostics.pareto_k", log_weights=tensor(array=True, rank=None))
+@call("ncprior.diagnostics.pareto_k", log_weights=tensor(array=True, rank=None, infinite=None))
 def _(w: World) -> Built:
     return diagnostics.pareto_k, {"log_weights": torch.randn(100)}
 
@@ -461,9 +462,8 @@ def _(w: World) -> Built:
 
 # --- evaluation
 
-VECTOR = tensor(array=True, whole=True, rank=None)
+VECTOR = tensor(array=True, whole=True, rank=None, infinite=None)
 LEVEL = number(0, 1, open_low=True, open_high=True)
-SEED = count(0, huge=False)
 
 
 @call("ncprior.evaluation.auroc", inside=VECTOR, outside=VECTOR, level=LEVEL)
@@ -732,7 +732,7 @@ def _(w: World) -> Built:
     }
 
 
-@call("ncprior.demo.in_batches", function=function(*LAYERS[:1]), x=ROWS)
+@call("ncprior.demo.in_batches", function=function(*LAYERS[:1]), x=opened(ROWS))
 def _(w: World) -> Built:
     return demo.in_batches, {"function": torch.exp, "x": w.x}
 

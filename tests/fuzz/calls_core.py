@@ -27,6 +27,7 @@ from fuzz.kinds import (
     PRECISION,
     PRIOR,
     SAMPLER,
+    SEED,
     SEQUENCE,
     SHAPE,
     SOURCE,
@@ -669,7 +670,7 @@ def _(w: World) -> Built:
     folder=PATH,
     num_samples=count(huge=False),
     part_size=count(),
-    seed=count(-(2**80), huge=False),
+    seed=SEED,
     condition=NO_CONDITION,
     parts=Kind(
         "part numbers", lambda v: True if v is None else None if hasattr(v, "__iter__") else False

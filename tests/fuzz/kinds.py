@@ -93,6 +93,14 @@ def count(low: int = 1, high: float = math.inf, *, none: bool = False, huge: boo
     return Kind(f"a whole number from {low}", verdict, (*more, *COMMON), numbers=True)
 
 
+def _is_seed(value: Any) -> bool | None:
+    verdict = count(-(2**63), huge=False).verdict(value)
+    return None if verdict is not False and value is not None and value < 0 else verdict
+
+
+SEED = Kind("a seed", _is_seed, count(huge=False).pool, numbers=True)
+
+
 def number(
     low: float = -math.inf,
     high: float = math.inf,

@@ -40,6 +40,7 @@ FOUND: list[Finding] = []  # by all calls of this process
 
 # Most severe first.
 SEVERITY = (
+    "crash",
     "the VAE changed",
     "hang",
     "the prior changed",
@@ -86,29 +87,38 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises :class:`Hang` inside after some seconds."""
+def time_limit(seconds: float, cpu: float) -> Iterator[None]:
+    """Raises :class:`Hang` inside after some seconds by the clock, or of the processor."""
 
     def stop(*_: Any) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before = [signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGPROF)]
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)  # again, should a handler swallow it
+    signal.setitimer(signal.ITIMER_PROF, cpu, 0.05)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGALRM, before[0])
+        signal.signal(signal.SIGPROF, before[1])
 
 
-def attempt(function: Callable[[], Any], limit: float) -> Outcome:
-    """Calls a function, uses what it returns up, and says how it ended."""
+def attempt(function: Callable[[], Any], limit: float, cpu: float = 0.0) -> Outcome:
+    """Calls a function, uses what it returns up, and says how it ended.
+
+    Arguments:
+        function: The call.
+        limit: Seconds by the clock.
+        cpu: Seconds of the processor; 0 for no limit.
+    """
     try:
-        with warnings.catch_warnings(), time_limit(limit):
+        with warnings.catch_warnings(), time_limit(limit, cpu):
             warnings.simplefilter("ignore")
             use(function())
     except Hang:
-        return Outcome("hang", f"longer than {limit} s")
+        return Outcome("hang", f"longer than {cpu or limit} s")
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 (every kind is judged)
@@ -212,7 +222,7 @@ def check(
         gated: Whether an invalid argument is one that can be seen before any work.
         limit: Seconds.
     """
-    huge = any("10**12" in text for text, _ in replaced.values())
+    huge = any("10**12" in text or "an end" in text for text, _ in replaced.values())
     before, started = State.of(world), time.perf_counter()
     outcome = attempt(function, 0.3 if huge else limit)
     after = State.of(world)

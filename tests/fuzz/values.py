@@ -140,6 +140,7 @@ def with_bad(x: Tensor, number: float) -> Tensor:
 def of_tensor(
     *,
     nan: Any = False,
+    infinite: Any = ...,
     empty: Any = False,
     rank: Any = False,
     array: Any = None,
@@ -152,7 +153,11 @@ def of_tensor(
     """Tensors made from a valid one of shape ``(N, ...)``, with whether each is valid."""
     return (
         Value("with NaN in a row", lambda w, v: with_bad(v, math.nan), nan),
-        Value("with infinity in a row", lambda w, v: with_bad(v, math.inf), nan),
+        Value(
+            "with infinity in a row",
+            lambda w, v: with_bad(v, math.inf),
+            nan if infinite is ... else infinite,
+        ),
         Value("no rows", lambda w, v: v[:0], empty),
         Value("one row", lambda w, v: v[:1], None),
         Value("one row less", lambda w, v: v[:-1], rows),
@@ -200,7 +205,7 @@ DATASETS = (
     Value("a loader", lambda w, v: DataLoader(TensorDataset(v), 8), None),
     Value("a list of batches", lambda w, v: list(v.split(8)), None),
     Value("a one-shot iterator", lambda w, v: iter(list(v.split(8))), None),
-    Value("a dataset without a length", lambda w, v: Endless(), None),
+    Value("a dataset without an end", lambda w, v: Endless(), None),
     Value("a loader without an end", lambda w, v: DataLoader(Endless(), 8), None),
     Value("a list of batches of unlike widths", lambda w, v: [v[:8], v[8:16, :2]], None),
     Value("a list with None", lambda w, v: [v[:8], None], False),
