@@ -28,11 +28,9 @@ from ncprior.saving.kinds import (
     saved_base,
 )
 from ncprior.saving.mixin import Pretrained
-from ncprior.saving.tensors import read_metadata
-from ncprior.source import LatentSource, device_of
-from ncprior.utils.switches import Switches
 from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.require import require_numbers
+from ncprior.utils.switches import Switches
 
 FILE = "ncprior.safetensors"
 
