@@ -216,7 +216,7 @@ HEADS: dict[str, object] = {
         "config": {"event_shape": [2], "code": 1},
     },
     "cannot be built as a MLPHead": {"kind": "MLPHead", "config": {}},
-    "cannot be built as a MLPHead \\(empty": {
+    "cannot be built as a MLPHead \\(width must be": {
         "kind": "MLPHead",
         "config": {"event_shape": [2], "width": "8"},
     },

@@ -609,5 +609,5 @@ def test_a_vae_called_under_autocast_stays_under_it() -> None:
 
 
 def test_another_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"float32 or torch.bfloat16; got torch.float16"):
+    with pytest.raises(ValueError, match=r"float32, torch.bfloat16; got torch.float16"):
         VAEBM(PROBLEM.source(), nothing, precision=torch.float16)
