@@ -71,7 +71,7 @@ def test_a_base_sees_group_and_context() -> None:
 
     source = rebase(Ladder(), base)
     sample_posterior(source, torch.randn(4, 3))
-    assert seen == [(0, (4, 8)), (1, (4, 8)), (2, (4, 8))]
+    assert seen[-3:] == [(0, (4, 8)), (1, (4, 8)), (2, (4, 8))]
 
 
 def test_a_function_may_give_a_prior_of_empty_batch_shape() -> None:
