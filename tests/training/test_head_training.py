@@ -94,6 +94,18 @@ def test_W2_heads_made_in_inference_mode_are_refused() -> None:
         fit(NCPrior(flat(), head), data(), steps=2, **QUIET)
 
 
+def test_G_M4_adamw_is_fused_on_every_device_that_can() -> None:
+    """As torch says, and not a list of ours, in which MPS was missing."""
+    from ncprior.training.stage_runs import _adamw
+
+    prior = small()
+    assert _adamw(prior, 0.1, 0.5).param_groups[0]["fused"]
+    prior.heads[0].codes = nn.Parameter(torch.arange(3), requires_grad=False)
+    optimizer = _adamw(prior, 0.1, 0.5)
+    assert not optimizer.param_groups[0]["fused"]
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.1, 0.5)
+
+
 # --- the best weights, from step 0 on ---
 
 
