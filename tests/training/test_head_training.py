@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
 from ncprior.heads.networks import MLPHead
 from ncprior.training import FitSettings, Row
+from ncprior.training.stage_runs import _adamw
 
 QUIET = {"progress": False}
 
@@ -94,13 +95,17 @@ def test_W2_heads_made_in_inference_mode_are_refused() -> None:
         fit(NCPrior(flat(), head), data(), steps=2, **QUIET)
 
 
-def test_G_M4_adamw_is_fused_on_every_device_that_can() -> None:
+def test_G_M4_adamw_is_fused_on_every_device_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch says, and not a list of ours, in which MPS was missing."""
-    from ncprior.training.stage_runs import _adamw
-
-    prior = small()
+    prior, made = small(), torch.optim.AdamW
     assert _adamw(prior, 0.1, 0.5).param_groups[0]["fused"]
-    prior.heads[0].codes = nn.Parameter(torch.arange(3), requires_grad=False)
+
+    def not_fused(*args: Any, fused: bool = False, **options: Any) -> torch.optim.AdamW:
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be on another device")
+        return made(*args, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", not_fused)
     optimizer = _adamw(prior, 0.1, 0.5)
     assert not optimizer.param_groups[0]["fused"]
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.1, 0.5)
