@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -333,3 +333,73 @@ def test_no_draws_are_refused() -> None:
     prior = ladder_prior()
     with pytest.raises(ValueError, match=r"num_draws must be a whole number in \[1, inf\); got 0"):
         NCETrainer(prior, torch.optim.SGD(prior.parameters(), 0.1), num_draws=0)
+
+
+# --- what is validated ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("precision", torch.float16),
+        ("precision", "bf16"),
+        ("precision", None),
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", math.nan),
+        ("noise_weight", math.nan),
+        ("num_draws", 1.5),
+        ("group_parallel", "yes"),
+        ("backward", None),
+    ],
+)
+def test_F17_F26_settings_without_effect_or_with_a_wrong_one_are_refused(
+    name: str, value: Any
+) -> None:
+    prior = ladder_prior()
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be "):
+        NCETrainer(prior, sgd(prior), **{name: value})
+
+
+def test_F35_F36_what_is_no_prior_or_optimizer_is_refused() -> None:
+    prior = ladder_prior()
+    for wrong in (prior.source, prior.heads, NCPrior, None):
+        with pytest.raises(TypeError, match="prior must be of type NCPrior.*for_source"):
+            NCETrainer(wrong, sgd(prior))
+    with pytest.raises(TypeError, match="optimizer must be of type Optimizer"):
+        NCETrainer(prior, prior.parameters())
+
+
+def test_M7_a_prior_in_data_parallel_is_refused() -> None:
+    prior = ladder_prior()
+    with pytest.raises(TypeError, match=r"not DataParallel\(prior\).*Pass prior.module"):
+        NCETrainer(nn.DataParallel(prior), sgd(prior))
+
+
+def test_M7_heads_in_half_precision_are_refused() -> None:
+    prior = ladder_prior().half()
+    with pytest.raises(ValueError, match="float32 or better"):
+        NCETrainer(prior, sgd(prior))
+
+
+def test_W2_frozen_heads_are_refused() -> None:
+    prior = ladder_prior()
+    optimizer = sgd(prior)
+    prior.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Call prior.requires_grad_\(True\)"):
+        NCETrainer(prior, optimizer)
+
+
+def test_F3_a_head_frozen_in_parts_by_no_grad_is_named() -> None:
+    """Group 1 detaches log r: its loss has no gradient, though it has parameters."""
+    prior = stir(ladder_prior())
+    prior.heads[1].register_forward_hook(lambda *args: args[2].detach())
+    before = weights(prior)
+    with pytest.raises(ValueError, match="loss of group 1 has no gradient"):
+        NCETrainer(prior, torch.optim.AdamW(prior.parameters())).step(torch.randn(16, 3))
+    assert same(weights(prior), before)
+
+
+def test_F26_an_empty_batch_is_refused() -> None:
+    prior = ladder_prior()
+    with pytest.raises(ValueError, match="A batch must have 1 or more rows; got 0"):
+        NCETrainer(prior, sgd(prior)).step(torch.randn(0, 3))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ncprior.data.stream import Stream
 from ncprior.source import num_rows
 from ncprior.utils.batches import map_tensors, take_rows, to_device
+from ncprior.utils.require import require_counts, require_instance
 
 _END = object()
 
@@ -43,6 +44,10 @@ class Loader:
         before: Callable[[int], None] | None = None,
         first: int = 0,
     ) -> None:
+        require_instance("stream", stream, Stream, "Pass Stream(data, batch_size).")
+        require_instance("device", device, torch.device, "Pass torch.device(...).")
+        require_counts(ranks=share[1])
+        require_counts(f"[0, {share[1]})", rank=share[0])
         self.stream, self.device, self.share = stream, device, share
         self.before, self.number = before, first
         self.is_ahead = device.type == "cuda"

@@ -365,7 +365,8 @@ def _probe(data: Any, batch_size: int) -> Any:  # noqa: ANN401
     if isinstance(data, list | tuple):
         return [data[n] for n in sorted({0, len(data) // 2, len(data) - 1})] if data else []
     if isinstance(data, Tensor | RowData) or is_map_style(data):
-        rows = torch.linspace(0, max(0, len(data) - 1), min(len(data), _PROBED)).long()
+        count, last = min(len(data), _PROBED), max(0, len(data) - 1)
+        rows = torch.linspace(0, last, count, dtype=torch.float64).long()
         if isinstance(data, Tensor | RowData):
             return data[rows.to(data.device)]
         return next(iter(one_pass(Subset(data, rows.tolist()), _PROBED)), [])

@@ -136,25 +136,26 @@ def minimise(
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_numbers("[0, inf)", weight_decay=weight_decay)
     require_flags(progress=progress)
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
-    best = _Best(parameters, held_out, name)
-    with (
-        gradients_enabled(),
-        best.kept(),
-        tqdm(total=steps, desc=name, disable=not progress) as bar,
-    ):
-        for step in range(1, steps + 1):
-            optimizer.param_groups[0]["lr"] = cosine_rate(learning_rate, step - 1, steps)
-            _step(optimizer, loss, parameters)
-            if project is not None:
-                project()
-            update_average(best.mean, parameters, _EMA_DECAY, step)
-            bar.update()
-            if step % _EVAL_EVERY == 0 or step == steps:
-                since = best.evaluate(step)
-                bar.set_postfix_str(f"held-out {best.loss:.3f}")
-                if patience is not None and since >= patience * _EVAL_EVERY:
-                    break
+    with gradients_enabled():
+        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+        best = _Best(parameters, held_out, name)
+        with (
+            gradients_enabled(),
+            best.kept(),
+            tqdm(total=steps, desc=name, disable=not progress) as bar,
+        ):
+            for step in range(1, steps + 1):
+                optimizer.param_groups[0]["lr"] = cosine_rate(learning_rate, step - 1, steps)
+                _step(optimizer, loss, parameters)
+                if project is not None:
+                    project()
+                update_average(best.mean, parameters, _EMA_DECAY, step)
+                bar.update()
+                if step % _EVAL_EVERY == 0 or step == steps:
+                    since = best.evaluate(step)
+                    bar.set_postfix_str(f"held-out {best.loss:.3f}")
+                    if patience is not None and since >= patience * _EVAL_EVERY:
+                        break
     return best.loss
 
 

@@ -157,6 +157,14 @@ def test_F26_batch_sizes_are_whole_numbers(size: Any) -> None:
         split(X, size, 0)
 
 
+def test_F26_a_loader_validates_its_arguments() -> None:
+    for wrong in ((X, CPU), (Stream(X, 4), "cpu")):
+        with pytest.raises(TypeError, match="(stream|device) must be of type"):
+            Loader(*wrong)
+    with pytest.raises(ValueError, match="rank must be a whole number"):
+        Loader(Stream(X, 4), CPU, (2, 2))
+
+
 # --- batches over ranks ---
 
 

@@ -13,7 +13,7 @@ from helpers.ranks import Ranks, launch, named
 from helpers.toys import ladder_prior, stir
 
 from ncprior.saving.tensors import save_tensors
-from ncprior.utils.distributed import own_seed
+from ncprior.utils.distributed import own_seed, require_own_device
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.skipif(
@@ -155,6 +155,22 @@ def test_ranks_have_seeds_of_their_own() -> None:
         torch.manual_seed(own_seed(5, rank))
         draws.append(torch.randn(4))
     assert len(torch.stack(draws).unique(dim=0)) == 4
+
+
+def test_the_device_of_the_heads_must_be_the_current_one_of_nccl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From Part III, "Multi-GPU": without torch.cuda.set_device, all ranks reduced on cuda:0."""
+    device = torch.device("cuda", 1)
+    require_own_device(device)  # one process
+    monkeypatch.setattr("ncprior.utils.distributed.num_ranks", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    require_own_device(device)
+    require_own_device(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"on cuda:1, and the current GPU is cuda:0.*device\(1\)"):
+        require_own_device(device)
 
 
 def test_a_ddp_wrapped_prior_is_refused_with_the_reason(ranks: Ranks) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncprior.utils.optimise import cosine_rate, minimise, standardise, update_average
+from ncprior.utils.optimise import cosine_rate, minimise, standardise, train, update_average
 
 
 def bowl(w: Tensor, centre: float) -> Callable[[], Tensor]:
@@ -129,3 +129,55 @@ def test_numbers_without_sense_are_refused(wrong: Any) -> None:
     w = torch.zeros(3, requires_grad=True)
     with pytest.raises(ValueError, match=f"got .*{next(iter(wrong.values()))}"):
         minimise(bowl(w, 1.0), bowl(w, 1.0), [w], **{"steps": 1, "learning_rate": 1.0, **wrong})
+
+
+def step_on(w: Tensor, **changed: Any) -> float:
+    options = {"steps": 3, "learning_rate": 0.1, **changed}
+    return minimise(bowl(w, 2.0), bowl(w, 2.0), [w], **options)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps": 2.5},
+        {"steps": -1},
+        {"learning_rate": math.nan},
+        {"weight_decay": math.inf},
+        {"patience": 0},
+        {"patience": 1.5},
+        {"progress": 1},
+    ],
+)
+def test_F26_numbers_of_a_descent_are_validated(changed: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(changed))} must be "):
+        step_on(torch.zeros(3, requires_grad=True), **changed)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_F3_networks_are_trained_where_gradients_are_off(off: Any) -> None:
+    """A RuntimeError of torch before."""
+    ends = []
+    for context in (torch.enable_grad, off):
+        torch.manual_seed(0)
+        line, x, w = torch.nn.Linear(1, 1), torch.ones(8, 1), torch.zeros(3, requires_grad=True)
+
+        def loss(rows: Tensor, line: Any = line, x: Tensor = x) -> Tensor:
+            return line(x[rows]).square().mean()
+
+        with context():
+            train(line, loss, 8, steps=3, batch_size=4, progress=False)
+            step_on(w)
+        ends.append((line.weight.item(), w.tolist()))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 1.5), ("batch_size", 0), ("num_rows", "8"), ("learning_rate", math.nan)],
+)
+def test_F26_numbers_of_train_are_validated(name: str, value: Any) -> None:
+    options = {"num_rows": 8, "steps": 1, "batch_size": 4, "progress": False, name: value}
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be "):
+        train(torch.nn.Linear(1, 1), lambda rows: rows.sum(), **options)
+    with pytest.raises(TypeError, match="module must be of type Module"):
+        train(lambda x: x, lambda rows: rows.sum(), 8, steps=1, batch_size=1)
