@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 
 from ncprior.utils.require import described
@@ -34,11 +35,12 @@ def flattened(z: Tensor, event_shape: Size) -> tuple[Tensor, Size]:
         The flat latents, with shape ``(N, D)``, and the shape ``(*)`` in front of the event.
 
     Raises:
-        TypeError: If z is not a tensor.
+        TypeError: If z is not a dense tensor of real numbers.
         ValueError: If its last axes are not those of an event.
     """
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor of shape (*, *event); got {described(z)}.")
+    is_dense = isinstance(z, Tensor) and z.layout is torch.strided
+    if not is_dense or z.is_complex() or z.dtype == torch.bool:
+        raise TypeError(f"z must be a tensor of real numbers; got {described(z)}.")
     lead = z.shape[: max(0, z.ndim - len(event_shape))]
     if z.shape[len(lead) :] != event_shape:
         raise ValueError(

@@ -100,9 +100,9 @@ def fit_vamp(
     _check_bounds(bounds)
     require_grad_mode("fit_vamp")
     train, held_out = _with_held_out(data, held_out)
-    fixed, stream = latents_of(source, held_out), Stream(train, batch_size)
+    fixed, stream = latents_of(source, held_out), Stream(train, int(batch_size))
     _gaussian(source, next(stream))  # validates the VAE first
-    pseudo = _PseudoInputs(source, _first_rows(train, num_components), bounds)
+    pseudo = _PseudoInputs(source, _first_rows(train, int(num_components)), bounds)
     minimise(
         lambda: pseudo.loss(latents_of(source, [next(stream)])),
         lambda: pseudo.loss(fixed),
