@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from ncprior.bases.checks import size_of
 from ncprior.bases.mixture import GaussianMixture
-from ncprior.bases.shapes import size_of
 from ncprior.distributions import Sampleable, parameters
 from ncprior.utils.require import described, numbers, require_instance
 

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ncprior.bases.shapes import flattened, size_of
+from ncprior.bases.checks import flattened, size_of
 from ncprior.data.stream import Stream, split
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
@@ -120,7 +120,7 @@ class Flow(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
-        flat, lead = flattened(value, self.event_shape)
+        flat, lead = flattened(value, self.event_shape, self.loc.device)
         log_p = _log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale)
         return (log_p - self.scale.log().sum()).reshape(lead)
 
@@ -211,8 +211,8 @@ def fit_flow(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
-    require_counts("[0, inf)", steps=steps)
     require_counts(batch_size=batch_size)
+    require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_numbers("[0, inf)", weight_decay=weight_decay)

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 
-from ncprior.bases.shapes import size_of
+from ncprior.bases.checks import size_of
 from ncprior.data.stream import Stream, split
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
@@ -260,8 +260,8 @@ def fit_flow_matching(
     """
     require_counts(width=width, num_steps=num_steps)
     require_counts("[0, inf)", depth=depth)
-    require_counts("[0, inf)", steps=steps)
     require_counts(batch_size=batch_size)
+    require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_flags(progress=progress)

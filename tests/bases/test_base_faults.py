@@ -263,6 +263,8 @@ def test_F35_densities_take_latents_of_their_shape() -> None:
     for wrong in (Z > 0, Z + 0j, Z.to_sparse(), None):
         with pytest.raises(TypeError, match="z must be a tensor of real numbers"):
             fit_gaussian(Z).log_prob(wrong)
+    with pytest.raises(ValueError, match="z must be on cpu; got z on meta"):
+        fit_gaussian(Z).log_prob(Z.to("meta"))
     for shape in (3, (-1, -2), "2"):
         with pytest.raises((TypeError, ValueError), match="event_shape must"):
             GaussianMixture(ONE, MEAN, SD, event_shape=shape)  # type: ignore[arg-type]
@@ -282,6 +284,10 @@ def test_F36_what_is_no_base_is_named() -> None:
     none: Any = rebase(source, lambda k, group: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match=r"Group 0: base\(k, group\) must return a prior"):
         none.group(none.start(3))
+
+
+def test_W12_the_docs_of_rebase_say_what_nothing_can_tell_of_a_function() -> None:
+    assert "Nothing can be told of the networks behind a function" in str(rebase.__doc__)
 
 
 def test_F36_other_wrong_objects_are_named() -> None:
