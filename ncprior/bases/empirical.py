@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from ncprior.bases.checks import size_of
 from ncprior.bases.mixture import GaussianMixture
-from ncprior.bases.shapes import size_of
 from ncprior.distributions import Sampleable, parameters
 from ncprior.utils.require import described, numbers, require_instance
 
@@ -30,7 +30,8 @@ class NoPrior:
 
     def __init__(self, reason: str, event_shape: Sequence[int] | None = None) -> None:
         require_instance("reason", reason, str, "Pass a sentence.")
-        self.reason, self.event_shape = reason, event_shape
+        self.reason = reason
+        self.event_shape = None if event_shape is None else size_of(event_shape, "event_shape")
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Raises an error with the reason and the remedy.

@@ -22,11 +22,12 @@ from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ncprior.bases.shapes import flattened, size_of
+from ncprior.bases.checks import flattened, size_of
 from ncprior.data.stream import Stream, split
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
+    described,
     floats,
     real_tensor,
     require_counts,
@@ -59,7 +60,7 @@ class Flow(Distribution):
             flow, which is not saved with the heads.
 
     Raises:
-        TypeError: If ``flow`` is not a module, or ``loc`` or ``scale`` are not real numbers.
+        TypeError: If ``flow`` is not a flow, or ``loc`` or ``scale`` are not real numbers.
         ValueError: If the shapes do not fit, a value is not finite, or a scale is not positive.
 
     Example:
@@ -92,6 +93,11 @@ class Flow(Distribution):
             )
         require_finite("loc", loc)
         require_positive("scale", scale)
+        if not _is_flow(flow):
+            raise TypeError(
+                f"flow must be a flow of zuko, which returns a distribution, or of normflows, with "
+                f"log_prob(z) and sample(n); got {described(flow)}."
+            )
         self.flow = flow.eval().requires_grad_(False)
         self.loc, self.scale = loc, scale
         self.spline = None if spline is None else dict(spline)
@@ -117,7 +123,7 @@ class Flow(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
-        flat, lead = flattened(value, self.event_shape)
+        flat, lead = flattened(value, self.event_shape, self.loc.device)
         log_p = _log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale)
         return (log_p - self.scale.log().sum()).reshape(lead)
 
@@ -211,8 +217,8 @@ def fit_flow(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
-    require_counts("[0, inf)", steps=steps)
     require_counts(batch_size=batch_size)
+    require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_numbers("[0, inf)", weight_decay=weight_decay)
@@ -226,7 +232,7 @@ def fit_flow(
     module.to(white.device)
     _check_flow(module, white[:batch_size])
     train, held_out = split(white, 0.05, seed=int(torch.randint(2**31, ())))
-    stream = Stream(train, batch_size)
+    stream = Stream(train, int(batch_size))
     minimise(
         lambda: -_log_prob(module, next(stream)).mean(),
         lambda: -torch.cat([_log_prob(module, z) for z in held_out.split(_ROWS)]).mean(),
@@ -273,6 +279,14 @@ def _dtype(flow: nn.Module) -> torch.dtype:
         f"fit_flow needs a flow that is an nn.Module with trainable parameters; got "
         f"{type(flow).__name__}. Pass a flow of zuko or normflows."
     )
+
+
+def _is_flow(flow: Any) -> bool:  # noqa: ANN401
+    try:
+        distribution = flow if hasattr(flow, "log_prob") else flow()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return hasattr(distribution, "log_prob") and hasattr(distribution, "sample")
 
 
 def _check_flow(flow: nn.Module, white: Tensor) -> None:

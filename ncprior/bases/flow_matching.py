@@ -26,7 +26,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 
-from ncprior.bases.shapes import size_of
+from ncprior.bases.checks import size_of
 from ncprior.data.stream import Stream, split
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
@@ -59,11 +59,13 @@ class VelocityNet(nn.Module):
 
     Raises:
         TypeError: If a size is not a whole number.
-        ValueError: If a size is below 1.
+        ValueError: If ``features`` or ``width`` is below 1, or ``depth`` below 0.
     """
 
     def __init__(self, features: int, *, width: int = 256, depth: int = 3) -> None:
-        require_counts(features=features, width=width, depth=depth)
+        require_counts(features=features, width=width)
+        require_counts("[0, inf)", depth=depth)
+        features, width, depth = int(features), int(width), int(depth)  # torch takes no others
         super().__init__()
         self.features, self.width, self.depth = features, width, depth
         self.stem = nn.Linear(features, width)
@@ -149,7 +151,7 @@ class FlowMatching:
         require_positive("scale", scale)
         self.network = network.eval().requires_grad_(False)
         self.loc, self.scale = loc, scale
-        self.event_shape, self.num_steps = Size(event), num_steps
+        self.event_shape, self.num_steps = Size(event), int(num_steps)
 
     @property
     def num_evaluations(self) -> int:
@@ -260,9 +262,10 @@ def fit_flow_matching(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
-    require_counts(width=width, depth=depth, num_steps=num_steps)
-    require_counts("[0, inf)", steps=steps)
+    require_counts(width=width, num_steps=num_steps)
+    require_counts("[0, inf)", depth=depth)
     require_counts(batch_size=batch_size)
+    require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_flags(progress=progress)
@@ -273,7 +276,7 @@ def fit_flow_matching(
     base = FlowMatching(network, loc, scale, event_shape=latents.shape[1:], num_steps=num_steps)
     network.requires_grad_(True)
     train, held_out = split(white, 0.05, seed=int(torch.randint(2**31, ())))
-    stream, fixed = Stream(train, batch_size), _Lines(held_out, _HELD_OUT_DRAWS)
+    stream, fixed = Stream(train, int(batch_size)), _Lines(held_out, _HELD_OUT_DRAWS)
     minimise(
         lambda: _Lines(next(stream)).loss(network),
         lambda: fixed.loss(network),

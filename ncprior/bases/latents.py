@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,7 @@ def latents_of(
     require_counts(batch_size=batch_size)
     device, latents = device_of(source), []
     for batch in one_pass(data, batch_size, device):
+        map_tensors(_require_no_infinity, batch)
         with _blaming_data(batch):
             encoding = source.encode(batch)
             state = source.start(num_rows(encoding), encoding)
@@ -75,6 +77,13 @@ def _blaming_data(batch: Any) -> Iterator[None]:  # noqa: ANN401
     except (RuntimeError, ValueError):
         map_tensors(_require_finite_x, batch)
         raise
+
+
+def _require_no_infinity(x: Tensor) -> Tensor:
+    """Validates x before an encoder that saturates; NaN may mark what is missing."""
+    if x.is_floating_point():
+        require_finite("x", x.nan_to_num(0.0, math.inf, -math.inf))
+    return x
 
 
 def _require_finite_x(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
-from ncprior.bases.shapes import flattened, size_of
+from ncprior.bases.checks import flattened, size_of
 from ncprior.utils.require import described, floats
 
 _Shape: TypeAlias = "Size | list[int] | tuple[int, ...]"
@@ -194,7 +194,7 @@ class GaussianMixture(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, with shape ``(*sample_shape, *batch)``."""
-        z, lead = flattened(value, self.event_shape)
+        z, lead = flattened(value, self.event_shape, self.loc.device)
         return self.log_joint(z).logsumexp(1).reshape(lead)
 
     def log_joint(self, z: Tensor) -> Tensor:

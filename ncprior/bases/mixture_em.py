@@ -97,6 +97,7 @@ def fit_mixture(
     require_counts(num_components=num_components, max_steps=max_steps)
     require_counts(starts=starts, batch_size=batch_size)
     require_numbers("[0, inf)", tolerance=tolerance, regularisation=regularisation)
+    num_components, batch_size = int(num_components), int(batch_size)  # torch takes no others
     z = real_tensor("z", z, integers=False)
     if num_components >= len(z) or z.ndim < 2:
         raise ValueError(

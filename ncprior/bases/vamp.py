@@ -92,17 +92,18 @@ def fit_vamp(
         (torch.Size([5, 2]), False)
     """
     require_source(source)
-    require_counts(num_components=num_components, batch_size=batch_size)
+    require_counts(num_components=num_components)
+    _check_bounds(bounds)
+    require_counts(batch_size=batch_size)
     require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_flags(progress=progress)
-    _check_bounds(bounds)
     require_grad_mode("fit_vamp")
     train, held_out = _with_held_out(data, held_out)
-    fixed, stream = latents_of(source, held_out), Stream(train, batch_size)
+    fixed, stream = latents_of(source, held_out), Stream(train, int(batch_size))
     _gaussian(source, next(stream))  # validates the VAE first
-    pseudo = _PseudoInputs(source, _first_rows(train, num_components), bounds)
+    pseudo = _PseudoInputs(source, _first_rows(train, int(num_components)), bounds)
     minimise(
         lambda: pseudo.loss(latents_of(source, [next(stream)])),
         lambda: pseudo.loss(fixed),

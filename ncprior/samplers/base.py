@@ -167,9 +167,11 @@ def checked_draw(draw: Any) -> Draw:  # noqa: ANN401
     """Returns what a sampler has drawn, after a check of its type.
 
     Raises:
-        TypeError: If it is not a :class:`Draw`.
+        TypeError: If it is not a :class:`Draw` of a tensor z.
     """
-    return require_instance("The result of a sampler", draw, Draw, "Return ncprior.Draw(z=z).")
+    require_instance("The result of a sampler", draw, Draw, "Return ncprior.Draw(z=z).")
+    require_instance("z of a Draw", draw.z, Tensor, "Return latents of shape (B, *event).")
+    return draw  # type: ignore[no-any-return]
 
 
 def checked(log_r: Tensor, shape: Size) -> Tensor:

@@ -79,6 +79,7 @@ def langevin(
         ValueError: If an argument is out of range, or log r or log p changes with z but its
             gradient is cut, as by ``torch.no_grad`` or ``detach``.
         FloatingPointError: If log r, log p or a gradient is not finite; take a smaller step size.
+        RuntimeError: Inside ``torch.inference_mode``.
 
     References:
         Aneja et al. (2021), section 4.3.

@@ -74,6 +74,7 @@ def tempered_smc(
         TypeError: If the prior is discrete, bounded, or has no density, or an argument has the
             wrong type.
         FloatingPointError: If log r is not finite.
+        RuntimeError: Inside ``torch.inference_mode``.
 
     References:
         Del Moral et al. (2006), section 3.

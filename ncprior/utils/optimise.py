@@ -79,13 +79,12 @@ def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
             f"{tuple(z.shape)}. Encode data by latents_of(source, x)."
         )
     flat = z.detach().reshape(len(z), -1).to(dtype)
-    if not torch.isfinite(flat).all():
-        raise ValueError(
-            "Some latents are not finite. Look for NaN or infinity in the output of the encoder."
-        )
     centre, spread = flat.mean(0), flat.std(0)
     if not torch.isfinite(centre + spread).all():
-        raise ValueError("Some latents are too large for their means and standard deviations.")
+        raise ValueError(
+            "Some latents, or their means or standard deviations, are not finite. Look for NaN, "
+            "infinity or huge numbers in the output of the encoder."
+        )
     spread = torch.where(spread > 0, spread, 1.0)
     return (flat - centre) / spread, centre, spread
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -108,9 +108,10 @@ def require_callable(name: str, value: Any, remedy: str) -> None:  # noqa: ANN40
     """Validates that an object can be called and is no class.
 
     Raises:
-        TypeError: If it cannot, or is a class.
+        TypeError: If it cannot, is a class, or is a module without ``forward``.
     """
-    if not callable(value) or isinstance(value, type):
+    forward = getattr(getattr(value, "forward", None), "__func__", None)
+    if not callable(value) or isinstance(value, type) or forward is nn.Module.forward:
         raise TypeError(f"{name} must be a function; got {described(value)}. {remedy}")
 
 
@@ -140,7 +141,7 @@ def real_tensor(
         TypeError: If it holds no real numbers.
         ValueError: If its shape is wrong, or a value is NaN or infinite.
     """
-    x = _as_tensor(name, value)
+    x = _with_values(name, value)
     if x.is_complex() or x.dtype == torch.bool or not (x.is_floating_point() or integers):
         wanted = "real numbers" if integers else "floating-point numbers"
         remedy = "" if integers else " Convert what is no code of a category by .float()."
@@ -167,8 +168,8 @@ def numbers(name: str, value: Any, *, rows: int = 1) -> Tensor:  # noqa: ANN401
         TypeError: If it holds no real numbers.
         ValueError: If it has fewer rows, or a value is NaN or infinite.
     """
-    x = _as_tensor(name, value)
-    if x.is_complex():
+    x = _with_values(name, value)
+    if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be real numbers or codes; got {described(x)}.")
     if x.ndim < 1 or len(x) < rows:
         raise ValueError(f"{name} must have {rows} or more rows; got {described(x)}.")
@@ -282,7 +283,9 @@ def described(value: Any) -> str:  # noqa: ANN401
         case type():
             return f"the class {value.__name__}"
         case Tensor():
-            return f"a tensor of {str(value.dtype).removeprefix('torch.')}, {tuple(value.shape)}"
+            kind = "meta " if value.is_meta else "sparse " if _is_sparse(value) else ""
+            dtype = str(value.dtype).removeprefix("torch.")
+            return f"a {kind}tensor of {dtype}, {tuple(value.shape)}"
         case np.ndarray():
             return f"an array of {value.dtype}, {value.shape}"
         case None | bool() | int() | float() | complex() | str() | np.generic() | torch.dtype():
@@ -294,7 +297,20 @@ def described(value: Any) -> str:  # noqa: ANN401
 _LONGEST = 60  # characters of a value in a message
 
 
+def _is_sparse(x: Tensor) -> bool:
+    return x.layout is not torch.strided
+
+
+def _with_values(name: str, value: Any) -> Tensor:  # noqa: ANN401
+    x = _as_tensor(name, value)
+    if x.is_meta:
+        raise ValueError(f"{name} must have values; got {described(x)}.")
+    return x
+
+
 def _as_tensor(name: str, value: Any) -> Tensor:  # noqa: ANN401
+    if isinstance(value, Tensor) and _is_sparse(value):
+        raise TypeError(f"{name} must be dense; got {described(value)}. Pass its to_dense().")
     if isinstance(value, Tensor):
         return value
     if hasattr(value, "to_numpy"):  # a table of pandas or polars

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.toys import VAE, base, flat
+import zuko
+from helpers.toys import VAE, base, everything, flat
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -68,6 +69,8 @@ def test_F15_a_row_with_nan_is_named_by_latents_of(of: str) -> None:
     for source in (flat(), SingleGroup(base(), validating, lambda z: z)):
         with pytest.raises(ValueError, match="must be finite; got NaN or infinity in 1 of 20"):
             latents_of(source, x, of=of)
+        with pytest.raises(ValueError, match="must be finite; got NaN or infinity in 1 of 20"):
+            latents_of(source, broken(torch.randn(20, 3), -math.inf), of=of)
     with pytest.raises(ValueError, match="must be finite; got NaN or infinity in 1 of 20"):
         latents_of(SingleGroup(base(), validating, lambda z: z), broken(x, math.inf), of=of)
 
@@ -101,7 +104,10 @@ def test_F25_arrays_and_lists_are_latents(fitted: Any) -> None:
 
 
 @pytest.mark.parametrize("fitted", [*FITS, Empirical])
-@pytest.mark.parametrize("z", [None, "z", [["a"]], Z + 0j, {"z": Z}, [[1.0], [1.0, 2.0]]])
+@pytest.mark.parametrize(
+    "z",
+    [None, "z", [["a"]], Z + 0j, Z > 0, Z.to_sparse(), {"z": Z}, [[1.0], [1.0, 2.0]]],
+)
 def test_F35_what_is_no_tensor_of_real_numbers_raises(fitted: Any, z: Any) -> None:
     with pytest.raises(TypeError, match=r"(z|latents) must be .*; got"):
         fitted(z)
@@ -111,6 +117,8 @@ def test_F35_what_is_no_tensor_of_real_numbers_raises(fitted: Any, z: Any) -> No
 def test_F35_latents_are_finite(fitted: Any) -> None:
     with pytest.raises(ValueError, match="must be finite; got NaN or infinity in 1 of 60"):
         fitted(broken(Z))
+    with pytest.raises(ValueError, match="must have values; got a meta tensor"):
+        fitted(Z.to("meta"))
 
 
 @pytest.mark.parametrize("fitted", FITS)
@@ -152,7 +160,8 @@ def test_F26_counts_are_whole_numbers(call: Any, name: str) -> None:
             call(**{name: value})
     with pytest.raises(ValueError, match=f"{name} must be .* got -1"):
         call(**{name: -1})
-    if name not in ("k", "steps"):
+    call(**{name: np.int64(1 if name != "k" else 0)})
+    if name not in ("k", "steps", "depth"):
         with pytest.raises(ValueError, match=f"{name} must be .* got 0"):
             call(**{name: 0})
 
@@ -230,7 +239,7 @@ def test_F35_mixtures_keep_what_is_right() -> None:
 def test_F35_scales_of_flows_are_positive() -> None:
     loc = torch.zeros(2)
     for scale in (torch.zeros(2), -torch.ones(2), math.nan * torch.ones(2)):
-        for make in (lambda s: Flow(nn.Identity(), loc, s), lambda s: matching(s)):
+        for make in (lambda s: Flow(zuko.flows.MAF(2), loc, s), lambda s: matching(s)):
             with pytest.raises(ValueError, match="scale must be positive and finite"):
                 make(scale)
 
@@ -251,6 +260,11 @@ def test_F35_densities_take_latents_of_their_shape() -> None:
     for z in (torch.zeros(3, 4), torch.zeros(4, 1), torch.zeros(())):
         with pytest.raises(ValueError, match=r"event shape \(2,\); got"):
             fit_gaussian(Z).log_prob(z)
+    for wrong in (Z > 0, Z + 0j, Z.to_sparse(), None):
+        with pytest.raises(TypeError, match="z must be a tensor of real numbers"):
+            fit_gaussian(Z).log_prob(wrong)
+    with pytest.raises(ValueError, match="z must be on cpu; got z on meta"):
+        fit_gaussian(Z).log_prob(Z.to("meta"))
     for shape in (3, (-1, -2), "2"):
         with pytest.raises((TypeError, ValueError), match="event_shape must"):
             GaussianMixture(ONE, MEAN, SD, event_shape=shape)  # type: ignore[arg-type]
@@ -272,6 +286,10 @@ def test_F36_what_is_no_base_is_named() -> None:
         none.group(none.start(3))
 
 
+def test_W12_the_docs_of_rebase_say_what_nothing_can_tell_of_a_function() -> None:
+    assert "Nothing can be told of the networks behind a function" in str(rebase.__doc__)
+
+
 def test_F36_other_wrong_objects_are_named() -> None:
     for wrong in (None, GaussianMixture):
         with pytest.raises(TypeError, match="Cannot count .* got"):
@@ -281,8 +299,12 @@ def test_F36_other_wrong_objects_are_named() -> None:
     for network in (None, nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="network.* must be of type .* VelocityNet"):
             FlowMatching(network, torch.zeros(2), torch.ones(2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="flow must be of type Module"):
-        Flow(None, torch.zeros(2), torch.ones(2))  # type: ignore[arg-type]
+    vae, prior = VAE(), NCPrior(flat(), MLPHead((2,)))
+    before = [everything(vae), everything(prior)]
+    for flow in (None, vae, prior, nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="flow must be "):
+            Flow(flow, torch.zeros(2), torch.ones(2))  # type: ignore[arg-type]
+    assert [everything(vae), everything(prior)] == before
     with pytest.raises(TypeError, match="reason must be of type str"):
         NoPrior(None)  # type: ignore[arg-type]
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from torch.distributions import (
     MixtureSameFamily,
     Normal,
     VonMises,
+    constraints,
 )
 
 from ncprior import NCPrior, SingleGroup, langevin, sir
@@ -224,8 +225,9 @@ def test_F13_log_r_is_a_tensor_of_real_numbers(sampler: Any, value: Any) -> None
 def test_F36_what_is_no_prior_is_named(sampler: Any, prior: Any) -> None:
     with pytest.raises(TypeError, match=r"prior must be p\(z\).*got "):
         sampler(prior, flat)
-    with pytest.raises(TypeError, match="log_ratio must be a function; got 1"):
-        sampler(PRIOR, 1.0)
+    for function in (1.0, nn.Module()):
+        with pytest.raises(TypeError, match="log_ratio must be a function; got"):
+            sampler(PRIOR, function)
 
 
 @pytest.mark.parametrize("make", [at_temperature, within_components, sequence])
@@ -244,6 +246,8 @@ def test_F36_samplers_after_the_first_start_where_it_ends() -> None:
     for sampler in (sequence(wrong[0]), sequence(first, wrong[1])):
         with pytest.raises(TypeError, match="result of a sampler must be of type Draw"):
             sampler(PRIOR, flat)
+    with pytest.raises(TypeError, match="z of a Draw must be of type Tensor"):
+        sequence(lambda prior, log_ratio: Draw(None))(PRIOR, flat)  # type: ignore[arg-type]
     mixture = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.ones(1, 2)).expand((8,))
     with pytest.raises(TypeError, match="result of a sampler must be of type Draw"):
         within_components(wrong[0])(mixture, flat)
@@ -267,7 +271,7 @@ def test_F25_F35_the_start_of_chains_is_looked_at(sampler: Any) -> None:
             sampler(PRIOR, flat, init=wrong)
     with pytest.raises(ValueError, match="init must be finite; got NaN or infinity in 1 of 8"):
         sampler(PRIOR, flat, init=torch.ones(8, 2).index_fill(0, torch.tensor(3), math.nan))
-    for wrong in ("z", torch.zeros(8, 2, dtype=torch.complex64)):
+    for wrong in ("z", torch.zeros(8, 2, dtype=torch.complex64), torch.zeros(8, 2) > 0):
         with pytest.raises(TypeError, match="init must be"):
             sampler(PRIOR, flat, init=wrong)
 
@@ -311,6 +315,26 @@ def test_W8_other_priors_keep_their_answer() -> None:
     assert not supports_langevin(wishart)
     with pytest.raises(TypeError, match=r"prior must be p\(z\).*got 3"):
         supports_langevin(3)  # type: ignore[arg-type]
+
+
+class Sphere(Distribution):
+    """The uniform distribution on the unit sphere, as code of VAEs on spheres has it."""
+
+    support = constraints.real_vector
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(torch.Size((rows,)), torch.Size((3,)), validate_args=False)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        z = torch.randn(*sample_shape, *self.batch_shape, 3)
+        return z / z.norm(dim=-1, keepdim=True)
+
+
+def test_W11_a_sphere_is_for_sir_and_the_docs_of_langevin_say_so() -> None:
+    norms = sir(Sphere(50), lambda z: z[..., 0], num_proposals=5).z.norm(dim=-1)
+    assert torch.allclose(norms, torch.ones(50))
+    assert "a sphere" in str(langevin.__doc__) and "sir" in str(langevin.__doc__)
 
 
 def test_GM2_the_mark_of_a_clean_run_is_an_integer_that_a_double_holds() -> None:

@@ -1,9 +1,10 @@
-"""Shapes of draws and of latents, as bases take them."""
+"""Checks that several bases share: of shapes and of latents."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 
 from ncprior.utils.require import described
@@ -16,8 +17,9 @@ def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
         TypeError: If it is not a sequence of whole numbers.
         ValueError: If one of them is negative.
     """
+    values: Any = None if isinstance(shape, str) else shape
     try:
-        size = Size(shape)
+        size = Size(values)
     except TypeError as error:
         raise TypeError(
             f"{name} must be a tuple of whole numbers, such as (5,); got {described(shape)}."
@@ -27,18 +29,21 @@ def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
     return size
 
 
-def flattened(z: Tensor, event_shape: Size) -> tuple[Tensor, Size]:
-    """Flattens latents of shape ``(*, *event)``.
+def flattened(z: Tensor, event_shape: Size, device: torch.device) -> tuple[Tensor, Size]:
+    """Flattens latents of shape ``(*, *event)``, after a check of their type, device and shape.
 
     Returns:
         The flat latents, with shape ``(N, D)``, and the shape ``(*)`` in front of the event.
 
     Raises:
-        TypeError: If z is not a tensor.
-        ValueError: If its last axes are not those of an event.
+        TypeError: If z is not a dense tensor of real numbers.
+        ValueError: If it is on another device, or its last axes are not those of an event.
     """
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor of shape (*, *event); got {described(z)}.")
+    is_dense = isinstance(z, Tensor) and z.layout is torch.strided
+    if not is_dense or z.is_complex() or z.dtype == torch.bool:
+        raise TypeError(f"z must be a tensor of real numbers; got {described(z)}.")
+    if z.device != device:
+        raise ValueError(f"z must be on {device}; got z on {z.device}. Pass z.to('{device}').")
     lead = z.shape[: max(0, z.ndim - len(event_shape))]
     if z.shape[len(lead) :] != event_shape:
         raise ValueError(
