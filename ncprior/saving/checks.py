@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ncprior._version import __version__
-from ncprior.saving.tensors import load_tensors, printable, read_metadata
+from ncprior.saving.tensors import load_tensors, read_metadata
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import base_fingerprint
 from ncprior.utils.states import differences, faults
+from ncprior.utils.texts import printable
 
 _ERRORS = (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
