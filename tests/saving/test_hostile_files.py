@@ -260,6 +260,10 @@ VALUES: dict[str, tuple[str, Change]] = {
     "no valid spline": ("flow", base_of("", spline={"transforms": 1})),
     "no valid dropout": ("none", head(dropout=2)),
     "no valid width": ("none", head(width=True)),
+    "its base has latents of shape .1, 2., and the source of .2,.": (
+        "mixture",
+        base_of("", event_shape=[1, 2]),
+    ),
     "no valid strength": ("none", lambda c, t: c.update(strength=True)),
     "has no valid strength": ("none", lambda c, t: c.update(strength=10**400)),
     "valid num_groups": ("none", lambda c, t: c.update(num_groups=True)),
