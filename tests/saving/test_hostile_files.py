@@ -116,6 +116,13 @@ SIZES: dict[str, tuple[str, Change]] = {
     "width": ("none", head(width=20_000)),
     "a width beyond memory": ("none", head(width=2**30)),
     "depth": ("none", head(depth=10**9)),
+    "layers of one number": (
+        "none",
+        lambda c, t: (
+            head(depth=2500)(c, t),
+            t.update({f"heads.0.{i}": torch.zeros(1) for i in range(3000)}),
+        ),
+    ),
     "axes": ("none", head(event_shape=[1] * 10_000)),
     "latents": ("none", head(event_shape=[2**30, 2**30])),
     "context": ("none", head(context_shape=[10**8])),
