@@ -11,8 +11,8 @@ from huggingface_hub import ModelCardData
 
 from ncprior.saving.hub import is_repository
 from ncprior.saving.kinds import is_custom
-from ncprior.saving.tensors import printable
 from ncprior.utils.require import described
+from ncprior.utils.texts import printable
 
 _PRIOR = """\
 # {heading}

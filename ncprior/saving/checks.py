@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ncprior._version import __version__
-from ncprior.saving.tensors import load_tensors, printable, read_metadata
+from ncprior.saving.tensors import load_tensors, read_metadata
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import base_fingerprint
 from ncprior.utils.states import differences, faults
+from ncprior.utils.texts import printable
 
 _ERRORS = (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+_TINY_LAYERS = 1200  # of a file, whatever their size
 
 FORMAT = 1  # of the configuration; loading a file of another format raises an error
 
@@ -104,7 +107,9 @@ class SavedFile:
         validators: Validators,
     ) -> None:
         self.path, self.tensors, self.config = path, dict(tensors), config
-        self.layers_left = len(tensors)  # each layer has one tensor or more
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        # Each layer has one tensor or more, and takes some 35 kB besides its weights.
+        self.layers_left = min(len(tensors), _TINY_LAYERS + size // 2**14)
         self._check_configuration(validators)
 
     @classmethod
@@ -219,7 +224,7 @@ class SavedFile:
         return network
 
     def _check_arguments(self, what: str, arguments: Mapping[str, Any]) -> None:
-        """Validates the arguments of a constructor, and that it makes no more layers than saved."""
+        """Validates the arguments of a constructor, and that the file is large enough for its layers."""
         known = arguments.keys() & _ARGUMENTS.keys()
         wrong = sorted(name for name in known if not _ARGUMENTS[name](arguments[name]))
         if wrong:
@@ -227,7 +232,7 @@ class SavedFile:
         self.layers_left -= 1 + arguments.get("depth", 0)
         self.layers_left -= arguments.get("spline", {}).get("transforms", 0)
         if self.layers_left < 0:
-            self.fail(f"{what} (it has more layers than the file has tensors)")
+            self.fail(f"{what} (the file has too few tensors for so many layers)")
 
     def take(self, prefix: str) -> dict[str, Tensor]:
         """Removes the tensors whose names have a prefix; returns them, named without it."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncprior.saving.tensors import printable
+from ncprior.utils.texts import printable
 
 _DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")  # the numeric ones of NumPy
 

@@ -110,7 +110,7 @@ class PretrainedHeads(Pretrained):
         prior = cls(source, new)
         if heads is not None:
             saved.check_tensors(prior.state_dict(), "heads")
-        prior.strength, prior.active = config["strength"], config["active"]
+        prior.strength, prior.active = float(config["strength"]), config["active"]
         if heads is not None:
             prior.load_state_dict(saved.tensors)
         return prior
@@ -157,4 +157,12 @@ def _with_base(saved: SavedFile, source: LatentSource[Any, Any]) -> LatentSource
         saved.fail("it has tensors of a base, and its configuration names no such base")
     if entry is None or isinstance(source, Rebased):
         return source
-    return rebase(source, build_base(saved, of_base).to(device_of(source)))
+    base = build_base(saved, of_base)
+    event = getattr(source.shared_prior(), "event_shape", base.event_shape)
+    if tuple(event) != tuple(base.event_shape):
+        saved.fail(
+            f"its base has latents of shape {tuple(base.event_shape)}, and the source of "
+            f"{tuple(event)}",
+            "Pass the VAE that it was trained on",
+        )
+    return rebase(source, base.to(device_of(source)))

@@ -216,9 +216,13 @@ class Pretrained(nn.Module):
         tensors = self._tensors()
         config = {"format": FORMAT, "ncprior": __version__, **self._configuration()}
         data = to_bytes(tensors, config)
-        with torch.random.fork_rng(devices=[]):
-            saved = SavedFile(Path(self._file), tensors, config, self._validators)
-            self._check(saved)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._check(SavedFile(Path(self._file), tensors, config, self._validators))
+        except ValueError as error:
+            raise ValueError(
+                f"This {type(self).__name__} is not saved, as its file could not be loaded. {error}"
+            ) from error
         texts = {
             "config.json": json.dumps(config, indent=2) + "\n",
             "README.md": self._card(config, name, **card),

@@ -6,46 +6,21 @@ configuration and tensors, so that loading a damaged file raises an error.
 
 import hashlib
 import json
-import math
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ncprior.saving.header import DTYPES, KEY, fail, read_header
 from ncprior.utils.leftovers import in_use, remove_unused
 from ncprior.utils.require import described, require_instance
-
-_KEY = "ncprior"  # one key, since safetensors writes several in any order
-
-_DTYPES = {  # by the names of safetensors
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-_SURROGATE = re.compile("[\ud800-\udfff]")  # which no UTF-8 text has
-
-_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
-
-_LONGEST_SHAPE = 64  # axes, as in torch
 
 
 @contextmanager
@@ -122,7 +97,7 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
                 f"Only dense tensors can be saved; {name} is {described(tensor)}. Keep it in a "
                 f"dense parameter or buffer."
             )
-        if tensor.is_meta or tensor.dtype not in _DTYPES.values():
+        if tensor.is_meta or tensor.dtype not in DTYPES.values():
             raise TypeError(
                 f"Tensors are saved with values of a common dtype; {name} is {described(tensor)} "
                 f"on {tensor.device}. Convert it first."
@@ -137,7 +112,7 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
         ) from error
     tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     header = {"sha256": _digest(text, tensors), "configuration": configuration}
-    return safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
+    return safetensors.torch.save(tensors, {KEY: json.dumps(header)})
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,19 +139,19 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ValueError: Cannot read ...a.safetensors: it is not a whole safetensors file ...
     """
     with _open(path) as file:
-        content = _read_header(path, file)
+        content = read_header(path, file)
         try:
             body = bytearray(content.size)
         except MemoryError:
-            _fail(path, f"its {content.size:,} bytes do not fit into memory")
+            fail(path, f"its {content.size:,} bytes do not fit into memory")
         # A file that shrinks meanwhile leaves zeros behind, which have another checksum.
         file.readinto(body)
     tensors = {name: entry.read(body) for name, entry in content.entries.items()}
     if content.sha256 != _digest(content.canonical, tensors):
-        _fail(path, "its contents have changed since they were written (the checksum differs)")
+        fail(path, "its contents have changed since they were written (the checksum differs)")
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-            _fail(path, f"its tensor {name} holds bytes that are no bool")
+            fail(path, f"its tensor {name} holds bytes that are no bool")
     return tensors, content.configuration
 
 
@@ -199,48 +174,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         {'width': 2}
     """
     with _open(path) as file:
-        return _read_header(path, file).configuration
-
-
-def printable(text: str, longest: int = 1000) -> str:
-    """Returns a message on one line: control characters are escaped, and it is cut if long.
-
-    Example:
-        >>> printable("\\x1b[31m red")
-        '\\\\x1b[31m red'
-    """
-    text = text if len(text) <= longest else text[:longest] + "…"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-class _Entry(NamedTuple):
-    """Place of a tensor in the body of a file."""
-
-    dtype: torch.dtype
-    shape: list[int]
-    begin: int
-    end: int
-
-    def read(self, body: bytearray) -> Tensor:
-        """Returns the tensor, which shares the memory of the body if it is aligned there."""
-        if self.begin == self.end:
-            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        whole = body if self.begin % self.dtype.itemsize == 0 else body[self.begin : self.end]
-        first = self.begin if whole is body else 0
-        count = math.prod(self.shape)
-        return torch.frombuffer(whole, dtype=self.dtype, count=count, offset=first).view(
-            self.shape
-        )
-
-
-class _Content(NamedTuple):
-    """The header of a file, which describes its body."""
-
-    entries: dict[str, _Entry]
-    size: int
-    sha256: str
-    configuration: dict[str, Any]
-    canonical: str  # JSON of the configuration
+        return read_header(path, file).configuration
 
 
 def _open(path: str | os.PathLike[str]) -> BufferedReader:
@@ -256,67 +190,6 @@ def _as_path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _read_header(path: str | os.PathLike[str], file: BufferedReader) -> _Content:
-    """Reads the header of an open file, and compares all of it with the size of the file."""
-    damaged = "it is not a whole safetensors file"
-    whole = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if whole < 8 or length > min(whole - 8, _LONGEST_HEADER):
-        _fail(path, f"{damaged} (its header has {length} bytes, and the file {whole})")
-    header = _json(path, file.read(length), damaged)
-    metadata = header.pop("__metadata__", {})
-    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
-    end = 0
-    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
-        if entry.begin != end:
-            _fail(path, f"{damaged} (its tensors overlap or leave gaps)")
-        end = entry.end
-    if end != whole - 8 - length:
-        _fail(path, f"{damaged} (its tensors have {end} bytes of {whole - 8 - length})")
-    if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
-        _fail(path, "it is a safetensors file without an ncprior configuration")
-    match _json(path, metadata[_KEY], "its configuration is not JSON"):
-        case {"sha256": str(sha256), "configuration": dict(configuration)}:
-            try:
-                return _Content(entries, end, sha256, configuration, json.dumps(configuration))
-            except RecursionError:
-                pass  # nested more deeply than anything of ours
-    _fail(path, "its configuration is not one of ncprior")
-
-
-def _entry(path: str | os.PathLike[str], name: str, entry: Any) -> _Entry:  # noqa: ANN401
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-            sizes = len(shape) <= _LONGEST_SHAPE and all(
-                type(size) is int and 0 <= size < 2**63 for size in shape
-            )
-            if sizes and dtype in _DTYPES and not _SURROGATE.search(name):
-                size = math.prod(shape) * _DTYPES[dtype].itemsize
-                # A view of no elements may not have more strides than fit into 64 bits.
-                fits = math.prod(max(1, size) for size in shape) < 2**63
-                if fits and 0 <= begin and end - begin == size:
-                    return _Entry(_DTYPES[dtype], shape, begin, end)
-    _fail(path, f"it is not a whole safetensors file (its tensor {name} has no valid place)")
-
-
-def _json(path: str | os.PathLike[str], text: bytes | str, wrong: str) -> dict[str, Any]:
-    """Reads a JSON object of finite numbers; any other text raises an error of ours."""
-    try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as error:
-        _fail(path, f"{wrong} ({error})")
-    if not isinstance(value, dict):
-        _fail(path, f"{wrong}: it is no object")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
 def _digest(configuration: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(configuration.encode())
     for name in sorted(tensors):
@@ -324,8 +197,3 @@ def _digest(configuration: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _fail(path: str | os.PathLike[str], reason: str) -> NoReturn:
-    reason = printable(f"Cannot read {os.fspath(path)}: {reason}")
-    raise ValueError(f"{reason}. Copy, download or save the file again.")

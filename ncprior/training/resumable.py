@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream
 from ncprior.saving.codec import pack, unpack
-from ncprior.saving.tensors import load_tensors, printable, save_tensors
+from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.training.checkpoints import (
     Validators,
     are_generators,
@@ -34,6 +34,7 @@ from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import gather, num_ranks, rank
 from ncprior.utils.optimise import cosine_rate, update_average
 from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.texts import printable
 
 
 class Stepper(Protocol):

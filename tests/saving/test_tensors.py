@@ -208,14 +208,14 @@ def test_F9_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
 ) -> None:
     old, other = load_tensors(path), path.with_name("other")
     save_tensors(other, {"b": torch.zeros(1000)}, {"n": 2})
-    read = tensors._read_header
+    read = tensors.read_header
 
     def replaced(*arguments: Any) -> Any:
         content = read(*arguments)
         os.replace(other, path)
         return content
 
-    monkeypatch.setattr(tensors, "_read_header", replaced)
+    monkeypatch.setattr(tensors, "read_header", replaced)
     assert identical(list(load_tensors(path)), list(old))
     monkeypatch.undo()
     assert load_tensors(path)[1] == {"n": 2}
