@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.empirical import NoPrior
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
 from ncprior.utils.require import floats_of_batch, require_instance
 
 _REFUSED = {
@@ -112,8 +112,8 @@ class DiffusersSource(SingleGroup):
         )
 
     def _q(self, x: Tensor) -> Distribution:
-        p = floating_weight(getattr(self.module, "encoder", None), self.module)
-        latent_dist = getattr(self.module.encode(x.to(p.device, p.dtype)), "latent_dist", None)
+        x = x.to(input_like(self._part("encoder")))
+        latent_dist = getattr(self.module.encode(x), "latent_dist", None)
         mean, std = getattr(latent_dist, "mean", None), getattr(latent_dist, "std", None)
         if mean is None or std is None or getattr(latent_dist, "deterministic", False):
             kind = (
@@ -145,7 +145,10 @@ class DiffusersSource(SingleGroup):
                 )
 
     def _reconstruct(self, z: Tensor) -> Tensor:
-        first = getattr(self.module, "post_quant_conv", None)  # of another dtype if it is upcast
-        weight = floating_weight(first, getattr(self.module, "decoder", None), self.module)
-        x: Tensor = self.module.decode(z.to(weight.dtype)).sample
+        x: Tensor = self.module.decode(z.to(input_like(self._part("decoder")).dtype)).sample
         return x.float()
+
+    def _part(self, name: str) -> nn.Module:
+        """Returns the encoder or the decoder, whose dtype may be of its own; else the model."""
+        part: nn.Module = getattr(self.module, name, self.module)
+        return part

@@ -22,7 +22,7 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
 from ncprior.utils.require import described, floats_of_batch, require_numbers
 
 _FLOWS = (
@@ -141,13 +141,13 @@ class PythaeSource(SingleGroup):
             return NoPrior(f"{self._lineage[0]} has no prior.")
         if "VAMP" in self._lineage:
             return self._mixture()
-        zeros = torch.zeros(self.module.latent_dim, device=floating_weight(self.module).device)
+        zeros = torch.zeros(self.module.latent_dim, device=input_like(self.module).device)
         return _normal(zeros, torch.ones_like(zeros), axes=1)
 
     @torch.no_grad()
     def _mixture(self) -> GaussianMixture:
         """The mixture of q(z | u) over pseudo-inputs u, in equal shares."""
-        weight = floating_weight(self.module.pseudo_inputs)
+        weight = input_like(self.module.pseudo_inputs)
         u = self.module.pseudo_inputs(self.module.idle_input.to(weight))
         out = self.module.encoder(u.reshape(len(u), *self.module.model_config.input_dim))
         scale = (0.5 * out["log_covariance"].float()).exp()
@@ -160,8 +160,7 @@ class PythaeSource(SingleGroup):
                 f"{self._lineage[0]} takes x of shape (B, {', '.join(map(str, shape))}); "
                 f"got {tuple(x.shape)}."
             )
-        p = floating_weight(self.module.encoder, self.module)
-        out = self.module.encoder(x.to(p.device, p.dtype))
+        out = self.module.encoder(x.to(input_like(self.module.encoder)))
         code = self._item(out, "embedding", len(x))
         if self.noise is not None:
             return _normal(code, torch.full_like(code, self.noise))
@@ -178,8 +177,8 @@ class PythaeSource(SingleGroup):
         return out[name].to(torch.promote_types(out[name].dtype, torch.float32))
 
     def _reconstruct(self, z: Tensor) -> Tensor:
-        weight = floating_weight(self.module.decoder, self.module)
-        x: Tensor = self.module.decoder(z.to(weight.dtype))["reconstruction"]
+        z = z.to(input_like(self.module.decoder).dtype)
+        x: Tensor = self.module.decoder(z)["reconstruction"]
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def _check_noise(self, noise: float | None) -> None:

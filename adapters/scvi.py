@@ -21,7 +21,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
 from ncprior.source import Group, LatentSource, require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
 from ncprior.utils.require import (
     described,
     require_counts,
@@ -177,7 +177,7 @@ class SCVISource(LatentSource[Any, Any]):
         """Encodes one batch: the parameters of q(z | x), and the condition."""
         require_eval(self.module)
         condition = self.condition(x)
-        counts = tensor_of_batch(x["X"]).to(floating_weight(self.module))
+        counts = tensor_of_batch(x["X"]).to(input_like(self.module))
         tensors = self.module._get_inference_input({**condition, "X": counts})
         q = self.module.inference(**tensors)["qz"]
         return self.Encoding(q.loc.float(), q.scale.float(), condition)
@@ -224,7 +224,7 @@ class SCVISource(LatentSource[Any, Any]):
             raise ValueError(
                 "Decoding needs z; this walk has none yet. Call advance(state, z) first."
             )
-        z = self.module.z_encoder.z_transformation(state.z.to(floating_weight(self.module)))
+        z = self.module.z_encoder.z_transformation(state.z.to(input_like(self.module)))
         inferred = {"z": z, "library": state.condition["library"]}
         labels = torch.zeros_like(state.condition["batch"])  # unused where no condition names them
         tensors = {"labels": labels, **state.condition}
@@ -256,7 +256,7 @@ class SCVISource(LatentSource[Any, Any]):
                     f"The walk has {count} rows, and its condition {name!r} shape {rows}; "
                     f"library and batch are ({count}, 1)."
                 )
-        device = floating_weight(self.module).device
+        device = input_like(self.module).device
         return {name: condition[name].to(device) for name in names}
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
-from ncprior.utils.precision import at_least_float32, floating_weight
+from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described, require_instance, require_numbers, tensor_of_batch
 
@@ -254,7 +254,7 @@ class VDVAESource(LatentSource[Any, Any]):
         paired = [getattr(other, "shape", None) for other in others] == [
             getattr(first, "shape", 0)
         ]
-        size, parameter = self._model.H.image_size, floating_weight(self.module)
+        size, parameter = self._model.H.image_size, input_like(self.module)
         images = tensor_of_batch(first)
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(

@@ -45,7 +45,7 @@ from ncprior.adapters.nvae.layout import (
     masked_layers,
 )
 from ncprior.source import Group, LatentSource, require_eval
-from ncprior.utils.precision import floating_weight
+from ncprior.utils.precision import input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import floats_of_batch, require_numbers, tensor_of_batch
 
@@ -355,7 +355,7 @@ class NVAESource(LatentSource[Any, Any]):
             raise ValueError(
                 f"The model has {kind}: x must be on the levels k/{levels}. {remedy}."
             )
-        return images.to(floating_weight(self.module))
+        return images.to(input_like(self.module))
 
 
 def _stairs(tower: Any) -> Iterator[list[Any]]:  # noqa: ANN401

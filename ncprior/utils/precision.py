@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncprior.utils.require import require_choice
-
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Context with products in bfloat16, or in the precision of the tensors.
@@ -39,7 +37,20 @@ def check_precision(precision: torch.dtype) -> None:
     Raises:
         ValueError: If the precision is neither ``torch.float32`` nor ``torch.bfloat16``.
     """
-    require_choice("precision", precision, (torch.float32, torch.bfloat16))
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision must be torch.float32 or torch.bfloat16; got {precision}.")
+
+
+def input_like(module: nn.Module) -> Tensor:
+    """Returns the first floating-point parameter of a module, whose device and dtype inputs take.
+
+    Example:
+        >>> x = torch.zeros(1, dtype=torch.float64)
+        >>> x.to(input_like(nn.Linear(1, 1))).dtype
+        torch.float32
+    """
+    floats = (p for p in module.parameters() if p.is_floating_point())
+    return next(floats, torch.empty(0))
 
 
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
@@ -53,35 +64,3 @@ def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Returns a tensor, converted to float32 if its precision is lower."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def floating_dtype(*modules: object) -> torch.dtype | None:
-    """Returns the floating-point dtype of modules, or ``None`` if they have none or several.
-
-    Weights in 8 bits and integers do not count: no input has their dtype.
-
-    Example:
-        >>> floating_dtype(nn.Linear(1, 1)), floating_dtype(nn.Linear(1, 1), nn.Linear(1, 1).half())
-        (torch.float32, None)
-    """
-    parameters = (p for m in modules if isinstance(m, nn.Module) for p in m.parameters())
-    dtypes = {p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1}
-    return dtypes.pop() if len(dtypes) == 1 else None
-
-
-def floating_weight(*modules: nn.Module | None) -> Tensor:
-    """Returns the first floating-point parameter of the first of these modules that has one.
-
-    Arguments:
-        modules: The modules; ``None`` is passed over.
-
-    Raises:
-        ValueError: If none of them has one.
-    """
-    for module in modules:
-        for p in () if module is None else module.parameters():
-            if p.is_floating_point() and p.dtype.itemsize > 1:
-                return p
-    raise ValueError(
-        "The VAE has no floating-point parameters, and so no dtype. Pass its weights."
-    )

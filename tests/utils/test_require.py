@@ -122,24 +122,6 @@ def test_what_holds_no_real_numbers_is_a_type_error(value: Any) -> None:
         real_tensor("features", value)
 
 
-def test_codes_are_no_floats() -> None:
-    with pytest.raises(TypeError, match="z must be floating-point numbers; got a tensor of int64"):
-        real_tensor("z", torch.zeros(3, 2, dtype=torch.long), integers=False)
-
-
-def test_wrong_shapes_and_values_that_are_not_finite() -> None:
-    with pytest.raises(
-        ValueError, match=r"must have 2 dimensions and 1 or more rows; got .*\(3,\)"
-    ):
-        real_tensor("features", torch.zeros(3), ndim=2)
-    with pytest.raises(ValueError, match="2 or more rows"):
-        real_tensor("features", torch.zeros(1, 2), rows=2)
-    x = torch.zeros(4, 3)
-    x[1, 0], x[1, 1], x[3, 2] = math.nan, math.inf, -math.inf
-    with pytest.raises(ValueError, match="NaN or infinity in 2 of 4 rows"):
-        require_finite("features", x)
-
-
 def test_x_of_a_batch_is_found_and_arrays_are_converted() -> None:
     x = torch.rand(3, 2)
     for batch in (x, (x, "labels"), [x, 3]):
@@ -164,6 +146,24 @@ def test_floats_of_a_batch_are_within_their_limits() -> None:
     x[1, 0] = math.nan
     with pytest.raises(ValueError, match="x must be finite; got NaN or infinity in 1 of 2 rows"):
         floats_of_batch("This VAE", x, "Divide by 255.", (0, 1))
+
+
+def test_codes_are_no_floats() -> None:
+    with pytest.raises(TypeError, match="z must be floating-point numbers; got a tensor of int64"):
+        real_tensor("z", torch.zeros(3, 2, dtype=torch.long), integers=False)
+
+
+def test_wrong_shapes_and_values_that_are_not_finite() -> None:
+    with pytest.raises(
+        ValueError, match=r"must have 2 dimensions and 1 or more rows; got .*\(3,\)"
+    ):
+        real_tensor("features", torch.zeros(3), ndim=2)
+    with pytest.raises(ValueError, match="2 or more rows"):
+        real_tensor("features", torch.zeros(1, 2), rows=2)
+    x = torch.zeros(4, 3)
+    x[1, 0], x[1, 1], x[3, 2] = math.nan, math.inf, -math.inf
+    with pytest.raises(ValueError, match="NaN or infinity in 2 of 4 rows"):
+        require_finite("features", x)
 
 
 def test_descriptions_are_short_and_on_one_line() -> None:
