@@ -119,7 +119,7 @@ def test_F24_what_is_no_source_is_said(
     where = ["--source", "my_vae_of_test.py:prior", "--data", "my_vae_of_test.py:held_out"]
     assert main(["diagnose", "saved", *where]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert re.search(f"A source is a subclass of ncprior.LatentSource; {message}", line)
 
 
 WRONG_POSTERIOR = """vae.forward = lambda z: z
