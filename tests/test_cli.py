@@ -105,10 +105,10 @@ def test_N8_the_package_runs_as_a_module_and_says_what_is_missing(place: Path) -
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("prior = NCPrior(source, MLPHead((2,)))", "got NCPrior"),
-        ("prior = 3", "got int"),
-        ("prior = SingleGroup", "A source is a subclass of ncprior.LatentSource; got"),
-        ("def prior(): return None", "got NoneType"),
+        ("prior = NCPrior(source, MLPHead((2,)))", "got .*NCPrior"),
+        ("prior = 3", "got (int|3)"),
+        ("prior = SingleGroup", "got "),
+        ("def prior(): return None", "got None"),
     ],
 )
 def test_F24_what_is_no_source_is_said(
@@ -119,7 +119,7 @@ def test_F24_what_is_no_source_is_said(
     where = ["--source", "my_vae_of_test.py:prior", "--data", "my_vae_of_test.py:held_out"]
     assert main(["diagnose", "saved", *where]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert re.search(f"A source is a subclass of ncprior.LatentSource; {message}", line)
 
 
 WRONG_POSTERIOR = """vae.forward = lambda z: z

@@ -203,7 +203,7 @@ def test_parts_of_another_base_are_not_mixed_in(tmp_path: Path) -> None:
         within_components,
         partial(at_temperature, temperature=0.5),
         lambda sampler: sequence(sampler, partial(langevin, num_steps=2, step_size=0.1)),
-        lambda sampler: sequence(SAMPLER, within_components(sampler)),
+        lambda sampler: sequence(within_components(sampler), partial(langevin, step_size=0.1)),
         lambda sampler: partial(slow_by, sampler=sampler),
     ],
 )

@@ -1,5 +1,6 @@
 """What an installation gets: the wheel, built from the sdist as a package index would have it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -52,16 +53,25 @@ def test_the_wheel_has_every_file_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"ncprior", info}
 
 
-def test_the_wheel_works_without_the_project(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
+def test_N6_the_wheel_works_without_the_project_and_beside_its_clone(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """A clone's folder has the package's name: without ``__init__.py`` it must not stand for it."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (tmp_path / "ncprior" / "ncprior").mkdir(parents=True)
     code = """
 import ncprior, ncprior.adapters
 print(ncprior.__version__, ncprior.__file__, ncprior.adapters.__file__, sep="\\n")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     version, *files = done.stdout.splitlines()
     assert version == ncprior.__version__
-    assert all(Path(file).is_relative_to(tmp_path) for file in files)
+    assert all(Path(file).is_relative_to(tmp_path / "installed") for file in files)

@@ -190,7 +190,7 @@ def test_F26_arguments_of_the_demonstration(
 def test_a_file_as_folder_is_refused_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "_run", stop)
+    monkeypatch.setattr(demo, "_run", lambda *_: pytest.fail("It trains."))
     (tmp_path / "a").touch()
     with pytest.raises(NotADirectoryError, match="out must be a folder; .* is a file"):
         run_demo(out=tmp_path / "a")

@@ -10,6 +10,7 @@ from torch.distributions import Normal
 
 from ncprior.utils.require import (
     described,
+    floats_of_batch,
     real_tensor,
     require_callable,
     require_choice,
@@ -19,6 +20,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
     require_shape,
+    tensor_of_batch,
 )
 
 
@@ -119,6 +121,32 @@ def test_a_tensor_of_floats_is_returned_as_it_is_and_an_array_is_copied() -> Non
 def test_what_holds_no_real_numbers_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match="features must be "):
         real_tensor("features", value)
+
+
+def test_x_of_a_batch_is_found_and_arrays_are_converted() -> None:
+    x = torch.rand(3, 2)
+    for batch in (x, (x, "labels"), [x, 3]):
+        assert tensor_of_batch(batch) is x
+    assert torch.equal(tensor_of_batch(x.numpy()), x)
+    for wrong in (None, "x", 3.0 + 1j, {}, [None]):
+        with pytest.raises(TypeError, match="x must be a tensor or an array"):
+            tensor_of_batch(wrong)
+
+
+def test_floats_of_a_batch_are_within_their_limits() -> None:
+    x = torch.tensor([[0.0, 1.0], [0.5, 0.25]])
+    assert floats_of_batch("This VAE", (x, 1), "Divide by 255.", (0, 1)) is x
+    assert floats_of_batch("This VAE", 255 * x, "Divide by 255.").max() == 255
+    for wrong, got in ((255 * x, "numbers from 0 to 255"), (x - 1, "numbers from -1 to 0")):
+        message = rf"This VAE takes x in \[0, 1\]; got {got}\. Divide by 255\."
+        with pytest.raises(ValueError, match=message):
+            floats_of_batch("This VAE", wrong, "Divide by 255.", (0, 1))
+    for codes in (x.long(), x.bool(), x.byte(), x.to(torch.complex64)):
+        with pytest.raises(ValueError, match="This VAE takes x as floats; got a tensor of"):
+            floats_of_batch("This VAE", codes, "Divide by 255.")
+    x[1, 0] = math.nan
+    with pytest.raises(ValueError, match="x must be finite; got NaN or infinity in 1 of 2 rows"):
+        floats_of_batch("This VAE", x, "Divide by 255.", (0, 1))
 
 
 def test_codes_are_no_floats() -> None:
