@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -105,12 +105,13 @@ def require_instance(
 
 
 def require_callable(name: str, value: Any, remedy: str) -> None:  # noqa: ANN401
-    """Validates that an object can be called and is no class.
+    """Validates that an object can be called and is no class; a module must have ``forward``.
 
     Raises:
         TypeError: If it cannot, or is a class.
     """
-    if not callable(value) or isinstance(value, type):
+    without = isinstance(value, nn.Module) and type(value).forward is nn.Module.forward
+    if not callable(value) or isinstance(value, type) or without:
         raise TypeError(f"{name} must be a function; got {described(value)}. {remedy}")
 
 
@@ -160,6 +161,8 @@ def require_finite(name: str, x: Tensor) -> None:
     Raises:
         ValueError: If it has; the message counts the rows.
     """
+    if x.is_meta:
+        raise ValueError(f"{name} must hold numbers; got {described(x)} on the device meta.")
     wrong = ~torch.isfinite(x)
     if wrong.any():
         rows = int(wrong.flatten(1).any(1).sum()) if x.ndim > 1 else int(wrong.sum())
