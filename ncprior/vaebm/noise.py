@@ -151,6 +151,11 @@ class NoiseMap:
         else:
             mean = at_least_float32(normal.loc)
             u = pick_x(mean)
+            if u.shape != mean.shape:
+                raise ValueError(
+                    f"The last part of noise is that of the decoder, with shape {tuple(mean.shape)}; "
+                    f"got {tuple(u.shape)}. Pass the noise of draw_noise or of other chains."
+                )
             x, log_weight = self._image(normal, u)
             noise.append(u)
             log_weights.append(log_weight)

@@ -287,6 +287,10 @@ def test_noise_is_checked() -> None:
     for parts in ([], [z, x[:2]], [z[:0], x[:0]], [z[:, :1], x], [z, x / 0]):
         with pytest.raises(ValueError, match=r"noise.* must|noise of group 0 must"):
             of.run_chains(parts)
+    with pytest.raises(
+        ValueError, match=r"noise is that of the decoder, .*\(4, 3\); got \(4, 2\)"
+    ):
+        of.run_chains([z])
 
 
 def test_F36_objects_of_the_wrong_kind_are_named() -> None:
