@@ -1,32 +1,32 @@
-"""Data x of a batch, and batches of a pass, each after a check: rows, and NaN or infinity in x."""
+"""Data x of a batch, and batches of a pass, after a check: rows, and NaN or infinity in x."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ncprior.source import num_rows
+from ncprior.utils.batches import to_device
 from ncprior.utils.require import described, require_finite
 
 
-def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yields batches, each after a check of its x, at the price of one synchronisation.
+def checked_batches(batches: Iterable[Any], device: torch.device | None = None) -> Iterator[Any]:
+    """Yields batches, each after a check of its x, at the price of a synchronisation.
 
     Arguments:
         batches: Batches, as :func:`~ncprior.data.stream.one_pass` returns them.
+        device: Device that batches are moved to, or ``None`` to leave them where they are.
 
     Raises:
-        ValueError: If there is no batch, one has no rows, or its x has NaN or infinity.
+        ValueError: If there is no batch, or the x of one has no rows, NaN or infinity.
         TypeError: If a batch has no tensor x.
     """
     count = 0
     for count, batch in enumerate(batches, start=1):
-        if num_rows(batch) == 0:
-            raise ValueError(f"Batch {count} of the data has no rows. Leave it out.")
         require_finite(f"x in batch {count} of the data", data_of(batch))
-        yield batch
+        yield batch if device is None else to_device(batch, device)
     if count == 0:
         raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
 
@@ -36,6 +36,7 @@ def data_of(batch: Any) -> Tensor:  # noqa: ANN401
 
     Raises:
         TypeError: If that is no tensor of real numbers.
+        ValueError: If it is empty.
     """
     x = batch
     if isinstance(batch, Mapping):
@@ -47,4 +48,6 @@ def data_of(batch: Any) -> Tensor:  # noqa: ANN401
             f"A batch must be a tensor x of real numbers, or a tuple or mapping whose first item is "
             f"x; got {described(batch)} with {described(x)}. Pass such batches."
         )
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"A batch must have 1 or more rows of x; got {described(x)}.")
     return x

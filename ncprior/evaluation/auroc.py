@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ncprior.evaluation.metrics import items_of
 from ncprior.utils.require import described, real_tensor, require_numbers
 
 
@@ -132,9 +132,8 @@ def _scores(name: str, scores: Any) -> Tensor:  # noqa: ANN401
 
 
 def _sets(name: str, sets: Any) -> list[Tensor]:  # noqa: ANN401
-    if not isinstance(sets, Tensor | np.ndarray | list | tuple):
-        raise TypeError(f"{name} must be a list of scores, one per set; got {described(sets)}.")
-    return [_scores(f"{name}[{k}]", scores) for k, scores in enumerate(sets)]
+    items = items_of(name, sets, "scores, one (N,) per set")
+    return [_scores(f"{name}[{k}]", scores) for k, scores in enumerate(items)]
 
 
 def _placements(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:

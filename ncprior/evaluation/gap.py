@@ -13,14 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ncprior.evaluation.metrics import Moments, check_dimension, checked, frechet, moments
-from ncprior.utils.require import described, require_counts, require_instance, require_numbers
+from ncprior.evaluation.metrics import (
+    Moments,
+    check_dimension,
+    checked,
+    frechet,
+    items_of,
+    moments,
+)
+from ncprior.utils.require import require_counts, require_instance, require_numbers
 
 Generations: TypeAlias = "Sequence[Tensor] | Tensor"
 
@@ -193,7 +199,7 @@ def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
     found, counts = list[Moments](), dict[str, list[int]]()
     for name, generations in arms.items():
         counts[name] = []
-        for i, x in enumerate(_generations(name, generations)):
+        for i, x in enumerate(items_of(name, generations, "features, one (N, F) per generation")):
             features = checked(x, f"{name}[{i}]", like=reference)
             counts[name].append(len(features))
             found.append(moments(features))
@@ -208,15 +214,6 @@ def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
     check_dimension(reference.shape[1], min(len(reference), *counts["base"]))
     mean, cov = (torch.stack(m).unflatten(0, (3, fewest)) for m in zip(*found, strict=True))
     return Moments(mean, cov)
-
-
-def _generations(name: str, generations: Any) -> Any:  # noqa: ANN401
-    if not isinstance(generations, Tensor | np.ndarray | list | tuple):
-        raise TypeError(
-            f"{name} must be a list of features, one (N, F) per generation; got "
-            f"{described(generations)}."
-        )
-    return generations
 
 
 def _resampled_moments(x: Tensor, num_resamples: int, seed: int) -> Iterator[Moments]:

@@ -222,6 +222,8 @@ def log_likelihood(
     )
     require_counts("[1, inf) or None", num_proposals=num_proposals)
     require_flags(share_pools=share_pools, progress=progress)
+    num_samples, num_pools, chunk_size = int(num_samples), int(num_pools), int(chunk_size)
+    num_proposals = None if num_proposals is None else int(num_proposals)
     if log_z is not None:
         require_instance("log_z", log_z, LogZ, "Pass a result of log_normaliser, or None.")
     heads = prior if isinstance(prior, NCPrior) else None
@@ -233,10 +235,10 @@ def log_likelihood(
     require_source(source)
     require_eval(source, source.module)
     log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
-    batches = one_pass(data, batch_size, device_of(source))
+    batches = tqdm(one_pass(data, batch_size), desc="log p(x)", disable=not progress)
     seed = torch.initial_seed()
     columns: list[list[Bounds]] = [[], [], []]
-    for batch in checked_batches(tqdm(batches, desc="log p(x)", disable=not progress)):
+    for batch in checked_batches(batches, device_of(source)):
         for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
             column.append(bounds(log_w))
     base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)

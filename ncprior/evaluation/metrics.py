@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +120,7 @@ def precision_recall(
         PrecisionRecall(precision=1.0, recall=0.5)
     """
     require_counts(neighbours=neighbours, chunk_size=chunk_size)
+    neighbours, chunk_size = int(neighbours), int(chunk_size)
     real = checked(real, "real")
     generated = checked(generated, "generated", like=real)
     if neighbours >= min(len(real), len(generated)):
@@ -164,6 +166,7 @@ def mmd(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk_size: int
     """
     require_numbers("(0, inf) or None", bandwidth=bandwidth)
     require_counts(chunk_size=chunk_size)
+    chunk_size = int(chunk_size)
     a = checked(a, "a")
     b = checked(b, "b", like=a)
     if bandwidth is None:
@@ -242,6 +245,23 @@ def inception_features(
         return torch.cat([network(batch)[0] for batch in torch.split(pixels, batch_size)])
 
     return features
+
+
+def items_of(name: str, values: Any, item: str) -> list[Any]:  # noqa: ANN401
+    """Returns the items of a list, a tuple, a tensor or an array.
+
+    Arguments:
+        name: The argument.
+        values: The list.
+        item: Description of an item, for the message.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    is_array = isinstance(values, Tensor | np.ndarray) and values.ndim > 0
+    if not is_array and not isinstance(values, list | tuple):
+        raise TypeError(f"{name} must be a list of {item}; got {described(values)}.")
+    return list(values)
 
 
 def checked(values: Any, name: str, like: Tensor | None = None) -> Tensor:  # noqa: ANN401

@@ -147,6 +147,7 @@ def log_normaliser(
     require_counts(num_temperatures=num_temperatures)
     require_numbers("(0, inf)", step_size=step_size)
     require_flags(progress=progress)
+    num_particles, num_temperatures = int(num_particles), int(num_temperatures)
     require_eval(prior.source, prior.source.module)
     device = device_of(prior.source)
     if exact is not None:

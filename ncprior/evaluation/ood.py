@@ -40,7 +40,7 @@ from ncprior.data.stream import one_pass
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
-from ncprior.source import LatentSource, device_of
+from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.require import require_counts, require_flags
 from ncprior.vaebm.model import VAEBM
 
@@ -106,12 +106,14 @@ def ood_score(
     require_counts(num_samples=num_samples, batch_size=batch_size, chunk_size=chunk_size)
     require_flags(progress=progress)
     prior = (model.prior or model.source) if isinstance(model, VAEBM) else model
+    source = prior.source if isinstance(prior, NCPrior) else prior
+    require_source(source)
     has_heads = isinstance(prior, NCPrior)
     zero = torch.zeros(1, dtype=torch.float64)
     log_z = LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None
     terms = []
     batches = tqdm(one_pass(data, batch_size), desc="scores", disable=not progress)
-    for batch in checked_batches(batches):
+    for batch in checked_batches(batches, device_of(source)):
         found = log_likelihood(  # one batch at a time, as the order of the data may differ in a second pass
             prior, [batch], num_samples=num_samples, log_z=log_z, chunk_size=chunk_size
         )
@@ -126,7 +128,7 @@ def ood_score(
 
 def _energy(model: VAEBM, batch: Any, num_samples: int) -> Tensor:  # noqa: ANN401
     """Energy of a batch in nats, ``(B,)``, averaged over the noise on data."""
-    x = data_of(batch).to(device_of(model.source))
+    x = data_of(batch)
     if model.data_noise:
         noisy = (x + model.data_noise * torch.randn_like(x) for _ in range(num_samples))
         energy = torch.stack([model(one) for one in noisy]).mean(0)

@@ -105,13 +105,18 @@ def require_instance(
 
 
 def require_callable(name: str, value: Any, remedy: str) -> None:  # noqa: ANN401
-    """Validates that an object can be called and is no class.
+    """Validates that an object can be called and is no class; a module must have ``forward``.
 
     Raises:
         TypeError: If it cannot, is a class, or is a module without ``forward``.
     """
+<<<<<<< HEAD
     forward = getattr(getattr(value, "forward", None), "__func__", None)
     if not callable(value) or isinstance(value, type) or forward is nn.Module.forward:
+=======
+    without = isinstance(value, nn.Module) and type(value).forward is nn.Module.forward
+    if not callable(value) or isinstance(value, type) or without:
+>>>>>>> f22-vaebm
         raise TypeError(f"{name} must be a function; got {described(value)}. {remedy}")
 
 
@@ -207,6 +212,8 @@ def require_finite(name: str, x: Tensor) -> None:
     Raises:
         ValueError: If it has; the message counts the rows.
     """
+    if x.is_meta:
+        raise ValueError(f"{name} must hold numbers; got {described(x)} on the device meta.")
     wrong = ~torch.isfinite(x)
     if not x.is_meta and wrong.any():
         rows = int(wrong.flatten(1).any(1).sum()) if x.ndim > 1 else int(wrong.sum())

@@ -82,12 +82,18 @@ class EnergyNet(nn.Module):
             E(x) in nats, with shape ``(B,)``, in float32 or better.
 
         Raises:
-            ValueError: If x is no tensor or has another shape than ``image_shape``.
+            ValueError: If x is no tensor, is on another device, or has another shape than
+                ``image_shape``.
         """
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"This energy takes images of shape (B, {', '.join(map(str, self.image_shape))}); "
                 f"got {described(x)}."
+            )
+        if x.device != self.out.weight.device:
+            raise ValueError(
+                f"Images and energy must be on one device; got {x.device} and "
+                f"{self.out.weight.device}. Move one of them."
             )
         x = x.to(self.out.weight.dtype, memory_format=torch.channels_last)
         h = silu(self.cells(self.stem(2 * x - 1)))

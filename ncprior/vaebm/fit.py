@@ -11,11 +11,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ncprior.data.checked import checked_batches
 from ncprior.data.device_loader import Loader
-from ncprior.data.stream import Stream
+from ncprior.data.stream import Stream, one_pass
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
 from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step
@@ -37,6 +39,8 @@ from ncprior.vaebm.settings import EnergySettings
 from ncprior.vaebm.trainer import EnergyMetrics, VAEBMTrainer, require_trainable
 
 _DEFAULTS = EnergySettings()
+
+_CHECKED = 1024  # rows at once, in the check for NaN
 
 
 class EnergyRow(NamedTuple):
@@ -130,8 +134,8 @@ def fit_vaebm(
         report it, and the weights are those of the last row before.
 
     Raises:
-        ValueError: If the checkpoint belongs to another training, or a number is out of range.
-            Pass another file, or the number in the range that the message names.
+        ValueError: If the checkpoint belongs to another training, a number is out of range, or a
+            tensor or array of data has NaN. The message names the remedy.
         TypeError: If data for a checkpoint can be read only once, or an argument has the wrong
             type. Pass a tensor, a dataset, a ``DataLoader`` or a list.
         RuntimeError: If there are several processes. Call :meth:`VAEBMTrainer.step` in a loop.
@@ -155,11 +159,14 @@ def fit_vaebm(
     require_instance("settings", settings, EnergySettings, "Pass EnergySettings(buffer_size=…).")
     if callback is not None:
         require_callable("callback", callback, "Pass a function of an EnergyRow, or None.")
+    if isinstance(data, Tensor | np.ndarray):
+        for _ in checked_batches(one_pass(data, _CHECKED)):
+            pass
     terms = TrainingTerms(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        eval_every=eval_every,
+        steps=int(steps),
+        batch_size=int(batch_size),
+        learning_rate=float(learning_rate),
+        eval_every=int(eval_every),
         settings=settings,
         facts=_facts(model, sampler, data),
     )

@@ -93,7 +93,7 @@ class GaussianDecoder(WrappedSource):
         require_counts(batch_size=batch_size)
         require_eval(source, source.module)
         device, total, count, rows = device_of(source), 0.0, 0, 0
-        for batch in checked_batches(one_pass(held_out, batch_size, device)):
+        for batch in checked_batches(one_pass(held_out, batch_size), device):
             x, x_hat = data_of(batch), source.decode(sample_posterior(source, batch)[1])
             if not isinstance(x_hat, Tensor) or x_hat.shape != x.shape:
                 raise ValueError(

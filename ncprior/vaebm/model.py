@@ -164,7 +164,8 @@ class VAEBM(PretrainedEnergy, nn.Module):
             >>> VAEBM(source, lambda x: x.sum(1))(torch.ones(4, 3))
             tensor([3., 3., 3., 3.])
         """
-        x = x if isinstance(x, Tensor) and x.is_floating_point() else real_tensor("x", x)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_meta:
+            x = real_tensor("x", x)
         with at_precision(x.device.type, self.precision):
             energy: Tensor = self.energy(at_least_float32(x))
         if not isinstance(energy, Tensor) or not energy.is_floating_point():
@@ -182,8 +183,10 @@ class VAEBM(PretrainedEnergy, nn.Module):
         batch_size: int,
         *,
         sampler: Sampler | None = None,
+        num_steps: int | None = None,
+        step_size: float | None = None,
+        adjusted: bool = False,
         condition: Any = None,  # noqa: ANN401
-        **options: Any,  # noqa: ANN401
     ) -> Chains:
         """Draws samples of the VAE or of NCP, and moves them by Langevin dynamics.
 
@@ -191,8 +194,10 @@ class VAEBM(PretrainedEnergy, nn.Module):
             batch_size: B, the number of chains.
             sampler: Sampler of the NCP prior for the start of the chains, such as ``partial(sir,
                 num_proposals=100)``; ``None`` starts from the base.
+            num_steps: Number of steps; ``None`` takes the model's.
+            step_size: λ; ``None`` takes the model's.
+            adjusted: Whether to correct each step by Metropolis-Hastings (MALA).
             condition: Condition of the source, such as labels, or ``None``.
-            options: ``num_steps``, ``step_size`` and ``adjusted``, see :meth:`run_chains`.
 
         Returns:
             The chains.
@@ -206,8 +211,15 @@ class VAEBM(PretrainedEnergy, nn.Module):
             >>> chains.x.shape, chains.latents[0].shape, chains.noise[1].shape
             (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8, 3]))
         """
+        _check_options(num_steps, step_size, adjusted)  # before anything is drawn
         noise = self.draw_noise(batch_size, sampler=sampler, condition=condition)
-        return self.run_chains(noise, condition=condition, **options)
+        return self.run_chains(
+            noise,
+            num_steps=num_steps,
+            step_size=step_size,
+            adjusted=adjusted,
+            condition=condition,
+        )
 
     @torch.no_grad()
     def draw_noise(
@@ -289,9 +301,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
             >>> model.run_chains(model.draw_noise(4), adjusted=True).acceptance.shape
             torch.Size([4])
         """
-        require_counts("[0, inf) or None", num_steps=num_steps)
-        require_numbers("(0, inf) or None", step_size=step_size)
-        require_flags(adjusted=adjusted)
+        _check_options(num_steps, step_size, adjusted)
         shapes = shapes_of(noise)
         walk, precise = self._walk(condition, self.precision), self._walk(condition)
         u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
@@ -359,6 +369,12 @@ class VAEBM(PretrainedEnergy, nn.Module):
         if len(walked.noise) > self.source.num_groups:
             return "location and scale of p(x | z)"
         return "none, as p(x | z) is not normal: x is its mean"
+
+
+def _check_options(num_steps: Any, step_size: Any, adjusted: Any) -> None:  # noqa: ANN401
+    require_counts("[0, inf) or None", num_steps=num_steps)
+    require_numbers("(0, inf) or None", step_size=step_size)
+    require_flags(adjusted=adjusted)
 
 
 def _unflatten(u: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:

@@ -151,6 +151,11 @@ class NoiseMap:
         else:
             mean = at_least_float32(normal.loc)
             u = pick_x(mean)
+            if u.shape != mean.shape:
+                raise ValueError(
+                    f"The last part of noise is that of the decoder, with shape {tuple(mean.shape)}; "
+                    f"got {tuple(u.shape)}. Pass the noise of draw_noise or of other chains."
+                )
             x, log_weight = self._image(normal, u)
             noise.append(u)
             log_weights.append(log_weight)
@@ -188,7 +193,8 @@ def shapes_of(noise: Any) -> list[Size]:  # noqa: ANN401
         ValueError: If the parts have different numbers of rows or no rows, or a value is NaN or
             infinite.
     """
-    parts = list(noise) if isinstance(noise, tuple | list | Tensor) else [noise]
+    is_list = isinstance(noise, tuple | list) or (isinstance(noise, Tensor) and noise.ndim > 0)
+    parts: list[Any] = list(noise) if is_list else [None]
     if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
         raise TypeError(
             f"noise must be a list of tensors of floats; got {described(noise)}. Pass that of "

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
-from ncprior.source import num_rows, require_eval
+from ncprior.source import require_eval
 from ncprior.utils.distributed import average_over_ranks, fail_together
 from ncprior.utils.gradients import (
     check_parameters,
@@ -199,7 +199,7 @@ class VAEBMTrainer:
         norm = reduce_and_clip(self.model, self.max_grad_norm)
         gap, mean, spectral = average_over_ranks(measured)
         metrics = EnergyMetrics(gap, mean, spectral, norm)
-        self._require_finite(metrics)
+        self._require_finite(metrics, data)
         self.optimizer.step()
         self.steps += 1
         if self.buffer is not None:
@@ -229,8 +229,9 @@ class VAEBMTrainer:
         """
         source = self.model.source
         require_eval(source, source.module)
+        rows = len(data_of(x))
         condition = None if self.condition is None else self.condition(x)
-        noise = self.model.draw_noise(num_rows(x), sampler=self.sampler, condition=condition)
+        noise = self.model.draw_noise(rows, sampler=self.sampler, condition=condition)
         if self.buffer is not None:
             noise = self.buffer.mix(noise)
         return self.model.run_chains(noise, condition=condition)
@@ -245,13 +246,19 @@ class VAEBMTrainer:
         fail_together(None)
         return chains
 
-    def _require_finite(self, metrics: EnergyMetrics) -> None:
+    def _require_finite(self, metrics: EnergyMetrics, data: Tensor) -> None:
         if not torch.isfinite(torch.stack([m.to(metrics.gap) for m in metrics])).all():
             self.optimizer.zero_grad()
+            bad = int((~torch.isfinite(data)).flatten(1).any(1).sum())
+            remedy = "Take a lower learning rate."
+            if bad:
+                remedy = (
+                    f"x has NaN or infinity in {bad} of {len(data)} rows; remove or mend them."
+                )
             raise FloatingPointError(
                 f"The energy gap is {metrics.gap.item():.4g} with a gradient norm of "
                 f"{metrics.grad_norm.item():.4g} at step {self.steps}. The energy is as it was "
-                f"before this step. Look for NaN or infinity in x, or take a lower learning rate."
+                f"before this step. {remedy}"
             )
 
 

@@ -64,9 +64,9 @@ def test_F15_a_weight_or_an_energy_that_is_nan_raises() -> None:
 
 @pytest.mark.parametrize("empty", [torch.zeros(0, 3), [], [torch.zeros(0, 3)]])
 def test_F26_data_without_rows_raises(empty: Any) -> None:
-    with pytest.raises(ValueError, match="must have 1 or more rows; got none|has no rows"):
+    with pytest.raises(ValueError, match="must have 1 or more rows"):
         log_likelihood(prior(), empty, num_samples=2)
-    with pytest.raises(ValueError, match="must have 1 or more rows; got none|has no rows"):
+    with pytest.raises(ValueError, match="must have 1 or more rows"):
         ood_score(prior(), empty)
 
 

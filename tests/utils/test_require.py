@@ -174,6 +174,7 @@ def test_descriptions_are_short_and_on_one_line() -> None:
     assert len(described("a" * 1000)) < 80
 
 
+<<<<<<< HEAD
 def test_a_shape_is_a_tuple_of_whole_numbers() -> None:
     assert require_shape("event_shape", torch.Size([2, 3])) == (2, 3)
     assert require_shape("event_shape", np.array([2])) == (2,)
@@ -183,3 +184,21 @@ def test_a_shape_is_a_tuple_of_whole_numbers() -> None:
             require_shape("event_shape", wrong)
     with pytest.raises(ValueError, match=r"event_shape\[1\] must be a whole number in \[1, inf\)"):
         require_shape("event_shape", (2, 0))
+=======
+def test_a_module_without_forward_and_a_tensor_without_numbers_are_named() -> None:
+    require_callable("decoder", torch.nn.Linear(1, 1), "")
+    with pytest.raises(
+        TypeError, match="decoder must be a function; got an object of type Module"
+    ):
+        require_callable("decoder", torch.nn.Module(), "Pass a function.")
+    with pytest.raises(ValueError, match="x must hold numbers; .* on the device meta"):
+        real_tensor("x", torch.ones(3, device="meta"))
+
+
+def test_scores_may_be_infinite_where_that_is_allowed() -> None:
+    scores = torch.tensor([1.0, -math.inf, math.inf])
+    assert real_tensor("scores", scores, infinite=True) is scores
+    for wrong in (torch.tensor([1.0, math.nan]), [math.nan]):
+        with pytest.raises(ValueError, match="scores must be finite; got NaN"):
+            real_tensor("scores", wrong, infinite=True)
+>>>>>>> f22-vaebm

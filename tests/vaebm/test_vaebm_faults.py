@@ -201,6 +201,7 @@ def test_F16_what_cannot_work_is_found_before_training() -> None:
         {"learning_rate": math.inf},
         {"learning_rate": "fast"},
         {"progress": 1},
+        {"callback": VAE()},  # a module without forward
     ):
         with pytest.raises((TypeError, ValueError), match="must be|needs ratio heads"):
             fit_vaebm(of, data(), **{**QUIET, **options})
@@ -286,6 +287,10 @@ def test_noise_is_checked() -> None:
     for parts in ([], [z, x[:2]], [z[:0], x[:0]], [z[:, :1], x], [z, x / 0]):
         with pytest.raises(ValueError, match=r"noise.* must|noise of group 0 must"):
             of.run_chains(parts)
+    with pytest.raises(
+        ValueError, match=r"noise is that of the decoder, .*\(4, 3\); got \(4, 2\)"
+    ):
+        of.run_chains([z])
 
 
 def test_F36_objects_of_the_wrong_kind_are_named() -> None:
@@ -350,13 +355,26 @@ def test_D3_batches_may_be_mappings(kind: Any) -> None:
     assert history.stopped == "all 2 steps taken"
 
 
-def test_batches_without_images_are_named() -> None:
+def test_F26_batches_without_images_are_named() -> None:
     of = model()
-    for wrong in ([1.0, 2.0], {}, data(8) + 1j, "x"):
-        with pytest.raises(
-            (TypeError, ValueError), match="A batch must be a tensor|Expected tensors"
-        ):
+    for wrong in ([1.0, 2.0], {}, data(8) + 1j, "x", data(0), torch.ones(3)[0]):
+        with pytest.raises((TypeError, ValueError), match="A batch must"):
             VAEBMTrainer(of, adam(of)).step(wrong)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_F15_a_row_that_is_not_finite_is_named(value: float) -> None:
+    of, x = model(), data(9)
+    x[6, 1] = value
+    before = everything(of)
+    for rows in (x, x.numpy()):
+        with pytest.raises(ValueError, match="x in batch 1 of the data must be finite; .* 1 of 9"):
+            fit_vaebm(of, rows, steps=3, **QUIET)
+    assert everything(of) == before
+    history = fit_vaebm(of, [x], steps=3, **QUIET)
+    assert "x has NaN or infinity in 1 of 9 rows; remove or mend them" in history.stopped
+    with pytest.raises(ValueError, match="The data must have 1 or more rows|1 or more rows of x"):
+        fit_vaebm(of, x[:0], steps=3, **QUIET)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
