@@ -106,7 +106,7 @@ def _walk(name: str, make: Any, images: Any) -> None:
         source = make(w)
         return source.group, {"state": source.start(2)}
 
-    @call(f"{owner}.advance", z=INNER, options=SLOW)
+    @call(f"{owner}.advance", options=SLOW)
     def _(w: World) -> Built:
         source = make(w)
         state = source.start(2)

@@ -326,7 +326,7 @@ def _(w: World) -> Built:
     return _rebased(w).start, {"batch_size": 3}
 
 
-@call("ncprior.bases.Rebased.advance", z=INNER)
+@call("ncprior.bases.Rebased.advance")
 def _(w: World) -> Built:
     return partial(_rebased(w).advance, _rebased(w).start(24)), {"z": w.z}
 

@@ -78,7 +78,8 @@ def _(w: World) -> Built:
         made = SingleGroup(**parts)
         _, state = source.sample_posterior(made, w.x)
         made.decode(state)
-        made.likelihood(state).log_prob(w.x)
+        if parts["likelihood"] is not None:
+            made.likelihood(state)
         NCPrior.for_source(made, w.x, width=4, depth=1).sample(3, w.sampler)
 
     parts = {"prior": w.base, "posterior": w.vae.posterior, "decoder": w.vae.decode}
@@ -96,7 +97,7 @@ METHODS: dict[str, tuple[dict[str, Kind], Any]] = {
         lambda w: {"batch_size": 24, "encoding": w.source.encode(w.x)},
     ),
     "group": ({}, lambda w: {"state": w.source.start(24)}),
-    "advance": ({"z": INNER}, lambda w: {"state": w.source.start(24), "z": w.z}),
+    "advance": ({}, lambda w: {"state": w.source.start(24), "z": w.z}),
     "decode": ({}, lambda w: {"state": _state(w)}),
     "likelihood": ({}, lambda w: {"state": _state(w)}),
     "features": ({}, lambda w: {"k": 0, "z": w.z}),

@@ -218,7 +218,9 @@ TO_DISTRIBUTION = function(
     Value("to the prior's class", lambda w, v: lambda *a: Distribution, False),
     Value("to a distribution of one row", lambda w, v: lambda *a: _one_row(v(*a)), False),
 )
-OPTIONAL_TO_DISTRIBUTION = function(*TO_DISTRIBUTION.pool[:8], none=True)
+OPTIONAL_TO_DISTRIBUTION = function(
+    *(value._replace(valid=None) for value in TO_DISTRIBUTION.pool[:8]), none=True
+)
 
 
 def _one_row(q: Distribution) -> Distribution:
