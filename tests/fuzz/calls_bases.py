@@ -549,7 +549,7 @@ def _gap(w: World) -> dict[str, Any]:
 
 @call(
     "ncprior.evaluation.gap_closed",
-    reference=FEATURES,
+    reference=tensor(array=True),
     base=GENERATIONS,
     ours=GENERATIONS,
     posterior=GENERATIONS,

@@ -28,7 +28,6 @@ from fuzz.kinds import (
     PRIOR,
     SAMPLER,
     SEED,
-    SEQUENCE,
     SHAPE,
     SOURCE,
     TO_DISTRIBUTION,
@@ -38,7 +37,6 @@ from fuzz.kinds import (
     function,
     instance,
     number,
-    only_invalid,
     opened,
     tensor,
     unsure,
@@ -561,7 +559,7 @@ def _(w: World) -> Built:
     return CategoricalHead, {"event_shape": (), "num_categories": 4, "width": 4, "depth": 1}
 
 
-CONTEXT = unsure(tensor(none=True, nan=None, rank=None))
+CONTEXT = INNER
 
 
 @call("ncprior.heads.MLPHead.forward", z=INNER, context=CONTEXT)
@@ -695,10 +693,6 @@ def _(w: World) -> Built:
     return jobs.read_parts, {"folder": w.folder / "job"}
 
 
-@call(
-    "ncprior.cli.main",
-    arguments=only_invalid(SEQUENCE).without("None", "a table"),
-    options={"valid": False},
-)
+@call("ncprior.cli.main", options={"valid": False})
 def _(w: World) -> Built:
     return cli.main, {"arguments": ["inspect", "nowhere"]}

@@ -270,7 +270,8 @@ def tensor(*, none: bool = False, **options: Any) -> Kind:
 
 
 LATENTS = tensor()
-INNER = tensor(nan=None, rank=None)  # of functions inside of loops, which must not wait for a GPU
+# Of functions inside of loops, which neither wait for a GPU nor look at every type.
+INNER = Kind("a tensor", lambda v: None, of_tensor(nan=None, rank=None), gated=False)
 FEATURES = tensor(array=True, whole=True)
 
 

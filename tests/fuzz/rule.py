@@ -150,8 +150,8 @@ def judged(error: BaseException) -> Outcome:
         text = f"{text} [{place}]"
     if is_out_of_memory(error):
         return Outcome("memory", text)
-    if isinstance(error, SystemExit):
-        return Outcome("ours", text)
+    if isinstance(error, SystemExit) or (isinstance(error, OSError) and error.filename):
+        return Outcome("ours", text)  # argparse, or the operating system, which names the file
     if any(file.startswith(USERS) for file, _ in frames[(ours[-1] if ours else 0) :]):
         return Outcome("user", text)
     if ours and ours[-1] == len(frames) - 1 and _is_raise(frames[-1][1]) and str(error):
@@ -249,7 +249,7 @@ def check(
         or (not trains and before.modes != after.modes),  # training begins with training mode
         "files changed": (stopped and before.files != after.files)
         or any(name.endswith(".tmp") for name in leftovers),
-        "switches changed": before.switches != after.switches,
+        "switches changed": before.switches != after.switches and outcome.kind != "hang",
         "accepted in silence": invalid and not failed,
         "cryptic": outcome.kind == "cryptic" or (outcome.kind == "memory" and not huge),
         "generators moved": invalid

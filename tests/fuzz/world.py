@@ -36,6 +36,7 @@ class World:
     """What a user has before a call; everything is made from seed 0, and the same every time."""
 
     def __init__(self) -> None:
+        torch.set_grad_enabled(True)  # a call that was stopped may have left it off
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
