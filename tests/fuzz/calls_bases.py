@@ -221,7 +221,7 @@ def _(w: World) -> Built:
     options=SLOW,
     latents=FITTED,
     width=count(),
-    depth=count(0),
+    depth=unsure(count(0)),
     num_steps=FEW,
     **TRAINING,
 )

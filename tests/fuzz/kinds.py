@@ -271,7 +271,12 @@ def tensor(*, none: bool = False, **options: Any) -> Kind:
 
 LATENTS = tensor()
 # Of functions inside of loops, which neither wait for a GPU nor look at every type.
-INNER = Kind("a tensor", lambda v: None, of_tensor(nan=None, rank=None), gated=False)
+INNER = Kind(
+    "a tensor",
+    lambda v: None,
+    of_tensor(nan=None, empty=None, rank=None, complex_numbers=None),
+    gated=False,
+)
 FEATURES = tensor(array=True, whole=True)
 
 
@@ -285,7 +290,7 @@ def _is_batch(value: Any) -> bool | None:
     return None if hasattr(value, "__len__") and not isinstance(value, str | bytes) else False
 
 
-_ROWS = of_tensor(rank=None, complex_numbers=None)
+_ROWS = of_tensor(infinite=None, rank=None, complex_numbers=None)  # a VAE may take infinity
 X = Kind("a batch", _is_batch, (*_ROWS, *BATCHES, *COMMON), tensors=True, gated=False)
 DATA = Kind("data", _is_batch, (*_ROWS, *BATCHES, *DATASETS, *COMMON), gated=False)
 OPTIONAL_DATA = Kind(
