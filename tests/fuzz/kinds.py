@@ -190,7 +190,6 @@ PATH = (
         Value("a path under a file", lambda w, v: w.folder / "mine.txt" / "x"),
         Value("a missing path", lambda w, v: w.folder / "missing" / "x"),
         Value("a path under /proc", lambda w, v: "/proc/nowhere/x"),
-        Value("a path with a null", lambda w, v: f"{w.folder}/a\0b"),
     )
 )
 OPTIONAL_PATH = Kind("a path or None", lambda v: True if v is None else is_path(v), PATH.pool)
