@@ -94,7 +94,7 @@ def make(entry: Call, replacements: tuple[Replacement, ...] = ()) -> list[Findin
             except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
                 return []  # there is no such value for this argument
             kind = entry.kinds[argument]
-            valid = kind.verdict(given) if value.valid is ... else value.valid
+            valid = verdict_of(kind, given) if value.valid is ... else value.valid
             arguments[argument] = given
             replaced[argument] = (value.name, valid)
         world.generators = world.generators_now()  # building the call may have drawn
@@ -109,6 +109,14 @@ def make(entry: Call, replacements: tuple[Replacement, ...] = ()) -> list[Findin
         )
     finally:
         world.close()
+
+
+def verdict_of(kind: Kind, value: Any) -> bool | None:
+    """Whether a value is valid; it is open for a value that the kind cannot look at."""
+    try:
+        return kind.verdict(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def invoke(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

@@ -106,7 +106,7 @@ def _walk(name: str, make: Any, images: Any) -> None:
         source = make(w)
         return source.group, {"state": source.start(2)}
 
-    @call(f"{owner}.advance", z=INNER, options=SLOW)
+    @call(f"{owner}.advance", options=SLOW)
     def _(w: World) -> Built:
         source = make(w)
         state = source.start(2)
@@ -284,7 +284,7 @@ def _(w: World) -> Built:
 
 
 DATASET = choice("mnist", "cifar10", "celeba")
-RAE_SIZES = {"width": number(0, open_low=True), "beta": number(0, none=True)}
+RAE_SIZES = {"width": only_invalid(number(0, open_low=True)), "beta": number(0, none=True)}
 
 
 @call(
@@ -322,7 +322,7 @@ for _owner, _methods in {
 @call(
     "ncprior.adapters.rae.RAESource",
     model=WRONG_MODEL,
-    noise=number(0, open_low=True, none=True),
+    noise=unsure(number(0, open_low=True, none=True)),
     maps=unsure(FLAG),
 )
 def _(w: World) -> Built:

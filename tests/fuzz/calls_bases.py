@@ -221,7 +221,7 @@ def _(w: World) -> Built:
     options=SLOW,
     latents=FITTED,
     width=count(),
-    depth=count(0),
+    depth=unsure(count(0)),
     num_steps=FEW,
     **TRAINING,
 )
@@ -326,7 +326,7 @@ def _(w: World) -> Built:
     return _rebased(w).start, {"batch_size": 3}
 
 
-@call("ncprior.bases.Rebased.advance", z=INNER)
+@call("ncprior.bases.Rebased.advance")
 def _(w: World) -> Built:
     return partial(_rebased(w).advance, _rebased(w).start(24)), {"z": w.z}
 
@@ -549,7 +549,7 @@ def _gap(w: World) -> dict[str, Any]:
 
 @call(
     "ncprior.evaluation.gap_closed",
-    reference=FEATURES,
+    reference=tensor(array=True),
     base=GENERATIONS,
     ours=GENERATIONS,
     posterior=GENERATIONS,

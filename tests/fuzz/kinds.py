@@ -190,7 +190,6 @@ PATH = (
         Value("a path under a file", lambda w, v: w.folder / "mine.txt" / "x"),
         Value("a missing path", lambda w, v: w.folder / "missing" / "x"),
         Value("a path under /proc", lambda w, v: "/proc/nowhere/x"),
-        Value("a path with a null", lambda w, v: f"{w.folder}/a\0b"),
     )
 )
 OPTIONAL_PATH = Kind("a path or None", lambda v: True if v is None else is_path(v), PATH.pool)
@@ -218,7 +217,9 @@ TO_DISTRIBUTION = function(
     Value("to the prior's class", lambda w, v: lambda *a: Distribution, False),
     Value("to a distribution of one row", lambda w, v: lambda *a: _one_row(v(*a)), False),
 )
-OPTIONAL_TO_DISTRIBUTION = function(*TO_DISTRIBUTION.pool[:8], none=True)
+OPTIONAL_TO_DISTRIBUTION = function(
+    *(value._replace(valid=None) for value in TO_DISTRIBUTION.pool[:8]), none=True
+)
 
 
 def _one_row(q: Distribution) -> Distribution:
@@ -268,7 +269,13 @@ def tensor(*, none: bool = False, **options: Any) -> Kind:
 
 
 LATENTS = tensor()
-INNER = tensor(nan=None, rank=None)  # of functions inside of loops, which must not wait for a GPU
+# Of functions inside of loops, which neither wait for a GPU nor look at every type.
+INNER = Kind(
+    "a tensor",
+    lambda v: None,
+    of_tensor(nan=None, empty=None, rank=None, complex_numbers=None),
+    gated=False,
+)
 FEATURES = tensor(array=True, whole=True)
 
 
@@ -282,7 +289,7 @@ def _is_batch(value: Any) -> bool | None:
     return None if hasattr(value, "__len__") and not isinstance(value, str | bytes) else False
 
 
-_ROWS = of_tensor(rank=None, complex_numbers=None)
+_ROWS = of_tensor(infinite=None, rank=None, complex_numbers=None)  # a VAE may take infinity
 X = Kind("a batch", _is_batch, (*_ROWS, *BATCHES, *COMMON), tensors=True, gated=False)
 DATA = Kind("data", _is_batch, (*_ROWS, *BATCHES, *DATASETS, *COMMON), gated=False)
 OPTIONAL_DATA = Kind(

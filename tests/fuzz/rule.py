@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from fuzz.world import World, settings_of, switches
+from fuzz.world import World, modes_of, settings_of, switches
 from helpers.toys import everything
 
 import ncprior
@@ -33,6 +33,9 @@ USERS = (
     str(TESTS / "fuzz" / "world.py"),
     str(TESTS / "fuzz" / "values.py"),
 )
+
+# Python and torch name the user's own function or module.
+USERS_WORDS = ("no_arguments() takes", "<lambda>() ", 'missing the required "forward" function')
 
 TALLY: Counter[str] = Counter()  # of all calls of this process, by outcome
 
@@ -147,14 +150,14 @@ def judged(error: BaseException) -> Outcome:
         text = f"{text} [{place}]"
     if is_out_of_memory(error):
         return Outcome("memory", text)
-    if isinstance(error, SystemExit):
-        return Outcome("ours", text)
+    if isinstance(error, SystemExit) or (isinstance(error, OSError) and error.filename):
+        return Outcome("ours", text)  # argparse, or the operating system, which names the file
     if any(file.startswith(USERS) for file, _ in frames[(ours[-1] if ours else 0) :]):
         return Outcome("user", text)
     if ours and ours[-1] == len(frames) - 1 and _is_raise(frames[-1][1]) and str(error):
         return Outcome("ours", text)
-    if type(error) is TypeError and "positional argument" in str(error) and "<" in str(error):
-        return Outcome("user", text)  # Python names the user's own function
+    if any(words in str(error) for words in USERS_WORDS):
+        return Outcome("user", text)
     return Outcome("cryptic", text)
 
 
@@ -185,6 +188,7 @@ class State(NamedTuple):
     vae: Any
     heads: Any
     settings: Any
+    modes: Any
     files: Any
     switches: Any
 
@@ -196,6 +200,7 @@ class State(NamedTuple):
             repr(everything(world.vae)),
             repr([(n, t.tolist()) for n, t in world.prior.heads.state_dict().items()]),
             settings_of(world.prior),
+            modes_of(world.prior),
             world.files(),
             switches(),
         )
@@ -240,10 +245,11 @@ def check(
         "the VAE changed": before.vae != after.vae,
         "hang": outcome.kind == "hang" and not huge,
         "the prior changed": (not trains or stopped)
-        and (before.heads, before.settings) != (after.heads, after.settings),
+        and (before.heads, before.settings) != (after.heads, after.settings)
+        or (not trains and before.modes != after.modes),  # training begins with training mode
         "files changed": (stopped and before.files != after.files)
         or any(name.endswith(".tmp") for name in leftovers),
-        "switches changed": before.switches != after.switches,
+        "switches changed": before.switches != after.switches and outcome.kind != "hang",
         "accepted in silence": invalid and not failed,
         "cryptic": outcome.kind == "cryptic" or (outcome.kind == "memory" and not huge),
         "generators moved": invalid

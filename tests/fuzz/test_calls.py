@@ -107,7 +107,7 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_malformed_calls(name: str, request: pytest.FixtureRequest) -> None:
     entry = TABLE[name]
     seconds = SECONDS / len(TABLE) if request.config.getoption("--slow") else None
-    found = explore(entry, examples=2 if entry.slow else 5, seconds=seconds)
+    found = explore(entry, examples=1 if entry.slow else 3, seconds=seconds)
     FOUND.extend(found)
     found.sort(key=lambda finding: SEVERITY.index(finding.kind))
     assert not found, "\n".join(map(str, found))

@@ -33,7 +33,7 @@ def test_damaged_files(kind: str, request: pytest.FixtureRequest) -> None:
     found: list[Finding] = []
     number = 0
     while number == 0 or time.perf_counter() < end:
-        _try(kind, found, 50 if slow else 8, number)
+        _try(kind, found, 50 if slow else 5, number)
         number += 1
     groups = {(finding.kind, _origin(finding.detail)): finding for finding in found}
     FOUND.extend(groups.values())

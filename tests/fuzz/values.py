@@ -180,8 +180,6 @@ def of_tensor(
         Value("as a tuple of rows", lambda w, v: tuple(v), None),
         Value("as strings", lambda w, v: np.array(v.tolist()).astype(str), complex_numbers),
         Value("with a gradient", lambda w, v: v.clone().requires_grad_(), None),
-        Value("on the meta device", lambda w, v: v.to("meta"), None),
-        Value("as a sparse tensor", lambda w, v: v.to_sparse(), None),
         Value("expanded", lambda w, v: v[:1].expand_as(v), None),
     )
 

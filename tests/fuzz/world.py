@@ -36,6 +36,7 @@ class World:
     """What a user has before a call; everything is made from seed 0, and the same every time."""
 
     def __init__(self) -> None:
+        torch.set_grad_enabled(True)  # a call that was stopped may have left it off
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
@@ -124,6 +125,10 @@ def switches() -> tuple[Any, ...]:
 def settings_of(prior: NCPrior) -> tuple[Any, ...]:
     """The settings of a prior besides its weights."""
     on = [prior.is_on(k) for k in range(len(prior.heads))] if len(prior.active) else []
-    modes = [module.training for module in prior.modules()]
     grads = [p.requires_grad for p in prior.parameters()]
-    return (prior.strength, list(prior.active), prior.precision, on, modes, grads)
+    return (prior.strength, list(prior.active), prior.precision, on, grads)
+
+
+def modes_of(prior: NCPrior) -> list[bool]:
+    """Whether each module of a prior is in training mode."""
+    return [module.training for module in prior.modules()]
