@@ -174,7 +174,6 @@ def test_descriptions_are_short_and_on_one_line() -> None:
     assert len(described("a" * 1000)) < 80
 
 
-<<<<<<< HEAD
 def test_a_shape_is_a_tuple_of_whole_numbers() -> None:
     assert require_shape("event_shape", torch.Size([2, 3])) == (2, 3)
     assert require_shape("event_shape", np.array([2])) == (2,)
@@ -184,7 +183,8 @@ def test_a_shape_is_a_tuple_of_whole_numbers() -> None:
             require_shape("event_shape", wrong)
     with pytest.raises(ValueError, match=r"event_shape\[1\] must be a whole number in \[1, inf\)"):
         require_shape("event_shape", (2, 0))
-=======
+
+
 def test_a_module_without_forward_and_a_tensor_without_numbers_are_named() -> None:
     require_callable("decoder", torch.nn.Linear(1, 1), "")
     with pytest.raises(
@@ -201,4 +201,3 @@ def test_scores_may_be_infinite_where_that_is_allowed() -> None:
     for wrong in (torch.tensor([1.0, math.nan]), [math.nan]):
         with pytest.raises(ValueError, match="scores must be finite; got NaN"):
             real_tensor("scores", wrong, infinite=True)
->>>>>>> f22-vaebm
