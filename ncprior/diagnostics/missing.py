@@ -1,6 +1,6 @@
-r"""What a head does not know: the part of the gap that a fresh head still finds.
+r"""The part of the gap that a head misses: a fresh head still finds it.
 
-A calibrated log r can be incomplete: E_q[log r] measures what the head has learnt. A fresh head log s
+A calibrated log r can be incomplete: E_q[log r] measures the knowledge of the head. A fresh head log s
 is trained on one part of held-out data to improve log r + log s, and measured on another. The NCE
 loss that it takes off, divided by 2, is the part of the Jensen-Shannon divergence of q and p that
 log r misses.

@@ -164,7 +164,7 @@ def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
 
 
 def checked_draw(draw: Any) -> Draw:  # noqa: ANN401
-    """Returns what a sampler has drawn, after a check of its type.
+    """Returns the draw of a sampler, after a check of its type.
 
     Raises:
         TypeError: If it is not a :class:`Draw` of a tensor z.

@@ -1,6 +1,6 @@
 """The gate for arguments: counts, numbers, choices, objects and tensors of public functions.
 
-Every error names the argument, and says what was asked, what was given and what to do. A value of
+Every error names the argument, its allowed values, the given value and the remedy. A value of
 the wrong type raises a TypeError, a value out of range a ValueError.
 """
 
