@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -56,7 +57,7 @@ def _parts(thing: Any, seen: set[int]) -> list[Any]:  # noqa: ANN401
             own = [value for name, value in vars(thing).items() if name[0] != "_"]
             return [*thing.parameters(), *thing.buffers(), *own]
         case Mapping():
-            return list(thing.values())[:_MOST]
+            return list(islice(thing.values(), _MOST))
         case tuple() | list():
             return list(thing[:_MOST])
         case MethodType():
