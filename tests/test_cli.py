@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ncprior import NCPrior, SingleGroup
-from ncprior.cli import main
+from ncprior.__main__ import main
 from ncprior.heads.networks import MLPHead
 
 MY_VAE = """

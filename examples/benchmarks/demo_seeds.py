@@ -27,7 +27,7 @@ COLUMNS += ("ess", "log_z", "seconds")
 def run(data: str, seed: int) -> dict[str, Any]:
     """Runs the command once; its progress bars go to standard error."""
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "ncprior.cli", "demo", "--json"]
+        command = [sys.executable, "-m", "ncprior", "demo", "--json"]
         command += ["--data", data, "--seed", str(seed), "--out", folder]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)

@@ -120,3 +120,17 @@ def _is_device(entry: tuple[Any, Any]) -> bool:
     name, states = entry
     known = name in _ACCELERATORS and isinstance(states, list)
     return known and all(map(is_generator_state, states))
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Context that restores all generators, with convolutions that depend on no other row."""
+    outside, cudnn = random_state(), torch.backends.cudnn
+    exact = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    try:
+        with exact:
+            yield
+    finally:
+        set_random_state(outside)

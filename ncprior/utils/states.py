@@ -1,4 +1,4 @@
-"""Comparison of the tensors of a file with those of a module or a training."""
+"""States of modules: copies, and comparisons with the tensors of a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -80,3 +80,23 @@ def _is_scale(name: str, tensor: Tensor) -> bool:
 
 def _kind(tensor: Tensor) -> str:
     return "floating" if tensor.dtype in _FLOATS else str(tensor.dtype)
+
+
+def state_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Returns copies of everything that training could change in modules, by name.
+
+    Arguments:
+        modules: The modules by name.
+
+    Returns:
+        Parameters and buffers, with their gradients and ``requires_grad``, and training flags.
+    """
+    state: dict[str, Any] = {}
+    for part, module in modules.items():
+        for name, submodule in module.named_modules(prefix=part):
+            state[f"{name}.training"] = submodule.training
+        for name, tensor in (*module.named_parameters(part), *module.named_buffers(part)):
+            state[name] = tensor.detach().clone()
+            state[f"{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
+            state[f"{name}.requires_grad"] = tensor.requires_grad
+    return state

@@ -46,8 +46,9 @@ from fuzz.world import World
 from torch import nn
 
 import ncprior
-from ncprior import Group, NCETrainer, NCPrior, SingleGroup, cli, distributions, jobs, nce, source
+from ncprior import Group, NCETrainer, NCPrior, SingleGroup, distributions, jobs, nce, source
 from ncprior import samplers as s
+from ncprior.__main__ import main
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead, ProductHead
 from ncprior.testing import check_source
 
@@ -693,6 +694,6 @@ def _(w: World) -> Built:
     return jobs.read_parts, {"folder": w.folder / "job"}
 
 
-@call("ncprior.cli.main", options={"valid": False})
+@call("ncprior.__main__.main", options={"valid": False})
 def _(w: World) -> Built:
-    return cli.main, {"arguments": ["inspect", "nowhere"]}
+    return main, {"arguments": ["inspect", "nowhere"]}

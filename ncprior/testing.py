@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import parameters
-from ncprior.source import Group, device_of, num_rows
-from ncprior.testing.walk import HALF, Source, Walk, check_first_axis, require, walk_and_check
+from ncprior.distributions import Sampleable, parameters
+from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.batches import own_batch
-from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.random_state import random_state, reproducible
+from ncprior.utils.states import state_of
 from ncprior.utils.trees import Tree, clone, same, take
+
+Source: TypeAlias = LatentSource[Any, Any]
+
+Start: TypeAlias = tuple[int, Tree, Tree]  # batch size, encoding and condition
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
@@ -44,19 +50,22 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
         >>> source.num_groups = 0
         >>> check_source(source, x)
         Traceback (most recent call last):
-        AssertionError: num_groups must be an int of at least 1; got 0.
+        AssertionError: num_groups must be an int from 1; got 0.
     """
     device = device_of(source)
-    _check_num_groups(source)
+    groups = source.num_groups
+    _require(
+        type(groups) is int and groups >= 1, f"num_groups must be an int from 1; got {groups}."
+    )
     x = own_batch(x, device)
     condition = None if condition is None else own_batch(condition, device)
-    with _frozen(source), _reproducible(), torch.no_grad():
+    with _frozen(source), reproducible(), torch.no_grad():
         encoding = source.encode(x)
         count = num_rows(encoding)
         _check_count(x, count)
-        check_first_axis(encoding, count, "encode(x)")
-        walk = walk_and_check(source, (count, encoding, None))
-        free = walk_and_check(source, (count, None, condition), walk.latents)
+        _check_first_axis(encoding, count, "encode(x)")
+        walk = _walk_and_check(source, (count, encoding, None))
+        free = _walk_and_check(source, (count, None, condition), walk.latents)
         for state, z in (*zip(walk.states, walk.latents), *zip(free.states, free.latents)):  # noqa: B905
             with _naming_old_states():
                 _check_purity(source, state)
@@ -76,25 +85,11 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
 
 
 @contextmanager
-def _reproducible() -> Iterator[None]:
-    """Context that restores all generators, with convolutions that depend on no other row."""
-    outside, cudnn = random_state(), torch.backends.cudnn
-    exact = cudnn.flags(
-        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    try:
-        with exact:
-            yield
-    finally:
-        set_random_state(outside)
-
-
-@contextmanager
 def _drawing_nothing(message: str) -> Iterator[None]:
     """Context that checks that no generator has moved."""
     before = random_state()
     yield
-    require(same(random_state(), before), message)
+    _require(same(random_state(), before), message)
 
 
 @contextmanager
@@ -108,30 +103,24 @@ def _naming_old_states() -> Iterator[None]:
         ) from error
 
 
-def _check_num_groups(source: Source) -> None:
-    count = source.num_groups
-    good = type(count) is int and count >= 1
-    require(good, f"num_groups must be an int of at least 1; got {count}.")
-
-
 def _check_count(x: Tree, count: int) -> None:
-    require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
+    _require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
     rows = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim > 0}
-    require(
+    _require(
         len(rows) != 1 or rows == {count},
         f"encode(x): x has {min(rows, default=0)} rows and its encoding {count}. The batch must be "
         f"the first axis of every tensor of an encoding.",
     )
 
 
-def _check_blindness(source: Source, walk: Walk, free: Walk) -> None:
+def _check_blindness(source: Source, walk: _Walk, free: _Walk) -> None:
     rule = (
         "{} must be the same with and without x, as p(z_k | z_<k) and c(z_<k) do not depend on it. "
         "Pass condition= if the source takes one."
     )
     for k, (group, other) in enumerate(zip(walk.groups, free.groups, strict=True)):
         blind, z = other.posterior is None, walk.latents[k]
-        require(blind, f"Group {k}: without x the posterior must be None.")
+        _require(blind, f"Group {k}: without x the posterior must be None.")
         pair = _tensors(other, z), _tensors(group._replace(posterior=None), z)
         _require_same(*pair, rule.format(f"Group {k}: prior and context"), _tolerance(source))
     _require_same(free.x, walk.x, rule.format("decode(state)"), _tolerance(source))
@@ -157,10 +146,12 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
     first, again = source.decode(state), source.decode(state)
     rule = "A second decode(state) differs: it must return the mean of p(x | z) and draw nothing."
     _require_same(again, first, rule)
-    images = x[0] if isinstance(x, tuple | list) else x
-    if isinstance(images, Tensor) and _knows_likelihood(source, state):
-        shape = tuple(source.likelihood(state).log_prob(images).shape)
-        require(
+    images, likelihood = x[0] if isinstance(x, tuple | list) else x, None
+    with suppress(ValueError):  # it has none
+        likelihood = source.likelihood(state)
+    if isinstance(images, Tensor) and isinstance(likelihood, Distribution):
+        shape = tuple(likelihood.log_prob(images).shape)
+        _require(
             shape == (len(images),),
             f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
             f"Independent sums over axes.",
@@ -179,13 +170,6 @@ def _check_prior_walk(source: Source, count: int, condition: Tree) -> None:
             f"decode(state) fails for draws of the prior ({error!r}). Are they of the dtype and range "
             f"of the posterior's?"
         ) from error
-
-
-def _knows_likelihood(source: Source, state: Tree) -> bool:
-    try:
-        return isinstance(source.likelihood(state), Distribution)
-    except ValueError:  # it has none
-        return False
 
 
 def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
@@ -211,9 +195,9 @@ def _check_encoding_rows(source: Source, x: Tree, encoding: Tree, rows: list[int
         _require_same(part, whole, f"encode(x): {_COMPANY}", _tolerance(source))
 
 
-def _check_walk_rows(source: Source, walk: Walk, rows: list[int]) -> None:
+def _check_walk_rows(source: Source, walk: _Walk, rows: list[int]) -> None:
     latents, tolerance = take(walk.latents, rows), _tolerance(source)
-    part = walk_and_check(source, (len(rows), *take(walk.start[1:], rows)), latents)
+    part = _walk_and_check(source, (len(rows), *take(walk.start[1:], rows)), latents)
     for k, z in enumerate(latents):
         whole = take(_tensors(walk.groups[k], walk.latents[k]), rows)
         for group in (source.group(take(walk.states[k], rows)), part.groups[k]):
@@ -233,7 +217,7 @@ def _check_features(source: Source, k: int, z: Tensor) -> None:
     two, name = torch.stack([z, z.flip(0)]), f"features({k}, z)"
     with _drawing_nothing(f"{name} draws: it must be a function of z alone."):
         h = source.features(k, two)
-    require(
+    _require(
         isinstance(h, Tensor) and h.shape[:2] == two.shape[:2],
         f"{name} must keep the leading axes of z, which are proposals and rows: from (*, B, *event) "
         f"to (*, B, ...).",
@@ -241,17 +225,15 @@ def _check_features(source: Source, k: int, z: Tensor) -> None:
     _require_same(source.features(k, z[:1]), h[0, :1], f"{name}: {_COMPANY}", _tolerance(source))
 
 
-def _check_gradients(source: Source, walk: Walk) -> None:
+def _check_gradients(source: Source, walk: _Walk) -> None:
     latents = [z.clone().requires_grad_(z.is_floating_point()) for z in walk.latents]
     with torch.enable_grad():
-        walk = walk_and_check(source, walk.start, latents)
+        walk = _walk_and_check(source, walk.start, latents)
         shown = [_tensors(g, z.detach()) for g, z in zip(walk.groups, latents, strict=True)]
         for k, z in enumerate(latents):
             later = [t for t in tree_leaves((shown[k + 1 :], walk.x)) if isinstance(t, Tensor)]
-            later = [
-                t.flatten() for t in later if t.is_floating_point()
-            ]  # tokens have no gradient
-            require(
+            later = [t.flatten() for t in later if t.is_floating_point()]  # tokens have none
+            _require(
                 not (later and z.requires_grad) or _depends(torch.cat(later), z),
                 f"Group {k}: no gradient reaches z from decode(state) or a later group. "
                 f"A source never detaches and never disables gradients; its callers do.",
@@ -266,11 +248,11 @@ def _depends(y: Tensor, z: Tensor) -> bool:
 
 @contextmanager
 def _frozen(source: Source) -> Iterator[None]:
-    before = _module_state(source)
+    before = state_of(_modules(source))
     yield
-    after = _module_state(source)
+    after = state_of(_modules(source))
     changed = [name for name in after if not same(after[name], before.get(name))]
-    require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
+    _require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
 
 
 def _modules(source: Source) -> dict[str, nn.Module]:
@@ -278,22 +260,10 @@ def _modules(source: Source) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def _module_state(source: Source) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for part, module in _modules(source).items():
-        for name, submodule in module.named_modules(prefix=part):
-            state[f"{name}.training"] = submodule.training
-        for name, tensor in (*module.named_parameters(part), *module.named_buffers(part)):
-            state[name] = tensor.detach().clone()
-            state[f"{name}.grad"] = None if tensor.grad is None else tensor.grad.clone()
-            state[f"{name}.requires_grad"] = tensor.requires_grad
-    return state
-
-
 def _tolerance(source: Source) -> float:
     """Relative difference of floats that is allowed between batch sizes."""
     tensors = [p for module in _modules(source).values() for p in module.parameters()]
-    return 0.1 if any(p.dtype in HALF for p in tensors) else 1e-4
+    return 0.1 if any(p.dtype in _HALF for p in tensors) else 1e-4
 
 
 def _seen(group: Group) -> list[Tensor | None]:
@@ -314,4 +284,108 @@ def _tensors(group: Group, z: Tensor) -> Tree:
 
 
 def _require_same(a: Tree, b: Tree, rule: str, tolerance: float = 0.0) -> None:
-    require(same(a, b, tolerance), rule)
+    _require(same(a, b, tolerance), rule)
+
+
+class _Walk(NamedTuple):
+    start: Start
+    states: list[Tree]  # K + 1: in front of every group, and the last
+    groups: list[Group]
+    latents: list[Tensor]
+    x: Tensor
+
+
+def _walk_and_check(source: Source, start: Start, latents: Sequence[Tensor] = ()) -> _Walk:
+    """Visits all groups with given latents or draws of the posterior, and checks every output."""
+    count, mode = start[0], torch.is_grad_enabled()
+    states, groups, drawn = [source.start(*start)], [], []
+    for k in range(source.num_groups):
+        _check_first_axis(states[-1], count, f"The state in front of group {k}")
+        groups.append(source.group(states[-1]))
+        _require_type(groups[-1], Group, "group(state) must return a Group")
+        drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
+        _check_group(groups[-1], drawn[-1], count, f"Group {k}")
+        states.append(source.advance(states[-1], drawn[-1]))
+    _check_first_axis(states[-1], count, "The last state")
+    x = source.decode(states[-1])
+    _require_type(x, Tensor, "decode(state) must return one tensor")
+    _check_first_axis(x, count, "decode(state)")
+    _require(
+        torch.is_grad_enabled() == mode,
+        "The source has turned gradients on or off. It must leave that to its callers.",
+    )
+    return _Walk(start, states, groups, drawn, x)
+
+
+def _check_group(group: Group, z: Tensor, count: int, name: str) -> None:
+    _check_first_axis(group.context, count, f"{name}: the context")
+    _check_dtype(group.context, f"{name}: the context")
+    p, q = group.prior, group.posterior
+    if isinstance(p, Distribution) and isinstance(q, Distribution):
+        _require(
+            len(p.event_shape) != len(q.event_shape) or p.event_shape == q.event_shape,
+            f"{name}: the prior's event shape is {tuple(p.event_shape)} and the posterior's "
+            f"{tuple(q.event_shape)}. Is the group the state's own?",
+        )
+    _check_distribution(group.prior, z, f"{name}: the prior")
+    drawn = group.prior.sample().dtype
+    _require(
+        drawn.is_floating_point == z.dtype.is_floating_point,
+        f"{name}: prior and posterior must both draw numbers or both draw codes; got {drawn} from the "
+        f"prior and {z.dtype} from the posterior. A base of real numbers does not fit codes.",
+    )
+    if group.posterior is not None:
+        _check_distribution(group.posterior, z, f"{name}: the posterior")
+
+
+def _check_first_axis(tree: Tree, count: int, name: str) -> None:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            problem = "" if leaf.shape[:1] == (count,) else f"shape {tuple(leaf.shape)}"
+        else:
+            plain = leaf is None or isinstance(leaf, bool | int | float | str)
+            problem = "" if plain else f"a {type(leaf).__name__}"
+        _require(
+            not problem,
+            f"{name} must be a pytree of tensors whose first axis is the batch of {count} rows; "
+            f"got {problem}. Expand what rows share; keep parameters instead of distributions.",
+        )
+
+
+def _check_dtype(tensor: Tensor | None, name: str) -> None:
+    _require(
+        tensor is None or tensor.dtype not in _HALF,
+        f"{name} must be in float32 or better, or integers; got half precision. Make it .float().",
+    )
+
+
+def _check_distribution(p: Sampleable, z: Tensor, name: str) -> None:
+    _require_type(p, Sampleable, f"{name} must have a method sample")
+    sample, shape = p.sample(Size((2,))), (2, *z.shape)
+    _check_dtype(sample, name)
+    is_right, rule = sample.shape == shape, f"{name}.sample((2,)) must have shape (2, B, *event)"
+    _require(is_right, f"{rule}, {shape}; got {tuple(sample.shape)}.")
+    if isinstance(p, Distribution):
+        _require(
+            (p.batch_shape, p.event_shape) == (z.shape[:1], z.shape[1:]),
+            f"{name} must have batch shape {tuple(z.shape[:1])} and event shape "
+            f"{tuple(z.shape[1:])}; got {tuple(p.batch_shape)} and {tuple(p.event_shape)}. "
+            f"Independent turns batch axes into event axes.",
+        )
+        try:
+            with suppress(NotImplementedError):  # the density need not be known
+                p.log_prob(z)
+        except ValueError as error:
+            raise AssertionError(
+                f"{name} raises an error for a draw of the posterior. Make distributions with "
+                f"validate_args=False, which synchronises no GPU either. {error}"
+            ) from error
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
+def _require_type(value: object, kind: type, rule: str) -> None:
+    _require(isinstance(value, kind), f"{rule}; got a {type(value).__name__}.")
