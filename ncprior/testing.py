@@ -50,7 +50,7 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
         >>> source.num_groups = 0
         >>> check_source(source, x)
         Traceback (most recent call last):
-        AssertionError: num_groups must be an int from 1; got 0.
+        AssertionError: num_groups must be an int of at least 1; got 0.
     """
     device = device_of(source)
     groups = source.num_groups
@@ -302,7 +302,7 @@ def _walk_and_check(source: Source, start: Start, latents: Sequence[Tensor] = ()
     for k in range(source.num_groups):
         _check_first_axis(states[-1], count, f"The state in front of group {k}")
         groups.append(source.group(states[-1]))
-        _require_type(groups[-1], Group, "group(state) must return a Group")
+        _require_type(groups[-1], Group, "group must return a Group")
         drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
         _check_group(groups[-1], drawn[-1], count, f"Group {k}")
         states.append(source.advance(states[-1], drawn[-1]))
