@@ -54,9 +54,8 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     """
     device = device_of(source)
     groups = source.num_groups
-    _require(
-        type(groups) is int and groups >= 1, f"num_groups must be an int from 1; got {groups}."
-    )
+    right = type(groups) is int and groups >= 1
+    _require(right, f"num_groups must be an int of at least 1; got {groups}.")
     x = own_batch(x, device)
     condition = None if condition is None else own_batch(condition, device)
     with _frozen(source), reproducible(), torch.no_grad():
