@@ -222,7 +222,7 @@ def test_its_numbers_are_the_networks_weights_and_the_units() -> None:
         (torch.randn(1, 2), {}, "at least 2"),
         (torch.full((10, 2), math.nan), {}, "not finite"),
         (torch.randn(10, 2), {"num_steps": 0}, "num_steps must be at least 1"),
-        (torch.randn(10, 2), {"learning_rate": -1.0}, "learning_rate positive"),
+        (torch.randn(10, 2), {"learning_rate": -1.0}, r"learning_rate must be .* got -1\.0"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(z: Tensor, options: Any, match: str) -> None:
