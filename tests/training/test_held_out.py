@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import UserDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,3 +113,13 @@ def test_M8_endless_held_out_data_has_an_end(monkeypatch: pytest.MonkeyPatch) ->
         prior = NCPrior(flat(), MLPHead((2,), width=8))
         with pytest.raises(ValueError, match="must have an end and at most 1000 rows"):
             fit(prior, torch.randn(40, 3), held_out=data, steps=2, progress=False)
+
+
+@pytest.mark.parametrize("folder", ["training", "data"])
+def test_G_S2_G_S3_G_M1_seeds_and_float64_are_safe_on_every_device(folder: str) -> None:
+    """`fork_rng` keeps the generators of one GPU alone; MPS has no copy into float64."""
+    package = Path(module.__file__).parents[1]
+    for path in (package / folder).glob("*.py"):
+        text = path.read_text()
+        assert "fork_rng" not in text, path
+        assert '.to("cpu", torch.float64)' not in text, path
