@@ -265,7 +265,9 @@ def test_F35_densities_take_latents_of_their_shape() -> None:
             fit_gaussian(Z).log_prob(wrong)
     with pytest.raises(ValueError, match="z must be on cpu; got z on meta"):
         fit_gaussian(Z).log_prob(Z.to("meta"))
-    for shape in (3, (-1, -2), "2"):
+    no_rows = flowed(Z).log_prob(torch.zeros(0, 3, 2))
+    assert no_rows.shape == (0, 3)
+    for shape in (3, {}, (-1, -2), "2"):
         with pytest.raises((TypeError, ValueError), match="event_shape must"):
             GaussianMixture(ONE, MEAN, SD, event_shape=shape)  # type: ignore[arg-type]
 
