@@ -142,7 +142,7 @@ def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
 
 
 def checked_draw(draw: Any, shape: Size | None = None) -> Draw:  # noqa: ANN401
-    """Returns what a sampler has drawn, after a check of its type and, if given, of z's shape.
+    """Returns the draw of a sampler, after a check of its type and, if given, of z's shape.
 
     Raises:
         TypeError: If it is not a :class:`Draw` of a tensor z.

@@ -17,7 +17,7 @@ def require_grad_mode(what: str) -> None:
     """Validates that gradients can be taken here.
 
     Arguments:
-        what: What takes them, for the message.
+        what: The function that takes them, for the message.
 
     Raises:
         RuntimeError: Inside ``torch.inference_mode``.
