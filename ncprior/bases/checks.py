@@ -17,7 +17,7 @@ def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
         TypeError: If it is not a sequence of whole numbers.
         ValueError: If one of them is negative.
     """
-    values: Any = None if isinstance(shape, str) else shape
+    values: Any = shape if isinstance(shape, tuple | list) else None
     try:
         size = Size(values)
     except TypeError as error:

@@ -124,6 +124,8 @@ class Flow(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
         flat, lead = flattened(value, self.event_shape, self.loc.device)
+        if len(flat) == 0:  # which flows cannot reshape
+            return self.loc.new_empty(lead)
         log_p = _log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale)
         return (log_p - self.scale.log().sum()).reshape(lead)
 

@@ -80,7 +80,7 @@ def _blaming_data(batch: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 def _require_no_infinity(x: Tensor) -> Tensor:
-    """Validates x before an encoder that saturates; NaN may mark what is missing."""
+    """Validates x before an encoder that saturates; NaN may mark missing values."""
     if x.is_floating_point():
         require_finite("x", x.nan_to_num(0.0, math.inf, -math.inf))
     return x

@@ -31,8 +31,8 @@ def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
             ``group.context``. With one group of latents it can be the prior itself, with an empty
             batch shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
 
-            Nothing can be told of the networks behind a function: heads that are saved with it
-            load without an error on a function that has changed.
+            The networks behind a function are not identified when heads are saved: they load
+            without an error on a function that has changed.
 
     Returns:
         The same VAE with that prior.

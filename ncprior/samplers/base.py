@@ -163,14 +163,20 @@ def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
     return z
 
 
-def checked_draw(draw: Any) -> Draw:  # noqa: ANN401
-    """Returns the draw of a sampler, after a check of its type.
+def checked_draw(draw: Any, shape: Size | None = None) -> Draw:  # noqa: ANN401
+    """Returns the draw of a sampler, after a check of its type and, if given, of z's shape.
 
     Raises:
         TypeError: If it is not a :class:`Draw` of a tensor z.
+        ValueError: If z has another shape.
     """
     require_instance("The result of a sampler", draw, Draw, "Return ncprior.Draw(z=z).")
     require_instance("z of a Draw", draw.z, Tensor, "Return latents of shape (B, *event).")
+    if shape is not None and draw.z.shape != shape:
+        raise ValueError(
+            f"z of a Draw must have shape (B, *event), here {tuple(shape)}; got "
+            f"{tuple(draw.z.shape)}. Return one z per row."
+        )
     return draw  # type: ignore[no-any-return]
 
 

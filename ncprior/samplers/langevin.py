@@ -58,7 +58,7 @@ def langevin(
     differs from r·p / Z by O(λ). ``adjusted=True`` adds a Metropolis-Hastings correction of each
     step: the Metropolis-adjusted Langevin algorithm (MALA), which leaves r·p / Z invariant.
     Gradients are taken with respect to z alone. Chains move in all of R^n: latents on a sphere,
-    a simplex or a circle are for :func:`~ncprior.sir`, as torch does not always tell that a prior
+    a simplex or a circle are for :func:`~ncprior.sir`, as torch does not always declare that a prior
     lives there.
 
     Arguments:

@@ -65,7 +65,8 @@ def within_components(sampler: Sampler) -> Sampler:
             )
         weights = prior.logits.softmax(0)
         place = _Places(prior, torch.multinomial(weights, prior.batch_shape[0], replacement=True))
-        draw = checked_draw(sampler(place.noise, lambda noise: log_ratio(place(noise))))
+        draw = sampler(place.noise, lambda noise: log_ratio(place(noise)))
+        draw = checked_draw(draw, place.noise.batch_shape + place.noise.event_shape)
         return draw._replace(z=place(draw.z))
 
     return within

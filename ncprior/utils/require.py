@@ -144,7 +144,9 @@ def real_tensor(
     x = _with_values(name, value)
     if x.is_complex() or x.dtype == torch.bool or not (x.is_floating_point() or integers):
         wanted = "real numbers" if integers else "floating-point numbers"
-        remedy = "" if integers else " Convert what is no code of a category by .float()."
+        remedy = (
+            "" if integers else " Convert numbers that are no codes of categories by .float()."
+        )
         raise TypeError(f"{name} must be {wanted}; got {described(x)}.{remedy}")
     if not x.is_floating_point():
         x = x.float()

@@ -265,7 +265,9 @@ def test_F35_densities_take_latents_of_their_shape() -> None:
             fit_gaussian(Z).log_prob(wrong)
     with pytest.raises(ValueError, match="z must be on cpu; got z on meta"):
         fit_gaussian(Z).log_prob(Z.to("meta"))
-    for shape in (3, (-1, -2), "2"):
+    no_rows = flowed(Z).log_prob(torch.zeros(0, 3, 2))
+    assert no_rows.shape == (0, 3)
+    for shape in (3, {}, (-1, -2), "2"):
         with pytest.raises((TypeError, ValueError), match="event_shape must"):
             GaussianMixture(ONE, MEAN, SD, event_shape=shape)  # type: ignore[arg-type]
 
@@ -286,8 +288,8 @@ def test_F36_what_is_no_base_is_named() -> None:
         none.group(none.start(3))
 
 
-def test_W12_the_docs_of_rebase_say_what_nothing_can_tell_of_a_function() -> None:
-    assert "Nothing can be told of the networks behind a function" in str(rebase.__doc__)
+def test_W12_the_docs_of_rebase_say_that_functions_are_not_identified() -> None:
+    assert "The networks behind a function are not identified" in str(rebase.__doc__)
 
 
 def test_F36_other_wrong_objects_are_named() -> None:

@@ -251,6 +251,8 @@ def test_F36_samplers_after_the_first_start_where_it_ends() -> None:
     mixture = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.ones(1, 2)).expand((8,))
     with pytest.raises(TypeError, match="result of a sampler must be of type Draw"):
         within_components(wrong[0])(mixture, flat)
+    with pytest.raises(ValueError, match=r"here \(8, 2\); got \(1, 2\)"):
+        within_components(lambda prior, log_ratio: Draw(torch.zeros(1, 2)))(mixture, flat)
 
 
 STARTED: list[Any] = [

@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Normal
 
 from ncprior.utils.require import (
     described,
     floats_of_batch,
+    floats,
+    numbers,
     real_tensor,
     require_callable,
     require_choice,
@@ -21,6 +24,7 @@ from ncprior.utils.require import (
     require_numbers,
     require_shape,
     tensor_of_batch,
+    require_positive,
 )
 
 
@@ -201,3 +205,46 @@ def test_scores_may_be_infinite_where_that_is_allowed() -> None:
     for wrong in (torch.tensor([1.0, math.nan]), [math.nan]):
         with pytest.raises(ValueError, match="scores must be finite; got NaN"):
             real_tensor("scores", wrong, infinite=True)
+
+
+def test_numbers_keep_their_dtype() -> None:
+    codes = torch.arange(3)
+    assert numbers("z", codes) is codes
+    assert numbers("z", np.array([1, 2])).dtype == torch.int64
+    for wrong in (codes > 0, codes + 0j, "z", None):
+        with pytest.raises(TypeError, match="z must be"):
+            numbers("z", wrong)
+    for few in (codes[:0], torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="z must have 1 or more rows"):
+            numbers("z", few)
+    with pytest.raises(ValueError, match="z must be finite"):
+        numbers("z", [1.0, math.nan])
+
+
+def test_floats_are_taken_without_a_look_at_their_values() -> None:
+    assert floats("loc", [1, 2]).dtype == torch.float32
+    assert floats("loc", torch.empty(2, device="meta")).is_meta
+    assert floats("loc", [math.nan]).isnan().all()
+    with pytest.raises(TypeError, match="loc must be real numbers; got a tensor of bool"):
+        floats("loc", torch.tensor([True]))
+
+
+def test_positive_numbers() -> None:
+    require_positive("scale", torch.ones(2))
+    require_positive("scale", torch.empty(2, device="meta"))
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            require_positive("scale", torch.tensor([1.0, wrong]))
+
+
+def test_sparse_and_meta_tensors_are_named() -> None:
+    with pytest.raises(TypeError, match=r"x must be dense; got a sparse tensor .*to_dense\(\)"):
+        real_tensor("x", torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match="x must have values; got a meta tensor of float32"):
+        real_tensor("x", torch.empty(2, 2, device="meta"))
+
+
+def test_a_module_without_forward_is_no_function() -> None:
+    require_callable("f", nn.Identity(), "Pass one.")
+    with pytest.raises(TypeError, match="f must be a function; got an object of type Module"):
+        require_callable("f", nn.Module(), "Pass one.")
