@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and with which exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
