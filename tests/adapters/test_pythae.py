@@ -294,8 +294,8 @@ def test_other_modules_are_sent_to_single_group() -> None:
         PythaeSource(nn.Linear(1, 1).eval())
 
 
-@pytest.mark.parametrize("noise", (None, 0.0, -1.0, float("nan")))
-def test_deterministic_codes_need_a_stated_noise(noise: float | None) -> None:
+@pytest.mark.parametrize("noise", (None, 0.0, -1.0, float("nan"), float("inf"), "a", True))
+def test_F35_deterministic_codes_need_a_stated_noise(noise: Any) -> None:
     message = "AE encodes x as one code.*noise=|noise must be a number"
     with pytest.raises((TypeError, ValueError), match=message):
         PythaeSource(build("AE"), noise=noise)
