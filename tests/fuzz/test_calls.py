@@ -21,7 +21,7 @@ from fuzz.calls import TABLE, explore
 from fuzz.rule import FOUND, SEVERITY
 from test_imports import ADAPTERS, FACES, public_objects
 
-SECONDS = float(os.environ.get("NCPRIOR_FUZZ_SECONDS", "3600"))
+SECONDS = 0.75 * float(os.environ.get("NCPRIOR_FUZZ_SECONDS", "3600"))  # files take the rest
 assert calls_adapters and calls_bases and calls_core and calls_training  # they fill the table
 
 # Public names without a row of the table, each with the reason.
