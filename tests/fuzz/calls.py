@@ -7,6 +7,7 @@ takes milliseconds, with the kind of each argument.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -206,7 +207,7 @@ SETTINGS = settings(
 
 
 def _try_random(entry: Call, found: list[Finding], examples: int, number: int) -> None:
-    @seed(number)
+    @seed(zlib.crc32(entry.name.encode()) + number)
     @settings(SETTINGS, max_examples=examples)
     @given(random_replacements(entry))
     def run(replacements: tuple[Replacement, ...]) -> None:

@@ -444,7 +444,7 @@ for _owner in ("EIMSource", "ConvEIMSource"):
         }
 
 
-@call("ncprior.adapters.lars_snis.Binarised", images=IMAGES, batch_size=count())
+@call("ncprior.adapters.lars_snis.Binarised", images=IMAGES, batch_size=unsure(count()))
 def _(w: World) -> Built:
     return lars_snis.Binarised, {"images": torch.rand(10, 1, 28, 28), "batch_size": 4}
 

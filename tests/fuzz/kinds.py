@@ -32,7 +32,7 @@ from fuzz.values import (
     of_tensor,
 )
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import LatentSource, NCPrior
 
@@ -223,7 +223,7 @@ OPTIONAL_TO_DISTRIBUTION = function(
 
 
 def _one_row(q: Distribution) -> Distribution:
-    return q.expand((1,))
+    return Independent(Normal(q.mean[:1], 1.0), 1)
 
 
 def _is_base(value: Any) -> bool | None:

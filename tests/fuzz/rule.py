@@ -32,6 +32,7 @@ USERS = (
     str(TESTS / "helpers"),
     str(TESTS / "fuzz" / "world.py"),
     str(TESTS / "fuzz" / "values.py"),
+    str(TESTS / "fuzz" / "kinds.py"),
 )
 
 # Python and torch name the user's own function or module.
