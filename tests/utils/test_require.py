@@ -11,8 +11,8 @@ from torch.distributions import Normal
 
 from ncprior.utils.require import (
     described,
-    floats_of_batch,
     floats,
+    floats_of_batch,
     numbers,
     real_tensor,
     require_callable,
@@ -22,9 +22,9 @@ from ncprior.utils.require import (
     require_flags,
     require_instance,
     require_numbers,
+    require_positive,
     require_shape,
     tensor_of_batch,
-    require_positive,
 )
 
 
