@@ -17,18 +17,17 @@ from torch import Tensor
 
 from ncprior.data.checked import checked_batches
 from ncprior.data.device_loader import Loader
-from ncprior.data.stream import Stream, one_pass
+from ncprior.data.stream import Stream, data_digest, one_pass, require_restartable
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
+from ncprior.training.arguments import validate_loop_arguments
 from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step
 from ncprior.training.resumable import ResumableTraining, length_of, load, unchanged, weights_of
 from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import num_ranks
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import (
-    require_callable,
     require_counts,
-    require_flags,
     require_instance,
     require_numbers,
 )
@@ -138,6 +137,7 @@ def fit_vaebm(
             tensor or array of data has NaN. The message names the remedy.
         TypeError: If data for a checkpoint can be read only once, or an argument has the wrong
             type. Pass a tensor, a dataset, a ``DataLoader`` or a list.
+        OSError: If the checkpoint cannot be written. Pass a path that can.
         RuntimeError: If there are several processes. Call :meth:`VAEBMTrainer.step` in a loop.
 
     Example:
@@ -148,17 +148,15 @@ def fit_vaebm(
         energy gap ... nats, weights of step 3; all 3 steps taken
     """
     require_trainable(model)
-    require_counts(
-        steps=steps,
-        batch_size=batch_size,
-        eval_every=eval_every,
-        checkpoint_every=checkpoint_every,
-    )
+    require_counts(steps=steps, batch_size=batch_size, eval_every=eval_every)
     require_numbers("(0, inf)", learning_rate=learning_rate)
-    require_flags(progress=progress)
     require_instance("settings", settings, EnergySettings, "Pass EnergySettings(buffer_size=…).")
-    if callback is not None:
-        require_callable("callback", callback, "Pass a function of an EnergyRow, or None.")
+    validate_loop_arguments(
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        callback=callback,
+        progress=progress,
+    )
     if isinstance(data, Tensor | np.ndarray):
         for _ in checked_batches(one_pass(data, _CHECKED)):
             pass
@@ -168,7 +166,7 @@ def fit_vaebm(
         learning_rate=float(learning_rate),
         eval_every=int(eval_every),
         settings=settings,
-        facts=_facts(model, sampler, data),
+        facts=_facts(model, sampler, data, batch_size, resumable=checkpoint is not None),
     )
     if num_ranks() > 1:
         raise RuntimeError(
@@ -194,8 +192,20 @@ def fit_vaebm(
     return EnergyHistory(run.rows, run.kept_step, str(run.stopped), run.diverged)
 
 
-def _facts(model: VAEBM, sampler: Sampler | None, data: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Returns the properties of chains, model and data that a checkpoint compares."""
+def _facts(
+    model: VAEBM,
+    sampler: Sampler | None,
+    data: Any,  # noqa: ANN401
+    batch_size: int,
+    *,
+    resumable: bool,
+) -> dict[str, Any]:
+    """Returns the properties of chains, model and data that a checkpoint compares.
+
+    A digest of the data is read only for a checkpoint.
+    """
+    if resumable:
+        require_restartable(data)
     return {
         "langevin": [model.num_steps, model.step_size, model.langevin_target],
         "data_noise": model.data_noise,
@@ -203,6 +213,7 @@ def _facts(model: VAEBM, sampler: Sampler | None, data: Any) -> dict[str, Any]: 
         "sampler": None if sampler is None else describe(sampler),
         **trained_on(model.source, model.prior),
         "rows": length_of(data),
+        **({"data": data_digest(data, batch_size)} if resumable else {}),
     }
 
 

@@ -7,6 +7,7 @@ import math
 from collections import UserDict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,6 +207,20 @@ def test_F16_what_cannot_work_is_found_before_training() -> None:
         with pytest.raises((TypeError, ValueError), match="must be|needs ratio heads"):
             fit_vaebm(of, data(), **{**QUIET, **options})
     assert everything(of) == before
+
+
+def test_F16_F8_a_checkpoint_is_of_a_path_and_of_the_data(tmp_path: Path) -> None:
+    of = model()
+    before = everything(of)
+    for wrong in (tmp_path, 3, tmp_path / "file" / "checkpoint"):
+        (tmp_path / "file").touch()
+        with pytest.raises((TypeError, ValueError, OSError), match="checkpoint must be"):
+            fit_vaebm(of, data(), steps=2, checkpoint=wrong, **QUIET)  # type: ignore[arg-type]
+    assert everything(of) == before
+    path = tmp_path / "checkpoint"
+    fit_vaebm(of, data(), steps=2, checkpoint=path, **QUIET)
+    with pytest.raises(ValueError, match="belongs to a training with data="):
+        fit_vaebm(model(), 5 + 9 * data(), steps=2, checkpoint=path, **QUIET)
 
 
 def test_F16_a_divergence_before_the_first_row_leaves_the_energy_as_it_was() -> None:
