@@ -75,6 +75,8 @@ def validate_loop_arguments(
 
 def _require_writable(path: Path) -> None:
     """Validates that a file can be written beside a path; the test file has no name."""
+    if "\0" in str(path):
+        raise ValueError(f"checkpoint must be a path without null characters; got {str(path)!r}.")
     if path.is_dir():
         raise ValueError(
             f"checkpoint must be a file; got the directory {path}. Pass a path such as "

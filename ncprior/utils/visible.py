@@ -98,8 +98,8 @@ def require_apart(module: nn.Module, source: object, whose: str) -> None:
     for name, parameter in module.named_parameters():
         if _address(parameter) in theirs:
             raise ValueError(
-                f"{whose} must not share parameters with the VAE, which stays frozen; {name} is a "
-                f"tensor of the VAE. Give it a copy, copy.deepcopy(layer); or pass the frozen layers "
+                f"{whose} must not share parameters with what stays frozen, the VAE or, for an energy, "
+                f"the heads; {name} is a tensor of theirs. Give it a copy, copy.deepcopy(layer); or pass the frozen layers "
                 f"as features, SingleGroup(..., features=vae.decoder[:2])."
             )
 

@@ -1,4 +1,4 @@
-"""Checks of a model's parts: no shared parameters, one device, and gradients that are not cut."""
+"""Checks of a model's parts: one device, and gradients that are not cut."""
 
 from __future__ import annotations
 
@@ -10,24 +10,6 @@ from torch import Tensor, nn
 
 from ncprior.source import LatentSource, device_of
 from ncprior.vaebm.noise import NoiseMap, Walked
-
-
-def require_apart(energy: object, source: LatentSource[Any, Any], prior: nn.Module | None) -> None:
-    """Validates that an energy has no parameter of the VAE or the heads, which stay frozen.
-
-    Raises:
-        ValueError: If it has. The message names the parameter.
-    """
-    if not isinstance(energy, nn.Module):
-        return
-    frozen = [part for part in (source, source.module, prior) if isinstance(part, nn.Module)]
-    theirs = {_address(p) for part in frozen for p in part.parameters()}
-    shared = [name for name, p in energy.named_parameters() if _address(p) in theirs]
-    if shared:
-        raise ValueError(
-            f"The energy must not share parameters with the VAE or the heads, which stay frozen; got "
-            f"one that shares {shared[0]}. Give it a copy, copy.deepcopy(layer)."
-        )
 
 
 def require_one_device(
@@ -46,11 +28,6 @@ def require_one_device(
                 f"VAE, heads and energy must be on one device; the VAE draws latents on {device}, "
                 f"and {name} is on {own.device}. Call {name}.to({str(device)!r})."
             )
-
-
-def _address(parameter: Tensor) -> int:
-    """Address of a tensor's memory; its identity on devices without memory."""
-    return parameter.data_ptr() or id(parameter)
 
 
 def require_gradients(

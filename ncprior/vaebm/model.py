@@ -44,7 +44,8 @@ from ncprior.utils.require import (
     require_flags,
     require_numbers,
 )
-from ncprior.vaebm.checks import require_apart, require_gradients, require_one_device
+from ncprior.utils.visible import require_apart
+from ncprior.vaebm.checks import require_gradients, require_one_device
 from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.noise import LangevinTarget, NoiseMap, shapes_of
 from ncprior.vaebm.saved import PretrainedEnergy
@@ -136,7 +137,8 @@ class VAEBM(PretrainedEnergy, nn.Module):
         heads, source = (prior, prior.source) if isinstance(prior, NCPrior) else (None, prior)
         require_source(source)
         require_callable("energy", energy, "Pass a network, or a function that maps x to E(x).")
-        require_apart(energy, source, heads)
+        if isinstance(energy, nn.Module):
+            require_apart(energy, (source, heads), "The energy")
         require_one_device(energy, source, heads)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
         object.__setattr__(self, "source", source)

@@ -168,6 +168,9 @@ def test_F6_an_energy_of_the_vaes_own_layers_raises() -> None:
     for energy in (shared, view, nn.Sequential(prior.heads[0])):
         with pytest.raises(ValueError, match=r"must not share .*copy.deepcopy\(layer\)"):
             VAEBM(prior, energy)
+    alone = SingleGroup(*(base(), vae.posterior, vae.decode), likelihood=source.likelihood)
+    with pytest.raises(ValueError, match="must not share"):
+        VAEBM(alone, shared)  # without module=
     VAEBM(prior, copy.deepcopy(shared))
     assert everything(vae) == before
 
@@ -212,7 +215,7 @@ def test_F16_what_cannot_work_is_found_before_training() -> None:
 def test_F16_F8_a_checkpoint_is_of_a_path_and_of_the_data(tmp_path: Path) -> None:
     of = model()
     before = everything(of)
-    for wrong in (tmp_path, 3, tmp_path / "file" / "checkpoint"):
+    for wrong in (tmp_path, 3, "nu\0ll", tmp_path / "file" / "checkpoint"):
         (tmp_path / "file").touch()
         with pytest.raises((TypeError, ValueError, OSError), match="checkpoint must be"):
             fit_vaebm(of, data(), steps=2, checkpoint=wrong, **QUIET)  # type: ignore[arg-type]
