@@ -21,14 +21,6 @@ FILES = {
     if "demo" not in path.parts  # which runs on a CPU
 }
 
-# Mended elsewhere; strict, so that a mark goes when its file is mended.
-PENDING = {
-    *("training/held_out.py", "training/stages.py"),
-    *("adapters/nvae/source.py", "adapters/vdvae.py"),
-    *("evaluation/auroc.py", "evaluation/likelihood.py", "evaluation/metrics.py"),
-    *("evaluation/normaliser.py", "diagnostics/calibration.py", "diagnostics/diagnose.py"),
-}
-
 MADE = ("zeros", "ones", "full", "empty")
 
 
@@ -144,9 +136,5 @@ def test_GM1_GS2_GS3_the_rules_pass_what_works(code: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_GM1_GS2_GS3_no_code_that_breaks_on_accelerators(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    if name in PENDING:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="mended elsewhere"))
+def test_GM1_GS2_GS3_no_code_that_breaks_on_accelerators(name: str) -> None:
     assert not broken(FILES[name].read_text())

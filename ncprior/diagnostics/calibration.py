@@ -141,7 +141,7 @@ def reliability(log_q: Tensor, log_p: Tensor, num_bins: int = 10) -> Reliability
     log_q, log_p = _pair(log_q, log_p)
     require_counts(num_bins=num_bins)
     d = torch.cat([log_q.flatten(), log_p.flatten()]).sigmoid()
-    from_q = (torch.arange(len(d), device=d.device) < log_q.numel()).double()
+    from_q = torch.cat([torch.ones_like(log_q).flatten(), torch.zeros_like(log_p).flatten()])
     first = [len(d) * j // num_bins for j in range(1, num_bins)]
     edges = d.sort().values[first].unique()
     bins = torch.bucketize(d, edges, right=True)
