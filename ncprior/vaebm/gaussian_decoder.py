@@ -85,7 +85,7 @@ class GaussianDecoder(WrappedSource):
                     f"Residuals need x and the decoder's mean of one shape; got {tuple(x.shape)} "
                     f"and {tuple(x_hat.shape)}. Pass data as the decoder returns them."
                 )
-            total += float((x - x_hat).cpu().double().square().sum())
+            total += float((x - x_hat).double().square().sum())
             count, rows = count + x.numel(), rows + len(x)
         return cls(source, math.sqrt(total / max(1, count)), f"fitted on {rows} held-out rows")
 
