@@ -7,6 +7,8 @@ from typing import Any
 
 # Without examples: a search for doctests would fill the table of calls a second time.
 collect_ignore_glob = ["calls*.py", "files.py", "kinds.py", "rule.py", "values.py", "world.py"]
+if sys.platform != "linux":  # limits of memory and forked processes
+    collect_ignore_glob.append("test_*.py")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
