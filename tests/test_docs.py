@@ -25,7 +25,7 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("examples/**/*.py"))]
 
 COMMANDS = (
-    "pip install -c constraints.txt -e '.[demo]' && ncprior demo",
+    "pip install -c constraints.txt '.[demo]' && ncprior demo",
     "pip install -c constraints.txt -e '.[test]' && pytest",
 )
 

@@ -81,7 +81,7 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
             f"batch, next(iter(loader)) or dataset[:256]."
         )
     x = x.to_numpy() if hasattr(x, "to_numpy") else x
-    x = to_device(tree_map_only(np.ndarray, _of_numbers, x), device)
+    x = to_device(x, device)
     if isinstance(x, Tensor) and (x.ndim == 0 or len(x) == 0):
         raise ValueError(f"x must have 1 or more rows; got {described(x)}. Pass rows of data.")
     return x
@@ -105,10 +105,6 @@ def tensor_of(array: np.ndarray) -> Tensor:
     elif not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return torch.from_numpy(np.require(array, requirements=("C", "W")))
-
-
-def _of_numbers(array: np.ndarray) -> Any:  # noqa: ANN401
-    return tensor_of(array) if array.dtype.kind in "biuf" else array
 
 
 def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
