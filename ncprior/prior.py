@@ -338,7 +338,8 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         if not self.is_on(k):
             return Draw(group.prior.sample())
         require_steady(k, self.heads[k])
-        with naming_group(k), at_precision(self._device().type, torch.float32):
+        device_type = next((p.device.type for p in self.parameters()), "cpu")
+        with naming_group(k), at_precision(device_type, torch.float32):
             draw = sampler(group.prior, self._ratio(k, group.context))
             require_instance("The sampler's result", draw, Draw, "Return ncprior.Draw(z=z).")
         if not torch.isfinite(draw.z).all():

@@ -337,18 +337,20 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
         device(type='cpu')
     """
     require_source(source)
-    base = source.shared_prior()
+    base, module = source.shared_prior(), source.module
+    weights = module.parameters() if isinstance(module, nn.Module) else ()
+    device = next((p.device for p in weights), None)
+    if device is not None and not isinstance(base, Distribution):
+        return device  # without a draw of the base, which may cost a walk
     outside = random_state()
     try:
         if not isinstance(base, Distribution):
             base = source.group(source.start(1)).prior
         return base.sample().device
     except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
-        module = source.module
+        return device or torch.device("cpu")
     finally:
         set_random_state(outside)
-    found = (p.device for p in (module.parameters() if isinstance(module, nn.Module) else ()))
-    return next(found, torch.device("cpu"))
 
 
 def contrastive_pairs(

@@ -181,8 +181,9 @@ def pareto_k(log_weights: Tensor) -> float:
         >>> round(pareto_k(log_weights), 1)
         0.5
     """
-    log_weights = real_tensor("log_weights", log_weights, rows=2)
-    ordered = log_weights.flatten().cpu().double().sort().values
+    ordered = real_tensor("log_weights", log_weights).flatten().cpu().double().sort().values
+    if len(ordered) <= _FEWEST_EXCEEDANCES:
+        return math.nan
     size = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
     start, tail = ordered[-size - 1], ordered[-size:]
     tail = tail[tail > start]

@@ -125,7 +125,7 @@ def test_bad_arguments_are_told() -> None:
     problem = GaussianPair()
     prior, sampler = prior_of(problem, 1.0), partial(sir, num_proposals=2)
     for most in (0.5, math.inf, math.nan):
-        with pytest.raises(ValueError, match="max_strength must be 1 or more"):
+        with pytest.raises(ValueError, match="max_strength must be a number in"):
             match(prior, problem.data(20), sampler, max_strength=most)
     with pytest.raises(ValueError, match="needs 2 rows"):
         match(prior, problem.data(1), sampler)
