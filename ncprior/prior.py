@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ncprior.heads.checks import (
     as_heads,
@@ -31,7 +32,7 @@ from ncprior.heads.inputs import head_input
 from ncprior.heads.probe import probe_heads, warn_if_not_finite
 from ncprior.heads.settings import HeadSettings
 from ncprior.nce import nce_loss
-from ncprior.samplers.base import Draw, LogRatio, Sample, Sampler
+from ncprior.samplers.base import Draw, LogRatio, Sample, Sampler, checked_draw
 from ncprior.saving.heads import PretrainedHeads
 from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, require_source, visit
 from ncprior.utils.batches import own_batch
@@ -340,8 +341,11 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         require_steady(k, self.heads[k])
         device_type = next((p.device.type for p in self.parameters()), "cpu")
         with naming_group(k), at_precision(device_type, torch.float32):
-            draw = sampler(group.prior, self._ratio(k, group.context))
-            require_instance("The sampler's result", draw, Draw, "Return ncprior.Draw(z=z).")
+            prior = group.prior
+            shape = (
+                prior.batch_shape + prior.event_shape if isinstance(prior, Distribution) else None
+            )
+            draw = checked_draw(sampler(prior, self._ratio(k, group.context)), shape)
         if not torch.isfinite(draw.z).all():
             raise FloatingPointError(f"Group {k}: the sampler has drawn z that are not finite.")
         return draw

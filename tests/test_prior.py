@@ -853,7 +853,7 @@ def test_F36_wrong_objects_of_a_prior_are_named() -> None:
         (lambda: prior.sample(4, Draw), "sampler must be a function; got the class Draw"),
         (
             lambda: prior.sample(4, lambda p, r: p.sample()),
-            "sampler's result must be of type Draw",
+            "result of a sampler must be of type Draw",
         ),
         (lambda: prior.draw(0, group.prior, SIR), "group must be of type Group"),
         (lambda: prior.log_ratio(z), "latents must be of type list or tuple"),

@@ -66,7 +66,7 @@ def missing_jsd(
     fresh = _Fresh(prior, heads, batches)
     fresh.train(steps)
     rows = sum(num_rows(batch) // 4 for batch in batches)
-    gains = torch.cat([fresh.gains(_MEASURE) for _ in range(-(-num_draws // rows))], 0)
+    gains = torch.cat([fresh.gains(_MEASURE) for _ in range(max(1, -(-num_draws // rows)))], 0)
     return [Mean.of(values) for values in gains.unbind(1)]
 
 

@@ -441,9 +441,7 @@ def _report() -> diagnostics.Report:
     return diagnostics.Report((off,), 100, 8200, (50, 500))
 
 
-@call(
-    "ncprior.diagnostics.recommend_sampler", report=instance(diagnostics.Report), budget=count(2)
-)
+@call("ncprior.diagnostics.recommend_sampler", report=instance(diagnostics.Report), budget=count())
 def _(w: World) -> Built:
     return diagnostics.recommend_sampler, {"report": _report(), "budget": 100}
 
