@@ -15,6 +15,7 @@ a row adds: heads on the frozen VAE, or a VAE and its prior.
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
 
@@ -121,8 +122,9 @@ class Table2:
         prior = SNISPrior(num_proposals=proposals, energy=energy)
         vae, seconds = self.vae(prior, "snis", seed)
         normal = Independent(Normal(torch.zeros(50), 1.0), 1)
-        law = NCPrior(rebase(EIMSource(vae), normal), energy)
-        found = self.measure(law, num_proposals=proposals)["sir"]
+        head = deepcopy(energy)  # heads share no weights with the VAE
+        snis = NCPrior(rebase(EIMSource(vae), normal), head).eval()
+        found = self.measure(snis, num_proposals=proposals)["sir"]
         return [self.row(found.model, found, seconds)]
 
     def ncp(self, seed: int, name: str, make: Callable[[int], tuple[NCPrior, float]]) -> list[Row]:
