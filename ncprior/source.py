@@ -26,7 +26,14 @@ from ncprior.distributions import Sampleable, naming_bad_rows
 from ncprior.utils.batches import map_tensors, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import random_state, set_random_state
-from ncprior.utils.require import described, require_counts, require_finite
+from ncprior.utils.require import (
+    described,
+    require_callable,
+    require_counts,
+    require_finite,
+    require_instance,
+)
+from ncprior.utils.visible import is_trained
 
 E = TypeVar("E")
 
@@ -230,11 +237,13 @@ def visit(
         torch.Size([4, 3])
     """
     require_source(source)
+    require_callable("choose", choose, "Pass choose(k, group), which returns z.")
     latents = []
     for k in range(source.num_groups):
         group = source.group(state)
         with naming_bad_rows(k, group.posterior):
             z = choose(k, group)
+        require_instance("choose(k, group)", z, Tensor, "Return z, with shape (B, *event).")
         state = source.advance(state, z)
         latents.append(z)
     return tuple(latents), state
@@ -259,6 +268,7 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
         >>> [z.shape for z in latents], source.decode(state).shape
         ([torch.Size([4, 2])], torch.Size([4, 3]))
     """
+    require_source(source)
     encoding = source.encode(own_batch(x, device_of(source)))
     state = source.start(num_rows(encoding), encoding)
     latents, state = visit(source, state, lambda k, group: posterior_of(group).sample())
@@ -278,6 +288,7 @@ def posterior_of(group: Group) -> Distribution:
         >>> posterior_of(Group(prior=q, posterior=q)) is q
         True
     """
+    require_instance("group", group, Group, "Pass source.group(state).")
     if group.posterior is None:
         raise ValueError(
             "The walk started from an encoding, yet its group has no posterior: "
@@ -309,6 +320,8 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
 def require_eval(*parts: object) -> None:
     """Raises an error for a VAE in training mode, as dropout and batch statistics change q(z | x).
 
+    The heads of a prior that is itself a submodule may be in training mode.
+
     Raises:
         ValueError: If any submodule is in training mode.
 
@@ -317,12 +330,18 @@ def require_eval(*parts: object) -> None:
     """
     for part in parts:
         for name, submodule in part.named_modules() if isinstance(part, nn.Module) else ():
-            if submodule.training and type(submodule) not in _CONTAINERS:
+            watched = submodule.training and type(submodule) not in _CONTAINERS
+            if watched and not _is_of_a_prior(submodule, part):
                 raise ValueError(
                     f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
                     f"training mode. Call vae.eval(); leave out module= where that is impossible, "
                     f"as for a module of torch.export."
                 )
+
+
+def _is_of_a_prior(submodule: nn.Module, part: Any) -> bool:  # noqa: ANN401
+    models = (model for model in part.modules() if model is not part and is_trained(model))
+    return any(submodule is module for model in models for module in model.modules())
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their own flag changes nothing
@@ -374,6 +393,7 @@ def contrastive_pairs(
         >>> [z.shape for z, context in contrastive_pairs(source, x)]
         [torch.Size([2, 1, 4, 2])]
     """
+    require_source(source)
     require_counts(num_draws=num_draws)
     count = Size((num_draws,))
     require_eval(source, source.module)

@@ -57,6 +57,7 @@ class _Head(nn.Module):
     @torch.no_grad()
     def rescale(self, slope: float, offset: float) -> None:
         """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
+        require_numbers(slope=slope, offset=offset)
         self.out.weight.mul_(slope)
         self.out.bias.mul_(slope).add_(offset)
 
