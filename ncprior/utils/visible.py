@@ -65,7 +65,7 @@ def _parts(thing: Any, seen: set[Any]) -> list[Any]:  # noqa: ANN401
     """Parts of an object, or variables of a function."""
     match thing:
         case nn.Module():
-            modules = list(_modules(thing))
+            modules = [module for _, module in frozen_modules(thing)]
             seen.update(map(id, modules))
             held = [{**m._parameters, **m._buffers}.values() for m in modules]
             own = [value for name, value in vars(thing).items() if name[0] != "_"]
@@ -86,12 +86,16 @@ def _parts(thing: Any, seen: set[Any]) -> list[Any]:  # noqa: ANN401
     return list(getattr(thing, "__dict__", {}).values())
 
 
-def _modules(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and what it contains, except for priors."""
-    yield module
-    for child in module.children():
-        if not is_trained(child):
-            yield from _modules(child)
+def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields a module and its submodules by name, except for those of a prior or VAEBM among them.
+
+    Example:
+        >>> [name for name, _ in frozen_modules(torch.nn.Sequential(torch.nn.Tanh()))]
+        ['', '0']
+    """
+    models = (m for m in module.modules() if m is not module and is_trained(m))
+    trained = {id(part) for model in models for part in model.modules()}
+    yield from ((name, m) for name, m in module.named_modules() if id(m) not in trained)
 
 
 def _variables(function: FunctionType) -> list[Any]:
@@ -128,10 +132,10 @@ def _used(function: Any, variable: str | int, value: Any) -> list[Any]:  # noqa:
 
 def _attribute(owner: Any, name: str) -> Any:  # noqa: ANN401
     """An attribute of an object, a method or property as a bound method, else the object."""
-    registered = (
-        owner._parameters | owner._buffers | owner._modules if isinstance(owner, nn.Module) else {}
-    )
-    held = registered | getattr(owner, "__dict__", {})
+    held = dict(getattr(owner, "__dict__", {}))
+    if isinstance(owner, nn.Module):
+        held |= owner._parameters | owner._buffers
+        held |= owner._modules
     if name in held:
         return held[name]
     found = inspect.getattr_static(type(owner), name, None)

@@ -118,6 +118,7 @@ class Model(nn.Module):
         super().__init__()
         vae, head = VAE(), MLPHead((2,), width=8)
         self.vae, self.head = (vae, head) if registers else ((vae,), (head,))
+        self.eval()
 
     @property
     def own(self) -> VAE:
