@@ -19,6 +19,8 @@ from torch.distributions import (
     OneHotCategorical,
 )
 
+from ncprior.utils.require import described, require_counts
+
 Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """``{type name: {parameter name: tensor of shape (B, ...)}}``."""
 
@@ -108,12 +110,18 @@ def naming_bad_rows(k: int, q: Distribution | None) -> Iterator[None]:
 
 
 def expand(prior: Sampleable, batch_size: int) -> Sampleable:
-    """Returns B independent rows of a prior with an empty batch shape.
+    """Returns B independent rows of a prior with an empty batch shape; B may be 0.
+
+    Raises:
+        TypeError: If the prior draws no z, or B is no whole number.
 
     Example:
         >>> expand(Normal(torch.tensor(0.0), 1.0), 5).sample().shape
         torch.Size([5])
     """
+    if not is_prior(prior):
+        raise TypeError(f"prior must draw z; got {described(prior)}. Pass a distribution.")
+    require_counts("[0, inf)", batch_size=batch_size)
     if not isinstance(prior, Distribution):
         return _Rows(prior, batch_size)
     tree = parameters(prior)

@@ -27,6 +27,7 @@ from ncprior.heads.checks import (
     require_finite_groups,
     require_steady,
 )
+from ncprior.heads.contexts import require_context
 from ncprior.heads.fast import prepare_head
 from ncprior.heads.inputs import head_input
 from ncprior.heads.probe import probe_heads, warn_if_not_finite
@@ -38,7 +39,12 @@ from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, re
 from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
-from ncprior.utils.require import require_callable, require_counts, require_instance
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_instance,
+    require_numbers,
+)
 from ncprior.utils.visible import require_apart
 
 
@@ -158,12 +164,15 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
             groups: Groups whose loss is computed; the loss of any other is 0. All by default.
 
         Returns:
-            The losses in nats, scalars.
+            The losses in nats, scalars; NaN if a row of x is, as nothing here waits for a GPU.
 
         Example:
             >>> for loss in prior.group_losses(x):
             ...     loss.backward()
         """
+        require_numbers("(0, inf)", noise_weight=noise_weight)
+        require_counts(num_draws=num_draws)
+        check_precision(precision)
         x = own_batch(x, self._device())
         with naming_parts(self.source, self.heads):
             for k, (z, context) in enumerate(contrastive_pairs(self.source, x, num_draws)):
@@ -291,6 +300,7 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         """
         require_counts(f"[0, {len(self.heads) - 1}]", k=k)
         require_instance("z", z, Tensor, "Pass latents of group k as a tensor.")
+        require_context(context)
         check_precision(precision)
         require_steady(k, self.heads[k])
         return self._log_r(k, z, context, precision)

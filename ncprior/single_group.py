@@ -84,8 +84,6 @@ class SingleGroup(LatentSource[Any, Any]):
             )
         self.prior = prior
         self.module = _as_module(module)
-        parts = (posterior, decoder)
-        self._watched = (self.module, *(getattr(part, "__self__", part) for part in parts))
         self._posterior = posterior
         self._decoder = decoder
         self._likelihood = likelihood
@@ -94,6 +92,12 @@ class SingleGroup(LatentSource[Any, Any]):
         if features is not None:
             shape = getattr(prior, "event_shape", None)
             self._event_ndim = prior.sample().ndim if shape is None else len(shape)
+
+    @property
+    def _watched(self) -> tuple[object, ...]:
+        """What must be in evaluation mode: the modules, and those of bound methods."""
+        parts = (self._posterior, self._decoder)
+        return (self.module, *(getattr(part, "__self__", part) for part in parts))
 
     class Encoding(NamedTuple):
         """Parameters of q(z | x), or else the batch itself, and the condition."""

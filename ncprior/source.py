@@ -7,9 +7,8 @@ A VAE with K groups of latents factorises its prior and its posterior as
 
 A :class:`LatentSource` visits the groups one after the other: ``start`` returns a first state,
 ``group`` the distributions p(z_k | z_<k) and, given an x, q(z_k | z_<k, x), ``advance`` the next
-state given z_k, and ``decode`` the mean of p(x | z) from the last state. Training and sampling are
-both a :func:`visit` and differ only in the choice of z_k. A state is a value: it can be copied,
-indexed by rows, cached and compared.
+state given z_k, and ``decode`` the mean of p(x | z) from the last state. A state is a value: it can
+be copied, indexed by rows, cached and compared.
 """
 
 from __future__ import annotations
@@ -26,10 +25,16 @@ from ncprior.distributions import Sampleable, naming_bad_rows
 from ncprior.utils.batches import map_tensors, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import random_state, set_random_state
-from ncprior.utils.require import described, require_counts, require_finite
+from ncprior.utils.require import (
+    described,
+    require_callable,
+    require_counts,
+    require_finite,
+    require_instance,
+)
+from ncprior.utils.visible import frozen_modules
 
 E = TypeVar("E")
-
 S = TypeVar("S")
 
 
@@ -66,8 +71,7 @@ class LatentSource(Protocol[E, S]):
 
     Attributes:
         num_groups: K, the number of latent groups.
-        module: The VAE, for its fingerprint and for the check that it is in evaluation mode, or
-            ``None``.
+        module: The VAE or ``None``, for the fingerprint and the check that it is in evaluation mode.
 
     Example:
         >>> state = source.start(4)                    # no x: a walk along the prior
@@ -107,9 +111,8 @@ class LatentSource(Protocol[E, S]):
             ValueError: By default.
         """
         raise ValueError(
-            f"{type(self).__name__} does not know p(x | z). Give it a method likelihood(state) that "
-            f"returns the distribution; if the decoder was trained by squared error, wrap the "
-            f"source in GaussianDecoder.fitted(source, held_out)."
+            f"{type(self).__name__} does not know p(x | z). Give it a method likelihood(state); or, if "
+            f"the decoder was trained by squared error, use GaussianDecoder.fitted(source, held_out)."
         )
 
     def features(self, k: int, z: Tensor) -> Tensor:
@@ -230,11 +233,13 @@ def visit(
         torch.Size([4, 3])
     """
     require_source(source)
+    require_callable("choose", choose, "Pass choose(k, group), which returns z.")
     latents = []
     for k in range(source.num_groups):
         group = source.group(state)
         with naming_bad_rows(k, group.posterior):
             z = choose(k, group)
+        require_instance("choose(k, group)", z, Tensor, "Return z, with shape (B, *event).")
         state = source.advance(state, z)
         latents.append(z)
     return tuple(latents), state
@@ -244,8 +249,7 @@ def visit(
 def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, ...], S]:  # noqa: ANN401
     """Draws z_k ~ q(z_k | z_<k, x) for one batch of x.
 
-    Over random x these are draws of the aggregate posterior q(z) = E_x q(z | x), the best prior
-    that a frozen decoder can be expected to have.
+    Over random x these are draws of the aggregate posterior q(z) = E_x q(z | x).
 
     Arguments:
         source: The VAE.
@@ -259,6 +263,7 @@ def sample_posterior(source: LatentSource[E, S], x: Any) -> tuple[tuple[Tensor, 
         >>> [z.shape for z in latents], source.decode(state).shape
         ([torch.Size([4, 2])], torch.Size([4, 3]))
     """
+    require_source(source)
     encoding = source.encode(own_batch(x, device_of(source)))
     state = source.start(num_rows(encoding), encoding)
     latents, state = visit(source, state, lambda k, group: posterior_of(group).sample())
@@ -278,6 +283,7 @@ def posterior_of(group: Group) -> Distribution:
         >>> posterior_of(Group(prior=q, posterior=q)) is q
         True
     """
+    require_instance("group", group, Group, "Pass source.group(state).")
     if group.posterior is None:
         raise ValueError(
             "The walk started from an encoding, yet its group has no posterior: "
@@ -301,8 +307,7 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
 
     map_tensors(count, tree)
     if not rows:
-        got = type(tree).__name__
-        raise ValueError(f"Expected tensors whose first axis is the batch; got {got} without any.")
+        raise ValueError(f"The batch must be the first axis of tensors; got {described(tree)}.")
     return rows[0]
 
 
@@ -310,13 +315,13 @@ def require_eval(*parts: object) -> None:
     """Raises an error for a VAE in training mode, as dropout and batch statistics change q(z | x).
 
     Raises:
-        ValueError: If any submodule is in training mode.
+        ValueError: If any submodule is in training mode, except for heads of a prior in it.
 
     Example:
         >>> require_eval(torch.nn.Linear(1, 1).eval())
     """
     for part in parts:
-        for name, submodule in part.named_modules() if isinstance(part, nn.Module) else ():
+        for name, submodule in frozen_modules(part) if isinstance(part, nn.Module) else ():
             if submodule.training and type(submodule) not in _CONTAINERS:
                 raise ValueError(
                     f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
@@ -360,8 +365,6 @@ def contrastive_pairs(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yields, for each group, the posterior and prior draws of z_k that its head classifies.
 
-    Both are drawn under the same z_<k ~ q(z_<k | x).
-
     Arguments:
         source: The VAE.
         x: One batch, as the user's loader yields it.
@@ -369,15 +372,15 @@ def contrastive_pairs(
             the first draw from the posterior.
 
     Returns:
-        Draws of the posterior and of the prior, with shape ``(2, num_draws, B, *event)``, and the
-        context.
+        Draws of the posterior and of the prior, both given the same z_<k ~ q(z_<k | x), with shape
+        ``(2, num_draws, B, *event)``, and the context.
 
     Example:
         >>> [z.shape for z, context in contrastive_pairs(source, x)]
         [torch.Size([2, 1, 4, 2])]
     """
+    require_source(source)
     require_counts(num_draws=num_draws)
-    count = Size((num_draws,))
     require_eval(source, source.module)
     with torch.no_grad():
         encoding = source.encode(x)
@@ -386,16 +389,14 @@ def contrastive_pairs(
         with torch.no_grad():
             group = source.group(state)
             with naming_bad_rows(k, group.posterior):
-                z_q = _draw(posterior_of(group), count)
-            z_p = _draw(group.prior, count)
+                z_q = _draw(posterior_of(group), num_draws)
+            z = torch.stack([z_q, _draw(group.prior, num_draws).to(z_q.dtype)])
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
-            z = torch.stack([z_q, z_p.to(z_q.dtype)])
         yield z, group.context
 
 
-def _draw(distribution: Any, count: Size) -> Tensor:  # noqa: ANN401
+def _draw(p: Any, num_draws: int) -> Any:  # noqa: ANN401
     """Draws from a distribution; ``rsample`` of a normal does not synchronise a GPU."""
-    has_rsample = getattr(distribution, "has_rsample", False)
-    z: Tensor = distribution.rsample(count) if has_rsample else distribution.sample(count)
-    return z
+    count = Size((num_draws,))
+    return p.rsample(count) if getattr(p, "has_rsample", False) else p.sample(count)

@@ -30,7 +30,11 @@ def test_F12_a_posterior_of_other_rows_than_x_raises(rows: int) -> None:
 
 def test_F15_an_error_of_the_posterior_on_nan_names_x() -> None:
     vae = VAE()
-    source = SingleGroup(base(), lambda x: Independent(Normal(x[:, :2], 1.0), 1), vae.decode)
+
+    def validated(x: Tensor) -> Independent:
+        return Independent(Normal(x[:, :2], 1.0, validate_args=True), 1)
+
+    source = SingleGroup(base(), validated, vae.decode)
     x = torch.randn(32, 3)
     x[3, 0] = torch.nan
     with pytest.raises(ValueError, match="x has NaN or infinity. Remove or mend"):

@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ncprior.utils.require import described
+
 
 class Standardise(nn.Module):
     """Standardisation (z - mean) / sd of an input, with fixed buffers."""
@@ -66,6 +68,15 @@ class MapContext(nn.Module):
         _checked_context(context, self.shape)
         h: Tensor = self.conv(self.scale(context))
         return h
+
+
+def require_context(context: object) -> None:
+    """Validates that a context is a tensor of real numbers or ``None``."""
+    if context is None or (isinstance(context, Tensor) and not context.is_complex()):
+        return
+    raise TypeError(
+        f"context must be a tensor of real numbers, or None; got {described(context)}. Pass a tensor."
+    )
 
 
 def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:

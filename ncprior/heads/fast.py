@@ -24,9 +24,11 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.functional import silu
 
+from ncprior.heads.contexts import require_context
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, is_unmodified
 from ncprior.heads.product import ProductHead, factors
 from ncprior.utils.precision import at_precision, check_precision
+from ncprior.utils.require import require_instance
 
 _CACHE = 2**19  # features of a block per thread: 2 MiB, as much as a core's cache holds
 
@@ -127,6 +129,7 @@ def prepare_head(
         A function of z, with shape ``(*, B, *event)``, to log r(z, c) in nats, ``(*, B)``.
 
     Raises:
+        TypeError: If the head is no module, or the context no tensor.
         ValueError: If the precision is neither of the two.
 
     Example:
@@ -134,6 +137,8 @@ def prepare_head(
         >>> prepare_head(head, torch.randn(4, 3))(torch.randn(500, 4, 2)).shape
         torch.Size([500, 4])
     """
+    require_instance("head", head, nn.Module, "Pass a ratio head, such as prior.heads[0].")
+    require_context(context)
     check_precision(precision)
     plain = is_unmodified(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:

@@ -15,7 +15,8 @@ import torch
 from torch import Size, Tensor
 
 from ncprior.distributions import Sampleable
-from ncprior.source import Group, LatentSource, posterior_of
+from ncprior.source import Group, LatentSource, posterior_of, require_source
+from ncprior.utils.require import require_counts, require_instance
 
 _ONE = Size()
 
@@ -34,22 +35,19 @@ def head_input(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
         Features of z, with shape ``(*, B, ...)``; by default z itself.
 
     Raises:
-        ValueError: If z requires gradients and the features cut them.
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is no such group.
 
     Example:
         >>> z = torch.randn(5, 4, 2)
         >>> head_input(source, 0, z) is z
         True
     """
+    require_source(source)
+    require_counts(f"[0, {source.num_groups - 1}]", k=k)
+    require_instance("z", z, Tensor, "Pass latents of group k as a tensor.")
     with nullcontext() if z.requires_grad else torch.no_grad():
-        h = source.features(k, z)
-    if z.requires_grad and torch.is_grad_enabled() and not h.requires_grad:
-        raise ValueError(
-            f"The features of group {k} have no gradient with respect to z, so that Langevin dynamics "
-            f"would ignore the head. Leave torch.no_grad, detach and rounding out of features=; or "
-            f"sample by sir, which needs no gradient."
-        )
-    return h
+        return source.features(k, z)
 
 
 def with_head_inputs(source: LatentSource[Any, Any], k: int, group: Group, z: Tensor) -> Group:

@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, require_sizes
 from ncprior.source import Group
 from ncprior.utils.require import described, require_instance
 
@@ -50,10 +50,7 @@ def make_head(
         'ConvHead'
     """
     require_instance("group", group, Group, "Pass source.group(state).")
-    if kind is not None and not (isinstance(kind, type) and issubclass(kind, MLPHead | ConvHead)):
-        raise TypeError(
-            f"kind must be MLPHead, ConvHead or a class derived from one; got {described(kind)}."
-        )
+    require_options(kind=kind, **options)
     z = _draws(group.prior)
     event_shape = tuple(z.shape[1:])
     codes = not z.is_floating_point()
@@ -83,6 +80,15 @@ def make_head(
     head.fit_scale(z, group.context)
     made: nn.Module = head
     return made
+
+
+def require_options(*, kind: Any = None, **options: Any) -> None:  # noqa: ANN401
+    """Validates those options of :func:`make_head` that do not depend on the group."""
+    if kind is not None and not (isinstance(kind, type) and issubclass(kind, MLPHead | ConvHead)):
+        raise TypeError(
+            f"kind must be MLPHead, ConvHead or a class derived from one; got {described(kind)}."
+        )
+    require_sizes(**options)
 
 
 def _draws(p: Sampleable) -> Tensor:

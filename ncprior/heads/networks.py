@@ -19,7 +19,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ncprior.heads.contexts import MapContext, Standardise, VectorContext
+from ncprior.heads.contexts import MapContext, Standardise, VectorContext, require_context
 from ncprior.utils.precision import in_full
 from ncprior.utils.require import (
     described,
@@ -28,6 +28,14 @@ from ncprior.utils.require import (
     require_numbers,
     require_shape,
 )
+
+
+def require_sizes(**config: Any) -> None:  # noqa: ANN401
+    """Validates those arguments of a head that are numbers, as far as they are given."""
+    given = {name: config[name] for name in ("width", "num_categories") if name in config}
+    require_counts(**given)
+    require_counts("[0, inf)", depth=config.get("depth", 0))
+    require_numbers("[0, 1)", dropout=config.get("dropout", 0.0))
 
 
 class _Head(nn.Module):
@@ -39,16 +47,14 @@ class _Head(nn.Module):
     out: nn.Linear
 
     def __init__(self, **config: Any) -> None:  # noqa: ANN401
-        counts = [name for name in ("width", "num_categories") if name in config]
-        require_counts(**{name: config[name] for name in counts})
-        require_counts("[0, inf)", depth=config["depth"])
-        require_numbers("[0, 1)", dropout=config["dropout"])
+        require_sizes(**config)
         for name in ("event_shape", "context_shape"):
             if name == "event_shape" or config[name] is not None:
                 config[name] = list(require_shape(name, config[name]))
         super().__init__()
         self.event_shape = tuple(config["event_shape"])
-        self._config = config | {name: int(config[name]) for name in (*counts, "depth")}
+        counts = config.keys() & {"width", "depth", "num_categories"}
+        self._config = config | {name: int(config[name]) for name in counts}
 
     def config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, ready for JSON."""
@@ -57,6 +63,7 @@ class _Head(nn.Module):
     @torch.no_grad()
     def rescale(self, slope: float, offset: float) -> None:
         """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
+        require_numbers(slope=slope, offset=offset)
         self.out.weight.mul_(slope)
         self.out.bias.mul_(slope).add_(offset)
 
@@ -264,7 +271,13 @@ class CategoricalHead(_Head):
         """Returns the features of codes, with shape ``(*, B, width)`` or ``(*, B, width, H, W)``."""
         if _checked_event(z, self.event_shape).is_floating_point():
             raise TypeError(f"CategoricalHead takes codes, whole numbers; got {described(z)}.")
-        h: Tensor = self.embedding(z.long())
+        try:
+            h: Tensor = self.embedding(z.long())
+        except IndexError as error:  # a GPU has an assertion of its own
+            count = self.embedding.num_embeddings
+            raise ValueError(
+                f"CategoricalHead takes codes from 0 to {count - 1}; got others."
+            ) from error
         return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
 
 
@@ -345,6 +358,8 @@ def _zero(linear: nn.Linear) -> nn.Linear:
 
 def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
     require_instance("z", z, Tensor, "Pass latents as a tensor.")
+    if z.is_complex() or z.dtype == torch.bool:
+        raise TypeError(f"The head takes z as real numbers or codes; got {described(z)}.")
     if z.ndim <= len(event_shape) or z.shape[z.ndim - len(event_shape) :] != event_shape:
         raise ValueError(
             f"The head takes z of shape (*, B, {', '.join(map(str, event_shape))}); "
@@ -354,6 +369,7 @@ def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
 
 
 def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
+    require_context(context)
     rows = z.shape[z.ndim - len(event_shape) - 1]
     if context is not None and len(context) != rows:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ncprior.heads.checks import naming_parts
 from ncprior.heads.inputs import with_head_inputs
-from ncprior.heads.make import make_head
+from ncprior.heads.make import make_head, require_options
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
@@ -40,6 +40,7 @@ def probe_heads(
         UserWarning: If reconstructions of a row are no closer to it than to other rows, or are not
             finite; or if one row is to give the scales of a context.
     """
+    require_options(**options)
     x = own_batch(x, device_of(source))
     heads: list[nn.Module] = []
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncprior.utils.require import require_instance
+from ncprior.utils.require import require_instance, require_numbers
 
 
 class ProductHead(nn.Module):
@@ -29,7 +29,9 @@ class ProductHead(nn.Module):
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
-        heads = [require_instance("A head", head, nn.Module, "Pass modules.") for head in heads]
+        remedy = "Pass a list of modules."
+        listed = list(require_instance("heads", heads, Iterable, remedy))
+        heads = [require_instance("A head", head, nn.Module, remedy) for head in listed]
         self.heads = nn.ModuleList(factor for head in heads for factor in factors(head))
         if not self.heads:
             raise ValueError("A product needs at least one head; got none. Pass the heads.")
@@ -40,6 +42,7 @@ class ProductHead(nn.Module):
 
     def rescale(self, slope: float, offset: float) -> None:
         """Replaces log r by slope · log r + offset, in place."""
+        require_numbers(slope=slope, offset=offset)
         for s, head in enumerate(self.heads):
             rescale_head(head, slope, offset if s == 0 else 0.0)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncprior.utils.require import require_choice
+from ncprior.utils.require import require_choice, require_instance
 
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
@@ -26,6 +26,8 @@ def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextMan
         ...     (torch.eye(2) @ torch.eye(2)).dtype
         torch.bfloat16
     """
+    require_instance("device_type", device_type, str, 'Pass tensor.device.type, such as "cpu".')
+    require_instance("precision", precision, torch.dtype, "Pass torch.float32 or torch.bfloat16.")
     if precision == torch.bfloat16:
         return torch.autocast(device_type, torch.bfloat16)
     if torch.is_autocast_enabled(device_type):

@@ -138,7 +138,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         require_source(source)
         require_callable("energy", energy, "Pass a network, or a function that maps x to E(x).")
         if isinstance(energy, nn.Module):
-            require_apart(energy, (source, heads), "The energy")
+            require_apart(energy, (source, getattr(heads, "heads", None)), "The energy")
         require_one_device(energy, source, heads)
         object.__setattr__(self, "prior", heads)  # nn.Module would register them
         object.__setattr__(self, "source", source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -211,7 +212,7 @@ def _(w: World) -> Built:
 # --- NCE
 
 NOISE_WEIGHT = number(0, open_low=True)
-LOG_R = tensor(nan=None, rank=None)
+LOG_R = replace(tensor(nan=None, rank=None), tensors=False)  # of any shape, also ()
 
 
 @call("ncprior.nce_loss", log_r_posterior=LOG_R, log_r_prior=LOG_R, noise_weight=NOISE_WEIGHT)
@@ -287,7 +288,11 @@ def _(w: World) -> Built:
     return w.prior, {"x": w.x}
 
 
-@call("ncprior.NCPrior.group_losses", **LOSS, precision=PRECISION)
+# A loss may be NaN: the trainer looks at the losses, once in many steps.
+X_OR_NAN = replace(X, pool=tuple(v._replace(valid=None) if "NaN" in v.name else v for v in X.pool))
+
+
+@call("ncprior.NCPrior.group_losses", **(LOSS | {"x": X_OR_NAN}), precision=PRECISION)
 def _(w: World) -> Built:
     return w.prior.group_losses, {"x": w.x}
 

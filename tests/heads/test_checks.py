@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.problems import GaussianPair
-from helpers.toys import VAE, Ladder, base, everything, flat, ladder_prior
+from helpers.toys import VAE, Ladder, base, everything, flat, ladder_prior, stir
 from torch import Tensor, nn
 
-from ncprior import Group, NCETrainer, NCPrior, SingleGroup, langevin, sir
+from ncprior import Group, NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead, ProductHead, make_head
 from ncprior.utils.visible import visible_tensors
 
@@ -109,6 +109,56 @@ def test_F6_a_source_that_is_a_module_is_looked_into() -> None:
     source = Ladder(1)
     with pytest.raises(ValueError, match="Heads must not share"):
         NCPrior(source, Inside(source.cells[0]))
+
+
+class Model(nn.Module):
+    """A user's model that holds a VAE and a head, with methods that use the VAE."""
+
+    def __init__(self, *, registers: bool) -> None:
+        super().__init__()
+        vae, head = VAE(), MLPHead((2,), width=8)
+        self.vae, self.head = (vae, head) if registers else ((vae,), (head,))
+        self.eval()
+
+    @property
+    def own(self) -> VAE:
+        return self.vae if isinstance(self.vae, VAE) else self.vae[0]
+
+    def posterior(self, x: Tensor) -> Any:
+        return self.encoded(x)
+
+    @torch.no_grad()
+    def encoded(self, x: Tensor) -> Any:
+        return self.own.posterior(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.own.decode(z)
+
+    def with_self(self, z: Tensor) -> Tensor:
+        return type(self).decode(self, z)
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_F6_a_model_that_holds_vae_and_prior_is_no_false_alarm(registers: bool) -> None:
+    model = Model(registers=registers)
+    head = model.head if registers else model.head[0]
+    source = SingleGroup(base(), model.posterior, lambda z: model.decode(z))
+    model.prior = NCPrior(source, head)
+    methods = SingleGroup(base(), model.posterior, model.decode)
+    prior = NCPrior(methods, head)
+    fit(prior, torch.randn(32, 3), steps=2)
+    with pytest.raises(ValueError, match="Heads must not share"):
+        NCPrior(source, Inside(model.own.decoder[:2]))
+
+
+def test_F6_a_prior_inside_of_the_vaes_module_is_left_out() -> None:
+    model = Model(registers=True)
+    model.head = None
+    whole = SingleGroup(base(), model.posterior, model.with_self, module=model)
+    model.prior = NCPrior(whole, MLPHead((2,), width=8))
+    NCPrior(whole, model.prior.heads)
+    with pytest.raises(ValueError, match="Heads must not share"):
+        NCPrior(whole, Inside(model.vae.decoder[:2]))
 
 
 def test_visible_tensors_of_globals_and_containers() -> None:
@@ -229,8 +279,8 @@ def test_F5_features_without_a_gradient_raise_in_langevin(adjusted: bool) -> Non
     ula = partial(langevin, num_steps=2, step_size=0.1, adjusted=adjusted)
     cuts = (torch.no_grad()(vae.decoder[:2].forward), lambda z: vae.decoder[:2](z).detach())
     for features in cuts:
-        prior = NCPrior(flat(vae, features=features), MLPHead((8,)))
-        with pytest.raises(ValueError, match="Group 0: The features of group 0 have no gradient"):
+        prior = stir(NCPrior(flat(vae, features=features), MLPHead((8,))))
+        with pytest.raises(ValueError, match=r"Group 0: log_ratio changes with z.*features="):
             prior.sample(5, ula)
         prior.sample(5, SIR)
         prior.nce_loss(torch.randn(5, 3))
