@@ -28,7 +28,7 @@ def require_counts(interval: str = "[1, inf)", /, **counts: Any) -> None:  # noq
         counts: The values by name of the argument.
 
     Raises:
-        TypeError: If a value is not a whole number: ``2.0`` and ``True`` are not.
+        TypeError: If a value is not a whole number: ``2.0``, ``True`` and tensors are not.
         ValueError: If a value is outside the interval.
     """
     asked = f"a whole number in {interval}"
@@ -332,11 +332,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:  # noqa: ANN401
 
 
 def _is_whole(value: Any) -> bool:  # noqa: ANN401
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _require_within(interval: str, name: str, value: float, asked: str) -> None:
