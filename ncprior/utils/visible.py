@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from itertools import islice
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -53,13 +53,9 @@ def _parts(thing: Any, seen: set[int]) -> list[Any]:  # noqa: ANN401
     """Parts of an object, or variables of a function."""
     match thing:
         case nn.Module():
+            seen.update(map(id, thing.modules()))
             own = [value for name, value in vars(thing).items() if name[0] != "_"]
-            inside = [thing]
-            for module in inside:
-                inside += [child for child in module.children() if id(child) not in seen]
-                seen.update(map(id, inside))
-            tensors = [[*m.parameters(False), *m.buffers(False)] for m in inside]
-            return [*chain.from_iterable(tensors), *own]
+            return [*thing.parameters(), *thing.buffers(), *own]
         case Mapping():
             return list(islice(thing.values(), _MOST))
         case tuple() | list():
@@ -98,8 +94,7 @@ def require_apart(module: nn.Module, source: object, whose: str) -> None:
     Raises:
         ValueError: If it shares a parameter; the message names it.
     """
-    # An object whose method is the source's posterior may hold a prior with these heads, too.
-    theirs = {_address(t) for t in _tensors(source, _DEPTH, {id(module)})}
+    theirs = {_address(t) for t in visible_tensors(source)}
     for name, parameter in module.named_parameters():
         if _address(parameter) in theirs:
             raise ValueError(
