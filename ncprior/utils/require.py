@@ -245,8 +245,12 @@ def tensor_of_batch(x: Any) -> Tensor:  # noqa: ANN401
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
+        ValueError: If it has no rows.
     """
-    return _as_tensor("x", x[0] if isinstance(x, tuple | list) and len(x) > 0 else x)
+    tensor = _as_tensor("x", x[0] if isinstance(x, tuple | list) and len(x) > 0 else x)
+    if tensor.ndim == 0 or len(tensor) == 0:
+        raise ValueError(f"x must have 1 or more rows; got {described(tensor)}.")
+    return tensor
 
 
 def floats_of_batch(
@@ -265,7 +269,7 @@ def floats_of_batch(
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
-        ValueError: If it holds no floats, a number outside the range, or NaN.
+        ValueError: If it has no rows, holds no floats, a number outside the range, or NaN.
     """
     tensor = tensor_of_batch(x)
     if not tensor.is_floating_point():

@@ -553,7 +553,7 @@ def _gap(w: World) -> dict[str, Any]:
     base=GENERATIONS,
     ours=GENERATIONS,
     posterior=GENERATIONS,
-    num_resamples=count(),
+    num_resamples=count(2),
     level=LEVEL,
     seed=SEED,
 )
@@ -713,7 +713,7 @@ def _(w: World) -> Built:
     options=SLOW,
     prior=PRIOR,
     sampler=SAMPLER,
-    x=DATA,
+    x=X,
     features=function(*LAYERS),
     num_samples=count(),
     generations=count(huge=False),
