@@ -20,7 +20,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, softplus
 
-from ncprior.utils.require import described, floats, require_counts
+from ncprior.utils.require import described, floats, require_counts, require_instance
 
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
@@ -53,6 +53,7 @@ class LogisticMixture(Distribution):
     support = constraints.independent(constraints.unit_interval, 3)
 
     def __init__(self, parameters: Tensor, *, num_bits: int = 8) -> None:
+        require_instance("parameters", parameters, Tensor, "Pass the decoder's output.")
         parameters = floats("parameters", parameters)
         require_counts("[1, 16]", num_bits=num_bits)
         if parameters.ndim != 4 or parameters.shape[1] == 0 or parameters.shape[1] % 10:

@@ -326,13 +326,13 @@ def _checked(model: Any) -> nn.Module:  # noqa: ANN401
     if not hasattr(model, "decoder") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     decoder = getattr(model, "decoder", None)
-    is_module = isinstance(model, nn.Module)
-    missing = [n for n in ("encoder", "decoder", "H") if not (is_module and hasattr(model, n))]
+    names = ("encoder", "decoder", "H")  # torch's own tensor.H raises
+    missing = [n for n in names if isinstance(model, Tensor) or not hasattr(model, n)]
     parts = ("dec_blocks", "bias_xs", "out_net", "final_fn")
     missing += [f"decoder.{name}" for name in parts if not hasattr(decoder, name)]
     for block in getattr(decoder, "dec_blocks", ()):
         missing += [f"{name} in a block" for name in _BLOCK if not hasattr(block, name)]
-    if missing:
+    if missing or not isinstance(model, nn.Module):
         raise TypeError(
             f"VDVAESource takes VDVAE's VAE; got {described(model)}, which lacks "
             f"{', '.join(missing[:3])}. Give the model itself, not its state_dict."

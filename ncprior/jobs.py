@@ -101,7 +101,7 @@ def sample_parts(
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
     job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
     folder = Path(folder)
-    if (folder / "job.json").exists():
+    if not chosen or (folder / "job.json").exists():
         _claim(folder, job)
     for i in chosen:
         path, first, tensors = _path(folder, i), i * part_size, None

@@ -114,7 +114,7 @@ def _require_batches(data: list[Any] | tuple[Any, ...]) -> None:
     if any(batch is None for batch in data):
         raise TypeError(f"A {type(data).__name__} must hold batches; got None among them.")
     single = isinstance(first, Tensor | np.ndarray) and first.ndim == 0
-    if single or (_is_list(first) and _is_number(first[0])):
+    if single or (_is_list(first) and any(map(_is_number, first))):
         raise TypeError(
             f"A list must hold batches; got single rows, of which the first is "
             f"{described(first)}. Pass DataLoader(data, batch_size, shuffle=True)."

@@ -26,6 +26,7 @@ from fuzz.kinds import (
     SOURCE,
     TEXT,
     Kind,
+    X,
     choice,
     count,
     function,

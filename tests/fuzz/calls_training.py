@@ -64,7 +64,7 @@ RATE = number(0, open_low=True)
     held_out=OPTIONAL_DATA,
     steps=FEW,
     batch_size=count(),
-    learning_rate=RATE,
+    learning_rate=number(0),
     patience=count(none=True),
     stages=Kind(
         "stages",
