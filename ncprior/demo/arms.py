@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import num_rows, sample_posterior
-from ncprior.utils.batches import own_batch
+from ncprior.utils.batches import map_tensors
 from ncprior.utils.require import (
     numbers,
     require_callable,
@@ -98,7 +97,6 @@ def draw_arms(
         require_callable(name, function, "See the example in the docstring.")
     require_counts(num_samples=num_samples, generations=generations)
     require_flags(progress=progress)
-    x = own_batch(x, torch.device("cpu"))
     total = num_rows(x)
     require_counts(**{"The number of rows of x": total})
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
@@ -172,4 +170,4 @@ def _generate(
 
 
 def _rows(x: Any, index: Tensor) -> Any:  # noqa: ANN401
-    return tree_map_only(Tensor, lambda t: t[index], x)
+    return map_tensors(lambda t: t[index] if t.ndim > 0 else t, x)

@@ -12,8 +12,6 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import Transform
 from torch.distributions.utils import lazy_property
 
-from ncprior.utils.require import require_instance
-
 
 def module_fingerprint(module: nn.Module) -> str | None:
     """Returns the fingerprint ``"<dtype>:<SHA-256>"`` of a module.
@@ -32,7 +30,6 @@ def module_fingerprint(module: nn.Module) -> str | None:
         >>> module_fingerprint(torch.nn.Linear(1, 1)).split(":")[0]
         'float32'
     """
-    require_instance("module", module, nn.Module, "Pass a network.")
     digest = hashlib.sha256()
     dtypes = set()
     for name, value in sorted(_unwrapped(module.state_dict()).items()):

@@ -336,7 +336,11 @@ def _as_tensor(name: str, value: Any) -> Tensor:  # noqa: ANN401
 
 
 def _is_whole(value: Any) -> bool:  # noqa: ANN401
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool | np.ndarray | Tensor)
 
 
 def _require_within(interval: str, name: str, value: float, asked: str) -> None:

@@ -460,7 +460,7 @@ def _(w: World) -> Built:
 @call(
     "ncprior.data.CachedEncodings",
     source=SOURCE,
-    data=unsure(DATA),
+    data=opened(DATA),
     batch_size=count(),
     seed=SEED,
     budget=number(0, left_open=(math.inf,)),

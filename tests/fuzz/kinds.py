@@ -205,9 +205,7 @@ def function(*outputs: Value, none: bool = False) -> Kind:
             return none
         return None if callable(value) and not isinstance(value, type) else False
 
-    # A linear layer is the user's own function, and what it raises comes from torch.
-    pool = (*outputs, *(v for v in COMMON if v.name != "a linear layer"))
-    return Kind("a function", verdict, pool, gated=False)
+    return Kind("a function", verdict, (*outputs, *COMMON), gated=False)
 
 
 CALLBACK = function(*LAYERS[:1], *LAYERS[-1:], none=True)
