@@ -86,6 +86,7 @@ class HVAE(nn.Module):
 
     def start(self, batch_size: int) -> Tensor:
         """Returns h_0, ``(B, width, 4, 4)``, the same for every row."""
+        require_counts(batch_size=batch_size)
         return self.h_0.expand(batch_size, -1, -1, -1)
 
     def logits(self, h: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ def train_hvae(
     require_instance("vae", vae, HVAE, "Make one: HVAE().")
     require_counts(epochs=epochs)
     require_numbers("(0, inf)", learning_rate=learning_rate)
-    images = floats_of_batch("An HVAE", images, _BYTES, (0, 1)).to(vae.h_0)
+    images = _images(images, vae)
     require_counts(f"[1, {epochs * len(images)}]", batch_size=batch_size)
     steps, seen = epochs * len(images) // batch_size, 0
 
@@ -181,6 +182,13 @@ def train_hvae(
         name=f"VAE of {vae.num_groups} groups",
         progress=progress,
     )
+
+
+def _images(x: Any, vae: HVAE) -> Tensor:  # noqa: ANN401
+    images = floats_of_batch("An HVAE", x, _BYTES, (0, 1)).to(vae.h_0)
+    if tuple(images.shape[1:]) != (1, 28, 28):
+        raise ValueError(f"The images must have shape (B, 1, 28, 28); got {tuple(images.shape)}.")
+    return images
 
 
 class _Rung(nn.Module):
@@ -245,10 +253,7 @@ class HVAESource(LatentSource[Any, Any]):
             ValueError: If the images have another shape or range, or the VAE is in training mode.
         """
         require_eval(self.module)
-        x = floats_of_batch("An HVAE", x, _BYTES, (0, 1)).to(self.module.h_0)
-        if tuple(x.shape[1:]) != (1, 28, 28):
-            raise ValueError(f"The images must have shape (B, 1, 28, 28); got {tuple(x.shape)}.")
-        return self.module.features(x)
+        return self.module.features(_images(x, self.module))
 
     def start(
         self, batch_size: int, encoding: Tensor | None = None, condition: None = None

@@ -20,7 +20,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid, softplus
 
-from ncprior.utils.require import require_counts, require_instance
+from ncprior.utils.require import described, floats, require_counts, require_instance
 
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
 
@@ -54,6 +54,7 @@ class LogisticMixture(Distribution):
 
     def __init__(self, parameters: Tensor, *, num_bits: int = 8) -> None:
         require_instance("parameters", parameters, Tensor, "Pass the decoder's output.")
+        parameters = floats("parameters", parameters)
         require_counts("[1, 16]", num_bits=num_bits)
         if parameters.ndim != 4 or parameters.shape[1] == 0 or parameters.shape[1] % 10:
             raise ValueError(
@@ -115,7 +116,16 @@ class LogisticMixture(Distribution):
 
         Arguments:
             value: Images in [0, 1], with shape ``(*, B, 3, H, W)``.
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If they have another shape.
         """
+        value, shape = floats("value", value), self._batch_shape + self._event_shape
+        if value.shape[-4:] != shape:
+            raise ValueError(
+                f"value must have shape (*, {', '.join(map(str, shape))}); got {described(value)}."
+            )
         y = (2 * value.to(self.loc.dtype) - 1).unsqueeze(-3)  # (*, B, 3, 1, H, W)
         red, green, _ = y.unbind(-4)
         (loc_r, loc_g, loc_b), (c0, c1, c2) = self.loc.unbind(1), self.coefficient.unbind(1)

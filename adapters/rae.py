@@ -220,8 +220,9 @@ class RAE(_Networks):
         beta: float | None = None,
     ) -> None:
         require_numbers("[0, inf) or None", beta=beta)
+        require_choice("data", data, _SETTINGS)
+        require_choice("regulariser", regulariser, _SETTINGS[data].rae)
         super().__init__(data, width)
-        require_choice("regulariser", regulariser, self.setting.rae)
         preset, self.decay = self.setting.rae[regulariser]
         self.beta = preset if beta is None else beta
         self._initialise()
@@ -369,6 +370,7 @@ def settle(model: VAE | RAE, images: Tensor) -> None:
         False
     """
     require_instance("model", model, (VAE, RAE), "Pass a VAE or a RAE of ncprior.adapters.rae.")
+    images = model._checked(images)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -23,7 +23,13 @@ from ncprior.adapters.logistics import LogisticMixture
 from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
 from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import described, require_instance, require_numbers, tensor_of_batch
+from ncprior.utils.require import (
+    described,
+    require_counts,
+    require_instance,
+    require_numbers,
+    tensor_of_batch,
+)
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
 _NORMALISATION = {
@@ -130,6 +136,7 @@ class VDVAESource(LatentSource[Any, Any]):
     ) -> State:
         """Returns the state before group 0, whose prior is learnt and the same for all rows."""
         require_eval(self.module)
+        require_counts(batch_size=batch_size)
         if condition is not None:
             raise ValueError("VDVAE has no condition; got one. Leave it out.")
         biases = self._model.decoder.bias_xs
@@ -250,7 +257,7 @@ class VDVAESource(LatentSource[Any, Any]):
 
     def _normalised(self, x: Any) -> Tensor:  # noqa: ANN401
         """Returns the encoder's input for bytes or for VDVAE's own pair."""
-        first, *others = x if isinstance(x, tuple | list) else (x,)
+        first, *others = x if isinstance(x, tuple | list) and len(x) > 0 else (x,)
         paired = [getattr(other, "shape", None) for other in others] == [
             getattr(first, "shape", 0)
         ]
@@ -319,7 +326,8 @@ def _checked(model: Any) -> nn.Module:  # noqa: ANN401
     if not hasattr(model, "decoder") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     decoder = getattr(model, "decoder", None)
-    missing = [name for name in ("encoder", "decoder", "H") if not hasattr(model, name)]
+    names = ("encoder", "decoder", "H")  # torch's own tensor.H raises
+    missing = [n for n in names if isinstance(model, Tensor) or not hasattr(model, n)]
     parts = ("dec_blocks", "bias_xs", "out_net", "final_fn")
     missing += [f"decoder.{name}" for name in parts if not hasattr(decoder, name)]
     for block in getattr(decoder, "dec_blocks", ()):

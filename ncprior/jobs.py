@@ -89,7 +89,7 @@ def sample_parts(
     require_counts(num_samples=num_samples, part_size=part_size)
     require_counts(_SEEDS, seed=seed)
     num_samples, part_size, seed = map(operator.index, (num_samples, part_size, seed))
-    if isinstance(condition, np.ndarray):
+    if isinstance(condition, np.ndarray) and condition.dtype.kind in "fiub":
         condition = torch.from_numpy(condition.copy())
     if condition is not None and num_rows(condition) != num_samples:
         raise ValueError(
@@ -101,13 +101,16 @@ def sample_parts(
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
     job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
     folder = Path(folder)
-    _claim(folder, job)
+    if not chosen or (folder / "job.json").exists():
+        _claim(folder, job)
     for i in chosen:
-        path, first = _path(folder, i), i * part_size
+        path, first, tensors = _path(folder, i), i * part_size, None
         if not _is_drawn(path, _contents(job, i)):
             rows = slice(first, min(first + part_size, num_samples))
             with seeded(_seed(seed, i)):
                 tensors = _draw(prior, sampler, rows, condition)
+        _claim(folder, job)  # only now: a sampler that fails leaves nothing behind
+        if tensors is not None:
             _save(path, tensors, _contents(job, i))
         _tidy(path)
     return [_path(folder, i) for i in chosen]
@@ -146,6 +149,7 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
 
 def _chosen(parts: Iterable[int], count: int) -> list[int]:
     """Returns the numbers of the parts, after a check that the job has them."""
+    parts = parts.tolist() if isinstance(parts, np.ndarray | Tensor) else parts
     require_instance("parts", parts, Iterable, "Pass a list of numbers.")
     chosen = []
     for i in parts:

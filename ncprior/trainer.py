@@ -131,7 +131,12 @@ class NCETrainer:
 
         Arguments:
             k: The group, from 0.
+
+        Raises:
+            TypeError: If it is not a whole number.
+            ValueError: If there is no such group.
         """
+        require_counts(f"[0, {len(self.prior.heads) - 1}]", k=k)
         return k % num_ranks() if self.group_parallel else None
 
     @property

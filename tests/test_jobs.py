@@ -397,3 +397,20 @@ def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
     assert contents(tmp_path) == {
         name: whole[name] for name in ("job.json", "part-00003.safetensors")
     }
+
+
+def test_a_sampler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="sampler's result"):
+        sample_parts(made(), lambda prior, log_ratio: None, tmp_path / "job", **JOB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whole_numbers_of_numpy_are_numbers_of_a_job(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    job = {name: np.int64(number) for name, number in JOB.items()}
+    sample_parts(made(), SAMPLER, tmp_path, parts=np.arange(5), **job)
+    assert contents(tmp_path) == whole
+    for parts in (np.array(3), torch.tensor(3)):
+        with pytest.raises(TypeError, match="parts must be of type Iterable"):
+            sample_parts(made(), SAMPLER, tmp_path, parts=parts, **JOB)

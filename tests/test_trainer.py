@@ -403,3 +403,12 @@ def test_F26_an_empty_batch_is_refused() -> None:
     prior = ladder_prior()
     with pytest.raises(ValueError, match="A batch must have 1 or more rows; got 0"):
         NCETrainer(prior, sgd(prior)).step(torch.randn(0, 3))
+
+
+def test_only_groups_of_the_prior_have_an_owner() -> None:
+    prior = ladder_prior(2)
+    trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters()), group_parallel=True)
+    assert [trainer.owner(k) for k in (0, 1)] == [0, 0]
+    for k, error in ((2, ValueError), (-1, ValueError), (0.5, TypeError)):
+        with pytest.raises(error, match=r"k must be a whole number in \[0, 1\]"):
+            trainer.owner(k)

@@ -30,7 +30,13 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import logsigmoid
 
 from ncprior.distributions import Sampleable
-from ncprior.utils.require import require_callable, require_counts, require_numbers
+from ncprior.utils.require import (
+    described,
+    floats,
+    require_callable,
+    require_counts,
+    require_numbers,
+)
 
 NUM_LATENTS = 50  # of the paper's VAEs
 
@@ -61,6 +67,10 @@ class EnergyNet(nn.Module):
 
     def forward(self, z: Tensor, context: None = None) -> Tensor:
         """Returns one number in nats per row, ``(*, B)``, for z of shape ``(*, B, D)``."""
+        weight = next(self.parameters())
+        z = floats("z", z).to(weight.dtype)
+        if z.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"z must have shape (*, {weight.shape[1]}); got {described(z)}.")
         values: Tensor = self.layers(z).squeeze(-1)
         return values
 

@@ -302,6 +302,7 @@ class ConvEIMSource(LatentSource[Any, Any]):
         require_eval(self.module)
         if condition is not None:
             raise ValueError("This source takes no condition; got one.")
+        require_counts(batch_size=batch_size)
         rows = self.module.mean.new_empty(batch_size, 0)
         if encoding is None:
             return self.State(rows, (), None, None, None)

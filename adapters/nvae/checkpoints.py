@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, silu
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ncprior.adapters.nvae.layout import cuda_only_layers
+from ncprior.adapters.nvae.layout import checked_model, cuda_only_layers
 from ncprior.source import LatentSource, require_eval, require_source, visit
 from ncprior.utils.require import (
     described,
@@ -113,6 +113,10 @@ class on_cpu:
     Arguments:
         model: The model, or any module that contains such layers.
 
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If it contains no such layer.
+
     Example:
         >>> from helpers.nvae_standin import nvae  # a small model of NVAE's layout, in the tests
         >>> from ncprior.adapters.nvae import NVAESource
@@ -123,8 +127,14 @@ class on_cpu:
 
     def __init__(self, model: nn.Module) -> None:
         require_instance("model", model, nn.Module, "Pass an AutoEncoder of NVAE.")
+        layers = cuda_only_layers(model)
+        if not layers:
+            raise ValueError(
+                f"model must contain layers of NVAE's SyncBatchNormSwish; got {described(model)} "
+                f"without any. Pass an AutoEncoder of NVAE."
+            )
         self.model = model
-        self._layers = [layer for layer in cuda_only_layers(model) if "forward" not in vars(layer)]
+        self._layers = [layer for layer in layers if "forward" not in vars(layer)]
         for layer in self._layers:
             setattr(layer, "forward", partial(_batchnorm_swish, layer))  # noqa: B010
 
@@ -298,6 +308,7 @@ Statistics: TypeAlias = tuple[Tensor, Tensor]  # running mean and variance, each
 
 
 def _decoder_batchnorms(model: Any) -> list[Any]:  # noqa: ANN401
+    checked_model(model)
     cells = (*model.dec_tower, *model.post_process)
     return [m for cell in cells for m in cell.modules() if isinstance(m, _BatchNorm)]
 

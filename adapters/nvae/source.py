@@ -47,7 +47,12 @@ from ncprior.adapters.nvae.layout import (
 from ncprior.source import Group, LatentSource, require_eval
 from ncprior.utils.precision import input_like
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import floats_of_batch, require_numbers, tensor_of_batch
+from ncprior.utils.require import (
+    floats_of_batch,
+    require_counts,
+    require_numbers,
+    tensor_of_batch,
+)
 
 _BORDER = 2  # around MNIST's 28×28 pixels
 
@@ -158,6 +163,7 @@ class NVAESource(LatentSource[Any, Any]):
     ) -> State:
         """Returns the state before group 0, whose prior is N(0, 1.01² t²)."""
         self._require_ready()
+        require_counts(batch_size=batch_size)
         if condition is not None:
             raise ValueError("NVAE has no condition; got one. Leave it out.")
         model = self._model

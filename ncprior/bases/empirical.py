@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from ncprior.bases.checks import size_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable, parameters
-from ncprior.utils.require import described, numbers, require_instance
+from ncprior.utils.require import described, numbers, require_instance, require_shape
 
 
 class NoPrior:
@@ -31,7 +31,9 @@ class NoPrior:
     def __init__(self, reason: str, event_shape: Sequence[int] | None = None) -> None:
         require_instance("reason", reason, str, "Pass a sentence.")
         self.reason = reason
-        self.event_shape = None if event_shape is None else size_of(event_shape, "event_shape")
+        self.event_shape = (
+            None if event_shape is None else Size(require_shape("event_shape", event_shape))
+        )
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Raises an error with the reason and the remedy.

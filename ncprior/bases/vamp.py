@@ -234,7 +234,7 @@ def _first_rows(data: Any, count: int) -> Tensor:  # noqa: ANN401
         require_finite("x", x)
         rows.append(x)
         if sum(map(len, rows)) >= count:
-            return torch.cat(rows)[:count]
+            return torch.cat(rows)[:count].detach()
     raise ValueError(
         f"{count} pseudo-inputs start at as many rows of the data, which has only "
         f"{sum(map(len, rows))}. Pass a smaller num_components or more data."

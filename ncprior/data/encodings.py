@@ -38,7 +38,7 @@ from ncprior.source import (
 )
 from ncprior.utils.batches import to_device
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import require_counts, require_numbers
+from ncprior.utils.require import require_counts, require_instance, require_numbers
 
 
 class CachedEncodings(RowData):
@@ -80,6 +80,8 @@ class CachedEncodings(RowData):
         require_counts(batch_size=batch_size)
         require_counts("(-inf, inf)", seed=seed)
         require_numbers("[0, inf]", budget=budget)
+        if folder is not None:
+            require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
         self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
         self.budget, self.folder = budget, folder
         kind = EncodedSource if source.num_groups == 1 else CachedGroupsSource

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ncprior.utils.require import require_numbers
+from ncprior.utils.require import require_instance, require_numbers
 
 
 class RowStore:
@@ -47,6 +47,8 @@ class RowStore:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         require_numbers("[0, inf]", budget=budget)
+        if folder is not None:
+            require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
         parts: list[list[Tensor]] = []
         files: list[IO[bytes]] = []
         kept = 0

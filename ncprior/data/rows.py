@@ -111,6 +111,8 @@ def is_map_style(data: Any) -> bool:  # noqa: ANN401
 def _require_batches(data: list[Any] | tuple[Any, ...]) -> None:
     """Validates that a list or tuple does not hold rows, or the columns of one data set."""
     first, second = (*data, None)[:2]
+    if any(batch is None for batch in data):
+        raise TypeError(f"A {type(data).__name__} must hold batches; got None among them.")
     single = isinstance(first, Tensor | np.ndarray) and first.ndim == 0
     if single or (_is_list(first) and any(map(_is_number, first))):
         raise TypeError(

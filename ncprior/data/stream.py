@@ -15,7 +15,7 @@ from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.source import num_rows
 from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
-from ncprior.utils.require import require_counts, require_numbers
+from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 _END = object()
 
@@ -49,6 +49,7 @@ class Stream:
     """
 
     def __init__(self, data: Any, batch_size: int, *, resumable: bool = False) -> None:  # noqa: ANN401
+        require_flags(resumable=resumable)
         self.loader = _batches(data, batch_size)
         if resumable:
             require_restartable(data)
@@ -143,7 +144,7 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     data = as_data(data)
     if not isinstance(data, Tensor) and not is_map_style(data):
         return None
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(int(seed)))
     count = max(1, round(fraction * len(data)))
     if count >= len(data):
         raise ValueError(f"{len(data)} rows cannot be split. Pass held_out= or more data.")
@@ -317,6 +318,9 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
         data: As for :func:`one_pass`.
         batch_size: Rows per batch, where batches are made.
 
+    Raises:
+        ValueError: If the data has no rows.
+
     Example:
         >>> first_batch(torch.arange(10), 4)
         tensor([0, 1, 2, 3])
@@ -325,9 +329,12 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
     outside = random_state()
     try:
         with _own_generators_restored(batches):
-            return next(iter(batches))
+            batch = next(iter(batches), _END)
     finally:
         set_random_state(outside)
+    if batch is _END:
+        raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
+    return batch
 
 
 def data_digest(data: Any, batch_size: int) -> str | None:  # noqa: ANN401

@@ -10,12 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import num_rows, sample_posterior
-from ncprior.utils.require import require_callable, require_counts, require_instance
+from ncprior.utils.batches import map_tensors
+from ncprior.utils.require import (
+    numbers,
+    require_callable,
+    require_counts,
+    require_flags,
+    require_instance,
+)
 
 ARMS = ("base prior", "NCP", "posterior")
 
@@ -90,13 +96,15 @@ def draw_arms(
     for name, function in (("sampler", sampler), ("features", features), ("condition", condition)):
         require_callable(name, function, "See the example in the docstring.")
     require_counts(num_samples=num_samples, generations=generations)
+    require_flags(progress=progress)
+    total = num_rows(x)
+    require_counts(**{"The number of rows of x": total})
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
     first: dict[str, Generation] = {}
     seeds = torch.randint(2**31, (generations,)).tolist()
     work = [(seed, arm) for seed in seeds for arm in ARMS]
     for seed, arm in tqdm(work, desc="samples", disable=not progress):
         torch.manual_seed(seed)
-        total = num_rows(x)
         passes = -(-num_samples // total)
         rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
         batches = [_rows(x, some) for some in rows.split(_BATCH)]
@@ -120,11 +128,18 @@ def log_z(prior: NCPrior, num_draws: int) -> float:
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Applies a function to rows in batches, and concatenates the results.
 
+    Raises:
+        TypeError: If x is no numbers, or the function no function or of no tensor.
+        ValueError: If x has no rows, or NaN or infinity.
+
     Example:
         >>> in_batches(torch.exp, torch.zeros(2500, 1)).shape
         torch.Size([2500, 1])
     """
-    return torch.cat([function(batch) for batch in x.split(_BATCH)])
+    require_callable("function", function, "Pass a function of a batch of rows.")
+    remedy = "Return a tensor of one row per row."
+    results = [function(batch) for batch in numbers("x", x).split(_BATCH)]
+    return torch.cat([require_instance("function(x)", y, Tensor, remedy) for y in results])
 
 
 @torch.no_grad()
@@ -155,4 +170,4 @@ def _generate(
 
 
 def _rows(x: Any, index: Tensor) -> Any:  # noqa: ANN401
-    return tree_map_only(Tensor, lambda t: t[index], x)
+    return map_tensors(lambda t: t[index] if t.ndim > 0 else t, x)

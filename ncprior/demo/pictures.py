@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ncprior.utils.require import described, real_tensor
+from ncprior.utils.require import described, numbers, real_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,8 +96,8 @@ def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
         The directions, with shape ``(D, 2)``.
 
     Raises:
-        TypeError: If the latents are no numbers.
-        ValueError: If latents are not finite, the rows of labels are others, or there are fewer
+        TypeError: If the latents or labels are no numbers.
+        ValueError: If latents are not finite or lie in a plane, the rows of labels are others, or there are fewer
             than three classes.
 
     References:
@@ -112,7 +112,8 @@ def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
         >>> discriminant_axes(z, labels).square().sum(1).round()  # the plane of axes 1 and 2
         tensor([0., 1., 1.])
     """
-    z, labels = real_tensor("z", z, ndim=2, rows=3), torch.as_tensor(labels)
+    z, labels = real_tensor("z", z, ndim=2, rows=3), numbers("labels", labels)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     if labels.shape != z.shape[:1] or len(labels.unique()) < 3:
         raise ValueError(
             f"labels must be one class per row of z, {len(z)}, and 3 classes or more; got "
@@ -121,7 +122,9 @@ def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
     classes = [z[labels == label] for label in labels.unique()]
     within = torch.stack([torch.cov(members.T) for members in classes]).mean(0)
     between = torch.cov(torch.stack([members.mean(0) for members in classes]).T)
-    root = torch.linalg.cholesky(within)
+    root, failed = torch.linalg.cholesky_ex(within)
+    if failed:
+        raise ValueError("z must vary within the classes in every direction; it does not.")
     whitened = torch.linalg.solve(root, torch.linalg.solve(root, between).T)
     ascending = torch.linalg.solve(root.T, torch.linalg.eigh(whitened).eigenvectors)
     axes: Tensor = torch.linalg.qr(ascending.flip(1)[:, :2]).Q

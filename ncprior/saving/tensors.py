@@ -105,6 +105,11 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
     try:
         text = json.dumps(dict(metadata), allow_nan=False)
         text = json.dumps(configuration := json.loads(text))  # as it will be read
+    except (TypeError, RecursionError) as error:
+        raise TypeError(
+            f"A configuration must be a tree of dicts, lists, texts and numbers, as JSON holds it; got "
+            f"{error}. Save tensors among the tensors."
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"A configuration must hold finite numbers, without circles; got {error}. Save other "

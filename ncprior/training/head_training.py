@@ -59,7 +59,8 @@ class HeadTraining(ResumableTraining):
         super().__init__(prior, prior.heads, trainer, terms, name)
         self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
         self.held_out, self.patience, self.callback = held_out, patience, callback
-        self.initial = weights_of(prior.heads)
+        # With held-out data, the best weights begin with those before the first step.
+        self.initial = weights_of(prior.heads) if held_out is None else self.average
         self.best: dict[str, Tensor] | None = None
         self.best_loss = [math.inf] * len(prior.heads)
         self.best_error = [math.inf] * len(prior.heads)

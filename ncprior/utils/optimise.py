@@ -264,15 +264,16 @@ def train(
     require_counts(num_rows=num_rows, steps=steps, batch_size=batch_size)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_numbers("(0, inf] or None", max_grad_norm=max_grad_norm)
+    require_instance("name", name, str, "Pass a title.")
     require_flags(progress=progress)
     optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = islice(_shuffled_rows(num_rows, min(batch_size, num_rows)), steps)
+    batches = islice(_shuffled_rows(int(num_rows), int(min(batch_size, num_rows))), steps)
     module.train()
     with gradients_enabled(), tqdm(batches, desc=name, total=steps, disable=not progress) as bar:
         for rows in bar:
             optimizer.zero_grad()
-            loss(rows).backward()
+            require_instance("loss(rows)", loss(rows), Tensor, "Return a scalar.").backward()
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
             optimizer.step()

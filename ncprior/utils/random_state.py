@@ -88,7 +88,7 @@ def seeded(seed: int) -> Iterator[None]:
         seed: The seed, used modulo 2**32.
     """
     outside = random_state()
-    seed %= 2**32
+    seed = int(seed) % 2**32
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

@@ -28,7 +28,7 @@ def require_counts(interval: str = "[1, inf)", /, **counts: Any) -> None:  # noq
         counts: The values by name of the argument.
 
     Raises:
-        TypeError: If a value is not a whole number: ``2.0`` and ``True`` are not.
+        TypeError: If a value is not a whole number: ``2.0``, ``True`` and tensors are not.
         ValueError: If a value is outside the interval.
     """
     asked = f"a whole number in {interval}"
@@ -245,8 +245,12 @@ def tensor_of_batch(x: Any) -> Tensor:  # noqa: ANN401
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
+        ValueError: If it has no rows.
     """
-    return _as_tensor("x", x[0] if isinstance(x, tuple | list) and len(x) > 0 else x)
+    tensor = _as_tensor("x", x[0] if isinstance(x, tuple | list) and len(x) > 0 else x)
+    if tensor.ndim == 0 or len(tensor) == 0:
+        raise ValueError(f"x must have 1 or more rows; got {described(tensor)}.")
+    return tensor
 
 
 def floats_of_batch(
@@ -265,7 +269,7 @@ def floats_of_batch(
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
-        ValueError: If it holds no floats, a number outside the range, or NaN.
+        ValueError: If it has no rows, holds no floats, a number outside the range, or NaN.
     """
     tensor = tensor_of_batch(x)
     if not tensor.is_floating_point():
@@ -336,7 +340,7 @@ def _is_whole(value: Any) -> bool:  # noqa: ANN401
         operator.index(value)
     except TypeError:
         return False
-    return not isinstance(value, bool)
+    return not isinstance(value, bool | np.ndarray | Tensor)
 
 
 def _require_within(interval: str, name: str, value: float, asked: str) -> None:

@@ -825,3 +825,8 @@ def test_the_walk_is_that_of_the_published_code(variable: str) -> None:
         if result["gaussian"]:
             theirs = theirs + result["numel"] * torch.tensor(2.0).log()
         assert torch.allclose(ours, theirs, rtol=1e-5), result
+
+
+def test_a_model_without_layers_of_nvae_needs_no_cpu_forward() -> None:
+    with pytest.raises(ValueError, match="must contain layers of NVAE's SyncBatchNormSwish"):
+        on_cpu(nn.Linear(1, 1))

@@ -311,7 +311,7 @@ def test_F32_what_is_no_model_is_refused(wrong: Any) -> None:
 def test_F32_bytes_are_refused(loss: str) -> None:
     source, x = PythaeSource(build("VAE", reconstruction_loss=loss)), torch.rand(4, *SHAPE)
     for data in ((255 * x).byte(), (255 * x).numpy().astype("uint8"), 255 * x, (255 * x).long()):
-        for batch in (data, (data, 1), {"data": data}):
+        for batch in (data, (data, torch.ones(4)), {"data": data}):
             with pytest.raises(ValueError, match="VAE takes x .*got .* x / 255 for bytes"):
                 source.encode(batch)
             with pytest.raises(ValueError, match="VAE takes x .*got .* x / 255 for bytes"):

@@ -123,7 +123,8 @@ def _walk(name: str, make: Any, images: Any) -> None:
 for _name, (_make, _batch) in SOURCES.items():
     _walk(_name, _make, _batch)
 
-TOLERANCE = number(0, open_low=True)
+TOLERANCE = number(0)
+RATE = number(0, open_low=True)
 for _name in ("nvae.NVAESource", "vdvae.VDVAESource"):
 
     @call(f"ncprior.adapters.{_name}.self_check", x=opened(X), tolerance=TOLERANCE, options=SLOW)
@@ -231,7 +232,7 @@ for _method, _given in {
     images=IMAGES,
     epochs=FEW,
     batch_size=count(),
-    learning_rate=TOLERANCE,
+    learning_rate=RATE,
     progress=PROGRESS,
 )
 def _(w: World) -> Built:
@@ -364,7 +365,7 @@ PRIORS = {"latents": count(), "num_proposals": count()}
 @call(
     "ncprior.adapters.lars_snis.LARSPrior",
     **PRIORS,
-    truncation=count(),
+    truncation=count(2),
     decay=number(0, 1, left_open=(0, 1)),
 )
 def _(w: World) -> Built:
@@ -456,7 +457,7 @@ def _(w: World) -> Built:
     images=IMAGES,
     epochs=FEW,
     batch_size=count(),
-    learning_rate=TOLERANCE,
+    learning_rate=RATE,
     progress=PROGRESS,
 )
 def _(w: World) -> Built:

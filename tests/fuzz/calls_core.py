@@ -508,7 +508,10 @@ def _(w: World) -> Built:
     return _sampler_of(w, s.at_temperature, sampler=w.sampler, temperature=0.9)
 
 
-@call("ncprior.samplers.sequence", **{"*first": SAMPLER, "*then": function(*LAYERS[:4])})
+@call(
+    "ncprior.samplers.sequence",
+    **{"*first": SAMPLER.without("()"), "*then": function(*LAYERS[:4]).without("()")},
+)
 def _(w: World) -> Built:
     def draw(*parts: Any) -> None:
         w.prior.sample(4, s.sequence(*parts))

@@ -64,7 +64,7 @@ RATE = number(0, open_low=True)
     held_out=OPTIONAL_DATA,
     steps=FEW,
     batch_size=count(),
-    learning_rate=RATE,
+    learning_rate=number(0),
     patience=count(none=True),
     stages=Kind(
         "stages",
@@ -460,7 +460,7 @@ def _(w: World) -> Built:
 @call(
     "ncprior.data.CachedEncodings",
     source=SOURCE,
-    data=DATA,
+    data=opened(DATA),
     batch_size=count(),
     seed=SEED,
     budget=number(0, left_open=(math.inf,)),
@@ -615,7 +615,11 @@ def _(w: World) -> Built:
 # --- utilities
 
 
-@call("ncprior.utils.at_precision", device_type=choice("cpu", "cuda", "mps"), precision=PRECISION)
+@call(
+    "ncprior.utils.at_precision",
+    device_type=choice("cpu", "cuda", "mps"),
+    precision=instance(torch.dtype),
+)
 def _(w: World) -> Built:
     from ncprior.utils import at_precision
 
@@ -635,7 +639,7 @@ def _(w: World) -> Built:
     module=MODULE.without("a VAE"),
     loss=function(*LAYERS),
     num_rows=count(huge=False),
-    steps=count(0, huge=False),
+    steps=count(huge=False),
     batch_size=count(huge=False),
     learning_rate=RATE,
     max_grad_norm=MAX_NORM,

@@ -36,7 +36,13 @@ USERS = (
 )
 
 # Python and torch name the user's own function or module.
-USERS_WORDS = ("no_arguments() takes", "<lambda>() ", 'missing the required "forward" function')
+USERS_WORDS = (
+    "no_arguments() takes",
+    "<lambda>() ",
+    "forward() missing",
+    "forward() takes",
+    'missing the required "forward" function',
+)
 
 TALLY: Counter[str] = Counter()  # of all calls of this process, by outcome
 

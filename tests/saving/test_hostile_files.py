@@ -364,7 +364,7 @@ def test_tensors_that_a_file_cannot_hold_are_named(tmp_path: Path) -> None:
     for tensor in (torch.eye(2).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(2) + 0j):
         if tensor.is_complex():
             tensor = tensor.to(torch.complex128)
-        with pytest.raises(TypeError, match="a is a tensor of"):
+        with pytest.raises(TypeError, match="a is a (sparse |meta |)tensor of"):
             save_tensors(tmp_path / "a", {"a": tensor}, {})
     assert not list(tmp_path.iterdir())
 

@@ -230,3 +230,9 @@ class Table:
 def test_N8_a_table_is_trained_on() -> None:
     table = Table(data(100).double().numpy())
     assert fit(small(), table, steps=2, **QUIET).best_loss is not None
+
+
+def test_none_among_the_batches_is_told_before_the_training() -> None:
+    batches = [data(8), None]
+    refused(small(), batches, "A list must hold batches; got None among them")
+    refused(small(), data(), "A list must hold batches; got None among them", held_out=batches)

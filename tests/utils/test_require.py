@@ -28,13 +28,14 @@ from ncprior.utils.require import (
 )
 
 
-@pytest.mark.parametrize("value", [1, 7, np.int64(3), torch.tensor(2), 10**30])
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), 10**30])
 def test_whole_numbers_pass(value: Any) -> None:
     require_counts(steps=value)
 
 
 @pytest.mark.parametrize(
-    "value", [28.6, 28.0, "28", None, True, math.nan, [3], torch.tensor(3.0), np.float64(3), 1j]
+    "value",
+    [28.6, 28.0, "28", None, True, math.nan, [3], torch.tensor(3), np.array(3), np.float64(3), 1j],
 )
 def test_a_count_that_is_no_whole_number_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match=r"steps must be a whole number in \[1, inf\); got .*int"):
@@ -195,7 +196,7 @@ def test_a_module_without_forward_and_a_tensor_without_numbers_are_named() -> No
         TypeError, match="decoder must be a function; got an object of type Module"
     ):
         require_callable("decoder", torch.nn.Module(), "Pass a function.")
-    with pytest.raises(ValueError, match="x must have values; got a tensor of float32"):
+    with pytest.raises(ValueError, match="x must have values; got a meta tensor of float32"):
         real_tensor("x", torch.ones(3, device="meta"))
 
 
