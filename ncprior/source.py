@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 from ncprior.distributions import Sampleable, naming_bad_rows
 from ncprior.utils.batches import map_tensors, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
-from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     described,
     require_callable,
@@ -347,15 +347,13 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
     device = next((p.device for p in weights), None)
     if device is not None and not isinstance(base, Distribution):
         return device  # without a draw of the base, which may cost a walk
-    outside = random_state()
     try:
-        if not isinstance(base, Distribution):
-            base = source.group(source.start(1)).prior
-        return base.sample().device
+        with seeded(0):  # the generators stay as they are
+            if not isinstance(base, Distribution):
+                base = source.group(source.start(1)).prior
+            return base.sample().device
     except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
         return device or torch.device("cpu")
-    finally:
-        set_random_state(outside)
 
 
 def contrastive_pairs(
