@@ -39,6 +39,7 @@ from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.require import (
+    described,
     require_callable,
     require_counts,
     require_instance,
@@ -179,9 +180,7 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
                     yield z.new_zeros((), dtype=torch.float32)
                     continue
                 log_r = self._log_r(k, z, context, precision, lead=3)
-                with at_precision(
-                    z.device.type, torch.float32
-                ):  # so is the caller's backward pass
+                with at_precision(z.device.type, torch.float32):  # the backward pass, too
                     yield nce_loss(log_r[0], log_r[1], noise_weight)
 
     @torch.no_grad()
@@ -252,7 +251,9 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
                 f"One z per latent group: the source has {self.source.num_groups} groups, "
                 f"got {len(latents)} latents."
             )
-        latents, log_r = self._own(list(latents)), []
+        each = "Pass z of shape (B, *event) per group."
+        latents = [require_instance("A latent", z, Tensor, each) for z in self._own(list(latents))]
+        log_r: list[Tensor] = []
 
         def weigh(k: int, group: Group) -> Tensor:
             z = latents[k]
@@ -351,6 +352,11 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         with naming_group(k), at_precision(self._device().type, torch.float32):
             draw = sampler(group.prior, self._ratio(k, group.context))
             require_instance("The sampler's result", draw, Draw, "Return ncprior.Draw(z=z).")
+            require_instance("z of the sampler", draw.z, Tensor, "Return ncprior.Draw(z=z).")
+        rows = getattr(group.prior, "batch_shape", ())[:1]
+        if rows and draw.z.shape[:1] != rows:
+            got = f"{rows[0]}; got {described(draw.z)}"
+            raise ValueError(f"Group {k}: the sampler must draw one z per row, of {got}.")
         if not torch.isfinite(draw.z).all():
             raise FloatingPointError(f"Group {k}: the sampler has drawn z that are not finite.")
         return draw

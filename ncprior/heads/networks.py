@@ -64,8 +64,8 @@ class _Head(nn.Module):
     def rescale(self, slope: float, offset: float) -> None:
         """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
         require_numbers(slope=slope, offset=offset)
-        self.out.weight.mul_(slope)
-        self.out.bias.mul_(slope).add_(offset)
+        self.out.weight.mul_(float(slope))
+        self.out.bias.mul_(float(slope)).add_(float(offset))
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
         """Validates the shape of the latents and the rows of the context."""
@@ -126,7 +126,8 @@ class MLPHead(_Head):
     def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """Returns log r(z, c) in nats, given the embedded context."""
         z = self.scale(z)
-        h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
+        lead = z.shape[: z.ndim - len(self.event_shape)]
+        h = self.stem(z.reshape(*lead, self.stem.in_features))
         h = self.blocks(h + embedded)
         return in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
 

@@ -615,7 +615,11 @@ def _(w: World) -> Built:
 # --- utilities
 
 
-@call("ncprior.utils.at_precision", device_type=choice("cpu", "cuda", "mps"), precision=PRECISION)
+@call(
+    "ncprior.utils.at_precision",
+    device_type=choice("cpu", "cuda", "mps"),
+    precision=instance(torch.dtype),
+)
 def _(w: World) -> Built:
     from ncprior.utils import at_precision
 

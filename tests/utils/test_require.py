@@ -195,7 +195,7 @@ def test_a_module_without_forward_and_a_tensor_without_numbers_are_named() -> No
         TypeError, match="decoder must be a function; got an object of type Module"
     ):
         require_callable("decoder", torch.nn.Module(), "Pass a function.")
-    with pytest.raises(ValueError, match="x must have values; got a tensor of float32"):
+    with pytest.raises(ValueError, match="x must have values; got a meta tensor of float32"):
         real_tensor("x", torch.ones(3, device="meta"))
 
 
