@@ -111,6 +111,7 @@ class MLPHead(_Head):
             depth=depth,
             dropout=dropout,
         )
+        width, depth = self._config["width"], self._config["depth"]
         self.scale = Standardise(self.event_shape)
         self.stem = nn.Linear(math.prod(self.event_shape), width)
         self.context = VectorContext(context_shape, width)
@@ -171,6 +172,7 @@ class ConvHead(_Head):
             depth=depth,
             dropout=dropout,
         )
+        width, depth = self._config["width"], self._config["depth"]
         if len(self.event_shape) != 3 or width % 8:
             raise ValueError(
                 f"ConvHead needs an event shape (C, H, W) and a width that is a multiple of 8; "
@@ -245,10 +247,11 @@ class CategoricalHead(_Head):
                 f"CategoricalHead takes codes of event shape () or (H, W); "
                 f"got {self.event_shape}. Pass a head of your own for other shapes."
             )
-        self.embedding = nn.Embedding(num_categories, width)
-        kind = ConvHead if event_shape else MLPHead
+        width = self._config["width"]
+        self.embedding = nn.Embedding(self._config["num_categories"], width)
+        kind = ConvHead if self.event_shape else MLPHead
         self.head = kind(
-            (width, *event_shape),
+            (width, *self.event_shape),
             context_shape=context_shape,
             width=width,
             depth=depth,

@@ -232,7 +232,7 @@ def require_shape(name: str, shape: Any) -> tuple[int, ...]:  # noqa: ANN401
         ValueError: If a size is below 1.
     """
     sized = hasattr(shape, "__len__") and getattr(shape, "ndim", 1) == 1
-    if isinstance(shape, str | Mapping) or not (sized and isinstance(shape, Iterable)):
+    if isinstance(shape, str | bytes | Mapping) or not (sized and isinstance(shape, Iterable)):
         raise TypeError(
             f"{name} must be a list of whole numbers, such as (16,); got {described(shape)}."
         )

@@ -170,9 +170,12 @@ def _(w: World) -> Built:
     return source.device_of, {"source": w.source}
 
 
-# No rows have no draws, and no error.
+# No rows have no draws, and rows of NaN may have draws of NaN.
 OR_NO_ROWS = replace(
-    X, pool=tuple(v._replace(valid=None) if v.name == "no rows" else v for v in X.pool)
+    X,
+    pool=tuple(
+        v._replace(valid=None) if "NaN" in v.name or v.name == "no rows" else v for v in X.pool
+    ),
 )
 
 

@@ -311,6 +311,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "factors": (lambda: ProductHead(HEAD), TypeError, "heads must be of type list"),
     "prepared": (lambda: prepare_head(None), TypeError, "head must be of type Module"),
     "a mapping": (lambda: MLPHead({}), TypeError, "event_shape must be a list of whole numbers"),
+    "bytes": (lambda: MLPHead(b"ab"), TypeError, "event_shape must be a list"),
     "a number": (lambda: MLPHead(np.array(3)), TypeError, "event_shape must be a list"),
     "0-d": (lambda: NCPrior(flat(), np.array(3)), TypeError, "A head must be of type Module"),
     "draw": (lambda: flat_prior().sample(4, SHORT), ValueError, "must draw one z per row, of 4"),
@@ -346,6 +347,11 @@ def test_arguments_are_validated_before_anything_is_drawn() -> None:
         with pytest.raises(ValueError, match="must be a"):
             call()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_may_be_tensors() -> None:
+    head = MLPHead(torch.tensor([2]), width=torch.tensor(8), depth=torch.tensor(1))  # type: ignore[arg-type]
+    assert head.config()["width"] == 8 and head(Z).shape == (4,)
 
 
 def test_latents_of_no_rows_have_log_ratios_of_no_rows() -> None:
