@@ -119,7 +119,7 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
         >>> expand(Normal(torch.tensor(0.0), 1.0), 5).sample().shape
         torch.Size([5])
     """
-    if not is_prior(prior):
+    if isinstance(prior, type) or not isinstance(prior, Sampleable):
         raise TypeError(f"prior must draw z; got {described(prior)}. Pass a distribution.")
     require_counts("[0, inf)", batch_size=batch_size)
     if not isinstance(prior, Distribution):

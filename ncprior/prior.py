@@ -40,6 +40,7 @@ from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.require import (
+    described,
     require_callable,
     require_counts,
     require_instance,
@@ -180,9 +181,7 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
                     yield z.new_zeros((), dtype=torch.float32)
                     continue
                 log_r = self._log_r(k, z, context, precision, lead=3)
-                with at_precision(
-                    z.device.type, torch.float32
-                ):  # so is the caller's backward pass
+                with at_precision(z.device.type, torch.float32):  # the backward pass, too
                     yield nce_loss(log_r[0], log_r[1], noise_weight)
 
     @torch.no_grad()
@@ -253,7 +252,9 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
                 f"One z per latent group: the source has {self.source.num_groups} groups, "
                 f"got {len(latents)} latents."
             )
-        latents, log_r = self._own(list(latents)), []
+        each = "Pass z of shape (B, *event) per group."
+        latents = [require_instance("A latent", z, Tensor, each) for z in self._own(list(latents))]
+        log_r: list[Tensor] = []
 
         def weigh(k: int, group: Group) -> Tensor:
             z = latents[k]
@@ -350,12 +351,10 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
             return Draw(group.prior.sample())
         require_steady(k, self.heads[k])
         device_type = next((p.device.type for p in self.parameters()), "cpu")
+        p = group.prior
+        shape = p.batch_shape + p.event_shape if isinstance(p, Distribution) else None
         with naming_group(k), at_precision(device_type, torch.float32):
-            prior = group.prior
-            shape = (
-                prior.batch_shape + prior.event_shape if isinstance(prior, Distribution) else None
-            )
-            draw = checked_draw(sampler(prior, self._ratio(k, group.context)), shape)
+            draw = checked_draw(sampler(p, self._ratio(k, group.context)), shape)
         if not torch.isfinite(draw.z).all():
             raise FloatingPointError(f"Group {k}: the sampler has drawn z that are not finite.")
         return draw

@@ -116,6 +116,8 @@ class SingleGroup(LatentSource[Any, Any]):
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
         require_eval(*self._watched)
+        if isinstance(x, tuple | list) and not x:
+            raise ValueError("x must be one batch; got an empty list. Pass rows of data.")
         c = None if self._condition is None else _checked_condition(self._condition(x))
         x = x[0] if isinstance(x, tuple | list) else x
         distribution = self._checked_posterior(x, c)
@@ -248,7 +250,7 @@ def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | No
     remedy = "Pass the VAE, an nn.Module, or a list of its modules; or leave it out."
     if module is None or isinstance(module, nn.Module):
         return module
-    if not isinstance(module, list | tuple):
+    if not isinstance(module, list | tuple) or not module:
         return require_instance("module", module, nn.Module, remedy)
     return nn.ModuleList([require_instance("module", part, nn.Module, remedy) for part in module])
 

@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import Sampleable, parameters
+from ncprior.distributions import Sampleable, naming_bad_rows, parameters
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.batches import own_batch
 from ncprior.utils.random_state import random_state, reproducible
@@ -302,7 +302,8 @@ def _walk_and_check(source: Source, start: Start, latents: Sequence[Tensor] = ()
         _check_first_axis(states[-1], count, f"The state in front of group {k}")
         groups.append(source.group(states[-1]))
         _require_type(groups[-1], Group, "group must return a Group")
-        drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
+        with naming_bad_rows(k, groups[-1].posterior):
+            drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
         _check_group(groups[-1], drawn[-1], count, f"Group {k}")
         states.append(source.advance(states[-1], drawn[-1]))
     _check_first_axis(states[-1], count, "The last state")

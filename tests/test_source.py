@@ -322,7 +322,7 @@ def test_wrong_rows_and_a_missing_z_are_named() -> None:
 
 
 def test_small_functions_refuse() -> None:
-    with pytest.raises(ValueError, match="first axis is the batch; got tuple without any"):
+    with pytest.raises(ValueError, match="first axis of tensors; got an object of type tuple"):
         num_rows(("a", None, torch.tensor(1.0)))
     with pytest.raises(ValueError, match="its group has no posterior"):
         posterior_of(Group(base()))

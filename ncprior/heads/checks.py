@@ -30,7 +30,8 @@ def as_heads(heads: Any, num_groups: int) -> nn.ModuleList:  # noqa: ANN401
     if isinstance(heads, nn.ModuleList):
         listed = heads
     else:
-        one = isinstance(heads, nn.Module | type) or not hasattr(heads, "__iter__")
+        one = isinstance(heads, nn.Module | type) or getattr(heads, "ndim", None) == 0
+        one = one or not hasattr(heads, "__iter__")
         each = [heads] if one else list(heads)
         listed = nn.ModuleList([require_instance("A head", h, nn.Module, remedy) for h in each])
     if len(listed) != num_groups:

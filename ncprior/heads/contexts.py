@@ -71,11 +71,12 @@ class MapContext(nn.Module):
 
 
 def require_context(context: object) -> None:
-    """Validates that a context is a tensor of real numbers or ``None``."""
-    if context is None or (isinstance(context, Tensor) and not context.is_complex()):
+    """Validates that a context is a tensor of real numbers with rows, or ``None``."""
+    real = isinstance(context, Tensor) and context.ndim > 0 and not context.is_complex()
+    if context is None or real:
         return
     raise TypeError(
-        f"context must be a tensor of real numbers, or None; got {described(context)}. Pass a tensor."
+        f"context must be a tensor of real numbers of shape (B, ...), or None; got {described(context)}. Pass a tensor."
     )
 
 

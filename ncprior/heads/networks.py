@@ -64,8 +64,8 @@ class _Head(nn.Module):
     def rescale(self, slope: float, offset: float) -> None:
         """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
         require_numbers(slope=slope, offset=offset)
-        self.out.weight.mul_(slope)
-        self.out.bias.mul_(slope).add_(offset)
+        self.out.weight.mul_(float(slope))
+        self.out.bias.mul_(float(slope)).add_(float(offset))
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
         """Validates the shape of the latents and the rows of the context."""
@@ -111,6 +111,7 @@ class MLPHead(_Head):
             depth=depth,
             dropout=dropout,
         )
+        width, depth = self._config["width"], self._config["depth"]
         self.scale = Standardise(self.event_shape)
         self.stem = nn.Linear(math.prod(self.event_shape), width)
         self.context = VectorContext(context_shape, width)
@@ -126,7 +127,8 @@ class MLPHead(_Head):
     def log_r(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """Returns log r(z, c) in nats, given the embedded context."""
         z = self.scale(z)
-        h = self.stem(z.reshape(*z.shape[: z.ndim - len(self.event_shape)], -1))
+        lead = z.shape[: z.ndim - len(self.event_shape)]
+        h = self.stem(z.reshape(*lead, self.stem.in_features))
         h = self.blocks(h + embedded)
         return in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
 
@@ -170,6 +172,7 @@ class ConvHead(_Head):
             depth=depth,
             dropout=dropout,
         )
+        width, depth = self._config["width"], self._config["depth"]
         if len(self.event_shape) != 3 or width % 8:
             raise ValueError(
                 f"ConvHead needs an event shape (C, H, W) and a width that is a multiple of 8; "
@@ -244,10 +247,11 @@ class CategoricalHead(_Head):
                 f"CategoricalHead takes codes of event shape () or (H, W); "
                 f"got {self.event_shape}. Pass a head of your own for other shapes."
             )
-        self.embedding = nn.Embedding(num_categories, width)
-        kind = ConvHead if event_shape else MLPHead
+        width = self._config["width"]
+        self.embedding = nn.Embedding(self._config["num_categories"], width)
+        kind = ConvHead if self.event_shape else MLPHead
         self.head = kind(
-            (width, *event_shape),
+            (width, *self.event_shape),
             context_shape=context_shape,
             width=width,
             depth=depth,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ class ProductHead(nn.Module):
         torch.Size([5, 4])
     """
 
-    def __init__(self, heads: Iterable[nn.Module]) -> None:
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
         super().__init__()
         remedy = "Pass a list of modules."
-        listed = list(require_instance("heads", heads, Iterable, remedy))
-        heads = [require_instance("A head", head, nn.Module, remedy) for head in listed]
+        require_instance("heads", heads, (list, tuple, nn.ModuleList), remedy)
+        heads = [require_instance("A head", head, nn.Module, remedy) for head in heads]
         self.heads = nn.ModuleList(factor for head in heads for factor in factors(head))
         if not self.heads:
             raise ValueError("A product needs at least one head; got none. Pass the heads.")

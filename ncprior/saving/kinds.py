@@ -48,7 +48,7 @@ def build_head(saved: SavedFile, k: int, entry: Any) -> nn.Module:  # noqa: ANN4
     build = partial(saved.build_network, f"head {k}", table=HEADS, remedy="Pass heads=")
     match entry:
         case {"kind": "ProductHead", "config": {"heads": [_, *_] as factors}}:
-            head: nn.Module = ProductHead(map(build, factors))
+            head: nn.Module = ProductHead([build(factor) for factor in factors])
         case _:
             head = build(entry)
     return saved.fill(head, f"heads.{k}.", "heads")

@@ -26,13 +26,20 @@ def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextMan
         ...     (torch.eye(2) @ torch.eye(2)).dtype
         torch.bfloat16
     """
-    require_instance("device_type", device_type, str, 'Pass tensor.device.type, such as "cpu".')
+    require_instance("device_type", device_type, str, _DEVICE)
     require_instance("precision", precision, torch.dtype, "Pass torch.float32 or torch.bfloat16.")
+    try:
+        torch.device(device_type)
+    except RuntimeError as error:
+        raise ValueError(f"device_type must be a device of torch; {_DEVICE} {error}") from error
     if precision == torch.bfloat16:
         return torch.autocast(device_type, torch.bfloat16)
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+_DEVICE = 'Pass tensor.device.type, such as "cpu".'
 
 
 def check_precision(precision: torch.dtype) -> None:

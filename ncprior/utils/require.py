@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -231,7 +231,8 @@ def require_shape(name: str, shape: Any) -> tuple[int, ...]:  # noqa: ANN401
         TypeError: If it is no list of whole numbers.
         ValueError: If a size is below 1.
     """
-    if isinstance(shape, str) or not isinstance(shape, Iterable):
+    sized = hasattr(shape, "__len__") and getattr(shape, "ndim", 1) == 1
+    if isinstance(shape, str | bytes | Mapping) or not (sized and isinstance(shape, Iterable)):
         raise TypeError(
             f"{name} must be a list of whole numbers, such as (16,); got {described(shape)}."
         )
@@ -340,7 +341,7 @@ def _is_whole(value: Any) -> bool:  # noqa: ANN401
         operator.index(value)
     except TypeError:
         return False
-    return not isinstance(value, bool | np.ndarray | Tensor)
+    return not isinstance(value, bool | np.ndarray)
 
 
 def _require_within(interval: str, name: str, value: float, asked: str) -> None:

@@ -60,12 +60,17 @@ INDEX = count(0, 0)
 
 # --- sources
 
+# A sample of NaN is returned with a warning.
+DECODER = replace(
+    NETWORK, pool=tuple(v._replace(valid=None) if v.name == "to NaN" else v for v in NETWORK.pool)
+)
+
 
 @call(
     "ncprior.SingleGroup",
     prior=BASE,
     posterior=TO_DISTRIBUTION,
-    decoder=NETWORK,
+    decoder=DECODER,
     module=OPTIONAL_MODULE,
     likelihood=OPTIONAL_TO_DISTRIBUTION,
     condition=function(*LAYERS, none=True),
@@ -165,7 +170,16 @@ def _(w: World) -> Built:
     return source.device_of, {"source": w.source}
 
 
-@call("ncprior.source.contrastive_pairs", source=SOURCE, x=X, num_draws=count())
+# No rows have no draws, and rows of NaN may have draws of NaN.
+OR_NO_ROWS = replace(
+    X,
+    pool=tuple(
+        v._replace(valid=None) if "NaN" in v.name or v.name == "no rows" else v for v in X.pool
+    ),
+)
+
+
+@call("ncprior.source.contrastive_pairs", source=SOURCE, x=OR_NO_ROWS, num_draws=count())
 def _(w: World) -> Built:
     return source.contrastive_pairs, {"source": w.source, "x": w.x}
 
@@ -184,7 +198,7 @@ def _(w: World) -> Built:
 # --- distributions
 
 
-@call("ncprior.distributions.expand", prior=BASE, batch_size=count())
+@call("ncprior.distributions.expand", prior=BASE, batch_size=count(0))
 def _(w: World) -> Built:
     return distributions.expand, {"prior": w.base, "batch_size": 3}
 
@@ -582,7 +596,7 @@ def _(w: World) -> Built:
     return head, {"z": torch.randn(5, 2, 4, 4), "context": torch.randn(5, 3, 4, 4)}
 
 
-CODES = tensor(nan=None, rank=None, whole=None)
+CODES = tensor(nan=None, rank=None, whole=None, empty=None)
 
 
 @call("ncprior.heads.CategoricalHead.forward", z=CODES, context=CONTEXT)

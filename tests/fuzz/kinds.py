@@ -305,7 +305,7 @@ LIST_OF_LATENTS = Kind(
         Value("one too many", lambda w, v: [*v, *v], False),
         Value("with None", lambda w, v: [None], False),
         Value("with NaN", lambda w, v: [v[0] * math.nan], None),
-        Value("of no rows", lambda w, v: [v[0][:0]], False),
+        Value("of no rows", lambda w, v: [v[0][:0]], None),
         Value("of another width", lambda w, v: [v[0][:, :1]], False),
         Value("as arrays", lambda w, v: [v[0].numpy()], None),
         Value("of whole numbers", lambda w, v: [v[0].long()], None),

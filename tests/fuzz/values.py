@@ -73,6 +73,14 @@ def no_arguments() -> None:
     """A function of the wrong arity."""
 
 
+class Layer(nn.Linear):
+    """A network of the user's, whose errors are the user's."""
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The layer."""
+        return super().forward(*inputs)
+
+
 SCALARS = (
     constant("None", None),
     constant("'text'", "text"),
@@ -122,7 +130,7 @@ OBJECTS = (
     Value("a source", lambda w, v: w.source),
     Value("a prior", lambda w, v: w.prior),
     Value("a distribution", lambda w, v: w.base),
-    Value("a linear layer", lambda w, v: nn.Linear(1, 1)),
+    Value("a linear layer", lambda w, v: Layer(1, 1)),
     Value("a generator", lambda w, v: torch.Generator()),
     Value("a table", lambda w, v: Frame(w.x)),
 )

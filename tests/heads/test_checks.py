@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.problems import GaussianPair
@@ -13,7 +15,19 @@ from helpers.toys import VAE, Ladder, base, everything, flat, ladder_prior, stir
 from torch import Tensor, nn
 
 from ncprior import Group, NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
-from ncprior.heads import CategoricalHead, ConvHead, MLPHead, ProductHead, make_head
+from ncprior.distributions import expand
+from ncprior.heads import (
+    CategoricalHead,
+    ConvHead,
+    MLPHead,
+    ProductHead,
+    head_input,
+    make_head,
+    prepare_head,
+)
+from ncprior.source import contrastive_pairs, posterior_of, sample_posterior, visit
+from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.utils.precision import at_precision
 from ncprior.utils.visible import visible_tensors
 
 SIR = partial(sir, num_proposals=20)
@@ -266,6 +280,82 @@ def test_F19_a_trainer_turns_dropout_on() -> None:
 def test_F26_F36_sizes_and_kinds_of_heads(make: Callable[[], Any], kind: type, match: str) -> None:
     with pytest.raises(kind, match=match):
         make()
+
+
+Z, HEAD = torch.randn(4, 2), MLPHead((2,), width=8)
+CODES = CategoricalHead((), 5, width=8)
+SHORT: Any = lambda p, r: sir(p, r, num_proposals=3)._replace(z=torch.randn(1, 2))
+
+WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "source": (lambda: sample_posterior(None, Z), TypeError, "A source is a subclass"),
+    "group": (lambda: posterior_of(None), TypeError, "group must be of type Group"),
+    "pairs": (lambda: next(contrastive_pairs(None, Z)), TypeError, "A source is a subclass"),
+    "choose": (lambda: visit(flat(), flat().start(2), None), TypeError, "choose must be"),
+    "no z": (lambda: visit(flat(), flat().start(2), lambda *_: None), TypeError, "got None"),
+    "expand": (lambda: expand(2.5, 3), TypeError, "prior must draw z; got 2.5"),
+    "rows": (lambda: expand(base(), 2.5), TypeError, "batch_size must be a whole number"),
+    "empty": (lambda: flat().encode([]), ValueError, "got an empty list"),
+    "modules": (lambda: SingleGroup(base(), abs, abs, module=[]), TypeError, "module must be"),
+    "input": (lambda: head_input(None, 0, Z), TypeError, "A source is a subclass"),
+    "k": (lambda: head_input(flat(), 1, Z), ValueError, "k must be a whole number in"),
+    "z": (lambda: head_input(flat(), 0, [1.0]), TypeError, "z must be of type Tensor"),
+    "complex": (lambda: HEAD(Z.to(torch.complex64)), TypeError, "z as real numbers or codes"),
+    "bool": (lambda: CODES(Z[:, 0] > 0), TypeError, "z as real numbers or codes"),
+    "codes": (lambda: CODES(torch.tensor([7])), ValueError, "codes from 0 to 4; got others"),
+    "array": (lambda: HEAD(Z, Z.numpy()), TypeError, "context must be a tensor of real numbers"),
+    "scalar": (lambda: HEAD(Z, torch.tensor(3.0)), TypeError, "context must be a tensor"),
+    "log_r": (lambda: flat_prior().log_r(0, Z, 2.5), TypeError, "context must be a tensor"),
+    "latents": (lambda: flat_prior().log_ratio([None]), TypeError, "A latent must be"),
+    "slope": (lambda: HEAD.rescale(math.nan, 0.0), ValueError, "slope must be a number"),
+    "offset": (lambda: ProductHead([HEAD]).rescale(1.0, None), TypeError, "offset must be"),
+    "factors": (lambda: ProductHead(HEAD), TypeError, "heads must be of type list"),
+    "prepared": (lambda: prepare_head(None), TypeError, "head must be of type Module"),
+    "a mapping": (lambda: MLPHead({}), TypeError, "event_shape must be a list of whole numbers"),
+    "bytes": (lambda: MLPHead(b"ab"), TypeError, "event_shape must be a list"),
+    "a number": (lambda: MLPHead(np.array(3)), TypeError, "event_shape must be a list"),
+    "0-d": (lambda: NCPrior(flat(), np.array(3)), TypeError, "A head must be of type Module"),
+    "draw": (lambda: flat_prior().sample(4, SHORT), ValueError, "must draw one z per row, of 4"),
+    "module": (lambda: module_fingerprint(True), TypeError, "module must be of type Module"),
+    "device": (lambda: at_precision("", torch.float32), ValueError, "device_type must be"),
+    "dtype": (lambda: at_precision("cpu", 2.5), TypeError, "precision must be of type dtype"),
+    "width": (lambda: NCPrior.for_source(flat(), torch.randn(8, 3), width=0), ValueError, "width"),
+    "nu": (lambda: flat_prior().nce_loss(torch.randn(8, 3), 0.0), ValueError, "noise_weight"),
+}
+
+
+def flat_prior() -> NCPrior:
+    return NCPrior(flat(), MLPHead((2,), width=8))
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_wrong_argument_is_named(name: str) -> None:
+    call, kind, match = WRONG_CALLS[name]
+    with pytest.raises(kind, match=match):
+        call()
+
+
+def test_arguments_are_validated_before_anything_is_drawn() -> None:
+    x, prior, source = torch.randn(8, 3), flat_prior(), flat()
+    before = torch.get_rng_state()
+    for call in (
+        lambda: NCPrior.for_source(source, x, width=0),
+        lambda: NCPrior.for_source(source, x, dropout=2.0),
+        lambda: make_head(source.group(source.start(4)), depth=-1),
+        lambda: prior.nce_loss(x, noise_weight=0.0),
+        lambda: next(prior.group_losses(x, num_draws=0)),
+    ):
+        with pytest.raises(ValueError, match="must be a"):
+            call()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_may_be_tensors() -> None:
+    head = MLPHead(torch.tensor([2]), width=torch.tensor(8), depth=torch.tensor(1))  # type: ignore[arg-type]
+    assert head.config()["width"] == 8 and head(Z).shape == (4,)
+
+
+def test_latents_of_no_rows_have_log_ratios_of_no_rows() -> None:
+    assert HEAD(Z[:0]).shape == (0,)
 
 
 def test_F35_codes_as_floats_raise() -> None:

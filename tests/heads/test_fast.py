@@ -55,7 +55,7 @@ def test_selections_are_those_of_the_head_itself() -> None:
 
 
 def test_a_product_is_as_fast_as_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = ProductHead(trained(MLPHead((5,), context_shape=(3,), width=w)) for w in (64, 32))
+    product = ProductHead([trained(MLPHead((5,), context_shape=(3,), width=w)) for w in (64, 32)])
     z, c = torch.randn(40, 8, 5), torch.randn(8, 3)
     folded = []
     block = inference_module._Folded.block
