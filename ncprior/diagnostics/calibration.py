@@ -142,7 +142,7 @@ def reliability(log_q: Tensor, log_p: Tensor, num_bins: int = 10) -> Reliability
     require_counts(num_bins=num_bins)
     d = torch.cat([log_q.flatten(), log_p.flatten()]).sigmoid()
     from_q = torch.cat([torch.ones_like(log_q).flatten(), torch.zeros_like(log_p).flatten()])
-    first = [len(d) * j // num_bins for j in range(1, num_bins)]
+    first = [len(d) * j // int(num_bins) for j in range(1, int(num_bins))]
     edges = d.sort().values[first].unique()
     bins = torch.bucketize(d, edges, right=True)
     count = bins.bincount()
