@@ -28,7 +28,7 @@ def require_counts(interval: str = "[1, inf)", /, **counts: Any) -> None:  # noq
         counts: The values by name of the argument.
 
     Raises:
-        TypeError: If a value is not a whole number: ``2.0``, ``True`` and tensors are not.
+        TypeError: If a value is not a whole number: ``2.0`` and ``True`` are not.
         ValueError: If a value is outside the interval.
     """
     asked = f"a whole number in {interval}"

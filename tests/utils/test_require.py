@@ -28,14 +28,26 @@ from ncprior.utils.require import (
 )
 
 
-@pytest.mark.parametrize("value", [1, 7, np.int64(3), 10**30])
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), torch.tensor(2), 10**30])
 def test_whole_numbers_pass(value: Any) -> None:
     require_counts(steps=value)
 
 
 @pytest.mark.parametrize(
     "value",
-    [28.6, 28.0, "28", None, True, math.nan, [3], torch.tensor(3), np.array(3), np.float64(3), 1j],
+    [
+        28.6,
+        28.0,
+        "2",
+        None,
+        True,
+        math.nan,
+        [3],
+        torch.tensor(3.0),
+        np.array(3),
+        np.float64(3),
+        1j,
+    ],
 )
 def test_a_count_that_is_no_whole_number_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match=r"steps must be a whole number in \[1, inf\); got .*int"):
