@@ -40,7 +40,6 @@ from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.require import (
-    described,
     require_callable,
     require_counts,
     require_instance,
