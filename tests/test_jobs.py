@@ -400,7 +400,7 @@ def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
 
 
 def test_a_sampler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="sampler's result"):
+    with pytest.raises(TypeError, match="The result of a sampler"):
         sample_parts(made(), lambda prior, log_ratio: None, tmp_path / "job", **JOB)
     assert not list(tmp_path.iterdir())
 

@@ -314,7 +314,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bytes": (lambda: MLPHead(b"ab"), TypeError, "event_shape must be a list"),
     "a number": (lambda: MLPHead(np.array(3)), TypeError, "event_shape must be a list"),
     "0-d": (lambda: NCPrior(flat(), np.array(3)), TypeError, "A head must be of type Module"),
-    "draw": (lambda: flat_prior().sample(4, SHORT), ValueError, "must have shape \(B, \*event\)"),
+    "draw": (lambda: flat_prior().sample(4, SHORT), ValueError, r"must have shape \(B, \*event\)"),
     "module": (lambda: module_fingerprint(True), TypeError, "module must be of type Module"),
     "device": (lambda: at_precision("", torch.float32), ValueError, "device_type must be"),
     "dtype": (lambda: at_precision("cpu", 2.5), TypeError, "precision must be of type dtype"),
