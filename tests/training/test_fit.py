@@ -802,6 +802,8 @@ SCRIPT = """
 """
 
 
+# In the quick suite, tests/test_kills.py kills a training of this kind.
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     script, path, out = tmp_path / "script.py", tmp_path / "checkpoint", tmp_path / "out"
