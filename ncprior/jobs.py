@@ -142,7 +142,11 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
     job = _read_job(folder)
     for i in range(-(-job["num_samples"] // job["part_size"])):
         tensors, found = load_tensors(_path(folder, i))
-        if found != _contents(job, i):
+        rows = min(job["part_size"], job["num_samples"] - i * job["part_size"])
+        latents = {f"z_{k}" for k in range(max(1, len(tensors) - 1))}
+        whole = tensors.keys() == {"x", *latents}
+        whole = whole and all(t.shape[:1] == (rows,) for t in tensors.values())
+        if found != _contents(job, i) or not whole:
             _raise_strange(_path(folder, i))
         yield tensors
 
@@ -263,7 +267,7 @@ def _is_drawn(path: Path, contents: dict[str, Any]) -> bool:
 def _raise_strange(path: Path) -> NoReturn:
     raise ValueError(
         f"{path} is not this part of the job in {path.parent / 'job.json'}: it is of another job, "
-        f"or a copy of another part. Move or delete it, and run the job again."
+        f"a copy of another part, or not whole. Move or delete it, and run the job again."
     )
 
 

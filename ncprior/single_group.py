@@ -132,7 +132,7 @@ class SingleGroup(LatentSource[Any, Any]):
         condition: Tensor | None = None,
     ) -> State:
         """Returns the state before z is given, for ``batch_size`` rows."""
-        require_counts("[0, inf)", batch_size=batch_size)
+        require_counts(batch_size=batch_size)
         require_eval(*self._watched)
         q, c = (None, condition) if encoding is None else encoding
         if (c is None) != (self._condition is None):

@@ -12,11 +12,13 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ncprior._version import __version__
 from ncprior.utils.require import require_instance
@@ -45,6 +47,12 @@ def upload(
     The files are made before the repository, so that one that is not valid leaves no trace. The
     options are those of :meth:`ncprior.NCPrior.push_to_hub`.
     """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id must be a name on the Hub, such as 'user/my-prior'; got {repo_id!r}: {error}"
+        ) from error
     contents = files(repo_id)
     api = HfApi(token=token, library_name="ncprior", library_version=__version__)
     visibility: dict[str, Any] = {} if private is None else {"private": private}

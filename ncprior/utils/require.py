@@ -151,7 +151,7 @@ def real_tensor(
     if not x.is_floating_point():
         x = x.float()
     wrong_ndim = x.ndim < 1 if ndim is None else x.ndim != ndim
-    if wrong_ndim or len(x) < rows:
+    if wrong_ndim or len(x) < rows or (rows > 0 and x.numel() == 0):
         dims = "1 or more dimensions" if ndim is None else f"{ndim} dimensions"
         raise ValueError(f"{name} must have {dims} and {rows} or more rows; got {described(x)}.")
     require_finite(name, x.nan_to_num(math.nan, 0.0, 0.0) if infinite else x)
@@ -173,7 +173,7 @@ def numbers(name: str, value: Any, *, rows: int = 1) -> Tensor:  # noqa: ANN401
     x = _with_values(name, value)
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be real numbers or codes; got {described(x)}.")
-    if x.ndim < 1 or len(x) < rows:
+    if x.ndim < 1 or len(x) < rows or (rows > 0 and x.numel() == 0):
         raise ValueError(f"{name} must have {rows} or more rows; got {described(x)}.")
     require_finite(name, x)
     return x
