@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ncprior.nce import nce_terms
 from ncprior.utils.require import real_tensor, require_counts
 
 _PRIOR_DRAWS, _PRIOR_K = 10, 0.5  # the weak prior of k in PSIS
@@ -77,6 +78,12 @@ class Reliability(NamedTuple):
     predicted: tuple[float, ...]
     observed: tuple[float, ...]
     size: tuple[int, ...]
+
+
+def losses(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Plain NCE loss of every pair of draws, in nats, with the shape of log r."""
+    loss_q, loss_p = nce_terms(log_q, log_p)
+    return loss_q + loss_p
 
 
 def recalibrate(log_q: Tensor, log_p: Tensor) -> Recalibration:

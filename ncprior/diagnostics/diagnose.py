@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import first_batch, one_pass
-from ncprior.diagnostics.calibration import Mean, pareto_k, recalibrate, reliability
+from ncprior.diagnostics.calibration import Mean, losses, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.missing import missing_jsd
 from ncprior.diagnostics.report import Report
@@ -31,6 +29,7 @@ from ncprior.diagnostics.walks import evaluating, group_kinds, scaled_log_r, wal
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, device_of, num_rows, require_eval
+from ncprior.utils.batches import take_rows
 from ncprior.utils.require import require_counts, require_instance
 
 # Pools of SIR: ESS and log Z vary little between pools, and pools cost most of the evaluations.
@@ -147,7 +146,7 @@ def _measure(
         rows = _pools_of(seen, total) - _pools_of(before, total)
         if num_proposals and rows:
             weigh, size = partial(_weigh, num_proposals), 4 + sum(num_proposals)
-            pools.append(walk_posterior(prior, _first(rows, encoding), weigh, (size,)))
+            pools.append(walk_posterior(prior, take_rows(encoding, slice(rows)), weigh, (size,)))
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
 
 
@@ -171,9 +170,9 @@ def _weigh(ms: tuple[int, ...], prior: NCPrior, k: int, group: Group, z: Tensor)
 def _with_loss(report: GroupReport, log_r: Tensor, trained: Tensor | None) -> GroupReport:
     """Adds the statistics of log r on held-out and training data, (walks, 2, rows) each."""
     q, p = log_r.unbind(1)
-    loss = Mean.of(_loss(q, p))
+    loss = Mean.of(losses(q, p))
     kl, identity, fit = Mean.of(q), Mean.of(q.sigmoid() + p.sigmoid()), recalibrate(q, p)
-    train = Mean(math.nan, math.nan) if trained is None else Mean.of(_loss(*trained.unbind(1)))
+    train = Mean(math.nan, math.nan) if trained is None else Mean.of(losses(*trained.unbind(1)))
     return report._replace(
         nce_loss=loss.value,
         nce_loss_error=loss.error,
@@ -205,11 +204,6 @@ def _with_pools(report: GroupReport, pools: Tensor) -> GroupReport:
     )
 
 
-def _loss(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Plain NCE loss of every draw."""
-    return softplus(-log_q) + softplus(log_p)
-
-
 def _mean_exp(values: Tensor) -> float:
     flat = values.flatten()
     return (flat.logsumexp(0) - math.log(len(flat))).exp().item()
@@ -218,7 +212,3 @@ def _mean_exp(values: Tensor) -> float:
 def _pools_of(rows: int, total: int) -> int:
     """Number of pools that belong to the first rows of the data."""
     return rows * min(_NUM_POOLS, total) // total
-
-
-def _first(rows: int, encoding: Any) -> Any:  # noqa: ANN401
-    return tree_map_only(Tensor, lambda t: t[:rows] if t.ndim else t, encoding)

@@ -45,10 +45,7 @@ class Verdict(str, Enum):
 
 
 _ADVICE = {
-    Verdict.GOOD: (
-        "log r is calibrated, and a fresh head finds little that it misses. Sample with sir, with "
-        "at least the proposals needed."
-    ),
+    Verdict.GOOD: "log r is calibrated. Sample with sir, with at least the proposals needed.",
     Verdict.MATCHES: (
         "The head finds no difference that is worth correcting: use the base for this group "
         "(prior.active[k] = False)."

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
-from torch.utils._pytree import tree_map_only
 
 from ncprior.data.stream import one_pass
-from ncprior.diagnostics.calibration import Mean
-from ncprior.diagnostics.walks import scaled_log_r, walk_posterior
+from ncprior.diagnostics.calibration import Mean, losses
 from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
-from ncprior.source import Group, device_of, num_rows
+from ncprior.source import Group, contrastive_pairs, device_of, num_rows, posterior_of, visit
+from ncprior.utils.batches import take_rows
+from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.precision import at_least_float32
 
 _LEARNING_RATE = 2e-3
@@ -58,95 +57,100 @@ def missing_jsd(
     """
     device = device_of(prior.source)
     batches = [b for b in one_pass(data, batch_size, device) if num_rows(b) >= _FEWEST_ROWS]
-    heads: list[nn.Module | None] = [None] * prior.source.num_groups
-    if batches and steps > 0:
-        heads = _fresh_heads(prior, prior.source.encode(batches[0]))
-    if not any(heads):
-        return [Mean(math.nan, math.nan)] * prior.source.num_groups
-    fresh = _Fresh(prior, heads, batches)
-    fresh.train(steps)
+    unknown = [Mean(math.nan, math.nan)] * prior.source.num_groups
+    if not batches or steps == 0:
+        return unknown
+    with gradients_enabled():
+        fresh = _Fresh(prior, batches)
+        if not fresh.heads:
+            return unknown
+        fresh.train(steps)
     rows = sum(num_rows(batch) // 4 for batch in batches)
-    gains = torch.cat([fresh.gains(_MEASURE) for _ in range(max(1, -(-num_draws // rows)))], 0)
-    return [Mean.of(values) for values in gains.unbind(1)]
+    gains = fresh.gains(_MEASURE, -(-num_draws // rows))
+    return [Mean.of(gains[k]) if k in gains else unknown[k] for k in range(len(unknown))]
 
 
 _TRAIN, _CHOOSE, _MEASURE = slice(0, None, 2), slice(1, None, 4), slice(3, None, 4)
 
 
 class _Fresh:
-    """Fresh heads log s, trained so that log r + log s has the least NCE loss."""
+    """Fresh heads log s by group, trained so that log r + log s has the least NCE loss.
 
-    def __init__(self, prior: NCPrior, heads: list[nn.Module | None], batches: list[Any]) -> None:
-        self.prior, self.heads, self.batches = prior, heads, batches
-        self.parameters = [p for head in heads if head is not None for p in head.parameters()]
+    Groups that are off, or whose latents no head of ours fits, have none.
+    """
+
+    def __init__(self, prior: NCPrior, batches: list[Any]) -> None:
+        self.prior, self.batches = prior, batches
+        self.heads = _fresh_heads(prior, batches[0])
 
     def train(self, steps: int) -> None:
         """Trains the heads, and keeps for each the weights that were best on the chosen rows."""
-        optimizer = torch.optim.AdamW(self.parameters, _LEARNING_RATE)
-        best = [(0.0, None if head is None else _weights(head)) for head in self.heads]
+        parameters = [p for head in self.heads.values() for p in head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, _LEARNING_RATE)
+        best = {k: (0.0, _weights(head)) for k, head in self.heads.items()}
         every = -(-steps // _NUM_CHECKS)
         for t, batch in zip(range(1, steps + 1), itertools.cycle(self.batches), strict=False):
-            self._walk(batch, _TRAIN, self._descend)
+            for _, log_r, log_s in self._pairs(batch, _TRAIN, 1):
+                log_q, log_p = log_r + log_s
+                nce_loss(log_q, log_p).backward()
             optimizer.step()
             optimizer.zero_grad()
             if t % every == 0 or t == steps:
-                now = self.gains(_CHOOSE).mean((0, 2)).tolist()
-                for k, head in enumerate(self.heads):
-                    if head is not None and now[k] > best[k][0]:
-                        best[k] = (now[k], _weights(head))
-        for head, (_, weights) in zip(self.heads, best, strict=True):
-            if head is not None and weights is not None:
-                head.load_state_dict(weights)
+                for k, gains in self.gains(_CHOOSE, 1).items():
+                    best[k] = max(
+                        best[k], (gains.mean().item(), _weights(self.heads[k])), key=_gain
+                    )
+        for k, (_, weights) in best.items():
+            self.heads[k].load_state_dict(weights)
 
-    def gains(self, rows: slice) -> Tensor:
-        """JSD that log s adds to log r, in nats, with shape ``(1, K, rows)``."""
-        return torch.cat([self._walk(batch, rows, self._gain) for batch in self.batches], -1)[None]
+    @torch.no_grad()
+    def gains(self, rows: slice, num_draws: int) -> dict[int, Tensor]:
+        """JSD that log s adds to log r by group, in nats, with shape ``(num_draws, rows)``."""
+        found: dict[int, list[Tensor]] = {k: [] for k in self.heads}
+        for batch in self.batches:
+            for k, log_r, log_s in self._pairs(batch, rows, num_draws):
+                (log_q, log_p), (more_q, more_p) = log_r, log_r + log_s
+                found[k].append((losses(log_q, log_p) - losses(more_q, more_p)) / 2)
+        return {k: torch.cat(gains, -1) for k, gains in found.items()}
 
-    def _walk(self, batch: Any, rows: slice, measure: Callable[..., Tensor]) -> Tensor:  # noqa: ANN401
-        encoding = self.prior.source.encode(batch)
-        part = tree_map_only(Tensor, lambda t: t[rows] if t.ndim else t, encoding)
-        return walk_posterior(self.prior, part, measure)
-
-    def _descend(self, prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
-        with torch.enable_grad():
-            log_r, log_s = self._pair(prior, k, group, z)
-            log_q, log_p = log_r + log_s
-            if log_s.requires_grad:  # not where no head fits
-                nce_loss(log_q, log_p).backward()
-        return torch.zeros(len(z))
-
-    def _gain(self, prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
-        log_r, log_s = self._pair(prior, k, group, z)
-        return (_loss(log_r) - _loss(log_r + log_s)) / 2
-
-    def _pair(self, prior: NCPrior, k: int, group: Group, z: Tensor) -> tuple[Tensor, Tensor]:
-        """α log r and log s at z ~ q and at z ~ p, with shape (2, B) each."""
-        with torch.no_grad():
-            z = torch.stack([z, group.prior.sample().to(z.dtype)])
-            log_r = scaled_log_r(prior, k, z, group)
-            h = at_least_float32(head_input(prior.source, k, z))
-            c = None if group.context is None else at_least_float32(group.context)
-        head = self.heads[k]
-        return log_r, torch.full_like(log_r, math.nan) if head is None else head(h, c)
+    def _pairs(
+        self,
+        batch: Any,  # noqa: ANN401
+        rows: slice,
+        num_draws: int,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Group, α log r and log s at z ~ q and z ~ p, with shape ``(2, num_draws, B)`` each."""
+        pairs = contrastive_pairs(self.prior.source, take_rows(batch, rows), num_draws)
+        for k, (z, context) in enumerate(pairs):
+            if k in self.heads:
+                with torch.no_grad():
+                    log_r = self.prior.strength * self.prior.log_r(k, z, context)
+                    h = at_least_float32(head_input(self.prior.source, k, z))
+                    c = None if context is None else at_least_float32(context)
+                yield k, log_r, self.heads[k](h, c)
 
 
-def _fresh_heads(prior: NCPrior, encoding: Any) -> list[nn.Module | None]:  # noqa: ANN401
-    """One new head per group that is on, ``None`` where no head of ours fits the latents."""
-    heads: list[nn.Module | None] = [None] * prior.source.num_groups
+@torch.no_grad()
+def _fresh_heads(prior: NCPrior, x: Any) -> dict[int, nn.Module]:  # noqa: ANN401
+    """One new head for each group that is on and whose latents a head of ours fits."""
+    heads: dict[int, nn.Module] = {}
 
-    def make(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
-        try:
-            heads[k] = make_head(with_head_inputs(prior.source, k, group, z)).eval()
-        except (TypeError, ValueError):
-            pass
-        return torch.zeros(len(z))
+    def make(k: int, group: Group) -> Tensor:
+        z = posterior_of(group).sample()
+        if prior.is_on(k):
+            try:
+                heads[k] = make_head(with_head_inputs(prior.source, k, group, z)).eval()
+            except (TypeError, ValueError):  # such as codes without a number of categories
+                pass
+        return z
 
-    walk_posterior(prior, encoding, make)
+    encoding = prior.source.encode(x)
+    visit(prior.source, prior.source.start(num_rows(encoding), encoding), make)
     return heads
 
 
-def _loss(log_r: Tensor) -> Tensor:
-    return softplus(-log_r[0]) + softplus(log_r[1])
+def _gain(candidate: tuple[float, dict[str, Tensor]]) -> float:
+    return candidate[0]
 
 
 def _weights(head: nn.Module) -> dict[str, Tensor]:

@@ -49,15 +49,14 @@ class Needed(NamedTuple):
     is_bound: bool
 
 
-def needed(log_q: Tensor, log_p: Tensor, reach: tuple[int, int]) -> Needed:
+def needed(log_q: Tensor, reached: tuple[int, int]) -> Needed:
     """Number of proposals that SIR needs: exp(KL + sd_q[log r]), and at least 1/P.
 
     Arguments:
         log_q: Recalibrated log r in nats at z ~ q, with shape ``(draws, rows)``.
-        log_p: Recalibrated log r in nats at z ~ p, with shape ``(draws, rows)``.
-        reach: Result of :func:`reach`.
+        reached: Result of :func:`reach`.
     """
-    hits, draws = reach
+    hits, draws = reached
     kl, sd = Mean.of(log_q), log_q.std().item()
     most_hits = hits + MARGIN * math.sqrt(hits + 1) + MARGIN
     return Needed(

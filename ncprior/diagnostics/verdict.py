@@ -9,9 +9,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from ncprior.diagnostics.calibration import Mean
+from ncprior.diagnostics.calibration import Mean, losses
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.needed import MARGIN, Needed, kl_bound, needed, reach
 
@@ -53,8 +52,8 @@ def with_verdict(report: GroupReport, log_r: Tensor, proposed: Tensor) -> GroupR
     bound = kl_bound(q, every_p)
     if not math.isnan(report.slope):
         q, p = report.slope * q + report.offset, report.slope * p + report.offset
-    need = needed(q, p, reached)
-    jsd = Mean.of(math.log(2) - (softplus(-q) + softplus(p)) / 2)
+    need = needed(q, reached)
+    jsd = Mean.of(math.log(2) - losses(q, p) / 2)
     return report._replace(
         kl_bound=bound,
         proposals_needed=need.proposals,

@@ -176,6 +176,17 @@ def test_D6_a_calibrated_head_that_misses_half_of_the_gap_is_incomplete() -> Non
     assert group.missing > 0.6 * (exact.jsd - group.jsd)
 
 
+def test_W2_fresh_heads_learn_inside_inference_mode_too() -> None:
+    pair = Pair(2.0, 2)
+    prior, x = half_blind(pair), pair.data(600)
+    torch.manual_seed(0)
+    outside = diagnose(prior, x, fresh_steps=20).groups[0]
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        inside = diagnose(prior, x, fresh_steps=20).groups[0]
+    assert inside.missing == outside.missing > 0.01
+
+
 def test_D6_fresh_heads_change_nothing_and_can_be_left_out() -> None:
     pair = Pair(1.0, 2)
     prior, x = half_blind(pair), pair.data(400)
@@ -221,11 +232,11 @@ def test_the_bound_of_kl_is_at_most_the_logarithm_of_the_draws() -> None:
 def test_proposals_needed_are_at_least_those_that_hold_one_typical_draw() -> None:
     log_q, log_p = torch.full((1, 100), 0.1), torch.zeros(1, 1000)
     log_p[0, :5] = 0.2
-    found = needed(log_q.double(), log_p.double(), reach(log_q, log_p))
+    found = needed(log_q.double(), reach(log_q, log_p))
     assert found.proposals == 200
     assert 0 < found.surely < 200
     assert not found.is_bound
-    none = needed(log_q.double(), log_p.double(), reach(log_q, log_p[:, 5:]))
+    none = needed(log_q.double(), reach(log_q, log_p[:, 5:]))
     assert none.proposals == 995
     assert none.is_bound
 
