@@ -208,7 +208,9 @@ class SavedFile:
                 try:
                     return table[kind](**arguments)
                 except _ERRORS as error:
-                    self.fail(f"{whose} cannot be built as a {kind} ({error})")
+                    too_large = isinstance(error, RuntimeError)  # torch's word on the meta device
+                    reason = "its sizes are too large" if too_large else error
+                    self.fail(f"{whose} cannot be built as a {kind} ({reason})")
         self.fail(f"{whose} must be one of {', '.join(table)}; got {entry}")
 
     def build_network(

@@ -246,11 +246,11 @@ def tensor_of_batch(x: Any) -> Tensor:  # noqa: ANN401
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
-        ValueError: If it has no rows.
+        ValueError: If it has no rows, or rows without numbers.
     """
     tensor = _as_tensor("x", x[0] if isinstance(x, tuple | list) and len(x) > 0 else x)
-    if tensor.ndim == 0 or len(tensor) == 0:
-        raise ValueError(f"x must have 1 or more rows; got {described(tensor)}.")
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        raise ValueError(f"x must have 1 or more rows of numbers; got {described(tensor)}.")
     return tensor
 
 

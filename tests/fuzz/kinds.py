@@ -253,11 +253,13 @@ def _nan_draw(draw: Any) -> Any:
 
 def tensor(*, none: bool = False, **options: Any) -> Kind:
     """Numbers with shape ``(N, ...)``; see :func:`fuzz.values.of_tensor`."""
+    may_be_empty = "empty" in options and options["empty"] is None
 
     def verdict(value: Any) -> bool | None:
         if value is None:
             return none
-        if isinstance(value, Tensor) and value.numel() and not value.is_complex():
+        has_numbers = isinstance(value, Tensor) and (value.numel() > 0 or may_be_empty)
+        if has_numbers and value.ndim and not value.is_complex():
             return None
         if isinstance(value, np.ndarray) and value.dtype != object and value.ndim:
             return None

@@ -148,6 +148,9 @@ def test_x_of_a_batch_is_found_and_arrays_are_converted() -> None:
     for wrong in (None, "x", 3.0 + 1j, {}, [None]):
         with pytest.raises(TypeError, match="x must be a tensor or an array"):
             tensor_of_batch(wrong)
+    for shape in ((), (0, 2), (3, 0)):
+        with pytest.raises(ValueError, match="x must have 1 or more rows of numbers"):
+            tensor_of_batch(torch.zeros(shape))
 
 
 def test_floats_of_a_batch_are_within_their_limits() -> None:
