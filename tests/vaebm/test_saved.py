@@ -256,7 +256,7 @@ def test_a_damaged_file_is_refused(saved: Path) -> None:
             {
                 "energy": {
                     "kind": "EnergyNet",
-                    "config": {"image_shape": [1, 8, 8], "width": 8 * 10**9},
+                    "config": {"image_shape": [1, 8, 8], "width": 10**9},
                 }
             },
             "cannot be built as a EnergyNet .its sizes are too large.",
