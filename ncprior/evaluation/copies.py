@@ -67,7 +67,7 @@ def near_copies(
     The interval is Wilson's for the drawn rows, widened by that of the expected share.
 
     Arguments:
-        train: Features of training data, with shape ``(N, F)``: a tensor, an array, a list or a
+        train: Features of training data, with shape ``(N, ...)``: a tensor, an array, a list or a
             DataFrame. In a DataFrame, numbers are divided by their standard deviations in
             ``train``, and two different categories have distance 1.
         held_out: Features of data outside of the training data.

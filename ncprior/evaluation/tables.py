@@ -17,7 +17,7 @@ _MOST_CATEGORIES = 1000  # of one column
 def features_of(**rows: Any) -> list[Tensor]:  # noqa: ANN401
     """Returns the rows of several tables as features with equal columns, ``(N, F)`` each, in float64.
 
-    Numbers in tensors and arrays are features as they are. In a table, which is a DataFrame or an
+    Numbers in tensors and arrays are features as they are; more axes are flattened. In a table, which is a DataFrame or an
     array of objects, a column of numbers is divided by its standard deviation in the first table,
     and a column with texts in any table is one of categories: two rows with different categories
     have distance 1 there.
@@ -41,13 +41,15 @@ def features_of(**rows: Any) -> list[Tensor]:  # noqa: ANN401
 
 
 def _array(value: Any) -> Any:  # noqa: ANN401
-    """Returns a table as an array, and truth values as 0 and 1."""
+    """Returns a table as an array, truth values as 0 and 1, and events of more axes as flat."""
     if hasattr(value, "to_numpy"):
         value = value.to_numpy()
     if isinstance(value, Tensor) and value.dtype == torch.bool:
-        return value.byte()
+        value = value.byte()
     if isinstance(value, np.ndarray) and value.dtype == bool:
-        return value.astype(np.uint8)
+        value = value.astype(np.uint8)
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 2 and len(value) > 0:
+        return value.reshape(len(value), -1)
     return value
 
 

@@ -89,9 +89,9 @@ def two_sample_test(
     one, or one with more rows, may have a higher AUC.
 
     Arguments:
-        real: Rows of held-out data, with shape ``(N, F)``: latents, features of images, or a table,
-            as a tensor, an array, a list or a DataFrame. Columns of texts are categories.
-        drawn: Rows of samples, with shape ``(N', F)``.
+        real: Rows of held-out data, with shape ``(N, ...)``: latents, features of images, or a
+            table, as a tensor, an array, a list or a DataFrame. Columns of texts are categories.
+        drawn: Rows of samples, with shape ``(N', ...)``.
         classifier: ``"network"``, a linear model with a small network, which suits latents and
             features; or ``"trees"``, the histogram-based gradient boosting of scikit-learn (extra
             ``[trees]``), which suits tables.

@@ -52,7 +52,9 @@ def test_shifted_gaussians_have_the_AUC_and_the_divergence_of_the_best_classifie
 
 @BOTH
 def test_rows_of_one_distribution_cannot_be_told_apart(classifier: str) -> None:
-    found = two_sample_test(torch.randn(300, 3), torch.randn(200, 3), classifier=classifier)
+    found = two_sample_test(
+        torch.randn(300, 3), torch.randn(200, 3), classifier=classifier, folds=2
+    )
     assert not found.differs
     assert abs(found.auc - 0.5) < 4 * error(found)
     assert error(found) == pytest.approx(math.sqrt((1 / 300 + 1 / 200) / 12), rel=0.1)
@@ -149,7 +151,8 @@ def test_without_scikit_learn_trees_say_what_to_install(monkeypatch: pytest.Monk
         two_sample_test(X, X, classifier="trees")
 
 
-def test_truth_values_and_lists_are_rows() -> None:
+def test_truth_values_lists_and_events_are_rows() -> None:
     bits = torch.rand(60, 2) > 0.5
+    assert two_sample_test(bits[:, :, None], bits, folds=2).auc <= 1
     found = two_sample_test(bits, bits.numpy(), folds=2)
     assert found == two_sample_test(bits.float(), bits.int().tolist(), folds=2)
