@@ -85,8 +85,7 @@ def near_copies(
             is missing or not finite, or a number is out of range.
 
     References:
-        | Probable Inference, the Law of Succession, and Statistical Inference (Wilson, 1927)
-        | Interval Estimation for the Difference Between Independent Proportions (Newcombe, 1998)
+        Interval Estimation for the Difference Between Independent Proportions (Newcombe, 1998)
 
     Example:
         >>> train, held_out, drawn = torch.randn(3, 1000, 2)
