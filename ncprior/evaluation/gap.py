@@ -150,7 +150,7 @@ def gap_closed(
     if train is not None:
         drawn = {"base": base, "ours": ours, "posterior": posterior}
         rows = {k: torch.cat([checked(x, k, like=reference) for x in v]) for k, v in drawn.items()}
-        copies = copies_of(train, reference, rows)
+        copies = copies_of(checked(train, "train", like=reference), reference, rows)
     distances = frechet(moments(reference), arms)
     # A posterior without noise can give the same samples twice; a prior cannot.
     if any(len(arm.unique()) < len(arm) for arm in distances[:2]):
