@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from fuzz.calls import call
 from fuzz.kinds import (
@@ -521,6 +522,47 @@ def _(w: World) -> Built:
     return evaluation.precision_recall, {"real": w.z, "generated": w.z + 1}
 
 
+TABLE_ROWS = Kind(  # objects and truth values may be categories
+    "rows of a table",
+    lambda v: None if isinstance(v, np.ndarray) else FEATURES.verdict(v),
+    tuple(
+        value._replace(valid=None) if value.name == "as bool" else value
+        for value in tensor(array=True, whole=True, rank=None).pool
+    ),
+    tensors=True,
+    gated=False,
+)
+
+
+@call(
+    "ncprior.evaluation.near_copies",
+    train=TABLE_ROWS,
+    held_out=TABLE_ROWS,
+    drawn=TABLE_ROWS,
+    quantile=unsure(LEVEL),
+    level=LEVEL,
+    chunk_size=count(),
+)
+def _(w: World) -> Built:
+    rows = {"train": w.z, "held_out": w.z + 1, "drawn": w.z + 2}
+    return evaluation.near_copies, {**rows, "quantile": 0.5}
+
+
+@call(
+    "ncprior.evaluation.two_sample_test",
+    options={"slow": True, "limit": 20.0},  # the first call imports scikit-learn
+    real=TABLE_ROWS,
+    drawn=TABLE_ROWS,
+    classifier=choice("network", "trees"),
+    folds=unsure(count(2)),
+    level=LEVEL,
+    seed=SEED,
+)
+def _(w: World) -> Built:
+    rows = {"real": torch.randn(20, 2), "drawn": torch.randn(20, 2)}
+    return evaluation.two_sample_test, {**rows, "classifier": "trees", "folds": 2}
+
+
 GENERATIONS = Kind(
     "generations",
     lambda v: None if isinstance(v, list | tuple | torch.Tensor) and len(v) else False,
@@ -552,12 +594,14 @@ def _gap(w: World) -> dict[str, Any]:
     base=GENERATIONS,
     ours=GENERATIONS,
     posterior=GENERATIONS,
+    train=tensor(array=True, none=True),
     num_resamples=count(2),
     level=LEVEL,
     seed=SEED,
 )
 def _(w: World) -> Built:
-    return evaluation.gap_closed, {**_gap(w), "num_resamples": 5}
+    arguments = {**_gap(w), "num_resamples": 5}
+    return evaluation.gap_closed, {**arguments, "train": arguments["reference"] + 1}
 
 
 GAP = instance(evaluation.GapClosed)
