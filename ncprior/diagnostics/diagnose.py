@@ -100,7 +100,7 @@ def diagnose(
         if train is not None:
             trained = _measure(prior, train, num_draws, batch_size)[0]
         missing = missing_jsd(
-            prior, held_out, steps=fresh_steps, num_draws=num_draws // 2, batch_size=batch_size
+            prior, held_out, steps=fresh_steps, num_draws=-(-num_draws // 2), batch_size=batch_size
         )
         on = [prior.is_on(k) for k in range(prior.source.num_groups)]
         kinds = group_kinds(prior, first_batch(held_out, batch_size))

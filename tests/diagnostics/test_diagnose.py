@@ -627,3 +627,9 @@ def test_a_source_that_shows_no_posterior_is_refused() -> None:
     pair = Blind()
     with pytest.raises(ValueError, match="no posterior"):
         diagnose(NCPrior(pair, pair.heads()), pair.data(10))
+
+
+def test_a_single_draw_is_enough_for_a_fresh_head() -> None:
+    prior = NCPrior(NO_GAP.source(), MLPHead((2,), width=4, depth=1)).eval()
+    report = diagnose_all(prior, torch.randn(40, 2), num_draws=1, fresh_steps=2)
+    assert math.isfinite(report.groups[0].missing)

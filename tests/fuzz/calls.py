@@ -153,7 +153,7 @@ def random_tensors() -> st.SearchStrategy[Value]:
     )
 
     def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Value:
-        valid = ... if 0 in shape or not shape else None  # the kind knows whether it may be empty
+        valid = (... if 0 in shape else None) if shape else False  # the kind knows about no rows
         return Value(
             f"torch.ones({shape}, {dtype})", lambda w, v: torch.ones(shape, dtype=dtype), valid
         )

@@ -259,7 +259,7 @@ def tensor(*, none: bool = False, **options: Any) -> Kind:
         if value is None:
             return none
         has_numbers = isinstance(value, Tensor) and (value.numel() > 0 or may_be_empty)
-        if has_numbers and value.ndim and not value.is_complex():
+        if has_numbers and not value.is_complex():
             return None
         if isinstance(value, np.ndarray) and value.dtype != object and value.ndim:
             return None
