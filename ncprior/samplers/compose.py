@@ -50,7 +50,8 @@ def composition(function: Callable[P, Sampler]) -> Callable[P, Sampler]:
     @wraps(function)
     def compose(*args: P.args, **keywords: P.kwargs) -> Sampler:
         sampler = function(*args, **keywords)
-        return Composition(partial(compose, *args, **keywords), sampler)
+        given = inspect.signature(function).bind(*args, **keywords)
+        return Composition(partial(compose, *given.args), sampler)
 
     return compose
 
