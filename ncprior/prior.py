@@ -222,9 +222,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         """
         require_counts(batch_size=batch_size)
         require_flags(draw_x=draw_x)
-        if sampler is not None or any(map(self.is_on, range(len(self.heads)))):
-            sampler = self.chosen(sampler)
-        draws = []
+        sampler, draws = self.chosen(sampler), []
 
         def choose(k: int, group: Group) -> Tensor:
             draws.append(self.draw(k, group, sampler))

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ncprior.distributions import Sampleable
 from ncprior.heads.settings import HeadSettings
-from ncprior.samplers.base import Sampler
+from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.samplers.compose import describe
 from ncprior.source import LatentSource, num_rows
 from ncprior.utils.require import described, require_callable, require_instance
@@ -32,10 +33,10 @@ class SamplerSetting(HeadSettings):
     @sampler.setter
     def sampler(self, sampler: Sampler | None) -> None:
         require_sampler(sampler)
-        self._sampler = sampler
+        object.__setattr__(self, "_sampler", sampler)  # not as a part, should it be a module
 
     def chosen(self, sampler: Sampler | None) -> Sampler:
-        """Returns the given sampler, or else the prior's own.
+        """Returns the given sampler, or else the prior's own; one of the base if no head is on.
 
         Raises:
             TypeError: If the given one is no sampler.
@@ -43,6 +44,8 @@ class SamplerSetting(HeadSettings):
         """
         require_sampler(sampler)
         sampler = self._sampler if sampler is None else sampler
+        if sampler is None and not any(map(self.is_on, range(len(self.active)))):
+            return base_draw
         if sampler is None:
             raise ValueError(
                 "This prior has no sampler yet. Pass one, such as partial(sir, num_proposals=500), or "
@@ -59,6 +62,11 @@ class SamplerSetting(HeadSettings):
             f"source={type(self.source).__name__}, strength={self.strength}, groups_off={off}, "
             f"sampler={sampler}"
         )
+
+
+def base_draw(prior: Sampleable, log_ratio: LogRatio) -> Draw:
+    """Sampler that draws from the base prior."""
+    return Draw(prior.sample())
 
 
 def require_sampler(sampler: Any) -> None:  # noqa: ANN401

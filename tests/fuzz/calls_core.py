@@ -709,10 +709,13 @@ def _(w: World) -> Built:
 @call(
     "ncprior.jobs.sample_parts",
     prior=PRIOR,
-    sampler=SAMPLER,
     folder=PATH,
     num_samples=count(huge=False),
+    sampler=SAMPLER,
     part_size=count(),
+    batch_size=count(none=True),
+    draw_x=FLAG,
+    progress=FLAG,
     seed=SEED,
     condition=NO_CONDITION,
     parts=Kind(
@@ -724,8 +727,8 @@ def _(w: World) -> Built:
     w.folder  # noqa: B018 (made before the call)
     return jobs.sample_parts, {
         "prior": w.prior,
-        "sampler": w.sampler,
         "folder": w.folder / "job",
+        "sampler": w.sampler,
         "num_samples": 5,
         "part_size": 3,
     }
@@ -733,7 +736,7 @@ def _(w: World) -> Built:
 
 @call("ncprior.jobs.read_parts", folder=PATH)
 def _(w: World) -> Built:
-    jobs.sample_parts(w.prior, w.sampler, w.folder / "job", num_samples=5, part_size=3)
+    jobs.sample_parts(w.prior, w.folder / "job", sampler=w.sampler, num_samples=5, part_size=3)
     return jobs.read_parts, {"folder": w.folder / "job"}
 
 

@@ -136,7 +136,7 @@ def _load_energy_run(w: World, path: Path) -> None:
 
 def _save_job(file: str) -> Any:
     def save(w: World) -> Path:
-        sample_parts(w.prior, w.sampler, w.folder / "job", num_samples=5, part_size=3)
+        sample_parts(w.prior, w.folder / "job", sampler=w.sampler, num_samples=5, part_size=3)
         return w.folder / "job" / file
 
     return save
