@@ -1,29 +1,29 @@
-"""Command line of the package: ``ncprior demo``, ``ncprior diagnose`` and ``ncprior inspect``."""
+"""Command line of the package: ``ncprior demo``, ``diagnose``, ``sample`` and ``inspect``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 import ncprior
 from ncprior.source import require_source
-from ncprior.utils.require import described, real_tensor, require_counts
+from ncprior.utils.require import require_counts
+from ncprior.utils.user_code import line_of_the_user, load_data, load_object
 
 _IMPORTED = time.time()
 
 _EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError)
+
+_New: TypeAlias = Callable[..., argparse.ArgumentParser]  # makes the parser of a command
 
 _DESCRIPTION = """\
 Better priors for pretrained VAEs by noise contrastive estimation.
@@ -31,9 +31,11 @@ Better priors for pretrained VAEs by noise contrastive estimation.
 Examples:
   ncprior demo                            train and improve a small VAE of digits, about a minute
   ncprior demo --data mnist               the same on MNIST, some minutes
-  ncprior inspect user/my-prior           show the configuration of a saved prior
   ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
                                           measure the quality of the heads of a saved prior
+  ncprior sample my-prior --source my_vae.py:source -n 1000 --out samples
+                                          draw samples into files; run it again to go on
+  ncprior inspect user/my-prior           show the configuration of a saved prior
 
 `ncprior COMMAND --help` explains the options of a command.
 """
@@ -61,6 +63,29 @@ Examples:
   ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
   ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out \\
       --plot report.png
+"""
+
+_SAMPLE = """\
+The VAE is your Python object, given as FILE.py:NAME or MODULE:NAME: a LatentSource, or a function
+without arguments that returns one. The file is imported, so its code runs as with `python FILE.py`.
+No code from PATH_OR_REPO is run.
+
+Samples are drawn by the sampler that was saved with the prior:
+
+    prior.sampler = recommend_sampler(diagnose(prior, held_out), budget=50).sampler
+    prior.save_pretrained("my-prior")
+
+The folder has one safetensors file per part, with the samples x and their latents z_0, z_1, …
+If the command was interrupted, run it again: it draws the missing parts only. Read the samples by
+
+    from ncprior.jobs import read_parts
+    x = torch.cat([part["x"] for part in read_parts("samples")])
+
+Examples:
+  ncprior sample my-prior --source my_vae.py:source
+  ncprior sample user/my-prior --source my_vae.py:source -n 50000 --out fid-samples --seed 1
+  ncprior sample my-prior --source my_vae.py:source --proposals 500 --batch-size 100
+  ncprior sample my-prior --source my_vae.py:source -n 64 --condition my_vae.py:labels
 """
 
 _INSPECT = """\
@@ -92,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ncprior: interrupted; no incomplete file is left", file=sys.stderr)
         return 130
     except (Exception, SystemExit) as error:
-        line = _line_of_the_user(error)
+        line = line_of_the_user(error)
         if line is None and not isinstance(error, _EXPECTED):
             raise
         message = " ".join(str(error).split())
@@ -122,18 +147,56 @@ def _diagnose(options: argparse.Namespace) -> int:
 
     require_counts("(-1e18, 1e18)", seed=options.seed)
     with torch.random.fork_rng():
-        source, data = _load_object(options.source), _load_data(options.data)
+        source, data = load_object(options.source), load_data(options.data)
         require_source(source)
-        train = None if options.train is None else _load_data(options.train)
-        prior = ncprior.NCPrior.from_pretrained(
-            source, options.path_or_repo, revision=options.revision
-        )
+        train = None if options.train is None else load_data(options.train)
+        prior = _loaded(options, source)
         with seeded(options.seed):
             report = diagnose(prior, data, train=train, num_proposals=tuple(options.proposals))
     if options.plot is not None:
         report.plot().savefig(options.plot)
     print(report.to_json() if options.json else report)
     return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from ncprior.jobs import sample_parts
+
+    started = time.monotonic()
+    with torch.random.fork_rng():
+        source = load_object(options.source)
+        require_source(source)
+        condition = None if options.condition is None else load_data(options.condition)
+        prior = _loaded(options, source)
+        if options.proposals is not None:
+            prior.sampler = partial(ncprior.sir, num_proposals=options.proposals)
+        if prior.sampler is None:
+            raise ValueError(
+                f"{options.path_or_repo} was saved without a sampler. Pass --proposals 500, or set "
+                f"prior.sampler in Python and save the prior again."
+            )
+        parts = sample_parts(
+            prior,
+            options.out,
+            num_samples=options.num_samples,
+            part_size=options.part_size,
+            batch_size=options.batch_size,
+            draw_x=options.draw_x,
+            seed=options.seed,
+            condition=condition,
+        )
+    samples, files = _counted(options.num_samples, "sample"), _counted(len(parts), "part")
+    print(f"{samples} in {options.out}, {files}, {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _loaded(options: argparse.Namespace, source: Any) -> ncprior.NCPrior:  # noqa: ANN401
+    path, revision = options.path_or_repo, options.revision
+    return ncprior.NCPrior.from_pretrained(source, path, revision=revision)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -149,14 +212,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("ncprior", description=_DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"ncprior {ncprior.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_diagnose, _add_sample, _add_inspect):
+        add(partial(commands.add_parser, formatter_class=raw))
+    return parser
 
-    demo = commands.add_parser(
+
+def _add_demo(new: _New) -> None:
+    demo = new(
         "demo",
         help="train a small VAE on digits and close its prior hole",
         description="Trains a small VAE on real digits, measures its prior hole, and trains a "
         "ratio head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
         epilog=_DEMO,
-        formatter_class=raw,
     )
     demo.add_argument(
         "--data",
@@ -165,34 +232,24 @@ def _parser() -> argparse.ArgumentParser:
         help="scikit-learn's 8×8 digits, or MNIST from $NCPRIOR_DATA or the Hub; "
         "default: %(default)s",
     )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("ncprior-demo"),
-        help="output folder; default: %(default)s",
-    )
-    demo.add_argument(
-        "--seed", type=int, default=0, help="seed of all random numbers; default: %(default)s"
-    )
+    _add_out(demo, "ncprior-demo")
+    _add_seed(demo, "all random numbers")
     demo.add_argument("--json", action="store_true", help="print only one JSON object")
     demo.set_defaults(run=_demo)
 
-    diagnose = commands.add_parser(
+
+def _add_diagnose(new: _New) -> None:
+    diagnose = new(
         "diagnose",
         help="report on the heads of a saved prior, for your VAE and held-out data",
         description="Prints a report on the heads of a saved prior: one line per group of "
         "latents, with loss, calibration, effective sample size and a verdict.",
         epilog=_DIAGNOSE,
-        formatter_class=raw,
     )
     _add_prior(diagnose)
-    diagnose.add_argument(
-        "--source", required=True, metavar="WHERE:NAME", help="the VAE, a source"
-    )
-    diagnose.add_argument("--data", required=True, metavar="WHERE:NAME", help="held-out data")
-    diagnose.add_argument(
-        "--train", metavar="WHERE:NAME", help="training data, to detect memorisation"
-    )
+    _add_object(diagnose, "--source", "the VAE, a source", required=True)
+    _add_object(diagnose, "--data", "held-out data", required=True)
+    _add_object(diagnose, "--train", "training data, to detect memorisation")
     diagnose.add_argument(
         "--proposals",
         type=int,
@@ -201,26 +258,50 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help="two numbers of proposals for the ESS",
     )
-    diagnose.add_argument(
-        "--seed", type=int, default=0, help="seed of the samples; default: %(default)s"
-    )
+    _add_seed(diagnose, "the samples")
     diagnose.add_argument(
         "--plot", type=Path, metavar="FILE", help="also write the report as a picture"
     )
     diagnose.add_argument("--json", action="store_true", help="print the report as JSON")
     diagnose.set_defaults(run=_diagnose)
 
-    inspect = commands.add_parser(
+
+def _add_sample(new: _New) -> None:
+    sample = new(
+        "sample",
+        help="draw samples of a saved prior into files",
+        description="Draws samples of a saved prior, decoded by your VAE, into a folder.",
+        epilog=_SAMPLE,
+    )
+    _add_prior(sample)
+    _add_object(sample, "--source", "the VAE, a source", required=True)
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    words = "number of samples; default: %(default)s"
+    sample.add_argument("-n", "--num-samples", default=1000, help=words, **number)
+    _add_out(sample, "samples")
+    _add_seed(sample, "the samples")
+    words = "draw by SIR with M proposals instead of the saved sampler"
+    sample.add_argument("--proposals", type=int, metavar="M", help=words)
+    words = "draw x from p(x | z) instead of its mean, as for tables and counts"
+    sample.add_argument("--draw-x", action="store_true", help=words)
+    _add_object(sample, "--condition", "condition of a conditional VAE, one row per sample")
+    words = "samples per file; default: %(default)s"
+    sample.add_argument("--part-size", default=1000, help=words, **number)
+    words = "samples drawn at once, which bounds the memory; default: a whole file"
+    sample.add_argument("--batch-size", help=words, **number)
+    sample.set_defaults(run=_sample)
+
+
+def _add_inspect(new: _New) -> None:
+    inspect = new(
         "inspect",
         help="show the configuration of a saved prior, without running code from it",
         description="Prints the configuration of a saved prior as JSON: groups, kinds of heads, "
-        "strength and fingerprint. It reads the header of one safetensors file and runs no code.",
+        "strength, sampler and fingerprint. It reads the header of one safetensors file and runs no code.",
         epilog=_INSPECT,
-        formatter_class=raw,
     )
     _add_prior(inspect)
     inspect.set_defaults(run=_inspect)
-    return parser
 
 
 def _add_prior(parser: argparse.ArgumentParser) -> None:
@@ -230,79 +311,20 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
 
 
-def _load_object(where: str) -> Any:  # noqa: ANN401
-    """Returns the object ``FILE.py:NAME`` or ``MODULE:NAME``; a plain function is called first."""
-    place, _, name = where.rpartition(":")
-    if not place or not name.isidentifier():
-        raise ValueError(f"Expected FILE.py:NAME or MODULE:NAME; got {where}.")
-    if place.endswith(".py"):
-        module = _import_file(place)
-    else:
-        _add_to_path(Path.cwd())
-        module = importlib.import_module(place)
-    if not hasattr(module, name):
-        raise LookupError(f"{place} has no {name}. Give a name that it defines.")
-    found = getattr(module, name)
-    return found() if hasattr(found, "__code__") else found
+def _add_object(
+    parser: argparse.ArgumentParser, name: str, words: str, *, required: bool = False
+) -> None:
+    parser.add_argument(name, required=required, metavar="WHERE:NAME", help=words)
 
 
-def _load_data(where: str) -> Any:  # noqa: ANN401
-    """Returns data as :func:`_load_object` does; arrays and tables become tensors of float32."""
-    data = _load_object(where)
-    if isinstance(data, np.ndarray) or hasattr(data, "to_numpy"):
-        return real_tensor(where, data).float()
-    if isinstance(data, type) or not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
-        raise TypeError(
-            f"{where} must be data: a tensor, an array, a table, a dataset or a DataLoader; got "
-            f"{described(data)}."
-        )
-    return data
+def _add_out(parser: argparse.ArgumentParser, folder: str) -> None:
+    words = "output folder; default: %(default)s"
+    parser.add_argument("--out", type=Path, default=Path(folder), help=words)
 
 
-def _import_file(place: str) -> Any:  # noqa: ANN401
-    path = Path(place).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {place}. Give the path of a Python file.")
-    _add_to_path(path.parent)
-    module = sys.modules.get(path.stem)
-    if module is None or getattr(module, "__file__", None) != str(path):
-        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # imported once, also for several names
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[path.stem]
-            raise
-    return module
-
-
-def _add_to_path(folder: Path) -> None:
-    """Lets the user's files import their neighbours, as ``python FILE.py`` does."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
-def _line_of_the_user(error: BaseException) -> str | None:
-    """Returns ``"FILE:LINE: "`` of the last line of the user's own code that led to an error."""
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        return f"{error.filename}:{error.lineno}: "
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if _is_the_users(frame):
-            return f"{frame.f_code.co_filename}:{line}: "
-    return None
-
-
-def _is_the_users(frame: FrameType) -> bool:
-    """Returns whether a frame is of no code of Python, of an installed package or of this one."""
-    path = Path(frame.f_code.co_filename)
-    others = (Path(os.__file__).parent, Path(ncprior.__file__).parent)
-    return (
-        path.is_file()
-        and frame.f_globals.get("__name__", "").partition(".")[0] != "ncprior"
-        and not any(path.is_relative_to(folder) for folder in others)
-        and not {"site-packages", "dist-packages"} & set(path.parts)
-    )
+def _add_seed(parser: argparse.ArgumentParser, whose: str) -> None:
+    words = f"seed of {whose}; default: %(default)s"
+    parser.add_argument("--seed", type=int, default=0, help=words)
 
 
 def _started() -> float:

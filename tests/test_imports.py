@@ -17,7 +17,7 @@ import ncprior
 PACKAGE = Path(ncprior.__file__).parent
 
 FLOORS = """
-    _version utils < distributions nce < source < single_group < heads data testing < bases < samplers saving
+    _version utils < distributions nce < source < single_group < heads data testing < bases < samplers < saving
     < prior adapters < trainer diagnostics jobs < training < vaebm < evaluation < demo < cli
 """
 FLOOR = {room: i for i, floor in enumerate(FLOORS.split("<")) for room in floor.split()}

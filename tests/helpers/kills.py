@@ -125,7 +125,7 @@ def sample(folder: Path, attempt: int) -> Any:
     order = list(range(12))
     random.Random(attempt).shuffle(order)
     prior = stir(ladder_prior(2))
-    sample_parts(prior, SAMPLER, folder, num_samples=36, part_size=3, parts=order)
+    sample_parts(prior, folder, sampler=SAMPLER, num_samples=36, part_size=3, parts=order)
     assert len(list(read_parts(folder))) == len(order)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
