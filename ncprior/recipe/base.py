@@ -13,12 +13,10 @@ from torch.distributions import Distribution
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_mixture
 from ncprior.bases.rebase import rebase
-from ncprior.data.stream import first_batch
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.parts import Parts
+from ncprior.recipe.parts import Parts, first_group, has_condition
 from ncprior.recipe.record import Record
-from ncprior.source import LatentSource, device_of, num_rows
-from ncprior.utils.batches import own_batch
+from ncprior.source import LatentSource
 
 _SIZES = (1, 10, 30, 100, 300)  # numbers of components
 
@@ -38,7 +36,7 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     the first size that gains nothing by two standard errors of the paired difference. The prior of
     several groups, of codes, or with a context stays the VAE's own.
     """
-    if reason := _why_not(source, parts.choose):
+    if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
         return source
     started, end = time.monotonic(), record.left(_SHARE)
@@ -80,15 +78,13 @@ def _name(size: int) -> str:
     return "Gaussian" if size == 1 else f"mixture of {size}"
 
 
-def _why_not(source: LatentSource[Any, Any], data: Any) -> str:  # noqa: ANN401
+def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     """Reason why no base can be fitted, or an empty text."""
     if source.num_groups > 1:
         return f"the VAE has {source.num_groups} groups of latents, each with its own prior"
-    encoding = source.encode(own_batch(first_batch(data, 8), device_of(source)))
-    group = source.group(source.start(num_rows(encoding), encoding))
-    if group.context is not None or source.shared_prior() is None:
+    if has_condition(source, parts):
         return "the prior depends on a condition"
-    z = group.prior.sample()
+    z = first_group(source, parts).prior.sample()
     return "" if z.is_floating_point() else "the latents are codes"
 
 

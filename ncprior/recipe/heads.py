@@ -13,6 +13,7 @@ from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource
 from ncprior.training.fit import fit
+from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
 
@@ -63,10 +64,14 @@ def train_heads(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
         )
         found.append((prior, history, _candidate(kind, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
+    off = gate(prior, history)
+    reason = f"the lowest NCE loss of held-out data; {history.stopped}"
+    if off:
+        reason += f"; groups {list(off)} have learnt nothing and keep the base"
     record.histories.append(history)
     record.add(
         Choice(
-            *("heads", best.name, f"the lowest NCE loss of held-out data; {history.stopped}"),
+            *("heads", best.name, reason),
             candidates=tuple(candidate for _, _, candidate in found),
             criterion="held-out NCE loss",
             unit="nats",

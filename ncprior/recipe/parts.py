@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
-from ncprior.data.stream import one_pass, require_rows_and_end, split
-from ncprior.source import num_rows
-from ncprior.utils.batches import take_rows
+from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
+from ncprior.source import Group, LatentSource, device_of, num_rows
+from ncprior.utils.batches import own_batch, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT = 1000  # rows, but at most a quarter of the data
 _BATCH = 256
+_PROBED = 8  # rows
 
 
 class Parts(NamedTuple):
@@ -67,6 +68,18 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
                 f"Choices and report need 16 or more held-out rows each; got {rows}. Pass more data."
             )
     return Parts(data, choose, judge, _length(data))
+
+
+def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
+    """Returns whether the prior of a source with one group differs from row to row."""
+    return first_group(source, parts).context is not None or source.shared_prior() is None
+
+
+def first_group(source: LatentSource[Any, Any], parts: Parts) -> Group:
+    """Returns the first group of a source, for a few rows of data."""
+    batch = own_batch(first_batch(parts.choose, _PROBED), device_of(source))
+    encoding = source.encode(batch)
+    return source.group(source.start(num_rows(encoding), encoding))
 
 
 def _held_out_fraction(count: int) -> float:

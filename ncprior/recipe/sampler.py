@@ -8,21 +8,20 @@ import time
 from functools import partial
 
 from ncprior.data.stream import one_pass
-from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.strength import match_strength
+from ncprior.evaluation.two_sample import TwoSampleTest
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.judge import remaining_jsd, total
-from ncprior.recipe.parts import Parts
+from ncprior.recipe.judge import test_draws
+from ncprior.recipe.parts import Parts, has_condition
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
 from ncprior.training.calibration import calibrate_heads
-from ncprior.utils.random_state import seeded
 
 _BATCH = 256
 _MATCHED = 2048  # rows for the strength
@@ -33,6 +32,10 @@ _SURE = 3.0  # standard errors by which log r must be miscalibrated, or the draw
 def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) -> None:
     """Sets the prior's sampler and strength for a number of evaluations per sample and head."""
     started = time.monotonic()
+    if not any(prior.active):
+        prior.sampler = partial(sir, num_proposals=1)
+        record.add(Choice("sampler", describe(prior.sampler), "the base's own draw"))
+        return
     report = _diagnosis(prior, parts, budget)
     if any(_is_miscalibrated(group.slope, group.slope_error) for group in report.groups):
         slopes = calibrate_heads(prior, parts.choose)
@@ -60,25 +63,21 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
 
 
 def keep_what_helps(prior: NCPrior, parts: Parts, record: Record, seed: int) -> None:
-    """Switches off the heads of groups whose draws are no closer to the encodings than the base's."""
-    started, base = time.monotonic(), partial(sir, num_proposals=1)
-    with seeded(seed), prior.disabled():
-        before = remaining_jsd(prior, parts.choose, base)
-    with seeded(seed):
-        after = remaining_jsd(prior, parts.choose, prior.sampler)
-    helps = [not _is_worse(*pair) for pair in zip(after, before, strict=True)]
-    prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
-    off = [k for k, good in enumerate(helps) if not good]
-    chosen = "base alone" if len(off) == len(helps) else "heads"
-    reason = "a fresh classifier of draws and held-out encodings finds less than before"
-    if off:
-        reason = f"draws of groups {off} were worse than those of the base, which are kept"
+    """Switches the head of a single group off if its draws are further from the encodings than the base's."""
+    if prior.source.num_groups > 1 or not any(prior.active) or has_condition(prior.source, parts):
+        return
+    started = time.monotonic()
+    new = test_draws(prior, parts.choose, seed)
+    prior.active = [False]
+    base = test_draws(prior, parts.choose, seed)
+    helps = new.auc - base.auc <= new.high - new.auc
+    prior.active = [helps]
     record.add(
         Choice(
-            *("keep", chosen, reason),
-            candidates=(_candidate("base alone", total(before)), _candidate("heads", total(after))),
-            criterion="remaining JSD",
-            unit="nats",
+            *("keep", "heads" if helps else "base alone"),
+            "a classifier of draws and encodings of held-out data finds less",
+            candidates=(_candidate("base alone", base), _candidate("heads", new)),
+            criterion="AUC",
             higher_is_better=False,
             seconds=time.monotonic() - started,
         )
@@ -94,11 +93,5 @@ def _is_miscalibrated(slope: float, error: float) -> bool:
     return math.isfinite(slope) and slope > 0 and abs(slope - 1) > _SURE * error
 
 
-def _is_worse(after: Mean, before: Mean) -> bool:
-    return after.value - before.value > _SURE * math.hypot(after.error, before.error)
-
-
-def _candidate(name: str, mean: Mean) -> Candidate:
-    half = 1.96 * mean.error
-    return Candidate(name, mean.value, mean.value - half, mean.value + half)
-
+def _candidate(name: str, test: TwoSampleTest) -> Candidate:
+    return Candidate(name, test.auc, test.low, test.high)
