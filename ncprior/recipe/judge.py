@@ -17,7 +17,7 @@ _FOLDS = 2
 
 
 @torch.no_grad()
-def test_draws(prior: NCPrior, held_out: Any, seed: int) -> TwoSampleTest:  # noqa: ANN401
+def compare_draws(prior: NCPrior, held_out: Any, seed: int) -> TwoSampleTest:  # noqa: ANN401
     """Returns the two-sample test of the draws of a prior with one group and no condition.
 
     It sees all that base, head, sampler and strength have left.

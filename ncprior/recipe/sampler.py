@@ -16,7 +16,7 @@ from ncprior.evaluation.two_sample import TwoSampleTest
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.judge import test_draws
+from ncprior.recipe.judge import compare_draws
 from ncprior.recipe.parts import Parts, has_condition
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
@@ -67,9 +67,9 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record, seed: int) -> 
     if prior.source.num_groups > 1 or not any(prior.active) or has_condition(prior.source, parts):
         return
     started = time.monotonic()
-    new = test_draws(prior, parts.choose, seed)
+    new = compare_draws(prior, parts.choose, seed)
     prior.active = [False]
-    base = test_draws(prior, parts.choose, seed)
+    base = compare_draws(prior, parts.choose, seed)
     helps = new.auc - base.auc <= new.high - new.auc
     prior.active = [helps]
     record.add(
