@@ -26,7 +26,12 @@ from ncprior.samplers.compose import describe
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import map_tensors, take_rows
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import require_callable, require_counts, require_instance
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_finite,
+    require_instance,
+)
 
 _SHOWN = 64  # rows of x; of narrow tables all
 
@@ -48,7 +53,6 @@ def report_on(
     prior: NCPrior,
     held_out: Any,  # noqa: ANN401
     *,
-    train: Any = None,  # noqa: ANN401
     sampler: Sampler | None = None,
     diagnosis: Report | None = None,
     budget: int = 500,
@@ -65,10 +69,9 @@ def report_on(
         prior: The prior.
         held_out: Data that no head was trained or stopped on: a tensor or map-style dataset of x,
             a ``DataLoader``, or a list of batches.
-        train: Training data of the heads, of the same kind, to detect memorisation.
         sampler: The sampler; that of the prior by default.
         diagnosis: Report of :func:`ncprior.diagnostics.diagnose` on the prior; made here if
-            ``None``.
+            ``None``, without training data.
         budget: Evaluations of heads per sample: the number of proposals in the diagnosis.
         num_rows: Most rows of held-out data whose encodings are compared, and as many draws of each
             prior.
@@ -85,9 +88,9 @@ def report_on(
     Example:
         >>> from functools import partial
         >>> from ncprior import sir
-        >>> report = report_on(prior, torch.randn(200, 3), sampler=partial(sir, num_proposals=9))
-        >>> report.samples["new prior"].shape
-        torch.Size([64, 3])
+        >>> sampler = partial(sir, num_proposals=50)
+        >>> report = report_on(prior, held_out, sampler=sampler)  # doctest: +SKIP
+        >>> report.save_html("report.html")  # doctest: +SKIP
     """
     started = time.monotonic()
     require_instance("prior", prior, NCPrior, "Pass a prior with trained heads.")
@@ -104,7 +107,7 @@ def report_on(
     with seeded(seed), evaluating(prior):
         if diagnosis is None:
             proposals = (max(1, budget // 10), budget)
-            diagnosis = diagnose(prior, held_out, train=train, num_proposals=proposals)
+            diagnosis = diagnose(prior, held_out, num_proposals=proposals)
         latents, samples = _draw(prior.source, _arms(prior, sampler), held_out, num_rows)
     encodings = latents[POSTERIOR]
     enough = len(encodings) >= _FEWEST
@@ -191,8 +194,10 @@ def _draw(
             if shown > before:
                 samples[arm].append(own.decode(take_rows(state, some)).cpu())
     order = torch.randperm(shown)
+    drawn = {arm: torch.cat(parts) for arm, parts in latents.items()}
+    require_finite("z drawn from q(z | x)", drawn[POSTERIOR])
     return (
-        {arm: torch.cat(parts) for arm, parts in latents.items()},
+        drawn,
         {arm: torch.cat(parts)[order] for arm, parts in samples.items()},
     )
 
@@ -200,6 +205,7 @@ def _draw(
 def _chosen(data: Any, count: int) -> Tensor:  # noqa: ANN401
     """Ascending numbers of random rows of data."""
     total = sum(num_rows(batch) for batch in one_pass(data, _BATCH))
+    require_counts("[2, inf)", **{"the number of rows of held_out": total})
     return torch.randperm(total)[:count].sort().values
 
 

@@ -7,14 +7,14 @@ from typing import Any
 from fuzz.calls import call
 from fuzz.kinds import (
     DATA,
-    OPTIONAL_DATA,
-    OPTIONAL_SAMPLER,
     PATH,
     PRIOR,
+    SAMPLER,
     SEED,
     count,
     function,
     instance,
+    only_invalid,
 )
 from fuzz.values import LAYERS
 from fuzz.world import World
@@ -33,18 +33,19 @@ SHOW = function(*(value._replace(valid=False) for value in LAYERS[:2]), none=Tru
     options={"slow": True, "limit": 20.0},
     prior=PRIOR,
     held_out=DATA,
-    train=OPTIONAL_DATA,
-    sampler=OPTIONAL_SAMPLER,
+    sampler=SAMPLER,
     diagnosis=instance(Report, none=True),
     budget=count(2, huge=False),
-    num_rows=count(2),
+    num_rows=only_invalid(count(2)),
     seed=SEED,
 )
 def _(w: World) -> Built:
+    """With so few rows that no classifier is trained, and a diagnosis that is there already."""
     return recipe.report_on, {
         "prior": w.prior,
-        "held_out": w.x,
+        "held_out": w.x[:19],
         "sampler": w.sampler,
+        "diagnosis": improvement().diagnosis,
         "budget": 10,
     }
 
