@@ -194,10 +194,10 @@ def _draw(
             if shown > before:
                 samples[arm].append(own.decode(take_rows(state, some)).cpu())
     order = torch.randperm(shown)
-    drawn = {arm: torch.cat(parts) for arm, parts in latents.items()}
-    require_finite("z drawn from q(z | x)", drawn[POSTERIOR])
+    clouds = {arm: torch.cat(parts) for arm, parts in latents.items()}
+    require_finite("z drawn from q(z | x)", clouds[POSTERIOR])
     return (
-        drawn,
+        clouds,
         {arm: torch.cat(parts)[order] for arm, parts in samples.items()},
     )
 
