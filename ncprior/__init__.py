@@ -25,8 +25,9 @@ floor first; a file imports only from lower floors and from its own folder:
 ``training``           ``fit``: the training loop, its checkpoints and its stages
 ``vaebm``              energies on images, alone or on top of an ``NCPrior``
 ``evaluation``         quality of samples, likelihoods, out-of-distribution scores
+``recipe``             choices by held-out evidence, and the report on them as a page
 ``demo``               the demonstration and its small networks
-``cli``                the command ``ncprior``
+``__main__``           the command ``ncprior``
 =====================  ===========================================================================
 """
 

@@ -53,11 +53,11 @@ def render(
         space.join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
         for line in table
     ]
-    paragraphs = [*notes, *_verdicts(groups)]
+    paragraphs = [*notes, *verdict_lines(groups)]
     return "\n".join([*lines, "", *(_wrap(text) for text in paragraphs)])
 
 
-def _verdicts(groups: Sequence[GroupReport]) -> list[str]:
+def verdict_lines(groups: Sequence[GroupReport]) -> list[str]:
     """One line per verdict: the numbers of its groups, and the advice."""
     lines = []
     for verdict in Verdict:
