@@ -165,6 +165,9 @@ def test_wrong_arguments_are_named() -> None:
         report_on(prior, x, sampler=SAMPLER, diagnosis={})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_rows must be a whole number in"):
         report_on(prior, x, sampler=SAMPLER, num_rows=1)
+    with pytest.raises(ValueError, match="must be finite; got NaN or infinity in 1 of 40 rows"):
+        bad = torch.cat([x[:39], x[:1] * torch.nan])
+        report_on(prior, bad, sampler=SAMPLER, diagnosis=MADE)
     with pytest.raises(TypeError, match="prior must be of type NCPrior"):
         report_on(flat(), x, sampler=SAMPLER)  # type: ignore[arg-type]
 
