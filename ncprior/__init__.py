@@ -18,13 +18,13 @@ floor first; a file imports only from lower floors and from its own folder:
 ``samplers``           SIR, Langevin dynamics, SMC, rejection, and compositions of samplers
 ``saving``             files, model cards and the Hugging Face Hub
 ``prior``              ``NCPrior``: a source with its heads
-``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
 ``trainer``            ``NCETrainer``: one training step for a loop of your own
 ``diagnostics``        report on the heads; choice of a sampler and of a strength
 ``jobs``               large sampling jobs in parts on disk
 ``training``           ``fit``: the training loop, its checkpoints and its stages
 ``vaebm``              energies on images, alone or on top of an ``NCPrior``
 ``evaluation``         quality of samples, likelihoods, out-of-distribution scores
+``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
 ``demo``               the demonstration and its small networks
 ``cli``                the command ``ncprior``
 =====================  ===========================================================================

@@ -18,7 +18,7 @@ PACKAGE = Path(ncprior.__file__).parent
 
 FLOORS = """
     _version utils < distributions nce < source < single_group < heads data testing < bases < samplers saving
-    < prior adapters < trainer diagnostics jobs < training < vaebm < evaluation < demo < cli
+    < prior < trainer diagnostics jobs < training < vaebm < evaluation < adapters < demo < cli
 """
 FLOOR = {room: i for i, floor in enumerate(FLOORS.split("<")) for room in floor.split()}
 FLOOR |= {"__init__": len(FLOOR), "__main__": len(FLOOR)}
