@@ -31,6 +31,7 @@ PUBLIC = {
 # What the extras bring: `import ncprior` must do without.
 EXTRAS = ["sklearn", "matplotlib", "pyarrow", "PIL", "scipy"]
 EXTRAS += ["torch_fidelity", "pythae", "diffusers", "scvi", "zuko"]
+EXTRAS += ["lightning", "accelerate", "tensorboard", "wandb"]
 
 
 def module_of(path: Path) -> str:
