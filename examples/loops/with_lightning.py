@@ -48,7 +48,8 @@ def main() -> None:
     options = parser.parse_args()
 
     source, x_train, x_test = source_and_data(options.seed)
-    heads = Heads(NCPrior.for_source(source, x_train[:256], dropout=0.1))
+    prior = NCPrior.for_source(source, x_train[:256], dropout=0.1)
+    heads = Heads(prior.train())  # Lightning trains in the mode that it finds
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="held_out")
