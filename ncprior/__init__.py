@@ -18,7 +18,6 @@ floor first; a file imports only from lower floors and from its own folder:
 ``samplers``           SIR, Langevin dynamics, SMC, rejection, and compositions of samplers
 ``saving``             files, model cards and the Hugging Face Hub
 ``prior``              ``NCPrior``: a source with its heads
-``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
 ``trainer``            ``NCETrainer``: one training step for a loop of your own
 ``diagnostics``        report on the heads; choice of a sampler and of a strength
 ``jobs``               large sampling jobs in parts on disk
@@ -26,6 +25,7 @@ floor first; a file imports only from lower floors and from its own folder:
 ``vaebm``              energies on images, alone or on top of an ``NCPrior``
 ``evaluation``         quality of samples, likelihoods, out-of-distribution scores
 ``recipe``             choices by held-out evidence, and the report on them as a page
+``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
 ``demo``               the demonstration and its small networks
 ``__main__``           the command ``ncprior``
 =====================  ===========================================================================

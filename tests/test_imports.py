@@ -18,7 +18,7 @@ PACKAGE = Path(ncprior.__file__).parent
 
 FLOORS = """
     _version utils < distributions nce < source < single_group < heads data testing < bases < samplers < saving
-    < prior adapters < trainer diagnostics jobs < training < vaebm < evaluation < recipe < demo < cli
+    < prior < trainer diagnostics jobs < training < vaebm < evaluation < recipe < adapters < demo < cli
 """
 FLOOR = {room: i for i, floor in enumerate(FLOORS.split("<")) for room in floor.split()}
 FLOOR |= {"__init__": len(FLOOR), "__main__": len(FLOOR)}
@@ -31,6 +31,7 @@ PUBLIC = {
 # What the extras bring: `import ncprior` must do without.
 EXTRAS = ["sklearn", "matplotlib", "pyarrow", "PIL", "scipy"]
 EXTRAS += ["torch_fidelity", "pythae", "diffusers", "scvi", "zuko"]
+EXTRAS += ["lightning", "accelerate", "tensorboard", "wandb"]
 
 
 def module_of(path: Path) -> str:

@@ -94,7 +94,8 @@ class HeadTraining(ResumableTraining):
         loss = (self.loss_sum / max(1, self.steps_since_row)).tolist()
         self.loss_sum, self.steps_since_row = torch.zeros_like(self.loss_sum), 0
         rate: float = self.trainer.optimizer.param_groups[0]["lr"]
-        row = Row(self.trainer.steps, loss, losses, rate, self.elapsed())
+        stage = self.terms.facts["stage"]
+        row = Row(self.trainer.steps, loss, losses, rate, self.elapsed(), stage)
         self.rows.append(row)
         self._stop_early(row)
         return row.summary()

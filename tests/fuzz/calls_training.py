@@ -126,6 +126,29 @@ def _(w: World) -> Built:
     return vaebm.EnergySettings, {}
 
 
+class Log:
+    """A writer and a run that take everything."""
+
+    def add_scalar(self, *_: Any) -> None: ...
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+    def log(self, *_: Any) -> None: ...
+
+
+@call("ncprior.training.log_to_json", path=PATH)
+def _(w: World) -> Built:
+    return training.log_to_json, {"path": w.folder / "log.jsonl"}
+
+
+@call("ncprior.training.log_to_tensorboard", writer=only_invalid(instance(Log)), section=TEXT)
+def _(w: World) -> Built:
+    return training.log_to_tensorboard, {"writer": Log()}
+
+
+@call("ncprior.training.log_to_wandb", run=only_invalid(instance(Log)), section=TEXT)
+def _(w: World) -> Built:
+    return training.log_to_wandb, {"run": Log()}
+
+
 def _history(w: World) -> Any:
     return fit(w.prior, w.x, held_out=w.x[:8], steps=2, batch_size=8, progress=False)
 

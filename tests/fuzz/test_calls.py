@@ -34,6 +34,7 @@ WITHOUT = {
     "ncprior.demo.digits": "takes no arguments",
     "ncprior.demo.read_images": "reads the Hugging Face Hub",
     "ncprior.adapters.diffusers.DiffusersSource": "methods need diffusers",
+    "ncprior.adapters.pythae.NCPSampler": "methods need pythae",
     "ncprior.adapters.pythae.PythaeSource": "methods need pythae",
     "ncprior.adapters.scvi.SCVISource": "methods need scvi-tools",
     "ncprior.adapters.rae.RAESource": "methods of SingleGroup",
