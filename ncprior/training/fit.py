@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ncprior.data.rows import Rows, as_data
+from ncprior.data.rows import Rows, as_data, is_map_style
 from ncprior.data.stream import one_pass, require_rows_and_end, split
 from ncprior.prior import NCPrior
 from ncprior.trainer import require_trainable
@@ -157,6 +157,7 @@ def fit(
         ),
     )
     validate_fit_arguments(prior, data, terms, stages=stages)
+    _validate_end(terms, data, held_out)
     if held_out is not None:
         require_rows_and_end(held_out, batch_size)
     align_generators()
@@ -164,7 +165,6 @@ def fit(
     # A checkpoint of another kind of training has no seed; its terms will differ.
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)
-    _validate_end(terms, held_out)
     if eval_every is None:
         terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
     runs = StageRuns(
@@ -184,18 +184,19 @@ def fit(
     return history
 
 
-def _validate_end(terms: TrainingTerms[FitSettings], held_out: Any) -> None:  # noqa: ANN401
+def _validate_end(terms: TrainingTerms[FitSettings], data: Any, held_out: Any) -> None:  # noqa: ANN401
     """Validates that a number of steps, a time or held-out losses end the training."""
     if terms.steps is not None or terms.facts["max_seconds"] is not None:
         return
-    if held_out is None:
+    if held_out is None and not isinstance(data, Tensor) and not is_map_style(data):
         raise ValueError(
-            "Training without a number of steps ends when held-out losses stop improving; got "
-            "steps=None and no held-out data. Pass held_out=, steps= or max_seconds=."
+            f"Training without a number of steps ends when held-out losses stop improving; got "
+            f"steps=None, and nothing can be held out of {type(data).__name__}. Pass held_out=, "
+            f"steps= or max_seconds=."
         )
     if terms.facts["patience"] is None:
         raise ValueError(
-            "Training must have an end; got steps=None, patience=None and max_seconds=None. Pass "
+            "Training must have an end; got steps=None, max_seconds=None and patience=None. Pass "
             "one of them."
         )
 

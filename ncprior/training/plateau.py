@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 from torch import Tensor
 
 from ncprior.training.held_out import mean_and_error
 
-_SURE = 2.0  # standard errors of a difference that is more than noise
+_DOUBT = 0.02  # probability that noise passes for an improvement, of all groups together
+
+_WORTH = 1e-3  # nats, which an error of log r of about 0.1 costs: the least improvement
 
 _WAIT = 3  # a plateau is a third of the steps, or more
 
@@ -41,11 +45,12 @@ class Plateau:
 
     def update(self, losses: Tensor, step: int) -> None:
         """Compares the losses after a step with the reference."""
+        sure = NormalDist().inv_cdf(1 - _DOUBT / len(losses))  # standard errors
         means, errors = mean_and_error((losses.float() - self.reference).double())
-        signs = [mean / max(error, 1e-12) for mean, error in zip(means, errors, strict=True)]
-        self.worse = all(sign > _SURE for sign in signs)
-        for k, sign in enumerate(signs):
-            if sign < -_SURE:
+        noise = [max(sure * error, _WORTH) for error in errors]
+        self.worse = all(mean > least for mean, least in zip(means, noise, strict=True))
+        for k, mean in enumerate(means):
+            if mean < -noise[k]:
                 self.reference[k], self.since[k] = losses[k].float(), step
 
     def lasts(self, step: int, least: int) -> bool:

@@ -15,11 +15,11 @@ _WARM_UP = 100  # steps, and at most a tenth of a given number
 
 _DECAY = 4  # steps before the decay, per step of it
 
-_PLATEAU, _STEPS, _SECONDS = "plateau", "steps", "seconds"  # what can begin the decay
+_LIMITS = _PLATEAU, _STEPS, _SECONDS = "plateau", "steps", "seconds"  # they begin the decay
 
 
 class Schedule:
-    """Learning rate that rises, stays, and then falls by 1 - √u to 0, with u from 0 to 1.
+    """Learning rate that rises linearly, stays, and falls linearly to 0.
 
     The decay takes a fifth of all steps. It begins when held-out losses are on a plateau, or in
     time for the last step or the end of the time.
@@ -40,7 +40,7 @@ class Schedule:
         >>> [round(schedule.rate(taken), 2) for taken in (0, 1, 15)]
         [0.5, 1.0, 1.0]
         >>> schedule.after_step(16), [round(schedule.rate(16 + n), 2) for n in range(4)]
-        (None, [0.55, 0.37, 0.23, 0.11])
+        (None, [0.8, 0.6, 0.4, 0.2])
         >>> schedule.after_step(20)
         'all 20 steps taken'
     """
@@ -86,7 +86,7 @@ class Schedule:
         begin, last = self.decay_from, self.last
         if begin is None or last is None:
             return self.learning_rate * min(1.0, (taken + 1) / max(1, self.warm_up))
-        return self.learning_rate * (1 - math.sqrt((taken - begin + 1) / (last - begin + 1)))
+        return self.learning_rate * (last - taken) / (last - begin + 1)
 
     def after_step(self, taken: int, *, late: bool = False, over: bool = False) -> str | None:
         """Begins the decay in time, and returns the reason if training ends here.
@@ -163,7 +163,7 @@ class Schedule:
 
         return {
             "decay_from": lambda v: v is None or (is_step(v, last) and 0 < v <= self.latest),
-            "limit": lambda v: v is None or v in (_PLATEAU, _STEPS, _SECONDS),
+            "limit": lambda v: v is None or (isinstance(v, str) and v in _LIMITS),
             "reference": lambda v: is_like(v, reference) and (v is None or is_finite({0: v})),
             "since": are_steps,
         }
