@@ -105,6 +105,7 @@ class ResumableTraining(ABC):
             total=self.last,
             initial=self.stepper.steps,
             desc=self.name,
+            unit=" steps",
             disable=not progress or rank() > 0,
         )
         self.begun = self.elapsed(), self.stepper.steps

@@ -62,7 +62,8 @@ RATE = number(0, open_low=True)
     prior=PRIOR,
     data=DATA,
     held_out=OPTIONAL_DATA,
-    steps=FEW,
+    steps=count(none=True, huge=False),
+    max_seconds=number(0, open_low=True, none=True),
     batch_size=count(),
     learning_rate=number(0),
     patience=count(none=True),
@@ -74,7 +75,7 @@ RATE = number(0, open_low=True)
     checkpoint=OPTIONAL_PATH,
     callback=CALLBACK,
     progress=only_invalid(FLAG),
-    eval_every=count(),
+    eval_every=count(none=True),
     checkpoint_every=count(),
     settings=instance(training.FitSettings),
 )
