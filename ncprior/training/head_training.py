@@ -66,6 +66,7 @@ class HeadTraining(ResumableTraining):
         self.schedule = Schedule(
             terms.learning_rate, terms.steps, max_seconds=max_seconds, wait=wait
         )
+        self.evaluation_seconds = 0.0  # of the last evaluation
         # With held-out data, the best weights begin with those before the first step.
         self.initial = weights_of(prior.heads) if held_out is None else self.average
         self.best: dict[str, Tensor] | None = None
@@ -112,11 +113,15 @@ class HeadTraining(ResumableTraining):
         return self.schedule.after_step(taken, late=late, over=over)
 
     def _time(self) -> tuple[bool, bool]:
-        """Whether the time is just enough for a decay, and whether it is over."""
+        """Whether the time is just enough for a decay, and whether it is over.
+
+        Time for a last evaluation is set aside.
+        """
         limit, now = self.max_seconds or math.inf, self.elapsed()
         seconds, steps = self.begun
         taken = self.trainer.steps
         decay = decay_steps(taken) * (now - seconds) / (taken - steps)
+        now += self.evaluation_seconds
         return now + decay >= limit, now >= limit
 
     def evaluate(self) -> str:
@@ -136,8 +141,10 @@ class HeadTraining(ResumableTraining):
 
     def _measure(self, held_out: HeldOut) -> Tensor:
         """Returns the held-out losses of the averaged weights; keeps weights that improve."""
+        begun = self.elapsed()
         with self._averaged():
             losses = held_out(self.device)
+        self.evaluation_seconds = self.elapsed() - begun
         means, errors = mean_and_error(losses)
         self._require_finite(means)
         if self.best is None:

@@ -15,6 +15,7 @@ from helpers.toys import Ladder, ladder_prior, same, stir, weights
 from torch import Tensor, nn
 
 from ncprior import NCPrior, SingleGroup, fit
+from ncprior.heads import MLPHead
 from ncprior.training import FitSettings, History, Row
 from ncprior.training.held_out import HeldOut, mean_and_error
 
@@ -54,7 +55,7 @@ def run(rate: float, **options: Any) -> tuple[History, NCPrior]:
     """Learns the two numbers."""
     torch.manual_seed(0)
     prior = NCPrior(PROBLEM.source(), Linear())
-    x, held_out = PROBLEM.data(2000), PROBLEM.data(2000)
+    x, held_out = PROBLEM.data(1000), PROBLEM.data(500)
     options = {**SHORT, "learning_rate": rate, "held_out": held_out, **options}
     return fit(prior, x, **options, **QUIET), prior
 
@@ -74,7 +75,7 @@ def test_it_ends_by_itself_at_the_least_loss() -> None:
 
 
 def test_slower_progress_is_given_more_steps() -> None:
-    fast, slow = (run(rate)[0] for rate in (0.05, 0.005))
+    fast, slow = (run(rate)[0] for rate in (0.05, 0.01))
     assert fast.rows[-1].step < 0.6 * slow.rows[-1].step
     assert slow.best_loss is not None and fast.best_loss is not None
     assert slow.best_loss[0] == pytest.approx(fast.best_loss[0], abs=0.005)
@@ -242,15 +243,15 @@ def test_the_decay_ends_in_time(steps: int | None, clock: Clock) -> None:
     """An evaluation takes 4 s, and a step 1 s."""
     _, history = hierarchical(None, seed=1, steps=steps, patience=100, max_seconds=60)
     assert history.stopped.startswith("60 s are over")
-    assert 45 < history.rows[-1].seconds <= 66
-    assert clock.now - 100 <= 70
+    assert 45 < history.rows[-1].seconds <= 62
+    assert clock.now - 100 <= 62
     assert history.rows[-1].learning_rate < 0.003
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("factor", [0.01, 20.0])
+@pytest.mark.parametrize("factor", [0.01, 5.0])
 def test_a_machine_that_changes_its_speed_is_noticed(factor: float, clock: Clock) -> None:
-    """It becomes faster or slower at step 12; a step takes up to 20 s then."""
+    """It becomes faster or slower at step 12; a step takes up to 5 s then."""
 
     def change(row: Row) -> None:
         if row.step == 12:
@@ -258,10 +259,10 @@ def test_a_machine_that_changes_its_speed_is_noticed(factor: float, clock: Clock
 
     torch.manual_seed(7)
     prior, x = stir(ladder_prior(2)), torch.randn(200, 3)
-    options = {**SHORT, "patience": 1000, "held_out": x[:50], "steps": 600, "callback": change}
+    options = {**SHORT, "patience": 1000, "held_out": x[:50], "steps": 100, "callback": change}
     history = fit(prior, x, **options, max_seconds=60, **QUIET)
     assert history.rows[-1].seconds <= 1.5 * 60
-    assert history.stopped.startswith("60 s are over" if factor > 1 else "all 600 steps taken")
+    assert history.stopped.startswith("60 s are over" if factor > 1 else "all 100 steps taken")
 
 
 @pytest.mark.usefixtures("soon")
@@ -270,7 +271,7 @@ def test_where_the_decay_begins_is_kept(clock: Clock, tmp_path: Path) -> None:
     path, options = tmp_path / "checkpoint", {"patience": 100, "max_seconds": 60}
     _, history = hierarchical(None, seed=1, **options)
     with pytest.raises(Stop):
-        hierarchical(path, seed=1, crash=history.rows[-1].step - 4, **options)
+        hierarchical(path, seed=1, crash=history.rows[-2].step, **options)
     clock.each = 0.001
     _, again = hierarchical(path, seed=2, **options)
     assert [row[:4] for row in again.rows] == [row[:4] for row in history.rows]
@@ -290,7 +291,8 @@ def test_all_stages_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x = PROBLEM.data(400)
     options = {**SHORT, "held_out": x[:64], "patience": 1000}
-    prior = NCPrior(source, Linear())
+    prior = NCPrior(source, MLPHead((2,), width=8, depth=1))
     history = fit(prior, x, stages=2, max_seconds=100, **options, **QUIET)
-    assert now[0] < 110
+    assert 80 < now[0] < 110
+    assert history.stopped.startswith("50 s are over")
     assert [h.stopped[:13] for h in history.stages] == ["50 s are over"]
