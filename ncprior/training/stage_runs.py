@@ -37,6 +37,8 @@ _FEWEST_DRAWS = 5000  # fewest cached draws
 
 _WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 
+_TOO_LITTLE = 0.05  # of the time, to begin another stage
+
 _MOST_STAGES = 5  # with stages="auto"
 
 FilePath = str | os.PathLike[str]
@@ -97,9 +99,9 @@ class StageRuns:
         most = _MOST_STAGES if stages == "auto" else stages
         spent = _seconds(history)
         for stage in range(2, most + 1):
-            seconds = self._share(spent, 1 if stages == "auto" else most - stage + 1)
-            if history.stopped.startswith(BY_CALLBACK) or seconds == 0:
+            if history.stopped.startswith(BY_CALLBACK) or self._is_over(spent):
                 return
+            seconds = self._share(spent, 1 if stages == "auto" else most - stage + 1)
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
@@ -117,7 +119,11 @@ class StageRuns:
 
     def _share(self, spent: float, stages: int) -> float | None:
         """Seconds for the next of some stages, all of which have the same share of what is left."""
-        return None if self.max_seconds is None else max(0.0, self.max_seconds - spent) / stages
+        return None if self.max_seconds is None else (self.max_seconds - spent) / stages
+
+    def _is_over(self, spent: float) -> bool:
+        """Whether too little time is left to begin another stage."""
+        return self.max_seconds is not None and spent > (1 - _TOO_LITTLE) * self.max_seconds
 
     def can_cache(self, source: LatentSource[Any, Any]) -> bool:
         """Whether all rows have the same prior, so that its draws can be cached."""

@@ -271,7 +271,7 @@ def test_where_the_decay_begins_is_kept(clock: Clock, tmp_path: Path) -> None:
     path, options = tmp_path / "checkpoint", {"patience": 100, "max_seconds": 60}
     _, history = hierarchical(None, seed=1, **options)
     with pytest.raises(Stop):
-        hierarchical(path, seed=1, crash=history.rows[-2].step, **options)
+        hierarchical(path, seed=1, crash=history.rows[-1].step, **options)
     clock.each = 0.001
     _, again = hierarchical(path, seed=2, **options)
     assert [row[:4] for row in again.rows] == [row[:4] for row in history.rows]
