@@ -86,6 +86,7 @@ def _(w: World) -> Built:
         "held_out": w.x[:8],
         "steps": 2,
         "batch_size": 8,
+        "patience": 3,
         "eval_every": 2,
         "checkpoint": w.folder / "run",
         "progress": False,
