@@ -30,9 +30,10 @@ def training_facts(
     *,
     batch_size: int,
     patience: int | None,
+    max_seconds: float | None,
     resumable: bool,
 ) -> dict[str, Any]:
-    """Returns properties that a checkpoint compares: VAE, data, ranks and patience.
+    """Returns properties that a checkpoint compares: VAE, data, ranks, patience and time.
 
     Digests of data are read only for a checkpoint.
     """
@@ -41,6 +42,7 @@ def training_facts(
         "rows": length_of(data),
         "ranks": num_ranks(),
         "patience": patience,
+        "max_seconds": max_seconds,
     }
     if resumable:
         for name, given in (("data", data), ("held_out", held_out)):

@@ -50,7 +50,8 @@ class History(NamedTuple):
             its held-out loss.
         best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
         best_error: Per group, the standard error of ``best_loss``; ``None`` without held-out data.
-        stopped: Reason why training ended.
+        stopped: Reason why training ended. If a limit of steps or seconds was too low, it says that
+            the held-out loss was still falling.
         stages: The histories of further stages; the heads of the last stage may not be in use.
         kept: In the history of a further stage, per group, whether its head is multiplied in.
 

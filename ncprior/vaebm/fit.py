@@ -312,7 +312,7 @@ class EnergyTraining(ResumableTraining):
             **super().validators(saved, stream),
             "rows": lambda value: are_rows(value, len(EnergyRow._fields)),
             "good": lambda value: is_like(value, self.good) and is_finite(value),
-            "good_step": lambda value: is_step(value, self.terms.steps),
+            "good_step": lambda value: is_step(value, self.most_steps(saved)),
             "diverged": lambda value: isinstance(value, bool),
             "sums": lambda value: is_like(value, self.sums),
             "penalty": lambda value: is_like(value, self.trainer.penalty.state_dict()),
