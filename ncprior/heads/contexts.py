@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ncprior.utils.require import described
 
+_IGNORED = 1e30  # the sd of an input that is left out: divided by it, all numbers are about 0
+
 
 class Standardise(nn.Module):
     """Standardisation (z - mean) / sd of an input, with fixed buffers."""
@@ -35,6 +37,10 @@ class Standardise(nn.Module):
         sd = z.std(axes, keepdim=True, correction=0)[0]
         self.mean.copy_(z.mean(axes, keepdim=True)[0])
         self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
+
+    def leave_out(self, inputs: Tensor) -> None:
+        """Sets some inputs, given as a mask of their shape, to 0 for every z."""
+        self.sd.masked_fill_(inputs, _IGNORED)
 
 
 class VectorContext(nn.Module):

@@ -119,6 +119,16 @@ class MLPHead(_Head):
         self.out = _zero(nn.Linear(width, 1))
         self.norm = nn.LayerNorm(width)
 
+    @torch.no_grad()
+    def leave_out(self, latents: Tensor) -> None:
+        """Hides latents, given as a mask of event shape, from a new head.
+
+        The first layer gets the weights of a head of the other latents alone.
+        """
+        self.scale.leave_out(latents)
+        for weight in self.stem.parameters():
+            weight.div_((~latents).float().mean().sqrt())
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
         self.check(z, context)
