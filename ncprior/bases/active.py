@@ -112,6 +112,6 @@ def measure_kl(source: LatentSource[Any, Any], data: Any, batch_size: int) -> li
     for batch in one_pass(data, batch_size, device_of(source)):
         encoding = source.encode(batch)
         visit(source, source.start(num_rows(encoding), encoding), look)
-    if not found or found[0].count == 0:
+    if not found or found[0].rows == 0:
         raise ValueError("The data have no rows. Pass one row of x or more.")
     return [found[k] for k in range(source.num_groups)]

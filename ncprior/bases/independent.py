@@ -38,4 +38,5 @@ def looks_independent(white: Tensor) -> Tensor:
     statistic = torch.maximum(ties.fill_diagonal_(0.0).amax(0), shapes)
     tests = 2 * d * (d - 1) + 2 * d
     p = torch.tensor(1 - _LEVEL / (2 * tests), dtype=torch.float64)
-    return statistic < torch.special.ndtri(p).item()
+    looks: Tensor = statistic < torch.special.ndtri(p).item()
+    return looks

@@ -205,7 +205,7 @@ class GaussianMixture(Distribution):
         log_weight = self.logits.log_softmax(0) - self._log_det - constant
         return log_weight - 0.5 * torch.cat(squares, dim=1)
 
-    def independent_latents(self) -> tuple[Tensor, Independent]:
+    def independent_latents(self) -> tuple[Tensor, Distribution]:
         """Latents that are independent of all others, such as collapsed ones.
 
         Returns:

@@ -26,7 +26,9 @@ COVARIANCES = ("full", "diagonal")
 
 _STANDARD = 15.0  # of a χ² with 2 degrees of freedom: above, a latent is not N(0, 1)
 
-_WORSE = 3.0  # standard errors
+_LEAST = 1e-6  # variance
+
+_WORSE, _ROUNDING = 3.0, 0.01  # standard errors, and nats
 
 _FEW = 20  # held-out rows, which show nothing
 
@@ -146,7 +148,7 @@ def fit_mixture(
         fits.append((latents, fit))
     whole = _Whole(num_components, white, centre, spread)
     if fits:
-        latents, fit = max(fits, key=lambda found: _score(*found, white))
+        latents, fit = max(fits, key=lambda found: _score(found[0], found[1], white))
         z_held = (white[fit.held_out].double() * spread + centre)[:, latents]
         _warn_if_worse(fit, num_components, z_held, spread[latents])
         whole.put(fit.mixture, latents)
@@ -174,11 +176,11 @@ class _Whole:
 
     def __init__(self, k: int, white: Tensor, centre: Tensor, spread: Tensor) -> None:
         self.centre, self.spread = centre.double(), spread.double()
-        mean, variance = self.centre, (self.spread * white.double().std(0, correction=0)).square()
+        mean, variance = self.centre, white.double().var(0, correction=0) * self.spread.square()
+        variance = variance.clamp(min=_LEAST)  # of a constant
         far = len(white) * (variance - 1 - variance.log() + mean.square())
         standard = far < _STANDARD
-        constant = variance == 0
-        sd = torch.where(standard | constant, 1.0, variance.sqrt())
+        sd = torch.where(standard, 1.0, variance.sqrt())
         self.log_weight = centre.new_zeros(k, dtype=torch.float64)
         self.loc = torch.where(standard, 0.0, mean).repeat(k, 1)
         self.scale = sd.diag().repeat(k, 1, 1)
@@ -208,7 +210,7 @@ def _warn_if_worse(fit: Fit, k: int, z: Tensor, spread: Tensor) -> None:
     for name, log_p in others.items():
         gain = fit.log_p - log_p
         error = gain.std().item() / len(gain) ** 0.5
-        if gain.mean().item() + _WORSE * error < 0:
+        if gain.mean().item() + _WORSE * error < -_ROUNDING:
             here, there = ((t.mean() - shift).item() for t in (fit.log_p, log_p))
             warnings.warn(
                 f"The mixture of {k} does not generalise: held-out latents have mean log p(z) "

@@ -23,6 +23,7 @@ from ncprior.heads.contexts import MapContext, Standardise, VectorContext, requi
 from ncprior.utils.precision import in_full
 from ncprior.utils.require import (
     described,
+    mask_of,
     require_counts,
     require_instance,
     require_numbers,
@@ -121,10 +122,20 @@ class MLPHead(_Head):
 
     @torch.no_grad()
     def leave_out(self, latents: Tensor) -> None:
-        """Hides latents, given as a mask of event shape, from a new head.
+        """Hides some latents, such as collapsed ones, from a new head.
 
-        The first layer gets the weights of a head of the other latents alone.
+        The first layer gets the scale of the weights of a head for the other latents alone.
+
+        Arguments:
+            latents: A mask of event shape, not true everywhere.
+
+        Raises:
+            TypeError: If it is no mask.
+            ValueError: If it has another shape, or leaves no latent.
         """
+        latents = mask_of("latents", latents, self.event_shape).to(self.scale.sd.device)
+        if latents.all():
+            raise ValueError("latents must leave one latent or more; got all. Pass fewer.")
         self.scale.leave_out(latents)
         for weight in self.stem.parameters():
             weight.div_((~latents).float().mean().sqrt())

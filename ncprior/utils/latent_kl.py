@@ -21,13 +21,13 @@ class LatentKL(NamedTuple):
     """Sums over rows of KL(q(z_j | x) || p(z_j)) in nats, for every latent z_j.
 
     Attributes:
-        count: The number of rows.
+        rows: The number of rows.
         total: The sum, of event shape, in float64 on the CPU; NaN for latents of unknown
             divergence, see :func:`latent_kl`.
         squares: The sum of squares, of event shape.
     """
 
-    count: int
+    rows: int
     total: Tensor
     squares: Tensor
 
@@ -39,13 +39,13 @@ class LatentKL(NamedTuple):
 
     def merged(self, other: LatentKL) -> LatentKL:
         """Returns the sums over the rows of both."""
-        pairs = zip(self, other, strict=True)
-        return LatentKL(*(a + b for a, b in pairs))
+        total, squares = self.total + other.total, self.squares + other.squares
+        return LatentKL(self.rows + other.rows, total, squares)
 
     @property
     def mean(self) -> Tensor:
         """The mean over rows in nats, of event shape."""
-        return self.total / self.count
+        return self.total / self.rows
 
     def active(self, threshold: float = THRESHOLD) -> Tensor:
         """A mask of event shape of the active latents, on the CPU.
@@ -53,10 +53,10 @@ class LatentKL(NamedTuple):
         A latent is collapsed if its mean, plus three standard errors, is below the threshold in
         nats. Few rows, and an unknown divergence, leave a latent active.
         """
-        if self.count < _FEW:
+        if self.rows < _FEW:
             return torch.ones_like(self.total, dtype=torch.bool)
-        variance = (self.squares / self.count - self.mean.square()).clamp(min=0)
-        return ~(self.mean + 3 * (variance / self.count).sqrt() < threshold)
+        variance = (self.squares / self.rows - self.mean.square()).clamp(min=0)
+        return ~(self.mean + 3 * (variance / self.rows).sqrt() < threshold)
 
 
 @torch.no_grad()
@@ -89,10 +89,10 @@ def _factors(distribution: Any, shape: Size) -> Distribution | None:  # noqa: AN
         distribution = distribution.base_dist
     if not isinstance(distribution, Distribution) or distribution.batch_shape != shape:
         return None
-    try:
-        return None if distribution.support.is_discrete else distribution
-    except NotImplementedError:
-        return distribution
+    with suppress(NotImplementedError):
+        if getattr(distribution.support, "is_discrete", False):
+            return None
+    return distribution
 
 
 def _factor_kl(q: Distribution | None, p: Distribution | None) -> Tensor | None:
