@@ -86,6 +86,17 @@ def require_context(context: object) -> None:
     )
 
 
+def check_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
+    """Validates a context, and that it has the rows of the latents."""
+    require_context(context)
+    rows = z.shape[z.ndim - len(event_shape) - 1]
+    if context is not None and len(context) != rows:
+        raise ValueError(
+            f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
+            f"got {rows} rows of z and {len(context)} of context."
+        )
+
+
 def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:
     got = None if context is None else tuple(context.shape[1:])
     if got != shape:

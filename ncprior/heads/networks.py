@@ -19,7 +19,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ncprior.heads.contexts import MapContext, Standardise, VectorContext, require_context
+from ncprior.heads.contexts import MapContext, Standardise, VectorContext, check_rows
 from ncprior.utils.precision import in_full
 from ncprior.utils.require import (
     described,
@@ -70,7 +70,7 @@ class _Head(nn.Module):
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
         """Validates the shape of the latents and the rows of the context."""
-        _checked_rows(_checked_event(z, self.event_shape), self.event_shape, context)
+        check_rows(_checked_event(z, self.event_shape), self.event_shape, context)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
         """Sets the standardisation from latents ``(B, *event)`` and context ``(B, ...)``."""
@@ -391,13 +391,3 @@ def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
             f"got {tuple(z.shape)}."
         )
     return z
-
-
-def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
-    require_context(context)
-    rows = z.shape[z.ndim - len(event_shape) - 1]
-    if context is not None and len(context) != rows:
-        raise ValueError(
-            f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
-            f"got {rows} rows of z and {len(context)} of context."
-        )

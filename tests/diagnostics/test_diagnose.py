@@ -586,11 +586,13 @@ def test_N2_active_latents_are_counted_on_held_out_data() -> None:
     """Of two latents one is never used."""
 
     def posterior(x: Tensor) -> Distribution:
-        return Independent(Normal(x * torch.tensor([1.0, 0.0]), torch.tensor([0.5, 1.0])), 1)
+        return Independent(Normal(x * torch.tensor([2.0, 0.0]), torch.tensor([0.5, 1.0])), 1)
 
     base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
-    prior = NCPrior.for_source(SingleGroup(base, posterior, lambda z: z), torch.randn(64, 2))
-    report = diagnose(prior, torch.randn(64, 2), num_draws=64, fresh_steps=0)
+    prior = NCPrior.for_source(
+        SingleGroup(base, posterior, lambda z: z[:, :1]), torch.randn(64, 1)
+    )
+    report = diagnose(prior, torch.randn(64, 1), num_draws=64, fresh_steps=0)
     assert (report.groups[0].num_active, report.groups[0].num_latents) == (1, 2)
 
 
