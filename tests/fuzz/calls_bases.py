@@ -131,6 +131,11 @@ for _kind, _make in BASES.items():
             return make(w).expand, {"batch_shape": (3,)}
 
 
+@call("ncprior.bases.GaussianMixture.independent_latents")
+def _(w: World) -> Built:
+    return _mixture(w).independent_latents, {}
+
+
 for _name in ("log_joint", "whiten", "unwhiten"):
 
     @call(f"ncprior.bases.GaussianMixture.{_name}")
@@ -241,7 +246,20 @@ def _(w: World) -> Built:
 COVARIANCE = choice("full", "diagonal")
 
 
-@call("ncprior.bases.fit_gaussian", z=FITTED, covariance=COVARIANCE)
+MASK = Kind(
+    "a mask or None",
+    lambda v: True if v is None else None,
+    (
+        Value("one latent", lambda w, v: torch.tensor([True, False]), True),
+        Value("no latent", lambda w, v: [False, False], True),
+        Value("numbers", lambda w, v: torch.ones(2), False),
+        Value("of another shape", lambda w, v: torch.ones(3, dtype=torch.bool), False),
+        Value("text", lambda w, v: "all", False),
+    ),
+)
+
+
+@call("ncprior.bases.fit_gaussian", z=FITTED, covariance=COVARIANCE, active=MASK)
 def _(w: World) -> Built:
     return bases.fit_gaussian, {"z": w.z}
 
@@ -255,7 +273,7 @@ def _(w: World) -> Built:
     tolerance=number(0),
     regularisation=number(0),
     starts=FEW,
-    batch_size=count(),
+    active=MASK,
     options={"limit": 6.0},
 )
 def _(w: World) -> Built:
@@ -295,6 +313,22 @@ BOUNDS = Kind(
 def _(w: World) -> Built:
     arguments = {"source": w.source, "data": w.x, "num_components": 3, "steps": 2}
     return bases.fit_vamp, {**arguments, "batch_size": 8, "progress": False}
+
+
+@call(
+    "ncprior.bases.active_latents",
+    source=SOURCE,
+    data=DATA,
+    threshold=number(0),
+    batch_size=count(),
+)
+def _(w: World) -> Built:
+    return bases.active_latents, {"source": w.source, "data": w.x}
+
+
+@call("ncprior.bases.kl_per_latent", source=SOURCE, data=DATA, batch_size=count())
+def _(w: World) -> Built:
+    return bases.kl_per_latent, {"source": w.source, "data": w.x}
 
 
 @call(

@@ -606,6 +606,23 @@ def _(w: World) -> Built:
 CONTEXT = INNER
 
 
+HIDDEN = Kind(
+    "a mask",
+    lambda v: None,
+    (
+        Value("all latents", lambda w, v: torch.ones(2, dtype=torch.bool), False),
+        Value("numbers", lambda w, v: torch.ones(2), False),
+        Value("of another shape", lambda w, v: torch.ones(3, dtype=torch.bool), False),
+        Value("None", lambda w, v: None, False),
+    ),
+)
+
+
+@call("ncprior.heads.MLPHead.leave_out", latents=HIDDEN)
+def _(w: World) -> Built:
+    return MLPHead((2,), width=4, depth=1).leave_out, {"latents": torch.tensor([True, False])}
+
+
 @call("ncprior.heads.MLPHead.forward", z=INNER, context=CONTEXT)
 def _(w: World) -> Built:
     return MLPHead((2,), context_shape=(3,), width=4, depth=1), {"z": w.z, "context": w.x}
