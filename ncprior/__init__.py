@@ -34,6 +34,7 @@ floor first; a file imports only from lower floors and from its own folder:
 from ncprior._version import __version__
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
+from ncprior.recipe.improve import improve
 from ncprior.samplers.base import Draw, Sample
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.sir import sir
@@ -52,6 +53,7 @@ __all__ = [
     "SingleGroup",
     "__version__",
     "fit",
+    "improve",
     "langevin",
     "nce_loss",
     "sir",

@@ -17,6 +17,7 @@ from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.walks import evaluating
+from ncprior.evaluation.two_sample import two_sample_test
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, DATA, NEW, OLD, POSTERIOR, Score, decimals
 from ncprior.recipe.pictures import is_narrow
@@ -96,7 +97,7 @@ def report_on(
     require_instance("prior", prior, NCPrior, "Pass a prior with trained heads.")
     require_counts("[2, inf)", budget=budget, num_rows=num_rows)
     require_counts("(-1e18, 1e18)", seed=seed)
-    sampler = getattr(prior, "sampler", None) if sampler is None else sampler
+    sampler = prior.sampler if sampler is None else sampler
     if sampler is None:
         raise ValueError(
             "The prior has no sampler. Pass sampler=, such as one of partial(sir, …)."
@@ -146,8 +147,6 @@ def verdict(old: Score, new: Score) -> str:
 
 def two_sample_auc(real: Tensor, drawn: Tensor, seed: int) -> Score:
     """AUC of the classifier two-sample test, with its interval."""
-    from ncprior.evaluation import two_sample_test  # type: ignore[attr-defined]
-
     folds = min(_MOST_FOLDS, len(real) // (_FEWEST // 2))
     result = two_sample_test(real, drawn, folds=folds, seed=seed)
     return Score(float(result.auc), float(result.low), float(result.high))
