@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,17 +230,26 @@ def records(file: Path) -> Iterator[bytes]:
             record = b""
 
 
-def test_weights_and_biases_keeps_what_was_logged_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wandb = pytest.importorskip("wandb")
+OFFLINE = """
+import wandb
+from ncprior.training import Row, log_to_wandb
+with wandb.init(mode="offline", settings={"silent": True}) as run:
+    log = log_to_wandb(run)
+    for step in (100, 200, 300):
+        log(Row(step, [1.2, 1 / step], [1.25, 1.35], 1e-3, 2.0))
+"""
+
+
+def test_weights_and_biases_keeps_what_was_logged_without_a_network(tmp_path: Path) -> None:
+    """In a process of its own: the run is on disk when that has ended."""
+    pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    with wandb.init(mode="offline", dir=tmp_path, settings={"silent": True}) as run:
-        rows = train(log_to_wandb(run))
+    nobody = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    quiet = {"WANDB_ERROR_REPORTING": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **nobody, **quiet}
+    command = [sys.executable, "-c", OFFLINE]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=300)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history, axes = [], {}
     for record in map(Record.FromString, records(file)):
@@ -247,5 +259,5 @@ def test_weights_and_biases_keeps_what_was_logged_without_a_network(
         elif record.WhichOneof("record_type") == "metric":
             axes[record.metric.glob_name] = record.metric.step_metric
     assert axes["nce/*"] == "nce/step"
-    assert [entry["nce/step"] for entry in history] == [row.step for row in rows]
-    assert [entry["nce/group_1/loss"] for entry in history] == [row.loss[1] for row in rows]
+    assert [entry["nce/step"] for entry in history] == [100, 200, 300]
+    assert [entry["nce/group_1/loss"] for entry in history] == [1 / 100, 1 / 200, 1 / 300]
