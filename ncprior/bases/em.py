@@ -1,4 +1,4 @@
-r"""Expectation-maximisation (EM) of Gaussian mixtures, as matrix products in float64.
+r"""Expectation-maximisation (EM) of Gaussian mixtures, as matrix products.
 
 A Gaussian is an exponential family. Its log-density is linear in the statistics t(z) = (z zᵀ, z, 1),
 
@@ -6,7 +6,8 @@ A Gaussian is an exponential family. Its log-density is linear in the statistics
     \log \pi_j N(z; \mu_j, \Sigma_j) = \theta_j \cdot t(z),
 
 so that the E-step is one matrix product of all θ_j with all t(z), and the M-step one product of
-the responsibilities with all t(z).
+the responsibilities with all t(z). Where the statistics of many latents are more than memory should
+hold, both steps take one component at a time instead, with products in float32.
 
 The covariances are shrunk by a prior of ν rows: component j of n_j rows with covariance S_j gets
 
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 2**20  # statistics in memory at once: 8 MiB
+_BLOCK = 2**20  # numbers of a block of rows: 8 MiB in float64
 
 _KEPT = 2**24  # statistics that are kept between steps: 128 MiB
 
@@ -58,50 +59,74 @@ class Rows:
     """
 
     def __init__(self, z: Tensor, *, is_full: bool) -> None:
-        self.z = z.mT.double().contiguous()  # (D, N): statistics are products of rows
-        self.is_full = is_full
-        d, n = self.z.shape
+        d, n = z.shape[1], len(z)
         self.pairs = torch.tril_indices(d, d, device=z.device) if is_full else None
-        self.num_statistics = d + 1 + (d if self.pairs is None else self.pairs.shape[1])
-        self.kept = list(self._make()) if self.num_statistics * n <= _KEPT else None
+        num_statistics = d + 1 + (d if self.pairs is None else self.pairs.shape[1])
+        self.num_latents, self.num_rows = d, n
+        self.is_kept = num_statistics * n <= _KEPT
+        self.is_wide = is_full and not self.is_kept
+        z = z.mT.contiguous()  # statistics are products of rows of (D, N)
+        blocks = z.split(max(1, _BLOCK // (d if self.is_wide else num_statistics)), dim=1)
+        self.blocks = tuple(map(self._statistics, blocks)) if self.is_kept else blocks
 
     def __len__(self) -> int:
-        return self.z.shape[1]
+        return self.num_rows
 
-    def statistics(self) -> Iterator[Tensor]:
-        """Yields t(z) in blocks of rows, with shape ``(S, n)``."""
-        return iter(self._make() if self.kept is None else self.kept)
-
-    def _make(self) -> Iterator[Tensor]:
-        for z in self.z.split(max(1, _BLOCK // self.num_statistics), dim=1):
-            square = z.square() if self.pairs is None else z[self.pairs[0]].mul_(z[self.pairs[1]])
-            yield torch.cat([square, z, torch.ones_like(z[:1])])
+    def _statistics(self, z: Tensor) -> Tensor:
+        """t(z) of a block of rows, with shape ``(S, n)``."""
+        z = z.double()
+        square = z.square() if self.pairs is None else z[self.pairs[0]].mul_(z[self.pairs[1]])
+        return torch.cat([square, z, torch.ones_like(z[:1])])
 
     def log_prob(self, mixture: Components) -> Tensor:
         """Returns log p(z) in nats, with shape ``(N,)``."""
-        theta = self._natural(mixture)
-        return torch.cat([(theta @ t).logsumexp(0) for t in self.statistics()])
+        return torch.cat([joint.logsumexp(0) for joint in self._log_joint(mixture)])
 
     def sums(self, mixture: Components) -> tuple[Tensor, float]:
         """The E-step: sums of p(j | z) t(z), with shape ``(K, S)``, and the mean log p(z)."""
-        theta, total = self._natural(mixture), self.z.new_zeros(())
-        sums = torch.zeros_like(theta)
-        for t in self.statistics():
-            log_joint = theta @ t
+        total, sums = mixture.loc.new_zeros(()), mixture.loc.new_zeros(())
+        for block, log_joint in zip(self.blocks, self._log_joint(mixture), strict=True):
             most = log_joint.amax(0)
             joint = log_joint.sub_(most).exp_()
             p = joint.sum(0)
             total += (most + p.log()).sum()
-            sums += joint.div_(p) @ t.mT
+            sums = sums + self._weighted(joint.div_(p), block)
         return sums, total.item() / len(self)
 
     def hard_sums(self, labels: Tensor, k: int) -> Tensor:
         """Returns the sums of t(z) over the rows of each of k labels, with shape ``(K, S)``."""
-        hot = torch.nn.functional.one_hot(labels, k).mT.to(self.z)
-        sizes = [t.shape[1] for t in self.statistics()]
-        return torch.stack(
-            [h @ t.mT for h, t in zip(hot.split(sizes, dim=1), self.statistics(), strict=True)]
-        ).sum(0)
+        hot = torch.nn.functional.one_hot(labels, k).mT.double()
+        parts = hot.split([block.shape[1] for block in self.blocks], dim=1)
+        pairs = zip(parts, self.blocks, strict=True)
+        return torch.stack([self._weighted(part, block) for part, block in pairs]).sum(0)
+
+    def _weighted(self, weight: Tensor, block: Tensor) -> Tensor:
+        """Sums of t(z) over a block, for weights ``(K, n)``, with shape ``(K, S)``."""
+        if not self.is_wide:
+            return weight @ (block if self.is_kept else self._statistics(block)).mT
+        i, j = torch.tril_indices(len(block), len(block), device=block.device)
+        weight, block = weight.float(), block.float()
+        square = torch.stack([((w * block) @ block.mT)[i, j] for w in weight])
+        return torch.cat([square, weight @ block.mT, weight.sum(1, keepdim=True)], 1).double()
+
+    def _log_joint(self, mixture: Components) -> Iterator[Tensor]:
+        """Yields log π_j N(z; μ_j, Σ_j) in nats for every block, with shape ``(K, n)``."""
+        if not self.is_wide:
+            theta = self._natural(mixture)
+            for block in self.blocks:
+                yield theta @ (block if self.is_kept else self._statistics(block))
+            return
+        log_weight, loc, scale = mixture
+        eye = torch.eye(loc.shape[1], dtype=loc.dtype, device=loc.device).expand_as(scale)
+        white = torch.linalg.solve_triangular(scale, eye, upper=False).float()
+        log_det = scale.diagonal(dim1=1, dim2=2).log().sum(1)
+        constant = log_weight - log_det - 0.5 * loc.shape[1] * math.log(2 * math.pi)
+        for z in self.blocks:
+            parts = zip(white, loc.float(), strict=True)
+            square = torch.stack(
+                [(w @ (z.float() - m[:, None])).square().sum(0) for w, m in parts]
+            )
+            yield constant[:, None] - 0.5 * square.double()
 
     def maximise(self, sums: Tensor, prior_rows: float, regularisation: float) -> Components:
         """The M-step.
@@ -111,7 +136,7 @@ class Rows:
             prior_rows: ν, the rows that the shared covariance counts for.
             regularisation: Added to the variances.
         """
-        d = len(self.z)
+        d = self.num_latents
         count = sums[:, -1] + 1e-10
         loc = sums[:, -1 - d : -1] / count[:, None]
         log_weight = count.log().log_softmax(0)

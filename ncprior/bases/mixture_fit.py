@@ -93,7 +93,7 @@ class MixtureFit:
         return Rows(z, is_full=self.is_full)
 
     def _gaussian(self, rows: Rows, prior_rows: float) -> Components:
-        labels = rows.z.new_zeros(len(rows), dtype=torch.long)
+        labels = self.z.new_zeros(len(rows), dtype=torch.long)
         return rows.maximise(rows.hard_sums(labels, 1), prior_rows, self.regularisation)
 
     def _start(self, z: Tensor, k: int) -> _Best:
@@ -105,10 +105,10 @@ class MixtureFit:
 
     def _shrink(self, rows: Rows, mixture: Components) -> tuple[_Best, float]:
         """Weakens or strengthens the shrinkage while held-out rows become more likely."""
-        first = _PRIOR_ROWS * len(rows.z)
+        first = _PRIOR_ROWS * rows.num_latents
         best, chosen = self._run(rows, mixture, first, self.max_steps), first
         for ratios in (_LESS, _MORE):
-            for prior_rows in (ratio * len(rows.z) for ratio in ratios):
+            for prior_rows in (ratio * rows.num_latents for ratio in ratios):
                 run = self._run(rows, best.mixture, prior_rows, self.max_steps)
                 if run.score <= best.score:
                     break
