@@ -8,7 +8,7 @@ References:
 from __future__ import annotations
 
 import os
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.adapters.pythae.source import PythaeSource, check_noise, lineage_of
-from ncprior.bases.empirical import NoPrior
-from ncprior.bases.latents import latents_of
-from ncprior.bases.mixture_em import fit_mixture
-from ncprior.bases.rebase import rebase
-from ncprior.data.rows import as_data
-from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
-from ncprior.samplers.sir import sir
-from ncprior.training.fit import fit
-from ncprior.training.history import Row
+from ncprior.recipe.improve import improve
 from ncprior.utils.require import (
     described,
     require_counts,
@@ -51,12 +43,12 @@ class NCPSampler:
     Arguments:
         model: The model.
         noise: The noise on deterministic codes, as for :class:`PythaeSource`.
-        budget: Number of decoder-free evaluations of the head per sample.
+        budget: Evaluations of the head per sample.
         max_seconds: Largest time for :meth:`fit`, in seconds, or ``None``.
         progress: Whether to show progress.
 
     Attributes:
-        prior: The :class:`~ncprior.NCPrior` after :meth:`fit`; ``None`` before.
+        prior: The :class:`~ncprior.NCPrior` after :meth:`fit`, with its report; ``None`` before.
 
     Raises:
         ValueError: If the model cannot be a :class:`PythaeSource`. It stays as it was then.
@@ -107,7 +99,7 @@ class NCPSampler:
         eval_data: Any = None,  # noqa: ANN401
         training_config: None = None,
     ) -> NCPSampler:
-        """Trains the prior on the training data.
+        """Fits the prior to the training data, by :func:`ncprior.improve`.
 
         Arguments:
             train_data: A tensor or array of x, scaled as for the model, or other data that
@@ -132,7 +124,7 @@ class NCPSampler:
         if train_data is None:
             raise TypeError("train_data must be data, such as a tensor; got None. Pass data.")
         source = PythaeSource(self.model, noise=self.noise)
-        self.prior = _improved(source, train_data, held_out=eval_data, **self.options)
+        self.prior = improve(source, train_data, held_out=eval_data, **self.options)
         self.is_fitted = True
         return self
 
@@ -169,7 +161,7 @@ class NCPSampler:
             raise ValueError("save_sampler_config needs output_dir; got None. Pass a folder.")
         kept = []
         for first in range(0, num_samples, batch_size):
-            x = prior.sample(min(batch_size, num_samples - first), self._sampler()).x
+            x = prior.sample(min(batch_size, num_samples - first)).x
             if output_dir is not None:
                 self._save_images(x, output_dir, first)
             if return_gen:
@@ -199,9 +191,6 @@ class NCPSampler:
             raise RuntimeError("The sampler must be fitted first. Call fit(train_data).")
         return self.prior
 
-    def _sampler(self) -> Any:  # noqa: ANN401
-        return partial(sir, num_proposals=self.options["budget"])
-
     def _save_images(self, x: Tensor, folder: str | os.PathLike[str], first: int) -> None:
         require_instance("output_dir", folder, (str, os.PathLike), "Pass the path of a folder.")
         if x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -225,25 +214,3 @@ def _with_pythaes_base(cls: type) -> type:
         "__doc__": cls.__doc__,
     }
     return type(cls.__name__, (cls, BaseSampler), names)
-
-
-def _improved(
-    source: Any,  # noqa: ANN401
-    data: Any,  # noqa: ANN401
-    *,
-    held_out: Any,  # noqa: ANN401
-    budget: int,
-    max_seconds: float | None,
-    progress: bool,
-) -> NCPrior:
-    data = as_data(data)
-    if isinstance(source.prior, NoPrior):
-        source = rebase(source, fit_mixture(latents_of(source, data)))
-    prior = NCPrior.for_source(source, first_batch(data, 512))
-    limit = float("inf") if max_seconds is None else max_seconds
-
-    def stop(row: Row) -> bool:
-        return row.seconds > limit
-
-    fit(prior, data, held_out=held_out, callback=stop, progress=progress)
-    return prior

@@ -64,7 +64,7 @@ def train_heads(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
         )
         found.append((prior, history, _candidate(kind, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
-    off = gate(prior, history)
+    off = gate(prior, history) if source.num_groups > 1 else ()
     reason = f"the lowest NCE loss of held-out data; {history.stopped}"
     if off:
         reason += f"; groups {list(off)} have learnt nothing and keep the base"

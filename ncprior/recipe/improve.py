@@ -10,6 +10,7 @@ import torch
 from ncprior.prior import NCPrior
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.heads import train_heads
+from ncprior.recipe.judge import in_words
 from ncprior.recipe.measure import report_on
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
@@ -81,9 +82,10 @@ def improve(
         parts = parts_of(data, held_out, split_seed)
         prior = train_heads(choose_base(source, parts, record), parts, record)
         choose_sampler(prior, parts, budget, record)
-        keep_what_helps(prior, parts, record, split_seed)
+        before, after = keep_what_helps(prior, parts, record)
         report = report_on(prior, parts.judge, budget=max(2, budget), seed=split_seed)
     prior.report = report._replace(
+        verdict=in_words(before, after),
         choices=tuple(record.choices),
         histories=tuple(record.histories),
         budget=budget,

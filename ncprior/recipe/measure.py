@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ncprior._version import __version__
+from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import Rebased
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
@@ -115,7 +116,9 @@ def report_on(
     drawn = {arm: z for arm, z in latents.items() if enough and arm != POSTERIOR}
     scores = {arm: two_sample_auc(encodings, z, seed) for arm, z in drawn.items()}
     return Improvement(
-        verdict=verdict(scores[OLD], scores[NEW]) if scores else _TOO_FEW,
+        verdict=verdict(scores[OLD if OLD in scores else BASE], scores[NEW])
+        if scores
+        else _TOO_FEW,
         scores=scores,
         diagnosis=diagnosis,
         sampler=describe(sampler),
@@ -157,7 +160,9 @@ def _arms(prior: NCPrior, sampler: Sampler) -> dict[str, Arm]:
     own = prior.source
     while isinstance(own, Rebased):
         own = own.source
-    arms: dict[str, Arm] = {OLD: (own, lambda k, group: group.prior.sample())}
+    arms: dict[str, Arm] = {}
+    if not isinstance(own.shared_prior(), NoPrior):
+        arms[OLD] = (own, lambda k, group: group.prior.sample())
     if own is not prior.source:
         arms[BASE] = (prior.source, lambda k, group: group.prior.sample())
     arms[NEW] = (prior.source, lambda k, group: prior.draw(k, group, sampler).z)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
 from functools import partial
 
+from ncprior.bases.empirical import NoPrior
+from ncprior.bases.rebase import Rebased
 from ncprior.data.stream import one_pass
+from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.strength import match_strength
-from ncprior.evaluation.two_sample import TwoSampleTest
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.judge import compare_draws
-from ncprior.recipe.parts import Parts, has_condition
+from ncprior.recipe.judge import Gap, remaining_gap, total
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
@@ -62,26 +65,51 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
     )
 
 
-def keep_what_helps(prior: NCPrior, parts: Parts, record: Record, seed: int) -> None:
-    """Switches the head of a single group off if its draws are further from the encodings than the base's."""
-    if prior.source.num_groups > 1 or not any(prior.active) or has_condition(prior.source, parts):
-        return
-    started = time.monotonic()
-    new = compare_draws(prior, parts.choose, seed)
-    prior.active = [False]
-    base = compare_draws(prior, parts.choose, seed)
-    helps = new.auc - base.auc <= new.high - new.auc
-    prior.active = [helps]
+def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> tuple[Mean, Mean]:
+    """Switches off the heads of groups whose draws are further from the encodings than the base's.
+
+    Returns:
+        The gap of the VAE's own prior, and of the prior as it is now, in nats, on the data for the
+        report.
+    """
+    started, base = time.monotonic(), partial(sir, num_proposals=1)
+    old = _own_prior(prior, parts)
+    before = None if old is None else remaining_gap(old, base, parts, record)
+    alone = before
+    if old is None or prior.source is not old.source:
+        with prior.disabled():
+            alone = remaining_gap(prior, base, parts, record)
+    assert alone is not None
+    after = remaining_gap(prior, prior.chosen(None), parts, record) if any(prior.active) else alone
+    helps = [not _is_worse(*pair) for pair in zip(after.choose, alone.choose, strict=True)]
+    prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
+    if not all(helps):
+        after = remaining_gap(prior, prior.chosen(None), parts, record) if any(helps) else alone
+    gaps = {"the VAE's own prior": before, "base alone": alone, "heads": after}
     record.add(
         Choice(
-            *("keep", "heads" if helps else "base alone"),
-            "a classifier of draws and encodings of held-out data finds less",
-            candidates=(_candidate("base alone", base), _candidate("heads", new)),
-            criterion="AUC",
+            *("keep", "heads" if any(prior.active) else "base alone"),
+            "a new classifier finds the least between draws and held-out encodings",
+            candidates=tuple(_candidate(name, gap) for name, gap in gaps.items() if gap),
+            criterion="remaining gap (JSD)",
+            unit="nats",
             higher_is_better=False,
             seconds=time.monotonic() - started,
         )
     )
+    return total((before or alone).judge), total(after.judge)
+
+
+def _own_prior(prior: NCPrior, parts: Parts) -> NCPrior | None:
+    """The VAE's own prior, with heads that are off; ``None`` if the VAE has none."""
+    source = prior.source
+    while isinstance(source, Rebased):
+        source = source.source
+    if isinstance(source.shared_prior(), NoPrior):
+        return None
+    old = NCPrior(source, copy.deepcopy(prior.heads)).eval()
+    old.active = [False] * source.num_groups
+    return old
 
 
 def _diagnosis(prior: NCPrior, parts: Parts, budget: int) -> Report:
@@ -93,5 +121,10 @@ def _is_miscalibrated(slope: float, error: float) -> bool:
     return math.isfinite(slope) and slope > 0 and abs(slope - 1) > _SURE * error
 
 
-def _candidate(name: str, test: TwoSampleTest) -> Candidate:
-    return Candidate(name, test.auc, test.low, test.high)
+def _is_worse(after: Mean, before: Mean) -> bool:
+    return after.value - before.value > 2 * math.hypot(after.error, before.error)
+
+
+def _candidate(name: str, gap: Gap) -> Candidate:
+    value, error = total(gap.choose)
+    return Candidate(name, value, value - 1.96 * error, value + 1.96 * error)
