@@ -1,10 +1,11 @@
-"""Command line of the package: ``ncprior demo``, ``diagnose``, ``sample`` and ``inspect``."""
+"""Command line of the package: ``ncprior demo``, ``improve``, ``sample`` and others."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 
 import ncprior
 from ncprior.source import require_source
+from ncprior.utils import help_texts
 from ncprior.utils.require import require_counts
 from ncprior.utils.user_code import line_of_the_user, load_data, load_object
 
@@ -24,75 +26,6 @@ _IMPORTED = time.time()
 _EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError)
 
 _New: TypeAlias = Callable[..., argparse.ArgumentParser]  # makes the parser of a command
-
-_DESCRIPTION = """\
-Better priors for pretrained VAEs by noise contrastive estimation.
-
-Examples:
-  ncprior demo                            train and improve a small VAE of digits, about a minute
-  ncprior demo --data mnist               the same on MNIST, some minutes
-  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-                                          measure the quality of the heads of a saved prior
-  ncprior sample my-prior --source my_vae.py:source -n 1000 --out samples
-                                          draw samples into files; run it again to go on
-  ncprior inspect user/my-prior           show the configuration of a saved prior
-
-`ncprior COMMAND --help` explains the options of a command.
-"""
-
-_DEMO = """\
-Examples:
-  ncprior demo
-  ncprior demo --data mnist --seed 1 --out mnist-demo
-"""
-
-_DIAGNOSE = """\
-The VAE and the data are your Python objects, given as FILE.py:NAME or MODULE:NAME. For --source,
-NAME is a LatentSource. For --data and --train, NAME is a tensor, an array or table of numbers, a
-dataset or a DataLoader. NAME can also be a function without arguments that returns the object. The
-file is imported, so its code runs as with `python FILE.py`; a module is also looked for in the
-working folder. No code from PATH_OR_REPO is run.
-
-Example my_vae.py:
-
-    source = SingleGroup(prior, posterior, vae.decode, module=vae)
-    def held_out():
-        return torch.load("held_out.pt", weights_only=True)
-
-Examples:
-  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out \\
-      --plot report.png
-"""
-
-_SAMPLE = """\
-The VAE is your Python object, given as FILE.py:NAME or MODULE:NAME: a LatentSource, or a function
-without arguments that returns one. The file is imported, so its code runs as with `python FILE.py`.
-No code from PATH_OR_REPO is run.
-
-Samples are drawn by the sampler that was saved with the prior:
-
-    prior.sampler = recommend_sampler(diagnose(prior, held_out), budget=50).sampler
-    prior.save_pretrained("my-prior")
-
-The folder has one safetensors file per part, with the samples x and their latents z_0, z_1, …
-If the command was interrupted, run it again: it draws the missing parts only. Read the samples by
-
-    from ncprior.jobs import read_parts
-    x = torch.cat([part["x"] for part in read_parts("samples")])
-
-Examples:
-  ncprior sample my-prior --source my_vae.py:source
-  ncprior sample user/my-prior --source my_vae.py:source -n 50000 --out fid-samples --seed 1
-  ncprior sample my-prior --source my_vae.py:source --proposals 500 --batch-size 100
-  ncprior sample my-prior --source my_vae.py:source -n 64 --condition my_vae.py:labels
-"""
-
-_INSPECT = """\
-Examples:
-  ncprior inspect my-prior
-  ncprior inspect user/my-prior --revision v1
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,6 +71,44 @@ def _demo(options: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         print(result["summary"])
+    return 0
+
+
+def _improve(options: argparse.Namespace) -> int:
+    from ncprior.utils.random_state import seeded
+
+    with seeded(options.seed):
+        source, data = load_object(options.source), load_data(options.data)
+        held_out = None if options.held_out is None else load_data(options.held_out)
+        prior = ncprior.improve(
+            source,
+            data,
+            held_out=held_out,
+            budget=options.budget,
+            max_seconds=options.max_seconds,
+            seed=options.seed,
+            checkpoint=options.out / "checkpoints",
+        )
+    prior.save_pretrained(options.out, report=prior.report.diagnosis)
+    prior.report.save_html(options.out / "report.html")
+    shutil.rmtree(options.out / "checkpoints", ignore_errors=True)
+    print(f"{prior.report.verdict} {options.out}, {prior.report.seconds:.0f} s")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from ncprior.recipe.measure import report_on
+
+    require_counts("(-1e18, 1e18)", seed=options.seed)
+    with torch.random.fork_rng():
+        source, data = load_object(options.source), load_data(options.data)
+        require_source(source)
+        prior = _loaded(options, source)
+        if prior.sampler is None:
+            prior.sampler = partial(ncprior.sir, num_proposals=options.budget)
+        report = report_on(prior, data, budget=options.budget, seed=options.seed)
+    report.save_html(options.out)
+    print(f"{report.verdict} {options.out}, {report.seconds:.0f} s")
     return 0
 
 
@@ -209,10 +180,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("ncprior", description=_DESCRIPTION, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        "ncprior", description=help_texts.DESCRIPTION, formatter_class=raw
+    )
     parser.add_argument("--version", action="version", version=f"ncprior {ncprior.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_diagnose, _add_sample, _add_inspect):
+    for add in (_add_demo, _add_improve, _add_diagnose, _add_sample, _add_report, _add_inspect):
         add(partial(commands.add_parser, formatter_class=raw))
     return parser
 
@@ -223,7 +196,7 @@ def _add_demo(new: _New) -> None:
         help="train a small VAE on digits and close its prior hole",
         description="Trains a small VAE on real digits, measures its prior hole, and trains a "
         "ratio head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
-        epilog=_DEMO,
+        epilog=help_texts.DEMO,
     )
     demo.add_argument(
         "--data",
@@ -238,13 +211,51 @@ def _add_demo(new: _New) -> None:
     demo.set_defaults(run=_demo)
 
 
+def _add_improve(new: _New) -> None:
+    improve = new(
+        "improve",
+        help="find a better prior for your VAE, with a report",
+        description="Chooses a base, trains heads on it, chooses a sampler, and measures what it "
+        "brought. Every choice is printed with its numbers.",
+        epilog=help_texts.IMPROVE,
+    )
+    improve.add_argument("source", metavar="WHERE:NAME", help="the VAE, a source")
+    _add_object(improve, "--data", "training data of the VAE", required=True)
+    _add_object(improve, "--held-out", "data that the VAE was not trained on")
+    words = "evaluations of each head per sample; default: %(default)s"
+    improve.add_argument("--budget", type=int, default=50, metavar="N", help=words)
+    words = "time for all of it; default: until nothing improves"
+    improve.add_argument("--max-seconds", type=float, metavar="S", help=words)
+    _add_out(improve, "ncprior")
+    _add_seed(improve, "all random numbers")
+    improve.set_defaults(run=_improve)
+
+
+def _add_report(new: _New) -> None:
+    report = new(
+        "report",
+        help="write a page with pictures and measurements of a saved prior",
+        description="Measures a saved prior on held-out data, and writes one HTML page.",
+        epilog=help_texts.REPORT,
+    )
+    _add_prior(report)
+    _add_object(report, "--source", "the VAE, a source", required=True)
+    _add_object(report, "--data", "held-out data", required=True)
+    words = "evaluations of each head per sample; default: %(default)s"
+    report.add_argument("--budget", type=int, default=500, metavar="N", help=words)
+    words = "the page; default: %(default)s"
+    report.add_argument("--out", type=Path, default=Path("report.html"), help=words)
+    _add_seed(report, "the draws")
+    report.set_defaults(run=_report)
+
+
 def _add_diagnose(new: _New) -> None:
     diagnose = new(
         "diagnose",
         help="report on the heads of a saved prior, for your VAE and held-out data",
         description="Prints a report on the heads of a saved prior: one line per group of "
         "latents, with loss, calibration, effective sample size and a verdict.",
-        epilog=_DIAGNOSE,
+        epilog=help_texts.DIAGNOSE,
     )
     _add_prior(diagnose)
     _add_object(diagnose, "--source", "the VAE, a source", required=True)
@@ -271,7 +282,7 @@ def _add_sample(new: _New) -> None:
         "sample",
         help="draw samples of a saved prior into files",
         description="Draws samples of a saved prior, decoded by your VAE, into a folder.",
-        epilog=_SAMPLE,
+        epilog=help_texts.SAMPLE,
     )
     _add_prior(sample)
     _add_object(sample, "--source", "the VAE, a source", required=True)
@@ -298,7 +309,7 @@ def _add_inspect(new: _New) -> None:
         help="show the configuration of a saved prior, without running code from it",
         description="Prints the configuration of a saved prior as JSON: groups, kinds of heads, "
         "strength, sampler and fingerprint. It reads the header of one safetensors file and runs no code.",
-        epilog=_INSPECT,
+        epilog=help_texts.INSPECT,
     )
     _add_prior(inspect)
     inspect.set_defaults(run=_inspect)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ncprior.data.stream import first_batch
@@ -40,11 +41,13 @@ _LARGE = _Kind(256, 0.1, 1e-2)
 _SMALL = (_Kind(128, 0.2, 0.1), _Kind(32, 0.3, 0.3))  # tried besides where data is scarce
 
 
-def train_heads(source: LatentSource[Any, Any], parts: Parts, record: Record) -> NCPrior:
+def train_heads(
+    source: LatentSource[Any, Any], parts: Parts, record: Record, folder: Path | None
+) -> NCPrior:
     """Returns a prior with trained heads; with little data, the best of several sizes of heads.
 
     Heads are trained until their held-out losses stop improving. The size is chosen by the held-out
-    loss, summed over groups.
+    loss, summed over groups. In the folder, if there is one, the trainings are saved.
     """
     few = parts.num_train is not None and parts.num_train < _PLENTY
     kinds = (_LARGE, *_SMALL) if few else (_LARGE,)
@@ -59,6 +62,7 @@ def train_heads(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
             parts.train,
             held_out=parts.choose,
             max_seconds=record.left(_SHARE / (len(kinds) - number)),
+            checkpoint=None if folder is None else folder / f"heads-{number}",
             progress=record.progress,
             settings=FitSettings(weight_decay=kind.weight_decay),
         )

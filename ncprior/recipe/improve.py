@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, keep_what_helps
 from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import require_counts, require_flags, require_numbers
+from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
 
 
 def improve(
@@ -28,6 +30,7 @@ def improve(
     budget: int = 50,
     max_seconds: float | None = None,
     seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> NCPrior:
     """Better prior for a VAE: base, heads, sampler and strength, chosen on held-out data.
@@ -54,6 +57,8 @@ def improve(
         max_seconds: Time for all of it, in seconds, which is kept approximately; ``None`` trains
             until nothing improves.
         seed: Seed of all random numbers; ``None`` takes them from torch's generator.
+        checkpoint: A folder in which the training of heads is saved, and from which it goes on when
+            ``improve`` is called again with the same arguments; needs ``seed``.
         progress: Whether to print the choices and to show progress bars, on standard error.
 
     Returns:
@@ -61,7 +66,7 @@ def improve(
 
     Raises:
         TypeError: If an argument has the wrong type. The message names the remedy.
-        ValueError: If an argument is out of range, or nothing can be held out. Pass ``held_out``.
+        ValueError: If an argument is out of range, the checkpoint is of other arguments, or nothing can be held out. Pass ``held_out``.
         FloatingPointError: If a loss is not finite; the message names group and step.
 
     Example:
@@ -75,12 +80,16 @@ def improve(
     require_counts("(-1e18, 1e18) or None", seed=seed)
     require_numbers("(0, inf) or None", max_seconds=max_seconds)
     require_flags(progress=progress)
+    if checkpoint is not None and seed is None:
+        raise ValueError("A checkpoint needs a seed; got seed=None. Pass one, such as seed=0.")
+    require_instance("checkpoint", checkpoint, (str, os.PathLike, type(None)), "Pass a folder.")
+    folder = None if checkpoint is None else Path(checkpoint)
     require_eval(source, source.module)
     record = Record(progress=progress, max_seconds=max_seconds)
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))
         parts = parts_of(data, held_out, split_seed)
-        prior = train_heads(choose_base(source, parts, record), parts, record)
+        prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
         before, after = keep_what_helps(prior, parts, record)
         report = report_on(prior, parts.judge, budget=max(2, budget), seed=split_seed)

@@ -49,10 +49,13 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
         report = _diagnosis(prior, parts, budget)
     heads = sum(len(factors(head)) for k, head in enumerate(prior.heads) if prior.is_on(k))
     choice = recommend_sampler(report, budget=budget * max(1, heads))
-    prior.sampler = choice.sampler
+    sampler, reason = choice.sampler, choice.reason
+    if choice.evaluations <= heads < budget * heads:  # the base's own draw: heads find very little
+        sampler, reason = partial(sir, num_proposals=budget), "heads find little; all the budget"
+    prior.sampler = sampler
     record.add(
         Choice(
-            *("sampler", describe(choice.sampler), choice.reason),
+            *("sampler", describe(sampler), reason),
             seconds=time.monotonic() - started,
         )
     )
