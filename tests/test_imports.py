@@ -25,7 +25,17 @@ FLOOR |= {"__init__": len(FLOOR), "__main__": len(FLOOR)}
 
 PUBLIC = {
     *("NCPrior", "LatentSource", "Group", "SingleGroup"),
-    *("sir", "langevin", "nce_loss", "NCETrainer", "fit", "Draw", "Sample", "__version__"),
+    *(
+        "sir",
+        "langevin",
+        "nce_loss",
+        "NCETrainer",
+        "fit",
+        "improve",
+        "Draw",
+        "Sample",
+        "__version__",
+    ),
 }
 
 # What the extras bring: `import ncprior` must do without.

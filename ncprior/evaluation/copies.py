@@ -120,7 +120,7 @@ def copies_of(
     new, *drawn = (_nearest(x, train, int(chunk_size)) for x in (held_out, *drawn))
     distance = new.kthvalue(math.ceil(quantile * len(new))).values
     (expected, least, most), *shares = (
-        _wilson((x <= distance).double().mean().item(), len(x), level) for x in (new, *drawn)
+        _wilson((x <= distance).cpu().double().mean().item(), len(x), level) for x in (new, *drawn)
     )
     below, above = expected - least, most - expected
     return {

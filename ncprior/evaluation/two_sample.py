@@ -188,7 +188,7 @@ def _fit_network(real: Tensor, drawn: Tensor) -> LogOdds:
         patience=2,
         name="classifier",
     )
-    return torch.no_grad()(lambda x: network.eval()((x.to(z) - centre) / spread).double())
+    return torch.no_grad()(lambda x: network.eval()((x.to(z) - centre) / spread).cpu().double())
 
 
 class _Classifier(nn.Module):

@@ -101,10 +101,10 @@ def _candidate(name: str, log_p: Tensor, seconds: float) -> Candidate:
 
 
 def _is_better(new: Tensor, old: Tensor) -> bool:
-    gain = (new - old).double()
+    gain = (new - old).cpu().double()
     return gain.mean().item() > _SURE * _error(gain)
 
 
 def _error(values: Tensor) -> float:
     """Standard error of the mean."""
-    return (values.double().std() / math.sqrt(len(values))).item()
+    return (values.cpu().double().std() / math.sqrt(len(values))).item()

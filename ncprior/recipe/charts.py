@@ -183,7 +183,7 @@ def _path(frame: Frame, line: Line) -> Html:
 
 def _cloud(frame: Frame, points: Tensor, style: str) -> Html:
     """Points as ends of lines without length; those outside of the frame are left out."""
-    inside = points[(points.abs() <= frame.x[1]).all(1)].double().tolist()
+    inside = points[(points.abs() <= frame.x[1]).all(1)].cpu().double().tolist()
     layers = [inside[i::_LAYERS] for i in range(_LAYERS)]
     return join(
         *(
@@ -203,7 +203,7 @@ def _around(lines: Sequence[Line], levels: Sequence[float]) -> Frame:
     """Frame that holds all finite values, but only most of a line that starts far off."""
     xs = [x for line in lines for x in line.x] or [0.0, 1.0]
     ys = torch.tensor([y for line in lines for y in line.y if math.isfinite(y)] or [0.0])
-    low, high = (float(ys.double().quantile(part)) for part in (0.0, 0.99))
+    low, high = (float(ys.cpu().double().quantile(part)) for part in (0.0, 0.99))
     low, high = min([low, *levels]), max([high, *levels])
     spare = 0.08 * (high - low) or 0.5
     left, right = min(xs), max(xs)

@@ -52,7 +52,7 @@ class Choice(NamedTuple):
     """One choice of a recipe; ``str(choice)`` is one line with its numbers.
 
     Attributes:
-        what: The part that was chosen, such as ``"base"``.
+        part: The part that was chosen, such as ``"base"``.
         chosen: The choice, such as ``"mixture of 100"``; the name of a candidate if there are any.
         reason: The reason in one sentence.
         candidates: All candidates with their scores.
@@ -62,7 +62,7 @@ class Choice(NamedTuple):
         seconds: Time that the choice took, in seconds.
     """
 
-    what: str
+    part: str
     chosen: str
     reason: str = ""
     candidates: tuple[Candidate, ...] = ()
@@ -83,7 +83,7 @@ class Choice(NamedTuple):
         evidence = f" ({'; '.join(scores)})" if scores else ""
         reason = f" – {self.reason.rstrip('.')}" if self.reason and not scores else ""
         time = f", {duration(self.seconds)}" if math.isfinite(self.seconds) else ""
-        return f"{self.what}: {self.chosen}{evidence}{reason}{time}"
+        return f"{self.part}: {self.chosen}{evidence}{reason}{time}"
 
 
 def _later(named: tuple[bool, str, str]) -> bool:

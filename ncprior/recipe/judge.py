@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ncprior.data.stream import first_batch
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.walks import evaluating
+from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
 from ncprior.recipe.parts import Parts, has_condition
 from ncprior.recipe.record import Record
@@ -24,8 +24,6 @@ _MOST_SECONDS = 60.0  # for the classifiers of one prior
 _CACHED = 20_000  # draws of a single group without a condition
 
 _NUM_DRAWS = 4096
-
-_PROBED = 512  # rows for the shapes and scales of a head
 
 
 class Gap(NamedTuple):
@@ -51,7 +49,7 @@ def remaining_gap(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record
     settings = FitSettings(num_cached_proposals=_CACHED) if single else FitSettings()
     left = record.left(0.1)
     with evaluating(prior):
-        fresh = NCPrior.for_source(nested(prior, sampler), first_batch(parts.train, _PROBED))
+        fresh = NCPrior(nested(prior, sampler), map(fresh_head, prior.heads)).eval()
         history = fit(
             fresh,
             parts.train,
@@ -78,9 +76,14 @@ def total(means: list[Mean]) -> Mean:
 
 
 def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
-    """Part of a divergence that is gone, with its 95 % interval."""
+    """Part of a divergence that is gone, with its 95 % interval.
+
+    A classifier that finds nothing has no error of its own; what it could have found is no less
+    uncertain than the gap before.
+    """
     share = 1 - after.value / before.value
-    relative = math.hypot(after.error, (1 - share) * before.error) / before.value
+    error = after.error or before.error
+    relative = math.hypot(error, (1 - share) * before.error) / before.value
     return share, share - 1.96 * relative, share + 1.96 * relative
 
 

@@ -145,12 +145,12 @@ def _timeline(made: Sequence[Choice], total: float) -> Html:
     bars = (
         element(
             "span",
-            title=f"{choice.what}: {duration(choice.seconds)}",
+            title=f"{choice.part}: {duration(choice.seconds)}",
             style=f"flex: {choice.seconds / total:.4f}",
         )
         for choice in timed
     )
-    label = "; ".join(f"{choice.what} {duration(choice.seconds)}" for choice in timed)
+    label = "; ".join(f"{choice.part} {duration(choice.seconds)}" for choice in timed)
     return element("div", *bars, class_="time", role="img", aria_label=f"Time: {label}")
 
 
@@ -159,7 +159,7 @@ def _choice(choice: Choice) -> Html:
     time = element("time", duration(choice.seconds)) if timed else ""
     return element(
         "li",
-        element("div", choice.what, time, class_="what"),
+        element("div", choice.part, time, class_="part"),
         element(
             "div",
             element("h3", choice.chosen),

@@ -13,6 +13,7 @@ from ncprior.utils.batches import own_batch, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT = 1000  # rows, but at most a quarter of the data
+_FEWEST = 8  # rows of each part
 _BATCH = 256
 _PROBED = 8  # rows
 
@@ -63,9 +64,9 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
     choose, judge = _halves(held_out, seed + 1)
     for part in (choose, judge):
         rows = sum(num_rows(batch) for batch in one_pass(part, _BATCH))
-        if rows < 16:
+        if rows < _FEWEST:
             raise ValueError(
-                f"Choices and report need 16 or more held-out rows each; got {rows}. Pass more data."
+                f"Choices and report need {_FEWEST} or more held-out rows each; got {rows}. Pass more data."
             )
     return Parts(data, choose, judge, _length(data))
 

@@ -88,7 +88,7 @@ def _columns(samples: Mapping[str, Tensor]) -> Html:
 
 
 def _histogram(columns: Mapping[str, Tensor], number: int) -> Html:
-    finite = {arm: x.double()[x.isfinite()] for arm, x in columns.items()}
+    finite = {arm: x.cpu().double()[x.isfinite()] for arm, x in columns.items()}
     whole = torch.cat(list(finite.values()))
     if not len(whole):
         return Html("")

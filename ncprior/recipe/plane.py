@@ -32,7 +32,7 @@ def separating_plane(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         The directions; for D = 1, the second is zero.
     """
-    first, second = first.double(), second.double()
+    first, second = first.cpu().double(), second.cpu().double()
     both = torch.cat([first, second])
     rank = min(_MOST_COMPONENTS, *both.shape)
     with seeded(0):
@@ -67,7 +67,7 @@ def _axes(z: Tensor) -> Tensor:
     """The coordinate axes of largest variance."""
     count = min(_MOST_COMPONENTS, z.shape[1])
     axes = torch.zeros(z.shape[1], count, dtype=z.dtype)
-    axes[z.var(0).topk(count).indices, torch.arange(count)] = 1.0
+    axes[z.var(0).topk(count).indices, torch.arange(count, device=z.device)] = 1.0
     return axes
 
 

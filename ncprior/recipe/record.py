@@ -41,4 +41,4 @@ class Record:
         """Returns a share of the time that is left, in seconds; ``None`` if there is no limit."""
         if math.isinf(self.end):
             return None
-        return share * max(1.0, self.end - time.monotonic())
+        return share * max(0.1, self.end - time.monotonic())

@@ -117,7 +117,7 @@ ol.choices > li {
   display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.2rem 1.5rem;
   border-top: 1px solid var(--rule); padding: 0.9rem 0;
 }
-.what { color: var(--soft); } .what time { display: block; font-size: 0.8125rem; }
+.part { color: var(--soft); } .part time { display: block; font-size: 0.8125rem; }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--new); }
 code, pre { font: 0.875rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { background: var(--panel); padding: 0.9rem 1rem; border-radius: 6px; overflow: auto; margin: 0.8rem 0; }
@@ -127,7 +127,7 @@ pre { background: var(--panel); padding: 0.9rem 1rem; border-radius: 6px; overfl
 @media (max-width: 40rem) {
   main { padding-top: 1.5rem; }
   ol.choices > li { grid-template-columns: minmax(0, 1fr); }
-  .what time { display: inline; margin-left: 0.6rem; }
+  .part time { display: inline; margin-left: 0.6rem; }
   .intervals { grid-template-columns: minmax(0, 1fr) max-content max-content; gap: 0.1rem 0.8rem; }
   .intervals .value { grid-column: 2; } .intervals .took { grid-column: 3; }
   .intervals :is(svg, li.ends) { grid-column: 1 / -1; margin-bottom: 0.35rem; }

@@ -46,7 +46,7 @@ class Plateau:
     def update(self, losses: Tensor, step: int) -> None:
         """Compares the losses after a step with the reference."""
         sure = NormalDist().inv_cdf(1 - _DOUBT / len(losses))  # standard errors
-        means, errors = mean_and_error((losses.float() - self.reference).double())
+        means, errors = mean_and_error((losses.float() - self.reference).cpu().double())
         noise = [max(sure * error, _WORTH) for error in errors]
         self.worse = all(mean > least for mean, least in zip(means, noise, strict=True))
         for k, mean in enumerate(means):

@@ -7,20 +7,25 @@ from typing import Any
 from fuzz.calls import call
 from fuzz.kinds import (
     DATA,
+    FLAG,
+    OPTIONAL_DATA,
+    OPTIONAL_PATH,
     PATH,
     PRIOR,
     SAMPLER,
     SEED,
+    SOURCE,
     count,
     function,
     instance,
+    number,
     only_invalid,
 )
 from fuzz.values import LAYERS
 from fuzz.world import World
 from helpers.reports import improvement
 
-from ncprior import recipe
+from ncprior import improve, recipe
 from ncprior.diagnostics import Report
 
 Built = tuple[Any, dict[str, Any]]
@@ -47,6 +52,29 @@ def _(w: World) -> Built:
         "sampler": w.sampler,
         "diagnosis": improvement().diagnosis,
         "budget": 10,
+    }
+
+
+@call(
+    "ncprior.improve",
+    options={"slow": True, "limit": 30.0},
+    source=SOURCE,
+    data=DATA,
+    held_out=OPTIONAL_DATA,
+    budget=count(huge=False),
+    max_seconds=number(0, open_low=True, none=True),
+    seed=only_invalid(SEED),
+    checkpoint=OPTIONAL_PATH,
+    progress=only_invalid(FLAG),
+)
+def _(w: World) -> Built:
+    return improve, {
+        "source": w.source,
+        "data": w.x.repeat(4, 1),
+        "budget": 3,
+        "max_seconds": 0.5,
+        "seed": 0,
+        "progress": False,
     }
 
 

@@ -79,7 +79,7 @@ def test_every_text_is_escaped() -> None:
     first, *rest = choices()
     candidate = first.candidates[0]._replace(name=evil)
     choice = first._replace(
-        what=evil, chosen=evil, reason=evil, criterion=evil, unit=evil,
+        part=evil, chosen=evil, reason=evil, criterion=evil, unit=evil,
         candidates=(candidate, *first.candidates),
     )  # fmt: skip
     history = improvement().histories[0]._replace(stopped=evil)
