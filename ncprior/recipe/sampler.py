@@ -14,7 +14,6 @@ from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
-from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
@@ -24,12 +23,9 @@ from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
-from ncprior.training.calibration import calibrate_heads
 
 _BATCH = 256
 _MATCHED = 2048  # rows for the strength
-
-_SURE = 3.0  # standard errors by which log r must be miscalibrated, or the draws be worse
 
 
 def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) -> None:
@@ -39,14 +35,8 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
         prior.sampler = partial(sir, num_proposals=1)
         record.add(Choice("sampler", describe(prior.sampler), "the base's own draw"))
         return
-    report = _diagnosis(prior, parts, budget)
-    if any(_is_miscalibrated(group.slope, group.slope_error) for group in report.groups):
-        slopes = calibrate_heads(prior, parts.choose)
-        slope = ", ".join(f"{slope:.2f}" for slope in slopes[:4])
-        record.add(
-            Choice("calibration", "log r rescaled", f"slopes on held-out data were {slope}")
-        )
-        report = _diagnosis(prior, parts, budget)
+    proposals = (max(1, budget // 10), max(2, budget))
+    report = diagnose(prior, parts.choose, num_proposals=proposals, fresh_steps=0)
     heads = sum(len(factors(head)) for k, head in enumerate(prior.heads) if prior.is_on(k))
     choice = recommend_sampler(report, budget=budget * max(1, heads))
     sampler, reason = choice.sampler, choice.reason
@@ -113,15 +103,6 @@ def _own_prior(prior: NCPrior, parts: Parts) -> NCPrior | None:
     old = NCPrior(source, copy.deepcopy(prior.heads)).eval()
     old.active = [False] * source.num_groups
     return old
-
-
-def _diagnosis(prior: NCPrior, parts: Parts, budget: int) -> Report:
-    proposals = (max(1, budget // 10), max(2, budget))
-    return diagnose(prior, parts.choose, num_proposals=proposals, fresh_steps=0)
-
-
-def _is_miscalibrated(slope: float, error: float) -> bool:
-    return math.isfinite(slope) and slope > 0 and abs(slope - 1) > _SURE * error
 
 
 def _is_worse(after: Mean, before: Mean) -> bool:
