@@ -16,7 +16,7 @@ from ncprior.bases.rebase import rebase
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, first_group, has_condition
 from ncprior.recipe.record import Record
-from ncprior.source import LatentSource
+from ncprior.source import LatentSource, posterior_of
 
 _SIZES = (1, 10, 30, 100, 300)  # numbers of components
 
@@ -48,7 +48,8 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
         candidates.append(_candidate(_OWN, log_p, 0.0))
     for size in _SIZES:
         took = time.monotonic() - started
-        if size * _ROWS_PER_COMPONENT > len(z) or (end is not None and 3 * took > end):
+        is_late = end is not None and 3 * took > end
+        if candidates and (is_late or size * _ROWS_PER_COMPONENT > len(z)):
             break
         mixture = fit_mixture(z, size)
         new = mixture.log_prob(held_out)
@@ -84,7 +85,7 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
         return f"the VAE has {source.num_groups} groups of latents, each with its own prior"
     if has_condition(source, parts):
         return "the prior depends on a condition"
-    z = first_group(source, parts).prior.sample()
+    z = posterior_of(first_group(source, parts)).sample()
     return "" if z.is_floating_point() else "the latents are codes"
 
 

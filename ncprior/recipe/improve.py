@@ -70,10 +70,12 @@ def improve(
         FloatingPointError: If a loss is not finite; the message names group and step.
 
     Example:
-        >>> from ncprior import improve
-        >>> better = improve(source, torch.randn(200, 3), max_seconds=2, progress=False)
+        >>> from ncprior import SingleGroup
+        >>> base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+        >>> identity = SingleGroup(base, lambda x: Independent(Normal(x, 0.1), 1), lambda z: z)
+        >>> better = improve(identity, 0.5 * torch.randn(200, 2), max_seconds=1, progress=False)
         >>> better.sample(64).x.shape
-        torch.Size([64, 3])
+        torch.Size([64, 2])
     """
     require_source(source)
     require_counts(budget=budget)

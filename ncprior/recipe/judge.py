@@ -78,8 +78,8 @@ def total(means: list[Mean]) -> Mean:
 def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
     """Part of a divergence that is gone, with its 95 % interval.
 
-    A classifier that finds nothing has no error of its own; what it could have found is no less
-    uncertain than the gap before.
+    A classifier that finds nothing has no error of its own; the error of the gap before stands for
+    it.
     """
     share = 1 - after.value / before.value
     error = after.error or before.error

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from functools import partial
 
 from ncprior.bases.empirical import NoPrior
@@ -51,8 +52,12 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
     )
     started = time.monotonic()
     rows = list(itertools.islice(one_pass(parts.choose, _BATCH), _MATCHED // _BATCH))
-    prior.strength = match_strength(prior, rows, prior.sampler, progress=record.progress)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prior.strength = match_strength(prior, rows, prior.sampler, progress=record.progress)
     reason = "the mean log r of the draws is that of held-out encodings"
+    if caught:
+        reason = str(caught[0].message)
     record.add(
         Choice("strength", f"{prior.strength:.2f}", reason, seconds=time.monotonic() - started)
     )
