@@ -73,7 +73,7 @@ def first_codes(of: Any, x: Tensor) -> Tensor:
 
 
 def fitted(of: Any, **options: Any) -> Any:
-    return NCPSampler(of, **BRIEFLY, **options).fit(data(of))
+    return NCPSampler(of, **{**BRIEFLY, **options}).fit(data(of, 400))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_deterministic_codes_get_a_base_and_need_their_noise() -> None:
     with pytest.raises(ValueError, match="AE encodes x as one code.*pass noise="):
         NCPSampler(ae)
     assert ae.training  # untouched
-    x = fitted(ae, noise=0.1).sample(200)
+    x = fitted(ae, noise=0.1, max_seconds=3).sample(200)
     assert (first_codes(ae, x).abs() < 0.3).float().mean() < 0.1
     with pytest.raises(ValueError, match="leave out noise=0.1"):
         NCPSampler(model(), noise=0.1)
