@@ -18,21 +18,23 @@ floor first; a file imports only from lower floors and from its own folder:
 ``samplers``           SIR, Langevin dynamics, SMC, rejection, and compositions of samplers
 ``saving``             files, model cards and the Hugging Face Hub
 ``prior``              ``NCPrior``: a source with its heads
-``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
 ``trainer``            ``NCETrainer``: one training step for a loop of your own
 ``diagnostics``        report on the heads; choice of a sampler and of a strength
 ``jobs``               large sampling jobs in parts on disk
 ``training``           ``fit``: the training loop, its checkpoints and its stages
 ``vaebm``              energies on images, alone or on top of an ``NCPrior``
 ``evaluation``         quality of samples, likelihoods, out-of-distribution scores
+``recipe``             choices by held-out evidence, and the report on them as a page
+``adapters``           sources for published models: NVAE, VDVAE, pythae, diffusers, scVI, …
 ``demo``               the demonstration and its small networks
-``cli``                the command ``ncprior``
+``__main__``           the command ``ncprior``
 =====================  ===========================================================================
 """
 
 from ncprior._version import __version__
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
+from ncprior.recipe.improve import improve
 from ncprior.samplers.base import Draw, Sample
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.sir import sir
@@ -51,6 +53,7 @@ __all__ = [
     "SingleGroup",
     "__version__",
     "fit",
+    "improve",
     "langevin",
     "nce_loss",
     "sir",

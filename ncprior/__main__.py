@@ -1,73 +1,31 @@
-"""Command line of the package: ``ncprior demo``, ``ncprior diagnose`` and ``ncprior inspect``."""
+"""Command line of the package: ``ncprior demo``, ``improve``, ``sample`` and others."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
+import shutil
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 import ncprior
 from ncprior.source import require_source
-from ncprior.utils.require import described, real_tensor, require_counts
+from ncprior.utils import help_texts
+from ncprior.utils.require import require_counts
+from ncprior.utils.user_code import line_of_the_user, load_data, load_object
 
 _IMPORTED = time.time()
 
 _EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError)
 
-_DESCRIPTION = """\
-Better priors for pretrained VAEs by noise contrastive estimation.
-
-Examples:
-  ncprior demo                            train and improve a small VAE of digits, about a minute
-  ncprior demo --data mnist               the same on MNIST, some minutes
-  ncprior inspect user/my-prior           show the configuration of a saved prior
-  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-                                          measure the quality of the heads of a saved prior
-
-`ncprior COMMAND --help` explains the options of a command.
-"""
-
-_DEMO = """\
-Examples:
-  ncprior demo
-  ncprior demo --data mnist --seed 1 --out mnist-demo
-"""
-
-_DIAGNOSE = """\
-The VAE and the data are your Python objects, given as FILE.py:NAME or MODULE:NAME. For --source,
-NAME is a LatentSource. For --data and --train, NAME is a tensor, an array or table of numbers, a
-dataset or a DataLoader. NAME can also be a function without arguments that returns the object. The
-file is imported, so its code runs as with `python FILE.py`; a module is also looked for in the
-working folder. No code from PATH_OR_REPO is run.
-
-Example my_vae.py:
-
-    source = SingleGroup(prior, posterior, vae.decode, module=vae)
-    def held_out():
-        return torch.load("held_out.pt", weights_only=True)
-
-Examples:
-  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out \\
-      --plot report.png
-"""
-
-_INSPECT = """\
-Examples:
-  ncprior inspect my-prior
-  ncprior inspect user/my-prior --revision v1
-"""
+_New: TypeAlias = Callable[..., argparse.ArgumentParser]  # makes the parser of a command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ncprior: interrupted; no incomplete file is left", file=sys.stderr)
         return 130
     except (Exception, SystemExit) as error:
-        line = _line_of_the_user(error)
+        line = line_of_the_user(error)
         if line is None and not isinstance(error, _EXPECTED):
             raise
         message = " ".join(str(error).split())
@@ -116,24 +74,100 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _improve(options: argparse.Namespace) -> int:
+    from ncprior.utils.random_state import seeded
+
+    with seeded(options.seed):
+        source, data = load_object(options.source), load_data(options.data)
+        held_out = None if options.held_out is None else load_data(options.held_out)
+        prior = ncprior.improve(
+            source,
+            data,
+            held_out=held_out,
+            budget=options.budget,
+            max_seconds=options.max_seconds,
+            seed=options.seed,
+            checkpoint=options.out / "checkpoints",
+        )
+    prior.save_pretrained(options.out, report=prior.report.diagnosis)
+    prior.report.save_html(options.out / "report.html")
+    shutil.rmtree(options.out / "checkpoints", ignore_errors=True)
+    print(f"{prior.report.verdict} {options.out}, {prior.report.seconds:.0f} s")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from ncprior.recipe.measure import report_on
+
+    require_counts("(-1e18, 1e18)", seed=options.seed)
+    with torch.random.fork_rng():
+        source, data = load_object(options.source), load_data(options.data)
+        require_source(source)
+        prior = _loaded(options, source)
+        if prior.sampler is None:
+            prior.sampler = partial(ncprior.sir, num_proposals=options.budget)
+        report = report_on(prior, data, budget=options.budget, seed=options.seed)
+    report.save_html(options.out)
+    print(f"{report.verdict} {options.out}, {report.seconds:.0f} s")
+    return 0
+
+
 def _diagnose(options: argparse.Namespace) -> int:
     from ncprior.diagnostics.diagnose import diagnose
     from ncprior.utils.random_state import seeded
 
     require_counts("(-1e18, 1e18)", seed=options.seed)
     with torch.random.fork_rng():
-        source, data = _load_object(options.source), _load_data(options.data)
+        source, data = load_object(options.source), load_data(options.data)
         require_source(source)
-        train = None if options.train is None else _load_data(options.train)
-        prior = ncprior.NCPrior.from_pretrained(
-            source, options.path_or_repo, revision=options.revision
-        )
+        train = None if options.train is None else load_data(options.train)
+        prior = _loaded(options, source)
         with seeded(options.seed):
             report = diagnose(prior, data, train=train, num_proposals=tuple(options.proposals))
     if options.plot is not None:
         report.plot().savefig(options.plot)
     print(report.to_json() if options.json else report)
     return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from ncprior.jobs import sample_parts
+
+    started = time.monotonic()
+    with torch.random.fork_rng():
+        source = load_object(options.source)
+        require_source(source)
+        condition = None if options.condition is None else load_data(options.condition)
+        prior = _loaded(options, source)
+        if options.proposals is not None:
+            prior.sampler = partial(ncprior.sir, num_proposals=options.proposals)
+        if prior.sampler is None:
+            raise ValueError(
+                f"{options.path_or_repo} was saved without a sampler. Pass --proposals 500, or set "
+                f"prior.sampler in Python and save the prior again."
+            )
+        parts = sample_parts(
+            prior,
+            options.out,
+            num_samples=options.num_samples,
+            part_size=options.part_size,
+            batch_size=options.batch_size,
+            draw_x=options.draw_x,
+            seed=options.seed,
+            condition=condition,
+        )
+    samples, files = _counted(options.num_samples, "sample"), _counted(len(parts), "part")
+    print(f"{samples} in {options.out}, {files}, {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _loaded(options: argparse.Namespace, source: Any) -> ncprior.NCPrior:  # noqa: ANN401
+    path, revision = options.path_or_repo, options.revision
+    return ncprior.NCPrior.from_pretrained(source, path, revision=revision)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -146,17 +180,23 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("ncprior", description=_DESCRIPTION, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        "ncprior", description=help_texts.DESCRIPTION, formatter_class=raw
+    )
     parser.add_argument("--version", action="version", version=f"ncprior {ncprior.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_improve, _add_diagnose, _add_sample, _add_report, _add_inspect):
+        add(partial(commands.add_parser, formatter_class=raw))
+    return parser
 
-    demo = commands.add_parser(
+
+def _add_demo(new: _New) -> None:
+    demo = new(
         "demo",
         help="train a small VAE on digits and close its prior hole",
         description="Trains a small VAE on real digits, measures its prior hole, and trains a "
         "ratio head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
-        epilog=_DEMO,
-        formatter_class=raw,
+        epilog=help_texts.DEMO,
     )
     demo.add_argument(
         "--data",
@@ -165,34 +205,62 @@ def _parser() -> argparse.ArgumentParser:
         help="scikit-learn's 8×8 digits, or MNIST from $NCPRIOR_DATA or the Hub; "
         "default: %(default)s",
     )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("ncprior-demo"),
-        help="output folder; default: %(default)s",
-    )
-    demo.add_argument(
-        "--seed", type=int, default=0, help="seed of all random numbers; default: %(default)s"
-    )
+    _add_out(demo, "ncprior-demo")
+    _add_seed(demo, "all random numbers")
     demo.add_argument("--json", action="store_true", help="print only one JSON object")
     demo.set_defaults(run=_demo)
 
-    diagnose = commands.add_parser(
+
+def _add_improve(new: _New) -> None:
+    improve = new(
+        "improve",
+        help="find a better prior for your VAE, with a report",
+        description="Chooses a base, trains heads on it, chooses a sampler, and measures what it "
+        "brought. Every choice is printed with its numbers.",
+        epilog=help_texts.IMPROVE,
+    )
+    improve.add_argument("source", metavar="WHERE:NAME", help="the VAE, a source")
+    _add_object(improve, "--data", "training data of the VAE", required=True)
+    _add_object(improve, "--held-out", "data that the VAE was not trained on")
+    words = "evaluations of each head per sample; default: %(default)s"
+    improve.add_argument("--budget", type=int, default=50, metavar="N", help=words)
+    words = "time for all of it; default: until nothing improves"
+    improve.add_argument("--max-seconds", type=float, metavar="S", help=words)
+    _add_out(improve, "ncprior")
+    _add_seed(improve, "all random numbers")
+    improve.set_defaults(run=_improve)
+
+
+def _add_report(new: _New) -> None:
+    report = new(
+        "report",
+        help="write a page with pictures and measurements of a saved prior",
+        description="Measures a saved prior on held-out data, and writes one HTML page.",
+        epilog=help_texts.REPORT,
+    )
+    _add_prior(report)
+    _add_object(report, "--source", "the VAE, a source", required=True)
+    _add_object(report, "--data", "held-out data", required=True)
+    words = "evaluations of each head per sample; default: %(default)s"
+    report.add_argument("--budget", type=int, default=500, metavar="N", help=words)
+    words = "the page; default: %(default)s"
+    report.add_argument("--out", type=Path, default=Path("report.html"), help=words)
+    _add_seed(report, "the draws")
+    report.set_defaults(run=_report)
+
+
+def _add_diagnose(new: _New) -> None:
+    diagnose = new(
         "diagnose",
         help="report on the heads of a saved prior, for your VAE and held-out data",
         description="Prints a report on the heads of a saved prior: one line per group of "
         "latents, with loss, calibration, effective sample size and a verdict.",
-        epilog=_DIAGNOSE,
-        formatter_class=raw,
+        epilog=help_texts.DIAGNOSE,
     )
     _add_prior(diagnose)
-    diagnose.add_argument(
-        "--source", required=True, metavar="WHERE:NAME", help="the VAE, a source"
-    )
-    diagnose.add_argument("--data", required=True, metavar="WHERE:NAME", help="held-out data")
-    diagnose.add_argument(
-        "--train", metavar="WHERE:NAME", help="training data, to detect memorisation"
-    )
+    _add_object(diagnose, "--source", "the VAE, a source", required=True)
+    _add_object(diagnose, "--data", "held-out data", required=True)
+    _add_object(diagnose, "--train", "training data, to detect memorisation")
     diagnose.add_argument(
         "--proposals",
         type=int,
@@ -201,26 +269,50 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help="two numbers of proposals for the ESS",
     )
-    diagnose.add_argument(
-        "--seed", type=int, default=0, help="seed of the samples; default: %(default)s"
-    )
+    _add_seed(diagnose, "the samples")
     diagnose.add_argument(
         "--plot", type=Path, metavar="FILE", help="also write the report as a picture"
     )
     diagnose.add_argument("--json", action="store_true", help="print the report as JSON")
     diagnose.set_defaults(run=_diagnose)
 
-    inspect = commands.add_parser(
+
+def _add_sample(new: _New) -> None:
+    sample = new(
+        "sample",
+        help="draw samples of a saved prior into files",
+        description="Draws samples of a saved prior, decoded by your VAE, into a folder.",
+        epilog=help_texts.SAMPLE,
+    )
+    _add_prior(sample)
+    _add_object(sample, "--source", "the VAE, a source", required=True)
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    words = "number of samples; default: %(default)s"
+    sample.add_argument("-n", "--num-samples", default=1000, help=words, **number)
+    _add_out(sample, "samples")
+    _add_seed(sample, "the samples")
+    words = "draw by SIR with M proposals instead of the saved sampler"
+    sample.add_argument("--proposals", type=int, metavar="M", help=words)
+    words = "draw x from p(x | z) instead of its mean, as for tables and counts"
+    sample.add_argument("--draw-x", action="store_true", help=words)
+    _add_object(sample, "--condition", "condition of a conditional VAE, one row per sample")
+    words = "samples per file; default: %(default)s"
+    sample.add_argument("--part-size", default=1000, help=words, **number)
+    words = "samples drawn at once, which bounds the memory; default: a whole file"
+    sample.add_argument("--batch-size", help=words, **number)
+    sample.set_defaults(run=_sample)
+
+
+def _add_inspect(new: _New) -> None:
+    inspect = new(
         "inspect",
         help="show the configuration of a saved prior, without running code from it",
         description="Prints the configuration of a saved prior as JSON: groups, kinds of heads, "
-        "strength and fingerprint. It reads the header of one safetensors file and runs no code.",
-        epilog=_INSPECT,
-        formatter_class=raw,
+        "strength, sampler and fingerprint. It reads the header of one safetensors file and runs no code.",
+        epilog=help_texts.INSPECT,
     )
     _add_prior(inspect)
     inspect.set_defaults(run=_inspect)
-    return parser
 
 
 def _add_prior(parser: argparse.ArgumentParser) -> None:
@@ -230,79 +322,20 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
 
 
-def _load_object(where: str) -> Any:  # noqa: ANN401
-    """Returns the object ``FILE.py:NAME`` or ``MODULE:NAME``; a plain function is called first."""
-    place, _, name = where.rpartition(":")
-    if not place or not name.isidentifier():
-        raise ValueError(f"Expected FILE.py:NAME or MODULE:NAME; got {where}.")
-    if place.endswith(".py"):
-        module = _import_file(place)
-    else:
-        _add_to_path(Path.cwd())
-        module = importlib.import_module(place)
-    if not hasattr(module, name):
-        raise LookupError(f"{place} has no {name}. Give a name that it defines.")
-    found = getattr(module, name)
-    return found() if hasattr(found, "__code__") else found
+def _add_object(
+    parser: argparse.ArgumentParser, name: str, words: str, *, required: bool = False
+) -> None:
+    parser.add_argument(name, required=required, metavar="WHERE:NAME", help=words)
 
 
-def _load_data(where: str) -> Any:  # noqa: ANN401
-    """Returns data as :func:`_load_object` does; arrays and tables become tensors of float32."""
-    data = _load_object(where)
-    if isinstance(data, np.ndarray) or hasattr(data, "to_numpy"):
-        return real_tensor(where, data).float()
-    if isinstance(data, type) or not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
-        raise TypeError(
-            f"{where} must be data: a tensor, an array, a table, a dataset or a DataLoader; got "
-            f"{described(data)}."
-        )
-    return data
+def _add_out(parser: argparse.ArgumentParser, folder: str) -> None:
+    words = "output folder; default: %(default)s"
+    parser.add_argument("--out", type=Path, default=Path(folder), help=words)
 
 
-def _import_file(place: str) -> Any:  # noqa: ANN401
-    path = Path(place).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {place}. Give the path of a Python file.")
-    _add_to_path(path.parent)
-    module = sys.modules.get(path.stem)
-    if module is None or getattr(module, "__file__", None) != str(path):
-        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # imported once, also for several names
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[path.stem]
-            raise
-    return module
-
-
-def _add_to_path(folder: Path) -> None:
-    """Lets the user's files import their neighbours, as ``python FILE.py`` does."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
-def _line_of_the_user(error: BaseException) -> str | None:
-    """Returns ``"FILE:LINE: "`` of the last line of the user's own code that led to an error."""
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        return f"{error.filename}:{error.lineno}: "
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if _is_the_users(frame):
-            return f"{frame.f_code.co_filename}:{line}: "
-    return None
-
-
-def _is_the_users(frame: FrameType) -> bool:
-    """Returns whether a frame is of no code of Python, of an installed package or of this one."""
-    path = Path(frame.f_code.co_filename)
-    others = (Path(os.__file__).parent, Path(ncprior.__file__).parent)
-    return (
-        path.is_file()
-        and frame.f_globals.get("__name__", "").partition(".")[0] != "ncprior"
-        and not any(path.is_relative_to(folder) for folder in others)
-        and not {"site-packages", "dist-packages"} & set(path.parts)
-    )
+def _add_seed(parser: argparse.ArgumentParser, whose: str) -> None:
+    words = f"seed of {whose}; default: %(default)s"
+    parser.add_argument("--seed", type=int, default=0, help=words)
 
 
 def _started() -> float:

@@ -12,59 +12,69 @@ import json
 import operator
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ncprior.prior import NCPrior
-from ncprior.samplers.base import Sampler
+from ncprior.samplers.base import Sample, Sampler
 from ncprior.samplers.compose import describe
 from ncprior.saving.checks import fingerprints
 from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors
-from ncprior.source import device_of, num_rows
+from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.distributed import num_ranks, rank
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import require_callable, require_counts, require_instance
+from ncprior.utils.require import require_counts, require_flags, require_instance
 
 _SETTINGS = ("num_samples", "part_size", "seed", "sampler", "prior")  # of a job, in job.json
+
+_OPTIONAL = ("batch_size", "draw_x")  # which a job has only if they are not the default
 
 _SEEDS = "(-1e18, 1e18)"
 
 
 def sample_parts(
     prior: NCPrior,
-    sampler: Sampler,
     folder: str | os.PathLike[str],
     *,
     num_samples: int,
+    sampler: Sampler | None = None,
     part_size: int = 1000,
+    batch_size: int | None = None,
+    draw_x: bool = False,
     seed: int = 0,
     condition: Any = None,  # noqa: ANN401
     parts: Iterable[int] | None = None,
+    progress: bool = True,
 ) -> list[Path]:
     """Draws samples part by part into a folder; existing parts are kept.
 
     Arguments:
         prior: The prior.
-        sampler: As for :meth:`ncprior.NCPrior.sample`.
         folder: The folder of the parts; made if missing.
         num_samples: N, the number of samples of the whole job.
-        part_size: Samples per part, drawn at once; the last part may be smaller.
+        sampler: As for :meth:`ncprior.NCPrior.sample`: ``None`` takes the prior's own.
+        part_size: Samples per part; the last part may be smaller.
+        batch_size: Samples drawn at once, which bounds the memory; ``None`` draws a whole part.
+        draw_x: Whether x is drawn from p(x | z), as for :meth:`ncprior.NCPrior.sample`.
         seed: Seed of the job. The caller's random generators do not change.
         condition: Condition of the source, such as labels: tensors or an array of N rows, or
             ``None``. Rows on the CPU are moved to the VAE's device part by part.
         parts: The numbers of the parts that this process draws, such as those of a job array. The
             default is all parts, divided among the ranks of a process group if there is one.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The files of the parts of this process: safetensors with ``x``, the decoder's means, with
-        shape ``(B, ...)``, and ``z_0``, ``z_1``, … of the groups, each ``(B, *event)``.
+        The files of the parts of this process: safetensors with ``x``, the decoder's means or
+        draws of x, with shape ``(B, ...)``, and ``z_0``, ``z_1``, … of the groups, each ``(B, *event)``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -76,19 +86,22 @@ def sample_parts(
         >>> import tempfile
         >>> from functools import partial
         >>> from ncprior import sir
-        >>> folder, sampler = tempfile.mkdtemp(), partial(sir, num_proposals=50)
-        >>> files = sample_parts(prior, sampler, folder, num_samples=10, part_size=4)
+        >>> folder, prior.sampler = tempfile.mkdtemp(), partial(sir, num_proposals=50)
+        >>> files = sample_parts(prior, folder, num_samples=10, part_size=4, progress=False)
         >>> [file.name for file in files]
         ['part-00000.safetensors', 'part-00001.safetensors', 'part-00002.safetensors']
         >>> torch.cat([part["x"] for part in read_parts(folder)]).shape
         torch.Size([10, 3])
     """
     require_instance("prior", prior, NCPrior, "Pass an NCPrior: NCPrior(source, heads).")
-    require_callable("sampler", sampler, "Pass one such as partial(sir, num_proposals=50).")
+    sampler = prior.chosen(sampler)
     require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
     require_counts(num_samples=num_samples, part_size=part_size)
+    require_counts("[1, inf) or None", batch_size=batch_size)
     require_counts(_SEEDS, seed=seed)
+    require_flags(draw_x=draw_x, progress=progress)
     num_samples, part_size, seed = map(operator.index, (num_samples, part_size, seed))
+    at_once = min(part_size, part_size if batch_size is None else operator.index(batch_size))
     if isinstance(condition, np.ndarray) and condition.dtype.kind in "fiub":
         condition = torch.from_numpy(condition.copy())
     if condition is not None and num_rows(condition) != num_samples:
@@ -100,19 +113,25 @@ def sample_parts(
     chosen = range(rank(), count, num_ranks()) if parts is None else _chosen(parts, count)
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
     job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
-    folder = Path(folder)
+    job |= {"batch_size": at_once} if at_once < part_size else {}
+    job |= {"draw_x": True} if draw_x else {}
+    folder, draw = Path(folder), partial(prior.sample, sampler=sampler, draw_x=draw_x)
     if not chosen or (folder / "job.json").exists():
         _claim(folder, job)
-    for i in chosen:
-        path, first, tensors = _path(folder, i), i * part_size, None
-        if not _is_drawn(path, _contents(job, i)):
-            rows = slice(first, min(first + part_size, num_samples))
-            with seeded(_seed(seed, i)):
-                tensors = _draw(prior, sampler, rows, condition)
-        _claim(folder, job)  # only now: a sampler that fails leaves nothing behind
-        if tensors is not None:
-            _save(path, tensors, _contents(job, i))
-        _tidy(path)
+    rows = [range(i * part_size, min((i + 1) * part_size, num_samples)) for i in chosen]
+    total, quiet = sum(map(len, rows)), not progress or rank() > 0
+    with tqdm(desc="samples", total=total, disable=quiet) as bar:
+        for i, own in zip(chosen, rows, strict=True):
+            path, tensors = _path(folder, i), None
+            if _is_drawn(path, _contents(job, i)):
+                bar.update(len(own))
+            else:
+                with seeded(_seed(seed, i)):
+                    tensors = _draw(draw, own, at_once, condition, prior.source, bar)
+            _claim(folder, job)  # only now: a sampler that fails leaves nothing behind
+            if tensors is not None:
+                _save(path, tensors, _contents(job, i))
+            _tidy(path)
     return [_path(folder, i) for i in chosen]
 
 
@@ -162,13 +181,30 @@ def _chosen(parts: Iterable[int], count: int) -> list[int]:
     return chosen
 
 
-def _draw(prior: NCPrior, sampler: Sampler, rows: slice, condition: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """Returns the tensors of one part, drawn under the condition of its rows."""
-    if condition is not None:
-        device = device_of(prior.source)
-        condition = map_tensors(lambda t: t[rows].to(device) if t.is_cpu else t[rows], condition)
-    sample = prior.sample(rows.stop - rows.start, sampler, condition=condition)
-    return {"x": sample.x, **{f"z_{k}": z for k, z in enumerate(sample.latents)}}
+def _draw(
+    draw: Callable[..., Sample],
+    rows: range,
+    at_once: int,
+    condition: Any,  # noqa: ANN401
+    source: LatentSource[Any, Any],
+    bar: Any,  # noqa: ANN401
+) -> dict[str, Tensor]:
+    """Returns the tensors of one part, drawn in batches under the condition of their rows."""
+    batches: list[dict[str, Tensor]] = []
+    device = None if condition is None else device_of(source)
+    for first in range(rows.start, rows.stop, at_once):
+        own = slice(first, min(first + at_once, rows.stop))
+        c = None if condition is None else _rows_of(condition, own, device)
+        sample = draw(own.stop - own.start, condition=c)
+        batches.append({"x": sample.x, **{f"z_{k}": z for k, z in enumerate(sample.latents)}})
+        bar.update(own.stop - own.start)
+    if len(batches) == 1:
+        return batches[0]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _rows_of(condition: Any, rows: slice, device: torch.device | None) -> Any:  # noqa: ANN401
+    return map_tensors(lambda t: t[rows].to(device) if t.is_cpu else t[rows], condition)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], contents: dict[str, Any]) -> None:
@@ -207,10 +243,11 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
             temporary.unlink(missing_ok=True)
     _tidy(path)
     found = _read_job(folder)
-    if other := {name: found[name] for name in job if found[name] != job[name]}:
+    names = [name for name in {**found, **job} if found.get(name) != job.get(name)]
+    if names:
         raise ValueError(
-            f"{folder} holds parts of another job, with {other}; got "
-            f"{ {name: job[name] for name in other} }. Pass another folder."
+            f"{folder} holds parts of another job, with { {n: found.get(n) for n in names} }; got "
+            f"{ {n: job.get(n) for n in names} }. Pass another folder."
         )
 
 
@@ -235,6 +272,7 @@ def _read_job(folder: Path) -> dict[str, Any]:
         job = {name: found[name] for name in _SETTINGS}
         require_counts(num_samples=job["num_samples"], part_size=job["part_size"])
         require_counts(_SEEDS, seed=job["seed"])
+        job |= {name: found[name] for name in _OPTIONAL if name in found}
     except (IsADirectoryError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no job of sample_parts ({type(error).__name__}: {error}). Delete it and "

@@ -14,6 +14,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -31,24 +32,19 @@ from ncprior.heads.contexts import require_context
 from ncprior.heads.fast import prepare_head
 from ncprior.heads.inputs import head_input
 from ncprior.heads.probe import probe_heads, warn_if_not_finite
-from ncprior.heads.settings import HeadSettings
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sample, Sampler, checked_draw
+from ncprior.samplers.setting import SamplerSetting, require_sampler, sample_x
 from ncprior.saving.heads import PretrainedHeads
 from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, require_source, visit
 from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
-from ncprior.utils.require import (
-    require_callable,
-    require_counts,
-    require_instance,
-    require_numbers,
-)
+from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
 from ncprior.utils.visible import require_apart
 
 
-class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
+class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     """A frozen VAE with its prior reweighted, group by group, by ratio heads.
 
     The source is never registered, moved or changed: parameters and ``state_dict`` are the heads'.
@@ -60,6 +56,8 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
 
     Attributes:
         heads: The heads, an ``nn.ModuleList``.
+        sampler: The sampler of ``prior.sample(64)``, or ``None``; saved with the heads.
+        report: A report on how the prior was made: any object, or ``None``; not saved.
 
     Raises:
         TypeError: If the source is no :class:`LatentSource`, or a head is no module.
@@ -82,9 +80,8 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         self.source = source
         self.heads = as_heads(heads, source.num_groups)
         require_apart(self.heads, source, "Heads")
-        self.strength = 1.0
+        self.strength, self.precision = 1.0, torch.float32
         self.active = [True] * source.num_groups
-        self.precision = torch.float32
 
     @classmethod
     def for_source(cls, source: LatentSource[Any, Any], x: Any, **options: Any) -> NCPrior:  # noqa: ANN401
@@ -184,7 +181,14 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
                     yield nce_loss(log_r[0], log_r[1], noise_weight)
 
     @torch.no_grad()
-    def sample(self, batch_size: int, sampler: Sampler, *, condition: Any = None) -> Sample:  # noqa: ANN401
+    def sample(
+        self,
+        batch_size: int,
+        sampler: Sampler | None = None,
+        *,
+        condition: Any = None,  # noqa: ANN401
+        draw_x: bool = False,
+    ) -> Sample:
         """Draws latents group by group from the reweighted prior, and decodes them.
 
         A group whose head is off (``disabled``, ``strength`` 0 or not ``active``) is drawn by one
@@ -193,16 +197,19 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         Arguments:
             batch_size: B, the number of samples.
             sampler: ``sampler(prior, log_ratio) -> Draw``, such as
-                ``partial(sir, num_proposals=500)``.
+                ``partial(sir, num_proposals=500)``; ``None`` takes the prior's own, ``sampler``.
             condition: The condition of a conditional VAE, with B rows, or ``None``.
+            draw_x: Whether x is drawn from p(x | z), for data that a mean does not resemble, such
+                as tables, text and counts. The source needs a ``likelihood``.
 
         Returns:
-            The decoder's means, the latents and the draws.
+            The decoder's means or draws of x, the latents and the draws of the sampler.
 
         Raises:
             FloatingPointError: If log r is not finite; the message names the group, as do others.
             TypeError: If the sampler does not support a group's prior.
-            ValueError: If a head has dropout and is in training mode. Call ``prior.eval()``.
+            ValueError: If there is no sampler, a head has dropout and is in training mode, or the
+                source has no likelihood to draw x from. The message names the remedy.
 
         Warns:
             UserWarning: If the decoder returns NaN or infinity.
@@ -214,7 +221,8 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
             torch.Size([8, 3])
         """
         require_counts(batch_size=batch_size)
-        draws = []
+        require_flags(draw_x=draw_x)
+        sampler, draws = self.chosen(sampler), []
 
         def choose(k: int, group: Group) -> Tensor:
             draws.append(self.draw(k, group, sampler))
@@ -223,7 +231,7 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         with naming_parts(self.source, self.heads):
             start = self.source.start(batch_size, condition=self._own(condition))
             latents, state = visit(self.source, start, choose)
-            x = self.source.decode(state)
+            x = sample_x(self.source, state) if draw_x else self.source.decode(state)
         warn_if_not_finite(x, "The decoder", 4)
         return Sample(x, latents, tuple(draws))
 
@@ -322,13 +330,13 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         return at_least_float32(checked_log_r(k, log_r, h, lead))
 
     @torch.no_grad()
-    def draw(self, k: int, group: Group, sampler: Sampler) -> Draw:
+    def draw(self, k: int, group: Group, sampler: Sampler | None = None) -> Draw:
         """Draws z_k of one group.
 
         Arguments:
             k: The group's number, from 0.
             group: The group.
-            sampler: ``sampler(prior, log_ratio) -> Draw``.
+            sampler: ``sampler(prior, log_ratio) -> Draw``; ``None`` takes the prior's own.
 
         Returns:
             One draw per row; a draw of the base prior if the head is off.
@@ -336,7 +344,7 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         Raises:
             FloatingPointError: If log r is not finite; the message names the group.
             TypeError: If the sampler does not support the group's prior, or returns no ``Draw``.
-            ValueError: If the head has dropout and is in training mode. Call ``prior.eval()``.
+            ValueError: If there is no sampler, or the head has dropout and is in training mode.
 
         Example:
             >>> from functools import partial
@@ -344,13 +352,13 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
             >>> prior.draw(0, source.group(source.start(4)), partial(sir, num_proposals=9)).z.shape
             torch.Size([4, 2])
         """
-        require_callable("sampler", sampler, "Pass one, such as partial(sir, num_proposals=500).")
+        require_sampler(sampler)
         require_instance("group", group, Group, "Pass source.group(state).")
         if not self.is_on(k):
             return Draw(group.prior.sample())
         require_steady(k, self.heads[k])
+        sampler, p = self.chosen(sampler), group.prior
         device_type = next((p.device.type for p in self.parameters()), "cpu")
-        p = group.prior
         shape = p.batch_shape + p.event_shape if isinstance(p, Distribution) else None
         with naming_group(k), at_precision(device_type, torch.float32):
             draw = checked_draw(sampler(p, self._ratio(k, group.context)), shape)
@@ -373,24 +381,18 @@ class NCPrior(HeadSettings, PretrainedHeads, nn.Module):
         """A condition or latents on the device of the heads, with arrays as tensors."""
         return None if tree is None else own_batch(tree, self._device())
 
-    def extra_repr(self) -> str:
-        """Returns the part of ``print(prior)`` besides the heads."""
-        off = [k for k, on in enumerate(self.active) if not on]
-        return f"source={type(self.source).__name__}, strength={self.strength}, groups_off={off}"
-
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """Keeps the source unregistered, also if it is an ``nn.Module``."""
+        """Keeps source, sampler and report unregistered, also if they are an ``nn.Module``."""
         if name == "source":
             require_source(value)
+        if name in ("source", "sampler", "report"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NCPrior:
         """Returns a copy of the heads on the same source: the VAE is never copied."""
-        from copy import deepcopy
-
         other = type(self)(self.source, deepcopy(self.heads, memo))
         other.strength, other.active = self.strength, list(self.active)
-        other.precision = self.precision
+        other.precision, other.sampler, other.report = self.precision, self.sampler, self.report
         return other.train(self.training)

@@ -105,7 +105,7 @@ class LatentSource(Protocol[E, S]):
         """Returns the mean of p(x | z), one tensor of shape ``(B, ...)``."""
 
     def likelihood(self, state: S) -> Distribution:
-        """Returns p(x | z), a distribution over x, for :mod:`ncprior.evaluation` and VAEBM.
+        """Returns p(x | z), for draws of x, :mod:`ncprior.evaluation` and VAEBM; by default raises.
 
         Raises:
             ValueError: By default.

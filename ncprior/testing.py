@@ -155,6 +155,10 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
             f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
             f"Independent sums over axes.",
         )
+        with suppress(NotImplementedError):  # it is a density alone
+            shape, right = tuple(likelihood.sample().shape), tuple(images.shape)
+            rule = "likelihood(state).sample() must have the shape of x"
+            _require(shape == right, f"{rule}, {right}; got {shape}.")
 
 
 def _check_prior_walk(source: Source, count: int, condition: Tree) -> None:

@@ -2,17 +2,20 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from ncprior import NCPrior, SingleGroup
+from ncprior import NCPrior, SingleGroup, sir
 from ncprior.__main__ import main
 from ncprior.heads.networks import MLPHead
+from ncprior.jobs import read_parts, sample_parts
 
 MY_VAE = """
 import torch
@@ -46,13 +49,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["demo", "--help"], ["diagnose", "--help"], ["inspect", "-h"]):
+    for command in ([], ["demo"], ["diagnose"], ["sample"], ["inspect"]):
+        arguments = [*command, "--help"]
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "ncprior demo --data mnist" in out  # an example of every command
     assert "Example my_vae.py:" in out
+    assert "ncprior sample my-prior --source my_vae.py:source -n 1000 --out samples" in out
+    assert "run it again: it draws the missing parts only" in out
 
 
 def test_inspect_prints_the_configuration(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +213,124 @@ def test_F26_the_seed_is_within_range(place: Path, capsys: pytest.CaptureFixture
     where = ["--source", "my_vae_of_test.py:source", "--data", "my_vae_of_test.py:held_out"]
     assert main(["diagnose", "saved", *where, "--seed", str(2**80)]) == 1
     assert "seed must be a whole number" in capsys.readouterr().err
+
+
+SAMPLE = ["sample", "with-sampler", "--source", "my_vae_of_test.py:source"]
+JOB = ["-n", "1300", "--out", "drawn", "--part-size", "500", "--seed", "3"]
+
+
+@pytest.fixture
+def with_sampler(place: Path) -> NCPrior:
+    """A saved prior with a sampler, in a folder of this name."""
+    names: dict[str, SingleGroup] = {}
+    exec(MY_VAE, names)  # noqa: S102
+    prior = NCPrior(names["source"], MLPHead((2,), width=8)).eval()
+    prior.sampler = partial(sir, num_proposals=5)
+    prior.save_pretrained("with-sampler")
+    return prior
+
+
+def files(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_sample_draws_by_the_saved_sampler(
+    with_sampler: NCPrior, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_rng_state()
+    assert main([*SAMPLE, *JOB]) == 0
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"1,300 samples in drawn, 3 parts, \d+ s\n", captured.out)
+    assert "1300/1300" in captured.err
+    assert torch.equal(before, torch.get_rng_state())
+    sample_parts(with_sampler, "expected", num_samples=1300, part_size=500, seed=3, progress=False)
+    assert files("drawn") == files("expected")
+    assert main([*SAMPLE, "-n", "1", "--out", "one"]) == 0
+    assert capsys.readouterr().out.startswith("1 sample in one, 1 part, ")
+
+
+def test_sample_goes_on_after_a_kill(with_sampler: NCPrior) -> None:
+    """A process is killed as soon as it has one part; the next one completes the job."""
+    code = f"""
+import os, signal
+from ncprior import jobs
+from ncprior.__main__ import main
+save = jobs._save
+def save_and_die(*arguments):
+    save(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+jobs._save = save_and_die
+main({[*SAMPLE, *JOB]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    first = files("drawn")
+    assert first.keys() == {"job.json", "part-00000.safetensors"}
+    assert main([*SAMPLE, *JOB]) == 0
+    assert len(files("drawn")) == 4 and first.items() <= files("drawn").items()
+    sample_parts(with_sampler, "expected", num_samples=1300, part_size=500, seed=3, progress=False)
+    assert files("drawn") == files("expected")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "0"], "num_samples must be a whole number"),
+        (["--part-size", "-1"], "part_size must be a whole number"),
+        (["--batch-size", "0"], "batch_size must be a whole number"),
+        (["--proposals", "0"], "num_proposals must be a whole number"),
+        (["--seed", str(10**30)], "seed must be a whole number"),
+        (["--draw-x"], "does not know p(x | z)"),
+        (["--condition", "my_vae_of_test.py:held_out"], "one row per sample; got 100 rows for 10"),
+    ],
+)
+def test_wrong_options_of_sample_are_said(
+    arguments: list[str],
+    message: str,
+    with_sampler: NCPrior,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*SAMPLE, "-n", "1000", *arguments]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("samples").exists()
+
+
+def test_a_prior_without_a_sampler_needs_a_number_of_proposals(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["sample", "saved", "--source", "my_vae_of_test.py:source", "-n", "10"]
+    assert main(where) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ncprior: saved was saved without a sampler. Pass --proposals 500, or")
+    assert main([*where, "--proposals", "7", "--batch-size", "4"]) == 0
+    job = json.loads(Path("samples/job.json").read_text())
+    assert job["sampler"] == "sir(num_proposals=7)" and job["batch_size"] == 4
+
+
+CONDITIONAL = """
+def posterior(x, c):
+    return Independent(Normal(x + c, 0.1), 1)
+labels = torch.arange(20.0).reshape(10, 2)
+source = SingleGroup(
+    base, posterior, lambda z, c: c, module=vae, condition=lambda x: x,
+    likelihood=lambda z, c: Independent(Normal(c, 0.001), 1),
+)
+"""
+
+
+def test_sample_takes_conditions_and_draws_x(place: Path) -> None:
+    Path("my_vae_of_test.py").write_text(MY_VAE + CONDITIONAL)
+    names: dict[str, SingleGroup] = {}
+    exec(MY_VAE + CONDITIONAL, names)  # noqa: S102
+    NCPrior(names["source"], MLPHead((2,), context_shape=(2,), width=8)).save_pretrained("c")
+    where = ["sample", "c", "--source", "my_vae_of_test.py:source", "-n", "10", "--proposals", "2"]
+    where += ["--condition", "my_vae_of_test.py:labels", "--part-size", "4"]
+    labels = torch.arange(20.0).reshape(10, 2)
+    for more, largest in (([], 0.0), (["--draw-x", "--out", "drawn"], 0.01)):
+        assert main([*where, *more]) == 0
+        x = torch.cat([part["x"] for part in read_parts("drawn" if more else "samples")])
+        difference = (x - labels).abs().max().item()
+        assert 0 <= difference <= largest and (difference > 0) == bool(more)
 
 
 def test_an_interrupt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ the cast before the copy. ``fork_rng`` keeps the generators of a CPU and of one 
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,9 @@ FILES = {
     for path in sorted(PACKAGE.glob(pattern))
     if "demo" not in path.parts  # which runs on a CPU
 }
+
+# fit_mixture moves latents from MPS to the CPU before it calls these.
+WIDE = {"bases/em.py", "bases/mixture_em.py"}
 
 MADE = ("zeros", "ones", "full", "empty")
 
@@ -94,12 +97,14 @@ def indices_on_the_cpu(function: ast.AST) -> Iterator[str]:
             yield from (ast.unparse(names[it.id]) for it in held if it.id in names)
 
 
-RULES = (wide_copies, forked_seeds, indices_on_the_cpu)
+Rule = Callable[[ast.AST], Iterator[str]]
+
+RULES: Sequence[Rule] = (wide_copies, forked_seeds, indices_on_the_cpu)
 
 
-def broken(code: str) -> list[str]:
+def broken(code: str, rules: Sequence[Rule] = RULES) -> list[str]:
     parts = list(functions(ast.parse(code)))
-    return sorted({wrong for rule in RULES for part in parts for wrong in rule(part)})
+    return sorted({wrong for rule in rules for part in parts for wrong in rule(part)})
 
 
 @pytest.mark.parametrize(
@@ -137,4 +142,5 @@ def test_GM1_GS2_GS3_the_rules_pass_what_works(code: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_GM1_GS2_GS3_no_code_that_breaks_on_accelerators(name: str) -> None:
-    assert not broken(FILES[name].read_text())
+    rules = [rule for rule in RULES if name not in WIDE or rule is not wide_copies]
+    assert not broken(FILES[name].read_text(), rules)

@@ -5,11 +5,13 @@ import importlib
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helpers.reports import improvement
 
 import ncprior
 from ncprior import fit
@@ -52,9 +54,12 @@ def run(text: str, name: str, namespace: dict[str, object] | None = None) -> dic
     return names
 
 
-def first_snippet(text: str) -> str:
-    """A page up to the end of its first ```python block."""
-    return text[: text.index("```\n", text.index("```python\n") + 3) + 4]
+def first_snippets(text: str, count: int) -> str:
+    """A page up to the end of its first ```python blocks."""
+    end = 0
+    for _ in range(count):
+        end = text.index("```\n", text.index("```python\n", end) + 3) + 4
+    return text[:end]
 
 
 def briefly(prior: Any, data: Any, **options: Any) -> Any:
@@ -63,17 +68,26 @@ def briefly(prior: Any, data: Any, **options: Any) -> Any:
     return fit(prior, data, steps=steps, **options)
 
 
+def improved_briefly(source: Any, data: Any, **_: Any) -> ncprior.NCPrior:
+    """The prior of `improve` after a few steps, with a report made by hand."""
+    prior = ncprior.NCPrior.for_source(source, data[:256])
+    briefly(prior, data)
+    prior.sampler, prior.report = partial(ncprior.sir, num_proposals=50), improvement()
+    return prior
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(TEXTS[page])])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page with the mark `<!-- test-after README.md -->` continues from its first snippet."""
+    """A page with the mark `<!-- test-after README.md -->` continues from its first two snippets."""
     text = TEXTS[page]
     snippets = text.count("```python") + text.count("<!-- test-setup")
     assert len(blocks(text)) == snippets  # none is missed for the way it is indented or closed
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ncprior, "fit", briefly)
+    monkeypatch.setattr(ncprior, "improve", improved_briefly)
     namespace: dict[str, object] = {}
     if "<!-- test-after README.md -->" in text:
-        namespace = run(first_snippet(README), str(ROOT / "README.md"))
+        namespace = run(first_snippets(README, 2), str(ROOT / "README.md"))
     run(text, str(ROOT / page), namespace)
 
 
@@ -94,7 +108,7 @@ assert b == 3, b
 """
     with pytest.raises(AssertionError, match="2"):
         run(page, "page", {"c": 1})
-    assert run(first_snippet(page), "page", {"c": 1})["b"] == 2
+    assert run(first_snippets(page, 1), "page", {"c": 1})["b"] == 2
     assert [above for above, _ in blocks(page)] == [2, 5, 11]
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.toys import VAE, flat, ladder_prior, stir
 from torch import Size, Tensor
+from torch.distributions import Bernoulli, Independent
 
 from ncprior import Draw, NCPrior, langevin, sir
 from ncprior import jobs as parts_module
@@ -51,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a job that one process draws at one go."""
     folder = tmp_path_factory.mktemp("whole")
-    sample_parts(made(), SAMPLER, folder, **JOB)
+    sample_parts(made(), folder, sampler=SAMPLER, **JOB)
     return contents(folder)
 
 
@@ -78,7 +79,7 @@ def test_neither_order_nor_number_of_processes_matters(
 ) -> None:
     for order in orders:
         torch.manual_seed(sum(order))
-        files = sample_parts(made(), SAMPLER, tmp_path, parts=order, **JOB)
+        files = sample_parts(made(), tmp_path, sampler=SAMPLER, parts=order, **JOB)
         assert [file.name for file in files] == [f"part-{i:05d}.safetensors" for i in order]
     assert contents(tmp_path) == whole
 
@@ -94,20 +95,72 @@ def test_what_is_there_is_not_drawn_again_and_what_is_damaged_is(
 
     for expected in (5 * 2, 0):
         drawn.clear()
-        sample_parts(made(), counting, tmp_path, **JOB)
+        sample_parts(made(), tmp_path, sampler=counting, **JOB)
         assert len(drawn) == expected
     path = tmp_path / "part-00003.safetensors"
     before = path.read_bytes()
     path.write_bytes(before[:-3])
     drawn.clear()
-    sample_parts(made(), counting, tmp_path, **JOB)
+    sample_parts(made(), tmp_path, sampler=counting, **JOB)
     assert len(drawn) == 2
     assert path.read_bytes() == before
 
 
+def test_a_prior_with_a_sampler_needs_no_other(whole: dict[str, bytes], tmp_path: Path) -> None:
+    prior = made()
+    with pytest.raises(ValueError, match="This prior has no sampler yet"):
+        sample_parts(prior, tmp_path / "job", **JOB)
+    assert not list(tmp_path.iterdir())
+    prior.sampler = SAMPLER
+    sample_parts(prior, tmp_path, **JOB)
+    assert contents(tmp_path) == whole
+
+
+def test_parts_are_drawn_in_batches_and_a_batch_of_a_part_is_the_part(
+    whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    sample_parts(made(), tmp_path / "at once", sampler=SAMPLER, batch_size=9, **JOB)
+    assert contents(tmp_path / "at once") == whole
+    sample_parts(made(), tmp_path / "by two", sampler=SAMPLER, batch_size=2, **JOB)
+    (part, *_) = read_parts(tmp_path / "by two")
+    torch.manual_seed(_seed(7, 0))
+    prior = made()
+    samples = [prior.sample(rows, SAMPLER) for rows in (2, 2, 1)]
+    assert torch.equal(part["x"], torch.cat([sample.x for sample in samples]))
+    assert torch.equal(part["z_1"], torch.cat([sample.latents[1] for sample in samples]))
+    with pytest.raises(ValueError, match="another job, with {'batch_size': 2}; got .*None"):
+        sample_parts(made(), tmp_path / "by two", sampler=SAMPLER, **JOB)
+
+
+def test_x_of_a_job_is_drawn_from_p_x_given_z(tmp_path: Path) -> None:
+    def likelihood(z: Tensor) -> Independent:
+        return Independent(Bernoulli(logits=z[:, [0, 1, 1]]), 1)
+
+    prior = NCPrior(flat(VAE(), likelihood=likelihood), MLPHead((2,), width=8))
+    prior.sampler = SAMPLER
+    for draw_x in (False, True):
+        sample_parts(prior, tmp_path / str(draw_x), draw_x=draw_x, **JOB)
+    means, draws = (list(read_parts(tmp_path / name)) for name in ("False", "True"))
+    for mean, drawn in zip(means, draws, strict=True):
+        assert torch.equal(mean["z_0"], drawn["z_0"])
+        assert {*drawn["x"].unique().tolist()} == {0.0, 1.0}
+    for draw_x, match in ((False, "with {'draw_x': True}; got"), (True, "got {'draw_x': True}")):
+        with pytest.raises(ValueError, match=match):
+            sample_parts(prior, tmp_path / str(not draw_x), draw_x=draw_x, **JOB)
+
+
+def test_progress_counts_samples_of_this_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[4, 0], progress=False, **JOB)
+    assert capsys.readouterr().err == ""
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[4, 1], batch_size=None, **JOB)
+    assert "8/8" in capsys.readouterr().err
+
+
 def test_generators_outside_stay_as_they_are(tmp_path: Path) -> None:
     before = random_state()
-    sample_parts(made(), SAMPLER, tmp_path, **JOB)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, **JOB)
     after = random_state()
     assert torch.equal(before["torch"], after["torch"])
     assert before["python"] == after["python"]
@@ -129,7 +182,7 @@ def test_the_seed_reaches_every_generator(tmp_path: Path) -> None:
     for name in "ab":
         np.random.seed(ord(name))
         random.seed(name)
-        sample_parts(prior, SAMPLER, tmp_path / name, **JOB)
+        sample_parts(prior, tmp_path / name, sampler=SAMPLER, **JOB)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -139,13 +192,13 @@ def test_conditions_go_with_their_rows(tmp_path: Path) -> None:
         flat(vae, condition=lambda x: x[1]), MLPHead((2,), context_shape=(1,), width=8)
     )
     c = torch.arange(23.0)[:, None]
-    sample_parts(prior, SAMPLER, tmp_path, condition=c, **JOB)
+    sample_parts(prior, tmp_path, sampler=SAMPLER, condition=c, **JOB)
     parts = list(read_parts(tmp_path))
     z, x = (torch.cat([part[name] for part in parts]) for name in ("z_0", "x"))
     with torch.no_grad():
         torch.testing.assert_close(x, vae.decode(z, c))
     with pytest.raises(ValueError, match="one row per sample; got 22 rows for 23 samples"):
-        sample_parts(prior, SAMPLER, tmp_path, condition=c[1:], **JOB)
+        sample_parts(prior, tmp_path, sampler=SAMPLER, condition=c[1:], **JOB)
 
 
 def _other_heads() -> NCPrior:
@@ -182,19 +235,19 @@ def _weaker() -> NCPrior:
 def test_parts_of_another_job_are_not_mixed_in(
     prior: Any, sampler: Any, changes: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
-    sample_parts(made(), SAMPLER, tmp_path, parts=[0], **JOB)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[0], **JOB)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="parts of another job") as error:
-        sample_parts(prior(), sampler, tmp_path, **{**JOB, **changes})
+        sample_parts(prior(), tmp_path, sampler=sampler, **{**JOB, **changes})
     assert named in str(error.value)
     assert contents(tmp_path) == before
 
 
 def test_parts_of_another_base_are_not_mixed_in(tmp_path: Path) -> None:
-    sample_parts(_on(_mixture(0.0)), SAMPLER, tmp_path, parts=[0], **JOB)
-    sample_parts(_on(_mixture(0.0)), SAMPLER, tmp_path, parts=[1], **JOB)
+    sample_parts(_on(_mixture(0.0)), tmp_path, sampler=SAMPLER, parts=[0], **JOB)
+    sample_parts(_on(_mixture(0.0)), tmp_path, sampler=SAMPLER, parts=[1], **JOB)
     with pytest.raises(ValueError, match="parts of another job"):
-        sample_parts(_on(_mixture(0.1)), SAMPLER, tmp_path, **JOB)
+        sample_parts(_on(_mixture(0.1)), tmp_path, sampler=SAMPLER, **JOB)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +271,9 @@ def test_samplers_made_of_samplers_are_told_apart_and_known_again(
 
 def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parts must be a whole number in \[0, 4\]; got 5"):
-        sample_parts(made(), SAMPLER, tmp_path, parts=[5], **JOB)
+        sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[5], **JOB)
     with pytest.raises(ValueError, match="num_samples must be a whole number in .*; got 0"):
-        sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "num_samples": 0})
+        sample_parts(made(), tmp_path, sampler=SAMPLER, **{**JOB, "num_samples": 0})
     assert not list(tmp_path.iterdir())
 
 
@@ -228,8 +281,15 @@ def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
     "wrong",
     [
         *({"num_samples": 23.0}, {"num_samples": "23"}, {"part_size": None}, {"part_size": 0.5}),
-        *({"parts": 3}, {"parts": "ab"}, {"parts": [1.0]}, {"prior": None}, {"sampler": None}),
-        *({"prior": NCPrior}, {"sampler": "sir"}, {"folder": None}, {"condition": 3}),
+        *({"parts": 3}, {"parts": "ab"}, {"parts": [1.0]}, {"prior": None}, {"sampler": 3}),
+        *(
+            {"prior": NCPrior},
+            {"sampler": "sir"},
+            {"batch_size": 0},
+            {"draw_x": 1},
+            {"progress": 2},
+        ),
+        *({"batch_size": 2.0}, {"folder": None}, {"condition": 3}),
     ],
 )
 def test_F26_counts_and_objects_of_a_job(wrong: dict[str, Any], tmp_path: Path) -> None:
@@ -242,7 +302,7 @@ def test_F26_counts_and_objects_of_a_job(wrong: dict[str, Any], tmp_path: Path) 
 @pytest.mark.parametrize("seed", [None, 1.5, "a", True])
 def test_F35_a_seed_is_a_whole_number(seed: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="seed must be a whole number"):
-        sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "seed": seed})
+        sample_parts(made(), tmp_path, sampler=SAMPLER, **{**JOB, "seed": seed})
     assert not list(tmp_path.iterdir())
 
 
@@ -250,7 +310,7 @@ def test_F26_whole_numbers_of_numpy_are_whole_numbers(
     whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     job = {name: np.int64(value) for name, value in JOB.items()}
-    sample_parts(made(), SAMPLER, tmp_path, parts=np.arange(5), **job)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=np.arange(5), **job)
     assert contents(tmp_path) == whole
 
 
@@ -268,7 +328,7 @@ def test_F10_of_two_jobs_that_claim_a_folder_at_once_one_is_refused(
 
     def fsync_after_the_other(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", fsync)
-        sample_parts(made(), SAMPLER, tmp_path, **JOB)
+        sample_parts(made(), tmp_path, sampler=SAMPLER, **JOB)
         fsync(descriptor)
 
     def without_links(*_: Any) -> None:
@@ -278,32 +338,32 @@ def test_F10_of_two_jobs_that_claim_a_folder_at_once_one_is_refused(
     if not has_links:
         monkeypatch.setattr(os, "link", without_links)
     if seed == JOB["seed"]:
-        sample_parts(made(), SAMPLER, tmp_path, **JOB)
+        sample_parts(made(), tmp_path, sampler=SAMPLER, **JOB)
     else:
         with pytest.raises(ValueError, match="of another job"):
-            sample_parts(made(), SAMPLER, tmp_path, **{**JOB, "seed": seed})
+            sample_parts(made(), tmp_path, sampler=SAMPLER, **{**JOB, "seed": seed})
     assert contents(tmp_path) == whole  # no temporary file, too
-    sample_parts(made(), SAMPLER, tmp_path / "alone", **JOB)
+    sample_parts(made(), tmp_path / "alone", sampler=SAMPLER, **JOB)
     assert contents(tmp_path / "alone") == whole
 
 
 def test_F10_a_part_of_another_seed_or_with_another_number_is_refused(
     whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    sample_parts(made(), SAMPLER, tmp_path / "other", **{**JOB, "seed": 8}, parts=[1])
+    sample_parts(made(), tmp_path / "other", sampler=SAMPLER, **{**JOB, "seed": 8}, parts=[1])
     strange = (tmp_path / "other" / "part-00001.safetensors").read_bytes()
     for content in (strange, whole["part-00000.safetensors"]):
         folder = tmp_path / "job"
-        sample_parts(made(), SAMPLER, folder, **JOB)
+        sample_parts(made(), folder, sampler=SAMPLER, **JOB)
         path = folder / "part-00001.safetensors"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"part-00001.* is not this part .* delete it"):
             list(read_parts(folder))
         with pytest.raises(ValueError, match=r"part-00001.* is not this part .* delete it"):
-            sample_parts(made(), SAMPLER, folder, **JOB)
+            sample_parts(made(), folder, sampler=SAMPLER, **JOB)
         assert path.read_bytes() == content
         path.unlink()
-    sample_parts(made(), SAMPLER, folder, **JOB)
+    sample_parts(made(), folder, sampler=SAMPLER, **JOB)
     assert contents(folder) == whole
 
 
@@ -313,7 +373,7 @@ def test_F22_temporary_files_of_a_dead_job_are_removed_by_the_next(
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
         (tmp_path / f".{name}.0badcafe.tmp").write_bytes(content[:9])
-    sample_parts(made(), SAMPLER, tmp_path, **JOB)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, **JOB)
     assert contents(tmp_path) == whole
 
 
@@ -338,9 +398,9 @@ def test_F23_a_damaged_job_is_one_clear_error(
     with pytest.raises(ValueError, match=message):
         list(read_parts(tmp_path))
     with pytest.raises(ValueError, match=message):
-        sample_parts(made(), SAMPLER, tmp_path, **JOB)
+        sample_parts(made(), tmp_path, sampler=SAMPLER, **JOB)
     path.unlink()
-    sample_parts(made(), SAMPLER, tmp_path, parts=[], **JOB)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[], **JOB)
     assert contents(tmp_path) == whole
 
 
@@ -350,26 +410,27 @@ def test_GC6_rows_of_a_condition_go_to_the_device_of_the_vae(
     """The meta device stands for a GPU."""
     seen = []
 
-    def sample(self: NCPrior, num: int, sampler: Any, condition: dict[str, Tensor]) -> Any:
+    def sample(self: NCPrior, num: int, *, condition: dict[str, Tensor], **options: Any) -> Any:
+        assert options == {"sampler": SAMPLER, "draw_x": False}
         seen.extend((c.device.type, len(c)) for c in condition.values())
         return SimpleNamespace(x=torch.zeros(num, 3), latents=[torch.zeros(num, 2)])
 
     monkeypatch.setattr(NCPrior, "sample", sample)
     monkeypatch.setattr(parts_module, "device_of", lambda source: torch.device("meta"))
     condition = UserDict(a=torch.zeros(23), b=torch.zeros(23, 2))
-    sample_parts(made(), SAMPLER, tmp_path, condition=condition, **JOB)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, condition=condition, **JOB)
     assert seen == 8 * [("meta", 5)] + 2 * [("meta", 3)]
 
 
 def test_conditions_of_a_mapping_type_are_part_of_the_job(tmp_path: Path) -> None:
     job = {"condition": UserDict(a=torch.zeros(23)), "parts": [], **JOB}
-    sample_parts(made(), SAMPLER, tmp_path, **job)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, **job)
     with pytest.raises(ValueError, match="parts of another job"):
-        sample_parts(made(), SAMPLER, tmp_path, **{**job, "condition": np.ones(23)})
+        sample_parts(made(), tmp_path, sampler=SAMPLER, **{**job, "condition": np.ones(23)})
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    sample_parts(made(), SAMPLER, tmp_path, parts=[0, 1, 3, 4], **JOB)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[0, 1, 3, 4], **JOB)
     with pytest.raises(FileNotFoundError, match="part-00002"):
         list(read_parts(tmp_path))
 
@@ -391,7 +452,7 @@ def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
 
     parts_module.save_tensors = save_late
     try:
-        sample_parts(made(), SAMPLER, tmp_path, parts=[3], **JOB)
+        sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[3], **JOB)
     finally:
         parts_module.save_tensors = save
     assert contents(tmp_path) == {
@@ -401,7 +462,7 @@ def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
 
 def test_a_sampler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="The result of a sampler"):
-        sample_parts(made(), lambda prior, log_ratio: None, tmp_path / "job", **JOB)
+        sample_parts(made(), tmp_path / "job", sampler=lambda prior, log_ratio: None, **JOB)
     assert not list(tmp_path.iterdir())
 
 
@@ -409,8 +470,8 @@ def test_whole_numbers_of_numpy_are_numbers_of_a_job(
     whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     job = {name: np.int64(number) for name, number in JOB.items()}
-    sample_parts(made(), SAMPLER, tmp_path, parts=np.arange(5), **job)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=np.arange(5), **job)
     assert contents(tmp_path) == whole
     for parts in (np.array(3), torch.tensor(3)):
         with pytest.raises(TypeError, match="parts must be of type Iterable"):
-            sample_parts(made(), SAMPLER, tmp_path, parts=parts, **JOB)
+            sample_parts(made(), tmp_path, sampler=SAMPLER, parts=parts, **JOB)

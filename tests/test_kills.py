@@ -1,6 +1,6 @@
 """Jobs killed by SIGKILL and SIGTERM: nothing is lost, nothing half written, nothing left over.
 
-``pytest tests/test_kills.py --slow`` kills 300 processes.
+``pytest tests/test_kills.py --slow`` kills 340 processes.
 """
 
 import json
@@ -17,7 +17,7 @@ from ncprior.saving.tensors import save_tensors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has torch")
 
-KILLS = {"fit": 50, "stages": 40, "proposals": 30, "disk": 40, "vaebm": 40}
+KILLS = {"fit": 50, "ending": 40, "stages": 40, "proposals": 30, "disk": 40, "vaebm": 40}
 KILLS |= {"parts": 40, "save": 40, "demo": 20}
 
 SEED = 0

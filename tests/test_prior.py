@@ -849,7 +849,7 @@ def test_F36_wrong_objects_of_a_prior_are_named() -> None:
     prior = flat_prior()
     group, z = prior.source.group(prior.source.start(4)), torch.randn(4, 2)
     for use, match in (
-        (lambda: prior.sample(4, None), "sampler must be a function; got None"),
+        (lambda: prior.sample(4, 3), "sampler must be a function; got 3"),
         (lambda: prior.sample(4, Draw), "sampler must be a function; got the class Draw"),
         (
             lambda: prior.sample(4, lambda p, r: p.sample()),

@@ -169,7 +169,9 @@ def job(num_samples: int, seed: int, device: str = "cpu") -> Contender:
 
     def run(count: int = num_samples) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            sample_parts(prior, sampler, folder, num_samples=count, part_size=PART, seed=seed)
+            sample_parts(
+                prior, folder, sampler=sampler, num_samples=count, part_size=PART, seed=seed
+            )
 
     run(PART)
     return run

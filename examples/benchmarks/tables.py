@@ -77,20 +77,21 @@ def interval(group: list[Row], value: str, low: str, high: str) -> str:
 
 def hole(rows: list[Row]) -> list[str]:
     """Table of prior_hole.py: one line per method, with means over seeds."""
+    shown = [key for key in COSTS if all(key in row for row in rows)]
     titles = [
         "prior",
         "family",
         "seeds",
         "gap closed",
         "gain over the best without heads",
-        *COSTS.values(),
+        *(COSTS[key] for key in shown),
     ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows):
         first, over = group[0], ""
         if "over_rival" in first:
             over = interval(group, "over_rival", "over_low", "over_high")
-        costs = {key: mean(row[key] for row in group) for key in COSTS}
+        costs = {key: mean(row[key] for row in group) for key in shown}
         lines.append(
             f"| {first['method']} | {first['family']} | {len(group)} | "
             f"{interval(group, 'gap_closed', 'gap_low', 'gap_high')} | {over} | "
@@ -153,6 +154,7 @@ COSTS = {
     "fit_seconds": "s to fit",
     "stored_numbers": "stored numbers",
     "latent_nn_copy": "copy ratio",
+    "near_copies": "near copies",  # in files of newer runs
 }
 
 

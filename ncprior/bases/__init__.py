@@ -1,5 +1,6 @@
 """Base priors, fitted to the aggregate posterior of a VAE, in place of its own prior."""
 
+from ncprior.bases.active import active_latents, kl_per_latent
 from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
 from ncprior.bases.flow import Flow, fit_flow
 from ncprior.bases.flow_matching import FlowMatching, fit_flow_matching
@@ -17,11 +18,13 @@ __all__ = [
     "GaussianMixture",
     "NoPrior",
     "Rebased",
+    "active_latents",
     "fit_flow",
     "fit_flow_matching",
     "fit_gaussian",
     "fit_mixture",
     "fit_vamp",
+    "kl_per_latent",
     "latents_of",
     "rebase",
     "stored_numbers",

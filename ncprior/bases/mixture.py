@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.distributions.utils import lazy_property
 
 from ncprior.bases.checks import flattened, size_of
@@ -204,6 +204,28 @@ class GaussianMixture(Distribution):
         constant = 0.5 * z.shape[1] * math.log(2 * math.pi)
         log_weight = self.logits.log_softmax(0) - self._log_det - constant
         return log_weight - 0.5 * torch.cat(squares, dim=1)
+
+    def independent_latents(self) -> tuple[Tensor, Distribution]:
+        """Latents that are independent of all others, such as collapsed ones.
+
+        Returns:
+            A mask of event shape, true for latents that have the same mean and variance in all
+            components and no covariance with others; and independent Gaussians, expanded like
+            the mixture, which are the distribution of these latents.
+
+        Example:
+            >>> GaussianMixture(torch.zeros(2), torch.eye(2), torch.ones(2, 2)).independent_latents()[0]
+            tensor([False, False])
+        """
+        loc, sd = self.loc, self._standard_deviations
+        apart = ((loc == loc[0]) & (sd == sd[0])).all(0)
+        if self.is_full:
+            off = (self.scale.tril(-1) != 0).any(0)
+            apart &= ~(off.any(0) | off.any(1))
+        shape = self._extended_shape()
+        mean, sd = (t[0].reshape(self.event_shape).expand(shape) for t in (loc, sd))
+        parts = Normal(mean, sd, validate_args=False)
+        return apart.reshape(self.event_shape), Independent(parts, len(self.event_shape))
 
     def whiten(self, z: Tensor) -> Tensor:
         """Whitened latents u = S⁻¹ (z - m), both with shape ``(B, *event)``.

@@ -1,17 +1,21 @@
-"""Gaussian mixtures fitted to latents by expectation-maximisation (EM), started by k-means++."""
+"""Gaussian mixtures fitted to latents by expectation-maximisation (EM), held to held-out rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import warnings
 
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Size, Tensor
 
+from ncprior.bases.em import Components
+from ncprior.bases.independent import looks_independent
 from ncprior.bases.mixture import GaussianMixture
+from ncprior.bases.mixture_fit import Fit, MixtureFit
 from ncprior.utils.optimise import standardise
 from ncprior.utils.require import (
+    mask_of,
     real_tensor,
     require_choice,
     require_counts,
@@ -20,31 +24,46 @@ from ncprior.utils.require import (
 
 COVARIANCES = ("full", "diagonal")
 
-_KMEANS_ROWS, _KMEANS_STEPS = 20_000, 20
+_STANDARD = 15.0  # of a χ² with 2 degrees of freedom: above, a latent is not N(0, 1)
 
-_FIRST_STEPS = 10  # EM steps of each start
+_LEAST = 1e-6  # variance
+
+_WORSE, _ROUNDING = 3.0, 0.01  # standard errors, and nats
+
+_FEW = 20  # held-out rows, which show nothing
+
+_MANY_ROWS = 2000  # that show which latents are independent of the others
 
 
-def fit_gaussian(z: Tensor | ArrayLike, *, covariance: str = "full") -> GaussianMixture:
+def fit_gaussian(
+    z: Tensor | ArrayLike,
+    *,
+    covariance: str = "full",
+    active: Tensor | ArrayLike | None = None,
+) -> GaussianMixture:
     """Gaussian fitted to latents by its moments.
+
+    The covariances are shrunk towards 0 as far as held-out latents become more likely.
 
     Arguments:
         z: Latents, with shape ``(N, *event)``, as for :func:`fit_mixture`.
         covariance: ``"full"`` or ``"diagonal"``.
+        active: A mask of active latents, as for :func:`fit_mixture`.
 
     Returns:
         A mixture of one component.
 
     Raises:
-        TypeError: If the latents are not floating-point numbers.
-        ValueError: If there are fewer than two rows, or values that are not finite.
+        TypeError: If the latents are not floating-point numbers, or ``active`` is no mask.
+        ValueError: If there are fewer than two rows, values that are not finite, or ``active`` has
+            another shape.
 
     Example:
         >>> base = fit_gaussian(3 + torch.randn(10_000, 2))
         >>> (base.mean - 3).abs().max() < 0.1
         tensor(True)
     """
-    return fit_mixture(z, 1, covariance=covariance, starts=1)
+    return fit_mixture(z, 1, covariance=covariance, active=active, starts=1)
 
 
 @torch.no_grad()
@@ -53,29 +72,35 @@ def fit_mixture(
     num_components: int = 10,
     *,
     covariance: str = "full",
+    active: Tensor | ArrayLike | None = None,
     max_steps: int = 300,
     tolerance: float = 1e-4,
     regularisation: float = 1e-6,
-    starts: int = 5,
-    batch_size: int = 8192,
+    starts: int = 3,
 ) -> GaussianMixture:
-    """Fits a Gaussian mixture by expectation-maximisation, from k-means++.
+    """Fits a Gaussian mixture to the active latents by expectation-maximisation, from k-means++.
 
-    The latents are visited in batches on their own device; moments are summed in float64.
+    A tenth of the rows is held out, and up to a fifth of few rows. On these, starts are compared,
+    the shrinkage of the covariances towards their mean is chosen, and EM is stopped; the last two
+    steps are on all rows. Latents that are not active get a Gaussian of their own, independent of
+    all others: N(0, 1) where the data agree with it.
 
     Arguments:
         z: Latents, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`:
             floating-point numbers, as a tensor, an array or a list.
         num_components: K.
         covariance: ``"full"`` or ``"diagonal"``.
-        max_steps: Largest number of EM steps.
-        tolerance: Gain in mean log p(z), in nats, below which it stops.
+        active: A mask of event shape, such as one of :func:`ncprior.bases.active_latents`: the
+            latents that the mixture is fitted to. By default, those that are not independent
+            Gaussians as far as the rows show; with fewer than 2,000 rows, these or all of them, as
+            held-out rows prefer.
+        max_steps: Largest number of EM steps on all training rows.
+        tolerance: Gain in mean log p(z), in nats per step, below which it stops.
         regularisation: Added to the variances, as a fraction of each latent's variance.
         starts: Number of random starts, run for a few steps each; the best one is continued.
-        batch_size: Rows of z visited at once.
 
     Returns:
-        The mixture, in float32.
+        The mixture of all latents, in float32.
 
     Raises:
         TypeError: If an argument has the wrong type, or z are integers: codes of categories have
@@ -83,9 +108,13 @@ def fit_mixture(
         ValueError: If an argument is out of range, there are fewer rows than components, or values
             that are not finite.
 
+    Warns:
+        UserWarning: If held-out rows are less likely than under a single Gaussian or N(0, I).
+
     References:
         | Maximum Likelihood from Incomplete Data via the EM Algorithm (Dempster et al., 1977)
         | Choosing Starting Values for the EM Algorithm (Biernacki et al., 2003)
+        | Bayesian Regularization for Normal Mixture Estimation (Fraley & Raftery, 2007)
 
     Example:
         >>> centres = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
@@ -94,110 +123,99 @@ def fit_mixture(
         tensor([-2.,  2.])
     """
     require_choice("covariance", covariance, COVARIANCES)
-    require_counts(num_components=num_components, max_steps=max_steps)
-    require_counts(starts=starts, batch_size=batch_size)
+    require_counts(num_components=num_components, max_steps=max_steps, starts=starts)
     require_numbers("[0, inf)", tolerance=tolerance, regularisation=regularisation)
-    num_components, batch_size = int(num_components), int(batch_size)  # torch takes no others
+    num_components = int(num_components)  # torch takes no others
     z = real_tensor("z", z, integers=False)
     if num_components >= len(z) or z.ndim < 2:
         raise ValueError(
             f"A mixture of {num_components} components needs z of shape (N, *event) with more "
             f"rows than components; got {tuple(z.shape)}."
         )
-    white, centre, spread = standardise(z)
-    em = _EM(white, covariance, regularisation, batch_size)
-    first = [em.run(em.start(num_components), _FIRST_STEPS, tolerance) for _ in range(starts)]
-    best, _ = em.run(max(first, key=lambda run: run[1])[0], max_steps, tolerance)
-    scale = best.scale * (spread[:, None] if best.is_full else spread)
-    return GaussianMixture(best.logits, best.loc * spread + centre, scale, event_shape=z.shape[1:])
+    if active is not None:
+        active = mask_of("active", active, z.shape[1:])
+    white, centre, spread = standardise(z.cpu() if z.device.type == "mps" else z)  # no float64
+    order = torch.randperm(len(white), device=white.device)
+    fits: list[tuple[Tensor, Fit]] = []
+    for latents in _choices(active, white):
+        fit = MixtureFit(
+            white[:, latents],
+            is_full=covariance == "full",
+            max_steps=int(max_steps),
+            tolerance=tolerance,
+            regularisation=regularisation,
+        ).fit(num_components, int(starts), order)
+        fits.append((latents, fit))
+    whole = _Whole(num_components, white, centre, spread)
+    if fits:
+        latents, fit = max(fits, key=lambda found: _score(found[0], found[1], white))
+        z_held = (white[fit.held_out].double() * spread + centre)[:, latents]
+        _warn_if_worse(fit, num_components, z_held, spread[latents])
+        whole.put(fit.mixture, latents)
+    return whole.mixture(is_full=covariance == "full", event_shape=z.shape[1:]).to(z.device)
 
 
-class _EM:
-    """Expectation-maximisation (EM) on standardised, flat latents."""
-
-    def __init__(self, z: Tensor, covariance: str, regularisation: float, batch_size: int) -> None:
-        self.z, self.is_full = z, covariance == "full"
-        self.regularisation, self.batch_size = regularisation, batch_size
-
-    def start(self, num_components: int) -> GaussianMixture:
-        """Returns a first mixture, from the clusters of k-means."""
-        return self._maximise(self._labels(num_components))
-
-    def run(
-        self, mixture: GaussianMixture, max_steps: int, tolerance: float
-    ) -> tuple[GaussianMixture, float]:
-        """Runs EM to convergence; returns the mixture and its mean log p(z) in nats."""
-        mean = -math.inf
-        for _ in range(max_steps):
-            total, before = torch.zeros((), dtype=torch.float64), mean
-            better = self._maximise(self._responsibilities(mixture, total))
-            mean = total.item() / len(self.z)
-            if mean - before < tolerance:
-                break
-            mixture = better
-        return mixture, mean
-
-    def _labels(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches with the one-hot labels of k-means."""
-        centres = _kmeans(self.z[_some_rows(self.z)], k)
-        for z in self.z.split(self.batch_size):
-            yield z, torch.nn.functional.one_hot(torch.cdist(z, centres).argmin(1), k).to(z)
-
-    def _responsibilities(
-        self, mixture: GaussianMixture, total: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The E-step: yields batches of z with p(j | z), and adds log p(z) to ``total``."""
-        for z in self.z.split(self.batch_size):
-            log_joint = mixture.log_joint(z)
-            log_p = log_joint.logsumexp(1, keepdim=True)
-            total += log_p.cpu().double().sum()
-            yield z, (log_joint - log_p).exp()
-
-    def _maximise(self, batches: Iterator[tuple[Tensor, Tensor]]) -> GaussianMixture:
-        """The M-step, from batches of z and p(j | z)."""
-        sums: list[Tensor] = []
-        for z, weight in batches:
-            if self.is_full:
-                second = torch.stack([(w[:, None] * z).mT @ z for w in weight.mT])
-            else:
-                second = weight.mT @ z.square()
-            new = [t.cpu().double() for t in (weight.sum(0), weight.mT @ z, second)]
-            sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
-        count = sums[0] + 1e-10
-        loc = sums[1] / count[:, None]
-        if self.is_full:
-            moments = sums[2] / count[:, None, None]
-            scale = self._factor(moments - loc[:, :, None] * loc[:, None, :])
-        else:
-            moments = sums[2] / count[:, None]
-            scale = ((moments - loc.square()).clamp(min=0) + self.regularisation).sqrt()
-        logits = count.log().log_softmax(0)
-        return GaussianMixture(logits.to(self.z), loc.to(self.z), scale.to(self.z))
-
-    def _factor(self, covariance: Tensor) -> Tensor:
-        """Cholesky factors, with more regularisation if rounding makes a covariance indefinite."""
-        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
-        more = self.regularisation
-        while True:
-            factor: Tensor
-            factor, info = torch.linalg.cholesky_ex(covariance + more * eye)
-            if not info.any():
-                return factor
-            more = max(10 * more, 1e-12)
+def _choices(active: Tensor | None, white: Tensor) -> list[Tensor]:
+    """Masks of the latents that a mixture is fitted to: of few rows two, to choose from."""
+    everything = torch.ones(white.shape[1], dtype=torch.bool, device=white.device)
+    chosen = ~looks_independent(white) if active is None else active.flatten().to(white.device)
+    masks = [chosen] if chosen.any() else []
+    unsure = active is None and len(white) < _MANY_ROWS and not chosen.all()
+    return [*masks, everything] if unsure else masks
 
 
-def _some_rows(z: Tensor) -> Tensor:
-    return torch.randperm(len(z), device=z.device)[:_KMEANS_ROWS]
+def _score(latents: Tensor, fit: Fit, white: Tensor) -> float:
+    """Mean log p of all held-out latents, with N(0, 1) for those that were left out."""
+    rest = white[fit.held_out][:, ~latents]
+    log_p = fit.log_p.sum() - 0.5 * (rest.square() + math.log(2 * math.pi)).sum()
+    return log_p.item()
 
 
-def _kmeans(z: Tensor, k: int) -> Tensor:
-    """Centres of k-means, started by k-means++."""
-    centres = z[torch.randint(len(z), (1,), device=z.device)]
-    for _ in range(k - 1):
-        distance = torch.cdist(z, centres).amin(1).square() + 1e-12
-        centres = torch.cat([centres, z[torch.multinomial(distance, 1)]])
-    for _ in range(_KMEANS_STEPS if k > 1 else 0):
-        nearest = torch.nn.functional.one_hot(torch.cdist(z, centres).argmin(1), k).to(z)
-        count = nearest.sum(0)[:, None]
-        centres = torch.where(count > 0, nearest.mT @ z / count.clamp(min=1), centres)
-    return centres
+class _Whole:
+    """The mixture of all latents: independent Gaussians, until components are put in."""
+
+    def __init__(self, k: int, white: Tensor, centre: Tensor, spread: Tensor) -> None:
+        self.centre, self.spread = centre.double(), spread.double()
+        mean, variance = self.centre, white.double().var(0, correction=0) * self.spread.square()
+        variance = variance.clamp(min=_LEAST)  # of a constant
+        far = len(white) * (variance - 1 - variance.log() + mean.square())
+        standard = far < _STANDARD
+        sd = torch.where(standard, 1.0, variance.sqrt())
+        self.log_weight = centre.new_zeros(k, dtype=torch.float64)
+        self.loc = torch.where(standard, 0.0, mean).repeat(k, 1)
+        self.scale = sd.diag().repeat(k, 1, 1)
+
+    def put(self, mixture: Components, latents: Tensor) -> None:
+        """Replaces the distribution of some latents, given as a mask."""
+        spread = self.spread[latents]
+        own = mixture.scale if mixture.scale.ndim == 3 else mixture.scale.diag_embed()
+        (places,) = latents.nonzero(as_tuple=True)
+        self.log_weight = mixture.log_weight
+        self.loc[:, places] = mixture.loc * spread + self.centre[latents]
+        self.scale[:, places[:, None], places] = own * spread[:, None]
+
+    def mixture(self, *, is_full: bool, event_shape: Size) -> GaussianMixture:
+        scale = self.scale if is_full else self.scale.diagonal(dim1=1, dim2=2)
+        tensors = (t.float() for t in (self.log_weight, self.loc, scale))
+        return GaussianMixture(*tensors, event_shape=event_shape)
+
+
+def _warn_if_worse(fit: Fit, k: int, z: Tensor, spread: Tensor) -> None:
+    """Warns if held-out z are less likely than under a single Gaussian, or N(0, I)."""
+    if len(z) < _FEW:
+        return
+    shift = spread.double().log().sum()
+    standard = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + shift
+    others = {"a single Gaussian": fit.gaussian_log_p, "N(0, I)": standard}
+    for name, log_p in others.items():
+        gain = fit.log_p - log_p
+        error = gain.std().item() / len(gain) ** 0.5
+        if gain.mean().item() + _WORSE * error < -_ROUNDING:
+            here, there = ((t.mean() - shift).item() for t in (fit.log_p, log_p))
+            warnings.warn(
+                f"The mixture of {k} does not generalise: held-out latents have mean log p(z) "
+                f"{here:.2f} nats, and {there:.2f} under {name}. Take fewer components or more "
+                f"data, or pass active=, see active_latents.",
+                stacklevel=4,
+            )
+            return

@@ -213,7 +213,7 @@ def epochs_to_cache(
     data: Any,  # noqa: ANN401
     epochs: float | Literal["auto"] | None,
     *,
-    rows_drawn: int,
+    rows_drawn: float,
     stage: int = 1,
 ) -> float | None:
     """Returns the number of epochs for which :func:`ncprior.fit` caches encodings.
@@ -222,7 +222,7 @@ def epochs_to_cache(
         source: The VAE.
         data: The training data.
         epochs: The number asked for, or ``"auto"``.
-        rows_drawn: Rows in all batches of the training.
+        rows_drawn: Rows in all batches of the training; infinite if it is not known.
         stage: Number of the stage, from 1. Bases of later stages are sampled along the walk; with
             several groups, they cannot be cached.
 

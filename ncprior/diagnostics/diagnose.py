@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncprior.bases.active import measure_kl
 from ncprior.data.stream import first_batch, one_pass
 from ncprior.diagnostics.calibration import Mean, losses, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
@@ -104,10 +105,16 @@ def diagnose(
         )
         on = [prior.is_on(k) for k in range(prior.source.num_groups)]
         kinds = group_kinds(prior, first_batch(held_out, batch_size))
+    active = [kl.active() for kl in measure_kl(prior.source, held_out, batch_size)]
     groups = []
     for k, is_on in enumerate(on):
         report = GroupReport(
-            k, Verdict.OFF, ess={low: math.nan, high: math.nan}, **kinds[k]._asdict()
+            k,
+            Verdict.OFF,
+            ess={low: math.nan, high: math.nan},
+            num_latents=active[k].numel(),
+            num_active=int(active[k].sum()),
+            **kinds[k]._asdict(),
         )
         if is_on:
             report = _with_loss(report, log_r[:, k], None if trained is None else trained[:, k])

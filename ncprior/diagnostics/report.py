@@ -47,10 +47,10 @@ class Report(NamedTuple):
             >>> report.to_dict()["groups"][0]["kl"] is None
             True
         """
-        plain = _plain(self)
-        for group, record in zip(self.groups, plain["groups"], strict=True):
+        values = plain(self)
+        for group, record in zip(self.groups, values["groups"], strict=True):
             record["advice"] = group.verdict.advice
-        result: dict[str, Any] = plain
+        result: dict[str, Any] = values
         return result
 
     def to_json(self) -> str:
@@ -80,13 +80,14 @@ class Report(NamedTuple):
         return plot_groups(self.groups, self.num_proposals)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """Values ready for JSON: named tuples as dicts, non-finite numbers as ``None``."""
     if hasattr(value, "_asdict"):
-        return {name: _plain(item) for name, item in value._asdict().items()}
+        return {name: plain(item) for name, item in value._asdict().items()}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Verdict) else value

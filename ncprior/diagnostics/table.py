@@ -16,8 +16,8 @@ _KL_DIFFERS = 0.5  # nats
 LEGEND = (
     "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] are followed by the shape k "
     "of their Pareto tail; in parentheses, where k is above 0.7, they are unreliable. KL is E_q[log r], "
-    "or with ≥ a lower bound; needed with > is one too. JSD and KL measure what the head knows: "
-    "missed is the part of the JSD that a fresh head still finds."
+    "or with ≥ a lower bound; needed with > is one too. JSD and KL measure what the head knows, so "
+    "JSD is a lower bound: missed is the part of the JSD that a fresh head still finds."
 )
 
 
@@ -53,19 +53,40 @@ def render(
         space.join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
         for line in table
     ]
-    paragraphs = [*notes, *_verdicts(groups)]
+    paragraphs = [*notes, *_activity(groups), *verdict_lines(groups)]
     return "\n".join([*lines, "", *(_wrap(text) for text in paragraphs)])
 
 
-def _verdicts(groups: Sequence[GroupReport]) -> list[str]:
+def verdict_lines(groups: Sequence[GroupReport]) -> list[str]:
     """One line per verdict: the numbers of its groups, and the advice."""
     lines = []
     for verdict in Verdict:
         found = [g.group for g in groups if g.verdict is verdict]
         if found:
-            name = "group" if len(found) == 1 else "groups"
-            lines.append(f"{name} {_ranges(found)}: {verdict}. {verdict.advice}")
+            lines.append(f"{_named(found)}: {verdict}. {verdict.advice}")
     return lines
+
+
+def _activity(groups: Sequence[GroupReport]) -> list[str]:
+    """A paragraph with the number of active latents in every group, if there is one."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for g in groups:
+        if g.num_latents > 0:
+            found.setdefault((g.num_active, g.num_latents), []).append(g.group)
+    counts = [f"{_named(of)}: {_active(*numbers)}" for numbers, of in found.items()]
+    return ["; ".join(counts) + "."] if counts else []
+
+
+def _active(active: int, latents: int) -> str:
+    if active == latents:
+        return f"all {latents} latents are active"
+    if active > 0:
+        return f"{active} of {latents} latents are active"
+    return f"none of {latents} latents is active, which means that the latents are not used"
+
+
+def _named(groups: list[int]) -> str:
+    return f"{'group' if len(groups) == 1 else 'groups'} {_ranges(groups)}"
 
 
 def _columns(low: int, high: int) -> list[_Column]:

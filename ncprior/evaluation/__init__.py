@@ -2,6 +2,7 @@
 
 from ncprior.evaluation.auroc import AUROC, auroc, auroc_gain
 from ncprior.evaluation.bounds import Bounds, bounds
+from ncprior.evaluation.copies import NearCopies, near_copies
 from ncprior.evaluation.gap import GapClosed, GapDifference, gap_closed, gap_difference
 from ncprior.evaluation.likelihood import Gain, Likelihood, log_likelihood
 from ncprior.evaluation.metrics import (
@@ -14,6 +15,7 @@ from ncprior.evaluation.metrics import (
 )
 from ncprior.evaluation.normaliser import LogZ, log_normaliser
 from ncprior.evaluation.ood import OODScore, ood_score
+from ncprior.evaluation.two_sample import TwoSampleTest, two_sample_test
 
 __all__ = [
     "AUROC",
@@ -24,8 +26,10 @@ __all__ = [
     "GapDifference",
     "Likelihood",
     "LogZ",
+    "NearCopies",
     "OODScore",
     "PrecisionRecall",
+    "TwoSampleTest",
     "auroc",
     "auroc_gain",
     "bounds",
@@ -36,6 +40,8 @@ __all__ = [
     "log_likelihood",
     "log_normaliser",
     "mmd",
+    "near_copies",
     "ood_score",
     "precision_recall",
+    "two_sample_test",
 ]

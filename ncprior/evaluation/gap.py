@@ -11,13 +11,14 @@ aggregate posterior; values above 1 are possible.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ncprior.evaluation.copies import NearCopies, copies_of
 from ncprior.evaluation.metrics import (
     Moments,
     check_dimension,
@@ -43,6 +44,7 @@ class GapClosed(NamedTuple):
         d_ours: Fréchet distance of samples of our prior, mean over the generations.
         distances: Distances of every generation of base, ours and posterior, ``(3, R)``.
         resampled: Mean distances to every resampled reference, ``(3, num_resamples)``.
+        copies: Near-copy shares of base, ours and posterior by name, if ``train`` was given.
     """
 
     gap_closed: float
@@ -53,10 +55,12 @@ class GapClosed(NamedTuple):
     d_ours: float
     distances: Tensor
     resampled: Tensor
+    copies: Mapping[str, NearCopies] = {}
 
     def __str__(self) -> str:
         value, low, high = (f"{100 * x:.0f}" for x in (self.gap_closed, self.low, self.high))
-        return f"prior hole closed: {value} % ({low}–{high})"
+        text = f"prior hole closed: {value} % ({low}–{high})"
+        return f"{text}; {self.copies['ours']}" if self.copies else text
 
 
 class GapDifference(NamedTuple):
@@ -80,6 +84,7 @@ def gap_closed(
     base: Generations,
     ours: Generations,
     posterior: Generations,
+    train: Tensor | None = None,
     num_resamples: int = 200,
     level: float = 0.95,
     seed: int = 0,
@@ -109,6 +114,9 @@ def gap_closed(
         posterior: The same for decoded posterior samples of *training* data, if possible with
             different data for every generation. With samples of the reference data, D_post would
             be too low.
+        train: Features of training data, ``(N_train, F)``, for the near-copy share of every arm:
+            see :func:`near_copies`. The base cannot copy, and the posterior always does: they show
+            what the shares of smooth samples and of copies are.
         num_resamples: Number of resampled references.
         level: Coverage of the interval.
         seed: Seed of the resampled references, which depend on the seed and N_ref alone, so that
@@ -138,6 +146,11 @@ def gap_closed(
     require_numbers("(0, 1)", level=level)
     reference = checked(reference, "reference")
     arms = _checked_arms(reference, {"base": base, "ours": ours, "posterior": posterior})
+    copies = {}
+    if train is not None:
+        drawn = {"base": base, "ours": ours, "posterior": posterior}
+        rows = {k: torch.cat([checked(x, k, like=reference) for x in v]) for k, v in drawn.items()}
+        copies = copies_of(checked(train, "train", like=reference), reference, rows)
     distances = frechet(moments(reference), arms)
     # A posterior without noise can give the same samples twice; a prior cannot.
     if any(len(arm.unique()) < len(arm) for arm in distances[:2]):
@@ -149,7 +162,7 @@ def gap_closed(
     )
     ratio = _ratio(gaps, resampled_gaps, level)
     d_base, d_ours, d_post = distances.mean(1).tolist()
-    return GapClosed(*ratio, d_base, d_post, d_ours, distances, resampled)
+    return GapClosed(*ratio, d_base, d_post, d_ours, distances, resampled, copies)
 
 
 def gap_difference(a: GapClosed, b: GapClosed, *, level: float = 0.95) -> GapDifference:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ncprior.utils.require import described
 
+_IGNORED = 1e30  # the sd of an input that is left out: divided by it, all numbers are about 0
+
 
 class Standardise(nn.Module):
     """Standardisation (z - mean) / sd of an input, with fixed buffers."""
@@ -35,6 +37,10 @@ class Standardise(nn.Module):
         sd = z.std(axes, keepdim=True, correction=0)[0]
         self.mean.copy_(z.mean(axes, keepdim=True)[0])
         self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
+
+    def leave_out(self, inputs: Tensor) -> None:
+        """Sets some inputs, given as a mask of their shape, to 0 for every z."""
+        self.sd.masked_fill_(inputs, _IGNORED)
 
 
 class VectorContext(nn.Module):
@@ -78,6 +84,17 @@ def require_context(context: object) -> None:
     raise TypeError(
         f"context must be a tensor of real numbers of shape (B, ...), or None; got {described(context)}. Pass a tensor."
     )
+
+
+def check_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
+    """Validates a context, and that it has the rows of the latents."""
+    require_context(context)
+    rows = z.shape[z.ndim - len(event_shape) - 1]
+    if context is not None and len(context) != rows:
+        raise ValueError(
+            f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
+            f"got {rows} rows of z and {len(context)} of context."
+        )
 
 
 def _checked_context(context: Tensor | None, shape: tuple[int, ...] | None) -> Tensor | None:

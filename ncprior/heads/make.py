@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from ncprior.distributions import Sampleable
 from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, require_sizes
 from ncprior.source import Group
+from ncprior.utils.latent_kl import LatentKL
 from ncprior.utils.require import described, require_instance
 
 
@@ -27,7 +28,8 @@ def make_head(
     """Returns a new head for a group of latents, with inputs standardised by one batch of draws.
 
     Codes get a :class:`CategoricalHead`, feature maps a :class:`ConvHead`, other latents an
-    :class:`MLPHead`.
+    :class:`MLPHead`. An MLPHead does not see collapsed latents, for which q(z_j | x) is about
+    p(z_j): they would hide the others from it.
 
     Arguments:
         group: A probed group, of some tens of rows or more.
@@ -78,6 +80,10 @@ def make_head(
             "One row does not show the scales of a context. Pass some tens of rows.", stacklevel=4
         )
     head.fit_scale(z, group.context)
+    if isinstance(head, MLPHead) and isinstance(group.posterior, Distribution):  # no features of z
+        active = LatentKL.of(group.posterior, group.prior).active()
+        if active.any() and not active.all():
+            head.leave_out(~active.to(z.device))
     made: nn.Module = head
     return made
 

@@ -19,10 +19,11 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ncprior.heads.contexts import MapContext, Standardise, VectorContext, require_context
+from ncprior.heads.contexts import MapContext, Standardise, VectorContext, check_rows
 from ncprior.utils.precision import in_full
 from ncprior.utils.require import (
     described,
+    mask_of,
     require_counts,
     require_instance,
     require_numbers,
@@ -69,7 +70,7 @@ class _Head(nn.Module):
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
         """Validates the shape of the latents and the rows of the context."""
-        _checked_rows(_checked_event(z, self.event_shape), self.event_shape, context)
+        check_rows(_checked_event(z, self.event_shape), self.event_shape, context)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
         """Sets the standardisation from latents ``(B, *event)`` and context ``(B, ...)``."""
@@ -118,6 +119,26 @@ class MLPHead(_Head):
         self.blocks = nn.Sequential(*(_MLPBlock(width, dropout) for _ in range(depth)))
         self.out = _zero(nn.Linear(width, 1))
         self.norm = nn.LayerNorm(width)
+
+    @torch.no_grad()
+    def leave_out(self, latents: Tensor) -> None:
+        """Hides some latents, such as collapsed ones, from a new head.
+
+        The first layer gets the scale of the weights of a head for the other latents alone.
+
+        Arguments:
+            latents: A mask of event shape, not true everywhere.
+
+        Raises:
+            TypeError: If it is no mask.
+            ValueError: If it has another shape, or leaves no latent.
+        """
+        latents = mask_of("latents", latents, self.event_shape).to(self.scale.sd.device)
+        if latents.all():
+            raise ValueError("latents must leave one latent or more; got all. Pass fewer.")
+        self.scale.leave_out(latents)
+        for weight in self.stem.parameters():
+            weight.div_((~latents).float().mean().sqrt())
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
@@ -370,13 +391,3 @@ def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
             f"got {tuple(z.shape)}."
         )
     return z
-
-
-def _checked_rows(z: Tensor, event_shape: tuple[int, ...], context: Tensor | None) -> None:
-    require_context(context)
-    rows = z.shape[z.ndim - len(event_shape) - 1]
-    if context is not None and len(context) != rows:
-        raise ValueError(
-            f"z and context must have the same rows: z (*, B, *event), context (B, ...); "
-            f"got {rows} rows of z and {len(context)} of context."
-        )

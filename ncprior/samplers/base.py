@@ -56,7 +56,7 @@ class Sample(NamedTuple):
     """Images, latents and quality of the draws of :meth:`ncprior.NCPrior.sample`.
 
     Attributes:
-        x: The decoder's mean, with shape ``(B, ...)``.
+        x: The decoder's mean, or with ``draw_x`` a draw of p(x | z), with shape ``(B, ...)``.
         latents: One z_k per group, each with shape ``(B, *event)``.
         draws: One :class:`~ncprior.Draw` per group, with effective sample size and other
             diagnostics of the sampler.

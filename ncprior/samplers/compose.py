@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec
 
 from torch import Tensor
 
@@ -20,7 +20,43 @@ from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler, checked_draw
 from ncprior.utils.require import require_callable, require_numbers
 
+P = ParamSpec("P")
 
+
+class Composition:
+    """Sampler made of samplers, which keeps the call that made it, to be described and saved.
+
+    Attributes:
+        made_by: The call, such as ``partial(at_temperature, sampler, 0.5)``.
+    """
+
+    def __init__(self, made_by: partial[Sampler], sampler: Sampler) -> None:
+        self.made_by, self._sampler = made_by, sampler
+
+    def __call__(self, prior: Sampleable, log_ratio: LogRatio) -> Draw:
+        """Draws z."""
+        return self._sampler(prior, log_ratio)
+
+    def __reduce__(self) -> tuple[partial[Sampler], tuple[()]]:
+        return self.made_by, ()
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+
+def composition(function: Callable[P, Sampler]) -> Callable[P, Sampler]:
+    """Decorator of functions that return a sampler; they then return a :class:`Composition`."""
+
+    @wraps(function)
+    def compose(*args: P.args, **keywords: P.kwargs) -> Sampler:
+        sampler = function(*args, **keywords)
+        given = inspect.signature(function).bind(*args, **keywords)
+        return Composition(partial(compose, *given.args), sampler)
+
+    return compose
+
+
+@composition
 def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
     """Sequence of samplers, each of which starts from the draw of the one before.
 
@@ -69,6 +105,7 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
     return sampler
 
 
+@composition
 def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
     r"""Tempered sampler: targets (r·p)^{1/T} instead of r·p.
 
@@ -144,7 +181,7 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
         >>> describe(partial(sir, num_proposals=50))
         'sir(num_proposals=50)'
         >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
-        'at_temperature.tempered(sir(num_proposals=50), 0.5)'
+        'at_temperature(sir(num_proposals=50), 0.5)'
     """
     return _described(sampler, ())
 
@@ -154,6 +191,8 @@ def _described(sampler: Any, inside: tuple[int, ...]) -> str:  # noqa: ANN401
     if id(sampler) in inside:
         return "..."  # a function that calls itself
     describe_inner = partial(_described, inside=(*inside, id(sampler)))
+    if isinstance(sampler, Composition):
+        sampler = sampler.made_by
     if isinstance(sampler, partial):
         words = [describe_inner(a) for a in sampler.args]
         words += [f"{name}={describe_inner(a)}" for name, a in sorted(sampler.keywords.items())]

@@ -26,9 +26,11 @@ from torch.distributions import Independent, Normal
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler, check_target, checked_draw
+from ncprior.samplers.compose import composition
 from ncprior.utils.require import require_callable
 
 
+@composition
 def within_components(sampler: Sampler) -> Sampler:
     """Sampler that draws a component of the mixture base for each row, then z within it.
 

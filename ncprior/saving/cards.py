@@ -24,17 +24,14 @@ prior come closer to samples decoded from its posterior. Saved by `ncprior` {ncp
 ## How to load it
 
 ```python
-from functools import partial
-
-from ncprior import NCPrior, sir{imports}
+{imports}
 
 source = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder, module=vae)
 prior = NCPrior.from_pretrained(source, {name}{own})
-x = prior.sample(16, {sampler}).x
+x = prior.sample({sampler}).x
 ```
 
-`recommend_sampler(diagnose(prior, x_test), budget=500)` of `ncprior.diagnostics` finds the sampler
-that fits these heads and the number of evaluations that a sample may cost.
+{about_sampler}
 
 ## Latent groups
 
@@ -44,6 +41,10 @@ that fits these heads and the number of evaluations that a sample may cost.
 
 The ratio is used to the power of {strength:g}.{on_base}
 """
+
+_ADVICE = """\
+`recommend_sampler(diagnose(prior, x_test), budget=500)` of `ncprior.diagnostics` finds the sampler
+that fits these heads and the number of evaluations that a sample may cost."""
 
 _BASE = (
     " The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
@@ -158,11 +159,12 @@ def prior_text(
     Arguments:
         config: The saved configuration.
         sizes: Number of parameters of each head.
-        names: ``name`` to load it by, ``vae`` as a link, and ``num_proposals`` of the example.
+        names: ``name`` to load it by, ``vae`` as a link, ``num_proposals`` of the example, and
+            ``sampler``, the description of the saved one or ``None``.
     """
     base, name = config["base"], names.pop("name")
-    sampler = f"partial(sir, num_proposals={names.pop('num_proposals')})"
     on_mixture = base is not None and base["kind"] == "GaussianMixture" and len(sizes) == 1
+    example = _sampling(names.pop("sampler"), names.pop("num_proposals"), on_mixture)
     groups = zip(sizes, config["heads"], config["active"], strict=True)
     rows = [
         f"| {k} | {entry['kind']} | {size:,} | {'yes' if on else 'no'} |"
@@ -171,14 +173,31 @@ def prior_text(
     return _PRIOR.format(
         heading=_heading(name),
         name=json.dumps(name),
-        imports="\nfrom ncprior.samplers import within_components" * on_mixture,
-        sampler=f"within_components({sampler})" if on_mixture else sampler,
         own=", heads=..." if any(map(is_custom, config["heads"])) else "",
         rows="\n".join(rows),
         on_base="" if base is None else _OWN_BASE if is_custom(base) else _BASE.format(**base),
         **{key: config[key] for key in ("ncprior", "strength")},
+        **example,
         **names,
     )
+
+
+def _sampling(sampler: str | None, num_proposals: int, on_mixture: bool) -> dict[str, str]:
+    """Parts of a prior's card on sampling: with its own sampler, or else with a proposal."""
+    if sampler is not None:
+        about = f"The prior draws by its own sampler, `{sampler}`."
+        return {
+            "imports": "from ncprior import NCPrior",
+            "sampler": "64",
+            "about_sampler": about,
+        }
+    by_sir = f"partial(sir, num_proposals={num_proposals})"
+    within = "\nfrom ncprior.samplers import within_components" * on_mixture
+    return {
+        "imports": f"from functools import partial\n\nfrom ncprior import NCPrior, sir{within}",
+        "sampler": f"16, within_components({by_sir})" if on_mixture else f"16, {by_sir}",
+        "about_sampler": _ADVICE,
+    }
 
 
 def energy_text(
@@ -193,17 +212,19 @@ def energy_text(
         config: The saved configuration.
         size: Number of parameters.
         noise: Description of the noise of a decoder without ``GaussianDecoder``.
-        names: ``name`` to load it by, ``vae`` as a link, and ``num_proposals`` of the example.
+        names: ``name`` to load it by, ``vae`` as a link, ``num_proposals`` of the example, and
+            ``has_sampler``, whether the NCP prior has a sampler of its own.
     """
     sigma, on_data = config["sigma"], config["data_noise"]
     on_ncp = config["fingerprint"]["heads"] is not None
     settings = ("ncprior", "num_steps", "step_size", "langevin_target")
     name, num_proposals = names.pop("name"), names.pop("num_proposals")
+    by_sir = None if names.pop("has_sampler") or not on_ncp else num_proposals
     return _ENERGY.format(
         heading=_heading(name),
         of="a noise contrastive prior on it" if on_ncp else "its own prior",
         missing="The VAE and the ratio heads are" if on_ncp else "The VAE is",
-        code=_energy_code(config, on_ncp, name, num_proposals),
+        code=_energy_code(config, on_ncp, name, by_sir),
         kind=config["energy"]["kind"],
         size=size,
         noise=noise if sigma is None else f"one σ = {sigma:.4g}",
@@ -213,14 +234,15 @@ def energy_text(
     )
 
 
-def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, num_proposals: int) -> str:
-    """Code that loads an energy and samples."""
+def _energy_code(config: Mapping[str, Any], on_ncp: bool, name: str, by_sir: int | None) -> str:
+    """Code that loads an energy and samples, from a prior by SIR with so many proposals."""
     sigma = config["sigma"]
     prior = "prior" if on_ncp else "source"
     own = ", energy=..." if is_custom(config["energy"]) else ""
-    sampler = f", sampler=partial(sir, num_proposals={num_proposals})" if on_ncp else ""
+    sampler = "" if by_sir is None else f", sampler=partial(sir, num_proposals={by_sir})"
     lines = [
-        *(["from functools import partial\n", "from ncprior import NCPrior, sir"] * on_ncp),
+        *(["from functools import partial\n"] * (by_sir is not None)),
+        *(["from ncprior import NCPrior" + ", sir" * (by_sir is not None)] * on_ncp),
         "from ncprior.vaebm import VAEBM" + ", GaussianDecoder" * (sigma is not None),
         "\nsource = ...  # the VAE, such as ncprior.SingleGroup(prior, posterior, decoder)",
         *([f"source = GaussianDecoder(source, {sigma!r})"] * (sigma is not None)),

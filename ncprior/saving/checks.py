@@ -25,6 +25,8 @@ _TINY_LAYERS = 1200  # of a file, whatever their size
 
 FORMAT = 1  # of the configuration; loading a file of another format raises an error
 
+_OPTIONAL = ("sampler",)  # keys that files of earlier versions lack
+
 Validators: TypeAlias = Mapping[str, Callable[[Any], bool]]  # by key: is its value valid?
 
 
@@ -256,4 +258,5 @@ class SavedFile:
         if unknown := sorted(self.config.keys() - validators.keys() - {"format"}):
             self.fail(f"its configuration has unknown keys: {', '.join(unknown)}")
         given = self.config
-        self.check_values({k: k in given and valid(given[k]) for k, valid in validators.items()})
+        needed = [key for key in validators if key in given or key not in _OPTIONAL]
+        self.check_values({key: key in given and validators[key](given[key]) for key in needed})

@@ -1,14 +1,18 @@
-"""Saving of a prior: ratio heads, a fitted base, the strength and the active groups."""
+"""Saving of a prior: ratio heads, a fitted base, strength, active groups and sampler."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
+from textwrap import shorten
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ncprior.bases.rebase import Rebased, rebase
+from ncprior.samplers.base import Sampler
+from ncprior.samplers.compose import describe
 from ncprior.saving.cards import prior_text
 from ncprior.saving.checks import (
     SavedFile,
@@ -28,6 +32,7 @@ from ncprior.saving.kinds import (
     saved_base,
 )
 from ncprior.saving.mixin import Pretrained
+from ncprior.saving.samplers import build_sampler, sampler_entry
 from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.require import require_numbers
 from ncprior.utils.switches import Switches
@@ -41,6 +46,7 @@ class PretrainedHeads(Pretrained):
     heads: nn.ModuleList
     strength: float
     active: Switches
+    sampler: Sampler | None
 
     _file = FILE
     _tags = ("ncprior", "vae", "noise-contrastive-prior")
@@ -51,6 +57,7 @@ class PretrainedHeads(Pretrained):
         "strength": lambda value: is_number(value, 0),
         "active": lambda value: isinstance(value, list) and {*map(type, value)} <= {bool},
         "fingerprint": lambda value: is_fingerprint(value, "vae", "base"),
+        "sampler": lambda value: isinstance(value, dict),
     }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -67,11 +74,13 @@ class PretrainedHeads(Pretrained):
             "strength": float(self.strength),
             "active": [bool(on) for on in self.active],
             "fingerprint": fingerprints(self.source),
+            **_saved_sampler(self.sampler),
         }
 
     def _card_text(self, config: Mapping[str, Any], **names: Any) -> str:  # noqa: ANN401
         sizes = [sum(p.numel() for p in head.parameters()) for head in self.heads]
-        return prior_text(config, sizes, **names)
+        sampler = describe(self.sampler) if "sampler" in config else None
+        return prior_text(config, sizes, sampler=sampler, **names)
 
     @classmethod
     def _check(cls, saved: SavedFile) -> None:
@@ -82,6 +91,7 @@ class PretrainedHeads(Pretrained):
         for k, entry in enumerate(saved.config["heads"]):
             if not is_custom(entry):
                 build_head(saved, k, entry)
+        _loaded_sampler(saved)
 
     @classmethod
     def _build(
@@ -100,7 +110,7 @@ class PretrainedHeads(Pretrained):
                 f"{source.num_groups}",
                 "Pass the VAE that it was trained on",
             )
-        source = _with_base(saved, source)
+        sampler, source = _loaded_sampler(saved), _with_base(saved, source)
         if check_fingerprint:
             saved.check_fingerprints(fingerprints(source))
         if (new := heads) is None:
@@ -111,6 +121,7 @@ class PretrainedHeads(Pretrained):
         if heads is not None:
             saved.check_tensors(prior.state_dict(), "heads")
         prior.strength, prior.active = float(config["strength"]), config["active"]
+        prior.sampler = sampler
         if heads is not None:
             prior.load_state_dict(saved.tensors)
         return prior
@@ -127,7 +138,7 @@ def inspect(
 
     Returns:
         The configuration, by key: ``heads``, ``base``, ``strength``, ``active``, ``fingerprint``,
-        ``num_groups``, ``format`` and the version ``ncprior``.
+        ``num_groups``, ``format``, the version ``ncprior``, and ``sampler`` if the prior has one.
 
     Raises:
         FileNotFoundError: If there is no such file, directory or repository.
@@ -148,6 +159,26 @@ def _check_counts(saved: SavedFile) -> None:
     """Validates that there is one head, and one flag, per latent group."""
     count = saved.config["num_groups"]
     saved.check_values({key: len(saved.config[key]) == count for key in ("heads", "active")})
+
+
+def _saved_sampler(sampler: Sampler | None) -> dict[str, Any]:
+    """Returns the part of the configuration for a sampler: none without one that can be saved."""
+    if sampler is None:
+        return {}
+    if (entry := sampler_entry(sampler)) is None:
+        warnings.warn(
+            f"The prior is saved without its sampler, {shorten(describe(sampler), 200)}: a file holds "
+            f"samplers of ncprior.samplers with numbers only. Set prior.sampler again after loading.",
+            stacklevel=5,  # the caller of save_pretrained
+        )
+        return {}
+    return {"sampler": entry}
+
+
+def _loaded_sampler(saved: SavedFile) -> Sampler | None:
+    """Returns the sampler of a file, ``None`` without one."""
+    entry = saved.config.get("sampler")
+    return None if entry is None else build_sampler(saved, entry)
 
 
 def _with_base(saved: SavedFile, source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:

@@ -63,10 +63,10 @@ class Pretrained(nn.Module):
         All files are written beside the earlier ones first. If one cannot be written, such as on a
         full disk, the earlier files stay as they were.
 
-        An :class:`~ncprior.NCPrior` saves its heads, strength, active groups and a fitted base: a
-        ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
+        An :class:`~ncprior.NCPrior` saves its heads, strength, active groups, sampler and a fitted
+        base: a ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
         ``fit_flow`` builds by default. Put any other base, such as your own flow, on the source
-        again before loading. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
+        again before loading. Samplers are those of :mod:`ncprior.samplers`, also composed. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
         its chains, without the ratio heads.
 
         Arguments:
@@ -83,6 +83,9 @@ class Pretrained(nn.Module):
                 ``nn.Module``. Make it one.
             ValueError: If ``from_pretrained`` could not load the result, such as weights that are
                 NaN. The message names the part.
+
+        Warns:
+            UserWarning: If the prior's sampler is of another kind: it is then left out.
 
         Example:
             >>> import tempfile

@@ -4,6 +4,7 @@ from ncprior.training.calibration import calibrate_heads
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.history import History, Row
+from ncprior.training.loggers import log_to_json, log_to_tensorboard, log_to_wandb
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import nested
 
@@ -14,5 +15,8 @@ __all__ = [
     "calibrate_heads",
     "fit",
     "gate",
+    "log_to_json",
+    "log_to_tensorboard",
+    "log_to_wandb",
     "nested",
 ]

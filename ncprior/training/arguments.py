@@ -30,9 +30,10 @@ def training_facts(
     *,
     batch_size: int,
     patience: int | None,
+    max_seconds: float | None,
     resumable: bool,
 ) -> dict[str, Any]:
-    """Returns properties that a checkpoint compares: VAE, data, ranks and patience.
+    """Returns properties that a checkpoint compares: VAE, data, ranks, patience and time.
 
     Digests of data are read only for a checkpoint.
     """
@@ -41,6 +42,7 @@ def training_facts(
         "rows": length_of(data),
         "ranks": num_ranks(),
         "patience": patience,
+        "max_seconds": max_seconds,
     }
     if resumable:
         for name, given in (("data", data), ("held_out", held_out)):
@@ -70,17 +72,25 @@ def validate_loop_arguments(
     if checkpoint is not None:
         remedy = "Pass the path of a file, or None."
         require_instance("checkpoint", checkpoint, (str, os.PathLike), remedy)
-        on_rank_zero(lambda: _require_writable(Path(checkpoint)))
+        on_rank_zero(lambda: require_writable("checkpoint", Path(checkpoint)))
 
 
-def _require_writable(path: Path) -> None:
-    """Validates that a file can be written beside a path; the test file has no name."""
+def require_writable(name: str, path: Path) -> None:
+    """Validates that a file can be written beside a path; the test file has no name.
+
+    Arguments:
+        name: The argument that is the path.
+        path: The path; its folder is made.
+
+    Raises:
+        ValueError: If the path has null characters or is a directory.
+        OSError: If no file can be written there.
+    """
     if "\0" in str(path):
-        raise ValueError(f"checkpoint must be a path without null characters; got {str(path)!r}.")
+        raise ValueError(f"{name} must be a path without null characters; got {str(path)!r}.")
     if path.is_dir():
         raise ValueError(
-            f"checkpoint must be a file; got the directory {path}. Pass a path such as "
-            f"{path / 'checkpoint'}."
+            f"{name} must be a file; got the directory {path}. Pass a path such as {path / name}."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +98,8 @@ def _require_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"checkpoint must be a file that can be written; got {path}: {error}. Pass a path in "
-            f"a folder that you may write to."
+            f"{name} must be a file that can be written; got {path}: {error}. Pass a path in a "
+            f"folder that you may write to."
         ) from error
 
 

@@ -6,13 +6,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ncprior.data.rows import Rows, as_data
-from ncprior.data.stream import require_rows_and_end, split
+from ncprior.data.rows import Rows, as_data, is_map_style
+from ncprior.data.stream import one_pass, require_rows_and_end, split
 from ncprior.prior import NCPrior
 from ncprior.trainer import require_trainable
 from ncprior.training.arguments import (
@@ -21,14 +22,18 @@ from ncprior.training.arguments import (
     validate_loop_arguments,
 )
 from ncprior.training.history import History, Row
-from ncprior.training.resumable import load, unchanged
+from ncprior.training.resumable import length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
 from ncprior.utils.distributed import align_generators, on_rank_zero
 from ncprior.utils.gradients import gradients_enabled
-from ncprior.utils.require import require_counts, require_instance
+from ncprior.utils.require import require_counts, require_instance, require_numbers
 
 _HELD_OUT_FRACTION = 0.05
+
+_EVAL_EVERY = 100  # steps between evaluations of few held-out rows
+
+_CHEAP = 15  # batches of held-out data for so many steps
 
 _DEFAULTS = FitSettings()
 
@@ -38,7 +43,8 @@ def fit(
     data: Any,  # noqa: ANN401
     *,
     held_out: Any = None,  # noqa: ANN401
-    steps: int = 2000,
+    steps: int | None = None,
+    max_seconds: float | None = None,
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     patience: int | None = 10,
@@ -46,16 +52,17 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     callback: Callable[[Row], Any] | None = None,
     progress: bool = True,
-    eval_every: int = 100,
+    eval_every: int | None = None,
     checkpoint_every: int = 500,
     settings: FitSettings = _DEFAULTS,
 ) -> History:
     """Trains the heads of a prior, and leaves the VAE as it was.
 
-    The optimizer is AdamW, with a cosine schedule to 0. An exponential moving average of the
-    weights is evaluated and kept, for each group at its own best held-out loss. If ``checkpoint``
-    exists, training resumes from it as if it had never stopped: the weights come out the same, bit
-    for bit.
+    The optimizer is AdamW. After a short warm-up, the learning rate is constant while the held-out
+    loss of a group improves by more than its noise, and then falls to 0 in a fifth of all steps. An
+    exponential moving average of the weights is evaluated and kept, for each group at its own best
+    held-out loss. If ``checkpoint`` exists, training resumes from it as if it had never stopped:
+    the weights come out the same, bit for bit.
 
     In several processes with a process group, as ``torchrun`` starts them, call ``fit`` in each
     process with the same arguments. Only rank 0 calls back, shows progress and writes the
@@ -71,24 +78,30 @@ def fit(
         held_out: Data for early stopping, of any of these kinds. By default, 5 % of data with rows
             are held out at random; with any other data, nothing is held out, and there is a
             warning.
-        steps: Number of optimizer steps.
+        steps: The largest number of optimizer steps; ``None`` sets no limit. If it was too small,
+            ``stopped`` of the history says so.
+        max_seconds: The largest time of the whole training, in seconds; ``None`` sets no limit.
+            The learning rate falls in time. Numbered stages share the time equally; with
+            ``stages="auto"``, further stages take what is left.
         batch_size: Rows per batch, where batches are made here.
-        learning_rate: The first learning rate.
-        patience: Evaluations without progress of any group before training stops; ``None`` never
-            stops early.
+        learning_rate: The learning rate between warm-up and decay.
+        patience: The least number of evaluations without improvement of any group before the
+            learning rate falls; they must also take a third of the steps so far. ``None`` trains
+            to the end of ``steps`` or ``max_seconds``.
         stages: Heads per group, which are multiplied. Each further head learns the remaining gap
             between q and the prior so far, and is kept if it has learnt something that holds on
             held-out data. ``"auto"`` adds heads until the next one has less than 0.02 nats of
             Jensen-Shannon divergence to learn. Every stage costs as much as the first one. For
             the other form of stages, see :func:`ncprior.training.nested`.
         checkpoint: A file to save to and to resume from; further stages have files of their own
-            beside it. It must be of the same data, settings and patience.
+            beside it. It must be of the same data, settings, limits and patience.
         callback: Called with each new :class:`Row`; stops the whole training by returning True.
             From its checkpoint, such a training goes on when ``fit`` is called again.
         progress: Whether to show a progress bar.
 
     Other arguments:
-        eval_every: Steps between rows of the history, which hold the held-out losses.
+        eval_every: Steps between rows of the history, which hold the held-out losses. By default,
+            100 for every 15 batches of held-out data, so that they take little of the time.
         checkpoint_every: Steps between checkpoints.
         settings: All rarely used settings, such as ``FitSettings(num_draws=4)``.
 
@@ -101,7 +114,8 @@ def fit(
             training; without held-out data, the averaged weights. Look for NaN or infinity in the
             data, or take a lower learning rate.
         ValueError: If the checkpoint belongs to another training, arguments are out of range or
-            exclude each other, or the heads cannot be trained. The message names the remedy.
+            exclude each other, nothing would end the training, or the heads cannot be trained. The
+            message names the remedy.
         TypeError: If an argument is of the wrong type, the data can be read only once and are
             needed again, or the heads or the base do not support stages. The message
             names the remedy; stages can also be nested by :func:`ncprior.training.nested`.
@@ -119,7 +133,8 @@ def fit(
     """
     require_trainable(prior)
     require_instance("settings", settings, FitSettings, "Pass FitSettings(...).")
-    require_counts("[1, inf) or None", patience=patience)
+    require_counts("[1, inf) or None", steps=steps, patience=patience, eval_every=eval_every)
+    require_numbers("(0, inf) or None", max_seconds=max_seconds)
     validate_loop_arguments(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -131,16 +146,18 @@ def fit(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        eval_every=eval_every,
+        eval_every=eval_every or _EVAL_EVERY,
         settings=settings,
         facts=training_facts(
             *(prior, data, held_out),
             batch_size=batch_size,
             patience=patience,
+            max_seconds=None if max_seconds is None else float(max_seconds),
             resumable=checkpoint is not None,
         ),
     )
     validate_fit_arguments(prior, data, terms, stages=stages)
+    _validate_end(terms, data, held_out)
     if held_out is not None:
         require_rows_and_end(held_out, batch_size)
     align_generators()
@@ -148,20 +165,46 @@ def fit(
     # A checkpoint of another kind of training has no seed; its terms will differ.
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)
+    if eval_every is None:
+        terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
     runs = StageRuns(
         *(train, held_out, terms, split_seed),
         patience=patience,
+        max_seconds=terms.facts["max_seconds"],
         callback=callback,
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
     _validate_parts(prior, runs, stages)
     with gradients_enabled(), unchanged(prior.source), _evaluating_after(prior):
-        history = runs.first(prior, checkpoint)
+        history = runs.first(prior, stages, checkpoint)
         further = runs.further(prior, history, stages, checkpoint)
         history = history._replace(stages=tuple(further))
         align_generators()
     return history
+
+
+def _validate_end(terms: TrainingTerms[FitSettings], data: Any, held_out: Any) -> None:  # noqa: ANN401
+    """Validates that a number of steps, a time or held-out losses end the training."""
+    if terms.steps is not None or terms.facts["max_seconds"] is not None:
+        return
+    if held_out is None and not isinstance(data, Tensor) and not is_map_style(data):
+        raise ValueError(
+            f"Training without a number of steps ends when held-out losses stop improving; got "
+            f"steps=None, and nothing can be held out of {type(data).__name__}. Pass held_out=, "
+            f"steps= or max_seconds=."
+        )
+    if terms.facts["patience"] is None:
+        raise ValueError(
+            "Training must have an end; got steps=None, max_seconds=None and patience=None. Pass "
+            "one of them."
+        )
+
+
+def _eval_every(held_out: Any, batch_size: int) -> int:  # noqa: ANN401
+    """Returns steps between evaluations; a batch of held-out data costs no more than a step."""
+    batches = 0 if held_out is None else length_of(one_pass(held_out, batch_size)) or 0
+    return _EVAL_EVERY * max(1, -(-batches // _CHEAP))
 
 
 def _validate_parts(prior: NCPrior, runs: StageRuns, stages: int | Literal["auto"]) -> None:

@@ -21,9 +21,10 @@ from ncprior.training.checkpoints import (
     is_like,
     is_step,
 )
-from ncprior.training.held_out import HeldOut
+from ncprior.training.held_out import HeldOut, mean_and_error
 from ncprior.training.history import History, Row
 from ncprior.training.resumable import ResumableTraining, tensors_of, weights_of
+from ncprior.training.schedule import Schedule, decay_steps
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 
@@ -40,7 +41,8 @@ class HeadTraining(ResumableTraining):
         name: Name of the heads, for the progress bar.
         split_seed: Seed of the random split into training and held-out rows.
         held_out: The held-out losses, or ``None``.
-        patience: Evaluations without progress of any group before training stops, or ``None``.
+        patience: Evaluations without improvement of any group before the decay, or ``None``.
+        max_seconds: Seconds for this training, or ``None``.
         callback: Called with each new row; stops the training by returning True.
     """
 
@@ -54,11 +56,17 @@ class HeadTraining(ResumableTraining):
         split_seed: int,
         held_out: HeldOut | None,
         patience: int | None,
+        max_seconds: float | None,
         callback: Callable[[Row], Any] | None,
     ) -> None:
         super().__init__(prior, prior.heads, trainer, terms, name)
         self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
-        self.held_out, self.patience, self.callback = held_out, patience, callback
+        self.held_out, self.max_seconds, self.callback = held_out, max_seconds, callback
+        wait = None if patience is None else patience * terms.eval_every
+        self.schedule = Schedule(
+            terms.learning_rate, terms.steps, max_seconds=max_seconds, wait=wait
+        )
+        self.evaluation_seconds = 0.0  # of the last evaluation
         # With held-out data, the best weights begin with those before the first step.
         self.initial = weights_of(prior.heads) if held_out is None else self.average
         self.best: dict[str, Tensor] | None = None
@@ -71,7 +79,7 @@ class HeadTraining(ResumableTraining):
     def start(self) -> None:
         """Measures the weights before the first step: the first candidate for the best ones."""
         if self.held_out is not None:
-            self._measure(self.held_out)
+            self.schedule.after_evaluation(0, self._measure(self.held_out))
 
     def step(self, x: Any) -> None:  # noqa: ANN401
         """Takes one step on the NCE loss; the first one must leave the VAE as it was.
@@ -88,25 +96,61 @@ class HeadTraining(ResumableTraining):
                     "Look for an encoder that writes to parameters or buffers, such as a counter."
                 )
 
+    @property
+    def last(self) -> int | None:
+        """Number of all steps, as far as it is decided."""
+        return self.schedule.last
+
+    def rate(self, taken: int) -> float:
+        """Returns the learning rate of the next step: warm-up, stable phase or decay."""
+        return self.schedule.rate(taken)
+
+    def ending(self, taken: int) -> str | None:
+        """Returns the reason why training ends after so many steps; ``None`` if it goes on."""
+        if self.max_seconds is None:
+            return self.schedule.after_step(taken)
+        late, over = on_rank_zero(self._time)
+        return self.schedule.after_step(taken, late=late, over=over)
+
+    def _time(self) -> tuple[bool, bool]:
+        """Whether the time is just enough for a decay, and whether it is over.
+
+        Time for a last evaluation is set aside.
+        """
+        limit, now = self.max_seconds or math.inf, self.elapsed()
+        seconds, steps = self.begun
+        taken = self.trainer.steps
+        decay = decay_steps(taken) * (now - seconds) / (taken - steps)
+        now += self.evaluation_seconds
+        return now + decay >= limit, now >= limit
+
     def evaluate(self) -> str:
         """Adds a row; keeps the averaged weights of every group that improves."""
         losses = None if self.held_out is None else self._measure(self.held_out)
         loss = (self.loss_sum / max(1, self.steps_since_row)).tolist()
         self.loss_sum, self.steps_since_row = torch.zeros_like(self.loss_sum), 0
         rate: float = self.trainer.optimizer.param_groups[0]["lr"]
-        row = Row(self.trainer.steps, loss, losses, rate, self.elapsed())
+        means = None if losses is None else mean_and_error(losses)[0]
+        stage = self.terms.facts["stage"]
+        row = Row(self.trainer.steps, loss, means, rate, self.elapsed(), stage)
         self.rows.append(row)
-        self._stop_early(row)
-        return row.summary()
+        if losses is not None:
+            reason = self.schedule.after_evaluation(row.step, losses)
+            self.stopped = self.stopped or reason
+        self._call_back(row)
+        return f"{self.schedule.phase}, {row.summary()}"
 
-    def _measure(self, held_out: HeldOut) -> list[float]:
+    def _measure(self, held_out: HeldOut) -> Tensor:
         """Returns the held-out losses of the averaged weights; keeps weights that improve."""
+        begun = self.elapsed()
         with self._averaged():
-            losses, errors = held_out(self.device)
-        self._require_finite(losses)
+            losses = held_out(self.device)
+        self.evaluation_seconds = self.elapsed() - begun
+        means, errors = mean_and_error(losses)
+        self._require_finite(means)
         if self.best is None:
             self.best = weights_of(self.prior.heads)
-        for k, new in enumerate(losses):
+        for k, new in enumerate(means):
             if new < self.best_loss[k]:
                 self.best_loss[k], self.best_step[k] = new, self.trainer.steps
                 self.best_error[k] = errors[k]
@@ -114,15 +158,12 @@ class HeadTraining(ResumableTraining):
                     self.best[name].copy_(self.average[name])
         return losses
 
-    def _stop_early(self, row: Row) -> None:
-        """Stops if the callback returns True, or without progress on held-out data."""
-        callback, last = self.callback, max(self.best_step)
-        limit = math.inf if self.patience is None else self.patience * self.terms.eval_every
+    def _call_back(self, row: Row) -> None:
+        """Stops the training if the callback returns True."""
+        callback = self.callback
         by_callback = callback is not None and on_rank_zero(lambda: callback(row) is True)
         if by_callback and self.stopped is None:
             self.stopped = f"{BY_CALLBACK} at step {self.trainer.steps}"
-        elif row.held_out is not None and row.step - last >= limit and self.stopped is None:
-            self.stopped = f"no progress on held-out data since step {last}"
 
     def _require_finite(self, held_out: list[float]) -> None:
         for k, loss in enumerate(held_out):
@@ -170,11 +211,13 @@ class HeadTraining(ResumableTraining):
             "best_error": self.best_error,
             "best_step": self.best_step,
             "loss_sum": self.loss_sum,
+            **self.schedule.state(),
         }
 
     def validators(self, saved: Mapping[str, Any], stream: Stream) -> Validators:
         """Returns a check of each entry of a checkpoint."""
-        k, last = len(self.prior.heads), self.terms.steps
+        k, last = len(self.prior.heads), self.most_steps(saved)
+        rows = None if self.held_out is None else (k, self.held_out.count())
         return {
             **super().validators(saved, stream),
             "rows": lambda value: are_rows(value, len(Row._fields)),
@@ -183,7 +226,14 @@ class HeadTraining(ResumableTraining):
             "best_error": lambda value: are_numbers(value, k),
             "best_step": lambda v: are_numbers(v, k, (int,)) and all(is_step(s, last) for s in v),
             "loss_sum": lambda value: is_like(value, self.loss_sum),
+            **self.schedule.validators(rows, last),
         }
+
+    def most_steps(self, saved: Mapping[str, Any]) -> int:
+        """Returns the largest number of steps that a checkpoint with so many rows has taken."""
+        rows = saved.get("rows")
+        most = (len(rows) + 1 if isinstance(rows, list) else 0) * self.terms.eval_every
+        return most if self.terms.steps is None else min(most, self.terms.steps)
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
         """Resumes from a checkpoint, with the best weights so far."""
@@ -194,6 +244,7 @@ class HeadTraining(ResumableTraining):
         self.best_error = saved["best_error"]
         self.rows = [Row(*row) for row in saved["rows"]]
         self.loss_sum.copy_(saved["loss_sum"])
+        self.schedule.restore(saved)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Returns the state of the optimizer, for each head from the rank that trains it."""

@@ -28,7 +28,7 @@ _HELD_OUT_DRAWS = 2048  # fewest draws of z per held-out loss
 
 
 class HeldOut:
-    """Held-out NCE loss of every group and its standard error, with the same z at every call.
+    """Held-out NCE losses of every group and row, with the same z at every call.
 
     Every row is encoded once; the fewer rows, the more z_k are drawn for each of them.
 
@@ -56,16 +56,19 @@ class HeldOut:
         self.rows = len(data) if has_rows else 0  # 0: not counted yet
 
     @torch.no_grad()
-    def __call__(self, device: torch.device) -> tuple[list[float], list[float]]:
-        """Returns the losses and their standard errors, in nats, one per group."""
-        rows = self.rows = self.rows or self._count()
-        draws = math.ceil(_HELD_OUT_DRAWS / rows)
+    def __call__(self, device: torch.device) -> Tensor:
+        """Returns the losses in nats, with shape ``(K, N)``, on the CPU and alike on all ranks."""
+        draws = math.ceil(_HELD_OUT_DRAWS / self.count())
         with self._seeded():
             losses = torch.cat([self._losses(b, device, draws) for b in self.batches], dim=1)
-        # The standard error is over rows: further draws for the same rows do not lower it.
-        mean = sum_over_ranks(losses.sum(1)) / rows
-        spread = sum_over_ranks(self._own_groups(losses - mean[:, None]).square().sum(1))
-        return mean.tolist(), (spread / (rows * max(1, rows - 1))).sqrt().tolist()
+        return sum_over_ranks(losses)
+
+    def count(self) -> int:
+        """Returns the number N of rows, after a pass over data without a length."""
+        if self.rows == 0:
+            with self._seeded():
+                self.rows = sum(num_rows(batch) for batch in self.batches)
+        return self.rows
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -75,28 +78,29 @@ class HeldOut:
         with seeded(own_seed(self.seed, rank())):
             yield
 
-    def _count(self) -> int:
-        """Returns the number of rows of one pass."""
-        with self._seeded():
-            return sum(num_rows(batch) for batch in self.batches)
-
     def _losses(self, batch: Any, device: torch.device, draws: int) -> Tensor:  # noqa: ANN401
-        """Losses of the rows of a batch that this rank measures, ``(K, n)``, on the CPU."""
+        """Losses of a batch, ``(K, n)``, on the CPU; those that other ranks measure are 0."""
+        losses = torch.zeros(len(self.prior.heads), num_rows(batch), dtype=torch.float64)
         share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
         x = to_device(take_rows(batch, share), device)
-        count = num_rows(x)
-        losses = torch.zeros(len(self.prior.heads), count, dtype=torch.float64)
-        if count > 0:
+        if num_rows(x) > 0:
             for k, (z, context) in enumerate(contrastive_pairs(self.prior.source, x, draws)):
                 if self.groups is None or k in self.groups:
                     log_r = self.prior.log_r(k, z, context)
                     loss_q, loss_p = nce_terms(log_r[0], log_r[1])
-                    losses[k] = (loss_q + loss_p).cpu().double().mean(0)
+                    losses[k, share] = (loss_q + loss_p).cpu().double().mean(0)
         return losses
 
-    def _own_groups(self, losses: Tensor) -> Tensor:
-        """Losses with those of groups that other ranks measure set to 0."""
-        if self.groups is not None:
-            others = [k for k in range(len(losses)) if k not in self.groups]
-            losses[others] = 0
-        return losses
+
+def mean_and_error(losses: Tensor) -> tuple[list[float], list[float]]:
+    """Returns the means over rows and their standard errors, one per group.
+
+    Further draws for the same rows do not lower the standard error, as it is over rows.
+
+    Arguments:
+        losses: Losses or differences of losses, with shape ``(K, N)``.
+    """
+    rows = losses.shape[1]
+    mean = losses.sum(1) / rows
+    spread = (losses - mean[:, None]).square().sum(1)
+    return mean.tolist(), (spread / (rows * max(1, rows - 1))).sqrt().tolist()

@@ -19,6 +19,7 @@ class Row(NamedTuple):
         held_out: NCE loss in nats per group of the averaged weights on held-out data, or ``None``.
         learning_rate: The learning rate of the last step.
         seconds: Time spent training so far, held-out losses included, in seconds.
+        stage: Number of the stage, from 1; the steps of each stage begin again.
 
     Example:
         >>> Row(100, [1.2], [1.3], 1e-3, 2.0).step
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     held_out: list[float] | None
     learning_rate: float
     seconds: float
+    stage: int = 1
 
     def summary(self) -> str:
         """Returns the losses, averaged over the groups, as a short text."""
@@ -48,7 +50,8 @@ class History(NamedTuple):
             its held-out loss.
         best_loss: Per group, its held-out NCE loss in nats; ``None`` without held-out data.
         best_error: Per group, the standard error of ``best_loss``; ``None`` without held-out data.
-        stopped: Reason why training ended.
+        stopped: Reason why training ended. If a limit of steps or seconds was too low, it says that
+            the held-out loss was still falling.
         stages: The histories of further stages; the heads of the last stage may not be in use.
         kept: In the history of a further stage, per group, whether its head is multiplied in.
 

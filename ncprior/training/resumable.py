@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -74,6 +75,7 @@ class ResumableTraining(ABC):
         self.steps_since_row = 0
         self.stopped: str | None = None
         self.seconds, self.since = 0.0, time.perf_counter()
+        self.begun = 0.0, 0  # seconds and steps before the loop of this process
 
     @abstractmethod
     def step(self, x: Any) -> None:  # noqa: ANN401
@@ -100,15 +102,18 @@ class ResumableTraining(ABC):
             progress: Whether to show a progress bar.
         """
         bar = tqdm(
-            total=self.terms.steps,
+            total=self.last,
             initial=self.stepper.steps,
             desc=self.name,
+            unit=" steps",
             disable=not progress or rank() > 0,
         )
+        self.begun = self.elapsed(), self.stepper.steps
         with self.training(), bar:
             while self.stopped is None:
                 self._advance(batches)
                 taken = self.stepper.steps
+                bar.total = self.last
                 bar.update(taken - bar.n)
                 evaluates = taken % self.terms.eval_every == 0 or self.stopped is not None
                 if self.steps_since_row and evaluates:
@@ -117,6 +122,23 @@ class ResumableTraining(ABC):
                 if checkpoint is not None and due:
                     self.save(checkpoint, batches)
             self.collect()
+
+    @property
+    def last(self) -> int | None:
+        """Number of all steps, as far as it is decided."""
+        return self.terms.steps
+
+    def rate(self, taken: int) -> float:
+        """Returns the learning rate of the next step, on a cosine to 0."""
+        return cosine_rate(self.terms.learning_rate, taken, int(self.terms.steps or 1))
+
+    def ending(self, taken: int) -> str | None:
+        """Returns the reason why training ends after so many steps; ``None`` if it goes on."""
+        return f"all {taken} steps taken" if taken >= (self.last or math.inf) else None
+
+    def most_steps(self, saved: Mapping[str, Any]) -> int:
+        """Returns the largest number of steps that a checkpoint can have taken."""
+        return int(self.terms.steps or 0)
 
     def elapsed(self) -> float:
         """Returns the seconds of this training, including those before an interruption."""
@@ -180,11 +202,12 @@ class ResumableTraining(ABC):
             stream: The data.
         """
         weights, optimizer = dict(self.module.state_dict()), self.stepper.optimizer
-        last: int = saved["steps"] if is_step(saved.get("steps"), self.terms.steps) else 0
+        most = self.most_steps(saved)
+        last: int = saved["steps"] if is_step(saved.get("steps"), most) else 0
         # One that has stopped may have diverged, and is not continued.
         trains = saved.get("stopped") is None
         return {
-            "steps": lambda value: is_step(value, self.terms.steps),
+            "steps": lambda value: is_step(value, most),
             "steps_since_row": lambda value: is_step(value, last),
             "stopped": lambda value: value is None or isinstance(value, str),
             "seconds": is_duration,
@@ -226,11 +249,12 @@ class ResumableTraining(ABC):
         """Sets the learning rate, takes one step and moves the average; stops at the end."""
         terms, taken = self.terms, self.stepper.steps
         for group in self.stepper.optimizer.param_groups:
-            group["lr"] = cosine_rate(terms.learning_rate, taken, terms.steps)
+            group["lr"] = self.rate(taken)
         try:
             x = next(batches)
         except StopIteration:
-            self.stopped = f"data used up after {taken} of {terms.steps} steps"
+            of = "" if terms.steps is None else f" of {terms.steps}"
+            self.stopped = f"data used up after {taken}{of} steps"
             return
         self.step(x)
         if self.stopped is not None:
@@ -239,8 +263,7 @@ class ResumableTraining(ABC):
         tensors = tensors_of(self.module).values()
         decay = terms.settings.ema_decay
         update_average(self.average.values(), tensors, decay, self.stepper.steps)
-        if self.stepper.steps >= terms.steps:
-            self.stopped = f"all {terms.steps} steps taken"
+        self.stopped = self.ending(self.stepper.steps)
 
 
 def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:

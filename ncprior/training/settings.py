@@ -113,7 +113,7 @@ class TrainingTerms(Generic[Settings]):
     """The terms of one training: a checkpoint is resumed only under equal terms.
 
     Arguments:
-        steps: Number of optimizer steps.
+        steps: Number of optimizer steps, or ``None`` until held-out losses stop improving.
         batch_size: Rows per batch.
         learning_rate: The first learning rate.
         eval_every: Steps between rows of the history.
@@ -125,7 +125,7 @@ class TrainingTerms(Generic[Settings]):
         ValueError: If a number is out of range. The message names the range.
     """
 
-    steps: int
+    steps: int | None
     batch_size: int
     learning_rate: float
     eval_every: int
@@ -134,7 +134,8 @@ class TrainingTerms(Generic[Settings]):
 
     def __post_init__(self) -> None:
         """Validates the numbers."""
-        require_counts(steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
+        require_counts("[1, inf) or None", steps=self.steps)
+        require_counts(batch_size=self.batch_size, eval_every=self.eval_every)
         require_numbers("[0, inf)", learning_rate=self.learning_rate)
 
     def stored(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -36,6 +37,8 @@ _FEWEST_DRAWS = 5000  # fewest cached draws
 
 _WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 
+_TOO_LITTLE = 0.05  # of the time, to begin another stage
+
 _MOST_STAGES = 5  # with stages="auto"
 
 FilePath = str | os.PathLike[str]
@@ -60,7 +63,8 @@ class StageRuns:
         held_out: The held-out data, or ``None``.
         terms: The terms of the training.
         split_seed: Seed of the random split into training and held-out rows.
-        patience: Evaluations without progress before training stops, or ``None``.
+        patience: Evaluations without improvement before the decay, or ``None``.
+        max_seconds: Seconds for all stages, or ``None``.
         callback: Called with each new row; stops training by returning True.
         checkpoint_every: Steps between checkpoints.
         progress: Whether to show a progress bar.
@@ -71,14 +75,18 @@ class StageRuns:
     terms: TrainingTerms[FitSettings]
     split_seed: int
     patience: int | None
+    max_seconds: float | None
     callback: Callable[[Row], Any] | None
     checkpoint_every: int
     progress: bool
 
-    def first(self, prior: NCPrior, checkpoint: FilePath | None) -> History:
-        """Trains the heads of a prior against its own base."""
+    def first(
+        self, prior: NCPrior, stages: int | Literal["auto"], checkpoint: FilePath | None
+    ) -> History:
+        """Trains the heads of a prior against its own base, in the first stage's share of time."""
         cache = self.terms.settings.num_cached_proposals
-        return self._train(prior, prior.source, checkpoint, cache)
+        seconds = self._share(0.0, 1 if stages == "auto" else stages)
+        return self._train(prior, prior.source, checkpoint, cache, seconds)
 
     def further(
         self,
@@ -89,14 +97,17 @@ class StageRuns:
     ) -> Iterator[History]:
         """Trains further stages, and multiplies in the heads that have learnt something."""
         most = _MOST_STAGES if stages == "auto" else stages
+        spent = _seconds(history)
         for stage in range(2, most + 1):
-            if history.stopped.startswith(BY_CALLBACK):
+            if history.stopped.startswith(BY_CALLBACK) or self._is_over(spent):
                 return
+            seconds = self._share(spent, 1 if stages == "auto" else most - stage + 1)
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
             so_far = module_fingerprint(prior.heads)
-            history = self._train(new, reweighted(prior), path, cache, stage, so_far)
+            history = self._train(new, reweighted(prior), path, cache, seconds, stage, so_far)
+            spent += _seconds(history)
             learnt = history.has_learnt(_WORTH if stages == "auto" else 0.0)
             kept = [on and has for on, has in zip(prior.active, learnt, strict=True)]
             history = history._replace(kept=tuple(kept))
@@ -105,6 +116,14 @@ class StageRuns:
             yield history
             if not any(kept):
                 return
+
+    def _share(self, spent: float, stages: int) -> float | None:
+        """Seconds for the next of some stages, all of which have the same share of what is left."""
+        return None if self.max_seconds is None else (self.max_seconds - spent) / stages
+
+    def _is_over(self, spent: float) -> bool:
+        """Whether too little time is left to begin another stage."""
+        return self.max_seconds is not None and spent > (1 - _TOO_LITTLE) * self.max_seconds
 
     def can_cache(self, source: LatentSource[Any, Any]) -> bool:
         """Whether all rows have the same prior, so that its draws can be cached."""
@@ -123,10 +142,12 @@ class StageRuns:
         source: LatentSource[Any, Any],
         checkpoint: FilePath | None,
         cache: int | None,
+        seconds: float | None,
         stage: int = 1,
         so_far: str | None = None,
     ) -> History:
         """Trains the heads of a prior against the base of a source, or cached draws of it."""
+        begun = time.perf_counter()
         outside = random_state()
         align_generators()
         inputs = self._inputs(source, cache, stage)
@@ -142,8 +163,10 @@ class StageRuns:
             split_seed=self.split_seed,
             held_out=self._held_out(inputs, prior, trainer),
             patience=self.patience,
+            max_seconds=seconds,
             callback=self.callback,
         )
+        run.since = begun
         if saved is not None:
             try:
                 run.restore(saved, stream)
@@ -192,7 +215,7 @@ class StageRuns:
             source, held_out_source = with_cached_proposals(source, cache, self.split_seed + stage)
         epochs = epochs_to_cache(
             *(source, self.data, self.terms.settings.cache_epochs),
-            rows_drawn=self.terms.steps * self.terms.batch_size,
+            rows_drawn=self.terms.batch_size * (self.terms.steps or math.inf),
             stage=stage,
         )
         if epochs is None:
@@ -218,6 +241,11 @@ class StageRuns:
         batches = length_of(one_pass(self.data, batch_size))
         wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
         return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
+
+
+def _seconds(history: History) -> float:
+    """The time that a training took, in seconds, up to its last row."""
+    return history.rows[-1].seconds if history.rows else 0.0
 
 
 def _adamw(prior: NCPrior, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

@@ -179,6 +179,26 @@ def numbers(name: str, value: Any, *, rows: int = 1) -> Tensor:  # noqa: ANN401
     return x
 
 
+def mask_of(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:  # noqa: ANN401
+    """Returns a mask, a tensor of booleans, from a tensor, an array or a list.
+
+    Arguments:
+        name: The argument.
+        value: The mask.
+        shape: The required shape.
+
+    Raises:
+        TypeError: If it holds no booleans.
+        ValueError: If it has another shape.
+    """
+    x = _as_tensor(name, value)
+    if x.dtype != torch.bool or x.is_meta:
+        raise TypeError(f"{name} must be a mask of True and False; got {described(x)}.")
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {described(x)}.")
+    return x
+
+
 def floats(name: str, value: Any) -> Tensor:  # noqa: ANN401
     """Returns real numbers as a tensor of floats, without a look at the values.
 

@@ -116,8 +116,8 @@ def fit_vaebm(
         steps: Number of optimizer steps.
         batch_size: Rows per batch, where batches are made here, and number of chains.
         learning_rate: The first learning rate.
-        sampler: Sampler of the NCP prior for the start of the chains; ``None`` starts from the
-            base.
+        sampler: Sampler of the NCP prior for the start of the chains; ``None`` takes the prior's
+            own, and without one the base.
         condition: Returns the chains' condition for a batch, if the source needs one.
         checkpoint: A file to save to and to resume from.
         callback: Called with each new :class:`EnergyRow`; stops training by returning True.
@@ -148,6 +148,7 @@ def fit_vaebm(
         energy gap ... nats, weights of step 3; all 3 steps taken
     """
     require_trainable(model)
+    sampler = model.start_sampler(sampler)
     require_counts(steps=steps, batch_size=batch_size, eval_every=eval_every)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_instance("settings", settings, EnergySettings, "Pass EnergySettings(buffer_size=…).")
@@ -311,7 +312,7 @@ class EnergyTraining(ResumableTraining):
             **super().validators(saved, stream),
             "rows": lambda value: are_rows(value, len(EnergyRow._fields)),
             "good": lambda value: is_like(value, self.good) and is_finite(value),
-            "good_step": lambda value: is_step(value, self.terms.steps),
+            "good_step": lambda value: is_step(value, self.most_steps(saved)),
             "diverged": lambda value: isinstance(value, bool),
             "sums": lambda value: is_like(value, self.sums),
             "penalty": lambda value: is_like(value, self.trainer.penalty.state_dict()),

@@ -32,6 +32,7 @@ from torch.distributions import Independent, Normal
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import langevin
+from ncprior.samplers.setting import require_sampler
 from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.random_state import random_state, set_random_state
@@ -195,7 +196,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         Arguments:
             batch_size: B, the number of chains.
             sampler: Sampler of the NCP prior for the start of the chains, such as ``partial(sir,
-                num_proposals=100)``; ``None`` starts from the base.
+                num_proposals=100)``; ``None`` takes the prior's own, and without one the base.
             num_steps: Number of steps; ``None`` takes the model's.
             step_size: λ; ``None`` takes the model's.
             adjusted: Whether to correct each step by Metropolis-Hastings (MALA).
@@ -249,23 +250,23 @@ class VAEBM(PretrainedEnergy, nn.Module):
             [(5, 2), (5, 3)]
         """
         require_counts(batch_size=batch_size)
-        self.check_sampler(sampler)
-        return self._walk(condition).draw(batch_size, sampler).noise
+        return self._walk(condition).draw(batch_size, self.start_sampler(sampler)).noise
 
-    def check_sampler(self, sampler: Sampler | None) -> None:
-        """Validates a sampler of the start of chains.
+    def start_sampler(self, sampler: Sampler | None) -> Sampler | None:
+        """Returns the sampler of the start of chains: the given one, or else the NCP prior's own.
 
         Raises:
             TypeError: If it is not a function. Pass ``partial(sir, num_proposals=100)``.
             ValueError: If it is given without ratio heads. Pass ``sampler=None``.
         """
         if sampler is None:
-            return
-        require_callable("sampler", sampler, "Pass partial(sir, num_proposals=100), or None.")
+            return None if self.prior is None else self.prior.sampler
+        require_sampler(sampler)
         if self.prior is None:
             raise ValueError(
                 "A sampler needs ratio heads, which this VAEBM does not have. Pass sampler=None."
             )
+        return sampler
 
     @torch.no_grad()
     def run_chains(

@@ -73,6 +73,7 @@ class PretrainedEnergy(Pretrained):
 
     def _card_text(self, config: Mapping[str, Any], **names: Any) -> str:  # noqa: ANN401
         size = sum(p.numel() for p in self.parameters())
+        names["has_sampler"] = self.prior is not None and self.prior.sampler is not None
         return energy_text(config, size, self.decoder_noise, **names)
 
     @classmethod

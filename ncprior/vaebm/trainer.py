@@ -78,8 +78,8 @@ class VAEBMTrainer:
         model: The model whose energy is trained; chains have its number of steps and its λ.
         optimizer: An optimizer of the energy's parameters.
         backward: Back-propagates a loss.
-        sampler: Sampler of the NCP prior for the start of the chains; ``None`` starts from the
-            base.
+        sampler: Sampler of the NCP prior for the start of the chains; ``None`` takes the prior's
+            own, and without one the base.
         contrast: Output of a chain that is contrasted with data: ``"x"``, with the noise of the
             decoder, or ``"mean"``, as in the published code on all data sets but CIFAR-10.
         buffer: Replay buffer of chains; ``None`` starts new chains at every step.
@@ -129,7 +129,7 @@ class VAEBMTrainer:
             require_instance("buffer", buffer, ReplayBuffer, "Pass a ReplayBuffer, or None.")
         if condition is not None:
             require_callable("condition", condition, "Pass a function of a batch, or None.")
-        model.check_sampler(sampler)
+        sampler = model.start_sampler(sampler)
         if model.data_noise and contrast == "mean":
             raise ValueError(
                 f"Means have no noise, and data of this model have σ = {model.data_noise:g}. Pass "

@@ -137,7 +137,7 @@ COUNTS: list[tuple[Any, list[str]]] = [
     (lambda **o: latents_of(flat(), torch.randn(4, 3), **o), ["k", "batch_size"]),
     (
         partial(fit_mixture, Z),
-        ["num_components", "max_steps", "starts", "batch_size"],
+        ["num_components", "max_steps", "starts"],
     ),
     (partial(flowed, Z), ["steps", "batch_size", "patience"]),
     (

@@ -158,7 +158,9 @@ def test_one_gaussian_is_fitted_by_its_moments(covariance: str) -> None:
     if covariance == "diagonal":
         exact = exact.diagonal().diag()
     assert torch.allclose(p.mean, z.mean(0), atol=1e-5)
-    assert torch.allclose(fitted, exact, rtol=1e-4, atol=1e-4)
+    # Shrunk by no more than the least prior of 0.3 rows per latent, if by anything.
+    assert torch.allclose(fitted.diagonal(), exact.diagonal(), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(fitted, exact, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -172,12 +174,14 @@ def test_the_fit_is_as_likely_as_the_truth(covariance: str) -> None:
     assert fitted.log_prob(fresh).mean() > truth.log_prob(fresh).mean() - 0.02
 
 
-def test_batches_do_not_change_the_fit() -> None:
+def test_blocks_of_rows_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     z = full(k=2, d=2).sample((1000,))
     fits = []
-    for batch_size in (1000, 64):
+    for block, kept in ((2**20, 2**24), (256, 0)):
+        monkeypatch.setattr("ncprior.bases.em._BLOCK", block)
+        monkeypatch.setattr("ncprior.bases.em._KEPT", kept)
         torch.manual_seed(1)
-        fits.append(fit_mixture(z, 2, batch_size=batch_size, starts=1))
+        fits.append(fit_mixture(z, 2, starts=1))
     assert torch.allclose(fits[0].log_prob(z), fits[1].log_prob(z), atol=1e-3)
 
 

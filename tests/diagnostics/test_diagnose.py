@@ -22,6 +22,7 @@ from helpers.problems import (
 )
 from scipy import stats
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -566,6 +567,33 @@ def test_table_shows_the_numbers() -> None:
     group = group._replace(nce_loss=86.95, nce_loss_error=1.831, mean_r=4e103, mean_r_k=14.9)
     line = str(Report((group,), 10, 20, (50, 500))).splitlines()[2]
     assert "86.95±1.8 " in line and "(4e103) 15 " in line
+
+
+def test_N2_the_report_shows_the_active_latents() -> None:
+    counts = [(128, 9), (20, 20), (20, 20), (20, 0)]
+    groups = tuple(
+        GroupReport(k, Verdict.OFF, num_latents=n, num_active=a) for k, (n, a) in enumerate(counts)
+    )
+    report = Report(groups, 10, 20, (50, 500))
+    text = " ".join(str(report).split())
+    assert "group 0: 9 of 128 latents are active; groups 1-2: all 20 latents are active; " in text
+    assert "group 3: none of 20 latents is active, which means that the latents are not" in text
+    assert [g["num_active"] for g in report.to_dict()["groups"]] == [9, 20, 20, 0]
+    assert "JSD is a lower bound" in text
+
+
+def test_N2_active_latents_are_counted_on_held_out_data() -> None:
+    """Of two latents one is never used."""
+
+    def posterior(x: Tensor) -> Distribution:
+        return Independent(Normal(x * torch.tensor([2.0, 0.0]), torch.tensor([0.5, 1.0])), 1)
+
+    base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    prior = NCPrior.for_source(
+        SingleGroup(base, posterior, lambda z: z[:, :1]), torch.randn(64, 1)
+    )
+    report = diagnose(prior, torch.randn(64, 1), num_draws=64, fresh_steps=0)
+    assert (report.groups[0].num_active, report.groups[0].num_latents) == (1, 2)
 
 
 def test_groups_of_one_verdict_share_a_line() -> None:

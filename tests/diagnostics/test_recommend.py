@@ -55,13 +55,13 @@ def test_sir_where_no_population_can_walk(kind: dict[str, bool]) -> None:
 def test_sir_within_the_components_of_a_mixture_base() -> None:
     mixture = {"proposals_needed": 40, "kl": 1.0, "num_components": 10}
     choice = recommend_sampler(report_of(mixture), budget=50)
-    assert str(choice).startswith("within_components.within(sir(num_proposals=50)), about 50 eval")
+    assert str(choice).startswith("within_components(sir(num_proposals=50)), about 50 eval")
     assert choice.evaluations == 50
     few = recommend_sampler(report_of(mixture), budget=30)
-    words = "within_components.within(tempered_smc(num_moves=14, num_particles=1)), about 30 eval"
+    words = "within_components(tempered_smc(num_moves=14, num_particles=1)), about 30 eval"
     assert str(few).startswith(words)
     blind = recommend_sampler(report_of({**mixture, "has_gradient": False}), budget=30)
-    assert str(blind).startswith("within_components.within(sir(num_proposals=30)), about 30 eval")
+    assert str(blind).startswith("within_components(sir(num_proposals=30)), about 30 eval")
     plenty = recommend_sampler(report_of(mixture), budget=1200)  # sir is right at any base's rest
     assert plenty.sampler.func is sir  # type: ignore[attr-defined]
 

@@ -51,6 +51,26 @@ def test_gap_closed_in_words() -> None:
     assert str(result) == "prior hole closed: 93 % (88–97)"
 
 
+def test_gap_closed_shows_near_copies_beside_the_gap() -> None:
+    reference, train = torch.randn(2, 200, 2)
+    arms = {
+        "base": 2 + torch.randn(5, 100, 2),
+        "ours": train.unflatten(0, (2, 100))[[0, 1] * 3][:5],
+    }
+    noise = 0.1 * torch.randn(5, 100, 2)
+    arms["ours"] = arms["ours"] + 1e-4 * noise  # a prior that stores its training data
+    arms["posterior"] = torch.randn(5, 100, 2)
+    result = gap_closed(reference, **arms, num_resamples=5, train=train)
+    assert {name: found.copies for name, found in result.copies.items()} == {
+        "base": False,
+        "ours": True,
+        "posterior": False,
+    }
+    assert str(result).endswith("); " + str(result.copies["ours"]))
+    assert result.copies["ours"].share == 1
+    assert gap_closed(reference, **arms, num_resamples=5).copies == {}
+
+
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 def test_the_interval_of_few_generations_is_fiellers(level: float) -> None:
     # With a reference this large, only the five generations vary.

@@ -31,7 +31,7 @@ from torch import nn
 
 from ncprior.adapters import hvae, lars_snis, logistics, nvae, rae, vdvae
 from ncprior.adapters.diffusers import DiffusersSource
-from ncprior.adapters.pythae import PythaeSource
+from ncprior.adapters.pythae import NCPSampler, PythaeSource
 from ncprior.adapters.scvi import SCVISource
 from ncprior.source import sample_posterior
 
@@ -340,11 +340,14 @@ def _(w: World) -> Built:
     return rae.settle, {"model": rae.VAE("mnist", width=0.05), "images": torch.rand(20, 1, 32, 32)}
 
 
-for _adapter in (PythaeSource, DiffusersSource, SCVISource):
+for _name, _adapter in {
+    "pythae.PythaeSource": PythaeSource,
+    "pythae.NCPSampler": NCPSampler,
+    "diffusers.DiffusersSource": DiffusersSource,
+    "scvi.SCVISource": SCVISource,
+}.items():
 
-    @call(
-        f"{_adapter.__module__}.{_adapter.__name__}", options={"valid": False}, model=WRONG_MODEL
-    )
+    @call(f"ncprior.adapters.{_name}", options={"valid": False}, model=WRONG_MODEL)
     def _(w: World, adapter: Any = _adapter) -> Built:
         return adapter, {}
 

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from fuzz.calls import call
 from fuzz.kinds import (
@@ -130,6 +131,11 @@ for _kind, _make in BASES.items():
             return make(w).expand, {"batch_shape": (3,)}
 
 
+@call("ncprior.bases.GaussianMixture.independent_latents")
+def _(w: World) -> Built:
+    return _mixture(w).independent_latents, {}
+
+
 for _name in ("log_joint", "whiten", "unwhiten"):
 
     @call(f"ncprior.bases.GaussianMixture.{_name}")
@@ -240,7 +246,20 @@ def _(w: World) -> Built:
 COVARIANCE = choice("full", "diagonal")
 
 
-@call("ncprior.bases.fit_gaussian", z=FITTED, covariance=COVARIANCE)
+MASK = Kind(
+    "a mask or None",
+    lambda v: True if v is None else None,
+    (
+        Value("one latent", lambda w, v: torch.tensor([True, False]), True),
+        Value("no latent", lambda w, v: [False, False], True),
+        Value("numbers", lambda w, v: torch.ones(2), False),
+        Value("of another shape", lambda w, v: torch.ones(3, dtype=torch.bool), False),
+        Value("text", lambda w, v: "all", False),
+    ),
+)
+
+
+@call("ncprior.bases.fit_gaussian", z=FITTED, covariance=COVARIANCE, active=MASK)
 def _(w: World) -> Built:
     return bases.fit_gaussian, {"z": w.z}
 
@@ -254,7 +273,7 @@ def _(w: World) -> Built:
     tolerance=number(0),
     regularisation=number(0),
     starts=FEW,
-    batch_size=count(),
+    active=MASK,
     options={"limit": 6.0},
 )
 def _(w: World) -> Built:
@@ -294,6 +313,22 @@ BOUNDS = Kind(
 def _(w: World) -> Built:
     arguments = {"source": w.source, "data": w.x, "num_components": 3, "steps": 2}
     return bases.fit_vamp, {**arguments, "batch_size": 8, "progress": False}
+
+
+@call(
+    "ncprior.bases.active_latents",
+    source=SOURCE,
+    data=DATA,
+    threshold=number(0),
+    batch_size=count(),
+)
+def _(w: World) -> Built:
+    return bases.active_latents, {"source": w.source, "data": w.x}
+
+
+@call("ncprior.bases.kl_per_latent", source=SOURCE, data=DATA, batch_size=count())
+def _(w: World) -> Built:
+    return bases.kl_per_latent, {"source": w.source, "data": w.x}
 
 
 @call(
@@ -521,6 +556,47 @@ def _(w: World) -> Built:
     return evaluation.precision_recall, {"real": w.z, "generated": w.z + 1}
 
 
+TABLE_ROWS = Kind(  # objects and truth values may be categories
+    "rows of a table",
+    lambda v: None if isinstance(v, np.ndarray) else FEATURES.verdict(v),
+    tuple(
+        value._replace(valid=None) if value.name == "as bool" else value
+        for value in tensor(array=True, whole=True, rank=None).pool
+    ),
+    tensors=True,
+    gated=False,
+)
+
+
+@call(
+    "ncprior.evaluation.near_copies",
+    train=TABLE_ROWS,
+    held_out=TABLE_ROWS,
+    drawn=TABLE_ROWS,
+    quantile=unsure(LEVEL),
+    level=LEVEL,
+    chunk_size=count(),
+)
+def _(w: World) -> Built:
+    rows = {"train": w.z, "held_out": w.z + 1, "drawn": w.z + 2}
+    return evaluation.near_copies, {**rows, "quantile": 0.5}
+
+
+@call(
+    "ncprior.evaluation.two_sample_test",
+    options={"slow": True, "limit": 20.0},  # the first call imports scikit-learn
+    real=TABLE_ROWS,
+    drawn=TABLE_ROWS,
+    classifier=choice("network", "trees"),
+    folds=unsure(count(2)),
+    level=LEVEL,
+    seed=SEED,
+)
+def _(w: World) -> Built:
+    rows = {"real": torch.randn(20, 2), "drawn": torch.randn(20, 2)}
+    return evaluation.two_sample_test, {**rows, "classifier": "trees", "folds": 2}
+
+
 GENERATIONS = Kind(
     "generations",
     lambda v: None if isinstance(v, list | tuple | torch.Tensor) and len(v) else False,
@@ -552,12 +628,14 @@ def _gap(w: World) -> dict[str, Any]:
     base=GENERATIONS,
     ours=GENERATIONS,
     posterior=GENERATIONS,
+    train=tensor(array=True, none=True),
     num_resamples=count(2),
     level=LEVEL,
     seed=SEED,
 )
 def _(w: World) -> Built:
-    return evaluation.gap_closed, {**_gap(w), "num_resamples": 5}
+    arguments = {**_gap(w), "num_resamples": 5}
+    return evaluation.gap_closed, {**arguments, "train": arguments["reference"] + 1}
 
 
 GAP = instance(evaluation.GapClosed)

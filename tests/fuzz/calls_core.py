@@ -22,6 +22,7 @@ from fuzz.kinds import (
     NO_CONDITION,
     OPTIONAL_MODULE,
     OPTIONAL_NETWORK,
+    OPTIONAL_SAMPLER,
     OPTIONAL_SHAPE,
     OPTIONAL_TO_DISTRIBUTION,
     PATH,
@@ -311,7 +312,13 @@ def _(w: World) -> Built:
     return w.prior.group_losses, {"x": w.x}
 
 
-@call("ncprior.NCPrior.sample", batch_size=count(), sampler=SAMPLER, condition=NO_CONDITION)
+@call(
+    "ncprior.NCPrior.sample",
+    batch_size=count(),
+    sampler=SAMPLER,
+    condition=NO_CONDITION,
+    draw_x=FLAG,
+)
 def _(w: World) -> Built:
     return w.prior.sample, {"batch_size": 3, "sampler": w.sampler}
 
@@ -387,6 +394,20 @@ def _(w: World) -> Built:
 )
 def _(w: World) -> Built:
     return partial(_set, w.prior, w, "active"), {"value": [True]}
+
+
+def _set_sampler(prior: NCPrior, value: Any) -> None:
+    try:
+        prior.sampler = value
+        if value is not None:
+            prior.sample(3)
+    finally:
+        prior.sampler = None
+
+
+@call("ncprior.NCPrior.sampler", value=OPTIONAL_SAMPLER)
+def _(w: World) -> Built:
+    return partial(_set_sampler, w.prior), {"value": w.sampler}
 
 
 @call("ncprior.NCPrior.precision", value=PRECISION.without(*MODULES))
@@ -585,6 +606,23 @@ def _(w: World) -> Built:
 CONTEXT = INNER
 
 
+HIDDEN = Kind(
+    "a mask",
+    lambda v: None,
+    (
+        Value("all latents", lambda w, v: torch.ones(2, dtype=torch.bool), False),
+        Value("numbers", lambda w, v: torch.ones(2), False),
+        Value("of another shape", lambda w, v: torch.ones(3, dtype=torch.bool), False),
+        Value("None", lambda w, v: None, False),
+    ),
+)
+
+
+@call("ncprior.heads.MLPHead.leave_out", latents=HIDDEN)
+def _(w: World) -> Built:
+    return MLPHead((2,), width=4, depth=1).leave_out, {"latents": torch.tensor([True, False])}
+
+
 @call("ncprior.heads.MLPHead.forward", z=INNER, context=CONTEXT)
 def _(w: World) -> Built:
     return MLPHead((2,), context_shape=(3,), width=4, depth=1), {"z": w.z, "context": w.x}
@@ -688,10 +726,13 @@ def _(w: World) -> Built:
 @call(
     "ncprior.jobs.sample_parts",
     prior=PRIOR,
-    sampler=SAMPLER,
     folder=PATH,
     num_samples=count(huge=False),
+    sampler=SAMPLER,
     part_size=count(),
+    batch_size=count(none=True),
+    draw_x=FLAG,
+    progress=FLAG,
     seed=SEED,
     condition=NO_CONDITION,
     parts=Kind(
@@ -703,8 +744,8 @@ def _(w: World) -> Built:
     w.folder  # noqa: B018 (made before the call)
     return jobs.sample_parts, {
         "prior": w.prior,
-        "sampler": w.sampler,
         "folder": w.folder / "job",
+        "sampler": w.sampler,
         "num_samples": 5,
         "part_size": 3,
     }
@@ -712,7 +753,7 @@ def _(w: World) -> Built:
 
 @call("ncprior.jobs.read_parts", folder=PATH)
 def _(w: World) -> Built:
-    jobs.sample_parts(w.prior, w.sampler, w.folder / "job", num_samples=5, part_size=3)
+    jobs.sample_parts(w.prior, w.folder / "job", sampler=w.sampler, num_samples=5, part_size=3)
     return jobs.read_parts, {"folder": w.folder / "job"}
 
 

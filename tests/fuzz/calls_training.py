@@ -62,7 +62,8 @@ RATE = number(0, open_low=True)
     prior=PRIOR,
     data=DATA,
     held_out=OPTIONAL_DATA,
-    steps=FEW,
+    steps=count(none=True, huge=False),
+    max_seconds=number(0, open_low=True, none=True),
     batch_size=count(),
     learning_rate=number(0),
     patience=count(none=True),
@@ -74,7 +75,7 @@ RATE = number(0, open_low=True)
     checkpoint=OPTIONAL_PATH,
     callback=CALLBACK,
     progress=only_invalid(FLAG),
-    eval_every=count(),
+    eval_every=count(none=True),
     checkpoint_every=count(),
     settings=instance(training.FitSettings),
 )
@@ -85,6 +86,7 @@ def _(w: World) -> Built:
         "held_out": w.x[:8],
         "steps": 2,
         "batch_size": 8,
+        "patience": 3,
         "eval_every": 2,
         "checkpoint": w.folder / "run",
         "progress": False,
@@ -124,6 +126,29 @@ def _(w: World) -> Built:
 )
 def _(w: World) -> Built:
     return vaebm.EnergySettings, {}
+
+
+class Log:
+    """A writer and a run that take everything."""
+
+    def add_scalar(self, *_: Any) -> None: ...
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+    def log(self, *_: Any) -> None: ...
+
+
+@call("ncprior.training.log_to_json", path=PATH)
+def _(w: World) -> Built:
+    return training.log_to_json, {"path": w.folder / "log.jsonl"}
+
+
+@call("ncprior.training.log_to_tensorboard", writer=only_invalid(instance(Log)), section=TEXT)
+def _(w: World) -> Built:
+    return training.log_to_tensorboard, {"writer": Log()}
+
+
+@call("ncprior.training.log_to_wandb", run=only_invalid(instance(Log)), section=TEXT)
+def _(w: World) -> Built:
+    return training.log_to_wandb, {"run": Log()}
 
 
 def _history(w: World) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -12,7 +13,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,10 +24,11 @@ from fuzz.world import World
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ncprior import NCPrior, fit
+from ncprior import NCPrior, fit, langevin, sir
 from ncprior.bases import fit_flow, fit_flow_matching, fit_mixture, rebase
 from ncprior.heads import CategoricalHead, ConvHead, MLPHead, ProductHead
 from ncprior.jobs import read_parts, sample_parts
+from ncprior.samplers import at_temperature, describe, independence, sequence
 from ncprior.saving import inspect, load_tensors, save_tensors
 from ncprior.vaebm import VAEBM, EnergyNet, fit_vaebm
 
@@ -66,6 +68,24 @@ def _load_prior(w: World, path: Path) -> None:
     prior = NCPrior.from_pretrained(w.source, path)
     if isinstance(prior.heads[0], MLPHead | ProductHead):
         prior.sample(3, w.sampler)
+
+
+def _save_with_sampler(w: World) -> Path:
+    prior = NCPrior(w.source, _mlp())
+    prior.sampler = sequence(
+        at_temperature(partial(sir, num_proposals=5, chunk_size=None), 0.5),
+        partial(independence, num_steps=2),
+        partial(langevin, num_steps=1, step_size=0.1, adjusted=True),
+    )
+    prior.save_pretrained(w.folder / "saved")
+    return w.folder / "saved" / "ncprior.safetensors"
+
+
+def _load_with_sampler(w: World, path: Path) -> None:
+    inspect(path)
+    prior = NCPrior.from_pretrained(w.source, path)
+    steps = sum(int(number) for number in re.findall(r"num_\w+=(\d+)", describe(prior.sampler)))
+    prior.sample(3, None if steps < 50 else w.sampler)  # more steps take longer, as they should
 
 
 def _mlp() -> nn.Module:
@@ -116,7 +136,7 @@ def _load_energy_run(w: World, path: Path) -> None:
 
 def _save_job(file: str) -> Any:
     def save(w: World) -> Path:
-        sample_parts(w.prior, w.sampler, w.folder / "job", num_samples=5, part_size=3)
+        sample_parts(w.prior, w.folder / "job", sampler=w.sampler, num_samples=5, part_size=3)
         return w.folder / "job" / file
 
     return save
@@ -138,6 +158,7 @@ KINDS = {
     "a prior of codes": FileKind(
         _save_prior(lambda: CategoricalHead((), 4, width=4, depth=1)), _load_prior
     ),
+    "a prior with a sampler": FileKind(_save_with_sampler, _load_with_sampler),
     "a prior on a mixture": FileKind(
         _save_prior(_mlp, lambda w: fit_mixture(w.z, 2, starts=1)), _load_prior
     ),
@@ -192,6 +213,7 @@ HOSTILE: tuple[Any, ...] = (
         "a\0b",
     ),
     *([], [0], [-1], [[]], [1] * 1000, [10**6] * 4, {}, {"kind": "MLPHead"}, {"class": "x"}),
+    *({"kind": "sir", "config": {"num_proposals": 2}}, {"kind": "sequence", "config": {}}),
     *({"kind": "ProductHead", "config": {"heads": []}}, {"kind": "custom", "config": {}}),
     *({"tensor": "0"}, {"array": ["0", "<u4", [4]]}, {"array": ["0", "|O", [1]]}, {"tuple": 3}),
     *({"float": "nan"}, {"dict": [[[], 1]]}, "NaN", "1e999"),

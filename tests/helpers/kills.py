@@ -87,6 +87,12 @@ def fit_plainly(folder: Path, attempt: int) -> Any:
     return training(folder, attempt, ladder_prior(2), settings=FitSettings(cache_epochs=None))
 
 
+def fit_to_the_end(folder: Path, attempt: int) -> Any:
+    """Without a number of steps, through warm-up, stable phase and decay."""
+    options = {"steps": None, "eval_every": 3, "patience": 3, "learning_rate": 3e-2}
+    return training(folder, attempt, flat_prior(), **options)
+
+
 def fit_in_stages(folder: Path, attempt: int) -> Any:
     """Two heads, one after the other, each with a checkpoint."""
     return training(folder, attempt, flat_prior(), stages=2)
@@ -125,7 +131,7 @@ def sample(folder: Path, attempt: int) -> Any:
     order = list(range(12))
     random.Random(attempt).shuffle(order)
     prior = stir(ladder_prior(2))
-    sample_parts(prior, SAMPLER, folder, num_samples=36, part_size=3, parts=order)
+    sample_parts(prior, folder, sampler=SAMPLER, num_samples=36, part_size=3, parts=order)
     assert len(list(read_parts(folder))) == len(order)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -154,6 +160,7 @@ def show(folder: Path, attempt: int) -> Any:
 
 MODES: dict[str, Callable[[Path, int], Any]] = {
     "fit": fit_plainly,
+    "ending": fit_to_the_end,
     "stages": fit_in_stages,
     "proposals": fit_with_proposals,
     "disk": fit_from_disk,

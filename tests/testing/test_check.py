@@ -32,6 +32,24 @@ def test_N5_a_decoder_that_detaches_is_still_wrong() -> None:
         check_source(source, X)
 
 
+def test_draws_of_a_likelihood_look_like_x() -> None:
+    decoder = nn.Linear(2, 5).eval()
+
+    class Transposed(Independent):
+        def sample(self, sample_shape: Any = ()) -> Tensor:
+            return super().sample(sample_shape).mT
+
+    for kind, wrong in ((Independent, False), (Transposed, True)):
+        source = SingleGroup(
+            base(), near, decoder, likelihood=lambda z, kind=kind: kind(Normal(decoder(z), 1.0), 1)
+        )
+        if wrong:
+            with pytest.raises(AssertionError, match=r"shape of x, \(8, 5\); got \(5, 8\)"):
+                check_source(source, X)
+        else:
+            check_source(source, X)
+
+
 def test_D4_an_encoder_that_draws_is_not_said_to_use_batch_statistics() -> None:
     class Bottom(Ladder):
         """Draws a latent bottom-up, before the order of the prior."""

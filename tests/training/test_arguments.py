@@ -46,12 +46,25 @@ COUNTS = ("steps", "batch_size", "eval_every", "checkpoint_every", "stages")
 @pytest.mark.parametrize("name", COUNTS)
 def test_F4_F26_counts_are_whole_numbers(name: str, value: Any) -> None:
     """28.6 steps never ended."""
+    if value is None and name in ("steps", "eval_every"):
+        return  # the default
     refused(small(), data(), f"{name} must be ", **{name: value})
 
 
 @pytest.mark.parametrize("value", [0, NAN, 1.5, "3"])
 def test_F17_patience_is_a_whole_number_or_none(value: Any) -> None:
     refused(small(), data(), "patience must be a whole number", patience=value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, NAN, INF, "3", True])
+def test_the_time_is_a_positive_number_of_seconds(value: Any) -> None:
+    refused(small(), data(), r"max_seconds must be a number in \(0, inf\)", max_seconds=value)
+
+
+def test_a_training_without_an_end_is_refused() -> None:
+    batches = list(data().split(8))
+    refused(small(), batches, "held out of list. Pass held_out=, steps= or max_s", steps=None)
+    refused(small(), data(), "must have an end; got", steps=None, patience=None)
 
 
 def test_counts_of_numpy_are_taken_and_resumed(tmp_path: Path) -> None:

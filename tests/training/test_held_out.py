@@ -45,7 +45,7 @@ def test_W12_losses_are_the_same_every_time(kind: str, loader: bool) -> None:
     data = DataLoader(Noisy(kind), 4, shuffle=True) if loader else Noisy(kind)
     held_out = HeldOut(data, NCPrior(problem.source(), problem.head()), 4, seed=3)
     before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
-    assert held_out(CPU) == held_out(CPU)
+    assert torch.equal(held_out(CPU), held_out(CPU))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[2], random.getstate()) == before[1:]
 
@@ -68,7 +68,7 @@ def test_F29_every_row_is_encoded_once_and_drawn_often(rows: int) -> None:
 def test_F29_many_draws_of_few_rows_have_the_exact_loss() -> None:
     """Mean over 100 sets of 20 rows; with 103 draws of z each."""
     problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
-    losses = [HeldOut(problem.data(20), prior, 256, seed)(CPU)[0][1] for seed in range(100)]
+    losses = [HeldOut(problem.data(20), prior, 256, seed)(CPU)[1].mean() for seed in range(100)]
     exact = 2 * np.log(2) - 2 * problem.jsd
     assert abs(np.mean(losses) - exact) < 4 * np.std(losses) / 10
 
@@ -97,8 +97,9 @@ def test_W3_the_rows_of_any_mapping_are_dealt_out_over_ranks(
     for rank in range(2):
         monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         held_out = HeldOut(data, prior, 10, seed=0)
-        shares.append(held_out._losses(data[0], CPU, 1).shape)
-    assert shares == [(1, 5)] * 2
+        shares.append(held_out._losses(data[0], CPU, 1)[0] != 0)
+    assert torch.equal(shares[0], ~shares[1])
+    assert shares[0].sum() == 5
 
 
 class Endless(IterableDataset[Tensor]):

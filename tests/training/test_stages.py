@@ -335,7 +335,7 @@ def test_trained_heads_are_calibrated_on_held_out_data() -> None:
     problem = GaussianPair(kl=1.0, dim=8, width=0.1)
     data, held_out = problem.data(400), problem.data(5000)
     prior = NCPrior.for_source(problem.source(), data, width=64)
-    options = {"steps": 300, "learning_rate": 3e-3, "patience": None}
+    options = {"steps": 300, "eval_every": 100, "learning_rate": 3e-3, "patience": None}
     fit(prior, data, held_out=held_out, **options, **QUIET)
     assert calibrate_heads(prior, held_out)[0] != 1
     again = calibrate_heads(prior, held_out)

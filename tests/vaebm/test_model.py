@@ -229,6 +229,13 @@ def test_chains_start_where_the_sampler_of_the_heads_puts_them() -> None:
     expected = seeded(lambda: prior.sample(200, sampler))
     assert torch.allclose(start.latents[0], expected.latents[0], atol=1e-6)
     assert torch.allclose(start.mean, expected.x, atol=1e-5)
+    alone = seeded(lambda: model.sample(200, num_steps=0))
+    assert not torch.allclose(alone.latents[0], expected.latents[0])
+    prior.sampler = sampler  # its own, where none is passed
+    own = seeded(lambda: model.sample(200, num_steps=0))
+    assert torch.equal(own.latents[0], start.latents[0])
+    base = seeded(lambda: model.sample(200, sampler=partial(sir, num_proposals=1), num_steps=0))
+    assert not torch.equal(base.latents[0], start.latents[0])
 
 
 def test_going_on_is_one_long_chain() -> None:

@@ -207,7 +207,7 @@ def test_F16_what_cannot_work_is_found_before_training() -> None:
         {"progress": 1},
         {"callback": VAE()},  # a module without forward
     ):
-        with pytest.raises((TypeError, ValueError), match="must be|needs ratio heads"):
+        with pytest.raises((TypeError, ValueError), match="must be|must take|needs ratio heads"):
             fit_vaebm(of, data(), **{**QUIET, **options})
     assert everything(of) == before
 

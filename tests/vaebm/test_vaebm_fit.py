@@ -507,6 +507,7 @@ def test_a_training_that_diverged_is_taken_up_as_such(tmp_path: Path) -> None:
         {"sigma": 0.9},
         {"strength": 0.5},
         {"sampler": partial(sir, num_proposals=2)},
+        {"own sampler": partial(sir, num_proposals=2)},
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(
@@ -514,7 +515,7 @@ def test_a_checkpoint_of_another_training_is_refused(
 ) -> None:
     path = tmp_path / "checkpoint"
     over = None
-    if change.keys() & {"strength", "sampler"}:
+    if change.keys() & {"strength", "sampler", "own sampler"}:
         over = NCPrior(PROBLEM.source(), Slope(0.1, 0.0))
     fit_vaebm(model(over), data(), checkpoint=path, **SETTINGS, **QUIET)
     settings = {**SETTINGS, **{k: v for k, v in change.items() if k in ("steps", "sampler")}}
@@ -526,6 +527,8 @@ def test_a_checkpoint_of_another_training_is_refused(
         over = GaussianDecoder(PROBLEM.source(), change["sigma"])
     if "strength" in change:
         over.strength = change["strength"]
+    if "own sampler" in change:
+        over.sampler = change["own sampler"]
     of_chains = ("step_size", "langevin_target", "data_noise", "precision")
     chains = {k: v for k, v in change.items() if k in of_chains}
     of = model(over, **chains)

@@ -23,7 +23,11 @@ from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
 from ncprior.utils.precision import input_like
-from ncprior.utils.require import described, floats_of_batch, require_numbers
+from ncprior.utils.require import (
+    described,
+    floats_of_batch,
+    require_numbers,
+)
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "
@@ -94,10 +98,10 @@ class PythaeSource(SingleGroup):
     module: Any
 
     def __init__(self, model: nn.Module, *, noise: float | None = None) -> None:
-        self._lineage = _lineage(model)
+        self._lineage = lineage_of(model)
         self._is_gaussian = "VAE" in self._lineage
         require_eval(model)
-        self._check_noise(noise)
+        check_noise(self._lineage, noise)
         self.noise = noise
         self.module = model
         super().__init__(self._prior(), self._q, self._reconstruct, module=model)
@@ -181,20 +185,21 @@ class PythaeSource(SingleGroup):
         x: Tensor = self.module.decoder(z)["reconstruction"]
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def _check_noise(self, noise: float | None) -> None:
-        name = self._lineage[0]
-        require_numbers("(0, inf) or None", noise=noise)
-        if self._is_gaussian and noise is not None:
-            raise ValueError(f"{name} has a posterior of its own: leave out noise={noise}.")
-        if not self._is_gaussian and noise is None:
-            raise ValueError(
-                f"{name} encodes x as one code without noise. Say how wide q(z | x) = "
-                f"N(code, noise² I) is to be: PythaeSource(model, noise=...), a standard deviation "
-                f"above 0, say a tenth of that of the codes."
-            )
+
+def check_noise(lineage: list[str], noise: float | None) -> None:
+    """Validates that there is noise for deterministic codes, and none otherwise."""
+    require_numbers("(0, inf) or None", noise=noise)
+    if "VAE" in lineage and noise is not None:
+        raise ValueError(f"{lineage[0]} has a posterior of its own: leave out noise={noise}.")
+    if "VAE" not in lineage and noise is None:
+        raise ValueError(
+            f"{lineage[0]} encodes x as one code without noise. Say how wide q(z | x) = "
+            f"N(code, noise² I) is to be: pass noise=..., a standard deviation above 0, say a "
+            f"tenth of that of the codes."
+        )
 
 
-def _lineage(model: object) -> list[str]:
+def lineage_of(model: object) -> list[str]:
     """Names of the model's pythae classes, nearest first; raises for unsupported models."""
     if model is None:
         raise TypeError(

@@ -1,0 +1,92 @@
+"""Training of heads on the chosen base, regularised as the amount of data demands."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ncprior.data.stream import first_batch
+from ncprior.prior import NCPrior
+from ncprior.recipe.choices import Candidate, Choice
+from ncprior.recipe.parts import Parts
+from ncprior.recipe.record import Record
+from ncprior.source import LatentSource
+from ncprior.training.fit import fit
+from ncprior.training.gating import gate
+from ncprior.training.history import History
+from ncprior.training.settings import FitSettings
+
+_PLENTY = 20_000  # rows, from which a head of the default size does not overfit
+
+_PROBED = 512  # rows for the shapes and scales of a head
+
+_SHARE = 0.7  # of the time that is left
+
+
+class _Kind(NamedTuple):
+    """Size and regularisation of a head."""
+
+    width: int
+    dropout: float
+    weight_decay: float
+
+    def __str__(self) -> str:
+        return f"width {self.width}, dropout {self.dropout:g}, weight decay {self.weight_decay:g}"
+
+
+_LARGE = _Kind(256, 0.1, 1e-2)
+
+_SMALL = (_Kind(128, 0.2, 0.1), _Kind(32, 0.3, 0.3))  # tried besides where data is scarce
+
+
+def train_heads(
+    source: LatentSource[Any, Any], parts: Parts, record: Record, folder: Path | None
+) -> NCPrior:
+    """Returns a prior with trained heads; with little data, the best of several sizes of heads.
+
+    Heads are trained until their held-out losses stop improving. The size is chosen by the held-out
+    loss, summed over groups. In the folder, if there is one, the trainings are saved.
+    """
+    few = parts.num_train is not None and parts.num_train < _PLENTY
+    kinds = (_LARGE, *_SMALL) if few else (_LARGE,)
+    started, found = time.monotonic(), []
+    for number, kind in enumerate(kinds):
+        before = time.monotonic()
+        prior = NCPrior.for_source(
+            source, first_batch(parts.train, _PROBED), width=kind.width, dropout=kind.dropout
+        )
+        history = fit(
+            prior,
+            parts.train,
+            held_out=parts.choose,
+            max_seconds=record.left(_SHARE / (len(kinds) - number)),
+            checkpoint=None if folder is None else folder / f"heads-{number}",
+            progress=record.progress,
+            settings=FitSettings(weight_decay=kind.weight_decay),
+        )
+        found.append((prior, history, _candidate(kind, history, time.monotonic() - before)))
+    prior, history, best = min(found, key=lambda one: one[2].score)
+    off = gate(prior, history) if source.num_groups > 1 else ()
+    reason = f"the lowest NCE loss of held-out data; {history.stopped}"
+    if off:
+        reason += f"; groups {list(off)} have learnt nothing and keep the base"
+    record.histories.append(history)
+    record.add(
+        Choice(
+            *("heads", best.name, reason),
+            candidates=tuple(candidate for _, _, candidate in found),
+            criterion="held-out NCE loss",
+            unit="nats",
+            higher_is_better=False,
+            seconds=time.monotonic() - started,
+        )
+    )
+    return prior
+
+
+def _candidate(kind: _Kind, history: History, seconds: float) -> Candidate:
+    losses, errors = history.best_loss or [], history.best_error or []
+    loss, half = sum(losses), 1.96 * math.sqrt(sum(error**2 for error in errors))
+    return Candidate(str(kind), loss, loss - half, loss + half, seconds)

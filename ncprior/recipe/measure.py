@@ -1,0 +1,262 @@
+"""Measurements of a prior on held-out data, for its report: draws, two-sample AUC, diagnosis."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncprior._version import __version__
+from ncprior.bases.empirical import NoPrior
+from ncprior.bases.rebase import Rebased
+from ncprior.data.stream import one_pass
+from ncprior.diagnostics.diagnose import diagnose
+from ncprior.diagnostics.report import Report
+from ncprior.diagnostics.walks import evaluating
+from ncprior.evaluation.two_sample import two_sample_test
+from ncprior.prior import NCPrior
+from ncprior.recipe.choices import BASE, DATA, NEW, OLD, POSTERIOR, Score, decimals
+from ncprior.recipe.pictures import is_narrow
+from ncprior.recipe.report import Improvement
+from ncprior.samplers.base import Sampler
+from ncprior.samplers.compose import describe
+from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
+from ncprior.utils.batches import map_tensors, take_rows
+from ncprior.utils.random_state import seeded
+from ncprior.utils.require import (
+    require_callable,
+    require_counts,
+    require_finite,
+    require_instance,
+)
+
+_SHOWN = 64  # rows of x; of narrow tables all
+
+_MOST_NUMBERS = 4096  # of the latents of a row that are kept; each group is thinned evenly
+
+_BATCH = 256
+
+_FEWEST = 20  # rows for a test of two samples, 10 in each of two folds
+
+_MOST_FOLDS = 2
+
+_TOO_FEW = f"Fewer than {_FEWEST} held-out rows are too few for a verdict."
+
+Arm = tuple[LatentSource[Any, Any], Callable[[int, Group], Tensor]]
+
+
+@torch.no_grad()
+def report_on(
+    prior: NCPrior,
+    held_out: Any,  # noqa: ANN401
+    *,
+    sampler: Sampler | None = None,
+    diagnosis: Report | None = None,
+    budget: int = 500,
+    num_rows: int = 2000,
+    seed: int = 0,
+) -> Improvement:
+    """Report on a prior by measurements on held-out data, whichever way its heads were trained.
+
+    A classifier compares draws of the VAE's own prior, of a fitted base and of the new prior with
+    encodings of held-out data. For a VAE with a condition, all draws have the conditions of these
+    data. Prior, VAE and random generators do not change.
+
+    Arguments:
+        prior: The prior.
+        held_out: Data that no head was trained or stopped on: a tensor or map-style dataset of x,
+            a ``DataLoader``, or a list of batches.
+        sampler: The sampler; that of the prior by default.
+        diagnosis: Report of :func:`ncprior.diagnostics.diagnose` on the prior; made here if
+            ``None``, without training data.
+        budget: Evaluations of heads per sample: the number of proposals in the diagnosis.
+        num_rows: Most rows of held-out data whose encodings are compared, and as many draws of each
+            prior.
+        seed: Seed of all random numbers.
+
+    Returns:
+        The report, without choices and histories.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or there is no sampler. Pass one.
+        FloatingPointError: If log r is not finite; the message names the group.
+
+    Example:
+        >>> from functools import partial
+        >>> from ncprior import sir
+        >>> sampler = partial(sir, num_proposals=50)
+        >>> report = report_on(prior, held_out, sampler=sampler)  # doctest: +SKIP
+        >>> report.save_html("report.html")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    require_instance("prior", prior, NCPrior, "Pass a prior with trained heads.")
+    require_counts("[2, inf)", budget=budget, num_rows=num_rows)
+    require_counts("(-1e18, 1e18)", seed=seed)
+    sampler = prior.sampler if sampler is None else sampler
+    if sampler is None:
+        raise ValueError(
+            "The prior has no sampler. Pass sampler=, such as one of partial(sir, …)."
+        )
+    require_callable("sampler", sampler, "Pass one, such as partial(sir, num_proposals=500).")
+    if diagnosis is not None:
+        require_instance("diagnosis", diagnosis, Report, "Pass the result of diagnose.")
+    with seeded(seed), evaluating(prior):
+        if diagnosis is None:
+            proposals = (max(1, budget // 10), budget)
+            diagnosis = diagnose(prior, held_out, num_proposals=proposals)
+        latents, samples = _draw(prior.source, _arms(prior, sampler), held_out, num_rows)
+    encodings = latents[POSTERIOR]
+    enough = len(encodings) >= _FEWEST
+    drawn = {arm: z for arm, z in latents.items() if enough and arm != POSTERIOR}
+    scores = {arm: two_sample_auc(encodings, z, seed) for arm, z in drawn.items()}
+    return Improvement(
+        verdict=verdict(scores[OLD if OLD in scores else BASE], scores[NEW])
+        if scores
+        else _TOO_FEW,
+        scores=scores,
+        diagnosis=diagnosis,
+        sampler=describe(sampler),
+        budget=int(budget),
+        seed=int(seed),
+        seconds=time.monotonic() - started,
+        details=_details(prior, diagnosis.num_rows, encodings),
+        latents=latents,
+        samples=samples,
+    )
+
+
+def verdict(old: Score, new: Score) -> str:
+    """The result in words: AUC of the old and of the new prior against encodings."""
+    scores = (
+        f"A classifier that distinguishes draws from encodings of held-out data has an AUC of "
+        f"{decimals(old.value)} on the old prior and of {decimals(new.value)} on the new one; 0.50 "
+        f"is perfect."
+    )
+    noise = math.hypot(old.high - old.low, new.high - new.low) / 2
+    if old.low <= 0.5:
+        return f"The old prior fits already. {scores}"
+    if old.value - new.value <= noise:
+        return f"The new prior is no better than the old one. {scores}"
+    if new.low <= 0.5:
+        return f"The new prior fits the encodings. {scores}"
+    return f"The new prior is closer to the encodings. {scores}"
+
+
+def two_sample_auc(real: Tensor, drawn: Tensor, seed: int) -> Score:
+    """AUC of the classifier two-sample test, with its interval."""
+    folds = min(_MOST_FOLDS, len(real) // (_FEWEST // 2))
+    result = two_sample_test(real, drawn, folds=folds, seed=seed)
+    return Score(float(result.auc), float(result.low), float(result.high))
+
+
+def _arms(prior: NCPrior, sampler: Sampler) -> dict[str, Arm]:
+    """The source and the choice of z_k of each arm."""
+    own = prior.source
+    while isinstance(own, Rebased):
+        own = own.source
+    arms: dict[str, Arm] = {}
+    if not isinstance(own.shared_prior(), NoPrior):
+        arms[OLD] = (own, lambda k, group: group.prior.sample())
+    if own is not prior.source:
+        arms[BASE] = (prior.source, lambda k, group: group.prior.sample())
+    arms[NEW] = (prior.source, lambda k, group: prior.draw(k, group, sampler).z)
+    arms[POSTERIOR] = (own, lambda k, group: posterior_of(group).sample())
+    return arms
+
+
+def _draw(
+    source: LatentSource[Any, Any],
+    arms: dict[str, Arm],
+    data: Any,  # noqa: ANN401
+    most: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Latents of every arm for random rows of data, and x of some of them, in random order.
+
+    Every walk starts from an encoding, which holds the condition: the prior of a group depends on
+    nothing else of it.
+    """
+    latents: dict[str, list[Tensor]] = {arm: [] for arm in arms}
+    samples: dict[str, list[Tensor]] = {arm: [] for arm in (DATA, *arms)}
+    chosen = _chosen(data, most)
+    seen, shown = 0, 0
+    for batch in _rows_of(data, chosen, device_of(source)):
+        rows, x = num_rows(batch), _x_of(batch)
+        limit = len(chosen) if is_narrow(x) else min(_SHOWN, len(chosen))
+        seen += rows
+        before, shown = shown, seen * limit // len(chosen)
+        encoding, some = source.encode(batch), slice(shown - before)
+        samples[DATA].append(x[some].cpu())
+        for arm, (own, choose) in arms.items():
+            drawn, state = visit(own, own.start(rows, encoding), choose)
+            latents[arm].append(torch.cat([_thinned(z, len(drawn)) for z in drawn], 1).cpu())
+            if shown > before:
+                samples[arm].append(own.decode(take_rows(state, some)).cpu())
+    order = torch.randperm(shown, device="cpu")
+    clouds = {arm: torch.cat(parts) for arm, parts in latents.items()}
+    require_finite("z drawn from q(z | x)", clouds[POSTERIOR])
+    return (
+        clouds,
+        {arm: torch.cat(parts)[order] for arm, parts in samples.items()},
+    )
+
+
+def _chosen(data: Any, count: int) -> Tensor:  # noqa: ANN401
+    """Ascending numbers of random rows of data."""
+    total = sum(num_rows(batch) for batch in one_pass(data, _BATCH))
+    require_counts("[2, inf)", **{"the number of rows of held_out": total})
+    return torch.randperm(total)[:count].sort().values
+
+
+def _rows_of(data: Any, chosen: Tensor, device: torch.device) -> Iterator[Any]:  # noqa: ANN401
+    """Batches with the chosen rows of data."""
+    first = 0
+    for batch in one_pass(data, _BATCH, device):
+        last = first + num_rows(batch)
+        rows = chosen[(chosen >= first) & (chosen < last)] - first
+        first = last
+        if len(rows):
+            yield _take(batch, rows)
+
+
+def _take(batch: Any, rows: Tensor) -> Any:  # noqa: ANN401
+    return map_tensors(lambda t: t[rows.to(t.device)] if t.ndim > 0 else t, batch)
+
+
+def _x_of(batch: Any) -> Tensor:  # noqa: ANN401
+    """The first tensor of a batch, which holds x."""
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(add, batch)
+    return found[0]
+
+
+def _thinned(z: Tensor, num_groups: int) -> Tensor:
+    """Latents of one group as rows of numbers; of many, evenly spaced ones."""
+    flat = z.reshape(len(z), -1).float()
+    most = max(1, _MOST_NUMBERS // num_groups)
+    return flat[:, :: -(-flat.shape[1] // most)]
+
+
+def _details(prior: NCPrior, rows: int, encodings: Tensor) -> dict[str, str]:
+    source = prior.source
+    while isinstance(source, Rebased):
+        source = source.source
+    return {
+        "VAE": type(source).__name__,
+        "Groups": str(source.num_groups),
+        "Latents compared": f"{encodings.shape[1]:,}",
+        "Draws compared": f"{len(encodings):,}",
+        "Held-out rows": f"{rows:,}",
+        "Strength": f"{prior.strength:.3g}",
+        "Versions": f"ncprior {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }

@@ -1,0 +1,104 @@
+"""Parts of data: for training, for choices, and for the report, which no choice has seen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ncprior.data.rows import RowData, Rows, as_data, is_map_style
+from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
+from ncprior.source import Group, LatentSource, device_of, num_rows
+from ncprior.utils.batches import own_batch, take_rows
+
+_MOST_HELD_OUT = 10_000  # rows
+_FEWEST_HELD_OUT = 1000  # rows, but at most a quarter of the data
+_FEWEST = 8  # rows of each part
+_BATCH = 256
+_PROBED = 8  # rows
+
+
+class Parts(NamedTuple):
+    """Disjoint parts of data.
+
+    Attributes:
+        train: Data that bases and heads are fitted to.
+        choose: Held-out data for early stopping and for all choices.
+        judge: Held-out data for the report.
+        num_train: Number of training rows, or ``None`` if it is unknown.
+    """
+
+    train: Any
+    choose: Any
+    judge: Any
+    num_train: int | None
+
+
+def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
+    """Splits data at random into training data and two parts of held-out data.
+
+    A tenth of the rows is held out, but at least 1,000 or a quarter of a small data set, and at
+    most 10,000; half of them are for choices, half for the report.
+
+    Arguments:
+        data: Data as for :func:`ncprior.fit`.
+        held_out: Held-out data, which is then split in two; ``None`` splits the data.
+        seed: Seed of the shuffles.
+
+    Raises:
+        ValueError: If nothing can be held out, or there are too few rows. Pass ``held_out``.
+    """
+    data = as_data(data)
+    if held_out is None:
+        rows = Rows(data) if isinstance(data, Tensor) else data
+        count = _length(rows)
+        parts = None if count is None else split(rows, _held_out_fraction(count), seed)
+        if parts is None:
+            raise ValueError(
+                "improve() chooses by held-out data, and cannot hold out rows of "
+                f"{type(data).__name__}. Pass held_out=."
+            )
+        data, held_out = parts
+    held_out = as_data(held_out)
+    require_rows_and_end(held_out, _BATCH)
+    choose, judge = _halves(held_out, seed + 1)
+    for part in (choose, judge):
+        rows = sum(num_rows(batch) for batch in one_pass(part, _BATCH))
+        if rows < _FEWEST:
+            raise ValueError(
+                f"Choices and report need {_FEWEST} or more held-out rows each; got {rows}. Pass more data."
+            )
+    return Parts(data, choose, judge, _length(data))
+
+
+def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
+    """Returns whether the prior of a source with one group differs from row to row."""
+    return first_group(source, parts).context is not None or source.shared_prior() is None
+
+
+def first_group(source: LatentSource[Any, Any], parts: Parts) -> Group:
+    """Returns the first group of a source, for a few rows of data."""
+    batch = own_batch(first_batch(parts.choose, _PROBED), device_of(source))
+    encoding = source.encode(batch)
+    return source.group(source.start(num_rows(encoding), encoding))
+
+
+def _held_out_fraction(count: int) -> float:
+    rows = min(_MOST_HELD_OUT, max(count // 10, min(_FEWEST_HELD_OUT, count // 4)))
+    return min(0.5, max(rows, 1) / max(count, 2))
+
+
+def _halves(held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
+    """Two halves of held-out data; of data without an index, every other row of each batch."""
+    rows = Rows(held_out) if isinstance(held_out, Tensor) else held_out
+    halves = split(rows, 0.5, seed) if (_length(rows) or 0) > 1 else None
+    if halves is not None and not isinstance(held_out, list | tuple):
+        return halves
+    batches = [batch for batch in one_pass(held_out, _BATCH) if num_rows(batch) > 1]
+    first = [take_rows(batch, slice(0, None, 2)) for batch in batches]
+    return first, [take_rows(batch, slice(1, None, 2)) for batch in batches]
+
+
+def _length(data: Any) -> int | None:  # noqa: ANN401
+    """Number of rows of data with an index, else ``None``."""
+    return len(data) if isinstance(data, Tensor | RowData) or is_map_style(data) else None

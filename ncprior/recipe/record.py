@@ -1,0 +1,44 @@
+"""Record of the choices of a recipe: printed as they are made, and kept for the report."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from huggingface_hub.utils import tqdm
+
+from ncprior.recipe.choices import Choice
+from ncprior.training.history import History
+from ncprior.utils.distributed import rank
+
+
+class Record:
+    """Choices and histories of a recipe, and the time that is left.
+
+    Arguments:
+        progress: Whether to print each choice, in one line, on standard error.
+        max_seconds: Time for the whole recipe, in seconds, or ``None`` for no limit.
+    """
+
+    def __init__(self, *, progress: bool, max_seconds: float | None) -> None:
+        self.progress = progress and rank() == 0
+        self.started = time.monotonic()
+        self.end = math.inf if max_seconds is None else self.started + max_seconds
+        self.choices: list[Choice] = []
+        self.histories: list[History] = []
+
+    def add(self, choice: Choice) -> None:
+        """Adds a choice and prints it."""
+        self.choices.append(choice)
+        if self.progress:
+            tqdm.write(str(choice))
+
+    def seconds(self) -> float:
+        """Returns the time since the start, in seconds."""
+        return time.monotonic() - self.started
+
+    def left(self, share: float = 1.0) -> float | None:
+        """Returns a share of the time that is left, in seconds; ``None`` if there is no limit."""
+        if math.isinf(self.end):
+            return None
+        return share * max(0.1, self.end - time.monotonic())

@@ -1,0 +1,154 @@
+"""`improve`: its choices on problems with known answers, and that nothing else changes."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
+from helpers.toys import flat
+from torch import Tensor
+
+from ncprior import NCPrior, fit, improve
+from ncprior.bases import GaussianMixture, Rebased
+from ncprior.diagnostics.calibration import Mean
+from ncprior.recipe import Choice, Score, heads, judge, measure
+from ncprior.recipe.judge import in_words, share_closed
+from ncprior.recipe.parts import parts_of
+from ncprior.recipe.record import Record
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size of heads, and classifiers that are trained for a few steps only."""
+    monkeypatch.setattr(heads, "_SMALL", ())
+    monkeypatch.setattr(heads, "_LARGE", heads._Kind(32, 0.0, 1e-2))
+    monkeypatch.setattr(heads, "fit", partial(fit, steps=300))
+    monkeypatch.setattr(judge, "_STEPS", 60)
+    monkeypatch.setattr(measure, "two_sample_auc", lambda *_: Score(0.5, 0.5, 0.5))
+    monkeypatch.setattr(judge, "_CACHED", 3000)
+
+
+def improved(problem: GaussianPair | Ring | Codes | CorrelatedPair, rows: int) -> NCPrior:
+    torch.manual_seed(0)
+    return improve(source_of(problem), problem.data(rows), budget=20, seed=0, progress=False)
+
+
+def source_of(problem: Any) -> Any:
+    """The pretend VAE of a problem, which may be one itself."""
+    return problem.source() if hasattr(problem, "source") else problem
+
+
+def chosen(prior: NCPrior) -> dict[str, str]:
+    return {choice.part: choice.chosen for choice in prior.report.choices}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_gaussian_is_found_by_held_out_likelihood() -> None:
+    """The target is a Gaussian: its likelihood is the entropy's, and heads have nothing to add."""
+    problem = GaussianPair(kl=2.0)
+    prior = improved(problem, 3000)
+    assert chosen(prior)["base"] == "Gaussian"
+    best = {it.name: it for it in prior.report.choices[0].candidates}
+    entropy = 1 + math.log(2 * math.pi)  # nats, of N(mu, I) in two dimensions
+    gaussian, own = best["Gaussian"], best["the VAE's own prior"]
+    assert gaussian.low < -entropy < gaussian.high
+    assert abs(gaussian.score - own.score - problem.kl) < 4 * math.sqrt(2 * problem.kl / 150)
+    z = prior.sample(4000).latents[0]
+    assert (z.mean(0) - problem.mean).abs().max() < 0.2  # of ±0.02, and of the fit's ±0.02
+    assert prior.report.verdict.startswith("Prior hole closed: ")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_seed_repeats_everything_and_generators_stay() -> None:
+    problem, x = Ring(), Ring().data(400)
+    state = torch.get_rng_state()
+    first, second = (
+        improve(problem.source(), x, budget=5, seed=3, progress=False).sampler for _ in range(2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert repr(first) == repr(second)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_ring_gets_a_mixture_and_draws_are_on_it() -> None:
+    prior = improved(Ring(), 3000)
+    assert isinstance(prior.source, Rebased)
+    assert isinstance(prior.source.prior, GaussianMixture)
+    radius = prior.sample(2000).latents[0].norm(dim=1)
+    assert abs(radius.mean() - 2.0) < 0.1  # 2.016 in truth; 1.25 for N(0, I)
+    assert radius.std() < 0.4  # 0.25 in truth; 0.66 for N(0, I)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("problem", [Codes(), CorrelatedPair()], ids=["codes", "two groups"])
+def test_codes_and_hierarchies_keep_their_base(problem: Codes | CorrelatedPair) -> None:
+    prior = improved(problem, 1000)
+    assert chosen(prior)["base"] == "the VAE's own prior"
+    assert not isinstance(prior.source, Rebased)
+    assert len(prior.sample(64).x) == 64
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"budget": 5, "seed": 1, "progress": False, "checkpoint": tmp_path / "run"}
+    x = Ring().data(400)
+    whole = improve(Ring().source(), x, **options | {"checkpoint": tmp_path / "other"})
+
+    def broken_off(_: object, choice: Choice) -> None:
+        if choice.part == "heads":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Record, "add", broken_off)
+        improve(Ring().source(), x, **options)
+    resumed = improve(Ring().source(), x, **options)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_parts_are_disjoint_and_cover_the_data() -> None:
+    for count, held_out in ((100, 25), (3000, 750), (20_000, 2000), (200_000, 10_000)):
+        parts = parts_of(torch.arange(count), None, seed=0)
+        rows = [_rows(part) for part in parts[:3]]
+        assert torch.equal(torch.cat(rows).sort().values, torch.arange(count))
+        assert len(rows[1]) + len(rows[2]) == held_out
+        assert abs(len(rows[1]) - len(rows[2])) <= 1
+
+
+def test_held_out_data_of_batches_is_halved() -> None:
+    batches = [torch.arange(10), torch.arange(10, 30)]
+    parts = parts_of(torch.arange(50), batches, seed=0)
+    halves = torch.cat([torch.cat(list(part)) for part in parts[1:3]])
+    assert torch.equal(halves.sort().values, torch.arange(30))
+    assert parts.num_train == 50
+
+
+def _rows(part: object) -> Tensor:
+    rows: Tensor = part[torch.arange(len(part))] if not isinstance(part, Tensor) else part  # type: ignore[index, arg-type]
+    return rows
+
+
+def test_data_without_rows_needs_held_out() -> None:
+    with pytest.raises(ValueError, match=r"cannot hold out rows of list. Pass held_out=."):
+        improve(flat(), [torch.randn(9, 3)], progress=False)
+    with pytest.raises(ValueError, match="need 8 or more held-out rows each; got 2"):
+        improve(flat(), torch.randn(16, 3), progress=False)
+
+
+def test_a_checkpoint_needs_a_seed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="A checkpoint needs a seed"):
+        improve(flat(), torch.randn(99, 3), checkpoint=tmp_path, progress=False)
+
+
+def test_the_share_that_is_closed_has_the_error_of_a_ratio() -> None:
+    share, low, high = share_closed(Mean(0.4, 0.0), Mean(0.1, 0.01))
+    assert (share, high - low) == (pytest.approx(0.75), pytest.approx(2 * 1.96 * 0.01 / 0.4))
+    share, low, high = share_closed(Mean(0.4, 0.04), Mean(0.4, 0.03))
+    assert (share, high - low) == (pytest.approx(0.0), pytest.approx(2 * 1.96 * 0.125))
+    assert in_words(Mean(0.4, 0.01), Mean(0.1, 0.01)).startswith(
+        "Prior hole closed: 75 % (70–80)."
+    )
+    assert in_words(Mean(0.001, 0.01), Mean(0.0, 0.0)).startswith("The VAE has no prior hole.")

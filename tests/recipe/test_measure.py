@@ -1,0 +1,198 @@
+"""Measurements for a report: the arms, their rows and conditions, and the verdict."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers.toys import VAE, base, everything, flat, ladder_prior, stir
+from torch import Tensor
+from torch.distributions import Independent, Normal
+from torch.utils.data import DataLoader, TensorDataset
+
+from ncprior import NCPrior, SingleGroup, sir
+from ncprior.bases import fit_gaussian, latents_of, rebase
+from ncprior.diagnostics import GroupReport, Report, Verdict, diagnose
+from ncprior.heads.networks import MLPHead
+from ncprior.recipe import Score, measure, report_on
+from ncprior.recipe.measure import verdict
+
+SAMPLER = partial(sir, num_proposals=20)
+MADE = Report((GroupReport(0, Verdict.OFF),), 100, 8192, (5, 50))  # spares a diagnosis
+
+
+@pytest.fixture(autouse=True)
+def by_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of a classifier: how often a drawn row is larger than a real one, column 0."""
+
+    def auc(real: Tensor, drawn: Tensor, seed: int) -> Score:
+        value = (drawn[:, 0] > real[:, None, 0]).double().mean().item()
+        value = max(value, 1 - value)
+        return Score(value, value - 0.08, value + 0.08)
+
+    monkeypatch.setattr(measure, "two_sample_auc", auc)
+
+
+class Identity(SingleGroup):
+    """A VAE whose latents are x and whose prior is N(0, I)."""
+
+    def __init__(self, dim: int = 2) -> None:
+        super().__init__(base(dim), self._q, self._same)
+
+    @staticmethod
+    def _q(x: Tensor) -> Independent:
+        return Independent(Normal(x, 1e-3, validate_args=False), 1)
+
+    @staticmethod
+    def _same(z: Tensor) -> Tensor:
+        return z
+
+
+def test_every_arm_has_its_own_draws() -> None:
+    x = torch.randn(500, 2) + 3
+    source = rebase(Identity(), fit_gaussian(x))
+    head = MLPHead((2,), width=4, depth=1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    report = report_on(NCPrior(source, head), x, sampler=SAMPLER, diagnosis=MADE)
+    means = {arm: z.mean(0).round().tolist() for arm, z in report.latents.items()}
+    shifted = [3.0, 3.0]
+    assert means == {
+        "old prior": [0.0, 0.0], "fitted base": shifted, "new prior": shifted, "posterior": shifted,
+    }  # fmt: skip
+    assert list(report.samples) == ["held-out data", *report.latents]
+    assert {len(z) for z in (*report.latents.values(), *report.samples.values())} == {500}
+    torch.testing.assert_close(
+        report.samples["posterior"], report.samples["held-out data"], atol=0.01, rtol=0
+    )
+    assert list(report.scores) == ["old prior", "fitted base", "new prior"]
+    assert report.scores["old prior"].value > 0.95
+    assert (
+        report.scores["new prior"].value < 0.5 + 4 * 0.019
+    )  # its standard error, of 500 and 500 draws
+    assert report.verdict.startswith("The new prior fits")
+
+
+def test_without_a_fitted_base_there_are_two_priors() -> None:
+    prior = NCPrior(Identity(), MLPHead((2,)))
+    report = report_on(prior, torch.randn(60, 2), sampler=SAMPLER, diagnosis=MADE)
+    assert list(report.scores) == ["old prior", "new prior"]
+
+
+def test_the_new_prior_is_that_of_the_sampler() -> None:
+    prior = stir(NCPrior(flat(), MLPHead((2,), width=4, depth=1))).eval()
+    x = torch.randn(40, 3)
+    first, second = (
+        report_on(prior, x, sampler=partial(sir, num_proposals=m), diagnosis=MADE)
+        for m in (1, 200)
+    )
+    assert not torch.equal(first.latents["new prior"], second.latents["new prior"])
+    assert (first.sampler, second.sampler) == ("sir(num_proposals=1)", "sir(num_proposals=200)")
+
+
+def test_rows_are_random_of_all_data_and_images_few() -> None:
+    """Data may be in the order of its classes."""
+    image = torch.arange(5000.0)[:, None, None, None].expand(-1, 1, 2, 2)
+    numbers = TensorDataset(image.contiguous())
+    vae = SingleGroup(
+        base(4),
+        lambda x: Independent(Normal(x.flatten(1), 1e-3), 1),
+        lambda z: z.reshape(-1, 1, 2, 2),
+    )
+    prior = NCPrior(vae, MLPHead((4,)))
+    data = DataLoader(numbers, batch_size=999)
+    report = report_on(prior, data, sampler=SAMPLER, diagnosis=MADE, num_rows=300)
+    z, shown = report.latents["posterior"][:, 0], report.samples["held-out data"][:, 0, 0, 0]
+    assert (len(z), len(shown)) == (300, 64)
+    assert len(z.round().unique()) == 300
+    for found in (z, shown):  # the mean of n of 0, …, 4999, within 4 standard errors
+        assert abs(found.mean() - 2499.5) < 4 * 1443.4 / len(found) ** 0.5
+    assert not torch.equal(shown, shown.sort().values)
+    assert torch.equal(report.samples["posterior"][:, 0, 0, 0].round(), shown)
+
+
+def test_draws_have_the_conditions_of_the_data() -> None:
+    vae = VAE(condition=1)
+    source = SingleGroup(
+        base(), vae.posterior, lambda z, c: c.expand(-1, 3), condition=lambda b: b[1]
+    )
+    prior = NCPrior(source, MLPHead((2,), context_shape=(1,)))
+    x, c = torch.randn(100, 3), torch.arange(100.0)[:, None]
+    report = report_on(prior, TensorDataset(x, c), sampler=SAMPLER, diagnosis=MADE)
+    for arm in ("old prior", "new prior", "posterior"):
+        assert (report.samples[arm][:, 0].sort().values == c[:, 0]).all()
+
+
+def test_groups_are_concatenated_and_thinned_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, x = ladder_prior(num_groups=3), torch.randn(40, 3)
+    report = report_on(prior, x, sampler=SAMPLER, diagnosis=MADE)
+    assert report.latents["new prior"].shape == (40, 6)
+    monkeypatch.setattr(measure, "_MOST_NUMBERS", 3)
+    report = report_on(prior, x, sampler=SAMPLER, diagnosis=MADE)
+    assert report.latents["new prior"].shape == (40, 3)
+    assert report.details["Groups"] == "3"
+
+
+def test_changes_nothing_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "diagnose", partial(diagnose, num_draws=64, fresh_steps=2))
+    prior = stir(NCPrior(flat(), MLPHead((2,), width=4, depth=1, dropout=0.5))).train()
+    x = torch.randn(40, 3)
+    before, state = torch.get_rng_state(), everything(prior)
+    vae = everything(prior.source.module)
+    first, second = (report_on(prior, x, sampler=SAMPLER, budget=10) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert everything(prior) == state and everything(prior.source.module) == vae
+    assert first.diagnosis is not None and first.diagnosis.num_proposals == (1, 10)
+    assert first._replace(seconds=0).to_dict() == second._replace(seconds=0).to_dict()
+    assert all(torch.equal(z, second.latents[arm]) for arm, z in first.latents.items())
+    other = report_on(prior, x, sampler=SAMPLER, diagnosis=MADE, seed=1)
+    assert not torch.equal(other.latents["old prior"], first.latents["old prior"])
+
+
+def test_few_rows_have_no_verdict_but_a_page() -> None:
+    prior = NCPrior(flat(), MLPHead((2,)))
+    report = report_on(prior, torch.randn(19, 3), sampler=SAMPLER, diagnosis=MADE)
+    assert not report.scores
+    assert "too few" in report.verdict
+    assert "too few" in report.to_html()
+
+
+def test_wrong_arguments_and_rows_are_named() -> None:
+    prior, x = NCPrior(flat(), MLPHead((2,))), torch.randn(40, 3)
+    with pytest.raises(ValueError, match="has no sampler. Pass sampler="):
+        report_on(prior, x)
+    with pytest.raises(TypeError, match="diagnosis must be of type Report"):
+        report_on(prior, x, sampler=SAMPLER, diagnosis={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_rows must be a whole number in"):
+        report_on(prior, x, sampler=SAMPLER, num_rows=1)
+    with pytest.raises(ValueError, match="must be finite; got NaN or infinity in 1 of 40 rows"):
+        bad = torch.cat([x[:39], x[:1] * torch.nan])
+        report_on(NCPrior(Identity(3), MLPHead((3,))), bad, sampler=SAMPLER, diagnosis=MADE)
+    with pytest.raises(TypeError, match="prior must be of type NCPrior"):
+        report_on(flat(), x, sampler=SAMPLER)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (0.81, 0.53, "The new prior is closer"),
+        (0.81, 0.51, "The new prior fits"),
+        (0.81, 0.80, "The new prior is no better"),
+        (0.60, 0.70, "The new prior is no better"),
+        (0.51, 0.50, "The old prior fits already"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(old: float, new: float, expected: str) -> None:
+    text = verdict(Score(old, old - 0.02, old + 0.02), Score(new, new - 0.02, new + 0.02))
+    assert text.startswith(expected)
+    assert f"{old:.2f}" in text and f"{new:.2f}" in text
+
+
+def test_latents_of_the_base_are_those_of_the_data() -> None:
+    """The arm of the base draws from the prior that was put on, not from the VAE's."""
+    source, x = flat(), torch.randn(300, 3)
+    closer = rebase(source, fit_gaussian(latents_of(source, x)))
+    report = report_on(NCPrior(closer, MLPHead((2,))), x, sampler=SAMPLER, diagnosis=MADE)
+    spread = {arm: z.std(0).mean() for arm, z in report.latents.items()}
+    assert abs(spread["fitted base"] - spread["posterior"]) < 0.2 * spread["posterior"]
+    assert report.details["VAE"] == "SingleGroup"
