@@ -78,7 +78,7 @@ class CachedEncodings(RowData):
     ) -> None:
         require_source(source)
         require_counts(batch_size=batch_size)
-        require_counts("(-inf, inf)", seed=seed)
+        require_counts("(-1e18, 1e18)", seed=seed)
         require_numbers("[0, inf]", budget=budget)
         if folder is not None:
             require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")

@@ -140,7 +140,7 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
         [95, 5]
     """
     require_numbers("(0, 1)", fraction=fraction)
-    require_counts("(-inf, inf)", seed=seed)
+    require_counts("(-1e18, 1e18)", seed=seed)
     data = as_data(data)
     if not isinstance(data, Tensor) and not is_map_style(data):
         return None

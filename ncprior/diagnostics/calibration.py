@@ -213,7 +213,9 @@ def pareto_k(log_weights: Tensor) -> float:
 
 def _pair(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64 on the CPU, after a check of their values and shapes."""
-    log_q, log_p = real_tensor("log_q", log_q), real_tensor("log_p", log_p)
+    log_q, log_p = (
+        real_tensor(name, value, ndim=2) for name, value in (("log_q", log_q), ("log_p", log_p))
+    )
     if log_q.shape != log_p.shape:
         raise ValueError(
             f"log_q and log_p must have the same shape; got {tuple(log_q.shape)} and "

@@ -71,7 +71,7 @@ def rejection(
 
     def attempt() -> tuple[Tensor, Tensor]:
         z, log_r = _proposals(prior, log_ratio, 1)
-        return z[0], torch.rand_like(log_r[0]).log() < log_r[0] - log_bound
+        return z[0], torch.rand_like(log_r[0]).log() < log_r[0] - float(log_bound)
 
     z, accepted = attempt()
     for _ in range(max_tries - 1):

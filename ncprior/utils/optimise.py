@@ -132,7 +132,7 @@ def minimise(
     """
     require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_numbers("(0, 1e18)", learning_rate=learning_rate)  # float32 takes no more
     require_numbers("[0, inf)", weight_decay=weight_decay)
     require_flags(progress=progress)
     with gradients_enabled():
@@ -262,7 +262,7 @@ def train(
     require_instance("module", module, nn.Module, "Pass the network to train.")
     require_callable("loss", loss, "Pass a function of row numbers that returns a scalar.")
     require_counts(num_rows=num_rows, steps=steps, batch_size=batch_size)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_numbers("(0, 1e18)", learning_rate=learning_rate)  # float32 takes no more
     require_numbers("(0, inf] or None", max_grad_norm=max_grad_norm)
     require_instance("name", name, str, "Pass a title.")
     require_flags(progress=progress)

@@ -396,3 +396,8 @@ def test_in_order_refuses_what_can_be_read_once() -> None:
         one_pass((x for x in X.split(3)), 4)
     with pytest.raises(TypeError, match="got 3"):
         one_pass(3, 4)
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"seed must be a whole number in \(-1e\+?18, 1e\+?18\)"):
+        split(torch.arange(10), 0.5, seed=-(2**70))

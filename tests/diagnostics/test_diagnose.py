@@ -661,3 +661,8 @@ def test_a_single_draw_is_enough_for_a_fresh_head() -> None:
     prior = NCPrior(NO_GAP.source(), MLPHead((2,), width=4, depth=1)).eval()
     report = diagnose_all(prior, torch.randn(40, 2), num_draws=1, fresh_steps=2)
     assert math.isfinite(report.groups[0].missing)
+
+
+def test_log_r_without_draws_is_refused() -> None:
+    with pytest.raises(ValueError, match="log_q must have 2 dimensions"):
+        recalibrate(torch.randn(9), torch.randn(9))

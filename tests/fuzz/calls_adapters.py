@@ -231,7 +231,7 @@ for _method, _given in {
     vae=WRONG_MODEL,
     images=IMAGES,
     epochs=FEW,
-    batch_size=count(),
+    batch_size=unsure(count()),  # at most the number of images
     learning_rate=RATE,
     progress=PROGRESS,
 )

@@ -129,3 +129,8 @@ def test_a_draw_has_one_z_per_row() -> None:
     for sampler in SAMPLERS:
         draw: Draw = sampler(GaussianPair(dim=3).prior.expand((4,)), lambda z: z.sum(-1))
         assert draw.z.shape == (4, 3)
+
+
+def test_a_bound_that_is_a_huge_whole_number_is_taken() -> None:
+    prior = torch.distributions.Normal(torch.zeros(4), 1.0)
+    assert rejection(prior, lambda z: z, log_bound=-(2**70)).z.shape == (4,)

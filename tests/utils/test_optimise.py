@@ -181,3 +181,9 @@ def test_F26_numbers_of_train_are_validated(name: str, value: Any) -> None:
         train(torch.nn.Linear(1, 1), lambda rows: rows.sum(), **options)
     with pytest.raises(TypeError, match="module must be of type Module"):
         train(lambda x: x, lambda rows: rows.sum(), 8, steps=1, batch_size=1)
+
+
+def test_a_learning_rate_beyond_float32_is_refused() -> None:
+    w = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match="learning_rate must be a number in"):
+        minimise(lambda: w.sum(), lambda: w.sum(), [w], steps=1, learning_rate=1e60)
