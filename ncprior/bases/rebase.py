@@ -57,6 +57,13 @@ def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
     return Rebased(source, base)
 
 
+def without_bases(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
+    """Returns the VAE with its own prior: the source below all bases of :func:`rebase`."""
+    while isinstance(source, Rebased):
+        source = source.source
+    return source
+
+
 class Rebased(WrappedSource):
     """A source with another base prior, made by :func:`rebase`.
 

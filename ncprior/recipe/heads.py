@@ -18,7 +18,7 @@ from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
 
-_PLENTY = 20_000  # rows, from which a head of the default size does not overfit
+_PLENTY = 20_000  # rows; with fewer, smaller heads are tried besides
 
 _PROBED = 512  # rows for the shapes and scales of a head
 

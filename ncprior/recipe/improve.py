@@ -66,7 +66,8 @@ def improve(
 
     Raises:
         TypeError: If an argument has the wrong type. The message names the remedy.
-        ValueError: If an argument is out of range, the checkpoint is of other arguments, or nothing can be held out. Pass ``held_out``.
+        ValueError: If an argument is out of range, the checkpoint is of other arguments, or nothing
+            can be held out. Pass ``held_out``.
         FloatingPointError: If a loss is not finite; the message names group and step.
 
     Example:
@@ -82,9 +83,9 @@ def improve(
     require_counts("(-1e18, 1e18) or None", seed=seed)
     require_numbers("(0, inf) or None", max_seconds=max_seconds)
     require_flags(progress=progress)
+    require_instance("checkpoint", checkpoint, (str, os.PathLike, type(None)), "Pass a folder.")
     if checkpoint is not None and seed is None:
         raise ValueError("A checkpoint needs a seed; got seed=None. Pass one, such as seed=0.")
-    require_instance("checkpoint", checkpoint, (str, os.PathLike, type(None)), "Pass a folder.")
     folder = None if checkpoint is None else Path(checkpoint)
     require_eval(source, source.module)
     record = Record(progress=progress, max_seconds=max_seconds)

@@ -78,11 +78,12 @@ def total(means: list[Mean]) -> Mean:
 def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
     """Part of a divergence that is gone, with its 95 % interval.
 
-    A classifier that finds nothing has no error of its own; the error of the gap before stands for
-    it.
+    A classifier that finds nothing returns a constant, whose loss hardly varies. The error of the
+    gap before then stands for its own.
     """
     share = 1 - after.value / before.value
-    error = after.error or before.error
+    finds_nothing = after.value <= 2 * after.error
+    error = max(after.error, before.error) if finds_nothing else after.error
     relative = math.hypot(error, (1 - share) * before.error) / before.value
     return share, share - 1.96 * relative, share + 1.96 * relative
 

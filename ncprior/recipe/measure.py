@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ncprior._version import __version__
 from ncprior.bases.empirical import NoPrior
-from ncprior.bases.rebase import Rebased
+from ncprior.bases.rebase import without_bases
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
@@ -157,9 +157,7 @@ def two_sample_auc(real: Tensor, drawn: Tensor, seed: int) -> Score:
 
 def _arms(prior: NCPrior, sampler: Sampler) -> dict[str, Arm]:
     """The source and the choice of z_k of each arm."""
-    own = prior.source
-    while isinstance(own, Rebased):
-        own = own.source
+    own = without_bases(prior.source)
     arms: dict[str, Arm] = {}
     if not isinstance(own.shared_prior(), NoPrior):
         arms[OLD] = (own, lambda k, group: group.prior.sample())
@@ -248,9 +246,7 @@ def _thinned(z: Tensor, num_groups: int) -> Tensor:
 
 
 def _details(prior: NCPrior, rows: int, encodings: Tensor) -> dict[str, str]:
-    source = prior.source
-    while isinstance(source, Rebased):
-        source = source.source
+    source = without_bases(prior.source)
     return {
         "VAE": type(source).__name__,
         "Groups": str(source.num_groups),

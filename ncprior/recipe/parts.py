@@ -66,7 +66,8 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
         rows = sum(num_rows(batch) for batch in one_pass(part, _BATCH))
         if rows < _FEWEST:
             raise ValueError(
-                f"Choices and report need {_FEWEST} or more held-out rows each; got {rows}. Pass more data."
+                f"Choices and report need {_FEWEST} or more held-out rows each; got {rows}. Pass "
+                f"more data."
             )
     return Parts(data, choose, judge, _length(data))
 

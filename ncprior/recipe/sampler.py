@@ -10,7 +10,7 @@ import warnings
 from functools import partial
 
 from ncprior.bases.empirical import NoPrior
-from ncprior.bases.rebase import Rebased
+from ncprior.bases.rebase import without_bases
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
@@ -71,7 +71,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> tuple[Mean,
         report.
     """
     started, base = time.monotonic(), partial(sir, num_proposals=1)
-    old = _own_prior(prior, parts)
+    old = _own_prior(prior)
     before = None if old is None else remaining_gap(old, base, parts, record)
     alone = before
     if old is None or prior.source is not old.source:
@@ -98,11 +98,9 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> tuple[Mean,
     return total((before or alone).judge), total(after.judge)
 
 
-def _own_prior(prior: NCPrior, parts: Parts) -> NCPrior | None:
+def _own_prior(prior: NCPrior) -> NCPrior | None:
     """The VAE's own prior, with heads that are off; ``None`` if the VAE has none."""
-    source = prior.source
-    while isinstance(source, Rebased):
-        source = source.source
+    source = without_bases(prior.source)
     if isinstance(source.shared_prior(), NoPrior):
         return None
     old = NCPrior(source, copy.deepcopy(prior.heads)).eval()

@@ -18,6 +18,7 @@ from ncprior.recipe import Choice, Score, heads, judge, measure
 from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
+from ncprior.utils.random_state import seeded
 
 
 @pytest.fixture
@@ -66,10 +67,16 @@ def test_a_seed_repeats_everything_and_generators_stay() -> None:
     problem, x = Ring(), Ring().data(400)
     state = torch.get_rng_state()
     first, second = (
-        improve(problem.source(), x, budget=5, seed=3, progress=False).sampler for _ in range(2)
+        improve(problem.source(), x, budget=5, seed=3, progress=False) for _ in range(2)
     )
     assert torch.equal(torch.get_rng_state(), state)
-    assert repr(first) == repr(second)
+    assert chosen(first) == chosen(second)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with seeded(0):
+        z = first.sample(64).latents[0]
+    with seeded(0):
+        assert torch.equal(second.sample(64).latents[0], z)
 
 
 @pytest.mark.usefixtures("quick")
@@ -148,6 +155,8 @@ def test_the_share_that_is_closed_has_the_error_of_a_ratio() -> None:
     assert (share, high - low) == (pytest.approx(0.75), pytest.approx(2 * 1.96 * 0.01 / 0.4))
     share, low, high = share_closed(Mean(0.4, 0.04), Mean(0.4, 0.03))
     assert (share, high - low) == (pytest.approx(0.0), pytest.approx(2 * 1.96 * 0.125))
+    share, low, high = share_closed(Mean(0.4, 0.02), Mean(0.0, 1e-5))  # finds nothing
+    assert (share, high - low) == (pytest.approx(1.0), pytest.approx(2 * 1.96 * 0.05))
     assert in_words(Mean(0.4, 0.01), Mean(0.1, 0.01)).startswith(
         "Prior hole closed: 75 % (70–80)."
     )
