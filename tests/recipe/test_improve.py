@@ -111,7 +111,9 @@ def test_a_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Record, "add", broken_off)
         improve(Ring().source(), x, **options)
+    trained = (tmp_path / "run" / "heads-0").stat().st_mtime_ns
     resumed = improve(Ring().source(), x, **options)
+    assert (tmp_path / "run" / "heads-0").stat().st_mtime_ns == trained  # not trained again
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 
