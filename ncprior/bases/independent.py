@@ -11,6 +11,8 @@ _LEVEL = 0.01  # probability that one latent of all is taken for a dependent one
 
 _FEWEST_ROWS = 100  # fewer do not show that a latent is independent
 
+_MOST_WORK = 2**38  # rows times pairs of latents: some 20 seconds on two cores
+
 
 def looks_independent(white: Tensor) -> Tensor:
     """A mask of latents whose draws do not differ from those of an independent Gaussian.
@@ -23,10 +25,11 @@ def looks_independent(white: Tensor) -> Tensor:
         white: Flat latents of mean 0 and standard deviation 1, with shape ``(N, D)``.
 
     Returns:
-        The mask, with shape ``(D,)``; all false for fewer than 100 rows.
+        The mask, with shape ``(D,)``; all false for fewer than 100 rows, and for several thousand
+        latents, whose pairs are too many.
     """
     n, d = white.shape
-    if n < _FEWEST_ROWS:
+    if n < _FEWEST_ROWS or n * d**2 > _MOST_WORK:
         return torch.zeros(d, dtype=torch.bool, device=white.device)
     h_2 = (white.square() - 1) / math.sqrt(2)
     h_3 = (white**3 - 3 * white) / math.sqrt(6)

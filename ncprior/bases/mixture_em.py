@@ -28,6 +28,8 @@ _STANDARD = 15.0  # of a χ² with 2 degrees of freedom: above, a latent is not 
 
 _LEAST = 1e-6  # variance
 
+MOST_NUMBERS = 2**26  # of all covariances: 0.5 GB in float64, of which a few are needed
+
 _WORSE, _ROUNDING = 3.0, 0.01  # standard errors, and nats
 
 _FEW = 20  # held-out rows, which show nothing
@@ -132,6 +134,12 @@ def fit_mixture(
             f"A mixture of {num_components} components needs z of shape (N, *event) with more "
             f"rows than components; got {tuple(z.shape)}."
         )
+    size = num_components * math.prod(z.shape[1:]) ** 2
+    if covariance == "full" and size > MOST_NUMBERS:
+        raise ValueError(
+            f"{num_components} full covariances of {math.prod(z.shape[1:])} latents are {size:.1e} "
+            f'numbers, more than {MOST_NUMBERS:.1e}. Pass covariance="diagonal".'
+        )
     if active is not None:
         active = mask_of("active", active, z.shape[1:])
     white, centre, spread = standardise(z.cpu() if z.device.type == "mps" else z)  # no float64
@@ -146,13 +154,13 @@ def fit_mixture(
             regularisation=regularisation,
         ).fit(num_components, int(starts), order)
         fits.append((latents, fit))
-    whole = _Whole(num_components, white, centre, spread)
+    whole = _Whole(num_components, white, centre, spread, is_full=covariance == "full")
     if fits:
         latents, fit = max(fits, key=lambda found: _score(found[0], found[1], white))
         z_held = (white[fit.held_out].double() * spread + centre)[:, latents]
         _warn_if_worse(fit, num_components, z_held, spread[latents])
         whole.put(fit.mixture, latents)
-    return whole.mixture(is_full=covariance == "full", event_shape=z.shape[1:]).to(z.device)
+    return whole.mixture(z.shape[1:]).to(z.device)
 
 
 def _choices(active: Tensor | None, white: Tensor) -> list[Tensor]:
@@ -174,7 +182,9 @@ def _score(latents: Tensor, fit: Fit, white: Tensor) -> float:
 class _Whole:
     """The mixture of all latents: independent Gaussians, until components are put in."""
 
-    def __init__(self, k: int, white: Tensor, centre: Tensor, spread: Tensor) -> None:
+    def __init__(
+        self, k: int, white: Tensor, centre: Tensor, spread: Tensor, *, is_full: bool
+    ) -> None:
         self.centre, self.spread = centre.double(), spread.double()
         mean, variance = self.centre, white.double().var(0, correction=0) * self.spread.square()
         variance = variance.clamp(min=_LEAST)  # of a constant
@@ -183,20 +193,21 @@ class _Whole:
         sd = torch.where(standard, 1.0, variance.sqrt())
         self.log_weight = centre.new_zeros(k, dtype=torch.float64)
         self.loc = torch.where(standard, 0.0, mean).repeat(k, 1)
-        self.scale = sd.diag().repeat(k, 1, 1)
+        self.scale = sd.diag().repeat(k, 1, 1) if is_full else sd.repeat(k, 1)
 
     def put(self, mixture: Components, latents: Tensor) -> None:
         """Replaces the distribution of some latents, given as a mask."""
         spread = self.spread[latents]
-        own = mixture.scale if mixture.scale.ndim == 3 else mixture.scale.diag_embed()
         (places,) = latents.nonzero(as_tuple=True)
         self.log_weight = mixture.log_weight
         self.loc[:, places] = mixture.loc * spread + self.centre[latents]
-        self.scale[:, places[:, None], places] = own * spread[:, None]
+        if self.scale.ndim == 3:
+            self.scale[:, places[:, None], places] = mixture.scale * spread[:, None]
+        else:
+            self.scale[:, places] = mixture.scale * spread
 
-    def mixture(self, *, is_full: bool, event_shape: Size) -> GaussianMixture:
-        scale = self.scale if is_full else self.scale.diagonal(dim1=1, dim2=2)
-        tensors = (t.float() for t in (self.log_weight, self.loc, scale))
+    def mixture(self, event_shape: Size) -> GaussianMixture:
+        tensors = (t.float() for t in (self.log_weight, self.loc, self.scale))
         return GaussianMixture(*tensors, event_shape=event_shape)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ncprior.bases.latents import latents_of
-from ncprior.bases.mixture_em import fit_mixture
+from ncprior.bases.mixture import GaussianMixture
+from ncprior.bases.mixture_em import MOST_NUMBERS, fit_mixture
 from ncprior.bases.rebase import rebase
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, first_group, has_condition
@@ -51,15 +52,16 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
         is_late = end is not None and 3 * took > end
         if candidates and (is_late or size * _ROWS_PER_COMPONENT > len(z)):
             break
-        mixture = fit_mixture(z, size)
+        is_wide = size * z[0].numel() ** 2 > MOST_NUMBERS
+        mixture = fit_mixture(z, size, covariance="diagonal" if is_wide else "full")
         new = mixture.log_prob(held_out)
-        candidates.append(_candidate(_name(size), new, time.monotonic() - started - took))
+        candidates.append(_candidate(_name(mixture), new, time.monotonic() - started - took))
         if log_p is not None and not _is_better(new, log_p):
             if size > 1:
                 break
             continue
         best, log_p = mixture, new
-    chosen = _OWN if best is None else _name(len(best.logits))
+    chosen = _OWN if best is None else _name(best)
     record.add(
         Choice(
             *("base", chosen, "the highest likelihood of encodings of held-out data"),
@@ -75,8 +77,10 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
 _OWN = "the VAE's own prior"
 
 
-def _name(size: int) -> str:
-    return "Gaussian" if size == 1 else f"mixture of {size}"
+def _name(mixture: GaussianMixture) -> str:
+    size = len(mixture.logits)
+    name = "Gaussian" if size == 1 else f"mixture of {size}"
+    return name if mixture.is_full else f"{name}, diagonal"
 
 
 def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:

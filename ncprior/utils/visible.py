@@ -53,7 +53,8 @@ def require_apart(module: nn.Module, frozen: object, whose: str) -> None:
     """Validates that a trained module shares no parameter with a VAE, which would be trained too.
 
     Arguments:
-        module: The trained module; the frozen object may hold it or its children as they are.
+        module: The trained module. What holds the VAE may hold it or its children as they are,
+            such as the object of a bound method, but not the VAE, which is ``source.module``.
         frozen: The source, or several objects in a tuple.
         whose: The module's name in the message.
 
@@ -61,7 +62,8 @@ def require_apart(module: nn.Module, frozen: object, whose: str) -> None:
         ValueError: If it shares a parameter; the message names it.
     """
     own = [module, *module.children()] if isinstance(module, nn.ModuleList) else [module]
-    theirs = {_address(t) for t in visible_tensors(frozen, own)}
+    vaes = [getattr(part, "module", None) for part in _several(frozen)]
+    theirs = {_address(t) for t in (*visible_tensors(frozen, own), *visible_tensors(vaes))}
     for name, parameter in module.named_parameters():
         if _address(parameter) in theirs:
             raise ValueError(
@@ -69,6 +71,10 @@ def require_apart(module: nn.Module, frozen: object, whose: str) -> None:
                 f"the heads; {name} is a tensor of theirs. Give it a copy, copy.deepcopy(layer); or "
                 f"pass the frozen layers as features, SingleGroup(..., features=vae.decoder[:2])."
             )
+
+
+def _several(thing: object) -> tuple[object, ...]:
+    return thing if isinstance(thing, tuple) else (thing,)
 
 
 def _is_trained(thing: object) -> bool:

@@ -221,11 +221,22 @@ def test_a_constant_latent_does_no_harm() -> None:
             {"num_components": 2, "starts": 0},
             r"starts must be .* \[1, inf\); got 0",
         ),
+        (
+            torch.randn(20, 3000),
+            {"num_components": 10},
+            r"10 full covariances of 3000 latents .* Pass covariance=\"diagonal\"",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(z: Tensor, options: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         fit_mixture(z, **options)
+
+
+def test_a_diagonal_mixture_takes_many_latents() -> None:
+    """Matrices of 8,000 latents would take 0.5 GB each."""
+    p = fit_gaussian(torch.randn(150, 20, 20, 20), covariance="diagonal")
+    assert p.scale.shape == (1, 8000)
 
 
 @pytest.mark.parametrize(

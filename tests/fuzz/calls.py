@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from fuzz.kinds import Kind
 from fuzz.rule import Finding, check
@@ -98,6 +99,15 @@ def make(entry: Call, replacements: tuple[Replacement, ...] = ()) -> list[Findin
             valid = verdict_of(kind, given) if value.valid is ... else value.valid
             arguments[argument] = given
             replaced[argument] = (value.name, valid)
+        idle = {
+            name for name in replaced if entry.kinds[name].is_work and _is_zero(arguments[name])
+        }
+        if idle:  # a function that returns nonsense is not called
+            replaced |= {
+                name: (text, valid or None)
+                for name, (text, valid) in replaced.items()
+                if name not in idle
+            }
         world.generators = world.generators_now()  # building the call may have drawn
         return check(
             entry.name,
@@ -118,6 +128,10 @@ def verdict_of(kind: Kind, value: Any) -> bool | None:
         return kind.verdict(value)
     except (TypeError, ValueError):
         return None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and value == 0
 
 
 def invoke(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

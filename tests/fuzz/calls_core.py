@@ -40,6 +40,7 @@ from fuzz.kinds import (
     instance,
     number,
     opened,
+    steps,
     tensor,
     unsure,
 )
@@ -489,7 +490,7 @@ def _(w: World) -> Built:
 @call(
     "ncprior.langevin",
     **BASE_AND_RATIO,
-    num_steps=count(0, huge=False),
+    num_steps=steps(),
     step_size=number(0, open_low=True),
     adjusted=FLAG,
     init=INIT,
@@ -501,7 +502,7 @@ def _(w: World) -> Built:
 @call(
     "ncprior.samplers.independence",
     **BASE_AND_RATIO,
-    num_steps=count(0, huge=False),
+    num_steps=steps(),
     init=INIT,
     chunk_size=count(none=True),
 )

@@ -38,6 +38,7 @@ from fuzz.kinds import (
     number,
     only_invalid,
     opened,
+    steps,
     unsure,
 )
 from fuzz.values import LAYERS, TO_LOG_R, Value, constant
@@ -208,7 +209,7 @@ BASE_OF_MODEL = Kind(
     "ncprior.vaebm.VAEBM",
     prior=BASE_OF_MODEL,
     energy=ENERGY,
-    num_steps=count(0, huge=False),
+    num_steps=steps(),
     step_size=RATE,
     langevin_target=choice("exact", "official"),
     data_noise=number(0),
@@ -227,7 +228,7 @@ def _(w: World) -> Built:
 
 
 CHAINS = {
-    "num_steps": count(0, huge=False, none=True),
+    "num_steps": steps(none=True),
     "step_size": number(0, open_low=True, none=True),
 }
 

@@ -50,6 +50,7 @@ class Kind:
         numbers: Whether random numbers are tried too.
         tensors: Whether random tensors are tried too.
         gated: Whether what is invalid can be seen before any work is done.
+        is_work: Whether it counts steps, so that with 0 the functions of the call are never called.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kind:
     numbers: bool = False
     tensors: bool = False
     gated: bool = True
+    is_work: bool = False
 
     def without(self, *names: str) -> Kind:
         """The kind without some values."""
@@ -91,6 +93,11 @@ def count(low: int = 1, high: float = math.inf, *, none: bool = False, huge: boo
 
     more = (constant("10**12", HUGE, None),) if huge else ()
     return Kind(f"a whole number from {low}", verdict, (*more, *COMMON), numbers=True)
+
+
+def steps(*, none: bool = False) -> Kind:
+    """A number of steps, which can be 0."""
+    return replace(count(0, huge=False, none=none), name="a number of steps", is_work=True)
 
 
 def _is_seed(value: Any) -> bool | None:

@@ -118,6 +118,14 @@ def test_F6_a_head_that_holds_a_layer_of_the_vae_raises(name: str) -> None:
     NCPrior(source, Inside(VAE().decoder[:2]))
 
 
+@pytest.mark.parametrize("wrap", [list, nn.ModuleList, lambda parts: parts[0]])
+def test_F6_a_part_of_the_vae_is_no_head(wrap: Callable[[list[nn.Module]], Any]) -> None:
+    vae = VAE()
+    source = SingleGroup(base(), vae.posterior, vae.decode, module=vae)
+    with pytest.raises(ValueError, match="Heads must not share"):
+        NCPrior(source, wrap([vae.encoder]))
+
+
 def test_F6_a_source_that_is_a_module_is_looked_into() -> None:
     source = Ladder(1)
     with pytest.raises(ValueError, match="Heads must not share"):

@@ -15,6 +15,7 @@ from ncprior import NCPrior, fit, improve
 from ncprior.bases import GaussianMixture, Rebased
 from ncprior.diagnostics.calibration import Mean
 from ncprior.recipe import Choice, Score, heads, judge, measure
+from ncprior.recipe.base import choose_base
 from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
@@ -87,6 +88,20 @@ def test_a_ring_gets_a_mixture_and_draws_are_on_it() -> None:
     radius = prior.sample(2000).latents[0].norm(dim=1)
     assert abs(radius.mean() - 2.0) < 0.1  # 2.016 in truth; 1.25 for N(0, I)
     assert radius.std() < 0.4  # 0.25 in truth; 0.66 for N(0, I)
+
+
+def test_the_base_of_wide_latents_is_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncprior.recipe.base.MOST_NUMBERS", 4 * 3)  # of 3 full covariances
+    parts, record = (
+        parts_of(Ring().data(3000), None, seed=0),
+        Record(progress=False, max_seconds=None),
+    )
+    source = choose_base(Ring().source(), parts, record)
+    assert not source.shared_prior().is_full
+    assert [it.name for it in record.choices[0].candidates][1:3] == [
+        "Gaussian",
+        "mixture of 10, diagonal",
+    ]
 
 
 @pytest.mark.usefixtures("quick")
