@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 COLUMNS = ("gap_closed", "gap_closed_low", "gap_closed_high", "d_base", "d_ncp", "d_post")
-COLUMNS += ("ess", "log_z", "seconds")
+COLUMNS += ("strength", "log_z", "seconds")
 
 
 def run(data: str, seed: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def fit_gaussian(
     *,
     covariance: str = "full",
     active: Tensor | ArrayLike | None = None,
+    held_out: Tensor | ArrayLike | None = None,
 ) -> GaussianMixture:
     """Gaussian fitted to latents by its moments.
 
@@ -51,6 +52,7 @@ def fit_gaussian(
         z: Latents, with shape ``(N, *event)``, as for :func:`fit_mixture`.
         covariance: ``"full"`` or ``"diagonal"``.
         active: A mask of active latents, as for :func:`fit_mixture`.
+        held_out: Latents of other rows, as for :func:`fit_mixture`.
 
     Returns:
         A mixture of one component.
@@ -65,7 +67,7 @@ def fit_gaussian(
         >>> (base.mean - 3).abs().max() < 0.1
         tensor(True)
     """
-    return fit_mixture(z, 1, covariance=covariance, active=active, starts=1)
+    return fit_mixture(z, 1, covariance=covariance, active=active, held_out=held_out, starts=1)
 
 
 @torch.no_grad()
@@ -75,6 +77,7 @@ def fit_mixture(
     *,
     covariance: str = "full",
     active: Tensor | ArrayLike | None = None,
+    held_out: Tensor | ArrayLike | None = None,
     max_steps: int = 300,
     tolerance: float = 1e-4,
     regularisation: float = 1e-6,
@@ -96,6 +99,9 @@ def fit_mixture(
             latents that the mixture is fitted to. By default, those that are not independent
             Gaussians as far as the rows show; with fewer than 2,000 rows, these or all of them, as
             held-out rows prefer.
+        held_out: Latents of rows that are not in ``z``, which are held out in place of a part of
+            ``z``. Pass them if ``z`` has several draws of q(z|x) for each x: such draws say nothing
+            about new rows.
         max_steps: Largest number of EM steps on all training rows.
         tolerance: Gain in mean log p(z), in nats per step, below which it stops.
         regularisation: Added to the variances, as a fraction of each latent's variance.
@@ -142,25 +148,40 @@ def fit_mixture(
         )
     if active is not None:
         active = mask_of("active", active, z.shape[1:])
+    kept = z[:0] if held_out is None else _held_out_like(z, held_out)
     white, centre, spread = standardise(z.cpu() if z.device.type == "mps" else z)  # no float64
-    order = torch.randperm(len(white), device=white.device)
+    whole = _Whole(num_components, white, centre, spread, is_full=covariance == "full")
+    masks = _choices(active, white)
+    order = torch.randperm(len(white), device=white.device) + len(kept)
+    order = torch.cat([torch.arange(len(kept), device=white.device), order])
+    white = torch.cat([(kept.flatten(1).to(white) - centre) / spread, white])
     fits: list[tuple[Tensor, Fit]] = []
-    for latents in _choices(active, white):
+    for latents in masks:
         fit = MixtureFit(
             white[:, latents],
             is_full=covariance == "full",
             max_steps=int(max_steps),
             tolerance=tolerance,
             regularisation=regularisation,
-        ).fit(num_components, int(starts), order)
+        ).fit(num_components, int(starts), order, len(kept))
         fits.append((latents, fit))
-    whole = _Whole(num_components, white, centre, spread, is_full=covariance == "full")
     if fits:
         latents, fit = max(fits, key=lambda found: _score(found[0], found[1], white))
         z_held = (white[fit.held_out].double() * spread + centre)[:, latents]
         _warn_if_worse(fit, num_components, z_held, spread[latents])
         whole.put(fit.mixture, latents)
     return whole.mixture(z.shape[1:]).to(z.device)
+
+
+def _held_out_like(z: Tensor, held_out: Tensor | ArrayLike) -> Tensor:
+    """Held-out latents, after a check of their type and shape."""
+    kept = real_tensor("held_out", held_out, integers=False)
+    if kept.shape[1:] != z.shape[1:]:
+        raise ValueError(
+            f"held_out must be latents of other rows, with shape (M, *event) for z of shape (N, "
+            f"*event) = {tuple(z.shape)}; got {tuple(kept.shape)}."
+        )
+    return kept.to(z)
 
 
 def _choices(active: Tensor | None, white: Tensor) -> list[Tensor]:

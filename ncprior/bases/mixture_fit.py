@@ -27,8 +27,8 @@ class Fit(NamedTuple):
 
     Attributes:
         mixture: Its parameters.
-        held_out: Indices of the rows that were held out before the last steps.
-        log_p: log p(z) of the held-out rows in nats, before the last steps.
+        held_out: Indices of the rows that were held out.
+        log_p: log p(z) of the held-out rows in nats, before any step on them.
         gaussian_log_p: The same for a single Gaussian.
     """
 
@@ -61,16 +61,18 @@ class MixtureFit:
         self.max_steps, self.tolerance = max_steps, tolerance
         self.regularisation = regularisation
 
-    def fit(self, num_components: int, starts: int, order: Tensor) -> Fit:
+    def fit(self, num_components: int, starts: int, order: Tensor, num_held_out: int) -> Fit:
         """Returns a mixture of some components, the best of some starts.
 
         Arguments:
             num_components: K.
             starts: Number of starts.
             order: A permutation of the rows; the first ones are held out.
+            num_held_out: Number of rows that are held out for good; with 0, some are until the
+                last steps, which are on all rows.
         """
         k, n = num_components, len(self.z)
-        count = min(_num_held_out(n), n - k - 1)
+        count = num_held_out or min(_num_held_out(n), n - k - 1)
         train, held_out = self.z[order[count:]], order[:count]
         self.held_out = self._rows(self.z[held_out] if count else train)
         first = train[: max(_FEWEST_ROWS, _FIRST_ROWS * k)]
@@ -80,13 +82,11 @@ class MixtureFit:
         gaussian = self._gaussian(some, prior_rows)
         if len(train) > len(some):
             best = self._run(self._rows(train), best.mixture, prior_rows, self.max_steps)
-        log_p, mixture, rows = (
-            self.held_out.log_prob(best.mixture),
-            best.mixture,
-            self._rows(self.z),
-        )
-        for _ in range(_LAST_STEPS):
-            mixture = rows.maximise(rows.sums(mixture)[0], prior_rows, self.regularisation)
+        log_p, mixture = self.held_out.log_prob(best.mixture), best.mixture
+        if not num_held_out:
+            rows = self._rows(self.z)
+            for _ in range(_LAST_STEPS):
+                mixture = rows.maximise(rows.sums(mixture)[0], prior_rows, self.regularisation)
         return Fit(mixture, held_out, log_p, self.held_out.log_prob(gaussian))
 
     def _rows(self, z: Tensor) -> Rows:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.source import num_rows, sample_posterior
+from ncprior.source import LatentSource, num_rows, require_source, sample_posterior
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.require import (
     numbers,
@@ -51,6 +51,7 @@ def draw_arms(
     features: Callable[[Tensor], Tensor],
     num_samples: int,
     generations: int,
+    base: LatentSource[Any, Any] | None = None,
     condition: Callable[[Any], Any] = lambda x: None,
     progress: bool = True,
 ) -> tuple[dict[str, list[Tensor]], dict[str, Generation]]:
@@ -66,6 +67,8 @@ def draw_arms(
         features: Maps images to features, ``(B, F)``.
         num_samples: Samples per generation.
         generations: R, the number of generations of each arm.
+        base: The VAE with the prior of the base arm; by default the prior's source, with a fitted
+            base if it has one.
         condition: Maps a batch of training data to the condition of the source; all arms have the
             same conditions.
         progress: Whether to show a progress bar.
@@ -95,10 +98,15 @@ def draw_arms(
     require_instance("prior", prior, NCPrior, "Pass an NCPrior: NCPrior(source, heads).")
     for name, function in (("sampler", sampler), ("features", features), ("condition", condition)):
         require_callable(name, function, "See the example in the docstring.")
+    if base is not None:
+        require_source(base)
     require_counts(num_samples=num_samples, generations=generations)
     require_flags(progress=progress)
     total = num_rows(x)
     require_counts(**{"The number of rows of x": total})
+    old = NCPrior(prior.source if base is None else base, copy.deepcopy(prior.heads)).eval()
+    old.active = [False] * len(old.heads)
+    arms = {"base prior": old, "NCP": prior, "posterior": prior}
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
     first: dict[str, Generation] = {}
     seeds = torch.randint(2**31, (generations,)).tolist()
@@ -108,7 +116,7 @@ def draw_arms(
         passes = -(-num_samples // total)
         rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
         batches = [_rows(x, some) for some in rows.split(_BATCH)]
-        generation = _generate(prior, sampler, batches, arm, condition)
+        generation = _generate(arms[arm], sampler, batches, arm, condition)
         kept[arm].append(in_batches(features, generation.x))
         first.setdefault(arm, generation)
     return kept, first
@@ -158,8 +166,7 @@ def _generate(
             images.append(prior.source.decode(state))
             sizes: list[Tensor | None] = [None] * len(drawn)
         else:
-            with prior.disabled() if arm == "base prior" else nullcontext():
-                sample = prior.sample(num_rows(batch), sampler, condition=condition(batch))
+            sample = prior.sample(num_rows(batch), sampler, condition=condition(batch))
             images.append(sample.x)
             drawn, sizes = sample.latents, [draw.ess for draw in sample.draws]
         latents.append(drawn)

@@ -1,8 +1,8 @@
 """Demonstration: a small VAE trained on real digits, its prior hole, and the gap closed.
 
-A VAE is trained on the plain ELBO, then a ratio head on the frozen VAE. The gap closed is measured
-against held-out images, on features of a classifier trained on other images. Needs the extra
-``demo``.
+A VAE is trained on the plain ELBO, and :func:`ncprior.improve` finds a better prior for it. The gap
+closed is measured against held-out images, on features of a classifier trained on other images.
+Needs the extra ``demo``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,10 @@ from ncprior.demo.arms import ARMS, Generation, draw_arms, in_batches, log_z
 from ncprior.demo.datasets import Labelled, digits, read_images, split
 from ncprior.demo.networks import VAE, Classifier
 from ncprior.demo.pictures import discriminant_axes, plot_latents, plot_samples
-from ncprior.diagnostics.diagnose import diagnose
 from ncprior.evaluation.gap import gap_closed
-from ncprior.prior import NCPrior
-from ncprior.samplers.sir import sir
+from ncprior.recipe.improve import improve
+from ncprior.samplers.compose import describe
 from ncprior.saving.tensors import save_tensors, write_atomically
-from ncprior.training.fit import fit
-from ncprior.training.settings import FitSettings
 from ncprior.utils.optimise import train
 from ncprior.utils.require import require_choice, require_counts, require_flags, require_instance
 
@@ -49,13 +46,9 @@ class _Settings:
     vae_steps: int = 1500
     classifier_steps: int = 500
     batch_size: int = 128
-    head: dict[str, Any] = field(default_factory=lambda: {"width": 128, "dropout": 0.1})
-    fit: dict[str, Any] = field(default_factory=lambda: {"steps": 600, "eval_every": 50})
-    weight_decay: float = 0.1
-    validation: int = 90  # training images on which the head is stopped early
     held_out: int = 600
     num_features: int = 16
-    num_proposals: int = 200
+    budget: int = 50
     num_samples: int = 5000
     generations: int = 5
     log_z_draws: int = 100_000
@@ -71,13 +64,8 @@ _SETTINGS = {
         counts=1,
         vae_steps=4690,
         classifier_steps=940,
-        head={"width": 256, "depth": 3, "dropout": 0.1},
-        fit={"steps": 4000, "eval_every": 250, "batch_size": 512},
-        weight_decay=1e-2,
-        validation=3000,
         held_out=10_000,
         num_features=64,
-        num_proposals=500,
         num_samples=10_000,
         threads=None,
     ),
@@ -96,10 +84,11 @@ def run_demo(
     started: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Demonstration on real digits: trains a VAE and a ratio head, and measures the gap closed.
+    """Demonstration on real digits: trains a VAE, improves its prior, and measures the gap closed.
 
-    Writes to ``out``: ``samples.png``, ``latents.png``, ``report.json``, ``vae.safetensors`` and
-    ``prior/``, the saved head. Each file is written atomically, the report last.
+    Writes to ``out``: ``samples.png``, ``latents.png``, ``report.html`` of :func:`ncprior.improve`,
+    ``vae.safetensors``, ``prior/``, the saved prior, and ``report.json``. Each file is written
+    atomically, the last one last.
 
     Arguments:
         data: ``"digits"`` (scikit-learn's, 8×8) or ``"mnist"`` (``$NCPRIOR_DATA`` or the Hub).
@@ -110,8 +99,8 @@ def run_demo(
 
     Returns:
         The contents of ``report.json``, ready for JSON: ``gap_closed``, ``gap_closed_low``,
-        ``gap_closed_high``, ``d_base``, ``d_post``, ``d_ncp``, ``ess`` (of ``num_proposals``),
-        ``log_z`` (nats), ``seconds``, a one-line ``summary`` and more.
+        ``gap_closed_high``, ``d_base``, ``d_post``, ``d_ncp``, ``sampler``, ``log_z`` (nats),
+        ``seconds``, a one-line ``summary`` and more.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -159,43 +148,38 @@ def _read(data: str, held_out: int, seed: int) -> tuple[Labelled, Labelled]:
 def _run(
     data: Labelled, held_out: Labelled, folder: Path, settings: _Settings, progress: bool
 ) -> dict[str, Any]:
-    """Trains, samples and measures; writes figures, VAE and head, and returns the results."""
+    """Trains, samples and measures; writes figures, VAE and prior, and returns the results."""
     vae, classifier = _train_networks(data, settings, progress)
-    prior = NCPrior.for_source(vae.source(), data.images[:512], **settings.head)
-    validation, images = data.images.tensor_split([settings.validation])
-    rarer = FitSettings(weight_decay=settings.weight_decay)
-    options = {"held_out": validation, "settings": rarer, "progress": progress, **settings.fit}
-    history = fit(prior, images, **options)
+    source = vae.source()
+    prior = improve(source, data.images, budget=settings.budget, progress=progress)
+    assert prior.sampler is not None
     features, first = draw_arms(
         prior,
-        partial(sir, num_proposals=settings.num_proposals),
+        prior.sampler,
         data.images,
+        base=source,
         features=classifier.features,
         num_samples=settings.num_samples,
         generations=settings.generations,
         progress=progress,
     )
-    pools = (settings.num_proposals // 10, settings.num_proposals)
-    report = diagnose(
-        prior, held_out.images, train=images[: len(held_out.images)], num_proposals=pools
-    )
     means = in_batches(lambda x: vae.posterior(x).mean, data.images)
     _save_figures(held_out.images, first, discriminant_axes(means, data.labels), folder)
     shape = {"size": settings.size, "latents": settings.latents, "counts": settings.counts}
     save_tensors(folder / "vae.safetensors", vae.state_dict(), shape)
-    prior.save_pretrained(folder / "prior", report=report)
+    prior.save_pretrained(folder / "prior", report=prior.report.diagnosis)
+    prior.report.save_html(folder / "report.html")
     right = in_batches(classifier, held_out.images).argmax(1) == held_out.labels
     return {
         **_gap(in_batches(classifier.features, held_out.images), features),
-        "ess": _mean(first["NCP"].ess),
-        "num_proposals": settings.num_proposals,
+        "sampler": describe(prior.sampler),
+        "strength": prior.strength,
         "log_z": log_z(prior, settings.log_z_draws),
         "features": f"{settings.num_features} features of a classifier of the training images",
         "classifier_accuracy": _mean(right),
         "negative_elbo": _mean(in_batches(vae.negative_elbo, data.images)),
         "negative_elbo_held_out": _mean(in_batches(vae.negative_elbo, held_out.images)),
-        "head": {"loss": history.best_loss, "step": history.best_step, "stopped": history.stopped},
-        "diagnosis": report.to_dict(),
+        "improvement": prior.report.to_dict(),
     }
 
 

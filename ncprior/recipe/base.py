@@ -53,7 +53,8 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
         if candidates and (is_late or size * _ROWS_PER_COMPONENT > len(z)):
             break
         is_wide = size * z[0].numel() ** 2 > MOST_NUMBERS
-        mixture = fit_mixture(z, size, covariance="diagonal" if is_wide else "full")
+        covariance = "diagonal" if is_wide else "full"
+        mixture = fit_mixture(z, size, covariance=covariance, held_out=held_out)
         new = mixture.log_prob(held_out)
         candidates.append(_candidate(_name(mixture), new, time.monotonic() - started - took))
         if log_p is not None and not _is_better(new, log_p):

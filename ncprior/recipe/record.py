@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 
 from huggingface_hub.utils import tqdm
@@ -31,7 +32,7 @@ class Record:
         """Adds a choice and prints it."""
         self.choices.append(choice)
         if self.progress:
-            tqdm.write(str(choice))
+            tqdm.write(str(choice), file=sys.stderr)
 
     def seconds(self) -> float:
         """Returns the time since the start, in seconds."""

@@ -233,6 +233,33 @@ def test_what_cannot_be_fitted_is_refused(z: Tensor, options: Any, match: str) -
         fit_mixture(z, **options)
 
 
+@pytest.mark.filterwarnings("ignore:The mixture of 10 does not generalise")
+def test_draws_of_the_same_rows_are_no_held_out_rows() -> None:
+    """With ten draws near each of 200 points, a mixture memorises them, unless others are held out."""
+    points = torch.randn(200, 6)
+    z = (points + 0.1 * torch.randn(10, 200, 6)).flatten(0, 1)
+    new, other = (torch.randn(n, 6) for n in (2000, 200))
+    careless = fit_mixture(z, 10).log_prob(new).mean()
+    careful = fit_mixture(z, 10, held_out=other).log_prob(new).mean()
+    entropy = 3 * math.log(2 * math.pi * math.e)
+    assert careless < -entropy - 1
+    assert careful > -entropy - 0.5
+
+
+def test_held_out_latents_are_not_fitted_to() -> None:
+    z, far = torch.randn(500, 2), torch.full((100, 2), 9.0)
+    p = fit_mixture(z, 3, held_out=far)
+    assert p.mean.abs().max() < 0.3  # 1.5 if it were fitted to both
+
+
+@pytest.mark.parametrize("held_out", [torch.randn(5, 3), torch.randn(5)])
+def test_held_out_latents_of_another_shape_are_refused(held_out: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"held_out must be latents of other rows.*\(M, \*event\)"
+    ):
+        fit_mixture(torch.randn(50, 2), 3, held_out=held_out)
+
+
 def test_a_diagonal_mixture_takes_many_latents() -> None:
     """Matrices of 8,000 latents would take 0.5 GB each."""
     p = fit_gaussian(torch.randn(150, 20, 20, 20), covariance="diagonal")

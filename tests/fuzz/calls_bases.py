@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -259,7 +260,14 @@ MASK = Kind(
 )
 
 
-@call("ncprior.bases.fit_gaussian", z=FITTED, covariance=COVARIANCE, active=MASK)
+HELD_OUT = replace(  # None, or latents like the others
+    opened(FITTED), verdict=lambda v: True if v is None else opened(FITTED).verdict(v)
+)
+
+
+@call(
+    "ncprior.bases.fit_gaussian", z=FITTED, covariance=COVARIANCE, active=MASK, held_out=HELD_OUT
+)
 def _(w: World) -> Built:
     return bases.fit_gaussian, {"z": w.z}
 
@@ -274,6 +282,7 @@ def _(w: World) -> Built:
     regularisation=number(0),
     starts=FEW,
     active=MASK,
+    held_out=HELD_OUT,
     options={"limit": 6.0},
 )
 def _(w: World) -> Built:

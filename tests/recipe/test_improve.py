@@ -1,20 +1,20 @@
 """`improve`: its choices on problems with known answers, and that nothing else changes."""
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
+from helpers.recipe import make_quick
 from helpers.toys import flat
 from torch import Tensor
 
-from ncprior import NCPrior, fit, improve
+from ncprior import NCPrior, improve
 from ncprior.bases import GaussianMixture, Rebased
 from ncprior.diagnostics.calibration import Mean
-from ncprior.recipe import Choice, Score, heads, judge, measure
+from ncprior.recipe import Choice
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
@@ -24,13 +24,7 @@ from ncprior.utils.random_state import seeded
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One size of heads, and classifiers that are trained for a few steps only."""
-    monkeypatch.setattr(heads, "_SMALL", ())
-    monkeypatch.setattr(heads, "_LARGE", heads._Kind(32, 0.0, 1e-2))
-    monkeypatch.setattr(heads, "fit", partial(fit, steps=300))
-    monkeypatch.setattr(judge, "_STEPS", 60)
-    monkeypatch.setattr(measure, "two_sample_auc", lambda *_: Score(0.5, 0.5, 0.5))
-    monkeypatch.setattr(judge, "_CACHED", 3000)
+    make_quick(monkeypatch)
 
 
 def improved(problem: GaussianPair | Ring | Codes | CorrelatedPair, rows: int) -> NCPrior:
