@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.distributions.utils import lazy_property
 
 from ncprior.bases.checks import flattened, size_of
-from ncprior.utils.require import described, floats
+from ncprior.utils.require import described, floats, require_instance
 
 _Shape: TypeAlias = "Size | list[int] | tuple[int, ...]"
 
@@ -117,6 +117,45 @@ class GaussianMixture(Distribution):
             case _:  # spherical
                 scale = covariance[:, None].expand(k, d).sqrt()
         return cls(logits.float(), loc.float(), scale.float(), event_shape=event_shape)
+
+    @staticmethod
+    def average(mixtures: Sequence[GaussianMixture]) -> GaussianMixture:
+        """Returns the average density of mixtures, a mixture of all their components.
+
+        The average of mixtures that were fitted from different starts is more likely on held-out
+        data than one of them: of few rows, each has found clusters of its own.
+
+        Arguments:
+            mixtures: Mixtures of one event shape, all with full or all with diagonal covariances.
+
+        Raises:
+            TypeError: If one is no ``GaussianMixture``.
+            ValueError: If there are none, or they differ in shape.
+
+        References:
+            Improved Gaussian Mixture Density Estimates Using Bayesian Penalty Terms and Network
+            Averaging (Ormoneit & Tresp, 1995)
+
+        Example:
+            >>> from ncprior.bases import fit_mixture
+            >>> z = torch.randn(300, 2)
+            >>> GaussianMixture.average([fit_mixture(z, 3, starts=1) for _ in range(4)]).loc.shape
+            torch.Size([12, 2])
+        """
+        remedy = "Pass fitted mixtures."
+        mixtures = require_instance("mixtures", mixtures, (list, tuple), remedy)
+        parts = [require_instance("A mixture", part, GaussianMixture, remedy) for part in mixtures]
+        if len({(part.event_shape, part.scale.shape[1:]) for part in parts}) != 1:
+            raise ValueError(
+                f"An average needs mixtures of one event shape, all with full or all with diagonal "
+                f"covariances; got {[(tuple(p.event_shape), tuple(p.scale.shape)) for p in parts]}."
+            )
+        return GaussianMixture(
+            torch.cat([part.logits.log_softmax(0) for part in parts]),
+            torch.cat([part.loc for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            event_shape=parts[0].event_shape,
+        )
 
     @property
     def support(self) -> constraints.Constraint:

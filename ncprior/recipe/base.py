@@ -27,6 +27,8 @@ _FEW_DRAWS = 20_000  # of smaller data, each row is drawn from several times
 
 _SURE = 2.0  # standard errors by which a larger mixture must be better
 
+_AVERAGED = 4  # mixtures of small data
+
 _SHARE = 0.3  # of the time that is left
 
 
@@ -34,45 +36,80 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     """Returns the source on the base with the highest held-out likelihood of the encodings.
 
     Candidates are the VAE's own prior, a Gaussian, and mixtures of more and more Gaussians, up to
-    the first size that gains nothing by two standard errors of the paired difference. The prior of
+    the first size that gains nothing by two standard errors of the paired difference. With little
+    data, the average of several mixtures of the best size is a candidate, too. The prior of
     several groups, of codes, or with a context stays the VAE's own.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
         return source
-    started, end = time.monotonic(), record.left(_SHARE)
-    z, held_out = _encodings(source, parts), latents_of(source, parts.choose)
-    own = source.shared_prior()
-    candidates, best, log_p = [], None, None
-    if isinstance(own, Distribution):
-        log_p = own.log_prob(held_out)
-        candidates.append(_candidate(_OWN, log_p, 0.0))
-    for size in _SIZES:
-        took = time.monotonic() - started
-        is_late = end is not None and 3 * took > end
-        if candidates and (is_late or size * _ROWS_PER_COMPONENT > len(z)):
-            break
-        is_wide = size * z[0].numel() ** 2 > MOST_NUMBERS
-        covariance = "diagonal" if is_wide else "full"
-        mixture = fit_mixture(z, size, covariance=covariance, held_out=held_out)
-        new = mixture.log_prob(held_out)
-        candidates.append(_candidate(_name(mixture), new, time.monotonic() - started - took))
-        if log_p is not None and not _is_better(new, log_p):
-            if size > 1:
-                break
-            continue
-        best, log_p = mixture, new
-    chosen = _OWN if best is None else _name(best)
+    search = _Search(source, parts, record)
+    best = search.best()
+    chosen = _OWN if best is None else search.candidates[search.chosen].name
     record.add(
         Choice(
             *("base", chosen, "the highest likelihood of encodings of held-out data"),
-            candidates=tuple(candidates),
+            candidates=tuple(search.candidates),
             criterion="held-out log p",
             unit="nats",
-            seconds=time.monotonic() - started,
+            seconds=search.seconds(),
         )
     )
     return source if best is None else rebase(source, best)
+
+
+class _Search:
+    """Search of the mixture under which encodings of held-out data are most likely."""
+
+    def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
+        self.started, self.end = time.monotonic(), record.left(_SHARE)
+        self.z, self.held_out = _encodings(source, parts), latents_of(source, parts.choose)
+        self.averages = parts.is_small
+        self.candidates: list[Candidate] = []
+        self.chosen = 0
+        self.log_p: Tensor | None = None
+        own = source.shared_prior()
+        if isinstance(own, Distribution):
+            self._try(_OWN, own)
+
+    def best(self) -> GaussianMixture | None:
+        """Returns the best mixture, or ``None`` if none is better than the VAE's own prior."""
+        best = None
+        for size in _SIZES:
+            if self.candidates and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
+                break
+            mixture = self._fit(size)
+            if self._try(_name(mixture), mixture):
+                best = mixture
+            elif size > 1:
+                break
+        if best is None or not self.averages or len(best.logits) == 1 or self._is_late():
+            return best
+        size = len(best.logits)
+        average = GaussianMixture.average([best, *(self._fit(size) for _ in range(_AVERAGED - 1))])
+        name = f"average of {_AVERAGED} {_name(best).replace('mixture', 'mixtures')}"
+        return average if self._try(name, average) else best
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _fit(self, size: int) -> GaussianMixture:
+        is_wide = size * self.z[0].numel() ** 2 > MOST_NUMBERS
+        covariance = "diagonal" if is_wide else "full"
+        return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
+
+    def _try(self, name: str, base: Distribution) -> bool:
+        """Adds a candidate, and returns whether it is better than the best one so far."""
+        new = base.log_prob(self.held_out)
+        seconds = self.seconds() - sum(it.seconds or 0.0 for it in self.candidates)
+        self.candidates.append(_candidate(name, new, seconds))
+        if self.log_p is not None and not _is_better(new, self.log_p):
+            return False
+        self.chosen, self.log_p = len(self.candidates) - 1, new
+        return True
+
+    def _is_late(self) -> bool:
+        return self.end is not None and 3 * self.seconds() > self.end
 
 
 _OWN = "the VAE's own prior"

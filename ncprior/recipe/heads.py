@@ -18,8 +18,6 @@ from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
 
-_PLENTY = 20_000  # rows; with fewer, smaller heads are tried besides
-
 _PROBED = 512  # rows for the shapes and scales of a head
 
 _SHARE = 0.7  # of the time that is left
@@ -49,8 +47,7 @@ def train_heads(
     Heads are trained until their held-out losses stop improving. The size is chosen by the held-out
     loss, summed over groups. In the folder, if there is one, the trainings are saved.
     """
-    few = parts.num_train is not None and parts.num_train < _PLENTY
-    kinds = (_LARGE, *_SMALL) if few else (_LARGE,)
+    kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
     started, found = time.monotonic(), []
     for number, kind in enumerate(kinds):
         before = time.monotonic()
@@ -61,6 +58,7 @@ def train_heads(
             prior,
             parts.train,
             held_out=parts.choose,
+            patience=parts.patience,
             max_seconds=record.left(_SHARE / (len(kinds) - number)),
             checkpoint=None if folder is None else folder / f"heads-{number}",
             progress=record.progress,

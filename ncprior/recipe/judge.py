@@ -55,6 +55,7 @@ def remaining_gap(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record
             parts.train,
             held_out=parts.choose,
             steps=_STEPS,
+            patience=parts.patience,
             max_seconds=_MOST_SECONDS if left is None else min(_MOST_SECONDS, left),
             progress=record.progress,
             settings=settings,

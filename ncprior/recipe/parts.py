@@ -14,6 +14,8 @@ from ncprior.utils.batches import own_batch, take_rows
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT = 1000  # rows, but at most a quarter of the data
 _FEWEST = 8  # rows of each part
+_PLENTY = 20_000  # training rows; fewer are few
+_PATIENCE, _PATIENCE_OF_FEW = 10, 5  # evaluations
 _BATCH = 256
 _PROBED = 8  # rows
 
@@ -32,6 +34,16 @@ class Parts(NamedTuple):
     choose: Any
     judge: Any
     num_train: int | None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether there are so few training rows that large heads overfit."""
+        return self.num_train is not None and self.num_train < _PLENTY
+
+    @property
+    def patience(self) -> int:
+        """Evaluations without improvement before training ends: many passes over few rows."""
+        return _PATIENCE_OF_FEW if self.is_small else _PATIENCE
 
 
 def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401

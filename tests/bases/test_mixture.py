@@ -233,6 +233,27 @@ def test_what_cannot_be_fitted_is_refused(z: Tensor, options: Any, match: str) -
         fit_mixture(z, **options)
 
 
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_the_average_is_that_of_the_densities(kind: str) -> None:
+    z, at = torch.randn(60, 3, 2), torch.randn(500, 3, 2)
+    parts = [fit_mixture(z, k, covariance=kind) for k in (2, 3, 4)]
+    average = GaussianMixture.average(parts)
+    expected = torch.stack([p.log_prob(at) for p in parts]).logsumexp(0) - math.log(3)
+    assert torch.allclose(average.log_prob(at), expected, atol=1e-5)
+    assert average.event_shape == (3, 2)
+
+
+def test_what_has_no_average_is_refused() -> None:
+    z = torch.randn(60, 2)
+    full, diagonal = fit_mixture(z, 2), fit_mixture(z, 2, covariance="diagonal")
+    other = fit_mixture(z[:, :1], 2)
+    for parts in ([], [full, diagonal], [full, other]):
+        with pytest.raises(ValueError, match="one event shape"):
+            GaussianMixture.average(parts)
+    with pytest.raises(TypeError, match="A mixture must be of type GaussianMixture"):
+        GaussianMixture.average([full, TorchNormal(0.0, 1.0)])
+
+
 @pytest.mark.filterwarnings("ignore:The mixture of 10 does not generalise")
 def test_draws_of_the_same_rows_are_no_held_out_rows() -> None:
     """With ten draws near each of 200 points, a mixture memorises them, unless others are held out."""

@@ -145,6 +145,24 @@ for _name in ("log_joint", "whiten", "unwhiten"):
         return partial(getattr(mixture, name), w.z), {}
 
 
+MIXTURES = Kind(
+    "mixtures",
+    lambda v: None if isinstance(v, list | tuple) and len(v) else False,
+    (
+        Value("none", lambda w, v: [], False),
+        Value("of another width", lambda w, v: [*v, bases.fit_gaussian(w.x)], False),
+        Value("one of them", lambda w, v: v[0], False),
+        Value("with None", lambda w, v: [*v, None], False),
+        *BASE.pool,
+    ),
+)
+
+
+@call("ncprior.bases.GaussianMixture.average", mixtures=MIXTURES)
+def _(w: World) -> Built:
+    return bases.GaussianMixture.average, {"mixtures": [_mixture(w), _mixture(w)]}
+
+
 @call("ncprior.bases.GaussianMixture.from_sklearn", mixture=only_invalid(instance(type)))
 def _(w: World) -> Built:
     from sklearn.mixture import GaussianMixture
@@ -565,11 +583,11 @@ def _(w: World) -> Built:
     return evaluation.precision_recall, {"real": w.z, "generated": w.z + 1}
 
 
-TABLE_ROWS = Kind(  # objects and truth values may be categories
+TABLE_ROWS = Kind(  # texts, objects and truth values may be categories
     "rows of a table",
     lambda v: None if isinstance(v, np.ndarray) else FEATURES.verdict(v),
     tuple(
-        value._replace(valid=None) if value.name == "as bool" else value
+        value._replace(valid=None) if value.name in ("as bool", "as strings") else value
         for value in tensor(array=True, whole=True, rank=None).pool
     ),
     tensors=True,
@@ -803,6 +821,7 @@ def _(w: World) -> Built:
     features=function(*LAYERS),
     num_samples=count(),
     generations=count(huge=False),
+    base=replace(SOURCE, verdict=lambda v: True if v is None else SOURCE.verdict(v)),
     condition=function(*LAYERS[:1]),
     progress=PROGRESS,
 )

@@ -57,13 +57,13 @@ def _(w: World) -> Built:
 
 @call(
     "ncprior.improve",
-    options={"slow": True, "limit": 30.0},
+    options={"slow": True, "limit": 90.0},  # without max_seconds until heads are trained
     source=SOURCE,
     data=DATA,
     held_out=OPTIONAL_DATA,
     budget=count(huge=False),
     max_seconds=number(0, open_low=True, none=True),
-    seed=only_invalid(SEED),
+    seed=only_invalid(SEED).without("None"),
     checkpoint=OPTIONAL_PATH,
     progress=only_invalid(FLAG),
 )

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -103,16 +103,26 @@ def time_limit(seconds: float, cpu: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise Hang
 
-    before = [signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGPROF)]
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)  # again, should a handler swallow it
-    signal.setitimer(signal.ITIMER_PROF, cpu, 0.05)
+    before = {number: signal.signal(number, stop) for number in _TIMERS}
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)  # again, should a handler swallow it
+    signal.setitimer(signal.ITIMER_PROF, cpu, 0.2)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGALRM, before[0])
-        signal.signal(signal.SIGPROF, before[1])
+        for number, timer in _TIMERS.items():
+            _disarm(number, timer, before[number])
+
+
+_TIMERS = {signal.SIGALRM: signal.ITIMER_REAL, signal.SIGPROF: signal.ITIMER_PROF}
+
+
+def _disarm(number: int, timer: int, handler: Any) -> None:
+    """Switches a timer off, even if it goes off meanwhile, as where much memory is freed."""
+    while True:
+        with suppress(Hang):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
+            return
 
 
 def attempt(function: Callable[[], Any], limit: float, cpu: float = 0.0) -> Outcome:
