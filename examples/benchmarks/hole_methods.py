@@ -25,7 +25,7 @@ from hole_cases import Case, slug
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, sir
+from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, improve, sir
 from ncprior.bases import (
     Empirical,
     Rebased,
@@ -361,6 +361,22 @@ def recommended(
     return run
 
 
+def improved(budget: int) -> Callable[[Case, int], Fitted]:
+    """The prior of `improve`, which is told the budget and the seed alone."""
+
+    def run(case: Case, seed: int) -> Fitted:
+        data, held_out = (case.data, case.held_out) if case.binarise else (case.rows, None)
+        started = now()
+        prior = improve(case.source, data, held_out=held_out, budget=budget, seed=seed)
+        seconds = now() - started
+        print(f"{case.name}, seed {seed}, budget {budget}:\n{prior.report}", flush=True)
+        assert prior.sampler is not None
+        stored = Trained(prior, seconds).stored
+        return Fitted(from_ncp(prior, prior.sampler), seconds, stored, (prior,))
+
+    return run
+
+
 def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Case, int], Fitted]:
     """A second head on what SIR with `first` proposals draws, in nested form."""
 
@@ -424,7 +440,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
             Method(f"NCP, recommended({m}), matched", "ours", recommended(heads, "", m))
             for m in (500, 5000)
         ]
-        return found
+        return found + automatic()
     for name in BASES:
         if name == "mixture of 100" and name not in case.bases:
             continue  # of many latents, twenty minutes; pythae's own is the same
@@ -458,7 +474,12 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         Method(f"NCP on {last}, recommended({m}), matched", "ours", recommended(heads, last, m))
         for m in case.proposals
     ]
-    return found + variants(heads, last) if case.every_sampler else found
+    return found + automatic() + (variants(heads, last) if case.every_sampler else [])
+
+
+def automatic() -> list[Method]:
+    """`improve`, with no argument but the budget of evaluations per head."""
+    return [Method(f"improve({m})", "ours", improved(m)) for m in (50, 500)]
 
 
 def variants(heads: Heads, last: str) -> list[Method]:

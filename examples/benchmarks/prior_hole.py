@@ -71,14 +71,23 @@ Drawn = Mapping[str, Tensor]
 
 
 class Comparison:
-    """All methods on one case and one seed."""
+    """All methods on one case and one seed, or base, posterior and those with a text in their name."""
 
-    def __init__(self, bench: Bench, case: Case, seed: int, samples: Path | None) -> None:
+    def __init__(
+        self, bench: Bench, case: Case, seed: int, samples: Path | None, only: list[str]
+    ) -> None:
         self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
         self.heads = Heads(bench)
-        self.methods = methods(case, self.heads)
+        everything = methods(case, self.heads)
+        chosen = [m for m in everything[2:] if not only or any(text in m.name for text in only)]
+        self.methods = [*everything[:2], *chosen]
         self.count: int = bench.settings["count"]
         self.drawn: dict[str, Drawn] = {}
+
+    def is_done(self) -> bool:
+        """Whether the table has all rows."""
+        done = {row["method"] for row in self.bench.rows if row["seed"] == self.seed}
+        return self.samples is None and done >= {method.name for method in self.methods}
 
     def draw_all(self) -> None:
         """Fits every method and draws from it, or reads what was drawn before."""
@@ -105,7 +114,7 @@ class Comparison:
         gaps = {name: self._gap(drawn) for name, drawn in self.drawn.items()}
         family = {method.name: self._family(method) for method in self.methods}
         rivals = [m.name for m in self.methods if m.family == "peer" and m.name in gaps]
-        best = max(rivals, key=lambda name: gaps[name].gap_closed)
+        best = max(rivals, key=lambda name: gaps[name].gap_closed, default=None)
         train = in_batches(self.case.features, self.case.images)
         rows = []
         for name, drawn in self.drawn.items():
@@ -125,7 +134,7 @@ class Comparison:
                 "recall": judged.recall,
                 "near_copies": near_copies(train, self.case.reference, drawn["features"][0]).share,
             }
-            if family[name] == "ours":
+            if family[name] == "ours" and best is not None:
                 over = gap_difference(gap, gaps[best])
                 row |= {
                     "over_rival": over.difference,
@@ -216,6 +225,9 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--model", choices=["flat", "hierarchical"], default="flat")
     made.add_argument("--figure", type=Path, metavar="FILE", help="draw the figure into this PNG")
     made.add_argument(
+        "--methods", nargs="+", default=[], metavar="TEXT", help="only methods with such a name"
+    )
+    made.add_argument(
         "--samples", type=Path, metavar="DIR", help="write every method's images, (5, N, C, H, W)"
     )
     return made
@@ -234,10 +246,11 @@ def main() -> None:
     case = make_case(bench, options.data, options.model)
     print(f"{machine()}; {settings}; {case.facts}", flush=True)
     for seed in options.seed:
-        if options.samples is not None or not any(row["seed"] == seed for row in bench.rows):
-            compared = Comparison(bench, case, seed, options.samples)
+        compared = Comparison(bench, case, seed, options.samples, options.methods)
+        if not compared.is_done():
             compared.draw_all()
-            bench.add(compared.rows, seed=seed)
+            for row in compared.rows():
+                bench.add(lambda row=row: [row], method=row["method"], seed=seed)
     print(f"\n{table(bench.rows, COLUMNS)}")
     if options.figure is not None:
         save_figure(bench.rows, options.figure, f"{case.name}: the prior hole closed")

@@ -66,10 +66,11 @@ def train_heads(
         )
         found.append((prior, history, _candidate(kind, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
-    off = gate(prior, history) if source.num_groups > 1 else ()
+    off = gate(prior, history)
     reason = f"the lowest NCE loss of held-out data; {history.stopped}"
     if off:
-        reason += f"; groups {list(off)} have learnt nothing and keep the base"
+        which = f"groups {list(off)}" if source.num_groups > 1 else "heads"
+        reason += f"; {which} have learnt nothing for sure and keep the base"
     record.histories.append(history)
     record.add(
         Choice(

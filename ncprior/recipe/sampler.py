@@ -78,12 +78,14 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> tuple[Mean,
         with prior.disabled():
             alone = remaining_gap(prior, base, parts, record)
     assert alone is not None
-    after = remaining_gap(prior, prior.chosen(None), parts, record) if any(prior.active) else alone
+    has_heads = any(prior.active)
+    after = remaining_gap(prior, prior.chosen(None), parts, record) if has_heads else alone
+    gaps = {"the VAE's own prior": before, "base alone": alone}
+    gaps |= {"heads": after} if has_heads else {}
     helps = [not _is_worse(*pair) for pair in zip(after.choose, alone.choose, strict=True)]
     prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
     if not all(helps):
-        after = remaining_gap(prior, prior.chosen(None), parts, record) if any(helps) else alone
-    gaps = {"the VAE's own prior": before, "base alone": alone, "heads": after}
+        after = remaining_gap(prior, prior.chosen(None), parts, record) if any(prior.active) else alone
     record.add(
         Choice(
             *("keep", "heads" if any(prior.active) else "base alone"),

@@ -11,7 +11,7 @@ def gate(prior: NCPrior, history: History) -> tuple[int, ...]:
     """Switches off the groups (``prior.active``) whose heads have learnt nothing.
 
     A head has learnt something if its best held-out loss is below 2 log 2 nats, the loss without a
-    head, by two standard errors, or if a further stage of its group was kept. The paper gates no
+    head, by three standard errors, or if a further stage of its group was kept. The paper gates no
     groups.
 
     Arguments:

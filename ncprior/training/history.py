@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from ncprior.utils.require import require_numbers
 
+_SURE = 3.0  # standard errors
+
 _ROUNDING = 1e-6  # nats, of losses in float32
 
 
@@ -74,7 +76,8 @@ class History(NamedTuple):
         """Returns per group whether its head has learnt something that holds on held-out data.
 
         This holds if the head's held-out loss L is below 2 log 2 nats, the loss without a head, by
-        two standard errors of L: then its Jensen-Shannon divergence, log 2 - L/2, is above 0.
+        three standard errors of L: then its Jensen-Shannon divergence, log 2 - L/2, is above 0. L
+        is the lowest of many losses on the same rows, which two standard errors do not allow for.
         Without held-out losses, every value is True.
 
         Arguments:
@@ -85,7 +88,7 @@ class History(NamedTuple):
             return [True] * len(self.best_step)
         pairs = zip(self.best_loss, self.best_error, strict=True)
         most = 2 * (math.log(2) - least) - _ROUNDING
-        return [loss + 2 * error < most for loss, error in pairs]
+        return [loss + _SURE * error < most for loss, error in pairs]
 
     def __str__(self) -> str:
         """Returns the kept losses and steps, and why training ended, in one line per stage."""

@@ -439,9 +439,9 @@ def test_batches_of_a_loaders_own_mapping_can_be_held_out() -> None:
 def test_gating_switches_off_heads_that_learnt_nothing_that_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of standard error 0.01, a loss must be below 2 log 2 - 0.02."""
+    """Of standard error 0.01, a loss must be below 2 log 2 - 0.03."""
     ceiling = 2 * math.log(2)
-    Scripted(monkeypatch, [[ceiling - 0.019, ceiling - 0.021, ceiling + 0.5]], error=0.01)
+    Scripted(monkeypatch, [[ceiling - 0.029, ceiling - 0.031, ceiling + 0.5]], error=0.01)
     prior = small()
     history = fit(prior, data(), steps=2, eval_every=2, **QUIET)
     assert prior.active == [True] * 3
