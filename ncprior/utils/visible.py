@@ -53,8 +53,8 @@ def require_apart(module: nn.Module, frozen: object, whose: str) -> None:
     """Validates that a trained module shares no parameter with a VAE, which would be trained too.
 
     Arguments:
-        module: The trained module. What holds the VAE may hold it or its children as they are,
-            such as the object of a bound method, but not the VAE, which is ``source.module``.
+        module: The trained module. An object with a method that the source uses may hold it or
+            its children as they are, but the VAE, ``source.module``, may not.
         frozen: The source, or several objects in a tuple.
         whose: The module's name in the message.
 
