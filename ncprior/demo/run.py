@@ -75,6 +75,8 @@ _SHOWN = 16  # images per strip of the figure
 
 _SCATTERED = 3000  # points per cloud
 
+_OWN, _NEW = "the VAE's prior", "the new prior"
+
 
 def run_demo(
     data: str = "digits",
@@ -219,9 +221,9 @@ def _train_networks(data: Labelled, settings: _Settings, progress: bool) -> tupl
 
 def _save_figures(data: Tensor, first: dict[str, Generation], axes: Tensor, folder: Path) -> None:
     base, ours, posterior = (first[arm] for arm in ARMS)
-    samples = {"data": data, "base prior": base.x, "NCP": ours.x, "posterior samples": posterior.x}
+    samples = {"data": data, _OWN: base.x, _NEW: ours.x, "posterior samples": posterior.x}
     samples = {label: images[:_SHOWN] for label, images in samples.items()}
-    arms = {"base prior": base, "NCP": ours, "aggregate posterior": posterior}
+    arms = {_OWN: base, _NEW: ours, "aggregate posterior": posterior}
     clouds = {label: arm.latents[0][:_SCATTERED] for label, arm in arms.items()}
     figures = {"samples.png": plot_samples(samples), "latents.png": plot_latents(clouds, axes)}
     for name, figure in figures.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ncprior.data.stream import first_batch
+from ncprior.heads.networks import ConvHead
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts
@@ -19,6 +20,10 @@ from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
 
 _PROBED = 512  # rows for the shapes and scales of a head
+
+_MOST_STEPS = 20_000  # if held-out losses still improve
+
+_CHANNELS = 4  # by which heads of feature maps are narrower, as they see every position
 
 _SHARE = 0.7  # of the time that is left
 
@@ -47,17 +52,19 @@ def train_heads(
     Heads are trained until their held-out losses stop improving. The size is chosen by the held-out
     loss, summed over groups. In the folder, if there is one, the trainings are saved.
     """
-    kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
+    batch = first_batch(parts.train, _PROBED)
+    kinds = [_LARGE, *_SMALL] if parts.is_small else [_LARGE]
+    if any(isinstance(head, ConvHead) for head in NCPrior.for_source(source, batch).heads):
+        kinds = [kind._replace(width=kind.width // _CHANNELS) for kind in kinds]
     started, found = time.monotonic(), []
     for number, kind in enumerate(kinds):
         before = time.monotonic()
-        prior = NCPrior.for_source(
-            source, first_batch(parts.train, _PROBED), width=kind.width, dropout=kind.dropout
-        )
+        prior = NCPrior.for_source(source, batch, width=kind.width, dropout=kind.dropout)
         history = fit(
             prior,
             parts.train,
             held_out=parts.choose,
+            steps=_MOST_STEPS,
             patience=parts.patience,
             max_seconds=record.left(_SHARE / (len(kinds) - number)),
             checkpoint=None if folder is None else folder / f"heads-{number}",

@@ -85,7 +85,9 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> tuple[Mean,
     helps = [not _is_worse(*pair) for pair in zip(after.choose, alone.choose, strict=True)]
     prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
     if not all(helps):
-        after = remaining_gap(prior, prior.chosen(None), parts, record) if any(prior.active) else alone
+        after = (
+            remaining_gap(prior, prior.chosen(None), parts, record) if any(prior.active) else alone
+        )
     record.add(
         Choice(
             *("keep", "heads" if any(prior.active) else "base alone"),

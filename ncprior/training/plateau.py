@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from ncprior.training.held_out import mean_and_error
 _DOUBT = 0.02  # probability that noise passes for an improvement, of all groups together
 
 _WORTH = 1e-3  # nats, which an error of log r of about 0.1 costs: the least improvement
+
+_PART = 0.01  # of what has been gained so far: the least improvement of a wide gap
 
 _WAIT = 3  # a plateau is a third of the steps, or more
 
@@ -22,7 +25,8 @@ class Plateau:
 
     Losses are compared row by row, on the same draws, with those of the last such step. The
     standard error of the difference is far smaller than that of a loss, and slow progress adds up
-    until it is more than noise.
+    until it is more than noise, and worth the steps: a hundredth of what a head has gained over
+    2 log 2 nats, the loss without a head.
 
     Arguments:
         losses: The losses before the first step, with shape ``(K, N)``.
@@ -47,7 +51,9 @@ class Plateau:
         """Compares the losses after a step with the reference."""
         sure = NormalDist().inv_cdf(1 - _DOUBT / len(losses))  # standard errors
         means, errors = mean_and_error((losses.float() - self.reference).cpu().double())
-        noise = [max(sure * error, _WORTH) for error in errors]
+        gains = 2 * math.log(2) - self.reference.mean(1).cpu().double()
+        worth = [max(_WORTH, _PART * gain) for gain in gains.tolist()]
+        noise = [max(sure * error, least) for error, least in zip(errors, worth, strict=True)]
         self.worse = all(mean > least for mean, least in zip(means, noise, strict=True))
         for k, mean in enumerate(means):
             if mean < -noise[k]:

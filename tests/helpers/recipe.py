@@ -1,10 +1,7 @@
 """`improve` in a second: one size of heads, and classifiers that are trained for a few steps."""
 
-from functools import partial
-
 import pytest
 
-from ncprior import fit
 from ncprior.recipe import Score, heads, judge, measure
 
 
@@ -12,7 +9,7 @@ def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
     """Lets heads and classifiers take a few steps only."""
     patch.setattr(heads, "_SMALL", ())
     patch.setattr(heads, "_LARGE", heads._Kind(32, 0.0, 1e-2))
-    patch.setattr(heads, "fit", partial(fit, steps=steps))
+    patch.setattr(heads, "_MOST_STEPS", steps)
     patch.setattr(judge, "_STEPS", 60)
     patch.setattr(judge, "_CACHED", 3000)
     patch.setattr(measure, "two_sample_auc", lambda *_: Score(0.5, 0.5, 0.5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from ncprior.training.plateau import Plateau
 from ncprior.training.schedule import Schedule
 
 ROWS = 1000
+
+NO_HEAD = 2 * math.log(2)  # nats
 
 
 def noise(seed: int, scale: float, groups: int = 1, mean: float = 0.0) -> Tensor:
@@ -80,10 +84,11 @@ def test_too_few_steps_are_said_in_words() -> None:
 
 def test_an_improvement_far_below_the_error_of_a_loss_is_seen() -> None:
     """A fall of 0.005 whose paired standard error is 0.001; that of the loss is 0.03."""
-    plateau = Plateau(noise(0, 1.0))
-    plateau.update(noise(0, 1.0) + noise(1, 0.03, mean=-0.005), 100)
+    first = noise(0, 1.0, mean=NO_HEAD)
+    plateau = Plateau(first)
+    plateau.update(first + noise(1, 0.03, mean=-0.005), 100)
     assert (plateau.since, plateau.worse) == ([100], False)
-    plateau.update(noise(0, 1.0) + noise(2, 0.03, mean=0.005), 200)
+    plateau.update(first + noise(2, 0.03, mean=0.005), 200)
     assert (plateau.since, plateau.worse) == ([100], True)
 
 
@@ -100,11 +105,19 @@ def test_noise_passes_for_an_improvement_in_two_percent(groups: int) -> None:
 
 def test_slow_progress_adds_up() -> None:
     """Each fall of 0.0004 is below what counts, 0.001; three of them are not."""
-    plateau, improved = Plateau(torch.zeros(1, ROWS)), []
+    plateau, improved = Plateau(torch.full((1, ROWS), NO_HEAD)), []
     for step in range(1, 13):
-        plateau.update(torch.full((1, ROWS), -0.0004 * step), step)
+        plateau.update(torch.full((1, ROWS), NO_HEAD - 0.0004 * step), step)
         improved.append(plateau.since[0] == step)
     assert improved == 4 * [False, False, True]
+
+
+@pytest.mark.parametrize(("fall", "since"), [(0.009, 0), (0.011, 100)])
+def test_of_a_wide_gap_an_improvement_is_a_hundredth_of_the_gain(fall: float, since: int) -> None:
+    """So far a head has gained 1 nat, and slow progress would go on for many times the steps."""
+    plateau = Plateau(torch.full((1, ROWS), NO_HEAD - 1.0))
+    plateau.update(torch.full((1, ROWS), NO_HEAD - 1.0 - fall), 100)
+    assert plateau.since == [since]
 
 
 def test_a_plateau_takes_a_third_of_the_steps() -> None:
