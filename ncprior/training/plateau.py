@@ -25,8 +25,8 @@ class Plateau:
 
     Losses are compared row by row, on the same draws, with those of the last such step. The
     standard error of the difference is far smaller than that of a loss, and slow progress adds up
-    until it is more than noise, and worth the steps: a hundredth of what a head has gained over
-    2 log 2 nats, the loss without a head.
+    until it is more than noise, and worth the steps: a hundredth of a head's gain over 2 log 2
+    nats, the loss without a head.
 
     Arguments:
         losses: The losses before the first step, with shape ``(K, N)``.

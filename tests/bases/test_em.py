@@ -77,7 +77,7 @@ def test_few_rows_are_shrunk_and_many_are_not() -> None:
     fresh = Rows(new, is_full=True)
     options = {"is_full": True, "max_steps": 100, "tolerance": 1e-4, "regularisation": 1e-6}
     order = torch.randperm(300)
-    fit = MixtureFit(z, **options).fit(10, 1, order)
+    fit = MixtureFit(z, **options).fit(10, 1, order, 0)
     truth = MultivariateNormal(torch.zeros(12), torch.eye(12)).log_prob(new).mean()
     assert fresh.log_prob(fit.mixture).mean() > truth - 1.5
     rows = Rows(z, is_full=True)
