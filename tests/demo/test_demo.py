@@ -108,7 +108,7 @@ def test_the_saved_head_fits_the_saved_vae(run: tuple[dict[str, Any], Path]) -> 
     base: Any = prior.source.shared_prior()
     r = prior.log_ratio([base.sample((4000,))])[:, 0].exp()
     error = 4 * r.std() * math.hypot(4000**-0.5, 1000**-0.5)
-    assert abs(r.mean() - math.exp(result["log_z"])) < error
+    assert abs(r.mean() - math.exp(result["log_z"])) <= error  # 0 where heads are off
 
 
 def test_a_seed_determines_the_numbers_and_disturbs_no_generator(
