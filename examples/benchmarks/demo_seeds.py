@@ -3,7 +3,7 @@
     python examples/benchmarks/demo_seeds.py                             # digits, seeds 0 to 4
     python examples/benchmarks/demo_seeds.py --data mnist --seeds 0 1 2
 
-Every seed draws its own split, VAE, classifier and head, in a process of its own, as `ncprior demo`
+Every seed draws its own split, VAE, classifier and prior, in a process of its own, as `ncprior demo`
 does. Expected: digits, median at least 0.90, under 90 s each on two cores; mnist, at least 0.92.
 """
 

@@ -28,7 +28,7 @@ _STANDARD = 15.0  # of a χ² with 2 degrees of freedom: above, a latent is not 
 
 _LEAST = 1e-6  # variance
 
-MOST_NUMBERS = 2**26  # of all covariances: 0.5 GB in float64, of which a few are needed
+_MOST_NUMBERS = 2**26  # of all covariances: 0.5 GB in float64, of which a few are needed
 
 _WORSE, _ROUNDING = 3.0, 0.01  # standard errors, and nats
 
@@ -140,11 +140,10 @@ def fit_mixture(
             f"A mixture of {num_components} components needs z of shape (N, *event) with more "
             f"rows than components; got {tuple(z.shape)}."
         )
-    size = num_components * math.prod(z.shape[1:]) ** 2
-    if covariance == "full" and size > MOST_NUMBERS:
+    if covariance == "full" and is_too_wide(num_components, z.shape[1:]):
         raise ValueError(
-            f"{num_components} full covariances of {math.prod(z.shape[1:])} latents are {size:.1e} "
-            f'numbers, more than {MOST_NUMBERS:.1e}. Pass covariance="diagonal".'
+            f"{num_components} full covariances of {z.shape[1:].numel()} latents each are more than "
+            f'{_MOST_NUMBERS:,} numbers. Pass covariance="diagonal".'
         )
     if active is not None:
         active = mask_of("active", active, z.shape[1:])
@@ -171,6 +170,11 @@ def fit_mixture(
         _warn_if_worse(fit, num_components, z_held, spread[latents])
         whole.put(fit.mixture, latents)
     return whole.mixture(z.shape[1:]).to(z.device)
+
+
+def is_too_wide(num_components: int, event_shape: Size) -> bool:
+    """Returns whether full covariances of so many components and latents take too much memory."""
+    return num_components * event_shape.numel() ** 2 > _MOST_NUMBERS
 
 
 def _held_out_like(z: Tensor, held_out: Tensor | ArrayLike) -> Tensor:

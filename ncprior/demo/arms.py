@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,7 +103,7 @@ def draw_arms(
     require_flags(progress=progress)
     total = num_rows(x)
     require_counts(**{"The number of rows of x": total})
-    old = NCPrior(prior.source if base is None else base, copy.deepcopy(prior.heads)).eval()
+    old = NCPrior(prior.source if base is None else base, prior.heads)
     old.active = [False] * len(old.heads)
     arms = {"base prior": old, "NCP": prior, "posterior": prior}
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
-from ncprior.bases.mixture_em import MOST_NUMBERS, fit_mixture
+from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import rebase
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, first_group, has_condition
@@ -44,69 +44,74 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
         record.add(Choice("base", "the VAE's own prior", reason))
         return source
     search = _Search(source, parts, record)
-    best = search.best()
-    chosen = _OWN if best is None else search.candidates[search.chosen].name
+    search.run()
     record.add(
         Choice(
-            *("base", chosen, "the highest likelihood of encodings of held-out data"),
+            *("base", search.name, "the highest likelihood of encodings of held-out data"),
             candidates=tuple(search.candidates),
             criterion="held-out log p",
             unit="nats",
             seconds=search.seconds(),
         )
     )
-    return source if best is None else rebase(source, best)
+    return source if search.best is None else rebase(source, search.best)
 
 
 class _Search:
-    """Search of the mixture under which encodings of held-out data are most likely."""
+    """Search of the base under which encodings of held-out data are most likely.
+
+    Attributes:
+        best: The best mixture so far, or ``None`` for the VAE's own prior.
+        name: Name of the best base so far.
+        candidates: All bases so far, with their held-out log p.
+    """
 
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end = time.monotonic(), record.left(_SHARE)
         self.z, self.held_out = _encodings(source, parts), latents_of(source, parts.choose)
         self.averages = parts.is_small
+        self.best: GaussianMixture | None = None
+        self.name = _OWN
         self.candidates: list[Candidate] = []
-        self.chosen = 0
-        self.log_p: Tensor | None = None
+        self.log_p: Tensor | None = None  # of the best base, (N,)
         own = source.shared_prior()
         if isinstance(own, Distribution):
-            self._try(_OWN, own)
+            self.log_p = self._score(_OWN, own)
 
-    def best(self) -> GaussianMixture | None:
-        """Returns the best mixture, or ``None`` if none is better than the VAE's own prior."""
-        best = None
+    def run(self) -> None:
+        """Fits larger and larger mixtures, and averages of the best size."""
         for size in _SIZES:
             if self.candidates and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
                 break
             mixture = self._fit(size)
-            if self._try(_name(mixture), mixture):
-                best = mixture
-            elif size > 1:
+            if not self._keep_if_better(_name(mixture), mixture) and size > 1:
                 break
-        if best is None or not self.averages or len(best.logits) == 1 or self._is_late():
-            return best
-        size = len(best.logits)
-        average = GaussianMixture.average([best, *(self._fit(size) for _ in range(_AVERAGED - 1))])
-        name = f"average of {_AVERAGED} {_name(best).replace('mixture', 'mixtures')}"
-        return average if self._try(name, average) else best
+        best = self.best
+        if best is not None and len(best.logits) > 1 and self.averages and not self._is_late():
+            others = [self._fit(len(best.logits)) for _ in range(_AVERAGED - 1)]
+            name = f"average of {_AVERAGED} {_name(best).replace('mixture', 'mixtures')}"
+            self._keep_if_better(name, GaussianMixture.average([best, *others]))
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
     def _fit(self, size: int) -> GaussianMixture:
-        is_wide = size * self.z[0].numel() ** 2 > MOST_NUMBERS
-        covariance = "diagonal" if is_wide else "full"
+        covariance = "diagonal" if is_too_wide(size, self.z.shape[1:]) else "full"
         return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
 
-    def _try(self, name: str, base: Distribution) -> bool:
-        """Adds a candidate, and returns whether it is better than the best one so far."""
-        new = base.log_prob(self.held_out)
-        seconds = self.seconds() - sum(it.seconds or 0.0 for it in self.candidates)
-        self.candidates.append(_candidate(name, new, seconds))
+    def _keep_if_better(self, name: str, mixture: GaussianMixture) -> bool:
+        new = self._score(name, mixture)
         if self.log_p is not None and not _is_better(new, self.log_p):
             return False
-        self.chosen, self.log_p = len(self.candidates) - 1, new
+        self.best, self.name, self.log_p = mixture, name, new
         return True
+
+    def _score(self, name: str, base: Distribution) -> Tensor:
+        """Adds a candidate, and returns the log p of held-out encodings."""
+        log_p = base.log_prob(self.held_out)
+        seconds = self.seconds() - sum(it.seconds or 0.0 for it in self.candidates)
+        self.candidates.append(_candidate(name, log_p, seconds))
+        return log_p
 
     def _is_late(self) -> bool:
         return self.end is not None and 3 * self.seconds() > self.end

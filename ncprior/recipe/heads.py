@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ncprior.data.stream import first_batch
-from ncprior.heads.networks import ConvHead
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts
@@ -23,25 +23,20 @@ _PROBED = 512  # rows for the shapes and scales of a head
 
 _MOST_STEPS = 20_000  # if held-out losses still improve
 
-_CHANNELS = 4  # by which heads of feature maps are narrower, as they see every position
-
 _SHARE = 0.7  # of the time that is left
 
 
 class _Kind(NamedTuple):
-    """Size and regularisation of a head."""
+    """Size and regularisation of heads; narrower ones have a fraction of the default width."""
 
-    width: int
+    fraction: int
     dropout: float
     weight_decay: float
 
-    def __str__(self) -> str:
-        return f"width {self.width}, dropout {self.dropout:g}, weight decay {self.weight_decay:g}"
 
+_LARGE = _Kind(1, 0.1, 1e-2)
 
-_LARGE = _Kind(256, 0.1, 1e-2)
-
-_SMALL = (_Kind(128, 0.2, 0.1), _Kind(32, 0.3, 0.3))  # tried besides where data is scarce
+_SMALL = (_Kind(2, 0.2, 0.1), _Kind(8, 0.3, 0.3))  # tried besides where data is scarce
 
 
 def train_heads(
@@ -53,13 +48,13 @@ def train_heads(
     loss, summed over groups. In the folder, if there is one, the trainings are saved.
     """
     batch = first_batch(parts.train, _PROBED)
-    kinds = [_LARGE, *_SMALL] if parts.is_small else [_LARGE]
-    if any(isinstance(head, ConvHead) for head in NCPrior.for_source(source, batch).heads):
-        kinds = [kind._replace(width=kind.width // _CHANNELS) for kind in kinds]
+    kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
+    widest = _default_width(NCPrior.for_source(source, batch))
     started, found = time.monotonic(), []
     for number, kind in enumerate(kinds):
         before = time.monotonic()
-        prior = NCPrior.for_source(source, batch, width=kind.width, dropout=kind.dropout)
+        width = widest // kind.fraction
+        prior = NCPrior.for_source(source, batch, width=width, dropout=kind.dropout)
         history = fit(
             prior,
             parts.train,
@@ -71,7 +66,8 @@ def train_heads(
             progress=record.progress,
             settings=FitSettings(weight_decay=kind.weight_decay),
         )
-        found.append((prior, history, _candidate(kind, history, time.monotonic() - before)))
+        name = f"width {width}, dropout {kind.dropout:g}, weight decay {kind.weight_decay:g}"
+        found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
     off = gate(prior, history)
     reason = f"the lowest NCE loss of held-out data; {history.stopped}"
@@ -92,7 +88,14 @@ def train_heads(
     return prior
 
 
-def _candidate(kind: _Kind, history: History, seconds: float) -> Candidate:
+def _default_width(prior: NCPrior) -> int:
+    """The default width of the heads, such as 64 of feature maps; the least of several kinds."""
+    kinds = {type(head) for head in prior.heads}
+    widths: list[int] = [signature(kind).parameters["width"].default for kind in kinds]
+    return min(widths)
+
+
+def _candidate(name: str, history: History, seconds: float) -> Candidate:
     losses, errors = history.best_loss or [], history.best_error or []
     loss, half = sum(losses), 1.96 * math.sqrt(sum(error**2 for error in errors))
-    return Candidate(str(kind), loss, loss - half, loss + half, seconds)
+    return Candidate(name, loss, loss - half, loss + half, seconds)

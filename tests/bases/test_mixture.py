@@ -224,7 +224,7 @@ def test_a_constant_latent_does_no_harm() -> None:
         (
             torch.randn(20, 3000),
             {"num_components": 10},
-            r"10 full covariances of 3000 latents .* Pass covariance=\"diagonal\"",
+            r"10 full covariances of 3000 latents each .* Pass covariance=\"diagonal\"",
         ),
     ],
 )

@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Binomial, Independent, Normal, kl_divergence
 
-from ncprior import NCPrior, SingleGroup, sir
+from ncprior import NCPrior, SingleGroup, improve, sir
 from ncprior.demo import run as demo
 from ncprior.demo.arms import draw_arms, log_z
 from ncprior.demo.datasets import digits
 from ncprior.demo.networks import VAE, Classifier
 from ncprior.demo.pictures import plot_latents, plot_samples
 from ncprior.demo.run import run_demo
+from ncprior.recipe import base
 from ncprior.saving.tensors import load_tensors
 
 FEW = {
@@ -47,15 +48,31 @@ def few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("digits", "mnist"):
             patch.setitem(demo._SETTINGS, name, replace(demo._SETTINGS[name], **FEW))
-        make_quick(patch, steps=60)
+        make_quick(patch, steps=200)
+        patch.setattr(base, "_SIZES", ())  # so that heads have something to learn
         yield
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def made() -> list[NCPrior]:
+    """The prior of `run`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, made: list[NCPrior]
+) -> tuple[dict[str, Any], Path]:
     """A result, and the folder it was written to."""
+
+    def noted(*parts: Any, **options: Any) -> NCPrior:
+        made.append(improve(*parts, **options))
+        return made[-1]
+
     out = tmp_path_factory.mktemp("run") / "new" / "out"
-    return run_demo(out=out, progress=False), out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "improve", noted)
+        return run_demo(out=out, progress=False), out
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,6 +102,8 @@ def test_the_result_is_whole_and_consistent(run: tuple[dict[str, Any], Path]) ->
     assert math.isfinite(result["log_z"])
     assert result["improvement"]["diagnosis"]["groups"][0]["verdict"]
     assert result["improvement"]["budget"] == 20
+    assert result["sampler"].startswith("tempered_smc(")  # 20 evaluations are few for this gap
+    assert result["strength"] > 0
     assert result["classifier_accuracy"] > 0.5
     low, value, high = (f"{100 * result[f'gap_closed{end}']:.0f}" for end in ("_low", "", "_high"))
     seconds = f"{result['seconds']:.0f} s"
@@ -98,17 +117,21 @@ def test_the_pictures_are_pictures(run: tuple[dict[str, Any], Path]) -> None:
             assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_the_saved_head_fits_the_saved_vae(run: tuple[dict[str, Any], Path]) -> None:
+def test_the_saved_head_fits_the_saved_vae(
+    run: tuple[dict[str, Any], Path], made: list[NCPrior]
+) -> None:
     result, out = run
     tensors, shape = load_tensors(out / "vae.safetensors")
     vae = VAE(**shape).eval()
     vae.load_state_dict(tensors)
     prior = NCPrior.from_pretrained(vae.source(), out / "prior")
     # 4,000 draws of two estimates, of which the other took 1,000: 4 standard errors of each.
-    base: Any = prior.source.shared_prior()
-    r = prior.log_ratio([base.sample((4000,))])[:, 0].exp()
+    r = prior.log_ratio([torch.randn(4000, vae.latents)])[:, 0].exp()
     error = 4 * r.std() * math.hypot(4000**-0.5, 1000**-0.5)
-    assert abs(r.mean() - math.exp(result["log_z"])) <= error  # 0 where heads are off
+    assert prior.active == [True]
+    z = torch.randn(50, vae.latents)
+    torch.testing.assert_close(prior.log_ratio([z]), made[0].log_ratio([z]))
+    assert abs(r.mean() - math.exp(result["log_z"])) < error
 
 
 def test_a_seed_determines_the_numbers_and_disturbs_no_generator(

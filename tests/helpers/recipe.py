@@ -8,7 +8,7 @@ from ncprior.recipe import Score, heads, judge, measure
 def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
     """Lets heads and classifiers take a few steps only."""
     patch.setattr(heads, "_SMALL", ())
-    patch.setattr(heads, "_LARGE", heads._Kind(32, 0.0, 1e-2))
+    patch.setattr(heads, "_LARGE", heads._Kind(8, 0.0, 1e-2))
     patch.setattr(heads, "_MOST_STEPS", steps)
     patch.setattr(judge, "_STEPS", 60)
     patch.setattr(judge, "_CACHED", 3000)

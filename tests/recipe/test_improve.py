@@ -10,11 +10,12 @@ from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
 from helpers.recipe import make_quick
 from helpers.toys import flat
 from torch import Tensor
+from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, improve
+from ncprior import NCPrior, SingleGroup, improve
 from ncprior.bases import GaussianMixture, Rebased
 from ncprior.diagnostics.calibration import Mean
-from ncprior.recipe import Choice
+from ncprior.recipe import Choice, heads
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
@@ -85,7 +86,7 @@ def test_a_ring_gets_a_mixture_and_draws_are_on_it() -> None:
 
 
 def test_the_base_of_wide_latents_is_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ncprior.recipe.base.MOST_NUMBERS", 4 * 3)  # of 3 full covariances
+    monkeypatch.setattr("ncprior.bases.mixture_em._MOST_NUMBERS", 4 * 3)  # of 3 full covariances
     parts, record = (
         parts_of(Ring().data(3000), None, seed=0),
         Record(progress=False, max_seconds=None),
@@ -96,6 +97,27 @@ def test_the_base_of_wide_latents_is_diagonal(monkeypatch: pytest.MonkeyPatch) -
         "Gaussian",
         "mixture of 10, diagonal",
     ]
+
+
+@pytest.mark.parametrize(
+    ("event", "widths"),
+    [((2, 4, 4), (64, 32, 8)), ((32,), (256, 128, 32))],
+    ids=["maps", "vectors"],
+)
+def test_heads_have_fractions_of_their_default_width(
+    event: tuple[int, ...], widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of feature maps, 256 channels at every position would take seconds per step."""
+    monkeypatch.setattr(heads, "_MOST_STEPS", 1)
+    prior = Independent(Normal(torch.zeros(event), 1.0), len(event))
+    source = SingleGroup(prior, lambda x: Independent(Normal(x, 0.1), len(event)), lambda z: z)
+    parts, record = (
+        parts_of(torch.randn(99, *event), None, seed=0),
+        Record(progress=False, max_seconds=None),
+    )
+    heads.train_heads(source, parts, record, None)
+    names = [candidate.name.split(",")[0] for candidate in record.choices[0].candidates]
+    assert names == [f"width {width}" for width in widths]
 
 
 @pytest.mark.usefixtures("quick")
