@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import time
@@ -107,7 +106,7 @@ def _own_prior(prior: NCPrior) -> NCPrior | None:
     source = without_bases(prior.source)
     if isinstance(source.shared_prior(), NoPrior):
         return None
-    old = NCPrior(source, copy.deepcopy(prior.heads)).eval()
+    old = NCPrior(source, prior.heads).eval()
     old.active = [False] * source.num_groups
     return old
 

@@ -1,6 +1,7 @@
 """`improve`: its choices on problems with known answers, and that nothing else changes."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from helpers.toys import flat
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, SingleGroup, improve
+from ncprior import NCPrior, SingleGroup, improve, sir
 from ncprior.bases import GaussianMixture, Rebased
 from ncprior.diagnostics.calibration import Mean
+from ncprior.heads import MLPHead
 from ncprior.recipe import Choice, heads
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
+from ncprior.recipe.sampler import keep_what_helps
 from ncprior.utils.random_state import seeded
 
 
@@ -127,6 +130,31 @@ def test_codes_and_hierarchies_keep_their_base(problem: Codes | CorrelatedPair) 
     assert chosen(prior)["base"] == "the VAE's own prior"
     assert not isinstance(prior.source, Rebased)
     assert len(prior.sample(64).x) == 64
+
+
+@pytest.mark.usefixtures("quick")
+def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
+    """Encodings and base are N(0, I); the head is made to learn log r = 3 z_0 instead of 0."""
+    torch.manual_seed(0)
+    problem, head = GaussianPair(kl=0.0), MLPHead((2,), width=16)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    for _ in range(200):
+        z = 2 * torch.randn(256, 2)
+        loss = (head(z) - 3 * z[:, 0]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    parts = parts_of(problem.data(3000), None, seed=0)
+    record = Record(progress=False, max_seconds=None)
+    prior = NCPrior(problem.source(), head).eval()
+    prior.sampler = partial(sir, num_proposals=20)
+    before, after = keep_what_helps(prior, parts, record)
+    assert prior.active == [False]
+    assert before == after
+    choice = record.choices[0]
+    gaps = {candidate.name: candidate for candidate in choice.candidates}
+    assert choice.chosen == "base alone"
+    assert gaps["heads"].low > gaps["the VAE's own prior"].high + 0.1
 
 
 @pytest.mark.usefixtures("quick")
