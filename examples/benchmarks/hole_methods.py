@@ -39,6 +39,7 @@ from ncprior.bases import (
 )
 from ncprior.diagnostics import diagnose, match_strength, recommend_sampler
 from ncprior.heads import factors
+from ncprior.recipe import Improvement
 from ncprior.samplers import LogRatio, Sampler, describe, tempered_smc, within_components
 from ncprior.saving import write_atomically
 from ncprior.source import visit
@@ -46,6 +47,7 @@ from ncprior.training import FitSettings, calibrate_heads, gate, nested
 
 BATCH = 1000  # samples drawn at once
 AFTER = ("gate", "stages", "calibrate")  # what acts on trained heads
+MUCH = 20_000  # rows, of which trainings are worth keeping
 
 Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
@@ -361,20 +363,38 @@ def recommended(
     return run
 
 
-def improved(budget: int) -> Callable[[Case, int], Fitted]:
-    """The prior of `improve`, which is told the budget and the seed alone."""
+def improved(bench: Bench, budget: int) -> Callable[[Case, int], Fitted]:
+    """The prior of `improve`, which is told the budget and the seed alone.
+
+    Trainings of much data are kept in the cache: both budgets have the same.
+    """
 
     def run(case: Case, seed: int) -> Fitted:
         data, held_out = (case.data, case.held_out) if case.binarise else (case.rows, None)
+        quick = "-quick" if bench.settings["quick"] else ""
+        folder = bench.cache / f"improve-{slug(case.name)}-{seed}{quick}"
         started = now()
-        prior = improve(case.source, data, held_out=held_out, budget=budget, seed=seed)
-        seconds = now() - started
+        prior = improve(
+            *(case.source, data),
+            held_out=held_out,
+            budget=budget,
+            seed=seed,
+            checkpoint=folder if len(case.rows) > MUCH else None,
+        )
+        seconds = now() - started + _trained_before(prior.report)
         print(f"{case.name}, seed {seed}, budget {budget}:\n{prior.report}", flush=True)
         assert prior.sampler is not None
         stored = Trained(prior, seconds).stored
         return Fitted(from_ncp(prior, prior.sampler), seconds, stored, (prior,))
 
     return run
+
+
+def _trained_before(report: Improvement) -> float:
+    """Seconds of the heads' training in earlier runs, which a checkpoint has saved."""
+    now_spent = sum(it.seconds or 0.0 for it in report.choices if it.part == "heads")
+    spent: float = sum(history.rows[-1].seconds for history in report.histories)
+    return max(0.0, spent - now_spent)
 
 
 def second_stage(heads: Heads, base: str, first: int, then: int) -> Callable[[Case, int], Fitted]:
@@ -440,7 +460,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
             Method(f"NCP, recommended({m}), matched", "ours", recommended(heads, "", m))
             for m in (500, 5000)
         ]
-        return found + automatic()
+        return found + automatic(heads.bench)
     for name in BASES:
         if name == "mixture of 100" and name not in case.bases:
             continue  # of many latents, twenty minutes; pythae's own is the same
@@ -474,12 +494,12 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         Method(f"NCP on {last}, recommended({m}), matched", "ours", recommended(heads, last, m))
         for m in case.proposals
     ]
-    return found + automatic() + (variants(heads, last) if case.every_sampler else [])
+    return found + automatic(heads.bench) + (variants(heads, last) if case.every_sampler else [])
 
 
-def automatic() -> list[Method]:
+def automatic(bench: Bench) -> list[Method]:
     """`improve`, with no argument but the budget of evaluations per head."""
-    return [Method(f"improve({m})", "ours", improved(m)) for m in (50, 500)]
+    return [Method(f"improve({m})", "ours", improved(bench, m)) for m in (50, 500)]
 
 
 def variants(heads: Heads, last: str) -> list[Method]:

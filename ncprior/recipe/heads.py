@@ -21,7 +21,7 @@ from ncprior.training.settings import FitSettings
 
 _PROBED = 512  # rows for the shapes and scales of a head
 
-_MOST_STEPS = 20_000  # if held-out losses still improve
+_MOST_STEPS = 10_000  # if held-out losses still improve
 
 _SHARE = 0.7  # of the time that is left
 
