@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from inspect import signature
 from typing import Any
@@ -27,14 +28,13 @@ def make_head(
 ) -> nn.Module:
     """Returns a new head for a group of latents, with inputs standardised by one batch of draws.
 
-    Codes get a :class:`CategoricalHead`, feature maps a :class:`ConvHead`, other latents an
-    :class:`MLPHead`. An MLPHead does not see collapsed latents, for which q(z_j | x) is about
-    p(z_j): they would hide the others from it.
+    Codes get a :class:`CategoricalHead`, feature maps larger than 4×4 a :class:`ConvHead`, all other
+    latents an :class:`MLPHead`, which costs less on small maps. An MLPHead does not see collapsed
+    latents, for which q(z_j | x) is about p(z_j): they would hide the others from it.
 
     Arguments:
         group: A probed group, of some tens of rows or more.
-        kind: Class of the head for latents that are not codes, instead of the above; an
-            :class:`MLPHead` on small maps costs a fraction of a :class:`ConvHead`.
+        kind: Class of the head for latents that are not codes, instead of the above.
         options: Further arguments of the head, such as ``width``, ``depth`` and ``dropout``.
 
     Returns:
@@ -47,7 +47,7 @@ def make_head(
     Example:
         >>> from torch.distributions import Independent, Normal
         >>> from ncprior import Group
-        >>> prior = Independent(Normal(torch.zeros(64, 20, 4, 4), 1.0), 3)
+        >>> prior = Independent(Normal(torch.zeros(64, 20, 8, 8), 1.0), 3)
         >>> type(make_head(Group(prior), width=32)).__name__
         'ConvHead'
     """
@@ -56,7 +56,8 @@ def make_head(
     z = _draws(group.prior)
     event_shape = tuple(z.shape[1:])
     codes = not z.is_floating_point()
-    default = ConvHead if len(event_shape) == 3 else MLPHead
+    is_large_map = len(event_shape) == 3 and math.prod(event_shape[1:]) > _SMALL_MAP
+    default = ConvHead if is_large_map else MLPHead
     chosen: type[nn.Module] = CategoricalHead if codes else kind or default
     known = signature(chosen).parameters.keys() - {
         "event_shape",
@@ -106,6 +107,8 @@ def _draws(p: Sampleable) -> Tensor:
         z = torch.cat([z, p.sample(Size((-(-_DRAWS // len(z)),))).flatten(0, 1)])
     return z
 
+
+_SMALL_MAP = 16  # positions
 
 _FEW = 8  # rows
 

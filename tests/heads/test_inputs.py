@@ -17,7 +17,7 @@ from ncprior.bases.mixture_em import fit_gaussian
 from ncprior.bases.rebase import rebase
 from ncprior.data.encodings import CachedEncodings
 from ncprior.heads.inputs import head_input
-from ncprior.heads.networks import ConvHead, MLPHead
+from ncprior.heads.networks import MLPHead
 from ncprior.testing import check_source
 
 
@@ -59,7 +59,7 @@ def test_the_head_is_made_for_the_features_and_sees_them(vae: MapVAE) -> None:
     source = vae.source()
     prior = NCPrior.for_source(source, data(64), width=8)
     head = prior.heads[0]
-    assert isinstance(head, ConvHead)
+    assert isinstance(head, MLPHead)
     assert head.event_shape == (8, 4, 4)
     nn.init.normal_(head.out.weight)
     z = torch.randn(5, 3, 6)

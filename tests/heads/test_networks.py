@@ -241,8 +241,8 @@ def rows_of(distribution: Distribution, rows: int = 64) -> Distribution:
         (Independent(Normal(torch.zeros(5), 1.0), 1), MLPHead),
         (Normal(torch.tensor(0.0), 1.0), MLPHead),
         (Independent(Normal(torch.zeros(4, 3), 1.0), 2), MLPHead),
-        (Independent(Normal(torch.zeros(5, 4, 4), 1.0), 3), ConvHead),
-        (Independent(Normal(torch.zeros(5, 1, 1), 1.0), 3), ConvHead),
+        (Independent(Normal(torch.zeros(5, 5, 4), 1.0), 3), ConvHead),
+        (Independent(Normal(torch.zeros(5, 4, 4), 1.0), 3), MLPHead),
         (Categorical(logits=torch.zeros(CODES)), CategoricalHead),
         (Independent(Categorical(logits=torch.zeros(4, 4, CODES)), 2), CategoricalHead),
         (OneHotCategorical(logits=torch.zeros(CODES)), MLPHead),
@@ -275,8 +275,8 @@ def test_make_head_takes_a_context_of_one_number_per_row() -> None:
 
 
 def test_make_head_joins_a_map_of_the_same_size_as_a_map() -> None:
-    prior = rows_of(Independent(Normal(torch.zeros(5, 4, 4), 1.0), 3))
-    as_map = make_head(Group(prior, None, torch.randn(64, 7, 4, 4)))
+    prior = rows_of(Independent(Normal(torch.zeros(5, 8, 8), 1.0), 3))
+    as_map = make_head(Group(prior, None, torch.randn(64, 7, 8, 8)))
     as_vector = make_head(Group(prior, None, torch.randn(64, 7, 2, 2)))
     assert type(as_map.context).__name__ == "MapContext"
     assert type(as_vector.context).__name__ == "VectorContext"
