@@ -217,13 +217,11 @@ class SingleGroup(LatentSource[Any, Any]):
     def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
         try:
             q = self._posterior(x) if c is None else self._posterior(x, c)
-        except ValueError as error:  # of a distribution that validates its parameters
-            if isinstance(x, Tensor) and not torch.isfinite(x).all():
-                raise ValueError(
-                    f"posterior(x) raises an error, and x has NaN or infinity. Remove or mend these "
-                    f"rows. {error}"
-                ) from error
+        except torch.OutOfMemoryError:
             raise
+        except (RuntimeError, ValueError) as error:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(_in_words(error, x)) from error
         if not isinstance(q, Distribution):
             raise TypeError(
                 f"posterior(x) must return a distribution; got {described(q)}. From a mean "
@@ -273,3 +271,17 @@ def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401
             f"posterior(x) must return one row per row of x; got {q.batch_shape[0]} rows for "
             f"{rows.pop()} of x. The batch must be the first axis of both."
         )
+
+
+def _in_words(error: Exception, x: Any) -> str:  # noqa: ANN401
+    """The error of a user's posterior, with the batch that it was given, and remedies."""
+    first = str(error).partition("\n")[0]
+    if isinstance(x, Tensor) and not torch.isfinite(x).all():
+        return (
+            f"posterior(x) raises an error, and x has NaN or infinity. Remove or mend these rows. "
+            f"{first}"
+        )
+    return (
+        f"posterior(x) failed on a batch, {described(x)}. Check that the encoder takes this shape and "
+        f"dtype, and that scales are positive, such as (0.5 * log_var).exp(). {first}"
+    )

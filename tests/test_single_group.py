@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,22 @@ def test_F36_start_takes_whole_numbers() -> None:
     for wrong in (2.0, None, "2", -1):
         with pytest.raises((TypeError, ValueError), match="batch_size must be a whole number"):
             flat().start(wrong)
+
+
+@pytest.mark.parametrize(
+    ("posterior", "x"),
+    [
+        (lambda x: Independent(Normal(x, -1.0 + 0 * x), 1), torch.randn(5, 2)),
+        (lambda x: Independent(Normal(x @ torch.zeros(3, 2), 1.0), 1), torch.randn(5, 2)),
+        (lambda x: Independent(Normal(x @ torch.zeros(2, 2), 1.0), 1), torch.randn(5, 2).double()),
+    ],
+    ids=["negative scale", "shape", "dtype"],
+)
+def test_an_error_of_the_posterior_names_the_batch_and_the_remedy(
+    posterior: Callable[[Tensor], Independent], x: Tensor
+) -> None:
+    source = SingleGroup(base(), posterior, lambda z: z)
+    found = r"posterior\(x\) failed on a batch, a tensor of float.*, \(5, 2\).*exp\(\)"
+    with pytest.raises((ValueError, RuntimeError), match=found) as error:
+        source.encode(x)
+    assert "\n" not in str(error.value)

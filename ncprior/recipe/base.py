@@ -19,7 +19,9 @@ from ncprior.recipe.parts import Parts, first_group, has_condition
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource, posterior_of
 
-_SIZES = (1, 10, 30, 100, 300)  # numbers of components
+_SIZES = (1, 10)  # numbers of components; heads correct the rest better than more components
+
+_SIZES_OF_FEW = (*_SIZES, 30, 100)  # for data of which heads learn little
 
 _ROWS_PER_COMPONENT = 20  # at least
 
@@ -35,10 +37,11 @@ _SHARE = 0.3  # of the time that is left
 def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) -> Any:  # noqa: ANN401
     """Returns the source on the base with the highest held-out likelihood of the encodings.
 
-    Candidates are the VAE's own prior, a Gaussian, and mixtures of more and more Gaussians, up to
-    the first size that gains nothing by two standard errors of the paired difference. With little
-    data, the average of several mixtures of the best size is a candidate, too. The prior of
-    several groups, of codes, or with a context stays the VAE's own.
+    Candidates are the VAE's own prior, a Gaussian, and a mixture of ten Gaussians, as far as each gains
+    two standard errors of the paired difference. With little data, larger mixtures are candidates,
+    too, and the average of several mixtures of the best size. With much data, heads on ten components
+    end up with a higher likelihood than a larger mixture, and learn nothing on top of one. The prior
+    of several groups, of codes, or with a context stays the VAE's own.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
@@ -47,7 +50,11 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     search.run()
     record.add(
         Choice(
-            *("base", search.name, "the highest likelihood of encodings of held-out data"),
+            *(
+                "base",
+                search.name,
+                "encodings of held-out data are most likely; a larger mixture must gain two standard errors",
+            ),
             candidates=tuple(search.candidates),
             criterion="held-out log p",
             unit="nats",
@@ -67,9 +74,9 @@ class _Search:
     """
 
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
-        self.started, self.end = time.monotonic(), record.left(_SHARE)
+        self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
         self.z, self.held_out = _encodings(source, parts), latents_of(source, parts.choose)
-        self.averages = parts.is_small
+        self.few_rows = parts.is_small
         self.best: GaussianMixture | None = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
@@ -80,14 +87,14 @@ class _Search:
 
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
-        for size in _SIZES:
+        for size in _SIZES_OF_FEW if self.few_rows else _SIZES:
             if self.candidates and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
                 break
             mixture = self._fit(size)
             if not self._keep_if_better(_name(mixture), mixture) and size > 1:
                 break
         best = self.best
-        if best is not None and len(best.logits) > 1 and self.averages and not self._is_late():
+        if best is not None and len(best.logits) > 1 and self.few_rows and not self._is_late():
             others = [self._fit(len(best.logits)) for _ in range(_AVERAGED - 1)]
             name = f"average of {_AVERAGED} {_name(best).replace('mixture', 'mixtures')}"
             self._keep_if_better(name, GaussianMixture.average([best, *others]))
@@ -97,6 +104,7 @@ class _Search:
 
     def _fit(self, size: int) -> GaussianMixture:
         covariance = "diagonal" if is_too_wide(size, self.z.shape[1:]) else "full"
+        self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
         return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
 
     def _keep_if_better(self, name: str, mixture: GaussianMixture) -> bool:

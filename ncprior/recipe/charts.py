@@ -15,6 +15,8 @@ _WIDTH, _HEIGHT = 320.0, 220.0
 
 _MARGINS = (54.0, 8.0, 36.0, 12.0)  # left, top, bottom, right
 
+_NARROW = 0.02  # of a value: the least space above and below, so that rulers have few digits
+
 _MOST_POINTS = 200  # of a line
 
 _LAYERS = 5  # of a cloud of points: where they lie on each other it becomes darker
@@ -205,6 +207,6 @@ def _around(lines: Sequence[Line], levels: Sequence[float]) -> Frame:
     ys = torch.tensor([y for line in lines for y in line.y if math.isfinite(y)] or [0.0])
     low, high = (float(ys.cpu().double().quantile(part)) for part in (0.0, 0.99))
     low, high = min([low, *levels]), max([high, *levels])
-    spare = 0.08 * (high - low) or 0.5
+    spare = max(0.08 * (high - low), _NARROW * max(abs(low), abs(high))) or 0.5
     left, right = min(xs), max(xs)
     return Frame((left, right if right > left else left + 1), (low - spare, high + spare))

@@ -93,8 +93,8 @@ def calibration(report: Report | None) -> Html:
 
 
 def groups(report: Report | None) -> Html:
-    """Table of the groups with the proposals that they need, and advice."""
-    if report is None:
+    """Table of the groups with the proposals that they need, and advice, unless all heads are off."""
+    if report is None or all(group.verdict is Verdict.OFF for group in report.groups):
         return Html("")
     shown = list(report.groups)
     many = len(shown) > _MANY_GROUPS

@@ -23,7 +23,7 @@ _PROBED = 512  # rows for the shapes and scales of a head
 
 _MOST_STEPS = 10_000  # if held-out losses still improve
 
-_SHARE = 0.7  # of the time that is left
+_SHARE = 0.6  # of the time that is left
 
 
 class _Kind(NamedTuple):
@@ -54,6 +54,8 @@ def train_heads(
     for number, kind in enumerate(kinds):
         before = time.monotonic()
         width = widest // kind.fraction
+        name = f"width {width}, dropout {kind.dropout:g}, weight decay {kind.weight_decay:g}"
+        record.begin(f"trains heads: {name} ({number + 1} of {len(kinds)})")
         prior = NCPrior.for_source(source, batch, width=width, dropout=kind.dropout)
         history = fit(
             prior,
@@ -66,18 +68,18 @@ def train_heads(
             progress=record.progress,
             settings=FitSettings(weight_decay=kind.weight_decay),
         )
-        name = f"width {width}, dropout {kind.dropout:g}, weight decay {kind.weight_decay:g}"
         found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
     off = gate(prior, history)
-    reason = f"the lowest NCE loss of held-out data; {history.stopped}"
-    if off:
-        which = f"groups {list(off)}" if source.num_groups > 1 else "heads"
-        reason += f"; {which} have learnt nothing for sure and keep the base"
+    chosen, reason = best.name, f"the lowest NCE loss of held-out data; {history.stopped}"
+    if len(off) == source.num_groups:
+        chosen, reason = "none", f"heads have learnt nothing for sure; {history.stopped}"
+    elif off:
+        reason += f"; groups {list(off)} have learnt nothing for sure and keep the base"
     record.histories.append(history)
     record.add(
         Choice(
-            *("heads", best.name, reason),
+            *("heads", chosen, reason),
             candidates=tuple(candidate for _, _, candidate in found),
             criterion="held-out NCE loss",
             unit="nats",

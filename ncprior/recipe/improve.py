@@ -9,17 +9,23 @@ from typing import Any
 
 import torch
 
+from ncprior.data.stream import first_batch
+from ncprior.heads.probe import probe_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.heads import train_heads
-from ncprior.recipe.judge import in_words
-from ncprior.recipe.measure import report_on
+from ncprior.recipe.measure import evidence_of
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, keep_what_helps
+from ncprior.saving.tensors import write_atomically
 from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
+
+_PROBED = 64  # rows
+
+_LONGEST = 30  # digits of a seed
 
 
 def improve(
@@ -89,16 +95,24 @@ def improve(
         raise ValueError("A checkpoint needs a seed; got seed=None. Pass one, such as seed=0.")
     folder = None if checkpoint is None else Path(checkpoint)
     require_eval(source, source.module)
+    if folder is not None:
+        _require_seed(folder / "seed.txt", str(int(seed or 0)))
     record = Record(progress=progress, max_seconds=max_seconds)
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))
         parts = parts_of(data, held_out, split_seed)
+        probe_heads(
+            source, first_batch(parts.train, _PROBED)
+        )  # an error comes now, not in minutes
         prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
-        before, after = keep_what_helps(prior, parts, record)
-        report = report_on(prior, parts.judge, budget=max(2, budget), seed=split_seed)
+        gaps = keep_what_helps(prior, parts, record)
+        sampler = prior.chosen(None)
+        report = evidence_of(
+            prior, parts.judge, gaps, sampler=sampler, diagnosis=None, budget=max(2, budget)
+        )
     prior.report = report._replace(
-        verdict=in_words(before, after),
+        verdict=f"{report.verdict} {_summary(prior, record)}",
         choices=tuple(record.choices),
         histories=tuple(record.histories),
         budget=budget,
@@ -106,3 +120,24 @@ def improve(
         seconds=record.seconds(),
     )
     return prior
+
+
+def _require_seed(file: Path, seed: str) -> None:
+    """Validates that a checkpoint, if there is one, is of the same seed."""
+    saved = file.read_text("utf-8", "replace")[:_LONGEST] if file.is_file() else None
+    if saved is None:
+        with write_atomically(file) as temporary:
+            temporary.write_text(seed, encoding="utf-8")
+    elif saved != seed:
+        raise ValueError(
+            f"The checkpoint in {file.parent} is of seed {saved}; got seed={seed}. Pass that seed, "
+            f"or another folder."
+        )
+
+
+def _summary(prior: NCPrior, record: Record) -> str:
+    """The new prior in a sentence."""
+    base = next(choice.chosen for choice in record.choices if choice.part == "base")
+    if any(prior.active):
+        return f"The new prior: {base}, and ratio heads on it."
+    return f"The new prior: {base} alone; ratio heads found nothing more that is sure."

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
+from ncprior.bases.empirical import NoPrior
+from ncprior.bases.rebase import without_bases
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
+from ncprior.recipe.choices import BASE, NEW, OLD, Score
 from ncprior.recipe.parts import Parts, has_condition
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
+from ncprior.samplers.sir import sir
 from ncprior.training.fit import fit
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import nested
 
 _STEPS = 1000
 
-_MOST_SECONDS = 60.0  # for the classifiers of one prior
+_FEWEST = 0.5  # of the steps; a classifier with fewer misses too much
+
+_SHARE = 0.25  # of the time that is left, for the classifiers of one prior
+
+_SECONDS = (2.0, 60.0)  # at least and at most for them
 
 _CACHED = 20_000  # draws of a single group without a condition
 
@@ -32,13 +42,52 @@ class Gap(NamedTuple):
     Attributes:
         choose: In nats, with standard errors, on the data for choices.
         judge: In nats, with standard errors, on the data for the report.
+        num_steps: Steps that the classifiers were trained for.
     """
 
     choose: list[Mean]
     judge: list[Mean]
+    num_steps: int
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there was time to train the classifiers."""
+        return self.num_steps >= _FEWEST * _STEPS
+
+    def score(self) -> Score:
+        """The sum over groups on the data for the report, with its 95 % interval; at least 0."""
+        value, error = total(self.judge)
+        return Score(value, max(0.0, value - 1.96 * error), value + 1.96 * error)
 
 
-def remaining_gap(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record) -> Gap:
+_BASE = partial(sir, num_proposals=1)  # the base's own draw
+
+
+def measure_gaps(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record) -> dict[str, Gap]:
+    """Returns the gaps of the VAE's own prior, of a fitted base and of the new prior, by their names.
+
+    A prior without heads that are on has the gap of its base. The VAE's own prior has none if it
+    cannot be drawn from.
+    """
+    gaps: dict[str, Gap] = {}
+    source = without_bases(prior.source)
+    if not isinstance(source.shared_prior(), NoPrior):
+        old = NCPrior(source, prior.heads).eval()
+        old.active = [False] * source.num_groups
+        gaps[OLD] = remaining_gap(old, _BASE, parts, record, name=OLD)
+    if source is not prior.source:
+        with prior.disabled():
+            gaps[BASE] = remaining_gap(prior, _BASE, parts, record, name=BASE)
+    if any(prior.active):
+        gaps[NEW] = remaining_gap(prior, sampler, parts, record, name=NEW)
+    else:
+        gaps[NEW] = gaps[BASE] if BASE in gaps else gaps[OLD]
+    return gaps
+
+
+def remaining_gap(
+    prior: NCPrior, sampler: Sampler, parts: Parts, record: Record, *, name: str
+) -> Gap:
     """Returns the gap that the draws of a prior leave to the encodings.
 
     New heads are trained to tell encodings of the training data from the draws, and measured on
@@ -47,7 +96,9 @@ def remaining_gap(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record
     """
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
     settings = FitSettings(num_cached_proposals=_CACHED) if single else FitSettings()
-    left = record.left(0.1)
+    least, most = _SECONDS
+    left = record.left(_SHARE)
+    record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
         fresh = NCPrior(nested(prior, sampler), map(fresh_head, prior.heads)).eval()
         history = fit(
@@ -56,8 +107,8 @@ def remaining_gap(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record
             held_out=parts.choose,
             steps=_STEPS,
             patience=parts.patience,
-            max_seconds=_MOST_SECONDS if left is None else min(_MOST_SECONDS, left),
-            progress=record.progress,
+            max_seconds=most if left is None else min(most, max(least, left)),
+            progress=False,
             settings=settings,
         )
         report = diagnose(
@@ -66,7 +117,8 @@ def remaining_gap(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record
     losses, errors = history.best_loss or [], history.best_error or []
     pairs = zip(losses, errors, strict=True)
     choose = [Mean(math.log(2) - loss / 2, error / 2) for loss, error in pairs]
-    return Gap(choose, [Mean(group.jsd, group.jsd_error) for group in report.groups])
+    judge = [Mean(group.jsd, group.jsd_error) for group in report.groups]
+    return Gap(choose, judge, history.rows[-1].step if history.rows else 0)
 
 
 def total(means: list[Mean]) -> Mean:
@@ -89,13 +141,25 @@ def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
     return share, share - 1.96 * relative, share + 1.96 * relative
 
 
-def in_words(before: Mean, after: Mean) -> str:
+def verdict(gaps: Mapping[str, Gap]) -> str:
     """The result in one or two sentences that need no knowledge of the method."""
+    before, after = gaps.get(OLD, gaps.get(BASE, gaps[NEW])), gaps[NEW]
+    steps = min(before.num_steps, after.num_steps)
+    if not (before.is_measured and after.is_measured):
+        return (
+            f"The prior hole was not measured. There was time for {steps} of the {_STEPS:,} steps "
+            f"of the classifiers that measure it. Allow more time."
+        )
+    return in_words(total(before.judge), total(after.judge))
+
+
+def in_words(before: Mean, after: Mean) -> str:
+    """The part of the divergence that is gone, in words; before and after in nats."""
     found = (
         f"A classifier that tells draws from encodings of held-out data found {before.value:.3f} "
         f"nats (Jensen-Shannon) before, and {after.value:.3f} nats now."
     )
     if before.value <= 2 * before.error:
-        return f"The VAE has no prior hole. {found}"
-    share, low, high = (round(100 * part) for part in share_closed(before, after))
+        return f"No prior hole was found. {found}"
+    share, low, high = (round(100 * min(1.0, part)) for part in share_closed(before, after))
     return f"Prior hole closed: {share} % ({low}–{high}). {found}"

@@ -1,11 +1,10 @@
-"""Measurements of a prior on held-out data, for its report: draws, two-sample AUC, diagnosis."""
+"""Measurements of a prior on held-out data, for its report: remaining gap, diagnosis, draws."""
 
 from __future__ import annotations
 
-import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +17,12 @@ from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.walks import evaluating
-from ncprior.evaluation.two_sample import two_sample_test
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, DATA, NEW, OLD, POSTERIOR, Score, decimals
+from ncprior.recipe.choices import BASE, DATA, NEW, OLD, POSTERIOR
+from ncprior.recipe.judge import Gap, measure_gaps, verdict
+from ncprior.recipe.parts import FEWEST, parts_for_report
 from ncprior.recipe.pictures import is_narrow
+from ncprior.recipe.record import Record
 from ncprior.recipe.report import Improvement
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
@@ -41,12 +42,6 @@ _MOST_NUMBERS = 4096  # of the latents of a row that are kept; each group is thi
 
 _BATCH = 256
 
-_FEWEST = 20  # rows for a test of two samples, 10 in each of two folds
-
-_MOST_FOLDS = 2
-
-_TOO_FEW = f"Fewer than {_FEWEST} held-out rows are too few for a verdict."
-
 Arm = tuple[LatentSource[Any, Any], Callable[[int, Group], Tensor]]
 
 
@@ -55,6 +50,7 @@ def report_on(
     prior: NCPrior,
     held_out: Any,  # noqa: ANN401
     *,
+    train: Any = None,  # noqa: ANN401
     sampler: Sampler | None = None,
     diagnosis: Report | None = None,
     budget: int = 500,
@@ -63,14 +59,16 @@ def report_on(
 ) -> Improvement:
     """Report on a prior by measurements on held-out data, whichever way its heads were trained.
 
-    A classifier compares draws of the VAE's own prior, of a fitted base and of the new prior with
-    encodings of held-out data. For a VAE with a condition, all draws have the conditions of these
-    data. Prior, VAE and random generators do not change.
+    New classifiers are trained to tell draws of the VAE's own prior, of a fitted base and of the new
+    prior from encodings; they are measured on held-out data. For a VAE with a condition, all draws
+    have the conditions of these data. Prior, VAE and random generators do not change.
 
     Arguments:
         prior: The prior.
         held_out: Data that no head was trained or stopped on: a tensor or map-style dataset of x,
             a ``DataLoader``, or a list of batches.
+        train: Training data for the classifiers. By default, they are trained on half of the
+            held-out data, and see less of the gap.
         sampler: The sampler; that of the prior by default.
         diagnosis: Report of :func:`ncprior.diagnostics.diagnose` on the prior; made here if
             ``None``, without training data.
@@ -107,61 +105,54 @@ def report_on(
     if diagnosis is not None:
         require_instance("diagnosis", diagnosis, Report, "Pass the result of diagnose.")
     with seeded(seed), evaluating(prior):
-        if diagnosis is None:
-            proposals = (max(1, budget // 10), budget)
-            diagnosis = diagnose(prior, held_out, num_proposals=proposals)
-        latents, samples = _draw(prior.source, _arms(prior, sampler), held_out, num_rows)
-    encodings = latents[POSTERIOR]
-    enough = len(encodings) >= _FEWEST
-    drawn = {arm: z for arm, z in latents.items() if enough and arm != POSTERIOR}
-    scores = {arm: two_sample_auc(encodings, z, seed) for arm, z in drawn.items()}
+        parts = parts_for_report(train, held_out, seed)
+        record = Record(progress=False, max_seconds=None)
+        gaps = {} if parts is None else measure_gaps(prior, sampler, parts, record)
+        report = evidence_of(
+            *(prior, held_out, gaps), sampler=sampler, diagnosis=diagnosis, budget=budget,
+            num_rows=num_rows,
+        )  # fmt: skip
+    return report._replace(seed=int(seed), seconds=time.monotonic() - started)
+
+
+def evidence_of(
+    prior: NCPrior,
+    held_out: Any,  # noqa: ANN401
+    gaps: Mapping[str, Gap],
+    *,
+    sampler: Sampler,
+    diagnosis: Report | None,
+    budget: int,
+    num_rows: int = 2000,
+) -> Improvement:
+    """Returns the report of :func:`report_on` on a prior whose gaps are known, or none of them."""
+    if diagnosis is None:
+        proposals = (max(1, budget // 10), budget)
+        diagnosis = diagnose(prior, held_out, num_proposals=proposals)
+    arms = _arms(prior, sampler)
+    latents, samples = _draw(prior.source, arms, held_out, num_rows)
     return Improvement(
-        verdict=verdict(scores[OLD if OLD in scores else BASE], scores[NEW])
-        if scores
-        else _TOO_FEW,
-        scores=scores,
+        verdict=verdict(gaps) if gaps else _TOO_FEW,
+        scores={arm: gap.score() for arm, gap in gaps.items() if arm in arms and gap.is_measured},
         diagnosis=diagnosis,
         sampler=describe(sampler),
         budget=int(budget),
-        seed=int(seed),
-        seconds=time.monotonic() - started,
-        details=_details(prior, diagnosis.num_rows, encodings),
+        details=_details(prior, diagnosis.num_rows, latents[POSTERIOR]),
         latents=latents,
         samples=samples,
     )
 
 
-def verdict(old: Score, new: Score) -> str:
-    """The result in words: AUC of the old and of the new prior against encodings."""
-    scores = (
-        f"A classifier that distinguishes draws from encodings of held-out data has an AUC of "
-        f"{decimals(old.value)} on the old prior and of {decimals(new.value)} on the new one; 0.50 "
-        f"is perfect."
-    )
-    noise = math.hypot(old.high - old.low, new.high - new.low) / 2
-    if old.low <= 0.5:
-        return f"The old prior fits already. {scores}"
-    if old.value - new.value <= noise:
-        return f"The new prior is no better than the old one. {scores}"
-    if new.low <= 0.5:
-        return f"The new prior fits the encodings. {scores}"
-    return f"The new prior is closer to the encodings. {scores}"
-
-
-def two_sample_auc(real: Tensor, drawn: Tensor, seed: int) -> Score:
-    """AUC of the classifier two-sample test, with its interval."""
-    folds = min(_MOST_FOLDS, len(real) // (_FEWEST // 2))
-    result = two_sample_test(real, drawn, folds=folds, seed=seed)
-    return Score(float(result.auc), float(result.low), float(result.high))
+_TOO_FEW = f"Fewer than {4 * FEWEST} held-out rows are too few for a verdict."
 
 
 def _arms(prior: NCPrior, sampler: Sampler) -> dict[str, Arm]:
-    """The source and the choice of z_k of each arm."""
+    """The source and the choice of z_k of each arm; a fitted base alone is the new prior itself."""
     own = without_bases(prior.source)
     arms: dict[str, Arm] = {}
     if not isinstance(own.shared_prior(), NoPrior):
         arms[OLD] = (own, lambda k, group: group.prior.sample())
-    if own is not prior.source:
+    if own is not prior.source and any(prior.active):
         arms[BASE] = (prior.source, lambda k, group: group.prior.sample())
     arms[NEW] = (prior.source, lambda k, group: prior.draw(k, group, sampler).z)
     arms[POSTERIOR] = (own, lambda k, group: posterior_of(group).sample())

@@ -68,7 +68,7 @@ def facts(values: Mapping[str, str]) -> Html:
 
 
 def summary(verdict: str, scores: Mapping[str, Score], values: Mapping[str, str]) -> Html:
-    """Verdict, whose first sentence is the heading; the AUC of every arm; and a few facts."""
+    """Verdict, whose first sentence is the heading; the remaining gap of every arm; and a few facts."""
     first, _, rest = verdict.partition(". ")
     return element(
         "header",
@@ -104,26 +104,32 @@ def details(values: Mapping[str, str]) -> Html:
 
 
 def _scores(scores: Mapping[str, Score]) -> Html:
+    """Divergences of all arms on a scale from 0."""
+    most = max(max(filter(math.isfinite, score), default=0.0) for score in scores.values()) or 1.0
+    digits = 3 if most < 1 else 2
     rows = [
-        _interval(arm, score, (0.5, 1.0), _auc(score), "", f"arm {style_of(arm)}")
+        _interval(arm, score, (0.0, most), _nats(score, digits), "", f"arm {style_of(arm)}")
         for arm, score in scores.items()
     ]
     ends = element(
         "li",
-        element("span", "0.50: indistinguishable"),
-        element("span", "1.00: always distinguished"),
+        element("span", "0: indistinguishable"),
+        element("span", f"{decimals(most, digits)} nats"),
         class_="ends",
     )
-    title = "AUC of a classifier that distinguishes draws from encodings, with 95 % intervals"
+    title = (
+        "Jensen-Shannon divergence that a classifier finds between draws and encodings of held-out "
+        "data, in nats, with 95 % intervals"
+    )
     return element(
         "div", element("p", title, class_="small"), element("ul", *rows, ends, class_="intervals")
     )
 
 
-def _auc(score: Score) -> str:
+def _nats(score: Score, digits: int) -> str:
     known = math.isfinite(score.low) and math.isfinite(score.high)
-    interval = f" ({decimals(score.low)}–{decimals(score.high)})" if known else ""
-    return decimals(score.value) + interval
+    interval = f" ({decimals(score.low, digits)}–{decimals(score.high, digits)})" if known else ""
+    return decimals(score.value, digits) + interval
 
 
 def _interval(

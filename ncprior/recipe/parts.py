@@ -13,7 +13,7 @@ from ncprior.utils.batches import own_batch, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT = 1000  # rows, but at most a quarter of the data
-_FEWEST = 8  # rows of each part
+FEWEST = 8  # rows of each part
 _PLENTY = 20_000  # training rows; fewer are few
 _PATIENCE, _PATIENCE_OF_FEW = 10, 5  # evaluations
 _BATCH = 256
@@ -75,13 +75,29 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
     require_rows_and_end(held_out, _BATCH)
     choose, judge = _halves(held_out, seed + 1)
     for part in (choose, judge):
-        rows = sum(num_rows(batch) for batch in one_pass(part, _BATCH))
-        if rows < _FEWEST:
+        rows = _count(part)
+        if rows < FEWEST:
             raise ValueError(
-                f"Choices and report need {_FEWEST} or more held-out rows each; got {rows}. Pass "
+                f"Choices and report need {FEWEST} or more held-out rows each; got {rows}. Pass "
                 f"more data."
             )
     return Parts(data, choose, judge, _length(data))
+
+
+def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # noqa: ANN401
+    """Parts of data for classifiers that measure a prior; ``None`` if the rows are too few.
+
+    Arguments:
+        train: Training data for the classifiers; ``None`` takes half of the held-out data.
+        held_out: Held-out data; a part of it ends the training, another one is for the report.
+        seed: Seed of the shuffles.
+    """
+    held_out = as_data(held_out)
+    require_rows_and_end(held_out, _BATCH)
+    train, rest = _halves(held_out, seed) if train is None else (as_data(train), held_out)
+    choose, judge = _halves(rest, seed + 1)
+    enough = all(_count(part) >= FEWEST for part in (choose, judge))
+    return Parts(train, choose, judge, _length(train)) if enough else None
 
 
 def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
@@ -110,6 +126,10 @@ def _halves(held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
     batches = [batch for batch in one_pass(held_out, _BATCH) if num_rows(batch) > 1]
     first = [take_rows(batch, slice(0, None, 2)) for batch in batches]
     return first, [take_rows(batch, slice(1, None, 2)) for batch in batches]
+
+
+def _count(part: Any) -> int:  # noqa: ANN401
+    return sum(num_rows(batch) for batch in one_pass(part, _BATCH))
 
 
 def _length(data: Any) -> int | None:  # noqa: ANN401

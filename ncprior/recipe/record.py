@@ -17,7 +17,7 @@ class Record:
     """Choices and histories of a recipe, and the time that is left.
 
     Arguments:
-        progress: Whether to print each choice, in one line, on standard error.
+        progress: Whether to print each piece of work and each choice on standard error.
         max_seconds: Time for the whole recipe, in seconds, or ``None`` for no limit.
     """
 
@@ -33,6 +33,11 @@ class Record:
         self.choices.append(choice)
         if self.progress:
             tqdm.write(str(choice), file=sys.stderr)
+
+    def begin(self, work: str) -> None:
+        """Prints the work that begins."""
+        if self.progress:
+            tqdm.write(f"… {work}", file=sys.stderr)
 
     def seconds(self) -> float:
         """Returns the time since the start, in seconds."""

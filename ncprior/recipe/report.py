@@ -27,9 +27,9 @@ class Improvement(NamedTuple):
 
     Attributes:
         verdict: The result in one or two sentences.
-        scores: AUC of a classifier between held-out encodings and draws of each prior, by the name
-            of the prior; 0.5 is perfect.
-        choices: The choices in order, each with its
+        scores: Jensen-Shannon divergence between held-out encodings and draws of each prior, in nats,
+            that a classifier finds, by the name of the prior; 0 is perfect.
+        choices: The choices in order, each with its candidates.
         diagnosis: Report of :func:`ncprior.diagnostics.diagnose` on held-out data, or ``None``.
         histories: Histories of the trainings.
         sampler: Description of the sampler.

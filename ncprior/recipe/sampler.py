@@ -8,8 +8,6 @@ import time
 import warnings
 from functools import partial
 
-from ncprior.bases.empirical import NoPrior
-from ncprior.bases.rebase import without_bases
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
@@ -17,8 +15,8 @@ from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.judge import Gap, remaining_gap, total
+from ncprior.recipe.choices import BASE, NEW, OLD, Candidate, Choice
+from ncprior.recipe.judge import Gap, measure_gaps, remaining_gap, total
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
@@ -62,53 +60,42 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
     )
 
 
-def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> tuple[Mean, Mean]:
+def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:
     """Switches off the heads of groups whose draws are further from the encodings than the base's.
 
     Returns:
-        The gap of the VAE's own prior, and of the prior as it is now, in nats, on the data for the
-        report.
+        The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`.
     """
-    started, base = time.monotonic(), partial(sir, num_proposals=1)
-    old = _own_prior(prior)
-    before = None if old is None else remaining_gap(old, base, parts, record)
-    alone = before
-    if old is None or prior.source is not old.source:
-        with prior.disabled():
-            alone = remaining_gap(prior, base, parts, record)
-    assert alone is not None
-    has_heads = any(prior.active)
-    after = remaining_gap(prior, prior.chosen(None), parts, record) if has_heads else alone
-    gaps = {"the VAE's own prior": before, "base alone": alone}
-    gaps |= {"heads": after} if has_heads else {}
-    helps = [not _is_worse(*pair) for pair in zip(after.choose, alone.choose, strict=True)]
-    prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
-    if not all(helps):
-        after = (
-            remaining_gap(prior, prior.chosen(None), parts, record) if any(prior.active) else alone
-        )
+    started, had_heads = time.monotonic(), any(prior.active)
+    gaps = measure_gaps(prior, prior.chosen(None), parts, record)
+    base = BASE if BASE in gaps else OLD
+    alone = gaps[base]
+    candidates = [_candidate(name, gaps[arm]) for arm, name in _ARMS.items() if arm in gaps]
+    reason = "a new classifier finds the least between draws and held-out encodings"
+    if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
+        reason = "there was too little time to compare draws with encodings"
+    elif had_heads:
+        pairs = zip(gaps[NEW].choose, alone.choose, strict=True)
+        helps = [not _is_worse(*pair) for pair in pairs]
+        prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
+        if not any(prior.active):
+            gaps[NEW] = alone
+        elif not all(helps):
+            gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
     record.add(
         Choice(
-            *("keep", "heads" if any(prior.active) else "base alone"),
-            "a new classifier finds the least between draws and held-out encodings",
-            candidates=tuple(_candidate(name, gap) for name, gap in gaps.items() if gap),
+            *("keep", _ARMS[NEW] if any(prior.active) else _ARMS[base], reason),
+            candidates=tuple(candidates if had_heads else candidates[:-1]),
             criterion="remaining gap (JSD)",
             unit="nats",
             higher_is_better=False,
             seconds=time.monotonic() - started,
         )
     )
-    return total((before or alone).judge), total(after.judge)
+    return gaps
 
 
-def _own_prior(prior: NCPrior) -> NCPrior | None:
-    """The VAE's own prior, with heads that are off; ``None`` if the VAE has none."""
-    source = without_bases(prior.source)
-    if isinstance(source.shared_prior(), NoPrior):
-        return None
-    old = NCPrior(source, prior.heads).eval()
-    old.active = [False] * source.num_groups
-    return old
+_ARMS = {OLD: "the VAE's own prior", BASE: "base alone", NEW: "heads"}  # as candidates
 
 
 def _is_worse(after: Mean, before: Mean) -> bool:

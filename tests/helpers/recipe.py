@@ -2,7 +2,7 @@
 
 import pytest
 
-from ncprior.recipe import Score, heads, judge, measure
+from ncprior.recipe import heads, judge
 
 
 def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
@@ -12,4 +12,3 @@ def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
     patch.setattr(heads, "_MOST_STEPS", steps)
     patch.setattr(judge, "_STEPS", 60)
     patch.setattr(judge, "_CACHED", 3000)
-    patch.setattr(measure, "two_sample_auc", lambda *_: Score(0.5, 0.5, 0.5))

@@ -71,9 +71,9 @@ def improvement(num_groups: int = 1, samples: dict[str, Tensor] | None = None) -
     clouds = (torch.randn(400, 5), near, near + 0.05, ring)
     first = history(num_groups)
     return Improvement(
-        verdict="The new prior is closer. Its AUC is 0.53, that of the old prior 0.81.",
+        verdict="Prior hole closed: 93 %. A classifier found 0.41 nats before, and 0.03 nats now.",
         scores=dict(
-            zip(ARMS, (Score(0.81, 0.79, 0.83), Score(0.6), Score(0.53, 0.51, 0.55)), strict=False)
+            zip(ARMS, (Score(0.41, 0.39, 0.43), Score(0.1), Score(0.03, 0.01, 0.05)), strict=False)
         ),
         choices=choices(),
         diagnosis=Report(found, 1000, 8192, (50, 500)),

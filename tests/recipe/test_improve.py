@@ -1,6 +1,7 @@
 """`improve`: its choices on problems with known answers, and that nothing else changes."""
 
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_the_base_of_wide_latents_is_diagonal(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("event", "widths"),
-    [((2, 4, 4), (64, 32, 8)), ((32,), (256, 128, 32))],
+    [((2, 5, 4), (64, 32, 8)), ((32,), (256, 128, 32))],
     ids=["maps", "vectors"],
 )
 def test_heads_have_fractions_of_their_default_width(
@@ -148,13 +149,13 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
     record = Record(progress=False, max_seconds=None)
     prior = NCPrior(problem.source(), head).eval()
     prior.sampler = partial(sir, num_proposals=20)
-    before, after = keep_what_helps(prior, parts, record)
+    gaps = keep_what_helps(prior, parts, record)
     assert prior.active == [False]
-    assert before == after
+    assert gaps["new prior"] is gaps["old prior"]
     choice = record.choices[0]
-    gaps = {candidate.name: candidate for candidate in choice.candidates}
-    assert choice.chosen == "base alone"
-    assert gaps["heads"].low > gaps["the VAE's own prior"].high + 0.1
+    found = {candidate.name: candidate for candidate in choice.candidates}
+    assert choice.chosen == "the VAE's own prior"
+    assert found["heads"].low > found["the VAE's own prior"].high + 0.1
 
 
 @pytest.mark.usefixtures("quick")
@@ -175,6 +176,21 @@ def test_a_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "run" / "heads-0").stat().st_mtime_ns == trained  # not trained again
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_checkpoint_of_another_seed_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "seed.txt").write_text("7")
+    with pytest.raises(ValueError, match=r"is of seed 7; got seed=8. Pass that seed"):
+        improve(flat(), torch.randn(99, 3), seed=8, checkpoint=tmp_path, progress=False)
+
+
+def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["ncprior.recipe.improve"]  # the name is that of the function, too
+    monkeypatch.setattr(module, "choose_base", lambda *_: pytest.fail("too late"))
+    source = SingleGroup(flat().prior, flat()._posterior, lambda z: Normal(z, 1.0))
+    with pytest.raises(TypeError, match="The decoder must return the mean"):
+        improve(source, torch.randn(99, 3), progress=False)
 
 
 def test_parts_are_disjoint_and_cover_the_data() -> None:
@@ -221,4 +237,4 @@ def test_the_share_that_is_closed_has_the_error_of_a_ratio() -> None:
     assert in_words(Mean(0.4, 0.01), Mean(0.1, 0.01)).startswith(
         "Prior hole closed: 75 % (70–80)."
     )
-    assert in_words(Mean(0.001, 0.01), Mean(0.0, 0.0)).startswith("The VAE has no prior hole.")
+    assert in_words(Mean(0.001, 0.01), Mean(0.0, 0.0)).startswith("No prior hole was found.")

@@ -69,9 +69,9 @@ def test_a_full_report_has_every_section_and_a_bare_one_only_its_verdict() -> No
 
 
 def test_the_heading_is_the_first_sentence_of_the_verdict() -> None:
-    page = Improvement("The new prior fits. Its AUC is 0.51.").to_html()
+    page = Improvement("The new prior fits. It has 0.01 nats.").to_html()
     assert "<h1>The new prior fits.</h1>" in page
-    assert ">Its AUC is 0.51.</p>" in page
+    assert ">It has 0.01 nats.</p>" in page
 
 
 def test_every_text_is_escaped() -> None:

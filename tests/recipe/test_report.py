@@ -53,7 +53,7 @@ def test_json_holds_everything_but_tensors() -> None:
     values = json.loads(report.to_json())
     assert values == report.to_dict()
     assert values.keys() == {*Improvement._fields} - {"latents", "samples"}
-    assert values["scores"]["fitted base"] == {"value": 0.6, "low": None, "high": None}
+    assert values["scores"]["fitted base"] == {"value": 0.1, "low": None, "high": None}
     assert values["choices"][0]["candidates"][2]["name"] == "mixture of 100"
     assert values["histories"][0]["rows"][0]["step"] == 50
     assert values["diagnosis"] == report.diagnosis.to_dict()  # type: ignore[union-attr]
