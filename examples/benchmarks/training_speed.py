@@ -40,7 +40,6 @@ from ncprior.demo import VAE, read_images
 from ncprior.distributions import parameters
 from ncprior.heads import MLPHead
 from ncprior.source import LatentSource
-from ncprior.training.schedule import Schedule
 
 COLUMNS = {
     "name": "<24",
@@ -77,18 +76,18 @@ def straightforward(
     seed = int(torch.randint(2**31, ()))  # as fit draws it: the same held-out draws
     optimizers = [torch.optim.AdamW(head.parameters(), 1e-3) for head in prior.heads]
     average = {name: t.clone() for name, t in prior.heads.state_dict().items()}
-    curve, started, schedule = [], now(held_out.device.type), Schedule(1e-3, steps)
+    curve, started = [], now(held_out.device.type)
     prior.train()
     for step in range(steps):
         x = images[torch.randint(len(images), (batch,))].to(held_out.device)
         losses = prior.group_losses(x, 1.0, 1)
         for head, optimizer, loss in zip(prior.heads, optimizers, losses, strict=True):
-            optimizer.param_groups[0]["lr"] = schedule.rate(step)
+            rate = min(1.0, (step + 1) / 100, 5 * (steps - step) / steps)  # warm-up and decay
+            optimizer.param_groups[0]["lr"] = 1e-3 * rate
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), 5.0)
             optimizer.step()
-        schedule.after_step(step + 1)
         decay = min(0.999, (2 + step) / (11 + step))
         for name, tensor in prior.heads.state_dict().items():
             average[name].lerp_(tensor, 1 - decay)

@@ -31,7 +31,9 @@ _SHARE = 0.25  # of the time that is left, for the classifiers of one prior
 
 _SECONDS = (2.0, 60.0)  # at least and at most for them
 
-_CACHED = 20_000  # draws of a single group without a condition
+_CACHED = (2000, 20_000)  # draws of a single group without a condition, at least and at most
+
+_PER_ROW = 10  # of them per row of training data
 
 _NUM_DRAWS = 4096
 
@@ -95,7 +97,9 @@ def remaining_gap(
     a lower bound, and 0 if the new heads find nothing.
     """
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
-    settings = FitSettings(num_cached_proposals=_CACHED) if single else FitSettings()
+    fewest, many = _CACHED
+    count = many if parts.num_train is None else min(many, max(fewest, _PER_ROW * parts.num_train))
+    settings = FitSettings(num_cached_proposals=count if single else None)
     least, most = _SECONDS
     left = record.left(_SHARE)
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")

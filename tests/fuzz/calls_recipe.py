@@ -38,6 +38,7 @@ SHOW = function(*(value._replace(valid=False) for value in LAYERS[:2]), none=Tru
     options={"slow": True, "limit": 20.0},
     prior=PRIOR,
     held_out=DATA,
+    train=OPTIONAL_DATA,
     sampler=SAMPLER,
     diagnosis=instance(Report, none=True),
     budget=count(2, huge=False),

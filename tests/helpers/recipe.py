@@ -11,4 +11,4 @@ def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
     patch.setattr(heads, "_LARGE", heads._Kind(8, 0.0, 1e-2))
     patch.setattr(heads, "_MOST_STEPS", steps)
     patch.setattr(judge, "_STEPS", 60)
-    patch.setattr(judge, "_CACHED", 3000)
+    patch.setattr(judge, "_CACHED", (500, 3000))

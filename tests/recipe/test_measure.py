@@ -51,7 +51,7 @@ class Identity(SingleGroup):
 def test_every_arm_has_its_own_draws_and_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encodings are N(3, I), three standard deviations away from the old prior."""
     monkeypatch.setattr(judge, "_STEPS", 300)
-    monkeypatch.setattr(judge, "_CACHED", 2000)
+    monkeypatch.setattr(judge, "_CACHED", (500, 2000))
     x = torch.randn(500, 2) + 3
     source = rebase(Identity(), fit_gaussian(x))
     head = MLPHead((2,), width=32, depth=1)
