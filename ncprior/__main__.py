@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        print("ncprior: interrupted; no incomplete file is left", file=sys.stderr)
+        again = ". Run the same command again to go on" if _goes_on(options) else ""
+        print(f"ncprior: interrupted; no incomplete file is left{again}", file=sys.stderr)
         return 130
     except (Exception, SystemExit) as error:
         line = line_of_the_user(error)
@@ -61,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         sys.path[:] = path
     return status
+
+
+def _goes_on(options: argparse.Namespace) -> bool:
+    """Whether an interrupted command has left work that the same command takes up again."""
+    return hasattr(options, "kept") and (options.out / options.kept).exists()
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -87,11 +93,11 @@ def _improve(options: argparse.Namespace) -> int:
             budget=options.budget,
             max_seconds=options.max_seconds,
             seed=options.seed,
-            checkpoint=options.out / "checkpoints",
+            checkpoint=options.out / options.kept,
         )
-    prior.save_pretrained(options.out, report=prior.report.diagnosis)
+    prior.save_pretrained(options.out)
     prior.report.save_html(options.out / "report.html")
-    shutil.rmtree(options.out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(options.out / options.kept, ignore_errors=True)
     print(f"{prior.report.verdict} {options.out}, {prior.report.seconds:.0f} s")
     return 0
 
@@ -228,7 +234,7 @@ def _add_improve(new: _New) -> None:
     improve.add_argument("--max-seconds", type=float, metavar="S", help=words)
     _add_out(improve, "ncprior")
     _add_seed(improve, "all random numbers")
-    improve.set_defaults(run=_improve)
+    improve.set_defaults(run=_improve, kept="checkpoints")
 
 
 def _add_report(new: _New) -> None:
@@ -300,7 +306,7 @@ def _add_sample(new: _New) -> None:
     sample.add_argument("--part-size", default=1000, help=words, **number)
     words = "samples drawn at once, which bounds the memory; default: a whole file"
     sample.add_argument("--batch-size", help=words, **number)
-    sample.set_defaults(run=_sample)
+    sample.set_defaults(run=_sample, kept="job.json")
 
 
 def _add_inspect(new: _New) -> None:

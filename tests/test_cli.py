@@ -333,9 +333,47 @@ def test_sample_takes_conditions_and_draws_x(place: Path) -> None:
         assert 0 <= difference <= largest and (difference > 0) == bool(more)
 
 
-def test_an_interrupt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def test_a_mistyped_folder_is_said_at_once(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncprior.saving.hub.hf_hub_download", None)  # the Hub is not asked
+    assert main(["sample", "savde", "--source", "my_vae_of_test.py:source"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ncprior: There is no file or folder savde")
+
+
+SAMPLED = "sample saved --proposals 2 --source WHERE:source --out out"
+IMPROVED = "improve WHERE:source --data WHERE:held_out --out out"
+
+
+@pytest.mark.parametrize(
+    ("where", "command", "kept"),
+    [
+        ("ncprior.saving.heads.inspect", "inspect saved", ""),
+        ("ncprior.improve", IMPROVED, ""),
+        ("ncprior.improve", IMPROVED, "out/checkpoints"),
+        ("ncprior.prior.NCPrior.sample", SAMPLED, ""),
+        ("ncprior.jobs._save", SAMPLED, "out/job.json"),
+    ],
+)
+def test_an_interrupt_is_said(
+    where: str,
+    command: str,
+    kept: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And that the command goes on when it is run again, if it has left something to go on from."""
+
+    def interrupted(*_: object, checkpoint: Path | None = None, **__: object) -> None:
+        if checkpoint is not None and kept:
+            checkpoint.mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncprior.saving.heads.inspect", interrupted)
-    assert main(["inspect", "saved"]) == 130
+    monkeypatch.setattr(where, interrupted)
+    assert main(command.replace("WHERE", "my_vae_of_test.py").split()) == 130
+    assert Path(kept or "saved").exists()
+    words = "interrupted; no incomplete file is left"
+    words += ". Run the same command again to go on" if kept else ""
+    assert capsys.readouterr().err.splitlines()[-1] == f"ncprior: {words}"
