@@ -61,6 +61,24 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run it again: it draws the missing parts only" in out
 
 
+@pytest.mark.parametrize("command", ["--help", "--version", "sample --help", "sample --seed x"])
+def test_help_and_errors_in_options_need_no_torch(command: str) -> None:
+    code = f"""
+import sys
+sys.modules["torch"] = None  # importing it fails
+from ncprior.__main__ import main
+main({command.split()!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, "ncprior" in done.stdout + done.stderr) == (
+        2 * ("x" in command),
+        True,
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_inspect_prints_the_configuration(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "saved"]) == 0
     configuration = json.loads(capsys.readouterr().out)

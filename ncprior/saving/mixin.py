@@ -288,7 +288,7 @@ class Pretrained(nn.Module):
 
 
 def _diagnosis(report: Any, own: Any) -> CardReport | None:  # noqa: ANN401
-    """The report of ``diagnose`` that is given, or contained in what is given or in the model's own.
+    """The report of ``diagnose``: the given one, a part of it, or a part of the model's own report.
 
     The model's own report can be any object.
     """
