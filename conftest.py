@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection() -> None:
-    import ncprior  # noqa: F401 (before any file of it is collected, or that file is imported twice)
+    from ncprior import NCPrior  # noqa: F401 (before a file of it is collected and imported twice)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -31,17 +31,39 @@ floor first; a file imports only from lower floors and from its own folder:
 =====================  ===========================================================================
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ncprior._version import __version__
-from ncprior.nce import nce_loss
-from ncprior.prior import NCPrior
-from ncprior.recipe.improve import improve
-from ncprior.samplers.base import Draw, Sample
-from ncprior.samplers.langevin import langevin
-from ncprior.samplers.sir import sir
-from ncprior.single_group import SingleGroup
-from ncprior.source import Group, LatentSource
-from ncprior.trainer import NCETrainer
-from ncprior.training.fit import fit
+
+if TYPE_CHECKING:
+    from ncprior.nce import nce_loss
+    from ncprior.prior import NCPrior
+    from ncprior.recipe.improve import improve
+    from ncprior.samplers.base import Draw, Sample
+    from ncprior.samplers.langevin import langevin
+    from ncprior.samplers.sir import sir
+    from ncprior.single_group import SingleGroup
+    from ncprior.source import Group, LatentSource
+    from ncprior.trainer import NCETrainer
+    from ncprior.training.fit import fit
+else:
+
+    def __getattr__(name: str) -> Any:  # noqa: ANN401
+        """Imports the core at the first use of a name: ``ncprior --help`` needs no torch."""
+        if not name.startswith("_"):
+            for home in _HOMES:
+                found = vars(import_module(f"ncprior.{home}"))
+                globals().update({key: found[key] for key in found.keys() & {*__all__}})
+        if name not in globals():
+            raise AttributeError(f"module 'ncprior' has no attribute {name!r}")
+        return globals()[name]
+
+
+_HOMES = (
+    *("nce", "prior", "recipe.improve", "samplers.langevin", "samplers.sir", "single_group"),
+    *("source", "trainer", "training.fit"),
+)
 
 __all__ = [
     "Draw",

@@ -1,4 +1,7 @@
-"""Command line of the package: ``ncprior demo``, ``improve``, ``sample`` and others."""
+"""Command line of the package: ``ncprior demo``, ``improve``, ``sample`` and others.
+
+Only functions that run a command import torch: ``--help`` and errors in options answer at once.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 import ncprior
-from ncprior.source import require_source
-from ncprior.utils import help_texts
-from ncprior.utils.require import require_counts
-from ncprior.utils.user_code import line_of_the_user, load_data, load_object
+from ncprior import _help_texts
 
 _IMPORTED = time.time()
 
@@ -47,9 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        print("ncprior: interrupted; no incomplete file is left", file=sys.stderr)
+        again = ". Run the same command again to go on" if _goes_on(options) else ""
+        print(f"ncprior: interrupted; no incomplete file is left{again}", file=sys.stderr)
         return 130
     except (Exception, SystemExit) as error:
+        from ncprior.utils.user_code import line_of_the_user
+
         line = line_of_the_user(error)
         if line is None and not isinstance(error, _EXPECTED):
             raise
@@ -61,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         sys.path[:] = path
     return status
+
+
+def _goes_on(options: argparse.Namespace) -> bool:
+    """Whether an interrupted command has left work that the same command takes up again."""
+    return hasattr(options, "kept") and (options.out / options.kept).exists()
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -76,22 +83,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _improve(options: argparse.Namespace) -> int:
     from ncprior.utils.random_state import seeded
+    from ncprior.utils.user_code import load_object
 
     with seeded(options.seed):
-        source, data = load_object(options.source), load_data(options.data)
-        held_out = None if options.held_out is None else load_data(options.held_out)
         prior = ncprior.improve(
-            source,
-            data,
-            held_out=held_out,
+            load_object(options.source),
+            _data(options.data),
+            held_out=_data(options.held_out),
             budget=options.budget,
             max_seconds=options.max_seconds,
             seed=options.seed,
-            checkpoint=options.out / "checkpoints",
+            checkpoint=options.out / options.kept,
         )
-    prior.save_pretrained(options.out, report=prior.report.diagnosis)
+    prior.save_pretrained(options.out)
     prior.report.save_html(options.out / "report.html")
-    shutil.rmtree(options.out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(options.out / options.kept, ignore_errors=True)
     print(f"{prior.report.verdict} {options.out}, {prior.report.seconds:.0f} s")
     return 0
 
@@ -99,14 +105,11 @@ def _improve(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from ncprior.recipe.measure import report_on
 
-    require_counts("(-1e18, 1e18)", seed=options.seed)
-    with torch.random.fork_rng():
-        source, data = load_object(options.source), load_data(options.data)
-        require_source(source)
-        prior = _loaded(options, source)
+    with _loaded(options) as prior:
         if prior.sampler is None:
             prior.sampler = partial(ncprior.sir, num_proposals=options.budget)
-        report = report_on(prior, data, budget=options.budget, seed=options.seed)
+        data, train = _data(options.data), _data(options.train)
+        report = report_on(prior, data, train=train, budget=options.budget, seed=options.seed)
     report.save_html(options.out)
     print(f"{report.verdict} {options.out}, {report.seconds:.0f} s")
     return 0
@@ -116,12 +119,8 @@ def _diagnose(options: argparse.Namespace) -> int:
     from ncprior.diagnostics.diagnose import diagnose
     from ncprior.utils.random_state import seeded
 
-    require_counts("(-1e18, 1e18)", seed=options.seed)
-    with torch.random.fork_rng():
-        source, data = load_object(options.source), load_data(options.data)
-        require_source(source)
-        train = None if options.train is None else load_data(options.train)
-        prior = _loaded(options, source)
+    with _loaded(options) as prior:
+        data, train = _data(options.data), _data(options.train)
         with seeded(options.seed):
             report = diagnose(prior, data, train=train, num_proposals=tuple(options.proposals))
     if options.plot is not None:
@@ -134,11 +133,7 @@ def _sample(options: argparse.Namespace) -> int:
     from ncprior.jobs import sample_parts
 
     started = time.monotonic()
-    with torch.random.fork_rng():
-        source = load_object(options.source)
-        require_source(source)
-        condition = None if options.condition is None else load_data(options.condition)
-        prior = _loaded(options, source)
+    with _loaded(options) as prior:
         if options.proposals is not None:
             prior.sampler = partial(ncprior.sir, num_proposals=options.proposals)
         if prior.sampler is None:
@@ -154,7 +149,7 @@ def _sample(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             draw_x=options.draw_x,
             seed=options.seed,
-            condition=condition,
+            condition=_data(options.condition),
         )
     samples, files = _counted(options.num_samples, "sample"), _counted(len(parts), "part")
     print(f"{samples} in {options.out}, {files}, {time.monotonic() - started:.0f} s")
@@ -165,9 +160,27 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _loaded(options: argparse.Namespace, source: Any) -> ncprior.NCPrior:  # noqa: ANN401
-    path, revision = options.path_or_repo, options.revision
-    return ncprior.NCPrior.from_pretrained(source, path, revision=revision)
+@contextmanager
+def _loaded(options: argparse.Namespace) -> Iterator[ncprior.NCPrior]:
+    """The saved prior on the user's VAE; random generators are put back at the end."""
+    import torch
+
+    from ncprior.source import require_source
+    from ncprior.utils.require import require_counts
+    from ncprior.utils.user_code import load_object
+
+    require_counts("(-1e18, 1e18)", seed=options.seed)
+    with torch.random.fork_rng():
+        source = load_object(options.source)
+        require_source(source)
+        path, revision = options.path_or_repo, options.revision
+        yield ncprior.NCPrior.from_pretrained(source, path, revision=revision)
+
+
+def _data(where: str | None) -> Any:  # noqa: ANN401
+    from ncprior.utils.user_code import load_data
+
+    return None if where is None else load_data(where)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -181,7 +194,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "ncprior", description=help_texts.DESCRIPTION, formatter_class=raw
+        "ncprior", description=_help_texts.DESCRIPTION, formatter_class=raw
     )
     parser.add_argument("--version", action="version", version=f"ncprior {ncprior.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -196,7 +209,7 @@ def _add_demo(new: _New) -> None:
         help="train a small VAE on digits and close its prior hole",
         description="Trains a small VAE on real digits, measures its prior hole, and trains a "
         "ratio head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
-        epilog=help_texts.DEMO,
+        epilog=_help_texts.DEMO,
     )
     demo.add_argument(
         "--data",
@@ -217,7 +230,7 @@ def _add_improve(new: _New) -> None:
         help="find a better prior for your VAE, with a report",
         description="Chooses a base, trains heads on it, chooses a sampler, and measures what it "
         "brought. Every choice is printed with its numbers.",
-        epilog=help_texts.IMPROVE,
+        epilog=_help_texts.IMPROVE,
     )
     improve.add_argument("source", metavar="WHERE:NAME", help="the VAE, a source")
     _add_object(improve, "--data", "training data of the VAE", required=True)
@@ -228,7 +241,7 @@ def _add_improve(new: _New) -> None:
     improve.add_argument("--max-seconds", type=float, metavar="S", help=words)
     _add_out(improve, "ncprior")
     _add_seed(improve, "all random numbers")
-    improve.set_defaults(run=_improve)
+    improve.set_defaults(run=_improve, kept="checkpoints")
 
 
 def _add_report(new: _New) -> None:
@@ -236,11 +249,12 @@ def _add_report(new: _New) -> None:
         "report",
         help="write a page with pictures and measurements of a saved prior",
         description="Measures a saved prior on held-out data, and writes one HTML page.",
-        epilog=help_texts.REPORT,
+        epilog=_help_texts.REPORT,
     )
     _add_prior(report)
     _add_object(report, "--source", "the VAE, a source", required=True)
     _add_object(report, "--data", "held-out data", required=True)
+    _add_object(report, "--train", "training data, to measure more of the gap")
     words = "evaluations of each head per sample; default: %(default)s"
     report.add_argument("--budget", type=int, default=500, metavar="N", help=words)
     words = "the page; default: %(default)s"
@@ -255,7 +269,7 @@ def _add_diagnose(new: _New) -> None:
         help="report on the heads of a saved prior, for your VAE and held-out data",
         description="Prints a report on the heads of a saved prior: one line per group of "
         "latents, with loss, calibration, effective sample size and a verdict.",
-        epilog=help_texts.DIAGNOSE,
+        epilog=_help_texts.DIAGNOSE,
     )
     _add_prior(diagnose)
     _add_object(diagnose, "--source", "the VAE, a source", required=True)
@@ -282,7 +296,7 @@ def _add_sample(new: _New) -> None:
         "sample",
         help="draw samples of a saved prior into files",
         description="Draws samples of a saved prior, decoded by your VAE, into a folder.",
-        epilog=help_texts.SAMPLE,
+        epilog=_help_texts.SAMPLE,
     )
     _add_prior(sample)
     _add_object(sample, "--source", "the VAE, a source", required=True)
@@ -300,7 +314,7 @@ def _add_sample(new: _New) -> None:
     sample.add_argument("--part-size", default=1000, help=words, **number)
     words = "samples drawn at once, which bounds the memory; default: a whole file"
     sample.add_argument("--batch-size", help=words, **number)
-    sample.set_defaults(run=_sample)
+    sample.set_defaults(run=_sample, kept="job.json")
 
 
 def _add_inspect(new: _New) -> None:
@@ -309,7 +323,7 @@ def _add_inspect(new: _New) -> None:
         help="show the configuration of a saved prior, without running code from it",
         description="Prints the configuration of a saved prior as JSON: groups, kinds of heads, "
         "strength, sampler and fingerprint. It reads the header of one safetensors file and runs no code.",
-        epilog=help_texts.INSPECT,
+        epilog=_help_texts.INSPECT,
     )
     _add_prior(inspect)
     inspect.set_defaults(run=_inspect)

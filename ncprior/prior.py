@@ -57,7 +57,9 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     Attributes:
         heads: The heads, an ``nn.ModuleList``.
         sampler: The sampler of ``prior.sample(64)``, or ``None``; saved with the heads.
-        report: A report on how the prior was made: any object, or ``None``; not saved.
+        report: A report on how the prior was made, such as that of :func:`ncprior.improve`, or
+            ``None``. It is not saved: after :meth:`from_pretrained` it is ``None``, and
+            ``ncprior.recipe.report_on(prior, x)`` makes a new one.
 
     Raises:
         TypeError: If the source is no :class:`LatentSource`, or a head is no module.

@@ -61,6 +61,24 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run it again: it draws the missing parts only" in out
 
 
+@pytest.mark.parametrize("command", ["--help", "--version", "sample --help", "sample --seed x"])
+def test_help_and_errors_in_options_need_no_torch(command: str) -> None:
+    code = f"""
+import sys
+sys.modules["torch"] = None  # importing it fails
+from ncprior.__main__ import main
+main({command.split()!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, "ncprior" in done.stdout + done.stderr) == (
+        2 * ("x" in command),
+        True,
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_inspect_prints_the_configuration(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "saved"]) == 0
     configuration = json.loads(capsys.readouterr().out)
@@ -333,9 +351,47 @@ def test_sample_takes_conditions_and_draws_x(place: Path) -> None:
         assert 0 <= difference <= largest and (difference > 0) == bool(more)
 
 
-def test_an_interrupt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def test_a_mistyped_folder_is_said_at_once(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncprior.saving.hub.hf_hub_download", None)  # the Hub is not asked
+    assert main(["sample", "savde", "--source", "my_vae_of_test.py:source"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ncprior: There is no file or folder savde")
+
+
+SAMPLED = "sample saved --proposals 2 --source WHERE:source --out out"
+IMPROVED = "improve WHERE:source --data WHERE:held_out --out out"
+
+
+@pytest.mark.parametrize(
+    ("where", "command", "kept"),
+    [
+        ("ncprior.saving.heads.inspect", "inspect saved", ""),
+        ("ncprior.improve", IMPROVED, ""),
+        ("ncprior.improve", IMPROVED, "out/checkpoints"),
+        ("ncprior.prior.NCPrior.sample", SAMPLED, ""),
+        ("ncprior.jobs._save", SAMPLED, "out/job.json"),
+    ],
+)
+def test_an_interrupt_is_said(
+    where: str,
+    command: str,
+    kept: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And that the command goes on when it is run again, if it has left something to go on from."""
+
+    def interrupted(*_: object, checkpoint: Path | None = None, **__: object) -> None:
+        if checkpoint is not None and kept:
+            checkpoint.mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncprior.saving.heads.inspect", interrupted)
-    assert main(["inspect", "saved"]) == 130
+    monkeypatch.setattr(where, interrupted)
+    assert main(command.replace("WHERE", "my_vae_of_test.py").split()) == 130
+    assert Path(kept or "saved").exists()
+    words = "interrupted; no incomplete file is left"
+    words += ". Run the same command again to go on" if kept else ""
+    assert capsys.readouterr().err.splitlines()[-1] == f"ncprior: {words}"

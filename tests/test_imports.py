@@ -17,7 +17,7 @@ import ncprior
 PACKAGE = Path(ncprior.__file__).parent
 
 FLOORS = """
-    _version utils < distributions nce < source < single_group < heads data testing < bases < samplers < saving
+    _version _help_texts utils < distributions nce < source < single_group < heads data testing < bases < samplers < saving
     < prior < trainer diagnostics jobs < training < vaebm < evaluation < recipe < adapters < demo < cli
 """
 FLOOR = {room: i for i, floor in enumerate(FLOORS.split("<")) for room in floor.split()}
@@ -58,9 +58,7 @@ def files() -> list[Path]:
 FILES = files()
 MODULES = [module_of(path) for path in FILES if path.stem != "__main__"]
 FACES = [module_of(path) for path in FILES if path.stem == "__init__"]
-FACES += [
-    m for m in MODULES if m.count(".") == 1 and m not in FACES and not m.endswith("_version")
-]
+FACES += [m for m in MODULES if m.count(".") == 1 and m not in FACES and "._" not in m]
 ADAPTERS = [m for m in MODULES if m.startswith("ncprior.adapters.") and m.count(".") == 2]
 
 
@@ -134,7 +132,7 @@ def test_no_circle_of_files() -> None:
 
 
 def test_the_top_is_small() -> None:
-    assert len([p for p in PACKAGE.iterdir() if p.is_file()]) <= 12
+    assert len([*PACKAGE.glob("*.py")]) <= 12
     folders = [p for p in PACKAGE.iterdir() if p.is_dir() and not p.is_symlink()]
     assert len([p for p in folders if p.name != "__pycache__"]) <= 12
 
@@ -143,6 +141,21 @@ def test_public_names() -> None:
     assert set(ncprior.__all__) == PUBLIC
     assert len(ncprior.__all__) == len(PUBLIC)
     assert all(hasattr(ncprior, name) for name in PUBLIC)
+
+
+def test_importing_the_package_alone_gives_all_of_it() -> None:
+    """Files of the core are imported with its first name, and then all can be reached by name."""
+    code = """
+import sys, ncprior
+assert "torch" not in sys.modules
+assert ncprior.samplers.within_components and ncprior.bases.fit_mixture
+for name in ("no_such_name", "_no_such_name"):
+    assert not hasattr(ncprior, name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_needs_no_extra() -> None:

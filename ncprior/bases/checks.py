@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from ncprior.utils.require import described
+from ncprior.utils.require import described, floats
 
 
 def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
@@ -51,3 +51,14 @@ def flattened(z: Tensor, event_shape: Size, device: torch.device) -> tuple[Tenso
             f"{tuple(z.shape)}."
         )
     return z.reshape(-1, event_shape.numel()), lead
+
+
+def own_floats(name: str, value: Any) -> Tensor:  # noqa: ANN401
+    """Returns a parameter as floats in memory of its own, laid out as it is after saving and loading.
+
+    Products of transposed tensors, or of parts of others, can be rounded differently.
+
+    Raises:
+        TypeError: If it holds no real numbers.
+    """
+    return floats(name, value).clone(memory_format=torch.contiguous_format)

@@ -22,13 +22,12 @@ from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ncprior.bases.checks import flattened, size_of
+from ncprior.bases.checks import flattened, own_floats, size_of
 from ncprior.data.stream import Stream, split
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
     described,
-    floats,
     real_tensor,
     require_counts,
     require_finite,
@@ -84,7 +83,7 @@ class Flow(Distribution):
         spline: Mapping[str, int] | None = None,
     ) -> None:
         require_instance("flow", flow, nn.Module, "Pass a flow of zuko or normflows.")
-        loc, scale = floats("loc", loc), floats("scale", scale)
+        loc, scale = own_floats("loc", loc), own_floats("scale", scale)
         event = loc.shape if event_shape is None else size_of(event_shape, "event_shape")
         if loc.ndim != 1 or scale.shape != loc.shape or event.numel() != len(loc):
             raise ValueError(

@@ -26,12 +26,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 
-from ncprior.bases.checks import size_of
+from ncprior.bases.checks import own_floats, size_of
 from ncprior.data.stream import Stream, split
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
-    floats,
     real_tensor,
     require_counts,
     require_finite,
@@ -136,7 +135,7 @@ class FlowMatching:
         require_instance("network", network, nn.Module, _MAKE)
         require_instance("network.features", getattr(network, "features", None), int, _MAKE)
         require_counts(num_steps=num_steps)
-        loc, scale = floats("loc", loc), floats("scale", scale)
+        loc, scale = own_floats("loc", loc), own_floats("scale", scale)
         event, d = (
             loc.shape if event_shape is None else size_of(event_shape, "event_shape"),
             network.features,

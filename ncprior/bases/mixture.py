@@ -19,8 +19,8 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.distributions.utils import lazy_property
 
-from ncprior.bases.checks import flattened, size_of
-from ncprior.utils.require import described, floats, require_instance
+from ncprior.bases.checks import flattened, own_floats, size_of
+from ncprior.utils.require import described, require_instance
 
 _Shape: TypeAlias = "Size | list[int] | tuple[int, ...]"
 
@@ -63,8 +63,8 @@ class GaussianMixture(Distribution):
         *,
         event_shape: Sequence[int] | None = None,
     ) -> None:
-        logits, loc = floats("logits", logits), floats("loc", loc)
-        scale = floats("scale", scale).contiguous()  # as it will be once saved and loaded
+        logits, loc = own_floats("logits", logits), own_floats("loc", loc)
+        scale = own_floats("scale", scale)
         event = loc.shape[1:] if event_shape is None else size_of(event_shape, "event_shape")
         k, d = loc.shape if loc.ndim == 2 else (0, 0)
         fits = tuple(logits.shape) == (k,) and tuple(scale.shape) in ((k, d), (k, d, d))

@@ -169,7 +169,7 @@ def _run(
     _save_figures(held_out.images, first, discriminant_axes(means, data.labels), folder)
     shape = {"size": settings.size, "latents": settings.latents, "counts": settings.counts}
     save_tensors(folder / "vae.safetensors", vae.state_dict(), shape)
-    prior.save_pretrained(folder / "prior", report=prior.report.diagnosis)
+    prior.save_pretrained(folder / "prior")
     prior.report.save_html(folder / "report.html")
     right = in_batches(classifier, held_out.images).argmax(1) == held_out.labels
     return {

@@ -12,7 +12,7 @@ from ncprior.source import Group, LatentSource, device_of, num_rows
 from ncprior.utils.batches import own_batch, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
-_FEWEST_HELD_OUT = 1000  # rows, but at most a quarter of the data
+_FEWEST_HELD_OUT, _QUARTER = 1000, 4  # rows, but at most a quarter of the data
 FEWEST = 8  # rows of each part
 _PLENTY = 20_000  # training rows; fewer are few
 _PATIENCE, _PATIENCE_OF_FEW = 10, 5  # evaluations
@@ -61,6 +61,7 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
         ValueError: If nothing can be held out, or there are too few rows. Pass ``held_out``.
     """
     data = as_data(data)
+    remedy = f"Pass {2 * FEWEST} or more rows as held_out=."
     if held_out is None:
         rows = Rows(data) if isinstance(data, Tensor) else data
         count = _length(rows)
@@ -71,6 +72,10 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
                 f"{type(data).__name__}. Pass held_out=."
             )
         data, held_out = parts
+        remedy = (
+            f"They are split off {count} rows of data: pass {2 * FEWEST * _QUARTER} or more, or "
+            f"{2 * FEWEST} or more other rows as held_out=."
+        )
     held_out = as_data(held_out)
     require_rows_and_end(held_out, _BATCH)
     choose, judge = _halves(held_out, seed + 1)
@@ -78,8 +83,7 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
         rows = _count(part)
         if rows < FEWEST:
             raise ValueError(
-                f"Choices and report need {FEWEST} or more held-out rows each; got {rows}. Pass "
-                f"more data."
+                f"Choices and report need {FEWEST} or more held-out rows each; got {rows}. {remedy}"
             )
     return Parts(data, choose, judge, _length(data))
 
@@ -113,7 +117,7 @@ def first_group(source: LatentSource[Any, Any], parts: Parts) -> Group:
 
 
 def _held_out_fraction(count: int) -> float:
-    rows = min(_MOST_HELD_OUT, max(count // 10, min(_FEWEST_HELD_OUT, count // 4)))
+    rows = min(_MOST_HELD_OUT, max(count // 10, min(_FEWEST_HELD_OUT, count // _QUARTER)))
     return min(0.5, max(rows, 1) / max(count, 2))
 
 

@@ -18,8 +18,7 @@ _PRIOR = """\
 # {heading}
 
 A [noise contrastive prior](https://arxiv.org/abs/2010.02917) for {vae}. The VAE is not in here and
-was not changed: these are the ratio heads that reweigh its prior, so that samples decoded from the
-prior come closer to samples decoded from its posterior. Saved by `ncprior` {ncprior}.
+was not changed: {what} Saved by `ncprior` {ncprior}.
 
 ## How to load it
 
@@ -39,12 +38,24 @@ x = prior.sample({sampler}).x
 | ----: | :--- | ---------: | :----- |
 {rows}
 
-The ratio is used to the power of {strength:g}.{on_base}
+{on_ratio}{on_base}
 """
+
+_HEADS = """\
+these are the ratio heads that reweigh its prior, so that samples decoded from the
+prior come closer to samples decoded from its posterior."""
+
+_NO_HEADS = "the prior is {base} alone, as all ratio heads are off."
 
 _ADVICE = """\
 `recommend_sampler(diagnose(prior, x_test), budget=500)` of `ncprior.diagnostics` finds the sampler
 that fits these heads and the number of evaluations that a sample may cost."""
+
+_BASE_ALONE = {
+    "imports": "from ncprior import NCPrior",
+    "sampler": "64",
+    "about_sampler": "It needs no sampler: every draw is one of the base.",
+}
 
 _BASE = (
     " The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
@@ -162,9 +173,12 @@ def prior_text(
         names: ``name`` to load it by, ``vae`` as a link, ``num_proposals`` of the example, and
             ``sampler``, the description of the saved one or ``None``.
     """
-    base, name = config["base"], names.pop("name")
+    base, name, strength = config["base"], names.pop("name"), config["strength"]
+    is_on = any(config["active"]) and strength > 0
     on_mixture = base is not None and base["kind"] == "GaussianMixture" and len(sizes) == 1
-    example = _sampling(names.pop("sampler"), names.pop("num_proposals"), on_mixture)
+    sampler, num_proposals = names.pop("sampler"), names.pop("num_proposals")
+    example = _sampling(sampler, num_proposals, on_mixture) if is_on else _BASE_ALONE
+    alone = "its base" if base is None or is_custom(base) else "the fitted base"
     groups = zip(sizes, config["heads"], config["active"], strict=True)
     rows = [
         f"| {k} | {entry['kind']} | {size:,} | {'yes' if on else 'no'} |"
@@ -175,8 +189,12 @@ def prior_text(
         name=json.dumps(name),
         own=", heads=..." if any(map(is_custom, config["heads"])) else "",
         rows="\n".join(rows),
+        what=_HEADS if is_on else _NO_HEADS.format(base=alone),
+        on_ratio=f"The ratio is used to the power of {strength:g}."
+        if is_on
+        else "No head is used.",
         on_base="" if base is None else _OWN_BASE if is_custom(base) else _BASE.format(**base),
-        **{key: config[key] for key in ("ncprior", "strength")},
+        ncprior=config["ncprior"],
         **example,
         **names,
     )

@@ -22,15 +22,21 @@ from huggingface_hub.utils import validate_repo_id
 
 from ncprior._version import __version__
 from ncprior.utils.require import require_instance
+from ncprior.utils.texts import printable
 
 _ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
 
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def is_repository(name: object) -> bool:
     """Returns whether a value has the form of a Hub repository: ``"owner/name"`` or ``"name"``."""
     return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
+
+
+def _has_owner(name: object) -> bool:
+    """Returns whether a value has the form ``"owner/name"``, as all repositories of priors have."""
+    return isinstance(name, str) and is_repository(name) and "/" in name
 
 
 def upload(
@@ -73,22 +79,27 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
 
     Arguments:
         path_or_repo: The file itself, its directory, or a Hub repository. A name that exists here,
-            is a ``Path``, or cannot be the name of a repository, such as ``"./a"``, is local.
+            is a ``Path``, or is not of the form ``"owner/name"``, is local.
         file: Name of the file in a directory or repository.
         revision: Branch, tag or commit of the repository.
 
     Raises:
-        FileNotFoundError: If there is no such repository, or no such file in it.
+        FileNotFoundError: If there is no such directory, no such repository, or no such file in it.
         OSError: If the Hub cannot be reached, denies access or fails, or the file cannot be stored.
         ValueError: If a revision is given with a local path.
     """
     require_instance("path_or_repo", path_or_repo, (str, os.PathLike), "Pass a path or a name.")
     require_instance("revision", revision, (str, type(None)), "Pass a branch, tag or commit.")
     path = Path(path_or_repo)
-    is_local = path.exists() or not is_repository(path_or_repo) or path.suffix == ".safetensors"
+    is_local = path.exists() or not _has_owner(path_or_repo) or path.suffix == ".safetensors"
     if is_local and revision is not None:
         raise ValueError(
-            f"A revision belongs to a Hub repository; {path} is a local path. Leave it out."
+            f"A revision belongs to a Hub repository, owner/name; {path} is a local path. Leave it "
+            f"out."
+        )
+    if is_local and not path.exists():
+        raise FileNotFoundError(
+            printable(f"There is no file or folder {path}, and a Hub repository is owner/name.")
         )
     if is_local:
         return path / file if path.is_dir() else path
@@ -117,8 +128,8 @@ def _raise_hub_error(where: str, file: str, error: Exception) -> NoReturn:
         ) from error
     if isinstance(error, FileNotFoundError):  # which would say that there is no such file
         raise ConnectionError(
-            f"{file} cannot be downloaded from the Hub repository {where}: "
-            f"{type(cause).__name__}: {cause}. Try again later, or check the connection and the "
-            f"folder HF_HOME."
+            f"There is no directory {where.split()[0]}, and {file} cannot be downloaded from a Hub "
+            f"repository {where}: {type(cause).__name__}: {cause}. If you mean a directory, check its "
+            f"path; if a repository, check the connection and the folder HF_HOME, or try again later."
         ) from error
     raise error

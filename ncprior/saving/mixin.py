@@ -38,6 +38,15 @@ class CardReport(Protocol):
         ...
 
 
+class Diagnosed(Protocol):
+    """Report that contains one for a model card, such as that of ``improve``."""
+
+    @property
+    def diagnosis(self) -> CardReport | None:
+        """The report of ``diagnose``, or ``None``."""
+        ...
+
+
 class Pretrained(nn.Module):
     """Mixin of models on a frozen VAE: saves the trained part, and loads it onto the VAE again.
 
@@ -54,7 +63,7 @@ class Pretrained(nn.Module):
         self,
         directory: str | os.PathLike[str],
         *,
-        report: CardReport | None = None,
+        report: CardReport | Diagnosed | None = None,
         base_model: str | None = None,
         card_data: Mapping[str, Any] | None = None,
     ) -> None:
@@ -72,7 +81,9 @@ class Pretrained(nn.Module):
         Arguments:
             directory: Directory of the files, made if missing: one safetensors file, which is all
                 that loading reads, ``config.json`` and the model card ``README.md``.
-            report: Report of :func:`ncprior.diagnostics.diagnose`, for the model card.
+            report: Report for the model card: of :func:`ncprior.diagnostics.diagnose`, or of
+                :func:`ncprior.improve`, which contains one. By default that of ``prior.report``,
+                if there is one.
             base_model: Hub repository of the VAE, such as ``"user/my-vae"``, for the model card.
             card_data: Further metadata of the model card, such as ``{"license": "mit"}``: texts,
                 numbers, and lists and dicts of them.
@@ -236,16 +247,12 @@ class Pretrained(nn.Module):
         self,
         config: Mapping[str, Any],
         name: str,
-        report: CardReport | None = None,
+        report: CardReport | Diagnosed | None = None,
         base_model: str | None = None,
         card_data: Mapping[str, Any] | None = None,
     ) -> str:
         """Model card, with a report at its end."""
-        if report is not None and not hasattr(report, "num_proposals"):
-            raise TypeError(
-                f"report must be the report of diagnose; got {described(report)}. Pass "
-                f"diagnose(prior, x), or leave it out."
-            )
+        report = _diagnosis(report, getattr(self, "report", None))
         text = self._card_text(
             config,
             name=name,
@@ -278,6 +285,23 @@ class Pretrained(nn.Module):
     def _build(cls, saved: SavedFile, source: Any, check_fingerprint: bool) -> Any:  # noqa: ANN401
         """Builds the model of a file on a source; a subclass also takes the user's modules."""
         raise NotImplementedError
+
+
+def _diagnosis(report: Any, own: Any) -> CardReport | None:  # noqa: ANN401
+    """The report of ``diagnose``: the given one, a part of it, or a part of the model's own report.
+
+    The model's own report can be any object.
+    """
+    found = getattr(own if report is None else report, "diagnosis", report)
+    if found is None or hasattr(found, "num_proposals"):
+        diagnosis: CardReport | None = found
+        return diagnosis
+    if report is None:
+        return None
+    raise TypeError(
+        f"report must be the report of diagnose or improve; got {described(report)}. Pass "
+        f"diagnose(prior, x), or leave it out."
+    )
 
 
 def _holds(path: Path, content: bytes) -> bool:

@@ -145,13 +145,11 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     with _open(path) as file:
         content = read_header(path, file)
+        start = file.tell()
         try:
-            body = bytearray(content.size)
-        except MemoryError:
+            tensors = {name: entry.read(file, start) for name, entry in content.entries.items()}
+        except RuntimeError:  # of torch's allocator
             fail(path, f"its {content.size:,} bytes do not fit into memory")
-        # A file that shrinks meanwhile leaves zeros behind, which have another checksum.
-        file.readinto(body)
-    tensors = {name: entry.read(body) for name, entry in content.entries.items()}
     if content.sha256 != _digest(content.canonical, tensors):
         fail(path, "its contents have changed since they were written (the checksum differs)")
     for name, tensor in tensors.items():

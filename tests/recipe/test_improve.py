@@ -218,8 +218,19 @@ def _rows(part: object) -> Tensor:
 def test_data_without_rows_needs_held_out() -> None:
     with pytest.raises(ValueError, match=r"cannot hold out rows of list. Pass held_out=."):
         improve(flat(), [torch.randn(9, 3)], progress=False)
-    with pytest.raises(ValueError, match="need 8 or more held-out rows each; got 2"):
+
+
+def test_few_rows_are_counted_in_the_message() -> None:
+    with pytest.raises(ValueError, match="need 8 or more held-out rows each; got 2") as caught:
         improve(flat(), torch.randn(16, 3), progress=False)
+    assert "split off 16 rows of data: pass 64 or more, or 16 or more other" in str(caught.value)
+    with pytest.raises(ValueError, match="each; got 7. They are split off 63 rows"):
+        parts_of(torch.randn(63, 3), None, 0)
+    with pytest.raises(ValueError, match="each; got 7. Pass 16 or more rows as held_out="):
+        parts_of(torch.randn(63, 3), torch.randn(15, 3), 0)
+    for data, held_out in ((64, None), (9, torch.randn(16, 3))):
+        parts = parts_of(torch.randn(data, 3), held_out, 0)
+        assert len(parts.choose) == len(parts.judge) == 8
 
 
 def test_a_checkpoint_needs_a_seed(tmp_path: Path) -> None:

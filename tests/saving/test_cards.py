@@ -1,6 +1,7 @@
 """Model cards: metadata, report, and an example that runs."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 import yaml
 from helpers.hub_problems import equal_draws, trained
 
-from ncprior import NCPrior
+from ncprior import NCPrior, sir
 from ncprior.bases import GaussianMixture, rebase
 from ncprior.diagnostics.diagnose import diagnose
+from ncprior.recipe import Improvement
 
 
 def test_the_model_card_is_filled(prior: NCPrior, tmp_path: Path) -> None:
@@ -126,8 +128,52 @@ class Report:
 def test_F30_a_report_stays_in_its_block(prior: NCPrior, tmp_path: Path) -> None:
     prior.save_pretrained(tmp_path, report=Report())
     assert (tmp_path / "README.md").read_text().endswith(f"`````text\n{Report()}\n`````\n")
-    with pytest.raises(TypeError, match="report must be the report of diagnose; got 'fine'"):
+    with pytest.raises(
+        TypeError, match="report must be the report of diagnose or improve; got 'fine'"
+    ):
         prior.save_pretrained(tmp_path, report="fine")  # type: ignore[arg-type]
+
+
+def test_a_report_of_improve_gives_its_diagnosis(prior: NCPrior, tmp_path: Path) -> None:
+    def saved(**report: Any) -> str:
+        prior.save_pretrained(tmp_path, **report)
+        return (tmp_path / "README.md").read_text()
+
+    plain, diagnosed = saved(), saved(report=Report())
+    assert "It was saved without a report." in plain and str(Report()) in diagnosed
+    improvement = Improvement("Better.", diagnosis=Report())  # type: ignore[arg-type]
+    assert saved(report=improvement) == diagnosed
+    assert saved(report=Improvement("Better.")) == plain
+    prior.report = improvement
+    assert saved() == diagnosed
+    for other in ("notes", Improvement("Better."), Improvement("Better.", diagnosis="notes")):  # type: ignore[arg-type]
+        prior.report = other
+        assert saved() == plain
+
+
+@pytest.mark.parametrize("settings", [{"active": [False]}, {"strength": 0.0}])
+@pytest.mark.parametrize("sampler", [None, partial(sir, num_proposals=5)])
+@pytest.mark.parametrize("mixture", [True, False])
+def test_a_card_of_heads_that_are_off_says_so(
+    settings: dict[str, Any], sampler: Any, mixture: bool, prior: NCPrior, tmp_path: Path
+) -> None:
+    base = GaussianMixture(torch.zeros(3), torch.randn(3, 2), torch.ones(3, 2))
+    off = trained(rebase(prior.source, base) if mixture else prior.source).eval()
+    off.sampler = sampler
+    for name, value in settings.items():
+        setattr(off, name, value)
+    off.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    which = "the fitted base" if mixture else "its base"
+    assert f"the prior is {which} alone, as all ratio heads are off." in card
+    assert "reweigh" not in card and "The ratio is used" not in card
+    assert "It needs no sampler" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {"vae": prior.source}
+    code = code.replace(f'"{tmp_path.name}"', repr(str(tmp_path)))
+    exec(re.sub(r"source = .*", "source = vae", code), names)  # noqa: S102
+    assert names["x"].shape == (64, 3)
+    assert equal_draws(off, names["prior"])
 
 
 def test_N9_the_card_names_a_sampler_that_fits_the_base(prior: NCPrior, tmp_path: Path) -> None:

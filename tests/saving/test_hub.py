@@ -31,15 +31,21 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["./a/b", "../a", "a/b/c", "/a/b", "~/a", ".", "a\\b", "a b", "", "a/", "\x1b[31m/a"]
+    "name",
+    [
+        *("./a/b", "../a", "a/b/c", "/a/b", "~/a", ".", "a\\b", "a b", "", "a/", "\x1b[31m/a"),
+        *("my-prior", "./a", "~a"),
+    ],
 )
 def test_N8_a_name_that_can_be_no_repository_is_local(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "hf_hub_download", failing(AssertionError("the Hub was asked")))
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    with pytest.raises(FileNotFoundError, match="There is no file") as caught:
         NCPrior.from_pretrained(gaussian(), name)
+    assert Path(name).exists() or "a Hub repository is owner/name" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [None, 3, b"a/b", gaussian()])
@@ -96,6 +102,9 @@ def test_M4_other_errors_of_the_hub_are_named(case: str, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match=match) as caught:
         NCPrior.from_pretrained(gaussian(), "someone/model")
     assert not isinstance(caught.value, FileNotFoundError)
+    if case in ("429", "connection"):
+        assert "There is no directory someone/model" in str(caught.value)
+        assert "check its path; if a repository, check the connection" in str(caught.value)
 
 
 class Api:

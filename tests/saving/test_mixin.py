@@ -129,12 +129,12 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(
     name: str | Path, prior: NCPrior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"There is no file {name}"):
+    with pytest.raises(FileNotFoundError, match=f"There is no file or folder {name}"):
         NCPrior.from_pretrained(prior.source, name)
 
 
 def test_a_path_that_can_be_no_repository_is_not_asked_for(prior: NCPrior) -> None:
-    with pytest.raises(FileNotFoundError, match="no file a/b/c"):
+    with pytest.raises(FileNotFoundError, match="no file or folder a/b/c"):
         NCPrior.from_pretrained(prior.source, "./a/b/c")
 
 

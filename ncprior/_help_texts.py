@@ -50,6 +50,7 @@ The VAE and the data are your Python objects, as for `ncprior diagnose`.
 
 Examples:
   ncprior report my-prior --source my_vae.py:source --data my_vae.py:held_out
+  ncprior report my-prior --source my_vae.py:source --data my_vae.py:x_test --train my_vae.py:x_train
   ncprior report user/my-prior --source my_vae.py:source --data my_vae.py:held_out --out page.html
 """
 
