@@ -101,9 +101,8 @@ def improve(
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))
         parts = parts_of(data, held_out, split_seed)
-        probe_heads(
-            source, first_batch(parts.train, _PROBED)
-        )  # an error comes now, not in minutes
+        # An error of posterior or decoder comes now, not in minutes.
+        probe_heads(source, first_batch(parts.train, _PROBED))
         prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
         gaps = keep_what_helps(prior, parts, record)

@@ -62,7 +62,7 @@ class Gap(NamedTuple):
         return Score(value, max(0.0, value - 1.96 * error), value + 1.96 * error)
 
 
-_BASE = partial(sir, num_proposals=1)  # the base's own draw
+OWN_DRAW = partial(sir, num_proposals=1)  # of the base
 
 
 def measure_gaps(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record) -> dict[str, Gap]:
@@ -76,10 +76,10 @@ def measure_gaps(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record)
     if not isinstance(source.shared_prior(), NoPrior):
         old = NCPrior(source, prior.heads).eval()
         old.active = [False] * source.num_groups
-        gaps[OLD] = remaining_gap(old, _BASE, parts, record, name=OLD)
+        gaps[OLD] = remaining_gap(old, OWN_DRAW, parts, record, name=OLD)
     if source is not prior.source:
         with prior.disabled():
-            gaps[BASE] = remaining_gap(prior, _BASE, parts, record, name=BASE)
+            gaps[BASE] = remaining_gap(prior, OWN_DRAW, parts, record, name=BASE)
     if any(prior.active):
         gaps[NEW] = remaining_gap(prior, sampler, parts, record, name=NEW)
     else:

@@ -16,7 +16,7 @@ from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, NEW, OLD, Candidate, Choice
-from ncprior.recipe.judge import Gap, measure_gaps, remaining_gap, total
+from ncprior.recipe.judge import OWN_DRAW, Gap, measure_gaps, remaining_gap, total
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
@@ -30,7 +30,7 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
     """Sets the prior's sampler and strength for a number of evaluations per sample and head."""
     started = time.monotonic()
     if not any(prior.active):
-        prior.sampler = partial(sir, num_proposals=1)
+        prior.sampler = OWN_DRAW
         record.add(Choice("sampler", describe(prior.sampler), "the base's own draw"))
         return
     proposals = (max(1, budget // 10), max(2, budget))
@@ -79,7 +79,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
         helps = [not _is_worse(*pair) for pair in pairs]
         prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
         if not any(prior.active):
-            gaps[NEW] = alone
+            gaps[NEW], prior.sampler, prior.strength = alone, OWN_DRAW, 1.0
         elif not all(helps):
             gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
     record.add(

@@ -24,6 +24,7 @@ from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
+from ncprior.samplers import describe
 from ncprior.utils.random_state import seeded
 
 
@@ -151,6 +152,7 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
     prior.sampler = partial(sir, num_proposals=20)
     gaps = keep_what_helps(prior, parts, record)
     assert prior.active == [False]
+    assert describe(prior.sampler) == "sir(num_proposals=1)"
     assert gaps["new prior"] is gaps["old prior"]
     choice = record.choices[0]
     found = {candidate.name: candidate for candidate in choice.candidates}
