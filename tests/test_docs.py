@@ -15,6 +15,7 @@ from helpers.reports import improvement
 
 import ncprior
 from ncprior import fit
+from ncprior.recipe import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,6 +86,7 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ncprior, "fit", briefly)
     monkeypatch.setattr(ncprior, "improve", improved_briefly)
+    monkeypatch.setattr(judge, "_STEPS", 50)
     namespace: dict[str, object] = {}
     if "<!-- test-after README.md -->" in text:
         namespace = run(first_snippets(README, 2), str(ROOT / "README.md"))
