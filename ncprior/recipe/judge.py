@@ -29,7 +29,7 @@ _FEWEST = 0.5  # of the steps; a classifier with fewer misses too much
 
 _SHARE = 0.25  # of the time that is left, for the classifiers of one prior
 
-_SECONDS = (2.0, 60.0)  # at least and at most for them
+_FEWEST_SECONDS = 2.0  # for them
 
 _CACHED = (2000, 20_000)  # draws of a single group without a condition, at least and at most
 
@@ -100,7 +100,6 @@ def remaining_gap(
     fewest, many = _CACHED
     count = many if parts.num_train is None else min(many, max(fewest, _PER_ROW * parts.num_train))
     settings = FitSettings(num_cached_proposals=count if single else None)
-    least, most = _SECONDS
     left = record.left(_SHARE)
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
@@ -111,7 +110,7 @@ def remaining_gap(
             held_out=parts.choose,
             steps=_STEPS,
             patience=parts.patience,
-            max_seconds=most if left is None else min(most, max(least, left)),
+            max_seconds=None if left is None else max(_FEWEST_SECONDS, left),
             progress=False,
             settings=settings,
         )
