@@ -23,6 +23,8 @@ _SIZES = (1, 10)  # numbers of components; heads correct the rest better than mo
 
 _SIZES_OF_FEW = (*_SIZES, 30, 100)  # for data of which heads learn little
 
+_FEW = 8000  # training rows
+
 _ROWS_PER_COMPONENT = 20  # at least
 
 _FEW_DRAWS = 20_000  # of smaller data, each row is drawn from several times
@@ -76,7 +78,7 @@ class _Search:
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
         self.z, self.held_out = _encodings(source, parts), latents_of(source, parts.choose)
-        self.few_rows = parts.is_small
+        self.few_rows = parts.num_train is not None and parts.num_train < _FEW
         self.best: GaussianMixture | None = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
