@@ -28,6 +28,7 @@ SCRIPTS = [
     "loss_ess.py",
     "sampler_cost.py",
     "prior_hole.py",
+    "any_vae.py",
     "vaebm.py",
     "sampling_speed.py",
     "training_speed.py",
