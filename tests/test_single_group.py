@@ -181,7 +181,10 @@ def test_F36_start_takes_whole_numbers() -> None:
 @pytest.mark.parametrize(
     ("posterior", "x"),
     [
-        (lambda x: Independent(Normal(x, -1.0 + 0 * x), 1), torch.randn(5, 2)),
+        (
+            lambda x: Independent(Normal(x, -1.0 + 0 * x, validate_args=True), 1),
+            torch.randn(5, 2),
+        ),
         (lambda x: Independent(Normal(x @ torch.zeros(3, 2), 1.0), 1), torch.randn(5, 2)),
         (lambda x: Independent(Normal(x @ torch.zeros(2, 2), 1.0), 1), torch.randn(5, 2).double()),
     ],

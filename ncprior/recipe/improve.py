@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ncprior.bases.empirical import NoPrior
 from ncprior.data.stream import first_batch
 from ncprior.heads.probe import probe_heads
 from ncprior.prior import NCPrior
@@ -102,7 +103,8 @@ def improve(
         split_seed = int(torch.randint(2**31, ()))
         parts = parts_of(data, held_out, split_seed)
         # An error of posterior or decoder comes now, not in minutes.
-        probe_heads(source, first_batch(parts.train, _PROBED))
+        if not isinstance(source.shared_prior(), NoPrior):
+            probe_heads(source, first_batch(parts.train, _PROBED))
         prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
         gaps = keep_what_helps(prior, parts, record)

@@ -49,7 +49,7 @@ def few_steps() -> Iterator[None]:
         for name in ("digits", "mnist"):
             patch.setitem(demo._SETTINGS, name, replace(demo._SETTINGS[name], **FEW))
         make_quick(patch, steps=200)
-        patch.setattr(base, "_SIZES", ())  # so that heads have something to learn
+        patch.setattr(base, "_SIZES_OF_FEW", ())  # so that heads have something to learn
         yield
 
 
