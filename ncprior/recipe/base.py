@@ -42,8 +42,8 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     Candidates are the VAE's own prior, a Gaussian, and a mixture of ten Gaussians, as far as each gains
     two standard errors of the paired difference. With little data, larger mixtures are candidates,
     too, and the average of several mixtures of the best size. With much data, heads on ten components
-    end up with a higher likelihood than a larger mixture, and learn nothing on top of one. The prior
-    of several groups, of codes, or with a context stays the VAE's own.
+    end up with a higher likelihood than larger mixtures, with heads or alone. The prior of several
+    groups, of codes, or with a context stays the VAE's own.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
