@@ -96,8 +96,8 @@ def improve(
         raise ValueError("A checkpoint needs a seed; got seed=None. Pass one, such as seed=0.")
     folder = None if checkpoint is None else Path(checkpoint)
     require_eval(source, source.module)
-    if folder is not None:
-        _require_seed(folder / "seed.txt", str(int(seed or 0)))
+    if folder is not None and seed is not None:
+        _require_seed(folder / "seed.txt", str(int(seed)))
     record = Record(progress=progress, max_seconds=max_seconds)
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))

@@ -143,7 +143,10 @@ def evidence_of(
     )
 
 
-_TOO_FEW = f"Fewer than {4 * FEWEST} held-out rows are too few for a verdict."
+_TOO_FEW = (
+    f"The held-out rows are too few for a verdict. Pass {4 * FEWEST} or more, or {2 * FEWEST} or more "
+    f"and train=."
+)
 
 
 def _arms(prior: NCPrior, sampler: Sampler) -> dict[str, Arm]:
