@@ -29,6 +29,7 @@ from ncprior.bases import fit_mixture, latents_of, rebase
 from ncprior.demo import Classifier, in_batches, read_images
 from ncprior.evaluation import GapClosed, gap_closed, gap_difference
 from ncprior.source import sample_posterior, visit
+from ncprior.utils import train
 
 COLUMNS = {
     "vae": "<9",
@@ -116,16 +117,6 @@ def gaussian() -> FlatVAE:
 VAES = {"mlp": mlp, "conv": conv, "gaussian": gaussian}
 
 
-def train(module: nn.Module, loss: Callable[[Tensor], Tensor], rows: int, epochs: int) -> None:
-    """Adam on the mean of a loss of rows."""
-    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
-    for _ in range(epochs):
-        for batch in torch.randperm(rows).split(128):
-            optimizer.zero_grad()
-            loss(batch).mean().backward()
-            optimizer.step()
-
-
 class Case:
     """A VAE, the images, and the features and arms that every prior is measured against."""
 
@@ -136,16 +127,21 @@ class Case:
         data = data.rows(torch.randperm(len(data.labels))[: 2000 if quick else None])
         self.images, self.count = data.images, 1000 if quick else 5000
         vae, judge = VAES[name](), Classifier(28, num_features=64)
-        fit_vae = partial(
-            train, vae, lambda rows: vae.negative_elbo(data.images[rows]), len(data.labels)
-        )
-        bench.network(f"any-{name}", vae, partial(fit_vae, 20 if quick else 8))
-        entropy = nn.CrossEntropyLoss()
+        count, entropy = len(data.labels), nn.CrossEntropyLoss()
+
+        def loss(rows: Tensor) -> Tensor:
+            return vae.negative_elbo(data.images[rows]).mean()
+
+        def misfit(rows: Tensor) -> Tensor:
+            return entropy(judge(data.images[rows]), data.labels[rows])
+
+        steps = 300 if quick else 3750
+        fit_vae = partial(train, vae, loss, count, steps=steps, batch_size=128, name="VAE")
+        bench.network(f"any-{name}", vae, fit_vae)
         fit_judge = partial(
-            *(train, judge, lambda rows: entropy(judge(data.images[rows]), data.labels[rows])),
-            len(data.labels),
+            train, judge, misfit, count, steps=300 if quick else 900, batch_size=128
         )
-        bench.network("any-classifier", judge, partial(fit_judge, 20 if quick else 2))
+        bench.network("any-classifier", judge, partial(fit_judge, name="classifier"))
         self.source, self.features = vae.source(), judge.features
         self.reference = in_batches(self.features, test.images)
         self.base, self.posterior = self.draws(own_draw(self.source)), self.draws(self.decoded)
