@@ -251,6 +251,26 @@ def test_a_table_of_speed_has_a_line_per_row(tables: ModuleType, tmp_path: Path)
     )
 
 
+def test_a_table_of_a_domain_has_its_own_columns(tables: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"method": "NCP", "cells": cells, "seed": seed, "auc": auc + 0.02 * seed, "seconds": 9.8}
+        | ({"auc_low": auc - 0.1, "auc_high": auc + 0.1} if cells == "control" else {})
+        for cells, auc in (("control", 0.56), ("stimulated", 0.5))
+        for seed in (0, 1)
+    ]
+    rows.append({"method": "real", "cells": "control", "seed": 0, "auc": 0.5, "seconds": None})
+    meta = {"settings": {"quick": False}, "machine": "a machine"}
+    path = tmp_path / "results" / "domain_cells.json"
+    path.write_text(json.dumps({"rows": rows, "meta": meta}))
+    assert tables.render("domain_cells", "").splitlines()[:5] == [
+        "| method | cells | seeds | auc | seconds |",
+        "|---|---|---|---|---|",
+        "| NCP | control | 2 | 0.570 ± 0.014 (0.460 to 0.660) | 10 |",
+        "| NCP | stimulated | 2 | 0.510 ± 0.014 | 10 |",
+        "| real | control | 1 | 0.500 |  |",
+    ]
+
+
 def test_a_table_of_energies_has_a_line_per_length_and_the_areas_of_one(
     tables: ModuleType, tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """Writes the results of full runs, stored in results/*.json, into the tables of the pages.
 
-    python examples/benchmarks/tables.py            # rewrites the tables of README.md and RESULTS.md
+    python examples/benchmarks/tables.py            # rewrites the tables of all pages
     python examples/benchmarks/tables.py --check    # exit status 1 if a table is out of date
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME.json is a file of results.
@@ -19,7 +19,11 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = [FOLDER.parents[1] / "README.md", FOLDER / "RESULTS.md"]
+PAGES = [
+    FOLDER.parents[1] / "README.md",
+    FOLDER / "RESULTS.md",
+    *sorted((FOLDER.parents[1] / "docs").glob("*.md")),
+]
 Row = dict[str, Any]
 
 PAPER = {
@@ -203,6 +207,37 @@ VAES = {
 }
 
 
+def domain(rows: list[Row]) -> list[str]:
+    """Table of a domain: one line for all seeds of the same words, one column per number.
+
+    Words are the method and, if there are several, the data or the condition. A number such as
+    `auc` whose row has `auc_low` and `auc_high` has its interval in parentheses.
+    """
+    known = {key: row[key] for row in rows for key in row if row[key] is not None}
+    words = [key for key, value in known.items() if isinstance(value, str)]
+    numbers = [key for key in known if key not in ("seed", *words)]
+    numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
+    titles = [key.replace("_", " ") for key in (*words, "seeds", *numbers)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) or "" for key in words), []).append(row)
+    for labels, group in groups.items():
+        cells = [*labels, str(len(group)), *(number(group, key) for key in numbers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def number(group: list[Row], key: str) -> str:
+    """Mean over seeds of a number, with its interval if the rows have one; empty if unknown."""
+    if any(row.get(key) is None for row in group):
+        return ""
+    if group[0].get(f"{key}_low") is not None:
+        return interval(group, key, f"{key}_low", f"{key}_high")
+    values = [row[key] for row in group]
+    return f"{mean(values):,.0f}" if key == "seconds" else over_seeds(values, 3)
+
+
 def paper_times(rows: list[Row]) -> list[str]:
     """Table of table8.py: times and memory of a sampler beside those of the paper."""
     titles = ["sampler", "images", "how", "s", "s in the paper", "times faster", "GiB"]
@@ -235,6 +270,11 @@ TABLES = {
     "vaebm_mnist_50": Table(energies, "vaebm.py --data mnist --proposals 50"),
     "vaebm_cifar10": Table(energies, "vaebm.py --data cifar10"),
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
+    "domain_cells": Table(domain, "examples/scvi_cells.py"),
+    "domain_molecules": Table(domain, "examples/molecules_moses.py"),
+    "domain_tables": Table(domain, "examples/tables_adult.py"),
+    "domain_codes": Table(domain, "examples/codes_vqvae.py"),
+    "domain_trajectories": Table(domain, "examples/trajectories.py"),
 }
 
 
