@@ -99,6 +99,11 @@ def as_data(data: Any) -> Any:  # noqa: ANN401
     return data
 
 
+def column_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """Returns the names of the columns of a table of pandas or polars; none of other data."""
+    return tuple(map(str, getattr(data, "columns", ()))) if hasattr(data, "to_numpy") else ()
+
+
 def is_map_style(data: Any) -> bool:  # noqa: ANN401
     """Returns whether data is a dataset with a length whose rows are taken by their number."""
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +42,6 @@ def probe_heads(
             finite; or if one row is to give the scales of a context.
     """
     require_options(**options)
-    x = own_batch(x, device_of(source))
     heads: list[nn.Module] = []
 
     def make(k: int, group: Group) -> Tensor:
@@ -50,6 +50,24 @@ def probe_heads(
             heads.append(make_head(with_head_inputs(source, k, group, z), **options))
         return z
 
+    _probe(source, x, make, stacklevel=7)
+    return heads
+
+
+@torch.no_grad()
+def probe_source(source: LatentSource[Any, Any], x: Any) -> None:  # noqa: ANN401
+    """Tries the parts of a source on one batch, with the errors and warnings of `probe_heads`."""
+    _probe(source, x, lambda k, group: posterior_of(group).sample(), stacklevel=6)
+
+
+def _probe(
+    source: LatentSource[Any, Any],
+    x: Any,  # noqa: ANN401
+    choose: Callable[[int, Group], Tensor],
+    *,
+    stacklevel: int,
+) -> None:
+    x = own_batch(x, device_of(source))
     with naming_parts(source):
         encoding = source.encode(x)
         rows = num_rows(encoding)
@@ -57,16 +75,15 @@ def probe_heads(
             raise ValueError(
                 "x must have 1 or more rows; got an encoding of none. Pass more data."
             )
-        _, state = visit(source, source.start(rows, encoding), make)
+        _, state = visit(source, source.start(rows, encoding), choose)
         x_hat = source.decode(state)
     if not isinstance(x_hat, Tensor) or x_hat.shape[:1] != (rows,):
         raise TypeError(
             f"The decoder must return the mean of p(x | z) as one tensor of {rows} rows; got "
             f"{described(x_hat)}."
         )
-    if warn_if_not_finite(x_hat, "The decoder", 6):
-        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x)
-    return heads
+    if warn_if_not_finite(x_hat, "The decoder", stacklevel):
+        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x, stacklevel)
 
 
 def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:
@@ -91,7 +108,7 @@ def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:
     return False
 
 
-def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
+def _warn_if_blurred(x_hat: Tensor, x: Any, stacklevel: int) -> None:  # noqa: ANN401
     """Warns if the posterior is so wide that z does not identify the row that it came from."""
     if not isinstance(x, Tensor) or len(x) < 8 or x[0].numel() != x_hat[0].numel():
         return
@@ -104,7 +121,7 @@ def _warn_if_blurred(x_hat: Tensor, x: Any) -> None:  # noqa: ANN401
             "scale a standard deviation (from a log-variance, (0.5 * log_var).exp())? Does "
             "advance or decode leave something out, or group mix up its inputs? Compare with the "
             "model's own forward pass.",
-            stacklevel=6,
+            stacklevel=stacklevel,
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ncprior.bases.empirical import NoPrior
+from ncprior.data.rows import column_names
 from ncprior.data.stream import first_batch
-from ncprior.heads.probe import probe_heads
+from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.heads import train_heads
@@ -103,8 +103,7 @@ def improve(
         split_seed = int(torch.randint(2**31, ()))
         parts = parts_of(data, held_out, split_seed)
         # An error of posterior or decoder comes now, not in minutes.
-        if not isinstance(source.shared_prior(), NoPrior):
-            probe_heads(source, first_batch(parts.train, _PROBED))
+        probe_source(source, first_batch(parts.train, _PROBED))
         prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
         gaps = keep_what_helps(prior, parts, record)
@@ -116,6 +115,7 @@ def improve(
         verdict=f"{report.verdict} {_summary(prior, record)}",
         choices=tuple(record.choices),
         histories=tuple(record.histories),
+        columns=column_names(data),
         budget=budget,
         seed=seed,
         seconds=record.seconds(),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ncprior._version import __version__
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import without_bases
+from ncprior.data.rows import column_names
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
@@ -112,7 +113,8 @@ def report_on(
             *(prior, held_out, gaps), sampler=sampler, diagnosis=diagnosis, budget=budget,
             num_rows=num_rows,
         )  # fmt: skip
-    return report._replace(seed=int(seed), seconds=time.monotonic() - started)
+    columns = column_names(held_out)
+    return report._replace(columns=columns, seed=int(seed), seconds=time.monotonic() - started)
 
 
 def evidence_of(

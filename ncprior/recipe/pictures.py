@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,17 @@ _BINS = 24
 _TITLE = "Samples, before and after"
 
 
-def pictures(samples: Mapping[str, Tensor], show: Callable[[Tensor], Any] | None) -> Html:
+def pictures(
+    samples: Mapping[str, Tensor],
+    show: Callable[[Tensor], Any] | None,
+    columns: Sequence[str] = (),
+) -> Html:
     """Samples of every arm side by side; nothing if there is no way to draw them.
 
     Arguments:
         samples: x by arm, with shape ``(N, ...)``.
         show: Function that draws x as a matplotlib figure, or ``None``.
+        columns: Names of the columns of x; numbers stand for them if their count differs.
     """
     if not samples:
         return Html("")
@@ -45,7 +50,7 @@ def pictures(samples: Mapping[str, Tensor], show: Callable[[Tensor], Any] | None
             note,
             element("div", *panels, class_="grid pictures"),
         )
-    return _columns(samples)
+    return _columns(samples, columns)
 
 
 def is_narrow(x: Tensor) -> bool:
@@ -70,13 +75,16 @@ def _shown(show: Callable[[Tensor], Any], x: Tensor) -> str:
     return data_uri(file.getvalue())
 
 
-def _columns(samples: Mapping[str, Tensor]) -> Html:
+def _columns(samples: Mapping[str, Tensor], names: Sequence[str]) -> Html:
     """One histogram per column of a narrow table."""
     shown = {arm: samples[arm] for arm in (DATA, OLD, NEW) if arm in samples}
     if not shown or not all(map(is_narrow, shown.values())):
         return Html("")
     count = next(iter(shown.values())).shape[1]
-    charts = [_histogram({arm: x[:, i] for arm, x in shown.items()}, i) for i in range(count)]
+    if len(names) != count:
+        names = [f"column {i + 1}" for i in range(count)]
+    columns = ({arm: x[:, i] for arm, x in shown.items()} for i in range(count))
+    charts = [_histogram(name, column) for name, column in zip(names, columns, strict=True)]
     legend = [element("span", element("b", arm), class_=f"arm {style_of(arm)}") for arm in shown]
     note = "Fraction of rows per bin, one chart per column of x."
     return section(
@@ -87,8 +95,8 @@ def _columns(samples: Mapping[str, Tensor]) -> Html:
     )
 
 
-def _histogram(columns: Mapping[str, Tensor], number: int) -> Html:
-    finite = {arm: x.cpu().double()[x.isfinite()] for arm, x in columns.items()}
+def _histogram(name: str, column: Mapping[str, Tensor]) -> Html:
+    finite = {arm: x.cpu().double()[x.isfinite()] for arm, x in column.items()}
     whole = torch.cat(list(finite.values()))
     if not len(whole):
         return Html("")
@@ -101,6 +109,5 @@ def _histogram(columns: Mapping[str, Tensor], number: int) -> Html:
         ys = [0.0, *heights.repeat_interleave(2).tolist(), 0.0]
         filled = " area" if arm == DATA else ""
         lines.append(Line(edges.repeat_interleave(2).tolist(), ys, style_of(arm) + filled, arm))
-    name = f"column {number + 1}"
-    label = f"Histograms of {name}: {', '.join(columns)}"
+    label = f"Histograms of {name}: {', '.join(column)}"
     return element("figure", line_chart(lines, label=label, axes=(name, "fraction of rows")))

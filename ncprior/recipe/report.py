@@ -39,6 +39,7 @@ class Improvement(NamedTuple):
         details: Further facts by name, such as versions.
         latents: Draws of all latents, ``(N, D)`` on the CPU, by the name of the distribution.
         samples: Some x, ``(n, ...)`` on the CPU, by the name of the distribution.
+        columns: Names of the columns of x, if the data were a table with names.
 
     Example:
         >>> choice = Choice("base", "mixture of 10", "It has the highest held-out log p.")
@@ -59,6 +60,7 @@ class Improvement(NamedTuple):
     details: Mapping[str, str] = {}
     latents: Mapping[str, Tensor] = {}
     samples: Mapping[str, Tensor] = {}
+    columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.choices), self.verdict])
@@ -101,7 +103,7 @@ class Improvement(NamedTuple):
             require_callable("show", show, "Pass show(x), which returns a matplotlib figure.")
         sections = [
             summary(self.verdict, self.scores, self._facts()),
-            pictures(self.samples, show),
+            pictures(self.samples, show, self.columns),
             latents(self.latents),
             groups(self.diagnosis),
             calibration(self.diagnosis),

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
 from helpers.recipe import make_quick
+from helpers.tables import Frame
 from helpers.toys import flat
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, SingleGroup, improve, sir
-from ncprior.bases import GaussianMixture, Rebased
+from ncprior.bases import GaussianMixture, NoPrior, Rebased
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
 from ncprior.recipe import Choice, heads
@@ -67,10 +69,12 @@ def test_a_gaussian_is_found_by_held_out_likelihood() -> None:
 def test_a_seed_repeats_everything_and_generators_stay() -> None:
     problem, x = Ring(), Ring().data(400)
     state = torch.get_rng_state()
+    table = Frame(a=x[:, 0].numpy(), b=x[:, 1].numpy())
     first, second = (
-        improve(problem.source(), x, budget=5, seed=3, progress=False) for _ in range(2)
+        improve(problem.source(), rows, budget=5, seed=3, progress=False) for rows in (x, table)
     )
     assert torch.equal(torch.get_rng_state(), state)
+    assert (first.report.columns, second.report.columns) == ((), ("a", "b"))
     assert chosen(first) == chosen(second)
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -190,9 +194,20 @@ def test_a_checkpoint_of_another_seed_is_refused_before_anything_is_done(tmp_pat
 def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["ncprior.recipe.improve"]  # the name is that of the function, too
     monkeypatch.setattr(module, "choose_base", lambda *_: pytest.fail("too late"))
-    source = SingleGroup(flat().prior, flat()._posterior, lambda z: Normal(z, 1.0))
-    with pytest.raises(TypeError, match="The decoder must return the mean"):
+    for prior in (flat().prior, NoPrior("It has none.")):
+        source = SingleGroup(prior, flat()._posterior, lambda z: Normal(z, 1.0))
+        with pytest.raises(TypeError, match="The decoder must return the mean"):
+            improve(source, torch.randn(99, 3), progress=False)
+
+
+def test_a_warning_names_the_line_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SingleGroup(flat().prior, flat()._posterior, lambda z: z * torch.nan)
+    module = sys.modules["ncprior.recipe.improve"]
+    monkeypatch.setattr(module, "choose_base", lambda *_: int("the rest is not of interest"))
+    nan = pytest.warns(UserWarning, match="The decoder has returned NaN")
+    with nan as caught, suppress(ValueError):
         improve(source, torch.randn(99, 3), progress=False)
+    assert caught[0].filename == __file__
 
 
 def test_parts_are_disjoint_and_cover_the_data() -> None:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.tables import Frame
 from helpers.toys import VAE, base, everything, flat, ladder_prior, stir
 from torch import Tensor
 from torch.distributions import Independent, Normal
@@ -46,6 +47,15 @@ class Identity(SingleGroup):
     @staticmethod
     def _same(z: Tensor) -> Tensor:
         return z
+
+
+def test_a_table_keeps_the_names_of_its_columns(known: None) -> None:
+    prior = NCPrior(Identity(), MLPHead((2,), width=8, depth=1))
+    table = Frame(age=torch.randn(40).numpy(), height=torch.randn(40).numpy())
+    report = report_on(prior, table, sampler=SAMPLER, diagnosis=MADE)
+    assert report.columns == ("age", "height")
+    assert report._replace(samples={}).to_dict()["columns"] == ["age", "height"]
+    assert report_on(prior, torch.randn(40, 2), sampler=SAMPLER, diagnosis=MADE).columns == ()
 
 
 def test_every_arm_has_its_own_draws_and_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,11 @@ def test_columns_of_a_narrow_table_are_histograms_and_other_data_has_no_picture(
     page = improvement(samples=table).to_html()
     assert headings(improvement(samples=table))[0] == "Columns, before and after"
     assert page.count('aria-label="Histograms of column') == 4
+    named = improvement(samples=table)._replace(columns=("age", "<b>", "c", "d")).to_html()
+    assert (
+        'aria-label="Histograms of age: held-out data' in named
+        and "Histograms of &lt;b&gt;" in named
+    )
     constant = {arm: torch.full((5, 1), torch.nan) for arm in table}
     assert headings(improvement(samples=constant))[0] == "Columns, before and after"
     for shape in ((9, 2, 50), (9, 31), (9,)):
