@@ -11,7 +11,7 @@ is still one density, and is sampled as before: ``fit(prior, data, stages=3)``.
 
 *Nested*. A stage contrasts q with the draws of the previous stage's sampler. At sampling time, it
 proposes from that sampler and weighs by its own ratio alone. It closes the remaining gap of the
-sampler, also at few proposals; but head evaluations multiply, and there is no log-density:
+sampler, also at few proposals; but head evaluations multiply, and there is no log-density::
 
     second = NCPrior.for_source(nested(prior, partial(sir, num_proposals=20)), x)
 

@@ -88,7 +88,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
             suits the λ and the number of steps of its training. The published code uses 3e-6 to
             8e-5 for NVAEs of 10⁵ dimensions, with a separate gradient for each chain.
         langevin_target: ``"exact"``, or ``"official"`` for the target of the published code, which
-            has -log p(z) - log p(x | z) instead of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`.
+            has -log p(z) - log p(x | z) instead of ½|ε|².
             Its clamping of x to [0, 1] is left out.
         data_noise: σ of the normal noise on the data that are modelled; 0 for data without noise.
             With the σ of a :class:`~ncprior.vaebm.GaussianDecoder`, data are as noisy as samples.
