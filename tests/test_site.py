@@ -1,6 +1,7 @@
 """The documentation site: pages are staged, links are rewritten and checked; with --slow it is built."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_the_map_for_language_models(tools: Any, tmp_path: Path) -> None:
     index = (ROOT / stage.INDEX).read_text(encoding="utf-8")
     names = stage.pages()
     texts = {name: f"# {name}" for name in names.values()}
+    (tmp_path / "api").mkdir()
     llms.write(tmp_path, index, names, texts)
     short = (tmp_path / "llms.txt").read_text()
     assert short.startswith("# ncprior\n\n> ") and "\n## How to\n" in short
@@ -141,6 +143,11 @@ def test_the_map_for_language_models(tools: Any, tmp_path: Path) -> None:
     full = (tmp_path / "llms-full.txt").read_text()
     assert "# readme" in full and "# verdicts" in full and "# changelog" not in full
     assert (tmp_path / "bases.md").exists()
+    assert "- [ncprior.bases](api/ncprior.bases.md): Base priors, fitted" in short
+    reference = (tmp_path / "api" / "ncprior.md").read_text()
+    assert "## ncprior.fit(prior: 'NCPrior', data: 'Any', *, " in reference
+    assert "settings: 'FitSettings' = FitSettings())" in reference
+    assert "### NCPrior.save_pretrained(self, directory" in reference
 
 
 def test_other_folders_are_not_overwritten(tools: Any, tmp_path: Path) -> None:
@@ -152,9 +159,11 @@ def test_other_folders_are_not_overwritten(tools: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_warnings(tools: Any, tmp_path: Path) -> None:
+def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="needs the extra [docs]")
     pytest.importorskip("furo", reason="needs the extra [docs]")
-    assert tools("build").build(tmp_path / "site") == []
+    command = [sys.executable, str(SITE / "build.py"), str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "site" / "api" / "ncprior.html").read_text()
     assert 'id="ncprior.improve"' in page and "<math" in page

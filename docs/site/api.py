@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,39 @@ def page(module: str) -> str:
     return "\n".join(lines)
 
 
+def text(module: str) -> str:
+    """The reference of a module as plain text: signatures and docstrings, for language models."""
+    lines = [f"# {module}", "", inspect.getdoc(importlib.import_module(module)) or "", ""]
+    for name, value in sorted(public(module).items(), key=lambda pair: _order(*pair)):
+        home = HOMES[name]
+        if home != module and public(home)[name] is value:
+            lines += [f"`{name}` is described in {home}.", ""]
+        elif inspect.isclass(value) or inspect.isroutine(value):
+            lines += [
+                f"## {module}.{name}{_signature(value)}",
+                "",
+                inspect.getdoc(value) or "",
+                "",
+            ]
+            for _, method in methods(value) if inspect.isclass(value) else ():
+                part = getattr(value, method)
+                lines += [f"### {name}.{method}{_signature(part)}", "", inspect.getdoc(part) or ""]
+                lines += [""]
+    return "\n".join(lines)
+
+
+def shorten(signature: str) -> str:
+    """A signature whose defaults, such as `FitSettings(...)`, stand without their fields."""
+    return re.sub(r"(\b[A-Z]\w+)\([^()]+\)", r"\1()", signature)
+
+
+def _signature(value: Any) -> str:  # noqa: ANN401
+    try:
+        return shorten(str(inspect.signature(value)))
+    except (TypeError, ValueError):
+        return ""  # a property, or a class without a constructor of its own
+
+
 def write(folder: Path) -> None:
     """Writes the pages of all modules and their index."""
     (folder / "api").mkdir(parents=True)
@@ -106,13 +140,15 @@ def write(folder: Path) -> None:
 
 def _index() -> str:
     title = "API reference"
-    rows = [f"* - :doc:`{module} <{module}>`\n     - {_first(module)}" for module in faces()]
+    rows = [
+        f"* - :doc:`{module} <{module}>`\n     - {first_sentence(module)}" for module in faces()
+    ]
     table = "\n   ".join([".. list-table::\n   :widths: auto\n", *rows])
     tree = "\n   ".join([".. toctree::\n   :hidden:\n", *faces()])
     return f"{title}\n{'=' * len(title)}\n\n{table}\n\n{tree}\n"
 
 
-def _first(module: str) -> str:
+def first_sentence(module: str) -> str:
     """The first sentence of a module's docstring."""
     text = inspect.getdoc(importlib.import_module(module)) or ""
     return " ".join(text.split("\n\n")[0].split())

@@ -23,8 +23,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     )
     app.connect("missing-reference", resolve)
     app.connect("doctree-read", link_names)
+    app.connect("doctree-read", our_headings)
     app.connect("autodoc-process-docstring", escape_bars, priority=900)
-    app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-process-signature", short_signature)
     app.connect("object-description-transform", returns_together, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -100,7 +101,8 @@ def exists(name: str) -> bool:
 
 def link_names(app: Sphinx, document: nodes.document) -> None:
     """Names of the package in the prose, such as `fit_mixture`, lead to their docstring."""
-    if app.env.docname.startswith(("api/", "files/")):
+    page = app.env.docname
+    if page.startswith("files/") or (page.startswith("api/") and page != "api/ncprior"):
         return
     for literal in list(document.findall(nodes.literal)):
         if isinstance(literal.parent, nodes.title | nodes.reference | addnodes.pending_xref):
@@ -109,7 +111,8 @@ def link_names(app: Sphinx, document: nodes.document) -> None:
         name = re.match(r"[A-Za-z_][\w.]*\b", text)
         if not name or text[name.end() :][:1] not in ("", "("):
             continue
-        target = _of_prose(name[0])
+        in_map = page == "api/ncprior" and f"ncprior.{text}" in NAMES  # the map of the package
+        target = f"ncprior.{text}" if in_map else _of_prose(name[0])
         if target is None:
             continue
         reference = addnodes.pending_xref(
@@ -118,11 +121,19 @@ def link_names(app: Sphinx, document: nodes.document) -> None:
             reftype="obj",
             reftarget=target,
             refwarn=True,
-            refdoc=app.env.docname,
+            refdoc=page,
             refexplicit=True,
         )
         literal.replace_self(reference)
         reference += literal
+
+
+def our_headings(app: Sphinx, document: nodes.document) -> None:
+    """Lists of fields have the headings that the docstrings have."""
+    names = {"Parameters": "Arguments", "Variables": "Attributes"}
+    for heading in document.findall(nodes.field_name):
+        if heading.astext() in names:
+            heading.children = [nodes.Text(names[heading.astext()])]
 
 
 def _of_prose(name: str) -> str | None:
@@ -158,7 +169,7 @@ def escape_bars(
             lines[place] = "".join(pieces)
 
 
-def shorten(
+def short_signature(
     app: Sphinx,
     what: str,
     name: str,
@@ -167,8 +178,8 @@ def shorten(
     signature: str | None,
     returns: str | None,
 ) -> tuple[str | None, str | None]:
-    """A default such as `FitSettings(...)` without its ten fields."""
-    return signature and re.sub(r"(\b[A-Z]\w+)\([^()]+\)", r"\1()", signature), returns
+    """Signatures without the fields of their defaults."""
+    return signature and api.shorten(signature), returns
 
 
 def returns_together(

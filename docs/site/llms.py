@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
+import api
 from stage import INDEX, parts
 
 HEAD = """# ncprior
@@ -18,7 +19,7 @@ Import from `ncprior`, `ncprior.<folder>` or `ncprior.adapters.<name>`, never de
 
 
 def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) -> None:
-    """Writes both files, and the Markdown of every page beside its HTML.
+    """Writes both files, and the Markdown of every page and module beside its HTML.
 
     Arguments:
         site: The folder of the built site.
@@ -35,6 +36,10 @@ def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) 
                 continue
             lines.append(f"- [{label}]({name}.md): {_says(index, link)}")
             order += [name] if name not in order else []
+    lines.append("\n## Reference\n")
+    for module in api.faces():
+        lines.append(f"- [{module}](api/{module}.md): {api.first_sentence(module)}")
+        (site / "api" / f"{module}.md").write_text(api.text(module), encoding="utf-8")
     (site / "llms.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
     for name, text in texts.items():
         (site / f"{name}.md").write_text(text, encoding="utf-8")
