@@ -21,6 +21,7 @@ extensions = [
     "extension",
 ]
 root_doc = "index"
+smartquotes = False  # z' is a variable
 nitpicky = True  # a reference that leads nowhere is a warning, and a warning fails the build
 show_warning_types = True
 
@@ -46,7 +47,7 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_permalinks_icon = "#"
-pygments_style = "friendly"
+pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "github-dark"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -24,6 +24,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("missing-reference", resolve)
     app.connect("doctree-read", link_names)
     app.connect("doctree-read", our_headings)
+    app.connect("autodoc-process-docstring", results_are_prose, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", escape_bars, priority=900)
     app.connect("autodoc-process-signature", short_signature)
     app.connect("object-description-transform", returns_together, priority=900)
@@ -145,6 +146,21 @@ def _of_prose(name: str) -> str | None:
     telling |= "_" in first or first != first.lower()
     known = api.HOMES.get(first) not in (None, "ncprior.demo", "ncprior.utils")
     return full_name(name) if telling and known and "." not in name else None
+
+
+def results_are_prose(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    lines: list[str],
+) -> None:
+    """A colon in the sentence on a result does not end the name of a type; an empty type says so."""
+    for place, line in enumerate(lines[:-1]):
+        if line.strip() in ("Returns:", "Yields:"):
+            text = lines[place + 1].lstrip()
+            lines[place + 1] = f"{lines[place + 1][: -len(text)]}: {text}"
 
 
 def escape_bars(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 # Letters, Greek, primes, arrows, operators, brackets and the alphabets of mathematics.
@@ -27,6 +28,7 @@ def write(folder: Path) -> None:
     import ziamath
     from fontTools import subset
 
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     options = subset.Options(flavor="woff")
     source = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
     font = subset.load_font(str(source), options)

@@ -14,7 +14,9 @@ URL = re.compile(r"url\(['\"]?(?!data:|#)([^'\")]+)")  # of style sheets
 VERBATIM = {"pre", "code", "script", "style"}
 
 # Markup of docstrings and pages that a reader must not see.
-RAW = re.compile(r":(?:func|class|meth|mod|obj|math|attr):`|``|\.\. \w+::|\]\(\w+\.md|<!--|\$\$")
+RAW = re.compile(
+    r":(?:func|class|meth|mod|obj|math|attr):`|``|\.\. \w+::|\]\(\w+\.md|<!--|\$\$|[\^_]\{"
+)
 
 QUIET = {"canonical", "prev", "next", "index", "search", "help", "author", "edit"}  # rel of <link>
 

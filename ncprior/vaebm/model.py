@@ -3,7 +3,7 @@ r"""VAEBM: a frozen VAE with an energy E(x) in data space, alone or on top of NC
 .. math::
     p(x, z) \propto \prod_k r_k(z_k | z_{<k})^\alpha \, p(z_k | z_{<k}) \; p(x | z) \; e^{-E(x)},
 
-with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^{-E(x)} /
+with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^(-E(x)) /
 Z. Chains move by Langevin dynamics in the noise ε of all groups and of the decoder
 (:mod:`ncprior.vaebm.noise`), in which the VAE is N(0, I) and the target is
 
