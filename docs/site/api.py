@@ -140,12 +140,11 @@ def write(folder: Path) -> None:
 
 def _index() -> str:
     title = "API reference"
-    rows = [
-        f"* - :doc:`{module} <{module}>`\n     - {first_sentence(module)}" for module in faces()
-    ]
-    table = "\n   ".join([".. list-table::\n   :widths: auto\n", *rows])
+    rows = "\n".join(
+        f"* :doc:`{module} <{module}>`: {first_sentence(module)}" for module in faces()
+    )
     tree = "\n   ".join([".. toctree::\n   :hidden:\n", *faces()])
-    return f"{title}\n{'=' * len(title)}\n\n{table}\n\n{tree}\n"
+    return f"{title}\n{'=' * len(title)}\n\n{rows}\n\n{tree}\n"
 
 
 def first_sentence(module: str) -> str:

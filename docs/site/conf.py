@@ -21,7 +21,7 @@ extensions = [
     "extension",
 ]
 root_doc = "index"
-smartquotes = False  # z' is a variable
+smartquotes_action = "D"  # dashes; z' is a variable
 nitpicky = True  # a reference that leads nowhere is a warning, and a warning fails the build
 show_warning_types = True
 

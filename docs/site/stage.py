@@ -146,7 +146,5 @@ def _copy(source: Path, target: Path) -> None:
     title = relpath(source, ROOT)
     language = LANGUAGES.get(source.suffix, "text")
     body = source.read_text(encoding="utf-8")
-    page = (
-        f"---\norphan: true\n---\n\n# `{title}`\n\n````{{code-block}} {language}\n{body}\n````\n"
-    )
+    page = f"---\norphan: true\nnosearch: true\n---\n\n# `{title}`\n\n````{{code-block}} {language}\n{body}\n````\n"
     target.write_text(page, encoding="utf-8")
