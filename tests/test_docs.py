@@ -15,6 +15,7 @@ from helpers.reports import improvement
 
 import ncprior
 from ncprior import fit
+from ncprior.diagnostics import Verdict
 from ncprior.recipe import judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,10 +255,10 @@ def test_dead_links_are_noticed() -> None:
 
 
 def test_every_page_of_the_docs_is_listed() -> None:
+    """The index is the table of contents of the site, too: docs/site/stage.py reads it."""
     for page in PAGES:
         if page.startswith("docs/") and page != "docs/README.md":
-            assert f"]({page})" in README
-            assert f"]({page.removeprefix('docs/')})" in TEXTS["docs/README.md"]
+            assert f"]({page.removeprefix('docs/')}) |" in TEXTS["docs/README.md"]
 
 
 def test_the_readme_is_short() -> None:
@@ -303,6 +304,11 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["license"] == "Apache-2.0"
     for reference in citation["references"]:
         assert {"type", "title", "authors", "year"} <= reference.keys()
+
+
+def test_every_verdict_has_a_section() -> None:
+    sections = re.findall(r"^## (.*)$", TEXTS["docs/verdicts.md"], re.MULTILINE)
+    assert sections == [str(verdict) for verdict in Verdict]
 
 
 def test_paths_in_the_guide_for_contributors_exist() -> None:

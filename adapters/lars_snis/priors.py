@@ -5,10 +5,10 @@ gains E_q[log ratio]:
 
 * SNIS draws by sampling-importance-resampling with energy network E and K proposals. The log-ratio
   of this distribution to N(0, I) is bounded from below, on average over K - 1 fresh proposals z_j, by
-  E(z) - log (1/K) (e^{E(z)} + Σ e^{E(z_j)}).
+  E(z) - log (1/K) (e^E(z) + Σ e^E(z_j)).
 * LARS draws by rejection sampling with acceptance a(z), truncated at the T-th proposal, which is
   taken whatever it is. Its ratio is exactly a(z) (1 - α)/Z + α with Z = E_p[a] and
-  α = (1 - Z)^{T-1}.
+  α = (1 - Z)^(T-1).
 
 References:
     | Resampled Priors for Variational Autoencoders (Bauer & Mnih, AISTATS 2019)
@@ -195,7 +195,7 @@ class LARSPrior(nn.Module):
         self.register_buffer("normaliser", torch.zeros(()))
 
     def log_ratio(self, z: Tensor) -> Tensor:
-        """Returns log p(z) - log N(z; 0, I) = log (a(z) (1 - α)/Z + α), with α = (1 - Z)^{T-1}.
+        """Returns log p(z) - log N(z; 0, I) = log (a(z) (1 - α)/Z + α), with α = (1 - Z)^(T-1).
 
         In training mode Z is estimated anew and averaged: the average's value, with the gradient
         of the new estimate.

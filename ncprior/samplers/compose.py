@@ -2,7 +2,7 @@ r"""Composition of samplers: sequences, tempering, and a description as text.
 
 Three settings sharpen or flatten samples, and each has its own meaning. ``NCPrior.strength`` α
 targets r^α·p: it sets how far the prior is corrected, and :mod:`ncprior.diagnostics` fits it to a
-sampler. The temperature T of :func:`at_temperature` targets (r·p)^{1/T}: it sets how close draws
+sampler. The temperature T of :func:`at_temperature` targets (r·p)^(1/T): it sets how close draws
 stay to the modes of the corrected prior. The temperature of a source or a base changes p itself,
 and therefore the ratio r = q/p: heads must be trained at that temperature.
 """
@@ -107,7 +107,7 @@ def sequence(first: Sampler, *then: Callable[..., Draw]) -> Sampler:
 
 @composition
 def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
-    r"""Tempered sampler: targets (r·p)^{1/T} instead of r·p.
+    r"""Tempered sampler: targets (r·p)^(1/T) instead of r·p.
 
     .. math::
         (r \cdot p)^{1/T} = p \cdot r_T, \qquad

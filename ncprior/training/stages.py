@@ -6,12 +6,12 @@ r"""Stages: further heads, trained on the remaining gap, in one of two forms tha
     \log r = \sum_s \ell_s, \qquad \ell_s \approx \log \frac{q}{r_{<s} \, p / Z_{<s}},
     \qquad r_{<s} = \exp \sum_{t<s} \ell_t,
 
-where each stage is contrasted with draws of r_{<s}·p by tempered sequential Monte Carlo. The prior
-is still one density, and is sampled as before: ``fit(prior, data, stages=3)``.
+where each stage is contrasted with draws of :math:`r_{<s} \, p` by tempered sequential Monte
+Carlo. The prior is still one density, and is sampled as before: ``fit(prior, data, stages=3)``.
 
 *Nested*. A stage contrasts q with the draws of the previous stage's sampler. At sampling time, it
 proposes from that sampler and weighs by its own ratio alone. It closes the remaining gap of the
-sampler, also at few proposals; but head evaluations multiply, and there is no log-density:
+sampler, also at few proposals; but head evaluations multiply, and there is no log-density::
 
     second = NCPrior.for_source(nested(prior, partial(sir, num_proposals=20)), x)
 

@@ -3,7 +3,7 @@ r"""VAEBM: a frozen VAE with an energy E(x) in data space, alone or on top of NC
 .. math::
     p(x, z) \propto \prod_k r_k(z_k | z_{<k})^\alpha \, p(z_k | z_{<k}) \; p(x | z) \; e^{-E(x)},
 
-with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^{-E(x)} /
+with one global partition function. Without heads r = 1, and the marginal is p_VAE(x)·e^(-E(x)) /
 Z. Chains move by Langevin dynamics in the noise ε of all groups and of the decoder
 (:mod:`ncprior.vaebm.noise`), in which the VAE is N(0, I) and the target is
 
@@ -88,7 +88,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
             suits the λ and the number of steps of its training. The published code uses 3e-6 to
             8e-5 for NVAEs of 10⁵ dimensions, with a separate gradient for each chain.
         langevin_target: ``"exact"``, or ``"official"`` for the target of the published code, which
-            has -log p(z) - log p(x | z) instead of ½|ε|², see :class:`~ncprior.vaebm.NoiseMap`.
+            has -log p(z) - log p(x | z) instead of ½|ε|².
             Its clamping of x to [0, 1] is left out.
         data_noise: σ of the normal noise on the data that are modelled; 0 for data without noise.
             With the σ of a :class:`~ncprior.vaebm.GaussianDecoder`, data are as noisy as samples.

@@ -1,6 +1,6 @@
 r"""Training of VAEBM's energy: one step of contrastive maximum likelihood.
 
-With p_E(x) ∝ p(x)·e^{-E(x)}, p the VAE or NCP, the gradient of the likelihood is
+With p_E(x) ∝ p(x)·e^(-E(x)), p the VAE or NCP, the gradient of the likelihood is
 
 .. math::
     - \nabla_\theta \, E_{p_{data}} [\log p_E(x)]
