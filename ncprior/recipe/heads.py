@@ -13,11 +13,12 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
-from ncprior.source import LatentSource
+from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
+from ncprior.utils.precision import fast_precision
 
 _PROBED = 512  # rows for the shapes and scales of a head
 
@@ -50,6 +51,7 @@ def train_heads(
     batch = first_batch(parts.train, _PROBED)
     kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
     widest = _default_width(NCPrior.for_source(source, batch))
+    precision = fast_precision(device_of(source))
     started, found = time.monotonic(), []
     for number, kind in enumerate(kinds):
         before = time.monotonic()
@@ -66,7 +68,7 @@ def train_heads(
             max_seconds=record.left(_SHARE / (len(kinds) - number)),
             checkpoint=None if folder is None else folder / f"heads-{number}",
             progress=record.progress,
-            settings=FitSettings(weight_decay=kind.weight_decay),
+            settings=FitSettings(weight_decay=kind.weight_decay, precision=precision),
         )
         found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)

@@ -19,9 +19,11 @@ from ncprior.recipe.parts import Parts, has_condition
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.sir import sir
+from ncprior.source import device_of
 from ncprior.training.fit import fit
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import nested
+from ncprior.utils.precision import fast_precision
 
 _STEPS = 1000
 
@@ -99,7 +101,10 @@ def remaining_gap(
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
     fewest, many = _CACHED
     count = many if parts.num_train is None else min(many, max(fewest, _PER_ROW * parts.num_train))
-    settings = FitSettings(num_cached_proposals=count if single else None)
+    settings = FitSettings(
+        num_cached_proposals=count if single else None,
+        precision=fast_precision(device_of(prior.source)),
+    )
     left = record.left(_SHARE)
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
