@@ -16,7 +16,7 @@ from helpers.toys import flat
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, SingleGroup, improve, sir
+from ncprior import NCPrior, SingleGroup, fit, improve, sir
 from ncprior.bases import GaussianMixture, NoPrior, Rebased
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
@@ -27,6 +27,7 @@ from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
 from ncprior.samplers import describe
+from ncprior.training import FitSettings, History
 from ncprior.utils.random_state import seeded
 
 
@@ -127,6 +128,25 @@ def test_heads_have_fractions_of_their_default_width(
     heads.train_heads(source, parts, record, None)
     names = [candidate.name.split(",")[0] for candidate in record.choices[0].candidates]
     assert names == [f"width {width}" for width in widths]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_heads_are_trained_in_the_precision_that_is_fast_here(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def fit_once(*args: Any, settings: FitSettings, **options: Any) -> History:
+        seen.append(settings.precision)
+        return fit(*args, settings=settings, **options | {"steps": 1})
+
+    monkeypatch.setattr(heads, "fit", fit_once)
+    has = precision == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    parts = parts_of(torch.randn(99, 2), None, seed=0)
+    identity = SingleGroup(flat().prior, lambda x: Independent(Normal(x, 0.1), 1), lambda z: z)
+    heads.train_heads(identity, parts, Record(progress=False, max_seconds=None), None)
+    assert seen == [precision] * 3
 
 
 @pytest.mark.usefixtures("quick")
