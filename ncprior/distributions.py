@@ -20,7 +20,13 @@ from torch.distributions import (
     OneHotCategorical,
 )
 
-from ncprior.utils.require import described, require_counts, require_flags, require_instance
+from ncprior.utils.require import (
+    described,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_shape,
+)
 
 
 class Replayed(Distribution):
@@ -63,10 +69,16 @@ class Replayed(Distribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:  # noqa: ANN401
         """Returns the draw, repeated to shape ``(*sample_shape, B, *event)``."""
-        return self.z.expand(Size((*sample_shape, *self.z.shape)))
+        return self.z.expand(*require_shape("sample_shape", sample_shape), *self.z.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the recorded log-density in nats, and -∞ for any other z, with shape ``(*, B)``."""
+        require_instance("value", value, Tensor, "Pass z, with shape (*, B, *event).")
+        if value.shape[max(0, value.ndim - self.z.ndim) :] != self.z.shape:
+            raise ValueError(
+                f"z must have the shape (*, B, *event) of the replayed draw, {described(self.z)}; got "
+                f"{described(value)}."
+            )
         is_other = value != self.z
         if self.event_shape:
             is_other = is_other.flatten(value.ndim - len(self.event_shape)).any(-1)

@@ -41,8 +41,8 @@ class SingleGroup(LatentSource[Any, Any]):
             in a tuple or dict, such as a padded sequence and its lengths, with B rows each. Then
             ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, and sampling
             needs it as ``condition``.
-        context: Maps c to what the ratio head sees of it, ``(B, ...)``, such as the frozen VAE's own
-            embedding of c, or the one-hot vectors of labels. By default c itself, with shape
+        context: Maps c to the second input of the ratio head, ``(B, ...)``, such as the frozen VAE's
+            own embedding of c, or the one-hot vectors of labels. By default c itself, with shape
             ``(B, C)``.
         features: Maps z, with shape ``(N, *event)``, to the input of the ratio head, ``(N, ...)``:
             a function of z alone, such as the first layers of the frozen decoder,
@@ -277,7 +277,7 @@ class SingleGroup(LatentSource[Any, Any]):
         return p
 
     def _seen_of(self, c: Any, rows: int) -> Tensor | None:  # noqa: ANN401
-        """Returns what the ratio head sees of the condition, after a check."""
+        """Returns the context of the ratio head, after a check."""
         if self._context is None:
             seen: Tensor | None = c
             return seen

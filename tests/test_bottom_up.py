@@ -47,8 +47,8 @@ def test_exact_heads_draw_the_aggregate_posterior() -> None:
 @pytest.mark.filterwarnings("ignore:Reconstructions of a row")  # the VAE is noisy
 def test_heads_learn_the_ratios() -> None:
     source = BottomUp()
-    prior = NCPrior.for_source(source, source.data(256), width=32, depth=1)
-    fit(prior, source.data(3000), steps=100, learning_rate=1e-2, progress=False)
+    prior = NCPrior.for_source(source, source.data(256), width=16, depth=0)
+    fit(prior, source.data(3000), steps=120, learning_rate=1e-2, progress=False)
     latents, _ = sample_posterior(source, source.data(1000))
     ours = prior.log_ratio(latents)
     for k in range(3):

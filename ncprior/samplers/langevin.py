@@ -10,7 +10,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -281,6 +281,6 @@ def _continuous(prior: Sampleable) -> Distribution:
 
 def name_of(prior: Sampleable) -> str:
     """Returns the name of a prior's type, without ``Independent`` and expansion over rows."""
-    inner = getattr(prior, "base_dist", None) if isinstance(prior, Independent) else None
-    rows = getattr(prior, "prior", None)  # of a prior that is expanded over rows
-    return type(prior).__name__ if inner is rows is None else name_of(inner or rows)
+    inner: Any = prior.base_dist if isinstance(prior, Independent) else None
+    inner = inner or getattr(prior, "prior", None)  # of a prior that is expanded over rows
+    return type(prior).__name__ if inner is None else name_of(inner)
