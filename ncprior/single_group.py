@@ -158,6 +158,7 @@ class SingleGroup(LatentSource[Any, Any]):
             raise ValueError("x must be one batch; got an empty list. Pass rows of data.")
         c = None if self._condition is None else self._checked_condition(self._condition(x))
         x = x[0] if isinstance(x, tuple | list) else x
+        _require_rows_of_condition(x, c)
         distribution = self._checked_posterior(x, c)
         _require_rows_of(x, distribution)
         q = parameters(distribution)
@@ -259,7 +260,7 @@ class SingleGroup(LatentSource[Any, Any]):
 
     def _prior_given(self, c: Any, rows: int, q: Distribution | None) -> Sampleable:  # noqa: ANN401
         """Returns p(z | c), after a check of its rows and of the shape of z."""
-        p = self._given_c(c)
+        p = _called("prior(c)", self._given_c, c)
         if not is_prior(p):
             raise TypeError(
                 f"prior(c) must return a distribution p(z | c); got {described(p)}. From a mean and a "
@@ -281,7 +282,7 @@ class SingleGroup(LatentSource[Any, Any]):
         if self._context is None:
             seen: Tensor | None = c
             return seen
-        seen = self._context(c)
+        seen = _called("context(c)", self._context, c)
         if not isinstance(seen, Tensor) or seen.is_complex() or seen.shape[:1] != (rows,):
             raise ValueError(
                 f"context(c) must return one tensor of real numbers, with one row for each of the "
@@ -346,6 +347,31 @@ def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | No
 
 def _tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _called(name: str, function: Callable[[Any], Any], c: Any) -> Any:  # noqa: ANN401
+    """Returns a function of the condition; its error names the condition."""
+    try:
+        return function(c)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        got = ", ".join(map(described, _tensors(c)[:2]))
+        raise ValueError(
+            f"{name} failed on a condition, {got}. Check its values, shape and dtype: classes are "
+            f"whole numbers from 0, as in labels.long(). {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def _require_rows_of_condition(x: Any, c: Any) -> None:  # noqa: ANN401
+    """Validates that a condition has the rows of x, where x has one number of rows."""
+    rows = {len(leaf) for leaf in _tensors(x) if leaf.ndim > 0}
+    found = {leaf.shape[:1].numel() if leaf.ndim else 0 for leaf in _tensors(c)}
+    if c is not None and len(rows) == 1 and found != rows:
+        raise ValueError(
+            f"condition(batch) must return one row per row of x; got {max(found)} rows for "
+            f"{rows.pop()} of x. Batches must hold the condition, as those of TensorDataset(x, c) do."
+        )
 
 
 def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401

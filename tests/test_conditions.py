@@ -22,6 +22,8 @@ from ncprior import NCPrior, SingleGroup, fit, improve, langevin, sir
 from ncprior.bases import Rebased, fit_gaussian, latents_of, rebase
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import log_likelihood
+from ncprior.heads import MLPHead
+from ncprior.jobs import read_parts, sample_parts
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
@@ -227,7 +229,7 @@ def test_integer_labels_with_a_context() -> None:
     prior = NCPrior.for_source(source, (x, label), width=8)
     fit(prior, TensorDataset(x, label), steps=3, progress=False)
     sampler = partial(sir, num_proposals=4)
-    for condition in (label[:8], label[:8].numpy()):
+    for condition in (label[:8], label[:8].numpy(), label[:8].tolist()):
         assert prior.sample(8, sampler, condition=condition).x.shape == (8, 4)
 
 
@@ -235,6 +237,40 @@ def test_labels_without_a_context_are_refused_with_the_remedy() -> None:
     source = Labelled().eval().source(context=None)
     with pytest.raises(ValueError, match=r"context=.*one_hot\(c, num_classes\)"):
         source.encode((torch.randn(5, 4), torch.arange(5)))
+
+
+@pytest.mark.parametrize("label", [torch.arange(4.0), torch.full((4,), 7)], ids=["float", "7"])
+def test_labels_that_the_context_cannot_take_are_named(label: Tensor) -> None:
+    source = Labelled().eval().source()
+    with pytest.raises(ValueError, match=r"context\(c\) failed on a condition, a tensor of"):
+        source.group(source.start(4, condition=label))
+
+
+def test_data_without_the_condition_are_named() -> None:
+    prior = NCPrior(Labelled().eval().source(), MLPHead((2,), context_shape=(5,)))
+    with pytest.raises(ValueError, match=r"got 4 rows for 2 of x.*TensorDataset\(x, c\)"):
+        fit(prior, torch.randn(30, 4), held_out=torch.randn(30, 4), steps=2, progress=False)
+
+
+def test_rows_of_dicts_are_no_batches() -> None:
+    rows = [{"x": torch.randn(4), "label": torch.tensor(i % 5)} for i in range(20)]
+    prior = NCPrior(Labelled().eval().source(), nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="A list must hold batches; got single rows"):
+        fit(prior, rows, steps=2, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions of a row")
+def test_a_job_draws_every_row_under_its_own_condition(tmp_path: Path) -> None:
+    """Parts and batches cut a dict of padded sequences by rows."""
+    source, batch = Sequences().eval().source(), next(iter(loader(16)))
+    prior = NCPrior.for_source(source, batch, width=8)
+    prior.active = [False]
+    sampler = partial(sir, num_proposals=1)
+    options: dict[str, Any] = {"part_size": 6, "batch_size": 4, "progress": False}
+    sample_parts(prior, tmp_path, num_samples=16, sampler=sampler, condition=batch[1], **options)
+    z, found = (torch.cat([part[name] for part in read_parts(tmp_path)]) for name in ("z_0", "x"))
+    state = source.start(16, condition=batch[1])
+    assert torch.allclose(source.decode(source.advance(state, z)), found, atol=1e-5)
 
 
 @pytest.mark.parametrize(
