@@ -252,13 +252,6 @@ def test_data_without_the_condition_are_named() -> None:
         fit(prior, torch.randn(30, 4), held_out=torch.randn(30, 4), steps=2, progress=False)
 
 
-def test_rows_of_dicts_are_no_batches() -> None:
-    rows = [{"x": torch.randn(4), "label": torch.tensor(i % 5)} for i in range(20)]
-    prior = NCPrior(Labelled().eval().source(), nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="A list must hold batches; got single rows"):
-        fit(prior, rows, steps=2, progress=False)
-
-
 @pytest.mark.filterwarnings("ignore:Reconstructions of a row")
 def test_a_job_draws_every_row_under_its_own_condition(tmp_path: Path) -> None:
     """Parts and batches cut a dict of padded sequences by rows."""

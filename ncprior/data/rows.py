@@ -113,8 +113,7 @@ def _require_batches(data: list[Any] | tuple[Any, ...]) -> None:
     first, second = (*data, None)[:2]
     if any(batch is None for batch in data):
         raise TypeError(f"A {type(data).__name__} must hold batches; got None among them.")
-    parts = first.values() if isinstance(first, Mapping) else (first,)
-    single = any(isinstance(part, Tensor | np.ndarray) and part.ndim == 0 for part in parts)
+    single = isinstance(first, Tensor | np.ndarray) and first.ndim == 0
     if single or (_is_list(first) and any(map(_is_number, first))):
         raise TypeError(
             f"A list must hold batches; got single rows, of which the first is "

@@ -32,6 +32,8 @@ _EXACT = 1e-5  # relative difference of norms, or sums, of draws in float32 that
 
 _NEAR = 1e-3  # the same for draws that another distribution has made
 
+_WHOLE = 2**20  # larger floats are whole numbers anyway
+
 _OWN = ("torch", "ncprior")  # their distributions declare the right support
 
 
@@ -82,7 +84,7 @@ def shown_by(z: Tensor) -> str:
         return DISCRETE
     if len(rows) < _FEW or not (rows.std(0) > _NEAR * rows.abs().amax()).any():
         return ""
-    if (rows == rows.round()).all():
+    if (rows == rows.round()).all() and rows.abs().amax() < _WHOLE:
         return DISCRETE
     if rows.shape[1] < 2:
         return ""
