@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from ncprior import NCPrior, SingleGroup, fit, improve, langevin, sir
+from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, improve, langevin, sir
 from ncprior.bases import Rebased, fit_gaussian, latents_of, rebase
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import log_likelihood
@@ -378,6 +378,56 @@ def test_improve_takes_sequences_of_different_lengths(monkeypatch: pytest.Monkey
     prior = improve(source, loader(64), held_out=loader(64), budget=4, seed=0, progress=False)
     c = next(iter(loader(16)))[1]
     assert prior.sample(16, condition=c).x.shape == (16, 2)
+
+
+class Steps(LatentSource[Any, Any]):
+    """A latent for each of three time steps, of sequences that end earlier; as of a VRNN.
+
+    p(z_t) = N(0, 1) and q(z_t | x) = N(x_t, 0.1²), but q = p behind the end.
+    """
+
+    num_groups = 3
+
+    def encode(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return x
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Any:
+        x, length = (None, condition) if encoding is None else encoding
+        return torch.empty(batch_size, 0), x, length
+
+    def group(self, state: Any) -> Group:
+        drawn, x, length = state
+        t = drawn.shape[1]
+        alive = (t < length).float()[:, None]
+        q = None
+        if x is not None:
+            q = normal(alive * x[:, t : t + 1], 1 - 0.9 * alive)
+        return Group(normal(torch.zeros(len(drawn), 1), 1.0), q, torch.cat([drawn, alive], 1))
+
+    def advance(self, state: Any, z: Tensor) -> Any:
+        return torch.cat([state[0], z], 1), *state[1:]
+
+    def decode(self, state: Any) -> Tensor:
+        return state[0]  # type: ignore[no-any-return]
+
+
+def test_steps_behind_the_end_of_a_sequence_have_the_prior() -> None:
+    """x_t ~ N(2, 0.1²): the exact head is on for rows that go on, and 0 for those that have ended."""
+    length = torch.arange(4000) % 3 + 1
+    x = 2 + 0.1 * torch.randn(4000, 3)
+    source = Steps()
+    check_source(source, (x[:9], length[:9]), condition=length[:9])
+
+    def log_r(z: Tensor, context: Tensor) -> Tensor:
+        q = normal(torch.full_like(z, 2.0), 0.02**0.5).log_prob(z)
+        return context[:, -1] * (q - normal(torch.zeros_like(z), 1.0).log_prob(z))
+
+    prior = NCPrior(source, [ExactRatio(log_r) for _ in range(3)]).eval()
+    latents = prior.sample(4000, partial(sir, num_proposals=400), condition=length).latents
+    for t, z in enumerate(latents):
+        on, off = z[length > t], z[length <= t]
+        assert abs(on.mean().item() - 2) < 0.05  # a bias of 1/ESS besides the error
+        assert t == 0 or abs(off.mean().item()) < 4.5 / len(off) ** 0.5
 
 
 # --- bases
