@@ -229,7 +229,10 @@ class SingleGroup(LatentSource[Any, Any]):
         """Returns the input of the ratio head for z of shape ``(*, B, *event)``: by default z."""
         if self._features is None:
             return z
-        lead = z.shape[: z.ndim - (self._event_ndim or 0)]
+        ndim = (
+            1 if self._event_ndim is None else self._event_ndim
+        )  # unknown before the first group
+        lead = z.shape[: z.ndim - ndim]
         flat = z.reshape(-1, *z.shape[len(lead) :])
         h = self._features(self._for(self._features, flat))
         if not isinstance(h, Tensor) or h.shape[:1] != flat.shape[:1]:

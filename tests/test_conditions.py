@@ -86,6 +86,12 @@ def test_a_learned_prior_keeps_the_rules() -> None:
     check_source(Learned.source(features=lambda z: torch.cat([z, z**2], 1)), (x, c), condition=c)
 
 
+def test_features_of_a_learned_prior_need_no_walk_before() -> None:
+    source = Learned.source(features=lambda z: torch.cat([z, z**2], 1))
+    prior = NCPrior(source, MLPHead((2,), context_shape=(1,))).eval()
+    assert prior.log_r(0, torch.randn(7, 5, 1), torch.randn(5, 1)).shape == (7, 5)
+
+
 def test_sir_on_a_learned_prior_has_its_exact_law() -> None:
     prior = NCPrior(Learned.source(), ExactRatio(Learned.log_r)).eval()
     _, c = Learned.batch(40_000)
