@@ -126,7 +126,7 @@ class SingleGroup(LatentSource[Any, Any]):
         self._condition = condition
         self._context = context
         self._features = features
-        self._event_ndim: int | None = None
+        self._event_ndim = 1  # that of p(z | c) is known after the first walk
         if features is not None and own is not None:
             shape = getattr(own, "event_shape", None)
             self._event_ndim = own.sample().ndim if shape is None else len(shape)
@@ -229,10 +229,7 @@ class SingleGroup(LatentSource[Any, Any]):
         """Returns the input of the ratio head for z of shape ``(*, B, *event)``: by default z."""
         if self._features is None:
             return z
-        ndim = (
-            1 if self._event_ndim is None else self._event_ndim
-        )  # unknown before the first group
-        lead = z.shape[: z.ndim - ndim]
+        lead = z.shape[: z.ndim - self._event_ndim]
         flat = z.reshape(-1, *z.shape[len(lead) :])
         h = self._features(self._for(self._features, flat))
         if not isinstance(h, Tensor) or h.shape[:1] != flat.shape[:1]:
