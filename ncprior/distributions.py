@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from torch import Size, Tensor
@@ -19,7 +20,70 @@ from torch.distributions import (
     OneHotCategorical,
 )
 
-from ncprior.utils.require import described, require_counts
+from ncprior.utils.require import (
+    described,
+    require_counts,
+    require_flags,
+    require_instance,
+    require_shape,
+)
+
+
+class Replayed(Distribution):
+    """One-point distribution of a draw that was made before, with its log-density.
+
+    A VAE may draw latents in another order than its prior, such as bottom-up. Then ``encode`` draws
+    all of them, and the posterior of a group replays its z. Over many calls of ``encode`` these are
+    draws of q(z | x), and the sum of the log-densities over groups is log q(z | x).
+
+    Arguments:
+        z: The draw, with shape ``(B, *event)``.
+        log_q: Its log-density in nats under the distribution from which it was drawn, ``(B,)``.
+
+    Example:
+        >>> q = Independent(Normal(torch.zeros(4, 2), 1.0), 1)
+        >>> z = q.sample()
+        >>> replayed = Replayed(z, q.log_prob(z))
+        >>> torch.equal(replayed.sample(), z), torch.equal(replayed.log_prob(z), q.log_prob(z))
+        (True, True)
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, z: Tensor, log_q: Tensor, *, validate_args: bool = False) -> None:
+        for name, part in {"z": z, "log_q": log_q}.items():
+            require_instance(name, part, Tensor, "Pass a draw and its log-density.")
+        require_flags(validate_args=validate_args)
+        if z.ndim < 1 or log_q.shape != z.shape[:1]:
+            raise ValueError(
+                f"log_q must have shape (B,), one log-density per row of z; got {described(log_q)} for "
+                f"{described(z)}. Independent(q, n).log_prob sums over the axes of an event."
+            )
+        super().__init__(z.shape[:1], z.shape[1:], validate_args=False)
+        self.z, self.log_q = z, log_q
+
+    @property
+    def mean(self) -> Tensor:
+        """The draw itself, the mean of a one-point distribution."""
+        return self.z
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:  # noqa: ANN401
+        """Returns the draw, repeated to shape ``(*sample_shape, B, *event)``."""
+        return self.z.expand(*require_shape("sample_shape", sample_shape), *self.z.shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the recorded log-density in nats, and -∞ for any other z, with shape ``(*, B)``."""
+        require_instance("value", value, Tensor, "Pass z, with shape (*, B, *event).")
+        if value.shape[max(0, value.ndim - self.z.ndim) :] != self.z.shape:
+            raise ValueError(
+                f"z must have the shape (*, B, *event) of the replayed draw, {described(self.z)}; got "
+                f"{described(value)}."
+            )
+        is_other = value != self.z
+        if self.event_shape:
+            is_other = is_other.flatten(value.ndim - len(self.event_shape)).any(-1)
+        return torch.where(is_other, -math.inf, self.log_q)
+
 
 Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """``{type name: {parameter name: tensor of shape (B, ...)}}``."""
@@ -31,6 +95,7 @@ _PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
     Bernoulli: ("logits",),
     Categorical: ("logits",),
     OneHotCategorical: ("logits",),
+    Replayed: ("z", "log_q"),
 }
 
 _TYPES: dict[str, Any] = {cls.__name__: cls for cls in _PARAMETERS}
@@ -126,7 +191,10 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
         return _Rows(prior, batch_size)
     tree = parameters(prior)
     if tree is None:
-        rows: Distribution = prior.expand(Size((batch_size,)))
+        try:
+            rows: Distribution = prior.expand(Size((batch_size,)))
+        except NotImplementedError:  # a distribution of the user's own
+            rows = _DistributionRows(prior, batch_size)
         return rows
     ((name, tensors),) = tree.items()
     return build({name: {key: t.expand(batch_size, *t.shape) for key, t in tensors.items()}})
@@ -161,6 +229,26 @@ class _Rows:
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         return self.prior.sample(Size((*sample_shape, self.batch_size)))
+
+
+class _DistributionRows(Distribution):
+    """B independent rows of a distribution without a method ``expand``."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, prior: Distribution, batch_size: int) -> None:
+        super().__init__(Size((batch_size,)), prior.event_shape, validate_args=False)
+        self.prior = prior
+
+    @property
+    def support(self) -> Any:  # noqa: ANN401
+        return self.prior.support
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:  # noqa: ANN401
+        return self.prior.sample(Size((*sample_shape, *self.batch_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.prior.log_prob(value)
 
 
 @runtime_checkable

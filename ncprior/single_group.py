@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import Sampleable, build, expand, is_parameters, parameters
+from ncprior.distributions import (
+    Sampleable,
+    build,
+    expand,
+    is_parameters,
+    is_prior,
+    parameters,
+)
 from ncprior.source import Group, LatentSource, num_rows, require_eval
 from ncprior.utils.precision import floating_dtype
 from ncprior.utils.require import described, require_callable, require_counts, require_instance
@@ -20,7 +27,8 @@ class SingleGroup(LatentSource[Any, Any]):
     """A VAE with one group of latents, from its three parts.
 
     Arguments:
-        prior: p(z), with an empty batch shape.
+        prior: p(z), with an empty batch shape; or, with a ``condition``, a function that maps c to
+            p(z | c), with batch shape ``(B,)``, such as the learned prior of a conditional VAE.
         posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. If a batch is
             a tuple or list such as (image, label), x is its first item.
         decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
@@ -29,16 +37,20 @@ class SingleGroup(LatentSource[Any, Any]):
             check also covers modules, and modules of bound methods, that are given as
             ``posterior`` and ``decoder``.)
         likelihood: Maps z to p(x | z), a distribution over x.
-        condition: Returns the condition c, with shape ``(B, C)``, of a batch as the loader yields
-            it. Then ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, the
-            ratio head takes it as context, and sampling needs it as ``condition``.
+        condition: Returns the condition c of a batch as the loader yields it: a tensor, or tensors
+            in a tuple or dict, such as a padded sequence and its lengths, with B rows each. Then
+            ``posterior``, ``decoder`` and ``likelihood`` take c as a second argument, and sampling
+            needs it as ``condition``.
+        context: Maps c to the second input of the ratio head, ``(B, ...)``, such as the frozen VAE's
+            own embedding of c, or the one-hot vectors of labels. By default c itself, with shape
+            ``(B, C)``.
         features: Maps z, with shape ``(N, *event)``, to the input of the ratio head, ``(N, ...)``:
             a function of z alone, such as the first layers of the frozen decoder,
             ``vae.decoder[:2]``. If the decoder turns many latents into a feature map, a
             :class:`~ncprior.heads.ConvHead` on that map learns faster than an MLP on z.
 
     Raises:
-        ValueError: If the prior has a batch shape.
+        ValueError: If the prior has a batch shape, or the prior or a context needs a condition.
         TypeError: If the prior cannot be sampled, or a part has the wrong type.
 
     Example:
@@ -52,58 +64,84 @@ class SingleGroup(LatentSource[Any, Any]):
         >>> latents, state = sample_posterior(source, torch.randn(5, 3))
         >>> latents[0].shape, source.decode(state).shape
         (torch.Size([5, 2]), torch.Size([5, 3]))
+
+        A VAE of images with integer labels, whose networks embed labels themselves:
+
+        >>> source = SingleGroup(
+        ...     prior,
+        ...     lambda x, label: posterior(x),
+        ...     lambda z, label: decoder(z),
+        ...     condition=lambda batch: batch[1],
+        ...     context=lambda label: torch.nn.functional.one_hot(label, 10).float(),
+        ... )
+        >>> source.group(source.start(4, condition=torch.tensor([3, 1, 4, 1]))).context.shape
+        torch.Size([4, 10])
     """
 
     num_groups = 1
 
     def __init__(
         self,
-        prior: Sampleable,
+        prior: Sampleable | Callable[[Any], Distribution],
         posterior: Callable[..., Distribution],
         decoder: Callable[..., Tensor],
         *,
         module: nn.Module | Iterable[nn.Module] | None = None,
         likelihood: Callable[..., Distribution] | None = None,
-        condition: Callable[[Any], Tensor] | None = None,
+        condition: Callable[[Any], Any] | None = None,
+        context: Callable[[Any], Tensor] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if isinstance(prior, type) or not isinstance(prior, Sampleable):
+        given_c: Any = None if is_prior(prior) else prior
+        if given_c is not None and (isinstance(prior, type) or not callable(given_c)):
             raise TypeError(
                 f"The prior needs a method `sample`; got {described(prior)}. Pass a distribution, "
-                f"such as Independent(Normal(zeros, ones), 1)."
+                f"such as Independent(Normal(zeros, ones), 1); or, with condition=, a function of c "
+                f"that returns one."
             )
-        optional = {"likelihood": likelihood, "condition": condition, "features": features}
-        given = {name: part for name, part in optional.items() if part is not None}
+        optional: dict[str, Any] = {"likelihood": likelihood, "condition": condition}
+        optional |= {"context": context, "features": features}
+        given: dict[str, Any] = {key: part for key, part in optional.items() if part is not None}
         for name, part in {"posterior": posterior, "decoder": decoder, **given}.items():
             require_callable(name, part, "Pass a function or a module.")
+        for name, part in {"A prior that is a function": given_c, "context=": context}.items():
+            if part is not None and condition is None:
+                raise ValueError(
+                    f"{name} needs a condition c; got condition=None. Pass condition=, which picks "
+                    f"c out of a batch."
+                )
         if isinstance(prior, Distribution) and prior.batch_shape:
             raise ValueError(
                 f"The prior must have an empty batch shape; got batch shape "
                 f"{tuple(prior.batch_shape)} and event shape {tuple(prior.event_shape)}. "
                 f"Wrap it in Independent(prior, {len(prior.batch_shape)})."
             )
-        self.prior = prior
+        own: Any = prior if given_c is None else None
+        self.prior = own
         self.module = _as_module(module)
+        self._given_c: Any = given_c
         self._posterior = posterior
         self._decoder = decoder
         self._likelihood = likelihood
         self._condition = condition
+        self._context = context
         self._features = features
-        if features is not None:
-            shape = getattr(prior, "event_shape", None)
-            self._event_ndim = prior.sample().ndim if shape is None else len(shape)
+        self._event_ndim = 1  # that of p(z | c) is known after the first walk
+        if features is not None and own is not None:
+            shape = getattr(own, "event_shape", None)
+            self._event_ndim = own.sample().ndim if shape is None else len(shape)
 
     @property
     def _watched(self) -> tuple[object, ...]:
         """What must be in evaluation mode: the modules, and those of bound methods."""
-        parts = (self._posterior, self._decoder)
+        parts = (self._posterior, self._decoder, self._given_c, self._context)
         return (self.module, *(getattr(part, "__self__", part) for part in parts))
 
     class Encoding(NamedTuple):
         """Parameters of q(z | x), or else the batch itself, and the condition."""
 
         posterior: Any
-        condition: Tensor | None
+        condition: Any
 
     class State(NamedTuple):
         """The state before z is given (``z is None``) or after."""
@@ -111,15 +149,16 @@ class SingleGroup(LatentSource[Any, Any]):
         rows: Tensor  # (B, 0): carries the batch size
         z: Tensor | None
         posterior: Any
-        condition: Tensor | None
+        condition: Any
 
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Encodes one batch: the parameters of q(z | x) where its type is known, else x."""
         require_eval(*self._watched)
         if isinstance(x, tuple | list) and not x:
             raise ValueError("x must be one batch; got an empty list. Pass rows of data.")
-        c = None if self._condition is None else _checked_condition(self._condition(x))
+        c = None if self._condition is None else self._checked_condition(self._condition(x))
         x = x[0] if isinstance(x, tuple | list) else x
+        _require_rows_of_condition(x, c)
         distribution = self._checked_posterior(x, c)
         _require_rows_of(x, distribution)
         q = parameters(distribution)
@@ -129,7 +168,7 @@ class SingleGroup(LatentSource[Any, Any]):
         self,
         batch_size: int,
         encoding: Encoding | None = None,
-        condition: Tensor | None = None,
+        condition: Any = None,  # noqa: ANN401
     ) -> State:
         """Returns the state before z is given, for ``batch_size`` rows."""
         require_counts(batch_size=batch_size)
@@ -141,22 +180,26 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"This source {needs} condition; got {got}. A condition is picked out of a batch "
                 f"by SingleGroup(condition=...) and given to sample(..., condition=...)."
             )
-        c = None if c is None else _checked_condition(c)
-        for name, tree in (("encoding", q), ("condition", c)):
-            if tree is not None and num_rows(tree) != batch_size:
-                raise ValueError(
-                    f"The walk has {batch_size} rows; got {num_rows(tree)} rows of {name}."
-                )
-        leaves = [leaf for leaf in tree_leaves((q, c)) if isinstance(leaf, Tensor)]
+        c = None if c is None else self._checked_condition(c)
+        if q is not None and num_rows(q) != batch_size:
+            raise ValueError(
+                f"The walk has {batch_size} rows; got {num_rows(q)} rows of encoding."
+            )
+        for leaf in _tensors(c):
+            if leaf.shape[:1] != (batch_size,):
+                got = f"{len(leaf)} rows" if leaf.ndim > 0 else "a single number"
+                raise ValueError(f"The walk has {batch_size} rows; got {got} of condition.")
+        leaves = _tensors((q, c))
         device = leaves[0].device if leaves else None
         return self.State(torch.empty(batch_size, 0, device=device), None, q, c)
 
     def group(self, state: State) -> Group:
-        """Returns p(z) and, given an x, q(z | x), for every row."""
-        q = state.posterior
+        """Returns p(z) or p(z | c) and, given an x, q(z | x), for every row."""
+        q, c, rows = state.posterior, state.condition, len(state.rows)
         if q is not None:
-            q = build(q) if is_parameters(q) else self._checked_posterior(q, state.condition)
-        return Group(expand(self.prior, len(state.rows)), q, state.condition)
+            q = build(q) if is_parameters(q) else self._checked_posterior(q, c)
+        p = expand(self.prior, rows) if self._given_c is None else self._prior_given(c, rows, q)
+        return Group(p, q, self._seen_of(c, rows))
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state with z, which has shape ``(B, *event)``."""
@@ -196,9 +239,10 @@ class SingleGroup(LatentSource[Any, Any]):
             )
         return h.reshape(*lead, *h.shape[1:])
 
-    def shared_prior(self) -> Sampleable:
-        """Returns p(z), with an empty batch shape."""
-        return self.prior
+    def shared_prior(self) -> Sampleable | None:
+        """Returns p(z), with an empty batch shape; ``None`` if the prior is a function of c."""
+        prior: Sampleable | None = self.prior
+        return prior
 
     def _decoder_arguments(self, state: State) -> tuple[Tensor, ...]:
         if state.z is None:
@@ -214,7 +258,55 @@ class SingleGroup(LatentSource[Any, Any]):
         dtype = floating_dtype(part if isinstance(part, nn.Module) else self.module)
         return z if dtype is None else z.to(dtype)
 
-    def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
+    def _prior_given(self, c: Any, rows: int, q: Distribution | None) -> Sampleable:  # noqa: ANN401
+        """Returns p(z | c), after a check of its rows and of the shape of z."""
+        p = _called("prior(c)", self._given_c, c)
+        if not is_prior(p):
+            raise TypeError(
+                f"prior(c) must return a distribution p(z | c); got {described(p)}. From a mean and a "
+                f"log-variance make Independent(Normal(mean, (0.5 * log_var).exp()), 1)."
+            )
+        event = getattr(p, "event_shape", torch.Size())
+        wanted = event if q is None else q.event_shape
+        if isinstance(p, Distribution) and (p.batch_shape, event) != ((rows,), wanted):
+            raise ValueError(
+                f"prior(c) must have batch shape ({rows},), one row per row of c, and the event "
+                f"shape of q(z | x), {tuple(wanted)}; got batch shape {tuple(p.batch_shape)} and event "
+                f"shape {tuple(event)}. Independent(p, n) turns n batch axes into event axes."
+            )
+        self._event_ndim = len(event) if isinstance(p, Distribution) else p.sample().ndim - 1
+        return p
+
+    def _seen_of(self, c: Any, rows: int) -> Tensor | None:  # noqa: ANN401
+        """Returns the context of the ratio head, after a check."""
+        if self._context is None:
+            seen: Tensor | None = c
+            return seen
+        seen = _called("context(c)", self._context, c)
+        if not isinstance(seen, Tensor) or seen.is_complex() or seen.shape[:1] != (rows,):
+            raise ValueError(
+                f"context(c) must return one tensor of real numbers, with one row for each of the "
+                f"{rows} rows of c; got {described(seen)}."
+            )
+        return seen
+
+    def _checked_condition(self, c: Any) -> Any:  # noqa: ANN401
+        """Returns a condition after a check that it has rows, and that a head can see it."""
+        if not _tensors(c):
+            raise TypeError(
+                f"A condition must be a tensor, or tensors in a tuple or dict, with one row per row "
+                f"of the batch; got {described(c)}. Embed texts, and number the classes of names."
+            )
+        if self._context is None and (not isinstance(c, Tensor) or c.ndim < 2):
+            raise ValueError(
+                f"The ratio head sees a condition of shape (B, C), a vector per row; got "
+                f"{described(c)}. Make labels one-hot, or pass SingleGroup(context=...), a function "
+                f"of c that returns what the head sees: of labels "
+                f"lambda c: torch.nn.functional.one_hot(c, num_classes).float()."
+            )
+        return c
+
+    def _checked_posterior(self, x: Any, c: Any) -> Distribution:  # noqa: ANN401
         try:
             q = self._posterior(x) if c is None else self._posterior(x, c)
         except torch.OutOfMemoryError:
@@ -253,14 +345,33 @@ def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | No
     return nn.ModuleList([require_instance("module", part, nn.Module, remedy) for part in module])
 
 
-def _checked_condition(c: Any) -> Any:  # noqa: ANN401
-    """Returns a condition after a check that its tensor has shape ``(B, C)``."""
-    if isinstance(c, Tensor) and c.ndim < 2:
+def _tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _called(name: str, function: Callable[[Any], Any], c: Any) -> Any:  # noqa: ANN401
+    """Returns a function of the condition; its error names the condition."""
+    try:
+        return function(c)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        got = ", ".join(map(described, _tensors(c)[:2]))
         raise ValueError(
-            f"A condition must have shape (B, C), a vector per row; got {described(c)}. Make labels "
-            f"one-hot: torch.nn.functional.one_hot(labels, num_classes).float()."
+            f"{name} failed on a condition, {got}. Check its values, shape and dtype: classes are "
+            f"whole numbers from 0, as in labels.long(). {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def _require_rows_of_condition(x: Any, c: Any) -> None:  # noqa: ANN401
+    """Validates that a condition has the rows of x, where x has one number of rows."""
+    rows = {len(leaf) for leaf in _tensors(x) if leaf.ndim > 0}
+    found = {leaf.shape[:1].numel() if leaf.ndim else 0 for leaf in _tensors(c)}
+    if c is not None and len(rows) == 1 and found != rows:
+        raise ValueError(
+            f"condition(batch) must return one row per row of x; got {max(found)} rows for "
+            f"{rows.pop()} of x. Batches must hold the condition, as those of TensorDataset(x, c) do."
         )
-    return c
 
 
 def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401

@@ -676,7 +676,7 @@ class HalfContext(Ladder):
 
 
 class Validates(Ladder):
-    """A prior on [0, ∞) that refuses what the posterior draws."""
+    """A prior on [0, ∞) that does not contain all draws of the posterior."""
 
     def group(self, state: Rung) -> Group:
         one = torch.ones(len(state.h), self.dim)
@@ -851,7 +851,7 @@ BROKEN = {
     NotIndependent: r"Group 0: the prior must have batch shape \(5,\) and event shape \(2,\)",
     HalfPrecision: "Group 0: the prior must be in float32 or better",
     HalfContext: "Group 0: the context must be in float32 or better",
-    Validates: "validate_args=False",
+    Validates: "draws of the posterior are outside of its support, which is bounded",
     OpaqueState: "got a Independent",
     TransposedState: r"first axis is the batch of 5 rows; got shape \(8, 5\)",
     OwnGenerator: "it must draw nothing",

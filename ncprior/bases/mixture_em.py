@@ -21,6 +21,7 @@ from ncprior.utils.require import (
     require_counts,
     require_numbers,
 )
+from ncprior.utils.supports import shown_by
 
 COVARIANCES = ("full", "diagonal")
 
@@ -113,8 +114,8 @@ def fit_mixture(
     Raises:
         TypeError: If an argument has the wrong type, or z are integers: codes of categories have
             no Gaussians.
-        ValueError: If an argument is out of range, there are fewer rows than components, or values
-            that are not finite.
+        ValueError: If an argument is out of range, there are fewer rows than components, values
+            that are not finite, or z are whole numbers, on a sphere or on a simplex.
 
     Warns:
         UserWarning: If held-out rows are less likely than under a single Gaussian or N(0, I).
@@ -140,6 +141,7 @@ def fit_mixture(
             f"A mixture of {num_components} components needs z of shape (N, *event) with more "
             f"rows than components; got {tuple(z.shape)}."
         )
+    _require_room(z)
     if covariance == "full" and is_too_wide(num_components, z.shape[1:]):
         raise ValueError(
             f"{num_components} full covariances of {z.shape[1:].numel()} latents each are more than "
@@ -170,6 +172,15 @@ def fit_mixture(
         _warn_if_worse(fit, num_components, z_held, spread[latents])
         whole.put(fit.mixture, latents)
     return whole.mixture(z.shape[1:]).to(z.device)
+
+
+def _require_room(z: Tensor) -> None:
+    """Validates that latents are not codes or on a surface, where a Gaussian has no draws."""
+    if where := shown_by(z):
+        raise ValueError(
+            f"A Gaussian mixture draws from all of R^n, and z are {where}. Take a base of the same "
+            f"set, such as Empirical(z), or keep the VAE's own prior."
+        )
 
 
 def is_too_wide(num_components: int, event_shape: Size) -> bool:

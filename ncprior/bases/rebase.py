@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable, expand, is_prior
 from ncprior.source import Group, LatentSource, WrappedSource, num_rows
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described
+from ncprior.utils.supports import SIMPLEX, SPHERE, is_outside, shown_by, support_of
 
 Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
 
@@ -38,7 +40,8 @@ def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
         The same VAE with that prior.
 
     Raises:
-        ValueError: If one prior is given for several groups, or it has a batch shape.
+        ValueError: If one prior is given for several groups, it has a batch shape, or it leaves the
+            set of the VAE's latents, such as a simplex, a sphere or codes.
         TypeError: If the base can neither be sampled nor called, or is a class.
 
     Example:
@@ -97,6 +100,8 @@ class Rebased(WrappedSource):
                 f"One prior is given for the {source.num_groups} groups of the source. "
                 f"Pass base(k, group), which makes the prior of group k."
             )
+        if prior is not None:
+            _require_inside(source.shared_prior(), prior)
         self.prior: Sampleable | None = prior
         self._base: Any = function
 
@@ -156,3 +161,22 @@ class Rebased(WrappedSource):
                 f"q(z | x) of {tuple(posterior.event_shape)}. Fit it on latents_of(source, x), "
                 f"which keeps their shape."
             )
+
+
+def _require_inside(own: Any, base: Sampleable) -> None:  # noqa: ANN401
+    """Validates that a base draws on the simplex, the sphere, … of the VAE's own prior."""
+    where = support_of(own) if is_prior(own) else ""
+    if not where:
+        return
+    with seeded(0):
+        z = base.sample(_PROBED)
+    outside = isinstance(own, Distribution) and bool(is_outside(own, z).any())
+    if outside or (where in (SIMPLEX, SPHERE) and shown_by(z) != where):
+        raise ValueError(
+            f"The latents of this VAE are {where}, and the base {type(base).__name__} draws others, "
+            f"which the decoder has never seen. Take a base of the same set, such as "
+            f"Empirical(latents_of(source, x)), or keep the VAE's own prior."
+        )
+
+
+_PROBED = Size((64,))

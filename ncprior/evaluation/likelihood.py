@@ -57,7 +57,9 @@ from ncprior.source import (
     visit,
 )
 from ncprior.utils.batches import map_tensors
+from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_flags, require_instance
+from ncprior.utils.trees import same
 
 
 class Gain(NamedTuple):
@@ -271,12 +273,16 @@ class _Weights:
 
     def __call__(self, x: Any, num_samples: int) -> Tensor:  # noqa: ANN401
         """Returns log w of one batch, with shape ``(3, S, B)``, in float64."""
+        before = random_state()
         encoding = self.source.encode(x)
+        draws = not same(random_state(), before)  # as a posterior that is drawn bottom-up
         rows = num_rows(encoding)
         at_once, chunks = max(1, self.chunk_size // rows), []
         for block in torch.arange(num_samples).tensor_split(BLOCKS):  # blocks share no pools
             for some in filter(len, block.split(at_once)):
-                log_w = self._walk(_tile(encoding, len(some)), _tile(x, len(some)))
+                tiled = _tile(x, len(some))
+                codes = self.source.encode(tiled) if draws else _tile(encoding, len(some))
+                log_w = self._walk(codes, tiled)
                 chunks.append(log_w.reshape(3, len(some), rows))
         log_w = torch.cat(chunks, dim=1)
         if not (log_w < math.inf).all():  # NaN is not

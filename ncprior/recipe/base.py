@@ -14,10 +14,12 @@ from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import rebase
+from ncprior.data.stream import one_pass
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.parts import Parts, first_group, has_condition
+from ncprior.recipe.parts import Parts, first_group
 from ncprior.recipe.record import Record
-from ncprior.source import LatentSource, posterior_of
+from ncprior.source import LatentSource, device_of, num_rows, posterior_of
+from ncprior.utils.supports import DISCRETE, support_of
 
 _SIZES = (1, 10)  # numbers of components; heads correct the rest better than more components
 
@@ -33,6 +35,8 @@ _SURE = 2.0  # standard errors by which a larger mixture must be better
 
 _AVERAGED = 4  # mixtures of small data
 
+_BATCH = 1000  # rows, as of latents_of
+
 _SHARE = 0.3  # of the time that is left
 
 
@@ -43,7 +47,8 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     two standard errors of the paired difference. With little data, larger mixtures are candidates,
     too, and the average of several mixtures of the best size. With much data, heads on ten components
     end up with a higher likelihood than larger mixtures, with heads or alone. The prior of several
-    groups, of codes, or with a context stays the VAE's own.
+    groups, or of codes and other latents that do not fill R^n, stays the VAE's own. For a VAE with a
+    condition, p(z | c) of each held-out row is compared with mixtures, which do not see c.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
@@ -77,15 +82,21 @@ class _Search:
 
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
-        self.z, self.held_out = _encodings(source, parts), latents_of(source, parts.choose)
+        own = source.shared_prior()
+        self.z, log_p = _encodings(source, parts), None
+        if own is None:  # p(z | c) of every row
+            self.held_out, log_p = _latents_and_log_p(source, parts.choose)
+        else:
+            self.held_out = latents_of(source, parts.choose)
         self.few_rows = parts.num_train is not None and parts.num_train < _FEW
         self.best: GaussianMixture | None = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
-        self.log_p: Tensor | None = None  # of the best base, (N,)
-        own = source.shared_prior()
         if isinstance(own, Distribution):
-            self.log_p = self._score(_OWN, own)
+            log_p = own.log_prob(self.held_out)
+        self.log_p = log_p  # of the best base, (N,)
+        if log_p is not None:
+            self._note(_OWN, log_p)
 
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
@@ -119,9 +130,12 @@ class _Search:
     def _score(self, name: str, base: Distribution) -> Tensor:
         """Adds a candidate, and returns the log p of held-out encodings."""
         log_p = base.log_prob(self.held_out)
+        self._note(name, log_p)
+        return log_p
+
+    def _note(self, name: str, log_p: Tensor) -> None:
         seconds = self.seconds() - sum(it.seconds or 0.0 for it in self.candidates)
         self.candidates.append(_candidate(name, log_p, seconds))
-        return log_p
 
     def _is_late(self) -> bool:
         return self.end is not None and 3 * self.seconds() > self.end
@@ -140,10 +154,28 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     """Reason why no base can be fitted, or an empty text."""
     if source.num_groups > 1:
         return f"the VAE has {source.num_groups} groups of latents, each with its own prior"
-    if has_condition(source, parts):
-        return "the prior depends on a condition"
-    z = posterior_of(first_group(source, parts)).sample()
-    return "" if z.is_floating_point() else "the latents are codes"
+    group = first_group(source, parts)
+    if source.shared_prior() is None and not isinstance(group.prior, Distribution):
+        return "the prior depends on a condition, and has no density"
+    z = posterior_of(group).sample()
+    support = DISCRETE if not z.is_floating_point() else ""
+    support = support or support_of(posterior_of(group)) or support_of(group.prior)
+    if support == DISCRETE:
+        return "the latents are codes"
+    return f"the latents are {support}, and a mixture of Gaussians is not" if support else ""
+
+
+@torch.no_grad()
+def _latents_and_log_p(source: LatentSource[Any, Any], data: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Encodings, one draw per row, with their log p(z | c) in nats."""
+    latents, log_p = [], []
+    for batch in one_pass(data, _BATCH, device_of(source)):
+        encoding = source.encode(batch)
+        group = source.group(source.start(num_rows(encoding), encoding))
+        prior: Any = group.prior
+        latents.append(posterior_of(group).sample())
+        log_p.append(prior.log_prob(latents[-1]))
+    return torch.cat(latents), torch.cat(log_p)
 
 
 def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:

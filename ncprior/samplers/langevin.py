@@ -10,17 +10,11 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    Independent,
-    MixtureSameFamily,
-    VonMises,
-    constraints,
-)
+from torch.distributions import Distribution, Independent
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import (
@@ -34,6 +28,7 @@ from ncprior.samplers.base import (
 )
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.require import require_counts, require_flags, require_numbers
+from ncprior.utils.supports import ANGLES, BOUNDED, DISCRETE, support_of
 
 _NEVER = 2**31 - 1  # a call that no chain reaches; MPS computes integers by way of a double
 
@@ -58,8 +53,7 @@ def langevin(
     differs from r·p / Z by O(λ). ``adjusted=True`` adds a Metropolis-Hastings correction of each
     step: the Metropolis-adjusted Langevin algorithm (MALA), which leaves r·p / Z invariant.
     Gradients are taken with respect to z alone. Chains move in all of R^n: latents on a sphere,
-    a simplex or a circle are for :func:`~ncprior.sir`, as torch does not always declare that a prior
-    lives there.
+    a simplex or a circle, bounded ones and codes are for :func:`~ncprior.sir`.
 
     Arguments:
         prior: p(z), a continuous distribution on R^n of batch shape ``(B,)``.
@@ -74,8 +68,8 @@ def langevin(
         A draw with ``z`` and, when adjusted, ``acceptance``.
 
     Raises:
-        TypeError: If the prior is discrete, bounded, or has no density, or an argument has the
-            wrong type.
+        TypeError: If the prior is discrete, bounded, on a sphere or a simplex, or has no density, or
+            an argument has the wrong type.
         ValueError: If an argument is out of range, or log r or log p changes with z but its
             gradient is cut, as by ``torch.no_grad`` or ``detach``.
         FloatingPointError: If log r, log p or a gradient is not finite; take a smaller step size.
@@ -272,51 +266,21 @@ def _continuous(prior: Sampleable) -> Distribution:
         raise TypeError(
             f"Langevin dynamics needs log p(z); the prior {name} can only be sampled. Use sir."
         )
-    try:
-        support = prior.support  # type: ignore[attr-defined]
-    except (AttributeError, NotImplementedError):
-        return prior  # type: ignore[return-value]
-    if support.is_discrete:
+    support = support_of(prior)
+    if support == DISCRETE:
         raise TypeError(
             f"Langevin dynamics differentiates the latents; the prior {name} is discrete. Use sir."
         )
-    while hasattr(support, "base_constraint"):  # behind Independent and mixtures
-        support = support.base_constraint
-    if isinstance(support, _BOUNDED) or _is_circular(prior):
+    if support:
+        where = "is bounded" if support in (BOUNDED, ANGLES) else f"draws latents {support}"
         raise TypeError(
-            f"Langevin dynamics needs latents on all of R^n; the prior {name} is bounded. Use sir."
+            f"Langevin dynamics needs latents on all of R^n; the prior {name} {where}. Use sir."
         )
     return prior  # type: ignore[return-value]
 
 
-_BOUNDED = tuple(
-    type(constraint)
-    for constraint in (
-        constraints.unit_interval,
-        constraints.half_open_interval(0, 1),
-        constraints.greater_than(0),
-        constraints.greater_than_eq(0),
-        constraints.less_than(0),
-        constraints.simplex,
-        constraints.lower_triangular,
-        constraints.lower_cholesky,
-        constraints.corr_cholesky,
-        constraints.symmetric,
-        constraints.positive_definite,
-    )
-)
-
-
-def _is_circular(prior: Sampleable) -> bool:
-    """Whether z is an angle of a von Mises distribution, whose support torch calls real."""
-    if isinstance(prior, Independent):
-        return _is_circular(prior.base_dist)
-    if isinstance(prior, MixtureSameFamily):
-        return _is_circular(prior.component_distribution)
-    return isinstance(prior, VonMises)
-
-
 def name_of(prior: Sampleable) -> str:
     """Returns the name of a prior's type, without ``Independent`` and expansion over rows."""
-    base = getattr(prior, "base_dist", prior)
-    return type(getattr(base, "prior", base)).__name__
+    inner: Any = prior.base_dist if isinstance(prior, Independent) else None
+    inner = inner or getattr(prior, "prior", None)  # of a prior that is expanded over rows
+    return type(prior).__name__ if inner is None else name_of(inner)

@@ -63,8 +63,8 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
     """Returns one batch of a user on a device, with arrays and tables of numbers as tensors.
 
     Arguments:
-        x: One batch, as the user's loader yields it; arrays of float64, the default of NumPy, are
-            converted to torch's default dtype.
+        x: One batch, as the user's loader yields it, or a list of numbers, such as labels; arrays of
+            float64, the default of NumPy, are converted to torch's default dtype.
         device: The device.
 
     Raises:
@@ -81,6 +81,8 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
             f"batch, next(iter(loader)) or dataset[:256]."
         )
     x = x.to_numpy() if hasattr(x, "to_numpy") else x
+    if isinstance(x, list) and x and all(isinstance(row, Number) for row in x):
+        x = np.array(x)
     x = to_device(x, device)
     if isinstance(x, Tensor) and (x.ndim == 0 or len(x) == 0):
         raise ValueError(f"x must have 1 or more rows; got {described(x)}. Pass rows of data.")

@@ -7,12 +7,22 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
-from ncprior.distributions import Sampleable, naming_bad_rows, parameters
+from ncprior.distributions import naming_bad_rows
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
+from ncprior.testing.groups import (
+    HALF,
+    check_first_axis,
+    check_group,
+    draws_of,
+    require,
+    require_same,
+    require_type,
+    tensors,
+)
 from ncprior.utils.batches import own_batch
 from ncprior.utils.random_state import random_state, reproducible
 from ncprior.utils.states import state_of
@@ -21,8 +31,6 @@ from ncprior.utils.trees import Tree, clone, same, take
 Source: TypeAlias = LatentSource[Any, Any]
 
 Start: TypeAlias = tuple[int, Tree, Tree]  # batch size, encoding and condition
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
@@ -33,6 +41,8 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     contexts do not depend on x; ``group`` is pure and ``advance`` leaves the old state usable; rows
     of a batch do not depend on other rows, and one row alone works too (encodings are compared
     where ``encode`` draws nothing); one seed gives one result; draws of the prior can be decoded;
+    prior and posterior draw latents of one set, such as codes of the same categories, a sphere or a
+    simplex; a condition is used, and heads see it where p(z_k | z_<k) depends on it;
     ``features`` are functions of z alone; gradients reach every latent from whatever is not whole
     numbers; grad mode and the VAE (parameters, ``.grad``, buffers, training flags) are unchanged.
 
@@ -55,14 +65,14 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
     device = device_of(source)
     groups = source.num_groups
     right = type(groups) is int and groups >= 1
-    _require(right, f"num_groups must be an int of at least 1; got {groups}.")
+    require(right, f"num_groups must be an int of at least 1; got {groups}.")
     x = own_batch(x, device)
     condition = None if condition is None else own_batch(condition, device)
     with _frozen(source), reproducible(), torch.no_grad():
         encoding = source.encode(x)
         count = num_rows(encoding)
         _check_count(x, count)
-        _check_first_axis(encoding, count, "encode(x)")
+        check_first_axis(encoding, count, "encode(x)")
         walk = _walk_and_check(source, (count, encoding, None))
         free = _walk_and_check(source, (count, None, condition), walk.latents)
         for state, z in (*zip(walk.states, walk.latents), *zip(free.states, free.latents)):  # noqa: B905
@@ -77,6 +87,7 @@ def check_source(source: Source, x: Tree, *, condition: Tree = None) -> None:
             _check_encoding_rows(source, x, encoding, rows)
             _check_walk_rows(source, walk, rows)
             _check_walk_rows(source, free, rows)
+        _check_use_of_condition(source, free, condition)
         for k, z in enumerate(walk.latents):
             _check_features(source, k, z)
         _check_gradients(source, walk)
@@ -88,7 +99,7 @@ def _drawing_nothing(message: str) -> Iterator[None]:
     """Context that checks that no generator has moved."""
     before = random_state()
     yield
-    _require(same(random_state(), before), message)
+    require(same(random_state(), before), message)
 
 
 @contextmanager
@@ -103,9 +114,9 @@ def _naming_old_states() -> Iterator[None]:
 
 
 def _check_count(x: Tree, count: int) -> None:
-    _require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
+    require(count > 1, f"Rows are compared: x must have at least 2 rows; got {count}.")
     rows = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim > 0}
-    _require(
+    require(
         len(rows) != 1 or rows == {count},
         f"encode(x): x has {min(rows, default=0)} rows and its encoding {count}. The batch must be "
         f"the first axis of every tensor of an encoding.",
@@ -119,10 +130,10 @@ def _check_blindness(source: Source, walk: _Walk, free: _Walk) -> None:
     )
     for k, (group, other) in enumerate(zip(walk.groups, free.groups, strict=True)):
         blind, z = other.posterior is None, walk.latents[k]
-        _require(blind, f"Group {k}: without x the posterior must be None.")
-        pair = _tensors(other, z), _tensors(group._replace(posterior=None), z)
-        _require_same(*pair, rule.format(f"Group {k}: prior and context"), _tolerance(source))
-    _require_same(free.x, walk.x, rule.format("decode(state)"), _tolerance(source))
+        require(blind, f"Group {k}: without x the posterior must be None.")
+        pair = tensors(other, z), tensors(group._replace(posterior=None), z)
+        require_same(*pair, rule.format(f"Group {k}: prior and context"), _tolerance(source))
+    require_same(free.x, walk.x, rule.format("decode(state)"), _tolerance(source))
 
 
 def _check_purity(source: Source, state: Tree) -> None:
@@ -131,9 +142,9 @@ def _check_purity(source: Source, state: Tree) -> None:
         torch.manual_seed(seed)
         with _drawing_nothing("group(state) draws: it must show distributions, and draw nothing."):
             group = source.group(state)
-        seen.append(_seen(group))
-    _require_same(state, before, "group(state) has changed the state: it must be a pure view.")
-    _require_same(
+        seen.append(draws_of(group))
+    require_same(state, before, "group(state) has changed the state: it must be a pure view.")
+    require_same(
         seen[1],
         seen[0],
         "A second group(state) differs, or draws otherwise under the same seed: group must be a "
@@ -144,13 +155,13 @@ def _check_purity(source: Source, state: Tree) -> None:
 def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
     first, again = source.decode(state), source.decode(state)
     rule = "A second decode(state) differs: it must return the mean of p(x | z) and draw nothing."
-    _require_same(again, first, rule)
+    require_same(again, first, rule)
     images, likelihood = x[0] if isinstance(x, tuple | list) else x, None
     with suppress(ValueError):  # it has none
         likelihood = source.likelihood(state)
     if isinstance(images, Tensor) and isinstance(likelihood, Distribution):
         shape = tuple(likelihood.log_prob(images).shape)
-        _require(
+        require(
             shape == (len(images),),
             f"likelihood(state).log_prob(x) must have shape ({len(images)},); got {shape}. "
             f"Independent sums over axes.",
@@ -158,7 +169,7 @@ def _check_decoder(source: Source, state: Tree, x: Tree) -> None:
         with suppress(NotImplementedError):  # it is a density alone
             shape, right = tuple(likelihood.sample().shape), tuple(images.shape)
             rule = "likelihood(state).sample() must have the shape of x"
-            _require(shape == right, f"{rule}, {right}; got {shape}.")
+            require(shape == right, f"{rule}, {right}; got {shape}.")
 
 
 def _check_prior_walk(source: Source, count: int, condition: Tree) -> None:
@@ -176,16 +187,16 @@ def _check_prior_walk(source: Source, count: int, condition: Tree) -> None:
 
 
 def _check_fork(source: Source, state: Tree, z: Tensor) -> None:
-    before, group = clone((state, z)), _seen(source.group(state))
+    before, group = clone((state, z)), draws_of(source.group(state))
     first = source.advance(state, z)
     kept = clone(first)
     source.advance(state, source.group(state).prior.sample())
     rule = "An old state stays usable: make a new one, without in-place operations."
-    _require_same((state, z), before, f"advance(state, z) has changed the state or z. {rule}")
-    _require_same(_seen(source.group(state)), group, f"advance has changed its group. {rule}")
-    _require_same(first, kept, f"A second advance has changed the state of the first. {rule}")
+    require_same((state, z), before, f"advance(state, z) has changed the state or z. {rule}")
+    require_same(draws_of(source.group(state)), group, f"advance has changed its group. {rule}")
+    require_same(first, kept, f"A second advance has changed the state of the first. {rule}")
     again = source.advance(state, z)
-    _require_same(again, first, "A second advance(state, z) differs: it must draw nothing.")
+    require_same(again, first, "A second advance(state, z) differs: it must draw nothing.")
 
 
 def _check_encoding_rows(source: Source, x: Tree, encoding: Tree, rows: list[int]) -> None:
@@ -195,17 +206,17 @@ def _check_encoding_rows(source: Source, x: Tree, encoding: Tree, rows: list[int
         return  # an encoder that draws gives other rows other numbers
     if leaves and all(leaf.shape[:1] == (num_rows(encoding),) for leaf in leaves):
         part, whole = source.encode(take(x, rows)), take(encoding, rows)
-        _require_same(part, whole, f"encode(x): {_COMPANY}", _tolerance(source))
+        require_same(part, whole, f"encode(x): {_COMPANY}", _tolerance(source))
 
 
 def _check_walk_rows(source: Source, walk: _Walk, rows: list[int]) -> None:
     latents, tolerance = take(walk.latents, rows), _tolerance(source)
     part = _walk_and_check(source, (len(rows), *take(walk.start[1:], rows)), latents)
     for k, z in enumerate(latents):
-        whole = take(_tensors(walk.groups[k], walk.latents[k]), rows)
+        whole = take(tensors(walk.groups[k], walk.latents[k]), rows)
         for group in (source.group(take(walk.states[k], rows)), part.groups[k]):
-            _require_same(_tensors(group, z), whole, f"Group {k}: {_COMPANY}", tolerance)
-    _require_same(part.x, walk.x[rows], f"decode(state): {_COMPANY}", tolerance)
+            require_same(tensors(group, z), whole, f"Group {k}: {_COMPANY}", tolerance)
+    require_same(part.x, walk.x[rows], f"decode(state): {_COMPANY}", tolerance)
 
 
 _COMPANY = (
@@ -215,28 +226,54 @@ _COMPANY = (
 )
 
 
+def _check_use_of_condition(source: Source, free: _Walk, condition: Tree) -> None:
+    """Checks that something depends on the condition, and that heads see it where priors do."""
+    rows = list(range(free.start[0]))
+    turned = None if condition is None else take(condition, rows[1:] + rows[:1])
+    if condition is None or same(turned, condition):
+        return
+    other = _walk_and_check(source, (free.start[0], None, turned), free.latents)
+    pairs = list(zip(free.groups, other.groups, strict=True))
+    seen = [not same(a.context, b.context) for a, b in pairs]
+    moved = [
+        not same(tensors(a._replace(context=None), z), tensors(b._replace(context=None), z))
+        for (a, b), z in zip(pairs, free.latents, strict=True)
+    ]
+    require(
+        any(seen) or any(moved) or not same(free.x, other.x),
+        "The condition changes nothing: priors, contexts and decode(state) are the same with the "
+        "conditions of other rows. Is it left out of the state?",
+    )
+    for k, (is_moved, is_seen) in enumerate(zip(moved, seen, strict=True)):
+        require(
+            is_seen or not is_moved,
+            f"Group {k}: the prior depends on the condition, and the context does not. A head learns "
+            f"q(z | c) / p(z | c) only if it sees c: make c a part of the context.",
+        )
+
+
 def _check_features(source: Source, k: int, z: Tensor) -> None:
     """Checks the inputs of the heads, which are functions of z_k alone."""
     two, name = torch.stack([z, z.flip(0)]), f"features({k}, z)"
     with _drawing_nothing(f"{name} draws: it must be a function of z alone."):
         h = source.features(k, two)
-    _require(
+    require(
         isinstance(h, Tensor) and h.shape[:2] == two.shape[:2],
         f"{name} must keep the leading axes of z, which are proposals and rows: from (*, B, *event) "
         f"to (*, B, ...).",
     )
-    _require_same(source.features(k, z[:1]), h[0, :1], f"{name}: {_COMPANY}", _tolerance(source))
+    require_same(source.features(k, z[:1]), h[0, :1], f"{name}: {_COMPANY}", _tolerance(source))
 
 
 def _check_gradients(source: Source, walk: _Walk) -> None:
     latents = [z.clone().requires_grad_(z.is_floating_point()) for z in walk.latents]
     with torch.enable_grad():
         walk = _walk_and_check(source, walk.start, latents)
-        shown = [_tensors(g, z.detach()) for g, z in zip(walk.groups, latents, strict=True)]
+        shown = [tensors(g, z.detach()) for g, z in zip(walk.groups, latents, strict=True)]
         for k, z in enumerate(latents):
             later = [t for t in tree_leaves((shown[k + 1 :], walk.x)) if isinstance(t, Tensor)]
             later = [t.flatten() for t in later if t.is_floating_point()]  # tokens have none
-            _require(
+            require(
                 not (later and z.requires_grad) or _depends(torch.cat(later), z),
                 f"Group {k}: no gradient reaches z from decode(state) or a later group. "
                 f"A source never detaches and never disables gradients; its callers do.",
@@ -255,7 +292,7 @@ def _frozen(source: Source) -> Iterator[None]:
     yield
     after = state_of(_modules(source))
     changed = [name for name in after if not same(after[name], before.get(name))]
-    _require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
+    require(not changed, f"The VAE must stay as it was; these changed: {', '.join(changed[:3])}.")
 
 
 def _modules(source: Source) -> dict[str, nn.Module]:
@@ -266,28 +303,7 @@ def _modules(source: Source) -> dict[str, nn.Module]:
 def _tolerance(source: Source) -> float:
     """Relative difference of floats that is allowed between batch sizes."""
     tensors = [p for module in _modules(source).values() for p in module.parameters()]
-    return 0.1 if any(p.dtype in _HALF for p in tensors) else 1e-4
-
-
-def _seen(group: Group) -> list[Tensor | None]:
-    """Draws of prior and posterior under one seed, and the context."""
-    torch.manual_seed(0)
-    distributions = (group.prior, group.posterior)
-    return [*(None if d is None else d.sample() for d in distributions), group.context]
-
-
-def _tensors(group: Group, z: Tensor) -> Tree:
-    """Context, and parameters or log-densities of prior and posterior where they are known."""
-    tensors: list[Tree] = [group.context]
-    for p in (group.prior, group.posterior):
-        if isinstance(p, Distribution):
-            with suppress(NotImplementedError):
-                tensors.append(parameters(p) or p.log_prob(z))
-    return tensors
-
-
-def _require_same(a: Tree, b: Tree, rule: str, tolerance: float = 0.0) -> None:
-    _require(same(a, b, tolerance), rule)
+    return 0.1 if any(p.dtype in HALF for p in tensors) else 1e-4
 
 
 class _Walk(NamedTuple):
@@ -303,93 +319,19 @@ def _walk_and_check(source: Source, start: Start, latents: Sequence[Tensor] = ()
     count, mode = start[0], torch.is_grad_enabled()
     states, groups, drawn = [source.start(*start)], [], []
     for k in range(source.num_groups):
-        _check_first_axis(states[-1], count, f"The state in front of group {k}")
+        check_first_axis(states[-1], count, f"The state in front of group {k}")
         groups.append(source.group(states[-1]))
-        _require_type(groups[-1], Group, "group must return a Group")
+        require_type(groups[-1], Group, "group must return a Group")
         with naming_bad_rows(k, groups[-1].posterior):
             drawn.append(latents[k] if latents else posterior_of(groups[-1]).sample())
-        _check_group(groups[-1], drawn[-1], count, f"Group {k}")
+        check_group(groups[-1], drawn[-1], count, f"Group {k}")
         states.append(source.advance(states[-1], drawn[-1]))
-    _check_first_axis(states[-1], count, "The last state")
+    check_first_axis(states[-1], count, "The last state")
     x = source.decode(states[-1])
-    _require_type(x, Tensor, "decode(state) must return one tensor")
-    _check_first_axis(x, count, "decode(state)")
-    _require(
+    require_type(x, Tensor, "decode(state) must return one tensor")
+    check_first_axis(x, count, "decode(state)")
+    require(
         torch.is_grad_enabled() == mode,
         "The source has turned gradients on or off. It must leave that to its callers.",
     )
     return _Walk(start, states, groups, drawn, x)
-
-
-def _check_group(group: Group, z: Tensor, count: int, name: str) -> None:
-    _check_first_axis(group.context, count, f"{name}: the context")
-    _check_dtype(group.context, f"{name}: the context")
-    p, q = group.prior, group.posterior
-    if isinstance(p, Distribution) and isinstance(q, Distribution):
-        _require(
-            len(p.event_shape) != len(q.event_shape) or p.event_shape == q.event_shape,
-            f"{name}: the prior's event shape is {tuple(p.event_shape)} and the posterior's "
-            f"{tuple(q.event_shape)}. Is the group the state's own?",
-        )
-    _check_distribution(group.prior, z, f"{name}: the prior")
-    drawn = group.prior.sample().dtype
-    _require(
-        drawn.is_floating_point == z.dtype.is_floating_point,
-        f"{name}: prior and posterior must both draw numbers or both draw codes; got {drawn} from the "
-        f"prior and {z.dtype} from the posterior. A base of real numbers does not fit codes.",
-    )
-    if group.posterior is not None:
-        _check_distribution(group.posterior, z, f"{name}: the posterior")
-
-
-def _check_first_axis(tree: Tree, count: int, name: str) -> None:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            problem = "" if leaf.shape[:1] == (count,) else f"shape {tuple(leaf.shape)}"
-        else:
-            plain = leaf is None or isinstance(leaf, bool | int | float | str)
-            problem = "" if plain else f"a {type(leaf).__name__}"
-        _require(
-            not problem,
-            f"{name} must be a pytree of tensors whose first axis is the batch of {count} rows; "
-            f"got {problem}. Expand what rows share; keep parameters instead of distributions.",
-        )
-
-
-def _check_dtype(tensor: Tensor | None, name: str) -> None:
-    _require(
-        tensor is None or tensor.dtype not in _HALF,
-        f"{name} must be in float32 or better, or integers; got half precision. Make it .float().",
-    )
-
-
-def _check_distribution(p: Sampleable, z: Tensor, name: str) -> None:
-    _require_type(p, Sampleable, f"{name} must have a method sample")
-    sample, shape = p.sample(Size((2,))), (2, *z.shape)
-    _check_dtype(sample, name)
-    is_right, rule = sample.shape == shape, f"{name}.sample((2,)) must have shape (2, B, *event)"
-    _require(is_right, f"{rule}, {shape}; got {tuple(sample.shape)}.")
-    if isinstance(p, Distribution):
-        _require(
-            (p.batch_shape, p.event_shape) == (z.shape[:1], z.shape[1:]),
-            f"{name} must have batch shape {tuple(z.shape[:1])} and event shape "
-            f"{tuple(z.shape[1:])}; got {tuple(p.batch_shape)} and {tuple(p.event_shape)}. "
-            f"Independent turns batch axes into event axes.",
-        )
-        try:
-            with suppress(NotImplementedError):  # the density need not be known
-                p.log_prob(z)
-        except ValueError as error:
-            raise AssertionError(
-                f"{name} raises an error for a draw of the posterior. Make distributions with "
-                f"validate_args=False, which synchronises no GPU either. {error}"
-            ) from error
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def _require_type(value: object, kind: type, rule: str) -> None:
-    _require(isinstance(value, kind), f"{rule}; got a {type(value).__name__}.")
