@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from torch import Size, Tensor
@@ -17,12 +17,57 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     OneHotCategorical,
+    constraints,
 )
 
-from ncprior.utils.require import described, require_counts
+from ncprior.utils.require import described, require_counts, require_instance
 
 Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """``{type name: {parameter name: tensor of shape (B, ...)}}``."""
+
+
+class PointMass(Distribution):
+    """Distribution with all its mass on one code, as q(z | x) of a VQ-VAE.
+
+    Wrap a grid of codes in ``Independent(PointMass(codes), codes.ndim - 1)``.
+
+    Arguments:
+        codes: Whole numbers, with the shape of the batch.
+        validate_args: As for every distribution of torch.
+
+    Raises:
+        TypeError: If the codes are no tensor of whole numbers.
+
+    Example:
+        >>> q = Independent(PointMass(torch.tensor([[3, 5], [0, 2]])), 1)
+        >>> q.sample().tolist(), q.log_prob(torch.tensor([[3, 5], [0, 1]])).tolist()
+        ([[3, 5], [0, 2]], [0.0, -inf])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, codes: Tensor, validate_args: bool | None = None) -> None:
+        remedy = "Pass the codes of the encoder."
+        require_instance("codes", codes, Tensor, remedy)
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise TypeError(f"codes must be whole numbers; got {described(codes)}. {remedy}")
+        self.codes = codes
+        super().__init__(codes.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PointMass:  # noqa: ANN401
+        """Returns the distribution with its codes repeated over further axes of the batch."""
+        return PointMass(self.codes.expand(batch_shape), validate_args=False)
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: ANN401, B008
+        """Returns the codes, with shape ``(*sample_shape, *batch)``."""
+        return self.codes.expand(self._extended_shape(sample_shape)).clone()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the logarithm of the probability: 0 for the code, and -infinity for others."""
+        same = value == self.codes
+        return torch.zeros(same.shape, device=same.device).masked_fill_(~same, -torch.inf)
+
 
 _PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
     Normal: ("loc", "scale"),
@@ -31,6 +76,7 @@ _PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
     Bernoulli: ("logits",),
     Categorical: ("logits",),
     OneHotCategorical: ("logits",),
+    PointMass: ("codes",),
 }
 
 _TYPES: dict[str, Any] = {cls.__name__: cls for cls in _PARAMETERS}
@@ -130,6 +176,24 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
         return rows
     ((name, tensors),) = tree.items()
     return build({name: {key: t.expand(batch_size, *t.shape) for key, t in tensors.items()}})
+
+
+def num_categories_of(prior: Any) -> int | None:  # noqa: ANN401
+    """Returns the number of values of a code under a prior, or ``None`` if it does not tell.
+
+    A prior of your own tells it by an attribute ``num_categories``.
+
+    Example:
+        >>> num_categories_of(Independent(Categorical(logits=torch.zeros(4, 4, 512)), 2))
+        512
+    """
+    while prior is not None:
+        if isinstance(count := getattr(prior, "num_categories", None), int):
+            return count
+        if isinstance(prior, Categorical | OneHotCategorical):
+            return prior.logits.shape[-1]
+        prior = getattr(prior, "prior" if isinstance(prior, _Rows) else "base_dist", None)
+    return None
 
 
 def is_expanded(prior: Sampleable) -> bool:

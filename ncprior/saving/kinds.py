@@ -16,7 +16,8 @@ from ncprior.bases.flow import Flow
 from ncprior.bases.flow_matching import FlowMatching
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.rebase import Rebased
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead
 from ncprior.saving.checks import SavedFile
 from ncprior.source import LatentSource

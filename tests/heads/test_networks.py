@@ -19,8 +19,9 @@ from torch.distributions import (
 )
 
 from ncprior import Group
+from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.make import make_head
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.networks import ConvHead, MLPHead
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())

@@ -18,7 +18,8 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from ncprior import Group, NCPrior, SingleGroup, sir
 from ncprior.bases.mixture_em import fit_mixture
 from ncprior.bases.rebase import rebase
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.saving.heads import FILE, inspect
 from ncprior.training.stages import nested
 
