@@ -77,6 +77,8 @@ _ARGUMENTS: Validators = {
     "width": lambda value: is_count(value, 1),
     "depth": lambda value: is_count(value, 0),
     "num_categories": lambda value: is_count(value, 1),
+    "kernel_size": lambda value: is_count(value, 1, 99),
+    "one_hot": lambda value: isinstance(value, bool),
     "dropout": lambda value: is_number(value, 0, 1),
     "num_steps": lambda value: is_count(value, 1, 10_000),
     "spline": lambda value: (
