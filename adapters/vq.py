@@ -46,8 +46,8 @@ class VQSource(LatentSource[Any, Any]):
         decode: Maps the codes, one argument per level, to the decoder's mean, ``(B, ...)``.
         num_categories: Number of vectors in the codebook; of several levels a list of numbers.
         module: The VQ-VAE, for its fingerprint and the check that it is in evaluation mode.
-        context: Maps the codes of the levels before the next one, one argument per level, to what
-            its base and its ratio head see of them, ``(B, ...)``; for every level but the first.
+        context: Maps the codes of the levels before the next one, one argument per level, to the
+            context of its base and its ratio head, ``(B, ...)``; for every level but the first.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -129,7 +129,7 @@ class VQSource(LatentSource[Any, Any]):
         return self.State(torch.empty(batch_size, 0, device=device), encoding, ())
 
     def group(self, state: State) -> Group:
-        """Returns the codes of the next level as its posterior, and what is seen of those before."""
+        """Returns the codes of the next level as its posterior, and its context."""
         k, rows = len(state.chosen), len(state.rows)
         q: Distribution | None = None
         if state.encoding is not None:
@@ -232,8 +232,8 @@ class VQModelSource(VQSource):
 class VQVAE2Source(VQSource):
     """The VQ-VAE-2 of ``rosinality/vq-vae-2-pytorch`` as two groups of codes: top, then bottom.
 
-    The context of the bottom codes is what the encoder joins to their features: the decoded top
-    codes, a feature map.
+    The context of the bottom codes is the decoded top codes: the feature map that the encoder joins
+    to its own.
 
     Arguments:
         model: A ``VQVAE`` of that repository, in evaluation mode.
@@ -244,6 +244,12 @@ class VQVAE2Source(VQSource):
 
     References:
         | Generating Diverse High-Fidelity Images with VQ-VAE-2 (Razavi et al., NeurIPS 2019)
+
+    Example:
+        >>> from helpers.vqvae2_standin import TwoLevels  # a small model of that kind, in the tests
+        >>> source = VQVAE2Source(TwoLevels().eval())
+        >>> [z.shape for z in source.encode(torch.rand(5, 3, 8, 8))]
+        [torch.Size([5, 2, 2]), torch.Size([5, 4, 4])]
     """
 
     module: Any

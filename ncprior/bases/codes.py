@@ -66,7 +66,7 @@ class CodeFrequencies(Distribution):
             raise ValueError(
                 f"logits must be numbers of shape (*event, V), without NaN; got {described(logits)}."
             )
-        self.logits = logits.log_softmax(-1)
+        self.logits = logits.clone(memory_format=torch.contiguous_format)
         super().__init__(Size(), logits.shape[:-1], validate_args=False)
 
     @property
@@ -90,7 +90,7 @@ class CodeFrequencies(Distribution):
         """Draws codes, with shape ``(*sample_shape, *batch, *event)``."""
         shape = self._extended_shape(size_of(sample_shape))
         lead = shape[: len(shape) - len(self.event_shape)]
-        p = self.logits.exp().reshape(-1, self.num_categories)
+        p = self.logits.softmax(-1).reshape(-1, self.num_categories)
         if lead.numel() == 0:
             return torch.empty(shape, dtype=torch.long, device=p.device)
         codes = torch.multinomial(p, lead.numel(), replacement=True)  # (places, draws)
@@ -100,8 +100,8 @@ class CodeFrequencies(Distribution):
         """Returns log p(z) in nats, with shape ``(*sample_shape, *batch)``."""
         codes = event_codes(value, self.event_shape, self.num_categories)
         lead = codes.shape[: codes.ndim - len(self.event_shape)]
-        logits = self.logits.expand(*lead, *self.logits.shape)
-        log_p = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+        table = self.logits.log_softmax(-1).expand(*lead, *self.logits.shape)
+        log_p = table.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
         return log_p.reshape(*lead, -1).sum(-1)
 
     def config(self) -> dict[str, Any]:

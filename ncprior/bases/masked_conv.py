@@ -116,7 +116,7 @@ class MaskedConvNet(nn.Module):
         return logits.reshape(-1, *self.event_shape, self.num_categories)
 
     def embed_context(self, context: Tensor | None) -> Tensor | None:
-        """Returns what a context adds to each layer, ``(layers, B, *grid or ones, 2 width)``."""
+        """Returns the embedding of a context for each layer, ``(layers, B, *grid or ones, 2 width)``."""
         if (context is None) != (self.context is None):
             needs, got = ("no", "one") if self.context is None else ("a", "none")
             raise ValueError(f"This network over codes takes {needs} context; got {got}.")
@@ -142,7 +142,7 @@ class MaskedConvNet(nn.Module):
         return torch.cat(found).reshape(count, rows, *self.event_shape)
 
     def _draw(self, rows: int, c: Tensor | None) -> Tensor:
-        """Draws rows of codes, ``(rows, places)``, given what the context adds at every place."""
+        """Draws rows of codes, ``(rows, places)``, given their embedded contexts at every place."""
         windows, padded = self._windows()
         layers: Any = self.layers
         stored = [self.position.new_zeros(rows, padded, self.width) for _ in layers]
@@ -201,7 +201,7 @@ class _Gated(nn.Module):
 
 
 class _Context(nn.Module):
-    """What a context adds to each layer."""
+    """Embedding of a context, a shift of the features of each layer."""
 
     def __init__(self, shape: tuple[int, ...], grid: Size, width: int, layers: int) -> None:
         super().__init__()
