@@ -176,15 +176,16 @@ def fit_code_network(
     *,
     context: Tensor | Callable[[Tensor], Tensor] | None = None,
     num_categories: int | None = None,
-    width: int = 64,
-    depth: int = 4,
+    width: int = 32,
+    depth: int = 3,
     kernel_size: int = 5,
     dropout: float = 0.1,
-    steps: int = 3000,
+    steps: int = 2000,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
     weight_decay: float = 1e-2,
     patience: int | None = 5,
+    max_seconds: float | None = None,
     progress: bool = True,
 ) -> CodeNetwork:
     """Autoregressive network of masked convolutions, fitted to codes by maximum likelihood.
@@ -208,6 +209,7 @@ def fit_code_network(
         weight_decay: AdamW's weight decay.
         patience: Held-out losses, one every 100 steps, without progress before it stops;
             ``None`` never stops early.
+        max_seconds: Seconds after which training stops at the next held-out loss, or ``None``.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -234,6 +236,7 @@ def fit_code_network(
     require_counts("[0, inf)", steps=steps)
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_numbers("(0, inf] or None", max_seconds=max_seconds)
     require_numbers("[0, inf)", weight_decay=weight_decay)
     require_flags(progress=progress)
     require_grad_mode("fit_code_network")
@@ -275,6 +278,7 @@ def fit_code_network(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         patience=patience,
+        max_seconds=max_seconds,
         name="network over codes",
         progress=progress,
     )

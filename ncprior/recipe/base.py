@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ncprior.bases.code_network import fit_code_network
+from ncprior.bases.codes import fit_code_frequencies
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import rebase
+from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, first_group, has_condition
 from ncprior.recipe.record import Record
@@ -33,6 +36,8 @@ _SURE = 2.0  # standard errors by which a larger mixture must be better
 
 _AVERAGED = 4  # mixtures of small data
 
+_MOST_AXES = 4  # of rows of codes that a network takes
+
 _SHARE = 0.3  # of the time that is left
 
 
@@ -42,20 +47,22 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     Candidates are the VAE's own prior, a Gaussian, and a mixture of ten Gaussians, as far as each gains
     two standard errors of the paired difference. With little data, larger mixtures are candidates,
     too, and the average of several mixtures of the best size. With much data, heads on ten components
-    end up with a higher likelihood than larger mixtures, with heads or alone. The prior of several
-    groups, of codes, or with a context stays the VAE's own.
+    end up with a higher likelihood than larger mixtures, with heads or alone. For a grid of codes,
+    candidates are the frequencies of the codes and a network over them. The prior of several groups,
+    or with a context, stays the VAE's own.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
         return source
-    search = _Search(source, parts, record)
+    z = posterior_of(first_group(source, parts)).sample()
+    search = (_Search if z.is_floating_point() else _CodeSearch)(source, parts, record)
     search.run()
     record.add(
         Choice(
             *(
                 "base",
                 search.name,
-                "encodings of held-out data are most likely; a larger mixture must gain two standard errors",
+                f"encodings of held-out data are most likely; a {search.larger} must gain two standard errors",
             ),
             candidates=tuple(search.candidates),
             criterion="held-out log p",
@@ -70,22 +77,24 @@ class _Search:
     """Search of the base under which encodings of held-out data are most likely.
 
     Attributes:
-        best: The best mixture so far, or ``None`` for the VAE's own prior.
+        best: The best base so far, or ``None`` for the VAE's own prior.
         name: Name of the best base so far.
         candidates: All bases so far, with their held-out log p.
     """
 
+    larger = "larger mixture"
+
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
-        self.z, self.held_out = _encodings(source, parts), latents_of(source, parts.choose)
+        self.z, self.held_out = self._encodings(source, parts), latents_of(source, parts.choose)
         self.few_rows = parts.num_train is not None and parts.num_train < _FEW
-        self.best: GaussianMixture | None = None
+        self.best: Any = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
         self.log_p: Tensor | None = None  # of the best base, (N,)
-        own = source.shared_prior()
-        if isinstance(own, Distribution):
-            self.log_p = self._score(_OWN, own)
+        self.own = source.shared_prior()
+        if isinstance(self.own, Distribution):
+            self.log_p = self._score(_OWN, self.own)
 
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
@@ -109,11 +118,18 @@ class _Search:
         self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
         return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
 
-    def _keep_if_better(self, name: str, mixture: GaussianMixture) -> bool:
-        new = self._score(name, mixture)
+    @staticmethod
+    def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
+        """Encodings of the training data, with several draws per row of small data."""
+        z = latents_of(source, parts.train)
+        passes = min(10, math.ceil(_FEW_DRAWS / len(z)))
+        return torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
+
+    def _keep_if_better(self, name: str, base: Distribution) -> bool:
+        new = self._score(name, base)
         if self.log_p is not None and not _is_better(new, self.log_p):
             return False
-        self.best, self.name, self.log_p = mixture, name, new
+        self.best, self.name, self.log_p = base, name, new
         return True
 
     def _score(self, name: str, base: Distribution) -> Tensor:
@@ -125,6 +141,30 @@ class _Search:
 
     def _is_late(self) -> bool:
         return self.end is not None and 3 * self.seconds() > self.end
+
+
+class _CodeSearch(_Search):
+    """Search of the base for a grid of codes."""
+
+    larger = "network"
+
+    def run(self) -> None:
+        """Counts the codes, and fits a network over them."""
+        count = num_categories_of(self.own)
+        frequencies = fit_code_frequencies(self.z, num_categories=count)
+        self._keep_if_better("frequencies of codes", frequencies)
+        if self._is_late() or self.z.ndim > _MOST_AXES:
+            return
+        self.record.begin("fits a network over the codes")
+        left = None if self.end is None else max(1.0, self.end - self.seconds())
+        network = fit_code_network(
+            self.z, num_categories=count, max_seconds=left, progress=self.record.progress
+        )
+        self._keep_if_better("network over codes", network)
+
+    @staticmethod
+    def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
+        return latents_of(source, parts.train)
 
 
 _OWN = "the VAE's own prior"
@@ -142,15 +182,7 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
         return f"the VAE has {source.num_groups} groups of latents, each with its own prior"
     if has_condition(source, parts):
         return "the prior depends on a condition"
-    z = posterior_of(first_group(source, parts)).sample()
-    return "" if z.is_floating_point() else "the latents are codes"
-
-
-def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
-    """Encodings of the training data, with several draws per row of small data."""
-    z = latents_of(source, parts.train)
-    passes = min(10, math.ceil(_FEW_DRAWS / len(z)))
-    return torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
+    return ""
 
 
 def _candidate(name: str, log_p: Tensor, seconds: float) -> Candidate:
