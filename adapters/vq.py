@@ -28,6 +28,7 @@ from ncprior.utils.require import (
     floats_of_batch,
     require_callable,
     require_counts,
+    require_finite,
     require_instance,
 )
 
@@ -99,9 +100,16 @@ class VQSource(LatentSource[Any, Any]):
         chosen: tuple[Tensor, ...]
 
     def encode(self, x: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-        """Returns the codes of one batch, of all levels."""
+        """Returns the codes of one batch, of all levels.
+
+        Raises:
+            TypeError: If the encoder returns no codes.
+            ValueError: If x has NaN or infinity, or codes are out of range.
+        """
         self._require_eval()
         x = x[0] if isinstance(x, tuple | list) and len(x) > 0 else x
+        if isinstance(x, Tensor) and x.is_floating_point():
+            require_finite("x", x)  # the nearest vector to NaN would be the first one
         codes = self._encode(x)
         found = tuple(codes) if isinstance(codes, tuple | list) else (codes,)
         if len(found) != self.num_groups:
