@@ -153,8 +153,8 @@ class _CodeSearch(_Search):
         count = num_categories_of(self.own)
         frequencies = fit_code_frequencies(self.z, num_categories=count)
         self._keep_if_better("frequencies of codes", frequencies)
-        if self._is_late() or self.z.ndim > _MOST_AXES:
-            return
+        if self._is_late() or not 1 < self.z.ndim <= _MOST_AXES:
+            return  # of a single code, the frequencies are all
         self.record.begin("fits a network over the codes")
         left = None if self.end is None else max(1.0, self.end - self.seconds())
         network = fit_code_network(

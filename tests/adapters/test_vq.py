@@ -15,10 +15,12 @@ import torch
 from helpers.toys import everything
 from helpers.vqvae2_standin import TwoLevels
 from torch import Tensor, nn
+from torch.distributions import Categorical, Independent
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.vq import VQModelSource, VQSource, VQVAE2Source
 from ncprior.bases.code_bases import fit_code_bases
+from ncprior.bases.code_network import CodeNetwork
 from ncprior.bases.rebase import rebase
 from ncprior.heads.codes import CategoricalHead
 from ncprior.source import posterior_of, sample_posterior
@@ -207,3 +209,62 @@ def test_encoders_that_return_something_else_are_refused() -> None:
         source(lambda x: x.long(), context=lambda z: z)
     with pytest.raises(ValueError, match="takes no condition"):
         source(lambda x: x.long()).start(4, condition=x)
+
+
+def test_bases_of_all_levels_see_the_levels_before() -> None:
+    """The bottom codes are a copy of the top ones: given them they cost almost nothing."""
+    x = torch.randint(4, (2000, 2, 2))
+    source = VQSource(
+        lambda x: (x, x),
+        lambda top, bottom: bottom.float(),
+        num_categories=[4, 5],
+        context=lambda top: nn.functional.one_hot(top, 4).movedim(-1, 1).float(),
+    )
+    top, bottom = fit_code_bases(source, x, width=16, depth=1, steps=300, progress=False)
+    assert (top.num_categories, bottom.num_categories) == (4, 5)
+    assert isinstance(bottom, CodeNetwork)
+    exact = 4 * torch.tensor(4.0).log()
+    assert exact - 0.1 < -top.log_prob(x).mean() < exact + 0.3
+    context = nn.functional.one_hot(x, 4).movedim(-1, 1).float()
+    assert -bottom.given(context).log_prob(x).mean() < 0.5
+    counts = fit_code_bases(rebase(source, [top, bottom]), x, kind="frequencies")
+    assert [base.num_categories for base in counts] == [4, 5]  # as the VQ-VAE says
+    with pytest.raises(TypeError, match="Frequencies have no options; got steps"):
+        fit_code_bases(source, x, kind="frequencies", steps=3)
+    with pytest.raises(ValueError, match="kind must be one of 'network', 'frequencies'"):
+        fit_code_bases(source, x, kind="mixture")
+
+
+class MyPixelCNN:
+    """Somebody's network over one grid of codes, with no interface but what is asked for."""
+
+    num_categories = 8
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.randint(8, (*sample_shape, 2, 3))
+
+
+class MyTransformer(MyPixelCNN):
+    """Somebody's network over the codes of a level, given those before."""
+
+    def given(self, context: Tensor) -> Any:
+        return Independent(Categorical(logits=context[:, None, None] * torch.ones(2, 3, 1)), 2)
+
+
+def test_networks_of_ones_own_are_bases() -> None:
+    source, x = scalar(), torch.rand(20, 2, 3)
+    prior = NCPrior.for_source(rebase(source, MyPixelCNN()), x, width=8)
+    history = fit(prior, x, steps=3, batch_size=8, progress=False)
+    assert len(history.best_step) == 1
+    assert prior.sample(5, partial(sir, num_proposals=4)).latents[0].shape == (5, 2, 3)
+    two = VQSource(
+        lambda x: (nearest(x), nearest(x)),
+        lambda top, bottom: CODEBOOK[bottom],
+        num_categories=[8, 8],
+        context=lambda top: nn.functional.one_hot(top.flatten(1).sum(1) % 8, 8).float(),
+    )
+    based = rebase(two, [MyPixelCNN(), MyTransformer()])
+    check_source(based, x)
+    prior = NCPrior.for_source(based, x, width=8)
+    assert [head.config()["num_categories"] for head in prior.heads] == [8, 8]
+    assert prior.sample(5, partial(sir, num_proposals=4)).x.shape == (5, 2, 3)
