@@ -33,7 +33,13 @@ from typing import Any
 import torch
 from benchmarks.bench import Bench, Row, parser, table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, mse_loss, one_hot
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    interpolate,
+    mse_loss,
+    one_hot,
+)
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.vq import VQSource
@@ -79,7 +85,7 @@ class Codebook(nn.Module):
         self.decay = decay
         self.register_buffer("vectors", torch.randn(count, width))
         self.register_buffer("counts", torch.zeros(count))  # none is in use yet
-        self.register_buffer("sums", self.vectors.clone())
+        self.register_buffer("sums", torch.zeros(count, width))
 
     def look_up(self, codes: Tensor) -> Tensor:
         """Vectors of codes, as a feature map."""
@@ -131,9 +137,7 @@ class VQVAE(nn.Module):
         self.book = Codebook(num_codes, dim)
         self.stem = nn.Conv2d(dim + extra, width, 3, padding=1)
         self.polish = residual(width)
-        self.decoder = nn.Sequential(
-            nn.ReLU(), up(width, width), nn.ReLU(), up(width, channels), nn.Sigmoid()
-        )
+        self.decoder = nn.Sequential(nn.ReLU(), up(width, width), nn.ReLU(), up(width, channels))
 
     def _features(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
@@ -159,14 +163,14 @@ class VQVAE(nn.Module):
         vectors = self.book.look_up(codes[-1])
         if self.levels == 2:
             vectors = torch.cat([vectors, self.context(codes[0])], 1)
-        return self._image(vectors)
+        return self._logits(vectors).sigmoid()
 
-    def _image(self, vectors: Tensor) -> Tensor:
+    def _logits(self, vectors: Tensor) -> Tensor:
         h = self.stem(vectors)
         return self.decoder(h + self.polish(h))
 
     def loss(self, x: Tensor) -> Tensor:
-        """Squared error, and the ties of features to their vectors."""
+        """Cross-entropy of pixels, and the ties of features to their vectors."""
         h = self._features(x)
         if self.levels == 1:
             _, vectors, tie = self.book(self.bottom(h))
@@ -175,7 +179,7 @@ class VQVAE(nn.Module):
             spread = self._spread(top)
             _, found, other = self.book(self.bottom(torch.cat([h, spread], 1)))
             vectors, tie = torch.cat([found, spread], 1), tie + other
-        return 20 * mse_loss(self._image(vectors), x) + 0.25 * tie
+        return 20 * binary_cross_entropy_with_logits(self._logits(vectors), x) + 0.25 * tie
 
 
 class Case:
@@ -226,7 +230,7 @@ class Case:
     def _vqvae(self, levels: int) -> VQVAE:
         torch.manual_seed(0)
         vqvae = VQVAE(*self.train.shape[1:3], levels, num_codes=64)
-        steps = 200 if self.quick else 1500
+        steps = 300 if self.quick else 1500
 
         def loss(rows: Tensor) -> Tensor:
             return vqvae.loss(self.train[rows])
