@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benchmarks.bench import Bench, Row, parser, table
@@ -70,6 +70,30 @@ COLUMNS = {
     "nll_high": ">9.2f",
     "ms": ">6.2f",
     "seconds": ">8.0f",
+}
+
+
+class Sizes(NamedTuple):
+    """How much of everything: in full, and with --quick."""
+
+    rows: int = 50_000  # training images at most
+    features: int = 64  # of the judge
+    judge: int = 900  # steps
+    vqvae: int = 1500  # steps
+    width: int = 32  # of base and heads
+    base: int = 1200  # steps
+    heads: int = 1000  # steps
+    stopping: int = 2500  # training images that stop the heads
+    samples: int = 1000  # per generation
+    nll: int = 2000  # held-out images
+    particles: int = 2000  # of log Z
+
+
+SIZES = {
+    False: Sizes(),
+    True: Sizes(
+        8000, 64, 300, 300, base=150, heads=150, stopping=1000, samples=640, particles=500
+    ),
 }
 
 
@@ -186,7 +210,8 @@ class Case:
     """A frozen VQ-VAE with its data and its judge."""
 
     def __init__(self, bench: Bench, data: str, levels: int) -> None:
-        self.bench, self.name, self.quick = bench, f"{data}-{levels}", bench.settings["quick"]
+        self.bench, self.name = bench, f"{data}-{levels}"
+        self.sizes = SIZES[bench.settings["quick"]]
         torch.manual_seed(0)
         try:
             parts = [read_images(REPOSITORIES[data], part) for part in ("train", "test")]
@@ -195,7 +220,7 @@ class Case:
         images, test = (part.rows(torch.randperm(len(part.labels))) for part in parts)
         held_out = len(images.labels) // 6
         self.fresh = images.images[:held_out]
-        self.train = images.images[held_out : held_out + (8000 if self.quick else 10**6)]
+        self.train = images.images[held_out : held_out + self.sizes.rows]
         self.net = self._judge(data, images)
         self.vqvae = self._vqvae(levels)
         context = self.vqvae.context if levels == 2 else None
@@ -208,7 +233,6 @@ class Case:
         )
         self.codes, self.fresh_codes = (self._codes(x) for x in (self.train, self.fresh))
         self.reference = in_batches(self.net.features, test.images)
-        self.samples = 640 if self.quick else 1000
         look = partial(in_batches, self.net.features)
         self.seen = look(self.decoded(self.codes, slice(20_000)))
         self.new = look(self.decoded(self.fresh_codes, slice(5000)))
@@ -217,8 +241,8 @@ class Case:
         print(f"{self.name}: squared error {error:.4f} per pixel, codes in use {used}")
 
     def _judge(self, data: str, images: Labelled) -> Classifier:
-        net = Classifier(self.train.shape[-1], num_features=64)
-        steps = {"mnist": 900, "cifar10": 2000}[data] // (3 if self.quick else 1)
+        net = Classifier(self.train.shape[-1], num_features=self.sizes.features)
+        steps = self.sizes.judge * (2 if data == "cifar10" else 1)
 
         def misfit(rows: Tensor) -> Tensor:
             return cross_entropy(net(images.images[rows]), images.labels[rows])
@@ -230,7 +254,7 @@ class Case:
     def _vqvae(self, levels: int) -> VQVAE:
         torch.manual_seed(0)
         vqvae = VQVAE(*self.train.shape[1:3], levels, num_codes=64)
-        steps = 300 if self.quick else 1500
+        steps = self.sizes.vqvae
 
         def loss(rows: Tensor) -> Tensor:
             return vqvae.loss(self.train[rows])
@@ -267,7 +291,7 @@ def based(case: Case, base: str) -> tuple[Any, float]:
     options: dict[str, Any] = {}
     kinds: dict[str, type[Any]] = {FREQUENCIES: CodeFrequencies, NETWORK: CodeNetwork}
     if base == NETWORK:
-        options = {"width": 32, "depth": 3, "steps": 150 if case.quick else 1200}
+        options = {"width": case.sizes.width, "depth": 3, "steps": case.sizes.base}
         options |= {"batch_size": 64, "dropout": 0.0, "progress": True}
 
     def make() -> dict[str, Tensor]:
@@ -304,19 +328,20 @@ def _config(case: Case, k: int, z: Tensor, options: dict[str, Any]) -> dict[str,
 def with_heads(case: Case, source: Any, base: str, seed: int) -> tuple[NCPrior, float]:  # noqa: ANN401
     """A prior with trained heads, and the seconds of the training."""
     torch.manual_seed(seed)
-    prior = NCPrior.for_source(source, case.train[:512], width=32, depth=2, dropout=0.1)
+    prior = NCPrior.for_source(
+        source, case.train[:512], width=case.sizes.width, depth=2, dropout=0.1
+    )
     slow = base == NETWORK
     settings = FitSettings(
         weight_decay=0.1,
         num_cached_proposals=len(case.train) if slow and source.num_groups == 1 else None,
         cache_epochs="auto" if source.num_groups == 1 else float("inf"),
     )
-    steps = 150 if case.quick else 1000
-    held_out = 1000 if case.quick else 2500
+    steps, held_out = case.sizes.heads, case.sizes.stopping
 
     def do() -> None:
         rows = case.train[held_out:], case.train[:held_out]
-        options = {"steps": steps, "batch_size": 128, "eval_every": steps // 10}
+        options = {"steps": steps, "batch_size": 128, "eval_every": max(1, steps // 10)}
         history = fit(prior, rows[0], held_out=rows[1], settings=settings, **options)
         print(history)
 
@@ -361,7 +386,7 @@ class Arms:
         self.case, self.seed = case, seed
         self.priors: dict[str, tuple[NCPrior, float]] = {}
         self.results: dict[str, GapClosed] = {}
-        rows = GENERATIONS * case.samples
+        rows = GENERATIONS * case.sizes.samples
         torch.manual_seed(seed)
         order = torch.randperm(len(case.train))
         train = order[:rows]
@@ -373,7 +398,7 @@ class Arms:
         self.codes[FRESH] = [z[fresh] for z in case.fresh_codes]
 
     def _features_of(self, images: Tensor) -> list[Tensor]:
-        return list(in_batches(self.case.net.features, images).split(self.case.samples))
+        return list(in_batches(self.case.net.features, images).split(self.case.sizes.samples))
 
     def prior(self, base: str) -> tuple[NCPrior, float, float]:
         source, of_base = based(self.case, base)
@@ -390,13 +415,13 @@ class Arms:
             found = []
             for generation in range(GENERATIONS):
                 torch.manual_seed(100 * self.seed + generation)
-                found.append(draw(prior, self.case.samples, proposals))
+                found.append(draw(prior, self.case.sizes.samples, proposals))
             parts = zip(*found, strict=True)
             return {str(k): torch.cat(z).short() for k, z in enumerate(parts)}
 
-        tensors, seconds = self.case.bench.tensors(name, make, samples=self.case.samples)
+        tensors, seconds = self.case.bench.tensors(name, make, samples=self.case.sizes.samples)
         codes = [tensors[str(k)].long() for k in range(self.case.source.num_groups)]
-        return codes, 1000 * seconds / (GENERATIONS * self.case.samples)
+        return codes, 1000 * seconds / (GENERATIONS * self.case.sizes.samples)
 
     def judged(self, features: list[Tensor]) -> GapClosed:
         """The gap closed by an arm, between the frequencies and the posterior."""
@@ -425,7 +450,7 @@ class Arms:
         row, result = self.row(features, codes)
         self.results[f"{base} {proposals}"] = result
         prior, of_heads, of_base = self.prior(base)
-        nats = -log_base(prior.source, [z[:2000] for z in self.case.fresh_codes])
+        nats = -log_base(prior.source, [z[: self.case.sizes.nll] for z in self.case.fresh_codes])
         row |= {"nll_low": nats.mean().item(), "nll_high": nats.mean().item(), "ms": ms}
         row["seconds"] = of_base
         if proposals is not None:
@@ -438,11 +463,11 @@ class Arms:
 
     def _nll_of_ncp(self, prior: NCPrior, nats: Tensor) -> Row:
         torch.manual_seed(self.seed)
-        codes = [z[:2000] for z in self.case.fresh_codes]
+        codes = [z[: self.case.sizes.nll] for z in self.case.fresh_codes]
         with torch.no_grad():
             parts = zip(*(z.split(500) for z in codes), strict=True)
             log_r = torch.cat([prior.log_ratio(list(some)).sum(1) for some in parts])
-        log_z = log_normaliser(prior, num_particles=500 if self.case.quick else 2000)
+        log_z = log_normaliser(prior, num_particles=self.case.sizes.particles)
         mean = (nats - log_r).mean().item()
         return {"nll_low": mean + log_z.lower, "nll_high": mean + log_z.upper}
 
