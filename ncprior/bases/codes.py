@@ -50,7 +50,7 @@ class CodeFrequencies(Distribution):
 
     Raises:
         TypeError: If they are no real numbers.
-        ValueError: If they have no axis, or are NaN.
+        ValueError: If they have no axis, or no distribution at a place: NaN, or all -infinity.
 
     Example:
         >>> base = CodeFrequencies(torch.zeros(4, 4, 512))
@@ -62,9 +62,11 @@ class CodeFrequencies(Distribution):
 
     def __init__(self, logits: Tensor) -> None:
         logits = floats("logits", logits).detach()
-        if logits.ndim < 1 or logits.numel() == 0 or not (logits < torch.inf).all():
+        fits = logits.ndim > 0 and logits.numel() > 0
+        if not (fits and torch.isfinite(logits.logsumexp(-1)).all()):
             raise ValueError(
-                f"logits must be numbers of shape (*event, V), without NaN; got {described(logits)}."
+                f"logits must be numbers of shape (*event, V), one of each place finite and none NaN; "
+                f"got {described(logits)}."
             )
         self.logits = logits.clone(memory_format=torch.contiguous_format)
         super().__init__(Size(), logits.shape[:-1], validate_args=False)

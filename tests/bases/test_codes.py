@@ -237,7 +237,10 @@ def test_sizes_that_cannot_be_are_refused() -> None:
             MaskedConvNet(shape, 5, kernel_size=kernel)
     with pytest.raises(TypeError, match="network must be of type MaskedConvNet"):
         CodeNetwork(nn.Linear(1, 1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"numbers of shape \(\*event, V\), without NaN"):
-        CodeFrequencies(torch.tensor([torch.nan]))
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(
+            ValueError, match=r"numbers of shape \(\*event, V\), one of each place"
+        ):
+            CodeFrequencies(torch.full((2, 3), wrong))
     with pytest.raises(ValueError, match=r"no prior. Fit one: rebase\(source, fit_code_bases"):
         NoCodePrior(5).sample()
