@@ -6,7 +6,8 @@
 A VQ-VAE of this script is trained and frozen: one grid of 7×7 codes, or with --levels 2 a grid of
 4×4 codes and one of 7×7 (8×8) given it. Two bases are fitted to the codes of the training images: the
 frequencies of every place, and a small network of masked convolutions. Ratio heads are trained on
-each, and SIR draws from 4 and 16 proposals per grid. Printed are, for every way to draw codes,
+each, and SIR draws from 4 and 16 proposals per grid. On the frequencies, further heads visit the grid
+row by row, with the rows before as context, and SIR draws from 4 and 16 proposals per row. Printed are, for every way to draw codes,
 
     distance     Fréchet distance to test images, on features of a classifier of this script
     closed       part of the hole of the frequencies that is closed, with its 95 % interval; 1 is as
@@ -25,7 +26,7 @@ Finished rows are in --json and trained networks in --cache: a second run goes o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,11 +53,12 @@ from ncprior.utils import train
 
 REPOSITORIES = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 FREQUENCIES, NETWORK = "frequencies", "network"
+BY_ROWS = "frequencies, by rows"  # the rows of a grid as groups
 POSTERIOR, FRESH, REAL = "posterior (training rows)", "posterior (held-out rows)", "real"
 PROPOSALS = (4, 16)
 GENERATIONS = 5
 COLUMNS = {
-    "method": "<27",
+    "method": "<29",
     "distance": ">9.2f",
     "closed": ">7.3f",
     "closed_low": ">11.3f",
@@ -193,6 +195,26 @@ class VQVAE(nn.Module):
         h = self.stem(vectors)
         return self.decoder(h + self.polish(h))
 
+    def encode_rows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Codes of images, row by row."""
+        return tuple(row for grid in self.encode(x) for row in grid.unbind(1))
+
+    def grids(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The grids of rows."""
+        top = rows[0].shape[1] if self.levels == 2 else 0
+        parts = [rows[:top], rows[top:]] if top else [rows]
+        return [torch.stack(list(part), 1) for part in parts]
+
+    def context_of_rows(self, *rows: Tensor) -> Tensor:
+        """Vectors of the rows before the next one, and of the whole top grid, as channels."""
+        top = rows[0].shape[1] if self.levels == 2 else 0
+        if len(rows) < top:
+            return torch.cat([self.top_book.vectors[row] for row in rows], 2).mT.unsqueeze(2)
+        vectors = [self.book.vectors[row].mT for row in rows[top:]]
+        if top:
+            vectors.insert(0, self.context(torch.stack(rows[:top], 1)).flatten(1, 2))
+        return torch.cat(vectors, 1).unsqueeze(2)
+
     def loss(self, x: Tensor) -> Tensor:
         """Cross-entropy of pixels, and the ties of features to their vectors."""
         h = self._features(x)
@@ -230,6 +252,14 @@ class Case:
             num_categories=[self.vqvae.num_codes] * levels,
             module=self.vqvae,
             context=context,
+        )
+        self.heights = [4] * (levels - 1) + [self.vqvae.side // 4]
+        self.by_rows = VQSource(
+            self.vqvae.encode_rows,
+            lambda *rows: self.vqvae.decode(*self.vqvae.grids(rows)),
+            num_categories=[self.vqvae.num_codes] * sum(self.heights),
+            module=self.vqvae,
+            context=self.vqvae.context_of_rows,
         )
         self.codes, self.fresh_codes = (self._codes(x) for x in (self.train, self.fresh))
         self.reference = in_batches(self.net.features, test.images)
@@ -282,12 +312,21 @@ class Case:
         return sum(row.numpy().tobytes() in known for row in rows) / len(rows)
 
 
+def slug(base: str) -> str:
+    """The name of a base as a part of a file's name."""
+    return base.replace(", ", "-").replace(" ", "-")
+
+
 def flat(codes: list[Tensor]) -> Tensor:
     return torch.cat([z.flatten(1) for z in codes], 1).to(torch.int16)
 
 
 def based(case: Case, base: str) -> tuple[Any, float]:
     """The source on a fitted base, and the seconds of the fit."""
+    if base == BY_ROWS:
+        whole, seconds = based(case, FREQUENCIES)
+        logits = [row for one in whole.bases for row in one.logits]
+        return rebase(case.by_rows, [CodeFrequencies(row) for row in logits]), seconds
     options: dict[str, Any] = {}
     kinds: dict[str, type[Any]] = {FREQUENCIES: CodeFrequencies, NETWORK: CodeNetwork}
     if base == NETWORK:
@@ -335,7 +374,7 @@ def with_heads(case: Case, source: Any, base: str, seed: int) -> tuple[NCPrior, 
     settings = FitSettings(
         weight_decay=0.1,
         num_cached_proposals=len(case.train) if slow and source.num_groups == 1 else None,
-        cache_epochs="auto" if source.num_groups == 1 else float("inf"),
+        cache_epochs="auto" if source.num_groups == 1 else float("inf") if slow else None,
     )
     steps, held_out = case.sizes.heads, case.sizes.stopping
 
@@ -345,7 +384,7 @@ def with_heads(case: Case, source: Any, base: str, seed: int) -> tuple[NCPrior, 
         history = fit(prior, rows[0], held_out=rows[1], settings=settings, **options)
         print(history)
 
-    name = f"heads-{case.name}-{base}-{seed}"
+    name = f"heads-{case.name}-{slug(base)}-{seed}"
     return prior, case.bench.network(name, prior, do, steps=steps)
 
 
@@ -385,7 +424,6 @@ class Arms:
     def __init__(self, case: Case, seed: int) -> None:
         self.case, self.seed = case, seed
         self.priors: dict[str, tuple[NCPrior, float]] = {}
-        self.results: dict[str, GapClosed] = {}
         rows = GENERATIONS * case.sizes.samples
         torch.manual_seed(seed)
         order = torch.randperm(len(case.train))
@@ -409,7 +447,7 @@ class Arms:
     def drawn(self, base: str, proposals: int | None) -> tuple[list[Tensor], float]:
         """The codes of all generations, and milliseconds per image."""
         prior, _, _ = self.prior(base)
-        name = f"drawn-{self.case.name}-{base}-{proposals}-{self.seed}"
+        name = f"drawn-{self.case.name}-{slug(base)}-{proposals}-{self.seed}"
 
         def make() -> dict[str, Tensor]:
             found = []
@@ -420,7 +458,9 @@ class Arms:
             return {str(k): torch.cat(z).short() for k, z in enumerate(parts)}
 
         tensors, seconds = self.case.bench.tensors(name, make, samples=self.case.sizes.samples)
-        codes = [tensors[str(k)].long() for k in range(self.case.source.num_groups)]
+        codes = [tensors[str(k)].long() for k in range(prior.source.num_groups)]
+        if base == BY_ROWS:
+            codes = self.case.vqvae.grids(codes)
         return codes, 1000 * seconds / (GENERATIONS * self.case.sizes.samples)
 
     def judged(self, features: list[Tensor]) -> GapClosed:
@@ -448,22 +488,23 @@ class Arms:
         codes, ms = self.drawn(base, proposals)
         features = self._features_of(self.case.decoded(codes, slice(None)))
         row, result = self.row(features, codes)
-        self.results[f"{base} {proposals}"] = result
         prior, of_heads, of_base = self.prior(base)
-        nats = -log_base(prior.source, [z[: self.case.sizes.nll] for z in self.case.fresh_codes])
+        held_out = [z[: self.case.sizes.nll] for z in self.case.fresh_codes]
+        if base == BY_ROWS:
+            held_out = [row for grid in held_out for row in grid.unbind(1)]
+        nats = -log_base(prior.source, held_out)
         row |= {"nll_low": nats.mean().item(), "nll_high": nats.mean().item(), "ms": ms}
         row["seconds"] = of_base
         if proposals is not None:
-            alone, _ = self.drawn(base, None)
+            alone, _ = self.drawn(FREQUENCIES if base == BY_ROWS else base, None)
             before = self.judged(self._features_of(self.case.decoded(alone, slice(None))))
             gain = gap_difference(result, before)
             row |= {"better": gain.difference, "better_low": gain.low, "better_high": gain.high}
-            row |= self._nll_of_ncp(prior, nats) | {"seconds": of_base + of_heads}
+            row |= self._nll_of_ncp(prior, held_out, nats) | {"seconds": of_base + of_heads}
         return [row]
 
-    def _nll_of_ncp(self, prior: NCPrior, nats: Tensor) -> Row:
+    def _nll_of_ncp(self, prior: NCPrior, codes: list[Tensor], nats: Tensor) -> Row:
         torch.manual_seed(self.seed)
-        codes = [z[: self.case.sizes.nll] for z in self.case.fresh_codes]
         with torch.no_grad():
             parts = zip(*(z.split(500) for z in codes), strict=True)
             log_r = torch.cat([prior.log_ratio(list(some)).sum(1) for some in parts])
@@ -491,8 +532,9 @@ def run(bench: Bench, data: str, levels: int, seed: int) -> list[Row]:
 
     key = {"data": data, "levels": levels, "seed": seed}
     todo: list[tuple[str, Callable[[], list[Row]]]] = []
-    for base in (FREQUENCIES, NETWORK):
-        todo.append((base, lambda base=base: made().of_prior(base, None)))
+    for base in (FREQUENCIES, BY_ROWS, NETWORK):
+        if base != BY_ROWS:
+            todo.append((base, lambda base=base: made().of_prior(base, None)))
         for m in PROPOSALS:
             name = f"NCP({m}) on {base}"
             todo.append((name, lambda base=base, m=m: made().of_prior(base, m)))

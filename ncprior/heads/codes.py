@@ -26,7 +26,7 @@ class CategoricalHead(Head):
         num_categories: Number of values of a code.
         one_hot: Whether z is one-hot vectors, such as those of ``OneHotCategorical``.
         context_shape: Shape of the context without batch, or ``None``. ``(C, H, W)`` of a grid
-            ``(H, W)`` is joined as a map, any other as a vector.
+            ``(H, W)``, or ``(C, 1, L)`` of a sequence, is joined as a map, any other as a vector.
         width: Features of the embedding and of the hidden layers, a multiple of 8 for a grid.
         depth: Number of residual blocks or cells.
         dropout: Dropout probability, while training.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ncprior.demo.datasets import Labelled
+from ncprior.training import held_out
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
@@ -36,6 +37,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     sizes = module.Sizes(300, 4, 2, 40, 8, 2, 1, stopping=40, samples=40, nll=20, particles=10)
     monkeypatch.setattr(module, "SIZES", {True: sizes})
     monkeypatch.setattr(module, "PROPOSALS", (2,))
+    monkeypatch.setattr(held_out, "_HELD_OUT_DRAWS", 40)
     monkeypatch.setattr(module, "read_images", images)
     return module
 
