@@ -20,10 +20,10 @@ from ncprior.utils.require import floats_of_batch, require_instance
 
 _REFUSED = {
     "VQModel": (
-        "decodes codes of a codebook. To model the code h in front of the quantiser, say how wide "
-        "q(h | x) is to be, and wrap it in SingleGroup(prior, lambda x: Independent(Normal("
-        "model.encode(x).latents, noise), 3), lambda h: model.decode(h).sample, module=model) with "
-        "a fitted base as prior"
+        "decodes codes of a codebook. Wrap it in ncprior.adapters.vq.VQModelSource, for bases and heads "
+        "on the codes. To model the features h in front of the quantiser, say how wide q(h | x) is to "
+        "be, and wrap it in SingleGroup(prior, lambda x: Independent(Normal(model.encode(x).latents, "
+        "noise), 3), lambda h: model.decode(h).sample, module=model) with a fitted base as prior"
     ),
     "AutoencoderKLTemporalDecoder": (
         "decodes the rows of a batch together, as the frames of a video. Wrap it in SingleGroup "

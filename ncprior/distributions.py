@@ -18,6 +18,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     OneHotCategorical,
+    constraints,
 )
 
 from ncprior.utils.require import (
@@ -28,55 +29,80 @@ from ncprior.utils.require import (
     require_shape,
 )
 
+Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""``{type name: {parameter name: tensor of shape (B, ...)}}``."""
 
-class Replayed(Distribution):
-    """One-point distribution of a draw that was made before, with its log-density.
+
+class PointMass(Distribution):
+    """Distribution with all its mass on one z, such as the codes of a VQ-VAE, or a replayed draw.
 
     A VAE may draw latents in another order than its prior, such as bottom-up. Then ``encode`` draws
-    all of them, and the posterior of a group replays its z. Over many calls of ``encode`` these are
-    draws of q(z | x), and the sum of the log-densities over groups is log q(z | x).
+    all of them with their log-densities, and the posterior of a group is a point mass on its z. Over
+    many calls of ``encode`` these are draws of q(z | x), and the sum of ``log_q`` over the groups
+    is log q(z | x).
 
     Arguments:
-        z: The draw, with shape ``(B, *event)``.
-        log_q: Its log-density in nats under the distribution from which it was drawn, ``(B,)``.
+        z: The point, with shape ``(B, *event)``.
+        log_q: Log-density in nats of the distribution from which z was drawn, with shape ``(B,)``;
+            0 by default, the log-probability of a z that was not drawn.
+        validate_args: As for every distribution of torch.
+
+    Raises:
+        TypeError: If z or log_q is no tensor.
+        ValueError: If log_q has another shape.
 
     Example:
+        >>> q = PointMass(torch.tensor([[3, 5], [0, 2]]))
+        >>> q.sample().tolist(), q.log_prob(torch.tensor([[3, 5], [0, 1]])).tolist()
+        ([[3, 5], [0, 2]], [0.0, -inf])
         >>> q = Independent(Normal(torch.zeros(4, 2), 1.0), 1)
         >>> z = q.sample()
-        >>> replayed = Replayed(z, q.log_prob(z))
-        >>> torch.equal(replayed.sample(), z), torch.equal(replayed.log_prob(z), q.log_prob(z))
-        (True, True)
+        >>> torch.equal(PointMass(z, q.log_prob(z)).log_prob(z), q.log_prob(z))
+        True
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
-    def __init__(self, z: Tensor, log_q: Tensor, *, validate_args: bool = False) -> None:
-        for name, part in {"z": z, "log_q": log_q}.items():
-            require_instance(name, part, Tensor, "Pass a draw and its log-density.")
-        require_flags(validate_args=validate_args)
+    def __init__(
+        self, z: Tensor, log_q: Tensor | None = None, validate_args: bool | None = None
+    ) -> None:
+        require_instance("z", z, Tensor, "Pass codes, or a draw with its log-density.")
+        if validate_args is not None:
+            require_flags(validate_args=validate_args)
+        if log_q is None:
+            log_q = torch.zeros(z.shape[:1], device=z.device)
+        require_instance("log_q", log_q, Tensor, "Pass a log-density for each row of z.")
         if z.ndim < 1 or log_q.shape != z.shape[:1]:
             raise ValueError(
                 f"log_q must have shape (B,), one log-density per row of z; got {described(log_q)} for "
                 f"{described(z)}. Independent(q, n).log_prob sums over the axes of an event."
             )
-        super().__init__(z.shape[:1], z.shape[1:], validate_args=False)
         self.z, self.log_q = z, log_q
+        super().__init__(z.shape[:1], z.shape[1:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Whole numbers for codes; not known for other z."""
+        if self.z.is_floating_point():
+            raise NotImplementedError
+        return constraints.independent(constraints.nonnegative_integer, len(self.event_shape))
 
     @property
     def mean(self) -> Tensor:
-        """The draw itself, the mean of a one-point distribution."""
+        """The point itself."""
         return self.z
 
     def sample(self, sample_shape: Any = ()) -> Tensor:  # noqa: ANN401
-        """Returns the draw, repeated to shape ``(*sample_shape, B, *event)``."""
-        return self.z.expand(*require_shape("sample_shape", sample_shape), *self.z.shape)
+        """Returns the point, repeated to shape ``(*sample_shape, B, *event)``."""
+        shape = require_shape("sample_shape", sample_shape)
+        return self.z.expand(*shape, *self.z.shape).clone()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Returns the recorded log-density in nats, and -∞ for any other z, with shape ``(*, B)``."""
+        """Returns log_q in nats for the point, and -∞ for any other z, with shape ``(*, B)``."""
         require_instance("value", value, Tensor, "Pass z, with shape (*, B, *event).")
         if value.shape[max(0, value.ndim - self.z.ndim) :] != self.z.shape:
             raise ValueError(
-                f"z must have the shape (*, B, *event) of the replayed draw, {described(self.z)}; got "
+                f"z must have the shape (*, B, *event) of the point, {described(self.z)}; got "
                 f"{described(value)}."
             )
         is_other = value != self.z
@@ -85,9 +111,6 @@ class Replayed(Distribution):
         return torch.where(is_other, -math.inf, self.log_q)
 
 
-Parameters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""``{type name: {parameter name: tensor of shape (B, ...)}}``."""
-
 _PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
     Normal: ("loc", "scale"),
     Laplace: ("loc", "scale"),
@@ -95,7 +118,7 @@ _PARAMETERS: dict[type[Distribution], tuple[str, ...]] = {
     Bernoulli: ("logits",),
     Categorical: ("logits",),
     OneHotCategorical: ("logits",),
-    Replayed: ("z", "log_q"),
+    PointMass: ("z", "log_q"),
 }
 
 _TYPES: dict[str, Any] = {cls.__name__: cls for cls in _PARAMETERS}
@@ -198,6 +221,24 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
         return rows
     ((name, tensors),) = tree.items()
     return build({name: {key: t.expand(batch_size, *t.shape) for key, t in tensors.items()}})
+
+
+def num_categories_of(prior: Any) -> int | None:  # noqa: ANN401
+    """Returns the number of values of a code under a prior, or ``None`` if it does not tell.
+
+    A prior of your own tells it by an attribute ``num_categories``.
+
+    Example:
+        >>> num_categories_of(Independent(Categorical(logits=torch.zeros(4, 4, 512)), 2))
+        512
+    """
+    while prior is not None:
+        if isinstance(count := getattr(prior, "num_categories", None), int):
+            return count
+        if isinstance(prior, Categorical | OneHotCategorical):
+            return prior.logits.shape[-1]
+        prior = getattr(prior, "prior" if isinstance(prior, _Rows) else "base_dist", None)
+    return None
 
 
 def is_expanded(prior: Sampleable) -> bool:

@@ -13,7 +13,7 @@ from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, fit, sir
 from ncprior.data import CachedEncodings
-from ncprior.distributions import Replayed, build, parameters
+from ncprior.distributions import PointMass, build, parameters
 from ncprior.evaluation import log_likelihood
 from ncprior.source import sample_posterior
 from ncprior.testing import check_source
@@ -91,7 +91,7 @@ def test_a_wrong_log_density_is_seen_in_the_likelihood() -> None:
 def test_a_replayed_draw() -> None:
     q = Independent(Normal(torch.randn(5, 2), 1.0), 1)
     z = q.sample()
-    replayed = Replayed(z, q.log_prob(z))
+    replayed = PointMass(z, q.log_prob(z))
     assert replayed.sample((3,)).shape == (3, 5, 2)
     assert torch.equal(replayed.mean, z)
     other = z.clone()
@@ -106,14 +106,14 @@ def test_a_replayed_draw() -> None:
     assert torch.equal(again.sample(), z)
     assert torch.equal(again.log_prob(z), q.log_prob(z))
     with pytest.raises(ValueError, match=r"log_q must have shape \(B,\).*sums over the axes"):
-        Replayed(z, Normal(torch.zeros(5, 2), 1.0).log_prob(z))
+        PointMass(z, Normal(torch.zeros(5, 2), 1.0).log_prob(z))
     with pytest.raises(TypeError, match="z must be of type Tensor"):
-        Replayed([0.0], q.log_prob(z))  # type: ignore[arg-type]
+        PointMass([0.0], q.log_prob(z))  # type: ignore[arg-type]
 
 
 def test_codes_and_scalars_are_replayed() -> None:
     z = torch.tensor([3, 1, 4])
-    replayed = Replayed(z, torch.zeros(3))
+    replayed = PointMass(z, torch.zeros(3))
     assert replayed.event_shape == ()
     assert replayed.log_prob(z + torch.tensor([0, 1, 0])).tolist() == [0.0, -math.inf, 0.0]
 

@@ -12,7 +12,8 @@ from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
 from torch import Tensor, nn
 
 from ncprior import NCETrainer, NCPrior, nce_loss, sir
-from ncprior.heads.networks import CategoricalHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import MLPHead
 
 log = math.log
 

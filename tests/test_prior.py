@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import Draw, Group, NCETrainer, NCPrior, SingleGroup, langevin, sir
 from ncprior.distributions import Sampleable
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.nce import nce_loss
 from ncprior.samplers.base import LogRatio
 from ncprior.source import posterior_of, sample_posterior

@@ -36,8 +36,8 @@ _FLOWS = (
 )
 
 _CODES = (
-    "its latents are codes of a codebook, hundreds of nats from any simple prior. Wrap it in a "
-    "source of your own with an autoregressive base over the codes, and draw by sir"
+    "its latents are codes of a codebook. Wrap it in ncprior.adapters.vq.VQSource, from a function "
+    "that encodes x as indices and one that decodes indices, and fit a base by fit_code_network"
 )
 
 _HAMILTON = (

@@ -1,10 +1,14 @@
 """Base priors, fitted to the aggregate posterior of a VAE, in place of its own prior."""
 
 from ncprior.bases.active import active_latents, kl_per_latent
+from ncprior.bases.code_bases import fit_code_bases
+from ncprior.bases.code_network import CodeNetwork, fit_code_network
+from ncprior.bases.codes import CodeFrequencies, NoCodePrior, fit_code_frequencies
 from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
 from ncprior.bases.flow import Flow, fit_flow
 from ncprior.bases.flow_matching import FlowMatching, fit_flow_matching
 from ncprior.bases.latents import latents_of
+from ncprior.bases.masked_conv import MaskedConvNet
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_gaussian, fit_mixture
 from ncprior.bases.rebase import Base, Rebased, rebase
@@ -12,13 +16,20 @@ from ncprior.bases.vamp import fit_vamp
 
 __all__ = [
     "Base",
+    "CodeFrequencies",
+    "CodeNetwork",
     "Empirical",
     "Flow",
     "FlowMatching",
     "GaussianMixture",
+    "MaskedConvNet",
+    "NoCodePrior",
     "NoPrior",
     "Rebased",
     "active_latents",
+    "fit_code_bases",
+    "fit_code_frequencies",
+    "fit_code_network",
     "fit_flow",
     "fit_flow_matching",
     "fit_gaussian",

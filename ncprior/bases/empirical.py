@@ -21,6 +21,7 @@ class NoPrior:
     Arguments:
         reason: Why the model has no prior, as one sentence.
         event_shape: Shape of z without batch, or ``None`` if unknown.
+        remedy: Code that fits a prior, for the message.
 
     Example:
         >>> NoPrior("An AE has no prior.").sample()
@@ -28,9 +29,16 @@ class NoPrior:
         ValueError: An AE has no prior. Fit one: rebase(source, fit_mixture(latents_of(source, x))).
     """
 
-    def __init__(self, reason: str, event_shape: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        event_shape: Sequence[int] | None = None,
+        *,
+        remedy: str = "rebase(source, fit_mixture(latents_of(source, x)))",
+    ) -> None:
         require_instance("reason", reason, str, "Pass a sentence.")
-        self.reason = reason
+        require_instance("remedy", remedy, str, "Pass a line of code.")
+        self.reason, self.remedy = reason, remedy
         self.event_shape = (
             None if event_shape is None else Size(require_shape("event_shape", event_shape))
         )
@@ -41,9 +49,7 @@ class NoPrior:
         Raises:
             ValueError: Always; fit a base, such as a Gaussian mixture, and put it on the source.
         """
-        raise ValueError(
-            f"{self.reason} Fit one: rebase(source, fit_mixture(latents_of(source, x)))."
-        )
+        raise ValueError(f"{self.reason} Fit one: {self.remedy}.")
 
 
 class Empirical:

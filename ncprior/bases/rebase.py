@@ -9,7 +9,7 @@ and posterior remain those of the wrapped source.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Size, Tensor
@@ -21,7 +21,7 @@ from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described
 from ncprior.utils.supports import SIMPLEX, SPHERE, is_outside, shown_by, support_of
 
-Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable]"
+Base: TypeAlias = "Sampleable | Callable[[int, Group], Sampleable] | Sequence[Any]"
 
 
 def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
@@ -30,18 +30,20 @@ def rebase(source: LatentSource[Any, Any], base: Base) -> Rebased:
     Arguments:
         source: The VAE.
         base: ``base(k, group)`` returns the new prior of group k from ``group.prior`` and
-            ``group.context``. With one group of latents it can be the prior itself, with an empty
-            batch shape: a ``Distribution``, or anything with ``sample(sample_shape)``.
+            ``group.context``. Or a list with one base per group, or with one group the base itself:
+            a prior with an empty batch shape, which is a ``Distribution`` or anything with
+            ``sample(sample_shape)``; or a conditional prior, an object whose ``given(context)``
+            returns the prior of B rows from ``group.context``, with shape ``(B, ...)``.
 
-            The networks behind a function are not identified when heads are saved: they load
-            without an error on a function that has changed.
+            The networks behind a function, and conditional priors of your own, are not identified
+            when heads are saved: they load without an error on one that has changed.
 
     Returns:
         The same VAE with that prior.
 
     Raises:
-        ValueError: If one prior is given for several groups, it has a batch shape, or it leaves the
-            set of the VAE's latents, such as a simplex, a sphere or codes.
+        ValueError: If the number of priors is not that of the groups, one has a batch shape, or it
+            leaves the set of the VAE's latents, such as a simplex, a sphere or codes.
         TypeError: If the base can neither be sampled nor called, or is a class.
 
     Example:
@@ -72,7 +74,9 @@ class Rebased(WrappedSource):
 
     Attributes:
         source: The wrapped source.
-        prior: The prior itself if one was given, ``None`` if a function was.
+        prior: The prior itself if one was given, ``None`` if it is a function, conditional or one
+            of several.
+        bases: The bases of all groups, or ``None`` if a function was given.
 
     Example:
         >>> from ncprior.bases import fit_gaussian, latents_of
@@ -83,27 +87,30 @@ class Rebased(WrappedSource):
 
     def __init__(self, source: LatentSource[Any, Any], base: Base) -> None:
         super().__init__(source)
-        prior: Sampleable | None = base if is_prior(base) else None
-        function = base if prior is None else None
-        if prior is None and (not callable(base) or isinstance(base, type | Sampleable)):
+        self.bases: tuple[Any, ...] | None = None
+        self._base: Any = None
+        if is_prior(base) or _is_conditional(base):
+            self.bases = (_checked(base),)
+        elif isinstance(base, list | tuple):
+            self.bases = tuple(_checked(one) for one in base)
+        elif callable(base) and not isinstance(base, type | Sampleable):
+            self._base = base
+        else:
             raise TypeError(
-                f"base must be a prior with a method sample(sample_shape), or a function base(k, "
-                f"group) that makes one; got {described(base)}. Pass one of ncprior.bases."
+                f"base must be a prior with a method sample(sample_shape), a list of one for each "
+                f"group, or a function base(k, group) that makes one; got {described(base)}. Pass "
+                f"one of ncprior.bases."
             )
-        if isinstance(prior, Distribution) and prior.batch_shape:
+        if self.bases is not None and len(self.bases) != source.num_groups:
             raise ValueError(
-                f"base must have an empty batch shape; got batch shape "
-                f"{tuple(prior.batch_shape)}. Wrap it in Independent(base, {len(prior.batch_shape)})."
+                f"{len(self.bases)} priors are given for the {source.num_groups} groups of the "
+                f"source. Pass one prior for each group in a list, or base(k, group), which makes the "
+                f"prior of group k."
             )
-        if prior is not None and source.num_groups > 1:
-            raise ValueError(
-                f"One prior is given for the {source.num_groups} groups of the source. "
-                f"Pass base(k, group), which makes the prior of group k."
-            )
-        if prior is not None:
-            _require_inside(source.shared_prior(), prior)
-        self.prior: Sampleable | None = prior
-        self._base: Any = function
+        one = self.bases[0] if self.bases is not None and len(self.bases) == 1 else None
+        self.prior: Sampleable | None = None if _is_conditional(one) else one
+        if self.prior is not None:
+            _require_inside(source.shared_prior(), self.prior)
 
     class State(NamedTuple):
         """The state of the wrapped source, and the index of its next group."""
@@ -136,19 +143,23 @@ class Rebased(WrappedSource):
         return self.source.likelihood(state.walk)
 
     def shared_prior(self) -> Sampleable | None:
-        """Returns the prior itself if one was given, ``None`` if a function was."""
+        """Returns the prior itself if one was given for a single group, else ``None``."""
         return self.prior
 
     def _new_prior(self, state: State, group: Group) -> Sampleable:
-        if self.prior is not None:
-            return expand(self.prior, num_rows(state.walk))
-        prior: Sampleable = self._base(state.k, group)
+        if self.bases is None:
+            prior: Sampleable = self._base(state.k, group)
+        else:
+            base = self.bases[state.k]
+            prior = base.given(group.context) if _is_conditional(base) else base
         if not is_prior(prior):
+            whose = "base(k, group)" if self.bases is None else "given(context)"
             raise TypeError(
-                f"Group {state.k}: base(k, group) must return a prior with a method sample; got "
+                f"Group {state.k}: {whose} must return a prior with a method sample; got "
                 f"{described(prior)}."
             )
-        if isinstance(prior, Distribution) and not prior.batch_shape:
+        shared = self.bases is not None and prior is self.bases[state.k]
+        if shared or (isinstance(prior, Distribution) and not prior.batch_shape):
             return expand(prior, num_rows(state.walk))
         return prior
 
@@ -161,6 +172,28 @@ class Rebased(WrappedSource):
                 f"q(z | x) of {tuple(posterior.event_shape)}. Fit it on latents_of(source, x), "
                 f"which keeps their shape."
             )
+
+
+def _is_conditional(base: Any) -> bool:  # noqa: ANN401
+    """Whether a base is a prior only given a context."""
+    has = not isinstance(base, type) and callable(getattr(base, "given", None))
+    return has and bool(getattr(base, "needs_context", True))
+
+
+def _checked(base: Any) -> Any:  # noqa: ANN401
+    """Returns the base of one group after a check that it is a prior, for one row or conditional."""
+    if not (is_prior(base) or _is_conditional(base)):
+        raise TypeError(
+            f"The base of a group must be a prior with a method sample(sample_shape), or have a "
+            f"method given(context) that returns one; got {described(base)}. Pass one of "
+            f"ncprior.bases."
+        )
+    if isinstance(base, Distribution) and base.batch_shape:
+        raise ValueError(
+            f"base must have an empty batch shape; got batch shape {tuple(base.batch_shape)}. Wrap "
+            f"it in Independent(base, {len(base.batch_shape)})."
+        )
+    return base
 
 
 def _require_inside(own: Any, base: Sampleable) -> None:  # noqa: ANN401

@@ -1,7 +1,8 @@
 r"""Encodings of a data set by a frozen VAE, computed once and used at many training steps.
 
 A training step needs prior, posterior and context of each group. Their parameters are cached, and
-z_k is drawn anew from them at every step.
+z_k is drawn anew from them at every step. A base whose parameters are not known, such as a network over
+codes, is cached as one draw per row.
 
 With one group, they depend on x alone, and the distribution of a step is unchanged: only the encoder
 is skipped. With several groups, they depend on z_<k too, which stays the same until the cache is
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
@@ -56,8 +57,8 @@ class CachedEncodings(RowData):
         source: A source whose batches are rows of the cache.
 
     Raises:
-        TypeError: If there are several groups and the prior or posterior of one is not of a type
-            whose parameters can be cached.
+        TypeError: If there are several groups and the posterior of one is not of a type whose
+            parameters can be cached.
 
     Example:
         >>> walks = CachedEncodings(source, torch.randn(10, 3), batch_size=4, seed=0)
@@ -131,7 +132,7 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
         q = posterior_of(group)
         context = group.context
         yield {
-            "prior": _known(group.prior, k),
+            "prior": _parameters_or_draw(group.prior),
             "posterior": _known(q, k),
             "context": None if context is None else context.contiguous(),
         }
@@ -139,8 +140,22 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
             state = source.advance(state, q.sample())
 
 
-def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401
-    tree = parameters(distribution) if isinstance(distribution, Distribution) else None
+def _parameters_or_draw(prior: Any) -> Any:  # noqa: ANN401
+    tree = parameters(prior) if isinstance(prior, Distribution) else None
+    return prior.sample() if tree is None else tree
+
+
+class _Drawn(NamedTuple):
+    """A prior by one draw per row, with shape ``(B, *event)``."""
+
+    z: Tensor
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        return self.z.expand(*sample_shape, *self.z.shape)
+
+
+def _known(distribution: Distribution, k: int) -> Any:  # noqa: ANN401
+    tree = parameters(distribution)
     if tree is None:
         raise TypeError(
             f"Groups are cached as parameters of their distributions; group {k} has a "
@@ -193,7 +208,9 @@ class CachedGroupsSource(EncodedSource):
     def group(self, state: State) -> Group:
         """Returns the group as it was cached."""
         kept = state.groups[state.k]
-        return Group(build(kept["prior"]), build(kept["posterior"]), kept["context"])
+        prior = kept["prior"]
+        prior = _Drawn(prior) if isinstance(prior, Tensor) else build(prior)
+        return Group(prior, build(kept["posterior"]), kept["context"])
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state of the next cached group, whatever z is."""

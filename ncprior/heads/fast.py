@@ -24,9 +24,11 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.functional import silu
 
+from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.contexts import require_context
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, is_unmodified
+from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead, factors
+from ncprior.heads.unmodified import is_unmodified
 from ncprior.utils.precision import at_precision, check_precision
 from ncprior.utils.require import require_instance
 

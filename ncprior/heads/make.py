@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, OneHotCategorical
 
-from ncprior.distributions import Sampleable
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead, require_sizes
+from ncprior.distributions import Sampleable, num_categories_of
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead, require_sizes
 from ncprior.source import Group
 from ncprior.utils.latent_kl import LatentKL
 from ncprior.utils.require import described, require_instance
@@ -28,7 +29,7 @@ def make_head(
 ) -> nn.Module:
     """Returns a new head for a group of latents, with inputs standardised by one batch of draws.
 
-    Codes get a :class:`CategoricalHead`, feature maps larger than 4×4 a :class:`ConvHead`, all other
+    Codes and one-hot vectors get a :class:`CategoricalHead`, feature maps larger than 4×4 a :class:`ConvHead`, all other
     latents an :class:`MLPHead`, which costs less on small maps. An MLPHead does not see collapsed
     latents, for which q(z_j | x) is about p(z_j): they would hide the others from it.
 
@@ -55,7 +56,8 @@ def make_head(
     require_options(kind=kind, **options)
     z = _draws(group.prior)
     event_shape = tuple(z.shape[1:])
-    codes = not z.is_floating_point()
+    one_hot = _is_one_hot(group.prior)
+    codes = one_hot or not z.is_floating_point()
     is_large_map = len(event_shape) == 3 and math.prod(event_shape[1:]) > _SMALL_MAP
     default = ConvHead if is_large_map else MLPHead
     chosen: type[nn.Module] = CategoricalHead if codes else kind or default
@@ -63,6 +65,7 @@ def make_head(
         "event_shape",
         "context_shape",
         "num_categories",
+        "one_hot",
     }
     if wrong := options.keys() - known:
         raise TypeError(
@@ -72,7 +75,7 @@ def make_head(
     if group.context is not None:
         options["context_shape"] = group.context.shape[1:]
     if codes:
-        options["num_categories"] = _num_categories(group)
+        options |= {"num_categories": _num_categories(group), "one_hot": one_hot}
     head: Any = chosen(event_shape, **options).to(z.device)
     if group.posterior is not None and not codes:
         z = torch.cat([z, _draws(group.posterior)])
@@ -115,13 +118,17 @@ _FEW = 8  # rows
 _DRAWS = 64
 
 
+def _is_one_hot(prior: Any) -> bool:  # noqa: ANN401
+    while type(prior) is Independent:
+        prior = prior.base_dist
+    return isinstance(prior, OneHotCategorical)
+
+
 def _num_categories(group: Group) -> int:
-    distribution: Any = group.prior
-    while isinstance(distribution, Distribution):
-        if hasattr(distribution, "logits") and distribution.has_enumerate_support:
-            return int(distribution.logits.shape[-1])
-        distribution = getattr(distribution, "base_dist", None)
-    raise ValueError(
-        f"The prior {type(group.prior).__name__} does not define the number of categories. "
-        f"Make the head yourself: CategoricalHead(event_shape, num_categories)."
-    )
+    if (count := num_categories_of(group.prior)) is None:
+        raise ValueError(
+            f"The prior {type(group.prior).__name__} does not define the number of categories. Give "
+            f"it an attribute num_categories, or make the head yourself: "
+            f"CategoricalHead(event_shape, num_categories)."
+        )
+    return count

@@ -9,10 +9,8 @@ new head is exactly 0, which is the base prior.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ def require_sizes(**config: Any) -> None:  # noqa: ANN401
     require_numbers("[0, 1)", dropout=config.get("dropout", 0.0))
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """Base class of the heads: their configuration, and the standardisation of their inputs."""
 
     event_shape: tuple[int, ...]
@@ -70,7 +68,7 @@ class _Head(nn.Module):
 
     def check(self, z: Tensor, context: Tensor | None) -> None:
         """Validates the shape of the latents and the rows of the context."""
-        check_rows(_checked_event(z, self.event_shape), self.event_shape, context)
+        check_rows(checked_event(z, self.event_shape), self.event_shape, context)
 
     def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
         """Sets the standardisation from latents ``(B, *event)`` and context ``(B, ...)``."""
@@ -80,7 +78,7 @@ class _Head(nn.Module):
             self.context.scale.fit(context)
 
 
-class MLPHead(_Head):
+class MLPHead(Head):
     """Residual MLP with layer normalisation, for log r of a vector of latents.
 
     Arguments:
@@ -154,7 +152,7 @@ class MLPHead(_Head):
         return in_full(self.out, nn.functional.silu(self.norm(h))).squeeze(-1)
 
 
-class ConvHead(_Head):
+class ConvHead(Head):
     """Residual convolutional network with squeeze-and-excitation, for log r of a feature map.
 
     A cell has two 3×3 convolutions with group normalisation and SiLU. Average pooling in front of a
@@ -228,111 +226,6 @@ class ConvHead(_Head):
         return in_full(self.out, reduce(h, "n c h w -> n c", "mean")).reshape(lead)
 
 
-class CategoricalHead(_Head):
-    """Embedding of codes followed by an :class:`MLPHead` or a :class:`ConvHead`.
-
-    Arguments:
-        event_shape: ``()`` for one code, ``(H, W)`` for a grid of codes.
-        num_categories: Number of values of a code.
-        context_shape: Shape of the context without batch, or ``None``.
-        width: Features of the embedding and of the hidden layers, a multiple of 8 for a grid.
-        depth: Number of residual blocks or cells.
-        dropout: Dropout probability, while training.
-
-    Example:
-        >>> head = CategoricalHead((4, 4), 512)
-        >>> head(torch.randint(512, (3, 2, 4, 4))).shape
-        torch.Size([3, 2])
-    """
-
-    def __init__(
-        self,
-        event_shape: Sequence[int],
-        num_categories: int,
-        *,
-        context_shape: Sequence[int] | None = None,
-        width: int = 64,
-        depth: int = 2,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(
-            event_shape=event_shape,
-            num_categories=num_categories,
-            context_shape=context_shape,
-            width=width,
-            depth=depth,
-            dropout=dropout,
-        )
-        if len(self.event_shape) not in (0, 2):
-            raise ValueError(
-                f"CategoricalHead takes codes of event shape () or (H, W); "
-                f"got {self.event_shape}. Pass a head of your own for other shapes."
-            )
-        width = self._config["width"]
-        self.embedding = nn.Embedding(self._config["num_categories"], width)
-        kind = ConvHead if self.event_shape else MLPHead
-        self.head = kind(
-            (width, *self.event_shape),
-            context_shape=context_shape,
-            width=width,
-            depth=depth,
-            dropout=dropout,
-        )
-
-    def fit_scale(self, z: Tensor | None, context: Tensor | None) -> None:
-        """Sets the standardisation of the context; codes have none."""
-        self.head.fit_scale(None, context)
-
-    def rescale(self, slope: float, offset: float) -> None:
-        """Replaces log r by slope · log r + offset, in place; the offset is in nats."""
-        self.head.rescale(slope, offset)
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Returns log r(z, c) in nats, with shape ``(*, B)``."""
-        log_r: Tensor = self.head(self.embed(z), context)
-        return log_r
-
-    def embed(self, z: Tensor) -> Tensor:
-        """Returns the features of codes, with shape ``(*, B, width)`` or ``(*, B, width, H, W)``."""
-        if _checked_event(z, self.event_shape).is_floating_point():
-            raise TypeError(f"CategoricalHead takes codes, whole numbers; got {described(z)}.")
-        try:
-            h: Tensor = self.embedding(z.long())
-        except IndexError as error:  # a GPU has an assertion of its own
-            count = self.embedding.num_embeddings
-            raise ValueError(
-                f"CategoricalHead takes codes from 0 to {count - 1}; got others."
-            ) from error
-        return rearrange(h, "... h w c -> ... c h w") if self.event_shape else h
-
-
-def is_unmodified(head: nn.Module) -> bool:
-    """Returns whether a head has the modules its class makes and no hooks.
-
-    Arguments:
-        head: Any module; for other classes than those of this file, only hooks are checked.
-    """
-    for module in head.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return False
-    if not isinstance(head, _Head) or type(head) not in (MLPHead, ConvHead, CategoricalHead):
-        return True
-    kind: Any = type(head)
-    return _layout(head) == _made_layout(kind, json.dumps(head.config()))
-
-
-def _layout(head: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:
-    return tuple((name, type(module)) for name, module in head.named_modules())
-
-
-@cache
-def _made_layout(
-    kind: Callable[..., _Head], config: str
-) -> tuple[tuple[str, type[nn.Module]], ...]:
-    with torch.device("meta"):
-        return _layout(kind(**json.loads(config)))
-
-
 class _MLPBlock(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -381,7 +274,8 @@ def _zero(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def _checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+def checked_event(z: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+    """Returns latents after a check of their kind and shape."""
     require_instance("z", z, Tensor, "Pass latents as a tensor.")
     if z.is_complex() or z.dtype == torch.bool:
         raise TypeError(f"The head takes z as real numbers or codes; got {described(z)}.")

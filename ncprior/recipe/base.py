@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ncprior.bases.code_network import fit_code_network
+from ncprior.bases.codes import fit_code_frequencies
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import rebase
 from ncprior.data.stream import one_pass
+from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.parts import Parts, first_group
+from ncprior.recipe.parts import Parts, first_group, has_condition
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
-from ncprior.utils.supports import DISCRETE, support_of
+from ncprior.utils.supports import support_of
 
 _SIZES = (1, 10)  # numbers of components; heads correct the rest better than more components
 
@@ -36,6 +39,7 @@ _SURE = 2.0  # standard errors by which a larger mixture must be better
 _AVERAGED = 4  # mixtures of small data
 
 _BATCH = 1000  # rows, as of latents_of
+_MOST_AXES = 4  # of rows of codes that a network takes
 
 _SHARE = 0.3  # of the time that is left
 
@@ -46,21 +50,23 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     Candidates are the VAE's own prior, a Gaussian, and a mixture of ten Gaussians, as far as each gains
     two standard errors of the paired difference. With little data, larger mixtures are candidates,
     too, and the average of several mixtures of the best size. With much data, heads on ten components
-    end up with a higher likelihood than larger mixtures, with heads or alone. The prior of several
-    groups, or of codes and other latents that do not fill R^n, stays the VAE's own. For a VAE with a
-    condition, p(z | c) of each held-out row is compared with mixtures, which do not see c.
+    end up with a higher likelihood than larger mixtures, with heads or alone. For a grid of codes,
+    candidates are the frequencies of the codes and a network over them. For a VAE with a condition,
+    log p(z | c) of each held-out row is compared with mixtures, which do not see c. The prior of
+    several groups, of codes with a condition, or of other latents that do not fill R^n stays the VAE's own.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
         return source
-    search = _Search(source, parts, record)
+    z = posterior_of(first_group(source, parts)).sample()
+    search = (_Search if z.is_floating_point() else _CodeSearch)(source, parts, record)
     search.run()
     record.add(
         Choice(
             *(
                 "base",
                 search.name,
-                "encodings of held-out data are most likely; a larger mixture must gain two standard errors",
+                f"encodings of held-out data are most likely; a {search.larger} must gain two standard errors",
             ),
             candidates=tuple(search.candidates),
             criterion="held-out log p",
@@ -75,26 +81,28 @@ class _Search:
     """Search of the base under which encodings of held-out data are most likely.
 
     Attributes:
-        best: The best mixture so far, or ``None`` for the VAE's own prior.
+        best: The best base so far, or ``None`` for the VAE's own prior.
         name: Name of the best base so far.
         candidates: All bases so far, with their held-out log p.
     """
 
+    larger = "larger mixture"
+
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
-        own = source.shared_prior()
-        self.z, log_p = _encodings(source, parts), None
-        if own is None:  # p(z | c) of every row
+        self.own = source.shared_prior()
+        self.z, log_p = self._encodings(source, parts), None
+        if self.own is None:  # p(z | c) of every row
             self.held_out, log_p = _latents_and_log_p(source, parts.choose)
         else:
             self.held_out = latents_of(source, parts.choose)
         self.few_rows = parts.num_train is not None and parts.num_train < _FEW
-        self.best: GaussianMixture | None = None
+        self.best: Any = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
-        if isinstance(own, Distribution):
-            log_p = own.log_prob(self.held_out)
-        self.log_p = log_p  # of the best base, (N,)
+        if isinstance(self.own, Distribution):
+            log_p = self.own.log_prob(self.held_out)
+        self.log_p: Tensor | None = log_p  # of the best base, (N,)
         if log_p is not None:
             self._note(_OWN, log_p)
 
@@ -120,11 +128,18 @@ class _Search:
         self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
         return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
 
-    def _keep_if_better(self, name: str, mixture: GaussianMixture) -> bool:
-        new = self._score(name, mixture)
+    @staticmethod
+    def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
+        """Encodings of the training data, with several draws per row of small data."""
+        z = latents_of(source, parts.train)
+        passes = min(10, math.ceil(_FEW_DRAWS / len(z)))
+        return torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
+
+    def _keep_if_better(self, name: str, base: Distribution) -> bool:
+        new = self._score(name, base)
         if self.log_p is not None and not _is_better(new, self.log_p):
             return False
-        self.best, self.name, self.log_p = mixture, name, new
+        self.best, self.name, self.log_p = base, name, new
         return True
 
     def _score(self, name: str, base: Distribution) -> Tensor:
@@ -139,6 +154,30 @@ class _Search:
 
     def _is_late(self) -> bool:
         return self.end is not None and 3 * self.seconds() > self.end
+
+
+class _CodeSearch(_Search):
+    """Search of the base for a grid of codes."""
+
+    larger = "network"
+
+    def run(self) -> None:
+        """Counts the codes, and fits a network over them."""
+        count = num_categories_of(self.own)
+        frequencies = fit_code_frequencies(self.z, num_categories=count)
+        self._keep_if_better("frequencies of codes", frequencies)
+        if self._is_late() or not 1 < self.z.ndim <= _MOST_AXES:
+            return  # of a single code, the frequencies are all
+        self.record.begin("fits a network over the codes")
+        left = None if self.end is None else max(1.0, self.end - self.seconds())
+        network = fit_code_network(
+            self.z, num_categories=count, max_seconds=left, progress=self.record.progress
+        )
+        self._keep_if_better("network over codes", network)
+
+    @staticmethod
+    def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
+        return latents_of(source, parts.train)
 
 
 _OWN = "the VAE's own prior"
@@ -157,11 +196,9 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     group = first_group(source, parts)
     if source.shared_prior() is None and not isinstance(group.prior, Distribution):
         return "the prior depends on a condition, and has no density"
-    z = posterior_of(group).sample()
-    support = DISCRETE if not z.is_floating_point() else ""
-    support = support or support_of(posterior_of(group)) or support_of(group.prior)
-    if support == DISCRETE:
-        return "the latents are codes"
+    if not posterior_of(group).sample().is_floating_point():
+        return "the prior of the codes depends on a condition" * has_condition(source, parts)
+    support = support_of(posterior_of(group)) or support_of(group.prior)
     return f"the latents are {support}, and a mixture of Gaussians is not" if support else ""
 
 
@@ -176,13 +213,6 @@ def _latents_and_log_p(source: LatentSource[Any, Any], data: Any) -> tuple[Tenso
         latents.append(posterior_of(group).sample())
         log_p.append(prior.log_prob(latents[-1]))
     return torch.cat(latents), torch.cat(log_p)
-
-
-def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
-    """Encodings of the training data, with several draws per row of small data."""
-    z = latents_of(source, parts.train)
-    passes = min(10, math.ceil(_FEW_DRAWS / len(z)))
-    return torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
 
 
 def _candidate(name: str, log_p: Tensor, seconds: float) -> Candidate:

@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ncprior.bases.code_network import CodeNetwork
 from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
@@ -25,6 +26,8 @@ _PROBED = 512  # rows for the shapes and scales of a head
 _MOST_STEPS = 10_000  # if held-out losses still improve
 
 _SHARE = 0.6  # of the time that is left
+
+_CACHED = (2000, 50_000)  # draws, at least and at most
 
 
 class _Kind(NamedTuple):
@@ -68,7 +71,11 @@ def train_heads(
             max_seconds=record.left(_SHARE / (len(kinds) - number)),
             checkpoint=None if folder is None else folder / f"heads-{number}",
             progress=record.progress,
-            settings=FitSettings(weight_decay=kind.weight_decay, precision=precision),
+            settings=FitSettings(
+                weight_decay=kind.weight_decay,
+                num_cached_proposals=_num_cached(source, parts),
+                precision=precision,
+            ),
         )
         found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
@@ -90,6 +97,14 @@ def train_heads(
         )
     )
     return prior
+
+
+def _num_cached(source: LatentSource[Any, Any], parts: Parts) -> int | None:
+    """Number of draws of a base that is slow to sample, to be reused."""
+    if not isinstance(source.shared_prior(), CodeNetwork):
+        return None
+    fewest, most = _CACHED
+    return most if parts.num_train is None else min(most, max(fewest, 2 * parts.num_train))
 
 
 def _default_width(prior: NCPrior) -> int:

@@ -45,8 +45,9 @@ def improve(
     The choices, each printed in one line with its numbers:
 
     * The base: the VAE's own prior, a Gaussian or a mixture of Gaussians, by the held-out likelihood
-      of encodings; with little data also an average of mixtures. A VAE with several groups, or with
-      latents that do not fill R^n such as codes, keeps its own.
+      of encodings; with little data also an average of mixtures. For a grid of codes, the
+      frequencies of the codes or a network over them. A VAE with several groups, or with other
+      latents that do not fill R^n, keeps its own.
     * The heads, trained by :func:`ncprior.fit` until held-out losses stop improving; with fewer than
       20,000 rows, the best of three sizes. Groups whose heads have learnt nothing keep the base.
     * The sampler for the budget, by :func:`ncprior.diagnostics.recommend_sampler`, and its strength,

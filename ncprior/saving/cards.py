@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ncprior.saving.hub import is_repository
-from ncprior.saving.kinds import is_custom
+from ncprior.saving.kinds import base_kinds, is_custom
 from ncprior.utils.require import described
 from ncprior.utils.texts import printable
 
@@ -193,7 +193,11 @@ def prior_text(
         on_ratio=f"The ratio is used to the power of {strength:g}."
         if is_on
         else "No head is used.",
-        on_base="" if base is None else _OWN_BASE if is_custom(base) else _BASE.format(**base),
+        on_base=""
+        if base is None
+        else _OWN_BASE
+        if is_custom(base)
+        else _BASE.format(kind=base_kinds(base)),
         ncprior=config["ncprior"],
         **example,
         **names,

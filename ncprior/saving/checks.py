@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ncprior._version import __version__
+from ncprior.bases.rebase import Rebased
 from ncprior.saving.tensors import load_tensors, read_metadata
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import base_fingerprint
@@ -32,10 +34,14 @@ Validators: TypeAlias = Mapping[str, Callable[[Any], bool]]  # by key: is its va
 
 def fingerprints(source: LatentSource[Any, Any]) -> dict[str, str | None]:
     """Returns the fingerprints of the VAE and of a base outside the VAE, ``None`` if unknown."""
-    return {
-        "vae": source.fingerprint(),
-        "base": base_fingerprint(source.shared_prior()),
-    }
+    bases = (source.bases or ()) if isinstance(source, Rebased) else ()
+    found = [base_fingerprint(base) for base in bases or (source.shared_prior(),)]
+    base = found[0]
+    if len(found) > 1:
+        known = [one for one in found if one is not None]
+        digest = hashlib.sha256(" ".join(known).encode()).hexdigest()
+        base = f"several:{digest}" if len(known) == len(found) else None
+    return {"vae": source.fingerprint(), "base": base}
 
 
 def is_fingerprint(value: Any, *parts: str) -> bool:  # noqa: ANN401
@@ -77,6 +83,8 @@ _ARGUMENTS: Validators = {
     "width": lambda value: is_count(value, 1),
     "depth": lambda value: is_count(value, 0),
     "num_categories": lambda value: is_count(value, 1),
+    "kernel_size": lambda value: is_count(value, 1, 99),
+    "one_hot": lambda value: isinstance(value, bool),
     "dropout": lambda value: is_number(value, 0, 1),
     "num_steps": lambda value: is_count(value, 1, 10_000),
     "spline": lambda value: (

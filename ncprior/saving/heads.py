@@ -25,11 +25,11 @@ from ncprior.saving.checks import (
 from ncprior.saving.hub import locate
 from ncprior.saving.kinds import (
     base_entry,
+    base_tensors,
     build_base,
     build_head,
     head_entry,
     is_custom,
-    saved_base,
 )
 from ncprior.saving.mixin import Pretrained
 from ncprior.saving.samplers import build_sampler, sampler_entry
@@ -61,8 +61,7 @@ class PretrainedHeads(Pretrained):
     }
 
     def _tensors(self) -> dict[str, Tensor]:
-        base = saved_base(self.source)
-        of_base = {} if base is None else base.tensors()
+        of_base = base_tensors(self.source)
         return {**self.state_dict(), **{f"base.{name}": t for name, t in of_base.items()}}
 
     def _configuration(self) -> dict[str, Any]:
@@ -188,12 +187,14 @@ def _with_base(saved: SavedFile, source: LatentSource[Any, Any]) -> LatentSource
         saved.fail("it has tensors of a base, and its configuration names no such base")
     if entry is None or isinstance(source, Rebased):
         return source
-    base = build_base(saved, of_base)
-    event = getattr(source.shared_prior(), "event_shape", base.event_shape)
-    if tuple(event) != tuple(base.event_shape):
+    built, device = build_base(saved, of_base), device_of(source)
+    if isinstance(built, list):
+        return rebase(source, [base.to(device) for base in built])
+    event = getattr(source.shared_prior(), "event_shape", None) or built.event_shape
+    if tuple(event) != tuple(built.event_shape):
         saved.fail(
-            f"its base has latents of shape {tuple(base.event_shape)}, and the source of "
+            f"its base has latents of shape {tuple(built.event_shape)}, and the source of "
             f"{tuple(event)}",
             "Pass the VAE that it was trained on",
         )
-    return rebase(source, base.to(device_of(source)))
+    return rebase(source, built.to(device))

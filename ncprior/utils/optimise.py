@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -98,6 +99,7 @@ def minimise(
     learning_rate: float,
     weight_decay: float = 0.0,
     patience: int | None = 10,
+    max_seconds: float | None = None,
     project: Callable[[], object] | None = None,
     name: str = "fit",
     progress: bool = False,
@@ -117,6 +119,7 @@ def minimise(
         weight_decay: AdamW's weight decay.
         patience: Held-out losses, one every 100 steps, without progress before training stops;
             ``None`` never stops early.
+        max_seconds: Seconds after which training stops at the next held-out loss, or ``None``.
         project: Called after each step, to project the parameters onto a set. It must be convex,
             so that averages of parameters stay in it.
         name: Name of the fitted model, for the progress bar and for errors.
@@ -134,6 +137,8 @@ def minimise(
     require_counts("[1, inf) or None", patience=patience)
     require_numbers("(0, 1e18)", learning_rate=learning_rate)  # float32 takes no more
     require_numbers("[0, inf)", weight_decay=weight_decay)
+    require_numbers("(0, inf] or None", max_seconds=max_seconds)
+    end = math.inf if max_seconds is None else time.monotonic() + max_seconds
     require_flags(progress=progress)
     with gradients_enabled():
         optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
@@ -153,7 +158,8 @@ def minimise(
                 if step % _EVAL_EVERY == 0 or step == steps:
                     since = best.evaluate(step)
                     bar.set_postfix_str(f"held-out {best.loss:.3f}")
-                    if patience is not None and since >= patience * _EVAL_EVERY:
+                    waited = patience is not None and since >= patience * _EVAL_EVERY
+                    if waited or time.monotonic() >= end:
                         break
     return best.loss
 

@@ -180,7 +180,9 @@ def test_images_of_another_size_than_the_base_are_refused() -> None:
 
 def test_vq_models_are_refused_with_what_to_do() -> None:
     model = diffusers.VQModel(norm_num_groups=4, block_out_channels=(8,), latent_channels=2)
-    with pytest.raises(ValueError, match="A VQModel cannot be wrapped.*SingleGroup.*fitted base"):
+    with pytest.raises(
+        ValueError, match="A VQModel cannot be wrapped.*VQModelSource.*SingleGroup.*fitted"
+    ):
         DiffusersSource(model.eval())
 
 

@@ -32,7 +32,7 @@ VARIATIONAL = ("VAE", "BetaVAE", "BetaTCVAE", "DisentangledBetaVAE", "FactorVAE"
 VARIATIONAL += ("IWAE", "CIWAE", "MIWAE", "PIWAE", "Adversarial_AE", "VAEGAN", "VAMP")
 CODES = ("AE", "RAE_GP", "RAE_L2", "WAE_MMD")
 REFUSED = {
-    "VQVAE": "codes of a codebook.*autoregressive",
+    "VQVAE": "codes of a codebook.*VQSource",
     "VAE_IAF": r"pushed through flows.*model\.embed",
     "VAE_LinNF": r"pushed through flows.*model\.embed",
     "HVAE": "Hamiltonian",

@@ -16,7 +16,7 @@ from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_gaussian, fit_mixture
 from ncprior.bases.rebase import rebase
 from ncprior.heads.networks import MLPHead
-from ncprior.source import device_of, sample_posterior
+from ncprior.source import device_of, posterior_of, sample_posterior, visit
 from ncprior.testing import check_source
 
 
@@ -88,8 +88,69 @@ def test_a_prior_that_only_samples_will_do() -> None:
 
 
 def test_one_prior_for_several_groups_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 groups.*base\(k, group\)"):
-        rebase(Ladder(), base())
+    for wrong in (base(), [base(), base()]):
+        with pytest.raises(ValueError, match=r"3 groups.*prior for each group in a list.*base\(k"):
+            rebase(Ladder(), wrong)
+
+
+class Shifted:
+    """A conditional prior: N(c, 1) for the contexts c of the rows."""
+
+    def given(self, context: Tensor) -> Distribution:
+        return Independent(Normal(context, 1.0), 1)
+
+
+def test_a_list_has_a_base_for_every_group() -> None:
+    """Plain, sample-only and conditional ones; the last sees the context of its group."""
+    source = Ladder()
+    x = torch.randn(5, 3)
+    groups: list[Group] = []
+
+    def choose(k: int, group: Group) -> Tensor:
+        groups.append(group)
+        return posterior_of(group).sample()
+
+    visit(source, source.start(5, source.encode(x)), choose)
+    events = [group.posterior.event_shape for group in groups]  # type: ignore[union-attr]
+    plain = [Independent(Normal(torch.zeros(e), 1.0), len(e)) for e in events]
+    based = rebase(source, [plain[0], SampleOnly(plain[1]), plain[2]])
+    check_source(based, x)
+    assert based.prior is None
+    assert based.shared_prior() is None
+    assert NCPrior.for_source(based, x).sample(4, partial(sir, num_proposals=3)).x.shape[0] == 4
+
+
+def test_a_conditional_base_sees_the_context() -> None:
+    source = SingleGroup(
+        base(),
+        lambda x, c: Independent(Normal(x + c, 1.0), 1),
+        lambda z, c: z,
+        condition=lambda x: x,
+    )
+    based, c = rebase(source, Shifted()), torch.randn(4, 2)
+    prior: Any = based.group(based.start(4, condition=c)).prior
+    assert torch.equal(prior.mean, c)
+    assert based.shared_prior() is None
+    check_source(based, c, condition=c)
+
+
+def test_what_is_no_conditional_base_is_refused() -> None:
+    class Empty:
+        def given(self, context: Tensor) -> None:
+            return None
+
+    source = rebase(flat(), Empty())  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"Group 0: given\(context\) must return a prior .*got None"
+    ):
+        source.group(source.start(3))
+    with pytest.raises(
+        TypeError, match=r"base of a group must be a prior .*given\(context\).*got 3"
+    ):
+        rebase(flat(), [3])
+    batch = Independent(Normal(torch.zeros(4, 2), 1.0), 1)
+    with pytest.raises(ValueError, match=r"empty batch shape; got batch shape \(4,\)"):
+        rebase(flat(), [batch])
 
 
 def test_what_is_no_base_is_refused() -> None:

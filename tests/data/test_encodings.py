@@ -13,15 +13,15 @@ import torch
 from helpers.problems import GaussianPair, SampleOnly
 from helpers.toys import VAE, Ladder, flat, ladder_prior, same, stir, weights
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, TransformedDistribution
 
-from ncprior import NCETrainer, NCPrior, SingleGroup, fit
+from ncprior import Group, NCETrainer, NCPrior, SingleGroup, fit
 from ncprior.bases.rebase import rebase
 from ncprior.data.device_loader import Loader
 from ncprior.data.encodings import CachedEncodings, CachedGroupsSource, epochs_to_cache
 from ncprior.data.stream import Stream
 from ncprior.heads.networks import MLPHead
-from ncprior.source import contrastive_pairs, posterior_of, sample_posterior
+from ncprior.source import WrappedSource, contrastive_pairs, posterior_of, sample_posterior
 from ncprior.training import FitSettings
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -277,11 +277,28 @@ def test_an_interrupted_training_on_kept_walks_ends_as_if_it_had_not_been(
 
 
 def test_a_group_without_known_parameters_is_named() -> None:
-    source = rebase(Ladder(2), lambda k, group: SampleOnly(group.prior) if k else group.prior)
-    prior = NCPrior(source, ladder_prior(2).heads)
-    with pytest.raises(TypeError, match="group 1 has a SampleOnly.*cache_epochs=None"):
+    class Unknown(WrappedSource):
+        def group(self, state: Any) -> Group:
+            group = self.source.group(state)
+            return group._replace(posterior=TransformedDistribution(posterior_of(group), []))
+
+    prior = NCPrior(Unknown(Ladder(2)), ladder_prior(2).heads)
+    with pytest.raises(TypeError, match="group 0 has a Transformed.*cache_epochs=None"):
         settings = FitSettings(cache_epochs=1)
         fit(prior, torch.randn(20, 3), steps=2, batch_size=8, settings=settings, **QUIET)
+
+
+def test_a_prior_without_known_parameters_is_cached_as_a_draw_per_row() -> None:
+    source = rebase(Ladder(2), lambda k, group: SampleOnly(group.prior) if k else group.prior)
+    cached = CachedEncodings(source, torch.randn(20, 3), batch_size=8, seed=0)
+    state = cached.source.start(5, cached[:5])
+    first = cached.source.group(cached.source.advance(state, torch.zeros(5, 2))).prior
+    z = first.sample(torch.Size((3,)))
+    assert z.shape[:2] == (3, 5)
+    assert torch.equal(z[0], z[2])  # until the cache is renewed
+    assert len(z[0].unique(dim=0)) == 5
+    prior, settings = NCPrior(source, ladder_prior(2).heads), FitSettings(cache_epochs=1)
+    fit(prior, torch.randn(20, 3), steps=2, batch_size=8, settings=settings, **QUIET)
 
 
 def test_later_stages_of_several_groups_walk_anew() -> None:

@@ -201,21 +201,6 @@ def _(w: World) -> Built:
 # --- distributions
 
 
-@call("ncprior.distributions.Replayed", z=INNER, log_q=INNER, validate_args=FLAG)
-def _(w: World) -> Built:
-    return distributions.Replayed, {"z": w.z, "log_q": torch.zeros(len(w.z))}
-
-
-@call("ncprior.distributions.Replayed.log_prob", value=INNER)
-def _(w: World) -> Built:
-    return distributions.Replayed(w.z, torch.zeros(len(w.z))).log_prob, {"value": w.z}
-
-
-@call("ncprior.distributions.Replayed.sample", sample_shape=SHAPE)
-def _(w: World) -> Built:
-    return distributions.Replayed(w.z, torch.zeros(len(w.z))).sample, {"sample_shape": (2,)}
-
-
 @call("ncprior.distributions.expand", prior=BASE, batch_size=count(0))
 def _(w: World) -> Built:
     return distributions.expand, {"prior": w.base, "batch_size": 3}

@@ -16,14 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzz import calls_adapters, calls_bases, calls_core, calls_recipe, calls_training
+from fuzz import (
+    calls_adapters,
+    calls_bases,
+    calls_codes,
+    calls_core,
+    calls_recipe,
+    calls_training,
+)
 from fuzz.calls import TABLE, explore
 from fuzz.rule import FOUND, SEVERITY
 from test_imports import ADAPTERS, FACES, public_objects
 
 SECONDS = 0.75 * float(os.environ.get("NCPRIOR_FUZZ_SECONDS", "3600"))  # files take the rest
 assert calls_adapters and calls_bases and calls_core  # they fill the table
-assert calls_recipe and calls_training
+assert calls_codes and calls_recipe and calls_training
 
 # Public names without a row of the table, each with the reason.
 WITHOUT = {
@@ -34,6 +41,7 @@ WITHOUT = {
     "ncprior.demo.digits": "takes no arguments",
     "ncprior.demo.read_images": "reads the Hugging Face Hub",
     "ncprior.adapters.diffusers.DiffusersSource": "methods need diffusers",
+    "ncprior.adapters.vq.VQModelSource": "needs diffusers",
     "ncprior.adapters.pythae.NCPSampler": "methods need pythae",
     "ncprior.adapters.pythae.PythaeSource": "methods need pythae",
     "ncprior.adapters.scvi.SCVISource": "methods need scvi-tools",

@@ -254,7 +254,7 @@ def test_F19_a_trainer_turns_dropout_on() -> None:
         (lambda: ConvHead((4,)), ValueError, r"event shape \(C, H, W\)"),
         (lambda: CategoricalHead((), 0), ValueError, "num_categories must be a whole number"),
         (lambda: CategoricalHead((), 2.5), TypeError, "num_categories must be a whole number"),
-        (lambda: CategoricalHead((3,), 5), ValueError, r"event shape \(\) or \(H, W\)"),
+        (lambda: CategoricalHead((3, 2, 2, 2), 5), ValueError, r"\(H, W\) or \(D, H, W\)"),
         (lambda: ProductHead([]), ValueError, "at least one head"),
         (lambda: ProductHead([MLPHead]), TypeError, "got the class MLPHead"),
         (lambda: make_head(base()), TypeError, "group must be of type Group"),

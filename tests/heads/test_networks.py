@@ -19,8 +19,9 @@ from torch.distributions import (
 )
 
 from ncprior import Group
+from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.make import make_head
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.networks import ConvHead, MLPHead
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -119,6 +120,7 @@ def test_config_has_every_argument() -> None:
     assert head.config() == {
         "event_shape": [2, 2],
         "num_categories": 5,
+        "one_hot": False,
         "context_shape": [3],
         "width": 24,
         "depth": 3,
@@ -224,8 +226,10 @@ def test_heads_that_cannot_be_made_are_refused() -> None:
         ConvHead((3,))
     with pytest.raises(ValueError, match=r"multiple of 8; got \(3, 2, 2\) and 12"):
         ConvHead((3, 2, 2), width=12)
-    with pytest.raises(ValueError, match=r"event shape \(\) or \(H, W\); got \(4,\)"):
-        CategoricalHead((4,), 5)
+    with pytest.raises(ValueError, match=r"\(H, W\) or \(D, H, W\); got \(4, 3, 2, 2\)"):
+        CategoricalHead((4, 3, 2, 2), 5)
+    with pytest.raises(ValueError, match=r"One-hot vectors of 5 .*\(..., 5\); got \(4, 6\)"):
+        CategoricalHead((4, 6), 5, one_hot=True)
 
 
 # --- make_head ---
@@ -245,8 +249,12 @@ def rows_of(distribution: Distribution, rows: int = 64) -> Distribution:
         (Independent(Normal(torch.zeros(5, 4, 4), 1.0), 3), MLPHead),
         (Categorical(logits=torch.zeros(CODES)), CategoricalHead),
         (Independent(Categorical(logits=torch.zeros(4, 4, CODES)), 2), CategoricalHead),
-        (OneHotCategorical(logits=torch.zeros(CODES)), MLPHead),
+        (Independent(Categorical(logits=torch.zeros(7, CODES)), 1), CategoricalHead),
+        (Independent(Categorical(logits=torch.zeros(2, 3, 3, CODES)), 3), CategoricalHead),
+        (OneHotCategorical(logits=torch.zeros(CODES)), CategoricalHead),
+        (Independent(OneHotCategorical(logits=torch.zeros(4, CODES)), 1), CategoricalHead),
         (Independent(Bernoulli(logits=torch.zeros(CODES)), 1), MLPHead),
+        (Independent(Bernoulli(logits=torch.zeros(2, 8, 8)), 3), ConvHead),
     ],
     ids=str,
 )
@@ -289,6 +297,28 @@ def test_make_head_cannot_count_codes_of_a_sampler() -> None:
     ):
         make_head(group)
     assert type(make_head(Group(SampleOnly(rows_of(Uniform(0.0, 1.0)))))) is MLPHead
+    group.prior.num_categories = 5  # type: ignore[attr-defined]
+    assert make_head(group).config()["num_categories"] == 5  # type: ignore[operator]
+
+
+def test_one_hot_vectors_have_the_log_r_of_their_codes() -> None:
+    for grid in ((), (3,), (3, 2), (2, 3, 2)):
+        of_codes = trained(CategoricalHead(grid, CODES, width=16))
+        of_vectors = CategoricalHead((*grid, CODES), CODES, one_hot=True, width=16)
+        of_vectors.load_state_dict(of_codes.state_dict())
+        z = torch.randint(CODES, (4, ROWS, *grid))
+        vectors = nn.functional.one_hot(z, CODES).float()
+        torch.testing.assert_close(of_vectors(vectors), of_codes(z))
+
+
+def test_levels_of_codes_have_tables_of_their_own() -> None:
+    head = CategoricalHead((2, 1, 1), CODES, width=16)
+    z = torch.tensor([3, 5]).reshape(1, 2, 1, 1)
+    table = head.embedding.weight
+    assert torch.equal(head.embed(z).flatten(), table[3] + table[CODES + 5])
+    for wrong in (CODES, -1):  # not the next level's, or the last one's
+        with pytest.raises(ValueError, match=f"codes from 0 to {CODES - 1}"):
+            head.embed(z.clamp(max=wrong) if wrong < 0 else z.fill_(wrong))
 
 
 def inputs_of_the_first_layer(

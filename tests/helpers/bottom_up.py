@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, LatentSource
-from ncprior.distributions import Replayed
+from ncprior.distributions import PointMass
 
 # Rows of the joint distribution of x, b, z, t under q as combinations of four N(0, 1).
 _X = np.array([1.0, 0, 0, 0])
@@ -83,9 +83,9 @@ class BottomUp(LatentSource[Code, State]):
         k, z = drawn.shape[1], drawn[:, :1]
         if k == 0:
             p = normal(drawn.new_zeros(len(drawn), 1), 1.0)
-            return Group(p, None if code is None else Replayed(code.z, code.log_q_z))
+            return Group(p, None if code is None else PointMass(code.z, code.log_q_z))
         if k == 1:
-            q = None if code is None else Replayed(code.b, code.log_q_b)
+            q = None if code is None else PointMass(code.b, code.log_q_b)
             return Group(normal(0.6 * z, 0.8), q, drawn)
         q_t = None if code is None else normal(0.3 * code.x - 0.4 * z, 0.6)
         return Group(normal(-0.5 * z, 0.7), q_t, drawn)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead
 
 ROWS = 3
 CODES = 11
@@ -21,10 +22,13 @@ class Case(NamedTuple):
     event: tuple[int, ...]
     context: tuple[int, ...] | None
     codes: bool = False
+    one_hot: bool = False
 
     def z(self, *lead: int) -> Tensor:
         """Latents of shape (*lead, ROWS, *event)."""
         shape = (*lead, ROWS, *self.event)
+        if self.one_hot:
+            return nn.functional.one_hot(torch.randint(CODES, shape[:-1]), CODES).float()
         return torch.randint(CODES, shape) if self.codes else torch.randn(shape)
 
     def c(self) -> Tensor | None:
@@ -49,6 +53,16 @@ def categorical(event: tuple[int, ...], context: tuple[int, ...] | None) -> Case
     )
 
 
+def one_hot(grid: tuple[int, ...], context: tuple[int, ...] | None) -> Case:
+    event = (*grid, CODES)
+    return Case(
+        lambda: CategoricalHead(event, CODES, one_hot=True, context_shape=context, width=16),
+        event,
+        context,
+        one_hot=True,
+    )
+
+
 CASES = {
     "vector": mlp((5,), None),
     "vector, context": mlp((5,), (7,)),
@@ -70,6 +84,13 @@ CASES = {
     "grid": categorical((3, 2), None),
     "grid 1x1": categorical((1, 1), (4,)),
     "grid, map context": categorical((9, 9), (2, 9, 9)),
+    "sequence": categorical((3,), None),
+    "sequence of 20, context": categorical((20,), (4,)),
+    "levels of grids, map context": categorical((2, 3, 2), (2, 3, 2)),
+    "levels of sequences": categorical((2, 1, 12), None),
+    "one-hot vector, context": one_hot((), (4,)),
+    "one-hot sequence": one_hot((3,), None),
+    "one-hot levels of grids": one_hot((2, 3, 2), (4,)),
 }
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, SingleGroup, fit, improve, sir
-from ncprior.bases import GaussianMixture, NoPrior, Rebased
+from ncprior.adapters.vq import VQSource
+from ncprior.bases import GaussianMixture, NoPrior, Rebased, fit_code_network
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
-from ncprior.recipe import Choice, heads
+from ncprior.recipe import Choice, base, heads
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.judge import in_words, share_closed
 from ncprior.recipe.parts import parts_of
@@ -150,12 +151,41 @@ def test_heads_are_trained_in_the_precision_that_is_fast_here(
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("problem", [Codes(), CorrelatedPair()], ids=["codes", "two groups"])
-def test_codes_and_hierarchies_keep_their_base(problem: Codes | CorrelatedPair) -> None:
-    prior = improved(problem, 1000)
+def test_hierarchies_keep_their_base() -> None:
+    prior = improved(CorrelatedPair(), 1000)
     assert chosen(prior)["base"] == "the VAE's own prior"
     assert not isinstance(prior.source, Rebased)
     assert len(prior.sample(64).x) == 64
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_code_gets_its_frequencies() -> None:
+    """The target's own table: nothing is left for heads."""
+    problem = Codes()
+    prior = improved(problem, 3000)
+    assert chosen(prior)["base"] == "frequencies of codes"
+    assert isinstance(prior.source, Rebased)
+    base: Any = prior.source.prior
+    error = 4 * (problem.target.probs / 2250).sqrt()
+    assert ((base.logits.exp() - problem.target.probs).abs() < error).all()
+    assert len(prior.sample(64).x) == 64
+
+
+def test_a_grid_of_codes_gets_a_network_if_it_is_more_likely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = partial(fit_code_network, width=8, depth=1, steps=200)
+    monkeypatch.setattr(base, "fit_code_network", small)
+    names = []
+    for columns in (1, 2):  # independent codes, and columns that are copies
+        x = torch.randint(4, (2000, 2, 3 - columns)).repeat(1, 1, columns)
+        source = VQSource(lambda x: x, lambda z: z.float(), num_categories=4)
+        record = Record(progress=False, max_seconds=None)
+        based = choose_base(source, parts_of(x, None, seed=0), record)
+        names.append(type(based.prior).__name__)
+        assert len(record.choices[0].candidates) == 2
+    assert names == ["CodeFrequencies", "CodeNetwork"]
+    assert heads._num_cached(based, parts_of(x, None, seed=0)) == 3000
 
 
 @pytest.mark.usefixtures("quick")

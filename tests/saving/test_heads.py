@@ -11,14 +11,18 @@ import torch
 from helpers.hub_problems import edit, equal_draws, gaussian, trained
 from helpers.problems import CorrelatedPair, around, standard_normal
 from helpers.toys import Unfinished
+from helpers.vqvae2_standin import TwoLevels
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from ncprior import Group, NCPrior, SingleGroup, sir
+from ncprior.adapters.vq import VQVAE2Source
+from ncprior.bases.code_bases import fit_code_bases
 from ncprior.bases.mixture_em import fit_mixture
 from ncprior.bases.rebase import rebase
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.saving.heads import FILE, inspect
 from ncprior.training.stages import nested
 
@@ -299,6 +303,57 @@ def test_heads_on_a_base_of_ones_own_need_that_base(tmp_path: Path) -> None:
 )
 def test_a_base_comes_from_a_fixed_table(match: str, change: Any, tmp_path: Path) -> None:
     source, prior = rebased()
+    prior.save_pretrained(tmp_path)
+    edit(tmp_path / FILE, change)
+    with pytest.raises(ValueError, match=match):
+        NCPrior.from_pretrained(source, tmp_path)
+
+
+def of_codes(seed: int = 0) -> tuple[VQVAE2Source, NCPrior]:
+    """Two grids of codes, frequencies for the top and a network given it for the bottom."""
+    torch.manual_seed(0)
+    source, x = VQVAE2Source(TwoLevels().eval()), torch.randn(20, 3, 8, 8)
+    torch.manual_seed(seed)
+    top, _ = fit_code_bases(source, x, kind="frequencies")
+    _, bottom = fit_code_bases(source, x, width=8, depth=1, steps=1, progress=False)
+    based = rebase(source, [top, bottom])
+    heads = (
+        CategoricalHead((2, 2), 9, width=8),
+        CategoricalHead((4, 4), 10, context_shape=(4, 4, 4), width=8),
+    )
+    return source, trained(based, *heads)
+
+
+def test_bases_of_several_groups_come_with_the_heads(tmp_path: Path) -> None:
+    source, prior = of_codes()
+    prior.save_pretrained(tmp_path)
+    entry = inspect(tmp_path)["base"]
+    assert [one["kind"] for one in entry["config"]["bases"]] == ["CodeFrequencies", "CodeNetwork"]
+    assert "fitted CodeFrequencies, CodeNetwork" in (tmp_path / "README.md").read_text()
+    loaded = NCPrior.from_pretrained(source, tmp_path)
+    assert equal_draws(prior.eval(), loaded)
+    assert equal_draws(prior, NCPrior.from_pretrained(prior.source, tmp_path))
+    with pytest.raises(ValueError, match="trained on the base prior several:"):
+        NCPrior.from_pretrained(of_codes(seed=1)[1].source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("match", "change"),
+    {
+        "base 1 must be one of": lambda c, t: c["base"]["config"]["bases"][1].update(kind="x"),
+        "base 1 cannot be built as a CodeNetwork": lambda c, t: t.pop("base.1.out.bias"),
+        "has no bases for 2 groups": lambda c, t: c["base"]["config"]["bases"].pop(),
+        "bases that belong to no group": lambda c, t: t.update({"base.2.logits": torch.ones(2)}),
+        "no valid kernel_size": lambda c, t: c["base"]["config"]["bases"][1]["config"].update(
+            kernel_size=10**9
+        ),
+        "too few tensors for so many layers": lambda c, t: c["base"]["config"]["bases"][1][
+            "config"
+        ].update(depth=10**6),
+    }.items(),
+)
+def test_bases_of_several_groups_are_checked(match: str, change: Any, tmp_path: Path) -> None:
+    source, prior = of_codes()
     prior.save_pretrained(tmp_path)
     edit(tmp_path / FILE, change)
     with pytest.raises(ValueError, match=match):

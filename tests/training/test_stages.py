@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ncprior import Group, NCPrior, fit, langevin, sir
 from ncprior.bases.empirical import Empirical
 from ncprior.bases.rebase import rebase
-from ncprior.heads.networks import CategoricalHead, ConvHead, MLPHead
+from ncprior.heads.codes import CategoricalHead
+from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead, fresh_head
 from ncprior.samplers.base import Draw
 from ncprior.samplers.smc import tempered_smc

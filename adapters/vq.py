@@ -1,0 +1,296 @@
+"""VQ-VAEs as sources: grids of codes, one per level.
+
+The encoder of a VQ-VAE maps x to whole numbers, the indices of codebook vectors, and the decoder maps
+them back. There is no prior: it is fitted afterwards, to the codes of the training data.
+
+    source = VQSource(encode, decode, num_categories=512, module=vqvae)
+    source = rebase(source, fit_code_bases(source, x))
+
+A VQ-VAE with several levels, such as VQ-VAE-2, has a group of latents per level, the coarsest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ncprior.bases.codes import NoCodePrior
+from ncprior.distributions import PointMass, Sampleable, expand
+from ncprior.source import Group, LatentSource, require_eval
+from ncprior.utils.precision import input_like
+from ncprior.utils.require import (
+    described,
+    floats_of_batch,
+    require_callable,
+    require_counts,
+    require_finite,
+    require_instance,
+)
+
+_PIXELS = (-16.0, 16.0)  # pixels of any scaling are within; bytes are not
+
+
+class VQSource(LatentSource[Any, Any]):
+    """A VQ-VAE as groups of codes: any pair of an encoder to indices and a decoder of indices.
+
+    A batch is x itself, or the first item of a tuple. q(z | x) has all its mass on the codes of the
+    encoder.
+
+    Arguments:
+        encode: Maps x to codes, whole numbers of shape ``(B, *grid)``; of several levels to a tuple
+            of them, in the order in which they are drawn.
+        decode: Maps the codes, one argument per level, to the decoder's mean, ``(B, ...)``.
+        num_categories: Number of vectors in the codebook; of several levels a list of numbers.
+        module: The VQ-VAE, for its fingerprint and the check that it is in evaluation mode.
+        context: Maps the codes of the levels before the next one, one argument per level, to the
+            context of its base and its ratio head, ``(B, ...)``; for every level but the first.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``num_categories`` is below 1, or there are several levels without a context.
+
+    Example:
+        >>> codebook = torch.linspace(-1, 1, 8)
+        >>> def encode(x):
+        ...     return (x.unsqueeze(-1) - codebook).abs().argmin(-1)
+        >>> source = VQSource(encode, lambda z: codebook[z], num_categories=8)
+        >>> x = torch.rand(4, 5, 5)
+        >>> state = source.advance(source.start(4, source.encode(x)), encode(x))
+        >>> bool((source.decode(state) - x).abs().max() < 0.2)
+        True
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Any], Tensor | Sequence[Tensor]],
+        decode: Callable[..., Tensor],
+        *,
+        num_categories: int | Sequence[int],
+        module: nn.Module | None = None,
+        context: Callable[..., Tensor] | None = None,
+    ) -> None:
+        for name, part in {"encode": encode, "decode": decode}.items():
+            require_callable(name, part, "Pass a function or a module.")
+        several = isinstance(num_categories, list | tuple)
+        counts: Any = num_categories if several else [num_categories]
+        require_counts(**{f"num_categories[{k}]": count for k, count in enumerate(counts)})
+        if module is not None:
+            require_instance("module", module, nn.Module, "Pass the VQ-VAE, or leave it out.")
+        if context is not None:
+            require_callable("context", context, "Pass a function of the codes drawn before.")
+        if not counts or (len(counts) > 1) != (context is not None):
+            raise ValueError(
+                f"A context is needed for several levels of codes, and only there; got "
+                f"{len(counts)} levels and {'no' if context is None else 'a'} context."
+            )
+        self.num_groups, self.module = len(counts), module
+        self._priors = [NoCodePrior(int(count)) for count in counts]
+        self._encode, self._decode, self._context = encode, decode, context
+
+    class State(NamedTuple):
+        """The codes of x, or ``None`` without an x, and those that are chosen so far."""
+
+        rows: Tensor  # (B, 0): carries the batch size
+        encoding: tuple[Tensor, ...] | None
+        chosen: tuple[Tensor, ...]
+
+    def encode(self, x: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        """Returns the codes of one batch, of all levels.
+
+        Raises:
+            TypeError: If the encoder returns no codes.
+            ValueError: If x has NaN or infinity, or codes are out of range.
+        """
+        self._require_eval()
+        x = x[0] if isinstance(x, tuple | list) and len(x) > 0 else x
+        if isinstance(x, Tensor) and x.is_floating_point():
+            require_finite("x", x)  # the nearest vector to NaN would be the first one
+        codes = self._encode(x)
+        found = tuple(codes) if isinstance(codes, tuple | list) else (codes,)
+        if len(found) != self.num_groups:
+            raise ValueError(
+                f"encode(x) must return the codes of {self.num_groups} levels; got {len(found)}."
+            )
+        return tuple(self._checked(k, z) for k, z in enumerate(found))
+
+    def start(
+        self,
+        batch_size: int,
+        encoding: tuple[Tensor, ...] | None = None,
+        condition: Any = None,  # noqa: ANN401
+    ) -> State:
+        """Returns the state before the first level."""
+        require_counts(batch_size=batch_size)
+        self._require_eval()
+        if condition is not None:
+            raise ValueError("This source takes no condition; got one.")
+        device = None
+        if encoding is not None:
+            device = encoding[0].device
+        elif self.module is not None:
+            device = input_like(self.module).device
+        return self.State(torch.empty(batch_size, 0, device=device), encoding, ())
+
+    def group(self, state: State) -> Group:
+        """Returns the codes of the next level as its posterior, and its context."""
+        k, rows = len(state.chosen), len(state.rows)
+        q: Distribution | None = None
+        if state.encoding is not None:
+            q = PointMass(state.encoding[k])
+        context = None if k == 0 or self._context is None else self._context(*state.chosen)
+        return Group(expand(self._priors[k], rows), q, context)
+
+    def advance(self, state: State, z: Tensor) -> State:
+        """Returns the state with the codes of the level, of shape ``(B, *grid)``."""
+        if len(z) != len(state.rows):
+            raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
+        return state._replace(chosen=(*state.chosen, z))
+
+    def decode(self, state: State) -> Tensor:
+        """Returns the decoder's mean."""
+        return self._decode(*state.chosen)
+
+    def shared_prior(self) -> Sampleable | None:
+        """Returns the placeholder of the missing prior of a single level."""
+        return self._priors[0] if self.num_groups == 1 else None
+
+    def _checked(self, k: int, codes: Any) -> Tensor:  # noqa: ANN401
+        """Returns the codes of a level after a check of their type and, waiting for a GPU, range."""
+        whole = isinstance(codes, Tensor) and not (codes.is_floating_point() or codes.is_complex())
+        if not whole or codes.ndim < 1 or codes.dtype == torch.bool:
+            raise TypeError(
+                f"encode(x) must return codes, whole numbers of shape (B, *grid); got "
+                f"{described(codes)}. Return the indices of the codebook vectors."
+            )
+        count = self._priors[k].num_categories
+        if codes.numel() > 0 and not ((codes >= 0) & (codes < count)).all():
+            raise ValueError(
+                f"Codes of level {k} must be from 0 to num_categories - 1 = {count - 1}; got others. "
+                f"Pass num_categories=, the number of vectors in the codebook."
+            )
+        checked: Tensor = codes.long()
+        return checked
+
+    def _require_eval(self) -> None:
+        require_eval(
+            self.module, *(getattr(p, "__self__", p) for p in (self._encode, self._decode))
+        )
+
+
+class VQModelSource(VQSource):
+    """A ``VQModel`` of diffusers as a source of one grid of codes.
+
+    A batch is x itself, ``(B, 3, H, W)`` in [-1, 1] for most models, or the first item of a tuple.
+    The images of one source must be of one size.
+
+    Arguments:
+        model: The model, in evaluation mode, on the device where it is to stay.
+
+    Raises:
+        TypeError: If the model is no VQ-VAE with the interface of ``VQModel``.
+        ValueError: If it is in training mode, or its codes are remapped.
+
+    Example:
+        >>> from diffusers import VQModel
+        >>> model = VQModel(latent_channels=2, norm_num_groups=8, block_out_channels=(8,))
+        >>> source = VQModelSource(model.eval())
+        >>> [z.shape for z in source.encode(2 * torch.rand(5, 3, 4, 4) - 1)]
+        [torch.Size([5, 4, 4])]
+    """
+
+    module: Any
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401
+        parts = ("encode", "decode", "quantize", "post_quant_conv")
+        _require_parts(model, parts, "a VQModel of diffusers: VQModel.from_pretrained(...)")
+        if getattr(model.quantize, "remap", None) is not None:
+            raise ValueError("A VQModel with remapped codes cannot be wrapped; use VQSource.")
+        count = model.quantize.embedding.num_embeddings
+        super().__init__(self._codes, self._image, num_categories=count, module=model)
+        require_eval(model)
+
+    def _codes(self, x: Any) -> Tensor:  # noqa: ANN401
+        model = self.module
+        remedy = "Scale images to [-1, 1]: x / 127.5 - 1 for bytes."
+        x = floats_of_batch(type(model).__name__, x, remedy, _PIXELS)
+        h = model.encode(x.to(input_like(model.encoder))).latents
+        indices = model.quantize(h)[2][2]
+        codes: Tensor = indices.reshape(len(h), *h.shape[2:])
+        return codes
+
+    def _image(self, z: Tensor) -> Tensor:
+        model = self.module
+        vectors = model.quantize.embedding(z).movedim(-1, 1)
+        vectors = vectors.contiguous().to(input_like(model.post_quant_conv))
+        spatial = model.config.norm_type == "spatial"
+        x: Tensor = model.decoder(model.post_quant_conv(vectors), vectors if spatial else None)
+        return x.float()
+
+
+class VQVAE2Source(VQSource):
+    """The VQ-VAE-2 of ``rosinality/vq-vae-2-pytorch`` as two groups of codes: top, then bottom.
+
+    The context of the bottom codes is the decoded top codes: the feature map that the encoder joins
+    to its own.
+
+    Arguments:
+        model: A ``VQVAE`` of that repository, in evaluation mode.
+
+    Raises:
+        TypeError: If the model does not have the interface of that class.
+        ValueError: If it is in training mode.
+
+    References:
+        | Generating Diverse High-Fidelity Images with VQ-VAE-2 (Razavi et al., NeurIPS 2019)
+
+    Example:
+        >>> from helpers.vqvae2_standin import TwoLevels  # a small model of that kind, in the tests
+        >>> source = VQVAE2Source(TwoLevels().eval())
+        >>> [z.shape for z in source.encode(torch.rand(5, 3, 8, 8))]
+        [torch.Size([5, 2, 2]), torch.Size([5, 4, 4])]
+    """
+
+    module: Any
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401
+        parts = ("encode", "decode_code", "quantize_t", "quantize_b", "dec_t")
+        _require_parts(model, parts, "a VQVAE of rosinality/vq-vae-2-pytorch")
+        super().__init__(
+            self._codes,
+            model.decode_code,
+            num_categories=[int(model.quantize_t.n_embed), int(model.quantize_b.n_embed)],
+            module=model,
+            context=partial(_decoded_top, model),
+        )
+        require_eval(model)
+
+    def _codes(self, x: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        remedy = "Scale images as in its training: to [-1, 1]."
+        x = floats_of_batch(type(self.module).__name__, x, remedy, _PIXELS)
+        _, _, _, top, bottom = self.module.encode(x)
+        return top, bottom
+
+
+def _decoded_top(model: Any, top: Tensor) -> Tensor:  # noqa: ANN401
+    features: Tensor = model.dec_t(model.quantize_t.embed_code(top).movedim(-1, 1))
+    return features.float()
+
+
+def _require_parts(model: Any, parts: Iterable[str], wanted: str) -> None:  # noqa: ANN401
+    """Validates that a model has the modules and methods that its source uses.
+
+    Raises:
+        TypeError: If one is missing.
+    """
+    require_instance("model", model, nn.Module, f"Pass {wanted}.")
+    missing = [part for part in parts if not hasattr(model, part)]
+    if missing:
+        raise TypeError(
+            f"model must be {wanted}; got a {type(model).__name__} without {', '.join(missing)}. "
+            f"Wrap any other VQ-VAE in VQSource(encode, decode, num_categories=...)."
+        )
