@@ -22,7 +22,8 @@ class SingleGroup(LatentSource[Any, Any]):
     Arguments:
         prior: p(z), with an empty batch shape.
         posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. If a batch is
-            a tuple or list such as (image, label), x is its first item.
+            a tuple or list such as (image, label), x is its first item. ``None`` stands for a
+            decoder without an encoder: :func:`ncprior.training.fit_encoder` trains one.
         decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
         module: The VAE itself, or a list of its modules, for the fingerprint, the dtype of z, and
             the check that it is in evaluation mode. It is never registered, moved or changed. (The
@@ -59,7 +60,7 @@ class SingleGroup(LatentSource[Any, Any]):
     def __init__(
         self,
         prior: Sampleable,
-        posterior: Callable[..., Distribution],
+        posterior: Callable[..., Distribution] | None,
         decoder: Callable[..., Tensor],
         *,
         module: nn.Module | Iterable[nn.Module] | None = None,
@@ -72,9 +73,10 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"The prior needs a method `sample`; got {described(prior)}. Pass a distribution, "
                 f"such as Independent(Normal(zeros, ones), 1)."
             )
-        optional = {"likelihood": likelihood, "condition": condition, "features": features}
+        optional = {"posterior": posterior, "likelihood": likelihood, "condition": condition}
+        optional["features"] = features
         given = {name: part for name, part in optional.items() if part is not None}
-        for name, part in {"posterior": posterior, "decoder": decoder, **given}.items():
+        for name, part in {"decoder": decoder, **given}.items():
             require_callable(name, part, "Pass a function or a module.")
         if isinstance(prior, Distribution) and prior.batch_shape:
             raise ValueError(
@@ -215,6 +217,11 @@ class SingleGroup(LatentSource[Any, Any]):
         return z if dtype is None else z.to(dtype)
 
     def _checked_posterior(self, x: Any, c: Tensor | None) -> Distribution:  # noqa: ANN401
+        if self._posterior is None:
+            raise ValueError(
+                "This source has no posterior q(z | x). Train one for its decoder: "
+                "source = ncprior.training.fit_encoder(source, data)."
+            )
         try:
             q = self._posterior(x) if c is None else self._posterior(x, c)
         except torch.OutOfMemoryError:
