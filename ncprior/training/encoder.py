@@ -318,12 +318,13 @@ class _MLP(nn.Module):
             nn.Linear(_WIDTH, _WIDTH),
             nn.SiLU(),
         ]
-        self.network = nn.Sequential(*layers, nn.Linear(_WIDTH, outputs))
+        last = nn.Linear(_WIDTH, outputs)
+        self.network = nn.Sequential(*layers, last)
         self.linear = nn.Linear(flat.shape[1], outputs, bias=False)
-        for last in (self.linear.weight, *self.network[-1].parameters()):
-            nn.init.zeros_(last)
         with torch.no_grad():
-            self.network[-1].bias.copy_(torch.cat([z.mean(0), z.var(0).clamp(min=1e-12).log()]))
+            self.linear.weight.zero_()
+            last.weight.zero_()
+            last.bias.copy_(torch.cat([z.mean(0), z.var(0).clamp(min=1e-12).log()]))
         self.to(flat)
 
     def forward(self, x: Tensor) -> Tensor:
