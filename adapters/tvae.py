@@ -30,7 +30,7 @@ from torch.distributions import Distribution, Independent, Normal, OneHotCategor
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
 from ncprior.utils.precision import input_like
-from ncprior.utils.require import described, floats_of_batch, require_instance
+from ncprior.utils.require import described, floats_of_batch, require_finite, require_instance
 
 _ROWS = "Pass rows as source.rows(table) returns them."
 
@@ -137,12 +137,13 @@ class TVAESource(SingleGroup):
             A DataFrame or an array of N rows.
 
         Raises:
-            ValueError: If x has another number of columns, or holds no floats.
+            ValueError: If x has another number of columns, NaN or infinity, or holds no floats.
 
         Example:
             >>> source.table(prior.sample(1000, draw_x=True).x)  # doctest: +SKIP
         """
         x = self._checked(x)
+        require_finite("x", x)
         return self._transformer.inverse_transform(x.detach().cpu().numpy())
 
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
@@ -168,10 +169,10 @@ class TVAESource(SingleGroup):
         loc, scale, *_ = self.encoder(x.to(input_like(self.encoder)))
         return _normal(loc.float(), scale.float())
 
-    def _rows_given(self, z: Tensor) -> TableRows:
+    def _rows_given(self, z: Tensor) -> _TableRows:
         """p(x | z), with batch shape ``(B,)``."""
         output, sigma = self.module(z)
-        return TableRows(output.float(), sigma.float(), self._spans)
+        return _TableRows(output.float(), sigma.float(), self._spans)
 
     def _check_table(self, table: Any) -> None:  # noqa: ANN401
         wants_frame, infos = (
@@ -208,7 +209,7 @@ class TVAESource(SingleGroup):
                 first += span.dim
 
 
-class TableRows(Distribution):
+class _TableRows(Distribution):
     """Distribution of a row given z: normal places within components, and categorical spans.
 
     Arguments:
@@ -216,13 +217,6 @@ class TableRows(Distribution):
             mean; of a one-hot span, its logits.
         sigma: Scales, ``(F,)``, of which those of places are used.
         spans: Width of each span, and whether it is one-hot.
-
-    Example:
-        >>> p = TableRows(torch.zeros(5, 4), torch.ones(4), [(1, False), (3, True)])
-        >>> p.mean[0]
-        tensor([0.0000, 0.3333, 0.3333, 0.3333])
-        >>> p.log_prob(p.sample()).shape
-        torch.Size([5])
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -256,14 +250,8 @@ class TableRows(Distribution):
         )
 
 
-class CapturedEncoder:
-    """The encoder of the TVAE that was fitted inside :func:`capture_encoder`.
-
-    Example:
-        >>> CapturedEncoder().encoder
-        Traceback (most recent call last):
-        RuntimeError: One TVAE must be fitted inside capture_encoder(); got 0. Call model.fit there...
-    """
+class _Captured:
+    """The encoder of the TVAE that was fitted inside :func:`capture_encoder`."""
 
     def __init__(self) -> None:
         self.networks: list[nn.Module] = []
@@ -284,7 +272,7 @@ class CapturedEncoder:
 
 
 @contextmanager
-def capture_encoder() -> Iterator[CapturedEncoder]:
+def capture_encoder() -> Iterator[_Captured]:
     """Context that keeps the encoder of the TVAE that is fitted inside it.
 
     ``TVAE.fit`` builds its encoder as a local variable. Inside the context the constructor of
@@ -308,7 +296,7 @@ def capture_encoder() -> Iterator[CapturedEncoder]:
         raise ImportError(
             f"capture_encoder() needs ctgan ({error}): pip install 'ncprior[tables]'."
         ) from error
-    build, captured = kind.__init__, CapturedEncoder()
+    build, captured = kind.__init__, _Captured()
 
     def recorded(self: nn.Module, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
         build(self, *arguments, **options)
