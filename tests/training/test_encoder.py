@@ -155,24 +155,37 @@ def test_a_seed_repeats_it_and_leaves_the_generators(no_grad: Callable[[], Any])
     assert not torch.equal(first.encode(x).loc, briefly(source, x, seed=4).encode(x).loc)
 
 
+class Counted(nn.Linear):
+    """A linear encoder that counts its training steps, and starts at q = p."""
+
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        return super().forward(x)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 def test_training_ends_early_and_keeps_the_best() -> None:
     _, source = vae_without_encoder()
-    seen = 0
-
-    class Encoder(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            nonlocal seen
-            seen += self.training
-            return super().forward(x)
-
-    x, noise = torch.randn(40, 3), torch.randn(40, 3)
-    encoder = Encoder(3, 4)
-    nn.init.zeros_(encoder.weight)
-    nn.init.zeros_(encoder.bias)
-    fitted = briefly(source, x, encoder, held_out=noise, steps=5000, patience=2, learning_rate=1.0)
-    assert seen == 200  # no evaluation is better than q = p
+    x, noise, encoder = torch.randn(40, 3), torch.randn(40, 3), Counted(3, 4)
+    options = {"held_out": noise, "steps": 5000, "patience": 2, "learning_rate": 1.0}
+    fitted = briefly(source, x, encoder, **options)
+    assert encoder.steps == 200  # no evaluation is better than q = p
     assert fitted.encoder is encoder and not encoder.training
     assert not encoder.weight.any()
+
+
+def test_held_out_losses_have_the_same_noise() -> None:
+    _, source = vae_without_encoder()
+    for seed in range(3):  # fresh noise would lower one loss of two
+        encoder = Counted(3, 4)
+        options = {"steps": 300, "patience": 1, "learning_rate": 1e-17, "seed": seed}
+        briefly(source, torch.randn(40, 3), encoder, **options)
+        assert encoder.steps == 100
 
 
 def test_latents_with_more_axes_and_decoders_of_means() -> None:
