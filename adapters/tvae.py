@@ -42,10 +42,12 @@ class TVAESource(SingleGroup):
     :meth:`table`. Decoder and transformer are copied: the model does not change, and may be trained
     again.
 
-    ``TVAE.sample`` shows the most likely category of each column and component, where this source
-    draws one. Its loss is ``loss_factor``, by default 2, times the reconstruction plus the KL
-    divergence: :func:`~ncprior.training.fit_encoder` maximises it with ``kl_weight=1 /
-    model.loss_factor``, and the ELBO of p(x | z), a lower bound of log p(x), by default.
+    This source draws the categories of a row. ``TVAE.sample`` takes, in each one-hot span, the largest
+    tanh of a logit instead: logits above 9 tie in float32, and the first of them wins.
+
+    The loss of a TVAE is the reconstruction times ``loss_factor``, by default 2, plus the KL
+    divergence. :func:`~ncprior.training.fit_encoder` minimises the same with ``kl_weight=1 /
+    model.loss_factor``; by default it maximises the ELBO of p(x | z), a lower bound of log p(x).
 
     Arguments:
         model: The fitted ``TVAE``, on the device where the source is to stay.
