@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, OneHotCategorical, constraints
+from torch.distributions import Categorical, Distribution, Independent, Normal, constraints
 
 from ncprior.single_group import SingleGroup
 from ncprior.source import require_eval
@@ -84,10 +85,10 @@ class TVAESource(SingleGroup):
         require_instance("encoder", encoder, (nn.Module, type(None)), remedy)
         self.model, self.encoder = model, encoder
         self._transformer = copy.deepcopy(model.transformer)  # its generators move when it is used
-        spans = [span for column in self._transformer.output_info_list for span in column]
-        self._spans = [(span.dim, span.activation_fn == "softmax") for span in spans]
         decoder = copy.deepcopy(model.decoder).eval()
-        zeros = torch.zeros(model.embedding_dim, device=input_like(decoder).device)
+        device = input_like(decoder).device
+        self._layout = _layout_of(self._transformer.output_info_list, device)
+        zeros = torch.zeros(model.embedding_dim, device=device)
         super().__init__(
             _normal(zeros, torch.ones_like(zeros)),
             None if encoder is None else self._q,
@@ -160,7 +161,7 @@ class TVAESource(SingleGroup):
     def _checked(self, x: Any) -> Tensor:  # noqa: ANN401
         if hasattr(x, "columns"):
             raise TypeError(f"TVAESource encodes rows of numbers; got {described(x)}. {_ROWS}")
-        rows, width = floats_of_batch("TVAESource", x, _ROWS), sum(dim for dim, _ in self._spans)
+        rows, width = floats_of_batch("TVAESource", x, _ROWS), len(self._layout.order)
         if rows.ndim != 2 or rows.shape[1] != width:
             raise ValueError(f"TVAESource takes rows (N, {width}); got {described(rows)}. {_ROWS}")
         return rows
@@ -174,7 +175,7 @@ class TVAESource(SingleGroup):
     def _rows_given(self, z: Tensor) -> _TableRows:
         """p(x | z), with batch shape ``(B,)``."""
         output, sigma = self.module(z)
-        return _TableRows(output.float(), sigma.float(), self._spans)
+        return _TableRows(output.float(), sigma.float(), self._layout)
 
     def _check_table(self, table: Any) -> None:  # noqa: ANN401
         wants_frame, infos = (
@@ -211,45 +212,68 @@ class TVAESource(SingleGroup):
                 first += span.dim
 
 
+class _Layout(NamedTuple):
+    """The numbers of an encoded row: S one-hot spans, each padded to the widest, W, and places."""
+
+    places: Tensor  # (P,), their columns
+    spans: Tensor  # (S, W), the columns of each span
+    inside: Tensor  # (S, W), whether an entry is no padding
+    order: Tensor  # (F,), the position of each column behind one another: places, then spans
+
+
+def _layout_of(info: Sequence[Sequence[Any]], device: torch.device) -> _Layout:
+    """Returns the layout of the rows of a transformer, from its ``output_info_list``."""
+    parts = [span for column in info for span in column]
+    columns = torch.arange(sum(part.dim for part in parts), device=device)
+    split = list(zip(columns.split([part.dim for part in parts]), parts, strict=True))
+    one_hot = [c for c, part in split if part.activation_fn == "softmax"]
+    places = torch.cat([columns[:0], *(c for c, part in split if part.activation_fn != "softmax")])
+    spans = nn.utils.rnn.pad_sequence(one_hot, batch_first=True, padding_value=-1)
+    inside = spans >= 0
+    return _Layout(places, spans, inside, torch.cat([places, spans[inside]]).argsort())
+
+
 class _TableRows(Distribution):
-    """Distribution of a row given z: normal places within components, and categorical spans.
+    """Distribution of a row given z: normal places within components, and one-hot spans.
 
     Arguments:
-        output: Output of the decoder, with shape ``(B, F)``: of a place, the inverse tanh of its
-            mean; of a one-hot span, its logits.
+        output: Output of the decoder, with shape ``(B, F)``: for a place, the inverse tanh of its
+            mean; for a one-hot span, its logits.
         sigma: Scales, ``(F,)``, of which those of places are used.
-        spans: Width of each span, and whether it is one-hot.
+        layout: The layout of a row.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
-    def __init__(self, output: Tensor, sigma: Tensor, spans: Sequence[tuple[int, bool]]) -> None:
-        self.spans = [dim for dim, _ in spans]
-        outputs, sigmas = output.split(self.spans, -1), sigma.split(self.spans, -1)
-        self.parts = [
-            OneHotCategorical(logits=part, validate_args=False)
-            if one_hot
-            else _normal(part.tanh(), scale.expand_as(part))
-            for part, scale, (_, one_hot) in zip(outputs, sigmas, spans, strict=True)
-        ]
+    def __init__(self, output: Tensor, sigma: Tensor, layout: _Layout) -> None:
+        self.layout, self.output = layout, output
+        loc = output[..., layout.places].tanh()
+        self.places = _normal(loc, sigma[layout.places].expand_as(loc))
+        self.logits = output[..., layout.spans].masked_fill(~layout.inside, -math.inf)
         super().__init__(output.shape[:-1], output.shape[-1:], validate_args=False)
 
     @property
     def mean(self) -> Tensor:
         """Mean of each place, and probability of each category."""
-        return torch.cat([part.mean for part in self.parts], -1)
+        return self._joined(self.places.mean, self.logits.softmax(-1))
 
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Returns rows of shape ``(*sample_shape, B, F)``."""
-        return torch.cat([part.sample(Size(sample_shape)) for part in self.parts], -1)
+        shape = Size(sample_shape)
+        codes = Categorical(logits=self.logits, validate_args=False).sample(shape)
+        width = torch.arange(self.logits.shape[-1], device=codes.device)
+        return self._joined(self.places.sample(shape), codes[..., None] == width)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(x | z) in nats, with shape ``(*, B)``."""
-        values = value.to(self.parts[0].mean).split(self.spans, -1)
-        return sum(
-            (part.log_prob(x) for part, x in zip(self.parts, values, strict=True)),
-            start=torch.zeros((), device=value.device),
-        )
+        value, columns = value.to(self.output), self.layout.spans[self.layout.inside]
+        chosen = (value * self.output)[..., columns].sum(-1) - self.logits.logsumexp(-1).sum(-1)
+        return self.places.log_prob(value[..., self.layout.places]) + chosen
+
+    def _joined(self, places: Tensor, spans: Tensor) -> Tensor:
+        """Rows of places, ``(*, P)``, and one-hot spans, ``(*, S, W)``."""
+        flat = spans[..., self.layout.inside].to(places)
+        return torch.cat([places, flat], -1)[..., self.layout.order]
 
 
 class _Captured:
