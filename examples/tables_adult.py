@@ -34,7 +34,7 @@ from benchmarks.bench import Bench, Row, machine, parser, table
 from benchmarks.clock import now
 from torch import Tensor, nn
 
-from ncprior import LatentSource, NCPrior, improve
+from ncprior import LatentSource, improve
 from ncprior.adapters.tvae import TVAESource, capture_encoder
 from ncprior.bases import fit_gaussian, fit_mixture, latents_of
 from ncprior.evaluation import auroc, log_likelihood, near_copies, two_sample_test
@@ -101,6 +101,7 @@ class Case:
             name for name in whole if not pd.api.types.is_numeric_dtype(whole[name])
         ]
         self.levels = {name: sorted(whole[name].unique()) for name in self.categories}
+        self.key = {"epochs": self.epochs, "rows": num_train}
         self.fit_seconds: dict[str, float] = {}
 
     @staticmethod
@@ -134,8 +135,7 @@ class Case:
             model, encoder = fitted(self.epochs)
             return nn.ModuleList([model.decoder, encoder]).state_dict()
 
-        name, key = f"tvae-adult-{self.seed}", {"epochs": self.epochs, "rows": len(self.train)}
-        tensors, seconds = self.bench.tensors(name, weights, **key)
+        tensors, seconds = self.bench.tensors(f"tvae-adult-{self.seed}", weights, **self.key)
         self.fit_seconds[OWN] = seconds
         model, encoder = fitted(0)
         nn.ModuleList([model.decoder, encoder]).load_state_dict(tensors)
@@ -187,25 +187,24 @@ class Case:
         if arm == "mixture of 10":
             mixture = fit_mixture(z["train"], 10, held_out=z["choices"])
             return mixture.sample((count,)), now() - started
-        prior = self.improved("refitted" in arm)
-        return prior.sample(count).latents[0], now() - started
+        name = f"ncp-adult-{'refitted-' if 'refitted' in arm else ''}{self.seed}"
+        tensors, seconds = self.bench.tensors(name, partial(self.improved, name), **self.key)
+        return tensors["z"], seconds
 
-    def improved(self, refitted: bool) -> NCPrior:
-        name = (
-            f"tables-{'quick-' if self.quick else ''}{'refitted-' if refitted else ''}{self.seed}"
-        )
+    def improved(self, name: str) -> dict[str, Tensor]:
+        """Draws of z of the prior that `improve` makes."""
         prior = improve(
-            self.refitted if refitted else self.source,
+            self.refitted if "refitted" in name else self.source,
             self.rows["train"],
             held_out=self.rows["choices"],
             budget=BUDGET,
             seed=self.seed,
             max_seconds=20 if self.quick else 400,
-            checkpoint=self.bench.cache / name,
+            checkpoint=self.bench.cache / f"{name}{'-quick' if self.quick else ''}",
             progress=False,
         )
         print(prior.report, flush=True)
-        return prior
+        return {"z": prior.sample(self.count).latents[0]}
 
     @torch.no_grad()
     def drawn(self, z: Tensor, seed: int) -> pd.DataFrame:
