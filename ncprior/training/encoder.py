@@ -64,7 +64,8 @@ class AmortisedSource(WrappedSource):
 
     Attributes:
         encoder: The network.
-        elbo: The held-out ELBO that :func:`fit_encoder` has reached, in nats per row, else ``None``.
+        elbo: The held-out ELBO, with the weight of its KL divergence, that :func:`fit_encoder` has
+            reached, in nats per row; else ``None``.
 
     Raises:
         TypeError: If an argument has the wrong type, or the prior has no density.
