@@ -199,7 +199,7 @@ class Case:
             held_out=self.rows["choices"],
             budget=BUDGET,
             seed=self.seed,
-            max_seconds=20 if self.quick else 400,
+            max_seconds=20 if self.quick else 240,
             checkpoint=self.bench.cache / f"{name}{'-quick' if self.quick else ''}",
             progress=False,
         )
