@@ -9,11 +9,11 @@ import torch
 from ncprior.data.stream import iter_is_self, split
 
 
-def with_held_out(what: str, data: Any, held_out: Any = None) -> tuple[Any, Any]:  # noqa: ANN401
+def with_held_out(name: str, data: Any, held_out: Any = None) -> tuple[Any, Any]:  # noqa: ANN401
     """Returns training data and held-out data, which are 5 % of the data if none are given.
 
     Arguments:
-        what: The trained model with its article, for messages.
+        name: The trained model with its article, for messages.
         data: The data, as for :class:`~ncprior.data.Stream`.
         held_out: The held-out data, or ``None``.
 
@@ -23,7 +23,7 @@ def with_held_out(what: str, data: Any, held_out: Any = None) -> tuple[Any, Any]
     """
     if iter_is_self(data):
         raise TypeError(
-            f"{what} reads its data many times; got a one-shot {type(data).__name__}. Pass a "
+            f"{name} reads its data many times; got a one-shot {type(data).__name__}. Pass a "
             f"tensor, a dataset, a DataLoader or a list of batches."
         )
     if held_out is not None:
