@@ -30,12 +30,12 @@ class SingleGroup(LatentSource[Any, Any]):
         prior: p(z), with an empty batch shape; or, with a ``condition``, a function that maps c to
             p(z | c), with batch shape ``(B,)``, such as the learned prior of a conditional VAE.
         posterior: Maps a batch x to q(z | x), a distribution of batch shape ``(B,)``. If a batch is
-            a tuple or list such as (image, label), x is its first item.
+            a tuple or list such as (image, label), x is its first item. ``None`` stands for a
+            decoder without an encoder: :func:`ncprior.training.fit_encoder` trains one.
         decoder: Maps z, with shape ``(B, *event)``, to the mean of p(x | z).
         module: The VAE itself, or a list of its modules, for the fingerprint, the dtype of z, and
-            the check that it is in evaluation mode. It is never registered, moved or changed. (The
-            check also covers modules, and modules of bound methods, that are given as
-            ``posterior`` and ``decoder``.)
+            the check that it is in evaluation mode, which also covers ``posterior`` and ``decoder``.
+            It is never registered, moved or changed.
         likelihood: Maps z to p(x | z), a distribution over x.
         condition: Returns the condition c of a batch as the loader yields it: a tensor, or tensors
             in a tuple or dict, such as a padded sequence and its lengths, with B rows each. Then
@@ -45,9 +45,8 @@ class SingleGroup(LatentSource[Any, Any]):
             own embedding of c, or the one-hot vectors of labels. By default c itself, with shape
             ``(B, C)``.
         features: Maps z, with shape ``(N, *event)``, to the input of the ratio head, ``(N, ...)``:
-            a function of z alone, such as the first layers of the frozen decoder,
-            ``vae.decoder[:2]``. If the decoder turns many latents into a feature map, a
-            :class:`~ncprior.heads.ConvHead` on that map learns faster than an MLP on z.
+            a function of z alone, such as the first layers of the frozen decoder, ``vae.decoder[:2]``.
+            On a feature map a :class:`~ncprior.heads.ConvHead` learns faster than an MLP on many z.
 
     Raises:
         ValueError: If the prior has a batch shape, or the prior or a context needs a condition.
@@ -83,7 +82,7 @@ class SingleGroup(LatentSource[Any, Any]):
     def __init__(
         self,
         prior: Sampleable | Callable[[Any], Distribution],
-        posterior: Callable[..., Distribution],
+        posterior: Callable[..., Distribution] | None,
         decoder: Callable[..., Tensor],
         *,
         module: nn.Module | Iterable[nn.Module] | None = None,
@@ -99,10 +98,10 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"such as Independent(Normal(zeros, ones), 1); or, with condition=, a function of c "
                 f"that returns one."
             )
-        optional: dict[str, Any] = {"likelihood": likelihood, "condition": condition}
-        optional |= {"context": context, "features": features}
+        optional: dict[str, Any] = {"posterior": posterior, "likelihood": likelihood}
+        optional |= {"condition": condition, "context": context, "features": features}
         given: dict[str, Any] = {key: part for key, part in optional.items() if part is not None}
-        for name, part in {"posterior": posterior, "decoder": decoder, **given}.items():
+        for name, part in {"decoder": decoder, **given}.items():
             require_callable(name, part, "Pass a function or a module.")
         for name, part in {"A prior that is a function": given_c, "context=": context}.items():
             if part is not None and condition is None:
@@ -307,6 +306,11 @@ class SingleGroup(LatentSource[Any, Any]):
         return c
 
     def _checked_posterior(self, x: Any, c: Any) -> Distribution:  # noqa: ANN401
+        if self._posterior is None:
+            raise ValueError(
+                "This source has no posterior q(z | x). Train one for its decoder: "
+                "source = ncprior.training.fit_encoder(source, data)."
+            )
         try:
             q = self._posterior(x) if c is None else self._posterior(x, c)
         except torch.OutOfMemoryError:
@@ -376,7 +380,7 @@ def _require_rows_of_condition(x: Any, c: Any) -> None:  # noqa: ANN401
 
 def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401
     """Validates that q(z | x) has the rows of x, where x has one number of rows."""
-    rows = {len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim > 0}
+    rows = {len(leaf) for leaf in _tensors(x) if leaf.ndim > 0}
     if len(rows) == 1 and q.batch_shape[0] not in rows:
         raise ValueError(
             f"posterior(x) must return one row per row of x; got {q.batch_shape[0]} rows for "
@@ -388,10 +392,7 @@ def _in_words(error: Exception, x: Any) -> str:  # noqa: ANN401
     """The error of a user's posterior, with the batch that it was given, and remedies."""
     first = str(error).partition("\n")[0]
     if isinstance(x, Tensor) and not torch.isfinite(x).all():
-        return (
-            f"posterior(x) raises an error, and x has NaN or infinity. Remove or mend these rows. "
-            f"{first}"
-        )
+        return f"posterior(x) failed, and x has NaN or infinity. Remove or mend such rows. {first}"
     return (
         f"posterior(x) failed on a batch, {described(x)}. Check that the encoder takes this shape and "
         f"dtype, and that scales are positive, such as (0.5 * log_var).exp(). {first}"

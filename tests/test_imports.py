@@ -40,7 +40,7 @@ PUBLIC = {
 
 # What the extras bring: `import ncprior` must do without.
 EXTRAS = ["sklearn", "matplotlib", "pyarrow", "PIL", "scipy"]
-EXTRAS += ["torch_fidelity", "pythae", "diffusers", "scvi", "zuko"]
+EXTRAS += ["torch_fidelity", "pythae", "diffusers", "scvi", "zuko", "ctgan", "sdmetrics"]
 EXTRAS += ["lightning", "accelerate", "tensorboard", "wandb"]
 
 

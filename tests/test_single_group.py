@@ -146,7 +146,7 @@ def test_M2_a_module_without_eval_has_a_way_out() -> None:
     ("parts", "match"),
     [
         ((Normal, posterior, VAE().decode), "got the class Normal. Pass a distribution"),
-        ((base(), None, VAE().decode), "posterior must be a function; got None"),
+        ((base(), 3, VAE().decode), "posterior must be a function; got 3"),
         ((base(), posterior, VAE), "decoder must be a function; got the class VAE"),
         ((base(), posterior, VAE().decode, {"features": 3}), "features must be a function; got 3"),
     ],

@@ -21,7 +21,8 @@ from torch import Size, Tensor
 
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
-from ncprior.data.stream import Stream, iter_is_self, split
+from ncprior.data.parts import with_held_out
+from ncprior.data.stream import Stream
 from ncprior.distributions import parameters
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
 from ncprior.utils.batches import to_device
@@ -100,7 +101,7 @@ def fit_vamp(
     require_numbers("(0, inf)", learning_rate=learning_rate)
     require_flags(progress=progress)
     require_grad_mode("fit_vamp")
-    train, held_out = _with_held_out(data, held_out)
+    train, held_out = with_held_out("A VampPrior", data, held_out)
     fixed, stream = latents_of(source, held_out), Stream(train, int(batch_size))
     _gaussian(source, next(stream))  # validates the VAE first
     pseudo = _PseudoInputs(source, _first_rows(train, int(num_components)), bounds)
@@ -200,24 +201,6 @@ def _gaussian(source: LatentSource[Any, Any], x: Any) -> tuple[Tensor, Tensor, S
             f"Independent(Normal(mean, std), n); got {type(getattr(q, 'base_dist', q)).__name__}. Take another base."
         )
     return tensors["loc"], tensors["scale"], q.event_shape
-
-
-def _with_held_out(data: Any, held_out: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    """Training data and held-out data, split from ``data`` if none are given."""
-    if iter_is_self(data):
-        raise TypeError(
-            f"A VampPrior reads its data many times; got a one-shot {type(data).__name__}. Pass a "
-            f"tensor, a dataset, a DataLoader or a list of batches."
-        )
-    if held_out is not None:
-        return data, held_out
-    both: tuple[Any, Any] | None = split(data, 0.05, seed=int(torch.randint(2**31, ())))
-    if both is None:
-        raise ValueError(
-            f"No rows of a {type(data).__name__} can be held out. Pass held_out=, or a tensor or "
-            f"map-style dataset."
-        )
-    return both
 
 
 def _first_rows(data: Any, count: int) -> Tensor:  # noqa: ANN401

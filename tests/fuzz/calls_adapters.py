@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from fuzz.calls import call
 from fuzz.kinds import (
+    ANYTHING,
     FLAG,
     INNER,
     NO_CONDITION,
     PATH,
     SOURCE,
+    Kind,
     X,
     choice,
     count,
@@ -26,13 +28,14 @@ from fuzz.kinds import (
 )
 from fuzz.values import LAYERS, Value
 from fuzz.world import World
-from helpers import nvae_standin, vdvae_standin
+from helpers import nvae_standin, tvae_standin, vdvae_standin
 from torch import nn
 
 from ncprior.adapters import hvae, lars_snis, logistics, nvae, rae, vdvae
 from ncprior.adapters.diffusers import DiffusersSource
 from ncprior.adapters.pythae import NCPSampler, PythaeSource
 from ncprior.adapters.scvi import SCVISource
+from ncprior.adapters.tvae import TVAESource
 from ncprior.source import sample_posterior
 
 Built = tuple[Any, dict[str, Any]]
@@ -345,11 +348,38 @@ for _name, _adapter in {
     "pythae.NCPSampler": NCPSampler,
     "diffusers.DiffusersSource": DiffusersSource,
     "scvi.SCVISource": SCVISource,
+    "tvae.TVAESource": TVAESource,
 }.items():
 
     @call(f"ncprior.adapters.{_name}", options={"valid": False}, model=WRONG_MODEL)
     def _(w: World, adapter: Any = _adapter) -> Built:
         return adapter, {}
+
+
+def _tvae() -> TVAESource:
+    return TVAESource(tvae_standin.fitted(), tvae_standin.Encoder(6, (8,), 4).eval())
+
+
+TABLE_ROWS = Kind(
+    "rows of a table", lambda v: None if hasattr(v, "shape") else False, ANYTHING.pool
+)
+
+
+@call("ncprior.adapters.tvae.TVAESource.rows", table=TABLE_ROWS)
+def _(w: World) -> Built:
+    return _tvae().rows, {"table": tvae_standin.table()}
+
+
+@call("ncprior.adapters.tvae.TVAESource.table", x=X)
+def _(w: World) -> Built:
+    source = _tvae()
+    return source.table, {"x": source.rows(tvae_standin.table())}
+
+
+@call("ncprior.adapters.tvae.TVAESource.encode", x=opened(X))
+def _(w: World) -> Built:
+    source = _tvae()
+    return source.encode, {"x": source.rows(tvae_standin.table())}
 
 
 @call("ncprior.adapters.lars_snis.EnergyNet", latents=count())

@@ -414,6 +414,67 @@ def _(w: World) -> Built:
     return vaebm.GaussianDecoder(w.source, 0.5).likelihood, {"state": state}
 
 
+# --- encoders
+
+
+@call(
+    "ncprior.training.fit_encoder",
+    options={"slow": True},
+    source=SOURCE,
+    data=DATA,
+    encoder=instance(nn.Module, none=True),
+    held_out=OPTIONAL_DATA,
+    kl_weight=RATE,
+    steps=steps(),
+    batch_size=count(),
+    learning_rate=RATE,
+    patience=count(none=True),
+    seed=Kind("a seed or None", lambda v: v is None or SEED.verdict(v), SEED.pool),
+    progress=only_invalid(FLAG),
+)
+def _(w: World) -> Built:
+    arguments = {"source": w.source, "data": w.x, "steps": 2, "batch_size": 8}
+    return training.fit_encoder, {**arguments, "progress": False}
+
+
+def _amortised(w: World) -> training.AmortisedSource:
+    return training.AmortisedSource(w.source, nn.Linear(3, 4).eval())
+
+
+@call("ncprior.training.AmortisedSource", source=SOURCE, encoder=MODULE)
+def _(w: World) -> Built:
+    return training.AmortisedSource, {"source": w.source, "encoder": nn.Linear(3, 4)}
+
+
+@call("ncprior.training.AmortisedSource.encode", x=opened(X))
+def _(w: World) -> Built:
+    return _amortised(w).encode, {"x": w.x}
+
+
+@call("ncprior.training.AmortisedSource.infer")
+def _(w: World) -> Built:
+    return _amortised(w).infer, {"x": w.x}
+
+
+@call("ncprior.training.AmortisedSource.start", batch_size=count())
+def _(w: World) -> Built:
+    return _amortised(w).start, {"batch_size": 3}
+
+
+@call("ncprior.training.AmortisedSource.advance")
+def _(w: World) -> Built:
+    source = _amortised(w)
+    return source.advance, {"state": source.start(24), "z": w.z}
+
+
+for _name in ("group", "decode", "likelihood"):
+
+    @call(f"ncprior.training.AmortisedSource.{_name}")
+    def _(w: World, name: str = _name) -> Built:
+        source = _amortised(w)
+        return getattr(source, name), {"state": source.advance(source.start(24), w.z)}
+
+
 # --- data
 
 
