@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ncprior.data.row_store import RowStore
 from ncprior.data.rows import RowData, Rows
 from ncprior.data.stream import one_pass, own_generators
-from ncprior.distributions import build, parameters
+from ncprior.distributions import build, drawn, parameters
 from ncprior.source import (
     Group,
     LatentSource,
@@ -136,7 +136,7 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
             "context": None if context is None else context.contiguous(),
         }
         if k + 1 < source.num_groups:  # the last z_k is not drawn: it decides nothing
-            state = source.advance(state, q.sample())
+            state = source.advance(state, drawn(q))
 
 
 def _known(distribution: Any, k: int) -> Any:  # noqa: ANN401

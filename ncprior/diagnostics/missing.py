@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean, losses
+from ncprior.distributions import drawn
 from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
@@ -136,7 +137,7 @@ def _fresh_heads(prior: NCPrior, x: Any) -> dict[int, nn.Module]:  # noqa: ANN40
     heads: dict[int, nn.Module] = {}
 
     def make(k: int, group: Group) -> Tensor:
-        z = posterior_of(group).sample()
+        z = drawn(posterior_of(group))
         if prior.is_on(k):
             try:
                 heads[k] = make_head(with_head_inputs(prior.source, k, group, z)).eval()

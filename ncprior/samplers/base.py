@@ -18,7 +18,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from ncprior.distributions import Sampleable, is_prior
+from ncprior.distributions import Sampleable, drawn, is_prior
 from ncprior.utils.require import described, numbers, require_callable, require_instance
 
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
@@ -128,7 +128,7 @@ def draw_from(prior: Sampleable, count: int) -> Tensor:
         TypeError: If the prior does not draw a tensor of real numbers or codes.
         ValueError: If its draws do not have such a shape.
     """
-    z = prior.sample(Size((count,)))
+    z = drawn(prior, Size((count,)))
     if not isinstance(z, Tensor) or z.is_complex():
         raise TypeError(
             f"The prior must draw a tensor of real numbers or codes; got {described(z)}."

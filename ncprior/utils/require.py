@@ -296,7 +296,7 @@ def floats_of_batch(
     if not tensor.is_floating_point():
         raise ValueError(f"{whose} takes x as floats; got {described(tensor)}. {remedy}")
     if limits is not None and tensor.numel() > 0:
-        least, most = (end.item() for end in tensor.detach().aminmax())
+        least, most = torch.stack(tensor.detach().aminmax()).tolist()  # one synchronisation
         if not limits[0] <= least <= most <= limits[1]:
             require_finite("x", tensor)
             raise ValueError(

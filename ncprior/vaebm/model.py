@@ -31,7 +31,7 @@ from torch.distributions import Independent, Normal
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.langevin import langevin
+from ncprior.samplers.langevin import Target, run_chains
 from ncprior.samplers.setting import require_sampler
 from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
@@ -305,7 +305,33 @@ class VAEBM(PretrainedEnergy, nn.Module):
             torch.Size([4])
         """
         _check_options(num_steps, step_size, adjusted)
-        shapes = shapes_of(noise)
+        shapes_of(noise)
+        found, target, u = self.run_unread(noise, num_steps, step_size, adjusted, condition)
+        target.raise_if_bad(int(target.first_bad_step(u)))
+        return found
+
+    @torch.no_grad()
+    def run_unread(
+        self,
+        noise: Sequence[Tensor],
+        num_steps: int | None = None,
+        step_size: float | None = None,
+        adjusted: bool = False,
+        condition: Any = None,  # noqa: ANN401
+    ) -> tuple[Chains, Target, Tensor]:
+        """Runs chains as :meth:`run_chains` does, and reads no value of them: no GPU is waited for.
+
+        Arguments:
+            noise: Start of the chains, finite and of the right shapes.
+            num_steps: As for :meth:`run_chains`, like all further arguments.
+            step_size: See above.
+            adjusted: See above.
+            condition: See above.
+
+        Returns:
+            The chains, and their target with its last point, which know the first bad step.
+        """
+        shapes = [part.shape for part in noise]
         walk, precise = self._walk(condition, self.precision), self._walk(condition)
         u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
 
@@ -318,16 +344,14 @@ class VAEBM(PretrainedEnergy, nn.Module):
                 self._has_gradients = True
             return walked.log_weight - energy
 
-        draw = langevin(
-            Independent(Normal(torch.zeros_like(u), 1.0, validate_args=False), 1),
-            log_weight,
-            num_steps=self.num_steps if num_steps is None else num_steps,
-            step_size=self.step_size if step_size is None else step_size,
-            adjusted=adjusted,
-            init=u,
-        )
-        end = precise(_unflatten(draw.z, shapes))
-        return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
+        zeros = torch.zeros_like(u)
+        normal = Independent(Normal(zeros, torch.ones_like(u), validate_args=False), 1)
+        target = Target(normal, log_weight)
+        num_steps = self.num_steps if num_steps is None else num_steps
+        step_size = self.step_size if step_size is None else step_size
+        u, acceptance = run_chains(target, u, num_steps, step_size, adjusted=adjusted)
+        end = precise(_unflatten(u, shapes))
+        return Chains(end.x, end.mean, end.latents, end.noise, acceptance), target, u
 
     def extra_repr(self) -> str:
         """Returns the settings in ``print(model)``, besides the energy."""

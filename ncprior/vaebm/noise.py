@@ -39,6 +39,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.mixture import GaussianMixture
+from ncprior.distributions import drawn
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import name_of, supports_langevin
@@ -98,7 +99,7 @@ class NoiseMap:
 
         def pick(k: int, group: Group) -> Tensor:
             if self.prior is None or sampler is None:
-                z = group.prior.sample()
+                z = drawn(group.prior)
             else:
                 z = self.prior.draw(k, group, sampler).z
             return _to_noise(group.prior, z)
