@@ -73,6 +73,7 @@ class Kind:
     condition: Callable[[Any], Any] | None = None
     has_density: bool = True  # of x given z
     is_continuous: bool = True
+    is_cached: bool = True  # the distributions of its groups
 
     @property
     def batch(self) -> Any:
@@ -184,7 +185,8 @@ def _nvae(device: torch.device, decoder: str = "bernoulli", **options: Any) -> K
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 setattr(module, name, value.to(device))
-    return Kind(NVAESource(model), nvae_standin.images(decoder, 32))
+    source, x = NVAESource(model), nvae_standin.images(decoder, 32)
+    return Kind(source, x, is_cached="num_flows" not in options)
 
 
 def _vdvae(device: torch.device) -> Kind:
