@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import drawn
+from ncprior.heads.checks import naming_parts
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.samplers.langevin import supports_langevin
@@ -57,11 +58,15 @@ def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
 
 @contextmanager
 def evaluating(prior: NCPrior) -> Iterator[None]:
-    """Context with the heads in evaluation mode; their own modes are restored at the end."""
+    """Context with the heads in evaluation mode; their own modes are restored at the end.
+
+    Errors of torch name the devices of base, VAE and heads if they differ.
+    """
     modes = [(module, module.training) for module in prior.modules()]
     prior.eval()
     try:
-        yield
+        with naming_parts(prior.source, prior.heads):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -45,6 +45,7 @@ from ncprior.data.stream import one_pass
 from ncprior.distributions import drawn
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
+from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
 from ncprior.source import (
@@ -243,9 +244,10 @@ def log_likelihood(
     batches = tqdm(one_pass(data, batch_size), desc="log p(x)", disable=not progress)
     seed = torch.initial_seed()
     columns: list[list[Bounds]] = [[], [], []]
-    for batch in checked_batches(batches, device):
-        for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
-            column.append(bounds(log_w))
+    with naming_parts(source, None if heads is None else heads.heads):
+        for batch in checked_batches(batches, device):
+            for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
+                column.append(bounds(log_w))
     base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)
     found = {"base": Likelihood("base", "local", *base, num_samples, 0, seed)}
     if num_proposals is not None:

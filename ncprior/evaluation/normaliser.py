@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ncprior.distributions import Sampleable, drawn
+from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
 from ncprior.samplers.langevin import Target, mala_step
@@ -155,10 +156,11 @@ def log_normaliser(
     condition = _checked_condition(condition, device)
     smc = _Particles(prior, num_particles, num_temperatures, step_size, condition)
     forward, reverse = [], []
-    for i in tqdm(range(replicates), desc="log Z", disable=not progress):
-        estimate, draw = smc.run(None)
-        forward.append(estimate)
-        reverse.append(smc.run(draw if exact is None else [z[i : i + 1] for z in exact])[0])
+    with naming_parts(prior.source, prior.heads):
+        for i in tqdm(range(replicates), desc="log Z", disable=not progress):
+            estimate, draw = smc.run(None)
+            forward.append(estimate)
+            reverse.append(smc.run(draw if exact is None else [z[i : i + 1] for z in exact])[0])
     acceptance = smc.accepted / smc.moves if smc.moves else math.nan
     return LogZ(
         torch.stack(forward),

@@ -48,9 +48,9 @@ def test_samplers_draw_on_the_device(name: str, prior: NCPrior, on: torch.device
 
 
 def test_chains_start_where_they_are_told_to(prior: NCPrior, on: torch.device) -> None:
-    init = torch.zeros(8, 3, device=on)
-    for sampler in (partial(MALA, init=init), partial(independence, num_steps=3, init=init)):
-        assert not strays(prior.sample(8, sampler), on)
+    for init in (torch.zeros(8, 3, device=on), torch.zeros(8, 3)):
+        for sampler in (partial(MALA, init=init), partial(independence, num_steps=3, init=init)):
+            assert not strays(prior.sample(8, sampler), on)
 
 
 def test_products_in_bfloat16(prior: NCPrior, on: torch.device) -> None:
