@@ -319,18 +319,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
         adjusted: bool = False,
         condition: Any = None,  # noqa: ANN401
     ) -> tuple[Chains, Target, Tensor]:
-        """Runs chains as :meth:`run_chains` does, and reads no value of them: no GPU is waited for.
-
-        Arguments:
-            noise: Start of the chains, finite and of the right shapes.
-            num_steps: As for :meth:`run_chains`, like all further arguments.
-            step_size: See above.
-            adjusted: See above.
-            condition: See above.
-
-        Returns:
-            The chains, and their target with its last point, which know the first bad step.
-        """
+        """Chains unchecked, without a wait for a GPU, with their target and its last point."""
         shapes = [part.shape for part in noise]
         walk, precise = self._walk(condition, self.precision), self._walk(condition)
         u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
@@ -344,9 +333,8 @@ class VAEBM(PretrainedEnergy, nn.Module):
                 self._has_gradients = True
             return walked.log_weight - energy
 
-        zeros = torch.zeros_like(u)
-        normal = Independent(Normal(zeros, torch.ones_like(u), validate_args=False), 1)
-        target = Target(normal, log_weight)
+        normal = Normal(torch.zeros_like(u), torch.ones_like(u), validate_args=False)
+        target = Target(Independent(normal, 1), log_weight)
         num_steps = self.num_steps if num_steps is None else num_steps
         step_size = self.step_size if step_size is None else step_size
         u, acceptance = run_chains(target, u, num_steps, step_size, adjusted=adjusted)

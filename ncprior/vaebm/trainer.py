@@ -239,7 +239,7 @@ class VAEBMTrainer:
 
     @torch.no_grad()
     def _run(self, x: Any) -> tuple[Chains, Target, Tensor]:  # noqa: ANN401
-        """Chains of a batch, and what knows whether they are finite, on the device."""
+        """Chains of a batch, with their target and its last point, not read yet."""
         source = self.model.source
         require_eval(source, source.module)
         rows = len(data_of(x))
