@@ -54,37 +54,6 @@ def parameters(distribution: Distribution) -> Parameters | None:
     return {type(distribution).__name__: tensors}
 
 
-def normal_parameters(prior: Sampleable) -> tuple[Tensor, Tensor] | None:
-    """Returns the means and standard deviations of a normal distribution of one dtype, else None.
-
-    Example:
-        >>> normal_parameters(Independent(Normal(torch.zeros(2), 1.0), 1))
-        (tensor([0., 0.]), tensor([1., 1.]))
-    """
-    while type(prior) is Independent:
-        prior = prior.base_dist
-    if type(prior) is not Normal or prior.loc.dtype != prior.scale.dtype:
-        return None
-    return prior.loc, prior.scale
-
-
-@torch.no_grad()
-def drawn(distribution: Sampleable, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
-    """Returns draws, bit for bit those of ``distribution.sample``, without a wait for a GPU.
-
-    ``Normal.sample`` of torch waits until it knows that all standard deviations are positive.
-
-    Example:
-        >>> drawn(Normal(torch.zeros(3), 1.0), torch.Size([5])).shape
-        torch.Size([5, 3])
-    """
-    normal = normal_parameters(distribution)
-    if normal is None:
-        return distribution.sample(sample_shape)
-    mean, sd = normal
-    return mean.new_empty(sample_shape + mean.shape).normal_().mul_(sd).add_(mean)
-
-
 def is_parameters(tree: Any) -> bool:  # noqa: ANN401
     """Returns whether a pytree has the form of :func:`parameters`.
 

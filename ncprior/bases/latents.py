@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ncprior.data.stream import one_pass
-from ncprior.distributions import drawn
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.require import require_choice, require_counts, require_finite
@@ -96,7 +95,7 @@ def _take(q: Distribution, of: str) -> Tensor:
     if of == "means":
         return q.mean
     try:
-        return drawn(q)
+        return q.sample()
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"q(z | x) cannot be sampled ({error}). Look for NaN or infinity in x, and in the "

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ncprior.data.row_store import RowStore
 from ncprior.data.rows import RowData, Rows
 from ncprior.data.stream import one_pass, own_generators
-from ncprior.distributions import build, drawn, parameters
+from ncprior.distributions import build, parameters
 from ncprior.source import (
     Group,
     LatentSource,
@@ -37,6 +37,7 @@ from ncprior.source import (
     require_source,
 )
 from ncprior.utils.batches import to_device
+from ncprior.utils.draws import drawn
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_instance, require_numbers
 

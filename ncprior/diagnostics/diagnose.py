@@ -27,11 +27,11 @@ from ncprior.diagnostics.missing import missing_jsd
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.verdict import with_verdict
 from ncprior.diagnostics.walks import evaluating, group_kinds, scaled_log_r, walk_posterior
-from ncprior.distributions import drawn
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, device_of, num_rows, require_eval
 from ncprior.utils.batches import take_rows
+from ncprior.utils.draws import drawn
 from ncprior.utils.errors import naming_group
 from ncprior.utils.require import require_counts, require_instance
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean, losses
-from ncprior.distributions import drawn
 from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
 from ncprior.source import Group, contrastive_pairs, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import take_rows
+from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.precision import at_least_float32
 

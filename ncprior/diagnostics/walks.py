@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.bases.mixture import GaussianMixture
-from ncprior.distributions import drawn
 from ncprior.heads.checks import naming_parts
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.samplers.langevin import supports_langevin
 from ncprior.source import Group, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import to_device
+from ncprior.utils.draws import drawn
 
 
 class GroupKind(NamedTuple):

@@ -42,7 +42,6 @@ from torch.distributions import Distribution
 
 from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
-from ncprior.distributions import drawn
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.heads.checks import naming_parts
@@ -59,6 +58,7 @@ from ncprior.source import (
     visit,
 )
 from ncprior.utils.batches import map_tensors
+from ncprior.utils.draws import drawn
 from ncprior.utils.precision import in_float64
 from ncprior.utils.require import require_counts, require_flags, require_instance
 

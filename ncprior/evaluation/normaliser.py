@@ -33,13 +33,14 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ncprior.distributions import Sampleable, drawn
+from ncprior.distributions import Sampleable
 from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
 from ncprior.samplers.langevin import Target, mala_step
 from ncprior.source import device_of, num_rows, require_eval
 from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.draws import drawn
 from ncprior.utils.require import (
     described,
     require_counts,

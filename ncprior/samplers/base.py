@@ -18,7 +18,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from ncprior.distributions import Sampleable, drawn, is_prior
+from ncprior.distributions import Sampleable, is_prior
+from ncprior.utils.draws import drawn
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described, numbers, require_callable, require_instance
 

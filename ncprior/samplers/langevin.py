@@ -22,7 +22,7 @@ from torch.distributions import (
     constraints,
 )
 
-from ncprior.distributions import Sampleable, drawn
+from ncprior.distributions import Sampleable
 from ncprior.samplers.base import (
     Draw,
     LogRatio,
@@ -32,6 +32,7 @@ from ncprior.samplers.base import (
     like_event,
     start_at,
 )
+from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 

@@ -7,8 +7,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ncprior.distributions import Sampleable, is_expanded, normal_parameters
+from ncprior.distributions import Sampleable, is_expanded
 from ncprior.samplers.base import LogRatio, checked, draw_from
+from ncprior.utils.draws import normal_parameters
 
 _POINTS = 4  # proposals at which rows are compared
 

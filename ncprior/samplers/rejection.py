@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ncprior.distributions import Sampleable, drawn
+from ncprior.distributions import Sampleable
 from ncprior.samplers.base import (
     NOT_FINITE,
     Draw,
@@ -22,6 +22,7 @@ from ncprior.samplers.base import (
     like_event,
     start_at,
 )
+from ncprior.utils.draws import drawn
 from ncprior.utils.require import require_counts, require_numbers
 
 

@@ -43,7 +43,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
-from ncprior.vaebm.model import VAEBM, Chains
+from ncprior.vaebm.model import VAEBM, Chains, run_unread
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.spectral import SpectralPenalty
 
@@ -247,7 +247,7 @@ class VAEBMTrainer:
         noise = self.model.draw_noise(rows, sampler=self.sampler, condition=condition)
         if self.buffer is not None:
             noise = self.buffer.mix(noise)
-        return self.model.run_unread(noise, condition=condition)
+        return run_unread(self.model, noise, condition=condition)
 
     def _raise_not_finite(self, metrics: EnergyMetrics, data: Tensor) -> NoReturn:
         bad = int((~torch.isfinite(data)).flatten(1).any(1).sum())
