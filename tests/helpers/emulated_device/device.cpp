@@ -351,10 +351,10 @@ void wait_for_arguments(const Kernel& k, const torch::jit::Stack& stack, size_t 
     wait(k.name);
     wait(k.name);
   }
-  if (k.is_indexing) {  // a mask becomes row numbers, but for one number in all its places
-    const bool is_fill = k.name.find("put") != std::string::npos && stack[first + 2].toTensor().numel() == 1;
+  // Where a mask is read, torch calls nonzero itself. One number is written without row numbers.
+  if (k.is_indexing && k.name.find("put") != std::string::npos && stack[first + 2].toTensor().numel() != 1) {
     each_tensor(stack[first + 1], [&](const Tensor& t) {
-      if (t.defined() && t.scalar_type() == at::kBool && !is_fill) wait(k.name + " by a mask");
+      if (t.defined() && t.scalar_type() == at::kBool) wait(k.name + " by a mask");
     });
   }
 }
