@@ -10,6 +10,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -43,8 +45,9 @@ def built(kind: str) -> Path:
     key = hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "ncprior-tests")
     library = folder / f"emulated_{kind}_{key}.so"
-    if not library.exists():
-        _compile(library, kind, flags)
+    with _alone(folder):
+        if not library.exists():
+            _compile(library, kind, flags)
     return library
 
 
@@ -58,8 +61,18 @@ def loaded(kind: str) -> ModuleType:
     return module
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A context that one process at a time enters."""
+    import fcntl  # not on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(library: Path, kind: str, flags: list[str]) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     include = [sysconfig.get_paths()["include"], *cpp_extension.include_paths()]
     (libraries,) = cpp_extension.library_paths()
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -72,7 +85,7 @@ def _compile(library: Path, kind: str, flags: list[str]) -> None:
         ]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        made.replace(library)  # whole or not at all: other processes may build the same
+        made.replace(library)  # whole or not at all
 
 
 def _compiler() -> str | None:
