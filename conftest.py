@@ -1,4 +1,4 @@
-"""What every test and doctest shares: one thread, seed 0, generators put back, `--slow`."""
+"""What every test and doctest shares: one thread, seed 0, generators put back, and options."""
 
 import random
 from collections.abc import Iterator
@@ -13,10 +13,17 @@ from torch.distributions import Independent, Normal
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--device", help="also run the checks of devices, on cuda, cuda:1 or mps")
+    parser.addoption("--data-on-device", action="store_true", help="with their data there, too")
+    parser.addoption("--emulated", action="store_true", help="on an emulated device of that name")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small tensors: more threads are slower, and results would differ
+    if config.getoption("--emulated"):
+        from helpers.emulated_device.install import install
+
+        install(torch.device(config.getoption("--device")).type)  # before anything asks for it
 
 
 def pytest_collection() -> None:

@@ -98,7 +98,9 @@ class DiffusersSource(SingleGroup):
             ValueError: If the size of the images does not fit, or x holds bytes.
         """
         remedy = "Scale images to [-1, 1]: x / 127.5 - 1 for bytes."
-        return super().encode(floats_of_batch(type(self.module).__name__, x, remedy, _PIXELS))
+        return super().encode(
+            floats_of_batch(type(self.module).__name__, x, remedy, _PIXELS, self.module)
+        )
 
     def likelihood(self, state: SingleGroup.State) -> Distribution:
         """Raises an error, as the decoder defines no p(x | z).

@@ -185,7 +185,7 @@ def train_hvae(
 
 
 def _images(x: Any, vae: HVAE) -> Tensor:  # noqa: ANN401
-    images = floats_of_batch("An HVAE", x, _BYTES, (0, 1)).to(vae.h_0)
+    images = floats_of_batch("An HVAE", x, _BYTES, (0, 1), vae).to(vae.h_0)
     if tuple(images.shape[1:]) != (1, 28, 28):
         raise ValueError(f"The images must have shape (B, 1, 28, 28); got {tuple(images.shape)}.")
     return images

@@ -304,7 +304,9 @@ class RAESource(SingleGroup):
 
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
         """Encodes one batch of images in [0, 1]: the parameters of q(z | x)."""
-        return super().encode(floats_of_batch("RAESource", x, "Divide bytes by 255.", (0, 1)))
+        return super().encode(
+            floats_of_batch("RAESource", x, "Divide bytes by 255.", (0, 1), self.module)
+        )
 
 
 def _around_code(model: RAE, noise: float, x: Tensor) -> Distribution:

@@ -350,7 +350,7 @@ class NVAESource(LatentSource[Any, Any]):
             raise ValueError(
                 f"This NVAE expects images of shape (B, {', '.join(map(str, shape))}); got {got}.{remedy}"
             )
-        images = floats_of_batch("NVAE", images, "Divide bytes by 255.", (0, 1))
+        images = floats_of_batch("NVAE", images, "Divide bytes by 255.", (0, 1), self._model)
         bits = 1 if shape[0] == 1 else getattr(self._model, "num_bits", 8)
         levels = 2**bits - 1
         if bits < 8 and bool(((images * levels).round() - images * levels).abs().max() > 1e-3):

@@ -120,7 +120,7 @@ class PythaeSource(SingleGroup):
         if getattr(self.module.model_config, "reconstruction_loss", None) == "bce":
             limits = (0.0, 1.0)
         remedy = "Scale x as in training: x / 255 for bytes and models of images in [0, 1]."
-        return super().encode(floats_of_batch(self._lineage[0], x, remedy, limits))
+        return super().encode(floats_of_batch(self._lineage[0], x, remedy, limits, self.module))
 
     def likelihood(self, state: SingleGroup.State) -> Distribution:
         """Returns p(x | z): N(mean, I) for the loss ``mse``, Bernoulli for ``bce``.

@@ -75,6 +75,7 @@ class GaussianMixture(Distribution):
                 f"{tuple(scale.shape)} and event shape {tuple(event)}."
             )
         self.logits, self.loc, self.scale = logits, loc, scale
+        self._on_cpu: list[Tensor] = []  # the weights, once read; expanded mixtures share it
         super().__init__(Size(), event, validate_args=False)
         if not (logits.is_meta or loc.is_meta or scale.is_meta):
             self._check_values()
@@ -225,7 +226,9 @@ class GaussianMixture(Distribution):
             return (self.loc[j] + self.scale[j] * noise).reshape(shape)
         # One block of noise per component, then a shuffle: the same distribution as labels drawn
         # one by one, with contiguous matrix products.
-        labels = torch.multinomial(self._weights.cpu(), max(1, count), replacement=True)[:count]
+        if not self._on_cpu:
+            self._on_cpu.append(self._weights.cpu())
+        labels = torch.multinomial(self._on_cpu[0], max(1, count), replacement=True)[:count]
         blocks = noise.split(labels.bincount(minlength=len(self.loc)).tolist())
         components = zip(self.loc, blocks, self.scale, strict=True)
         z = torch.cat([mean + block @ factor.mT for mean, block, factor in components])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -87,15 +88,8 @@ class Loader:
                     f"for {ranks} ranks. Make a DataLoader with drop_last=True, or larger batches."
                 )
             batch = take_rows(batch, slice(rank, None, ranks))
-        if self._copying is None:
+        with nullcontext() if self._copying is None else torch.cuda.stream(self._copying):
             return to_device(batch, self.device)
-        with torch.cuda.stream(self._copying):
-            return map_tensors(self._copied, batch)
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
 
 def _record(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:

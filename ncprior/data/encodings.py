@@ -38,6 +38,7 @@ from ncprior.source import (
     require_source,
 )
 from ncprior.utils.batches import to_device
+from ncprior.utils.draws import drawn
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_instance, require_numbers
 
@@ -137,7 +138,7 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
             "context": None if context is None else context.contiguous(),
         }
         if k + 1 < source.num_groups:  # the last z_k is not drawn: it decides nothing
-            state = source.advance(state, q.sample())
+            state = source.advance(state, drawn(q))
 
 
 def _parameters_or_draw(prior: Any) -> Any:  # noqa: ANN401

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.source import num_rows
-from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.batches import map_tensors, moved, to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 
@@ -234,7 +234,7 @@ class _Shuffled:
         self.data, self.batch_size = data, min(batch_size, len(data))
 
     def __iter__(self) -> Iterator[Tensor]:
-        rows = torch.randperm(len(self.data)).to(self.data.device)
+        rows = moved(torch.randperm(len(self.data)), self.data.device)
         for batch in rows.split(self.batch_size):
             if len(batch) == self.batch_size:
                 yield self.data[batch]

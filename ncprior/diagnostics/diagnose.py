@@ -31,6 +31,8 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, device_of, num_rows, require_eval
 from ncprior.utils.batches import take_rows
+from ncprior.utils.draws import drawn
+from ncprior.utils.errors import naming_group
 from ncprior.utils.require import require_counts, require_instance
 
 # Pools of SIR: ESS and log Z vary little between pools, and pools cost most of the evaluations.
@@ -159,7 +161,7 @@ def _measure(
 
 def _contrast(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
     """α log r at z ~ q and at z ~ p, with shape (2, B)."""
-    return scaled_log_r(prior, k, torch.stack([z, group.prior.sample().to(z.dtype)]), group)
+    return scaled_log_r(prior, k, torch.stack([z, drawn(group.prior).to(z.dtype)]), group)
 
 
 def _weigh(ms: tuple[int, ...], prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
@@ -170,7 +172,8 @@ def _weigh(ms: tuple[int, ...], prior: NCPrior, k: int, group: Group, z: Tensor)
         proposed.append(scaled_log_r(prior, k, z, group))
         return proposed[-1]
 
-    draws = [sir(group.prior, log_ratio, num_proposals=m) for m in ms]
+    with naming_group(k):
+        draws = [sir(group.prior, log_ratio, num_proposals=m) for m in ms]
     return torch.cat([*(value[None] for draw in draws for value in draw[1:3]), *proposed])  # type: ignore[index]
 
 

@@ -24,6 +24,7 @@ from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
 from ncprior.source import Group, contrastive_pairs, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import take_rows
+from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.precision import at_least_float32
 
@@ -136,7 +137,7 @@ def _fresh_heads(prior: NCPrior, x: Any) -> dict[int, nn.Module]:  # noqa: ANN40
     heads: dict[int, nn.Module] = {}
 
     def make(k: int, group: Group) -> Tensor:
-        z = posterior_of(group).sample()
+        z = drawn(posterior_of(group))
         if prior.is_on(k):
             try:
                 heads[k] = make_head(with_head_inputs(prior.source, k, group, z)).eval()

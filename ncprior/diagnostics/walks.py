@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.bases.mixture import GaussianMixture
+from ncprior.heads.checks import naming_parts
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.samplers.langevin import supports_langevin
 from ncprior.source import Group, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import to_device
+from ncprior.utils.draws import drawn
 
 
 class GroupKind(NamedTuple):
@@ -56,11 +58,15 @@ def group_kinds(prior: NCPrior, x: Any) -> list[GroupKind]:  # noqa: ANN401
 
 @contextmanager
 def evaluating(prior: NCPrior) -> Iterator[None]:
-    """Context with the heads in evaluation mode; their own modes are restored at the end."""
+    """Context with the heads in evaluation mode; their own modes are restored at the end.
+
+    Errors of torch name the devices of base, VAE and heads if they differ.
+    """
     modes = [(module, module.training) for module in prior.modules()]
     prior.eval()
     try:
-        yield
+        with naming_parts(prior.source, prior.heads):
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -82,14 +88,22 @@ def walk_posterior(
 
     Returns:
         The values in float64 on the CPU, with shape ``(K, *shape, B)``; NaN if a head is off.
+
+    Raises:
+        FloatingPointError: If a value is not finite; the message names the group.
     """
     num_groups, batch_size = prior.source.num_groups, num_rows(encoding)
     measured = torch.full((num_groups, *shape, batch_size), math.nan, dtype=torch.float64)
 
     def choose(k: int, group: Group) -> Tensor:
-        z = posterior_of(group).sample()
+        z = drawn(posterior_of(group))
         if prior.is_on(k):
-            measured[k] = measure(prior, k, group, z).cpu()
+            measured[k] = measure(prior, k, group, z).cpu()  # the one synchronisation of a group
+            if not torch.isfinite(measured[k]).all():
+                raise FloatingPointError(
+                    f"Group {k}: log r is not finite. Look for NaN or infinity in the head's "
+                    f"weights, the data, the prior or the context."
+                )
         return z
 
     visit(prior.source, prior.source.start(batch_size, encoding), choose)
@@ -97,15 +111,5 @@ def walk_posterior(
 
 
 def scaled_log_r(prior: NCPrior, k: int, z: Tensor, group: Group) -> Tensor:
-    """Returns α log r_k(z) in nats, with shape ``(*, B)``, after a check that it is finite.
-
-    Raises:
-        FloatingPointError: If log r is not finite; the message names the group.
-    """
-    log_r = prior.strength * prior.log_r(k, z, group.context)
-    if not torch.isfinite(log_r).all():
-        raise FloatingPointError(
-            f"Group {k}: log r is not finite. Look for NaN or infinity in the head's weights, the "
-            f"data, the prior or the context."
-        )
-    return log_r
+    """Returns α log r_k(z) in nats, with shape ``(*, B)``."""
+    return prior.strength * prior.log_r(k, z, group.context)

@@ -44,6 +44,7 @@ from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
+from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
 from ncprior.source import (
@@ -57,6 +58,8 @@ from ncprior.source import (
     visit,
 )
 from ncprior.utils.batches import map_tensors
+from ncprior.utils.draws import drawn
+from ncprior.utils.precision import in_float64
 from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_flags, require_instance
 from ncprior.utils.trees import same
@@ -236,13 +239,17 @@ def log_likelihood(
         )
     require_source(source)
     require_eval(source, source.module)
-    log_weights = _Weights(source, heads, num_proposals, num_pools, share_pools, chunk_size)
+    pools = (num_proposals, num_pools, share_pools)
+    device = device_of(source)
+    sums_on = torch.device("cpu") if device.type == "mps" else device
+    log_weights = _Weights(source, heads, *pools, chunk_size, sums_on)
     batches = tqdm(one_pass(data, batch_size), desc="log p(x)", disable=not progress)
     seed = torch.initial_seed()
     columns: list[list[Bounds]] = [[], [], []]
-    for batch in checked_batches(batches, device_of(source)):
-        for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
-            column.append(bounds(log_w))
+    with naming_parts(source, None if heads is None else heads.heads):
+        for batch in checked_batches(batches, device):
+            for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
+                column.append(bounds(log_w))
     base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)
     found = {"base": Likelihood("base", "local", *base, num_samples, 0, seed)}
     if num_proposals is not None:
@@ -270,6 +277,7 @@ class _Weights:
     num_pools: int
     share_pools: bool
     chunk_size: int
+    device: torch.device  # of the sums, which are in float64
 
     def __call__(self, x: Any, num_samples: int) -> Tensor:  # noqa: ANN401
         """Returns log w of one batch, with shape ``(3, S, B)``, in float64."""
@@ -284,7 +292,7 @@ class _Weights:
                 codes = self.source.encode(tiled) if draws else _tile(encoding, len(some))
                 log_w = self._walk(codes, tiled)
                 chunks.append(log_w.reshape(3, len(some), rows))
-        log_w = torch.cat(chunks, dim=1)
+        log_w = torch.cat(chunks, dim=1).cpu()
         if not (log_w < math.inf).all():  # NaN is not
             raise FloatingPointError(
                 "log p(x, z) - log q(z | x) or log r is NaN or infinite for some rows. Look for NaN or "
@@ -293,7 +301,7 @@ class _Weights:
         return log_w
 
     def _walk(self, encoding: Any, x: Any) -> Tensor:  # noqa: ANN401
-        log_w = torch.zeros(3, num_rows(encoding), dtype=torch.float64)
+        log_w = torch.zeros(3, num_rows(encoding), dtype=torch.float64, device=self.device)
 
         def weigh(k: int, group: Group) -> Tensor:
             if not isinstance(group.prior, Distribution):
@@ -302,7 +310,7 @@ class _Weights:
                     f"group {k} can only be sampled."
                 )
             z, log_q = _sample_and_log_prob(posterior_of(group))
-            log_w.add_(_wide(group.prior.log_prob(z) - log_q))
+            log_w.add_(in_float64(group.prior.log_prob(z) - log_q))
             if self.prior is not None and self.prior.is_on(k):
                 log_r = partial(_log_r, self.prior, k, group.context)
                 own = log_r(z[None])[0]
@@ -312,7 +320,7 @@ class _Weights:
             return z
 
         _, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
-        return log_w + _wide(_log_likelihood(self.source.likelihood(state), data_of(x)))
+        return log_w + in_float64(_log_likelihood(self.source.likelihood(state), data_of(x)))
 
     def _sir(self, k: int, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
         """Logarithm of an unbiased estimate of p_SIR / p at z with log-ratio ``own``, (B,)."""
@@ -332,12 +340,12 @@ class _Weights:
     def _pool(self, group: Group, rows: int, count: int) -> Iterator[Tensor]:
         """Yields proposals in chunks of shape (*, B, *event), or (*, 1, *event) if shared."""
         if self.share_pools:
-            z = group.prior.sample(Size((-(-count // rows),))).flatten(0, 1)
+            z = drawn(group.prior, Size((-(-count // rows),))).flatten(0, 1)
             yield from z[:count, None].split(self.chunk_size)
             return
         at_once = max(1, self.chunk_size // rows)
         for first in range(0, count, at_once):
-            yield group.prior.sample(Size((min(at_once, count - first),)))
+            yield drawn(group.prior, Size((min(at_once, count - first),)))
 
 
 def _log_likelihood(likelihood: Distribution, x: Tensor) -> Tensor:
@@ -360,7 +368,7 @@ def _log_likelihood(likelihood: Distribution, x: Tensor) -> Tensor:
 
 def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
     """α log r in nats, in float64."""
-    return _wide(prior.strength * prior.log_r(k, z, context))
+    return in_float64(prior.strength * prior.log_r(k, z, context))
 
 
 def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
@@ -368,16 +376,12 @@ def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     if hasattr(q, "sample_and_log_prob"):
         z, log_q = q.sample_and_log_prob()
         return z, log_q
-    z = q.sample()
+    z = drawn(q)
     return z, q.log_prob(z)
 
 
 def _tile(tree: Any, count: int) -> Any:  # noqa: ANN401
     return map_tensors(lambda t: t.repeat(count, *(1,) * (t.ndim - 1)) if t.ndim else t, tree)
-
-
-def _wide(log_p: Tensor) -> Tensor:
-    return log_p.cpu().double()
 
 
 def _standard_error(values: Tensor) -> float:

@@ -34,11 +34,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ncprior.distributions import Sampleable
+from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
 from ncprior.samplers.langevin import Target, mala_step
 from ncprior.source import device_of, num_rows, require_eval
 from ncprior.utils.batches import map_tensors, to_device
+from ncprior.utils.draws import drawn
 from ncprior.utils.require import (
     described,
     require_counts,
@@ -155,10 +157,11 @@ def log_normaliser(
     condition = _checked_condition(condition, device)
     smc = _Particles(prior, num_particles, num_temperatures, step_size, condition)
     forward, reverse = [], []
-    for i in tqdm(range(replicates), desc="log Z", disable=not progress):
-        estimate, draw = smc.run(None)
-        forward.append(estimate)
-        reverse.append(smc.run(draw if exact is None else [z[i : i + 1] for z in exact])[0])
+    with naming_parts(prior.source, prior.heads):
+        for i in tqdm(range(replicates), desc="log Z", disable=not progress):
+            estimate, draw = smc.run(None)
+            forward.append(estimate)
+            reverse.append(smc.run(draw if exact is None else [z[i : i + 1] for z in exact])[0])
     acceptance = smc.accepted / smc.moves if smc.moves else math.nan
     return LogZ(
         torch.stack(forward),
@@ -247,7 +250,7 @@ def anneal(
     References:
         | Annealed Importance Sampling (Neal, 2001)
     """
-    z = prior.sample() if backwards_from is None else backwards_from
+    z = drawn(prior) if backwards_from is None else backwards_from
     if num_temperatures == 1:
         return Annealed(z, finite(log_ratio(z)), torch.zeros(len(z), device=z.device))
     target = Target(prior, log_ratio)
@@ -257,7 +260,7 @@ def anneal(
     for t in between if backwards_from is None else reversed(between):
         at, accept = mala_step(target, at, step_size, t / num_temperatures)
         log_w, accepted = log_w + at.log_r / num_temperatures, accepted + accept
-    target.raise_if_bad(at.z)
+    target.raise_if_bad(int(target.first_bad_step(at.z)))
     return Annealed(at.z, finite(log_w), accepted / len(between))
 
 
@@ -315,7 +318,7 @@ class _Particles:
                 f"got the event {tuple(z.shape[1:])}."
             )
         if not self.prior.is_on(k):
-            z = group.prior.sample() if z is None else z
+            z = drawn(group.prior) if z is None else z
             return Annealed(z, *torch.zeros(2, len(z), device=z.device))
 
         def log_ratio(z: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable, is_prior
+from ncprior.utils.draws import drawn
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described, numbers, require_callable, require_instance
 
 LogRatio: TypeAlias = Callable[[Tensor], Tensor]
@@ -128,7 +130,7 @@ def draw_from(prior: Sampleable, count: int) -> Tensor:
         TypeError: If the prior does not draw a tensor of real numbers or codes.
         ValueError: If its draws do not have such a shape.
     """
-    z = prior.sample(Size((count,)))
+    z = drawn(prior, Size((count,)))
     if not isinstance(z, Tensor) or z.is_complex():
         raise TypeError(
             f"The prior must draw a tensor of real numbers or codes; got {described(z)}."
@@ -142,7 +144,7 @@ def draw_from(prior: Sampleable, count: int) -> Tensor:
 
 
 def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
-    """Returns the start of Markov chains as a tensor, after a check of its shape and values.
+    """Returns the start of Markov chains on the prior's device, after a check of shape and values.
 
     Arguments:
         init: Latents of every row, ``(B, *event)``, as a tensor, an array or a list.
@@ -155,6 +157,8 @@ def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
     z = numbers("init", init).detach()
     if z.dtype == torch.float64 and not isinstance(init, Tensor):
         z = z.to(torch.get_default_dtype())  # arrays and lists are in double precision by default
+    with seeded(0):  # the generators stay as they are
+        z = z.to(draw_from(prior, 1).device)
     if isinstance(prior, Distribution) and z.shape != prior.batch_shape + prior.event_shape:
         raise ValueError(
             f"init must have the prior's shape (B, *event), "

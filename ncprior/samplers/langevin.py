@@ -26,6 +26,7 @@ from ncprior.samplers.base import (
     like_event,
     start_at,
 )
+from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 from ncprior.utils.supports import ANGLES, BOUNDED, DISCRETE, support_of
@@ -88,14 +89,31 @@ def langevin(
     require_numbers("(0, inf)", step_size=step_size)
     require_flags(adjusted=adjusted)
     target = Target(prior, log_ratio)
-    z = prior.sample() if init is None else start_at(init, prior)
+    z = drawn(prior) if init is None else start_at(init, prior)
     z = z if z.is_floating_point() else z.float()
-    if adjusted:
-        z, acceptance = _mala(target, z, num_steps, step_size)
-    else:
-        z, acceptance = _ula(target, z, num_steps, step_size), None
-    target.raise_if_bad(z)
+    z, acceptance = run_chains(target, z, num_steps, step_size, adjusted=adjusted)
+    target.raise_if_bad(int(target.first_bad_step(z)))
     return Draw(z, acceptance=acceptance)
+
+
+def run_chains(
+    target: Target, z: Tensor, num_steps: int, step_size: float, *, adjusted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Runs Langevin chains without a synchronisation.
+
+    Arguments:
+        target: r·p, which records the first step that is not finite.
+        z: Start of the chains, with shape ``(B, *event)``.
+        num_steps: Number of steps.
+        step_size: λ, in squared units of z.
+        adjusted: Whether to correct each step by Metropolis-Hastings.
+
+    Returns:
+        The ends of the chains, and their acceptance rates if they are adjusted.
+    """
+    if adjusted:
+        return _mala(target, z, num_steps, step_size)
+    return _ula(target, z, num_steps, step_size), None
 
 
 def _ula(target: Target, z: Tensor, num_steps: int, step_size: float) -> Tensor:
@@ -115,7 +133,7 @@ def _mala(target: Target, z: Tensor, num_steps: int, step_size: float) -> tuple[
 
 
 def mala_step(
-    target: Target, here: Point, step_size: float, beta: float = 1.0
+    target: Target, here: Point, step_size: float | Tensor, beta: float = 1.0
 ) -> tuple[Point, Tensor]:
     """One step of MALA on r^β·p.
 
@@ -200,14 +218,21 @@ class Target:
         still = [torch.where(bad, 0.0, slope) for slope in slopes]
         return Point(*point[:3], *still)
 
-    def raise_if_bad(self, z: Tensor) -> None:
-        """Checks all evaluations so far and the last z, at the price of one synchronisation.
+    def first_bad_step(self, z: Tensor) -> Tensor:
+        """Returns the first step that was not finite, on the device; a large number if all were.
+
+        The last z counts as the step after all evaluations.
+        """
+        last = torch.where(torch.isfinite(z).all(), _NEVER, self.calls)
+        return last if self.first_bad is None else torch.minimum(self.first_bad, last)
+
+    def raise_if_bad(self, first: int) -> None:
+        """Raises an error if :meth:`first_bad_step` has found a step.
 
         Raises:
             FloatingPointError: If a value is not finite; take a smaller step size.
         """
-        first = self.calls if self.first_bad is None else min(self.calls, int(self.first_bad))
-        if first < self.calls or not torch.isfinite(z).all():
+        if first <= self.calls:
             raise FloatingPointError(
                 f"The energy -log r - log p or its gradient is not finite at step {first} of "
                 f"Langevin dynamics. Take a smaller step_size, or look for NaN or infinity in "

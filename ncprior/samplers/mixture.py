@@ -27,6 +27,7 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler, check_target, checked_draw
 from ncprior.samplers.compose import composition
+from ncprior.utils.batches import moved
 from ncprior.utils.require import require_callable
 
 
@@ -79,8 +80,12 @@ class _Places:
 
     def __init__(self, mixture: GaussianMixture, labels: Tensor) -> None:
         self.mixture = mixture
-        self.rows = [(j, (labels == j).nonzero()[:, 0]) for j in labels.unique().tolist()]
-        self.order = torch.cat([rows for _, rows in self.rows]).argsort()
+        on_cpu = labels.cpu()
+        rows = on_cpu.argsort(stable=True)
+        counts = on_cpu.bincount().tolist()
+        blocks = moved(rows, labels.device).split(counts)
+        self.rows = [(j, block) for j, block in enumerate(blocks) if counts[j]]
+        self.order = moved(rows.argsort(), labels.device)
         event = mixture.event_shape
         zeros = mixture.loc.new_zeros(len(labels), *event)
         self.noise = Independent(

@@ -6,10 +6,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal
 
 from ncprior.distributions import Sampleable, is_expanded
 from ncprior.samplers.base import LogRatio, checked, draw_from
+from ncprior.utils.draws import normal_parameters
 
 _POINTS = 4  # proposals at which rows are compared
 
@@ -27,7 +27,7 @@ class Proposals:
 
     def __init__(self, prior: Sampleable) -> None:
         self.prior = prior
-        self.normal = _normal(prior)
+        self.normal = normal_parameters(prior)
         self.buffer = torch.empty(0)
 
     def __call__(self, count: int) -> Tensor:
@@ -38,12 +38,6 @@ class Proposals:
         if len(self.buffer) < count:
             self.buffer = mean.new_empty(count, *mean.shape)
         return self.buffer[:count].normal_().mul_(sd).add_(mean)
-
-
-def _normal(prior: Sampleable) -> tuple[Tensor, Tensor] | None:
-    while type(prior) is Independent:
-        prior = prior.base_dist
-    return (prior.loc, prior.scale) if type(prior) is Normal else None
 
 
 def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import (
+    NOT_FINITE,
     Draw,
     LogRatio,
     check_target,
     checked,
     draw_from,
-    finite,
     latents_at_once,
     like_event,
     start_at,
 )
+from ncprior.utils.draws import drawn
 from ncprior.utils.require import require_counts, require_numbers
 
 
@@ -69,17 +70,20 @@ def rejection(
     require_numbers(log_bound=log_bound)
     check_target(prior, log_ratio)
 
-    def attempt() -> tuple[Tensor, Tensor]:
+    def attempt() -> tuple[Tensor, Tensor, Tensor]:
         z, log_r = _proposals(prior, log_ratio, 1)
-        return z[0], torch.rand_like(log_r[0]).log() < log_r[0] - float(log_bound)
+        accept = torch.rand_like(log_r[0]).log() < log_r[0] - float(log_bound)
+        return z[0], accept, torch.isfinite(log_r).all()
 
-    z, accepted = attempt()
+    z, accepted, is_finite = attempt()
     for _ in range(max_tries - 1):
-        if accepted.all():
+        if accepted.all() | ~is_finite:  # one synchronisation per try
             break
-        new, accept = attempt()
+        new, accept, is_finite = attempt()
         z = torch.where(like_event(accepted, z), z, new)
         accepted = accepted | accept
+    if not is_finite:
+        raise FloatingPointError(NOT_FINITE)
     return Draw(z, acceptance=accepted.float())
 
 
@@ -128,13 +132,15 @@ def independence(
     require_counts("[0, inf)", num_steps=num_steps)
     require_counts("[1, inf) or None", chunk_size=chunk_size)
     check_target(prior, log_ratio)
-    z = prior.sample() if init is None else start_at(init, prior)
-    here = finite(checked(log_ratio(z[None]), z[None].shape[:2]))[0]
+    z = drawn(prior) if init is None else start_at(init, prior)
+    here = checked(log_ratio(z[None]), z[None].shape[:2])[0]
+    is_finite = torch.isfinite(here).all()  # read once, at the end
     accepted = torch.zeros_like(here)
     left, at_once = num_steps, latents_at_once(z[None], chunk_size)
     while left:
         count = min(left, max(1, at_once // max(1, len(z))))
         new, log_r = _proposals(prior, log_ratio, count)
+        is_finite = is_finite & torch.isfinite(log_r).all()
         last = torch.full_like(here, -1, dtype=torch.long)  # each chain's current proposal
         for t, log_u in enumerate(torch.rand_like(log_r).log()):
             accept = log_u < log_r[t] - here
@@ -145,9 +151,11 @@ def independence(
             like_event(last < 0, z), z, new[last, torch.arange(len(z), device=z.device)]
         )
         left -= count
+    if not is_finite:
+        raise FloatingPointError(NOT_FINITE)
     return Draw(z, acceptance=accepted / max(1, num_steps))
 
 
 def _proposals(prior: Sampleable, log_ratio: LogRatio, count: int) -> tuple[Tensor, Tensor]:
     z = draw_from(prior, count)
-    return z, finite(checked(log_ratio(z), z.shape[:2]))
+    return z, checked(log_ratio(z), z.shape[:2])

@@ -93,11 +93,12 @@ def tempered_smc(
     require_flags(share_particles=share_particles)
     particles = _Particles(Target(prior, log_ratio), num_particles, share_particles)
     accepted = []
+    step = particles.scalar(step_size)  # on the device, as all but one number per temperature
     for _ in range(max_temperatures):
         particles.heat(ess_fraction)
         for _ in range(num_moves):
-            accept = particles.move(step_size)
-            step_size *= math.exp(accept.mean().item() - _ACCEPTANCE)
+            accept = particles.move(step)
+            step = step * (accept.mean().to(step.dtype) - _ACCEPTANCE).exp()
             accepted.append(accept.mean(0))
         if particles.beta == 1:
             return particles.draw(torch.stack(accepted).mean(0))
@@ -124,42 +125,54 @@ class _Particles:
 
     def heat(self, ess_fraction: float) -> None:
         """Increases β as far as the effective sample size allows, and resamples."""
-        self.target.raise_if_bad(self.at.z)
-        step = self._step(1 - self.beta, ess_fraction)
+        largest, bad = 1 - self.beta, self.target.first_bad_step(self.at.z)
+        found = self._step(largest, ess_fraction)
+        part, call = torch.stack([found, bad.to(found.dtype)]).tolist()  # the one synchronisation
+        self.target.raise_if_bad(int(call))
+        step = min(part, largest)
         self.beta = 1.0 if step == 1 - self.beta else self.beta + step
         log_w = self._population(step * self.at.log_r)
         self.log_z = self.log_z + log_w.logsumexp(0) - math.log(len(log_w))
         ancestors = _systematic(log_w)
         self.at = Point(*(self._resampled(values, ancestors) for values in self.at))
 
-    def move(self, step_size: float) -> Tensor:
+    def scalar(self, value: float) -> Tensor:
+        """A number on the device of the particles, in float64 if it has such numbers."""
+        log_r = self.at.log_r
+        dtype = torch.float32 if log_r.device.type == "mps" else torch.float64
+        return torch.full((), value, dtype=dtype, device=log_r.device)
+
+    def move(self, step_size: Tensor) -> Tensor:
         """Takes one step of MALA on r^β·p; returns 1 where it was accepted, else 0, (P, B)."""
         self.at, accept = mala_step(self.target, self.at, step_size, self.beta)
         return accept.float()
 
     def draw(self, acceptance: Tensor) -> Draw:
         """Returns one particle per row, picked uniformly: resampling has made weights equal."""
-        self.target.raise_if_bad(self.at.z)
+        self.target.raise_if_bad(int(self.target.first_bad_step(self.at.z)))
         particles, batch = self.at.log_r.shape
         picked = torch.randint(particles, (batch,), device=self.at.z.device)
         z = self.at.z[picked, torch.arange(batch, device=self.at.z.device)]
         return Draw(z, log_mean_weight=self.log_z, acceptance=acceptance)
 
-    def _step(self, largest: float, ess_fraction: float) -> float:
-        """Largest step of β at which the effective sample size is large enough, by bisection."""
-        if self._ess_fraction(largest) >= ess_fraction:
-            return largest
-        low, high = 0.0, largest
+    def _step(self, largest: float, ess_fraction: float) -> Tensor:
+        """Largest step of β at which the effective sample size is large enough, by bisection.
+
+        It is infinite if even the largest step is.
+        """
+        low, high = self.scalar(0.0), self.scalar(largest)
+        is_whole = self._ess_fraction(high) >= ess_fraction
+        if high.device.type == "cpu" and is_whole:  # where reading it costs nothing
+            return self.scalar(math.inf)
         for _ in range(_BISECTIONS):
             middle = 0.5 * (low + high)
-            low, high = (
-                (middle, high) if self._ess_fraction(middle) >= ess_fraction else (low, middle)
-            )
-        return low
+            is_enough = self._ess_fraction(middle) >= ess_fraction
+            low, high = torch.where(is_enough, middle, low), torch.where(is_enough, high, middle)
+        return torch.where(is_whole, math.inf, low)
 
-    def _ess_fraction(self, step: float) -> float:
+    def _ess_fraction(self, step: Tensor) -> Tensor:
         w = self._population(step * self.at.log_r).softmax(0)
-        return (1 / (w.square().sum(0) * len(w))).mean().item()
+        return (1 / (w.square().sum(0) * len(w))).mean().to(step.dtype)
 
     def _population(self, values: Tensor) -> Tensor:
         """Reshapes (P, B) to (P·B, 1) if all rows share one population."""

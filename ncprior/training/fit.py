@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ncprior.data.rows import Rows, as_data, is_map_style
 from ncprior.data.stream import one_pass, require_rows_and_end, split
+from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.trainer import require_trainable
 from ncprior.training.arguments import (
@@ -175,8 +176,13 @@ def fit(
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
-    _validate_parts(prior, runs, stages)
-    with gradients_enabled(), unchanged(prior.source), _evaluating_after(prior):
+    with (
+        naming_parts(prior.source, prior.heads),
+        gradients_enabled(),
+        unchanged(prior.source),
+        _evaluating_after(prior),
+    ):
+        _validate_parts(prior, runs, stages)
         history = runs.first(prior, stages, checkpoint)
         further = runs.further(prior, history, stages, checkpoint)
         history = history._replace(stages=tuple(further))

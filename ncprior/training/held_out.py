@@ -60,7 +60,14 @@ class HeldOut:
         """Returns the losses in nats, with shape ``(K, N)``, on the CPU and alike on all ranks."""
         draws = math.ceil(_HELD_OUT_DRAWS / self.count())
         with self._seeded():
-            losses = torch.cat([self._losses(b, device, draws) for b in self.batches], dim=1)
+            parts = [self._losses(batch, device, draws) for batch in self.batches]
+        own = torch.cat([part for part, _ in parts], dim=2).cpu().double().mean(1)  # one wait
+        losses = torch.zeros(len(own), sum(count for _, count in parts), dtype=torch.float64)
+        first = 0
+        for part, count in parts:
+            mine, own = own.split([part.shape[2], own.shape[1] - part.shape[2]], dim=1)
+            losses[:, first : first + count][:, self._share] = mine
+            first += count
         return sum_over_ranks(losses)
 
     def count(self) -> int:
@@ -78,18 +85,32 @@ class HeldOut:
         with seeded(own_seed(self.seed, rank())):
             yield
 
-    def _losses(self, batch: Any, device: torch.device, draws: int) -> Tensor:  # noqa: ANN401
-        """Losses of a batch, ``(K, n)``, on the CPU; those that other ranks measure are 0."""
-        losses = torch.zeros(len(self.prior.heads), num_rows(batch), dtype=torch.float64)
-        share = slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
-        x = to_device(take_rows(batch, share), device)
+    @property
+    def _share(self) -> slice:
+        """The rows of every batch that this rank measures."""
+        return slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
+
+    def _losses(
+        self,
+        batch: Any,  # noqa: ANN401
+        device: torch.device,
+        draws: int,
+    ) -> tuple[Tensor, int]:
+        """Losses of this rank's rows of a batch, ``(K, draws, n)``, and the batch's rows.
+
+        The losses stay on the device; those of groups that other ranks measure are 0.
+        """
+        x = to_device(take_rows(batch, self._share), device)
+        losses = torch.zeros(len(self.prior.heads), draws, num_rows(x), device=device)
         if num_rows(x) > 0:
             for k, (z, context) in enumerate(contrastive_pairs(self.prior.source, x, draws)):
                 if self.groups is None or k in self.groups:
                     log_r = self.prior.log_r(k, z, context)
                     loss_q, loss_p = nce_terms(log_r[0], log_r[1])
-                    losses[k, share] = (loss_q + loss_p).cpu().double().mean(0)
-        return losses
+                    if losses.dtype != loss_q.dtype:  # of heads in float64
+                        losses = losses.to(loss_q.dtype)
+                    losses[k] = loss_q + loss_p
+        return losses, num_rows(batch)
 
 
 def mean_and_error(losses: Tensor) -> tuple[list[float], list[float]]:

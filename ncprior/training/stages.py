@@ -57,19 +57,20 @@ class Drawn:
         draw: Returns one draw per row.
 
     Attributes:
-        log_mean_weights: Mean log Ẑ of every draw so far, in nats, if the sampler returns it.
+        log_mean_weights: Mean log Ẑ of every draw so far, in nats, if the sampler returns it; on
+            the device of the draws.
     """
 
     def __init__(self, draw: Callable[[], Draw]) -> None:
         self.draw = draw
-        self.log_mean_weights: list[float] = []
+        self.log_mean_weights: list[Tensor] = []
 
     @torch.no_grad()
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Draws z, with shape ``(*sample_shape, B, *event)``."""
         draws = [self.draw() for _ in range(math.prod(sample_shape))]
-        means = [d.log_mean_weight.mean() for d in draws if d.log_mean_weight is not None]
-        self.log_mean_weights += torch.stack(means).tolist() if means else []
+        weights = (draw.log_mean_weight for draw in draws)
+        self.log_mean_weights += [weight.mean() for weight in weights if weight is not None]
         z = torch.stack([draw.z for draw in draws])
         return z.reshape(*sample_shape, *z.shape[1:])
 
@@ -155,7 +156,8 @@ def with_cached_proposals(
             base.sample(Size((-(-n // _POPULATION),))).flatten(0, 1)[:n]
             for n in (count, max(_POPULATION, count // 10))
         )
-    log_z = torch.tensor(base.log_mean_weights if isinstance(base, Drawn) else [])
+    found = base.log_mean_weights if isinstance(base, Drawn) else []
+    log_z = torch.stack(found) if found else torch.empty(0)
     if len(log_z) > 1 and log_z.std() > _SCATTER:
         warnings.warn(
             f"The draws of the prior so far are unreliable: log Z has a standard deviation of "

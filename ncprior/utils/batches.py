@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ncprior.utils.require import described
 
+_PINNED = 2**26  # bytes of the largest tensor that is copied through pinned memory, which is kept
+
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noqa: ANN401
     """Returns a batch with a function applied to every tensor in it.
@@ -55,8 +57,21 @@ def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401
         >>> to_device({"image": torch.zeros(2)}, torch.device("meta"))["image"].device
         device(type='meta')
     """
-    is_ahead = device.type == "cuda"  # a copy to the CPU could be read before it has arrived
-    return map_tensors(lambda t: t.to(device, non_blocking=is_ahead), batch)
+    return map_tensors(lambda t: moved(t, device), batch)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; a copy to a GPU does not wait for it.
+
+    Example:
+        >>> moved(torch.zeros(2), torch.device("meta")).device
+        device(type='meta')
+    """
+    if device.type != "cuda":  # a copy to the CPU could be read before it has arrived
+        return tensor.to(device)
+    if tensor.device.type == "cpu" and tensor.nbytes <= _PINNED:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401

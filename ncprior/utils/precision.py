@@ -97,6 +97,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float64, on the CPU if its device (MPS) has no such numbers."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def floating_dtype(*modules: object) -> torch.dtype | None:
     """Returns the floating-point dtype of modules, or ``None`` if they have none or several.
 

@@ -11,12 +11,15 @@ import operator
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+_READ: WeakSet[nn.Module] = WeakSet()  # models whose first batch on a GPU has been read
 
 
 def require_counts(interval: str = "[1, inf)", /, **counts: Any) -> None:  # noqa: ANN401
@@ -279,6 +282,7 @@ def floats_of_batch(
     x: Any,  # noqa: ANN401
     remedy: str,
     limits: tuple[float, float] | None = None,
+    model: nn.Module | None = None,
 ) -> Tensor:
     """Returns x of a batch as :func:`tensor_of_batch`, after a check that it holds floats in a range.
 
@@ -287,6 +291,8 @@ def floats_of_batch(
         x: The batch.
         remedy: Remedy for numbers of another kind or range, for the message, a whole sentence.
         limits: The least and the largest number that x may hold, or ``None``; waits for a GPU.
+        model: A model, of which only the first batch on a GPU is compared with the limits: no
+            later batch waits.
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
@@ -295,8 +301,11 @@ def floats_of_batch(
     tensor = tensor_of_batch(x)
     if not tensor.is_floating_point():
         raise ValueError(f"{whose} takes x as floats; got {described(tensor)}. {remedy}")
+    if model is not None and tensor.device.type != "cpu":
+        limits = None if model in _READ else limits
+        _READ.add(model)
     if limits is not None and tensor.numel() > 0:
-        least, most = (end.item() for end in tensor.detach().aminmax())
+        least, most = torch.stack(tensor.detach().aminmax()).tolist()  # one synchronisation
         if not limits[0] <= least <= most <= limits[1]:
             require_finite("x", tensor)
             raise ValueError(

@@ -31,7 +31,7 @@ from torch.distributions import Independent, Normal
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.langevin import langevin
+from ncprior.samplers.langevin import Target, run_chains
 from ncprior.samplers.setting import require_sampler
 from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
@@ -305,29 +305,10 @@ class VAEBM(PretrainedEnergy, nn.Module):
             torch.Size([4])
         """
         _check_options(num_steps, step_size, adjusted)
-        shapes = shapes_of(noise)
-        walk, precise = self._walk(condition, self.precision), self._walk(condition)
-        u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
-
-        def log_weight(u: Tensor) -> Tensor:
-            parts = _unflatten(u, shapes)
-            walked = walk(parts)
-            energy: Tensor = self(walked.x)
-            if not self._has_gradients:
-                require_gradients(walk, self, parts, walked, energy)
-                self._has_gradients = True
-            return walked.log_weight - energy
-
-        draw = langevin(
-            Independent(Normal(torch.zeros_like(u), 1.0, validate_args=False), 1),
-            log_weight,
-            num_steps=self.num_steps if num_steps is None else num_steps,
-            step_size=self.step_size if step_size is None else step_size,
-            adjusted=adjusted,
-            init=u,
-        )
-        end = precise(_unflatten(draw.z, shapes))
-        return Chains(end.x, end.mean, end.latents, end.noise, draw.acceptance)
+        shapes_of(noise)
+        found, target, u = run_unread(self, noise, num_steps, step_size, adjusted, condition)
+        target.raise_if_bad(int(target.first_bad_step(u)))
+        return found
 
     def extra_repr(self) -> str:
         """Returns the settings in ``print(model)``, besides the energy."""
@@ -372,6 +353,38 @@ class VAEBM(PretrainedEnergy, nn.Module):
         if len(walked.noise) > self.source.num_groups:
             return "location and scale of p(x | z)"
         return "none, as p(x | z) is not normal: x is its mean"
+
+
+@torch.no_grad()
+def run_unread(
+    model: VAEBM,
+    noise: Sequence[Tensor],
+    num_steps: int | None = None,
+    step_size: float | None = None,
+    adjusted: bool = False,
+    condition: Any = None,  # noqa: ANN401
+) -> tuple[Chains, Target, Tensor]:
+    """Chains unchecked, without a wait for a GPU, with their target and its last point."""
+    shapes = [part.shape for part in noise]
+    walk, precise = model._walk(condition, model.precision), model._walk(condition)
+    u = torch.cat([part.reshape(len(part), -1) for part in noise], dim=1)
+
+    def log_weight(u: Tensor) -> Tensor:
+        parts = _unflatten(u, shapes)
+        walked = walk(parts)
+        energy: Tensor = model(walked.x)
+        if not model._has_gradients:
+            require_gradients(walk, model, parts, walked, energy)
+            model._has_gradients = True
+        return walked.log_weight - energy
+
+    normal = Normal(torch.zeros_like(u), torch.ones_like(u), validate_args=False)
+    target = Target(Independent(normal, 1), log_weight)
+    num_steps = model.num_steps if num_steps is None else num_steps
+    step_size = model.step_size if step_size is None else step_size
+    u, acceptance = run_chains(target, u, num_steps, step_size, adjusted=adjusted)
+    end = precise(_unflatten(u, shapes))
+    return Chains(end.x, end.mean, end.latents, end.noise, acceptance), target, u
 
 
 def _check_options(num_steps: Any, step_size: Any, adjusted: Any) -> None:  # noqa: ANN401

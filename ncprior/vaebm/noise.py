@@ -43,6 +43,7 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import name_of, supports_langevin
 from ncprior.source import Group, LatentSource, visit
+from ncprior.utils.draws import drawn
 from ncprior.utils.precision import at_least_float32, at_precision
 from ncprior.utils.require import described, require_finite
 
@@ -98,7 +99,7 @@ class NoiseMap:
 
         def pick(k: int, group: Group) -> Tensor:
             if self.prior is None or sampler is None:
-                z = group.prior.sample()
+                z = drawn(group.prior)
             else:
                 z = self.prior.draw(k, group, sampler).z
             return _to_noise(group.prior, z)

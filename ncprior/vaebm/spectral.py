@@ -45,12 +45,12 @@ class SpectralPenalty(nn.Module):
     def forward(self) -> Tensor:
         """Returns Σ σ_1, a scalar."""
         self._iterate(self.num_iterations)
-        total = torch.zeros(())
+        norms = []
         for i, weight in enumerate(self._weights()):
             u = self.get_buffer(f"u{i}")
             v = normalize(weight.detach().T @ u, dim=0)
-            total = total.to(weight) + u @ weight @ v
-        return total
+            norms.append(u @ weight @ v)
+        return torch.stack(norms).sum() if norms else torch.zeros(())
 
     def _weights(self) -> Iterator[Tensor]:
         net: nn.Module = self.net  # type: ignore[assignment]

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
+from ncprior.samplers.langevin import Target
 from ncprior.source import require_eval
 from ncprior.utils.distributed import average_over_ranks, fail_together
 from ncprior.utils.gradients import (
@@ -42,7 +43,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
-from ncprior.vaebm.model import VAEBM, Chains
+from ncprior.vaebm.model import VAEBM, Chains, run_unread
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.spectral import SpectralPenalty
 
@@ -175,7 +176,7 @@ class VAEBMTrainer:
             >>> trainer.step(x).gap.item()  # a new net's energy is 0
             0.0
         """
-        data, chains = data_of(x), self._chains(x)
+        data, (chains, target, end) = data_of(x), self._run(x)
         drawn = chains.x if self.contrast == "x" else chains.mean
         if data.shape != drawn.shape:
             raise ValueError(
@@ -195,11 +196,16 @@ class VAEBMTrainer:
             )
         gap, spectral = energy.mean() - energy_drawn.mean(), self.penalty()
         self.backward(gap + self.spectral_weight * spectral)
-        measured = torch.stack([gap.detach(), energy.detach().mean(), spectral.detach()])
+        bad = target.first_bad_step(end) <= target.calls
+        measured = [gap.detach(), energy.detach().mean(), spectral.detach()]
+        measured.append(torch.where(bad, math.nan, 0.0).to(gap.dtype))
         norm = reduce_and_clip(self.model, self.max_grad_norm)
-        gap, mean, spectral = average_over_ranks(measured)
+        gap, mean, spectral, bad = average_over_ranks(torch.stack(measured))
         metrics = EnergyMetrics(gap, mean, spectral, norm)
-        self._require_finite(metrics, data)
+        if not torch.isfinite(torch.stack([m.to(gap) for m in (*metrics, bad)])).all():
+            self.optimizer.zero_grad()
+            _fail_for_chains(target, end)
+            self._raise_not_finite(metrics, data)
         self.optimizer.step()
         self.steps += 1
         if self.buffer is not None:
@@ -227,6 +233,13 @@ class VAEBMTrainer:
             >>> trainer.chains(x).x.shape
             torch.Size([4, 3])
         """
+        chains, target, end = self._run(x)
+        target.raise_if_bad(int(target.first_bad_step(end)))
+        return chains
+
+    @torch.no_grad()
+    def _run(self, x: Any) -> tuple[Chains, Target, Tensor]:  # noqa: ANN401
+        """Chains of a batch, with their target and its last point, not read yet."""
         source = self.model.source
         require_eval(source, source.module)
         rows = len(data_of(x))
@@ -234,32 +247,28 @@ class VAEBMTrainer:
         noise = self.model.draw_noise(rows, sampler=self.sampler, condition=condition)
         if self.buffer is not None:
             noise = self.buffer.mix(noise)
-        return self.model.run_chains(noise, condition=condition)
+        return run_unread(self.model, noise, condition=condition)
 
-    def _chains(self, x: Any) -> Chains:  # noqa: ANN401
-        """Chains of all ranks, or an error on all."""
-        try:
-            chains = self.chains(x)
-        except FloatingPointError as error:
-            fail_together(error)
-            raise
-        fail_together(None)
-        return chains
+    def _raise_not_finite(self, metrics: EnergyMetrics, data: Tensor) -> NoReturn:
+        bad = int((~torch.isfinite(data)).flatten(1).any(1).sum())
+        remedy = "Take a lower learning rate."
+        if bad:
+            remedy = f"x has NaN or infinity in {bad} of {len(data)} rows; remove or mend them."
+        raise FloatingPointError(
+            f"The energy gap is {metrics.gap.item():.4g} with a gradient norm of "
+            f"{metrics.grad_norm.item():.4g} at step {self.steps}. The energy is as it was "
+            f"before this step. {remedy}"
+        )
 
-    def _require_finite(self, metrics: EnergyMetrics, data: Tensor) -> None:
-        if not torch.isfinite(torch.stack([m.to(metrics.gap) for m in metrics])).all():
-            self.optimizer.zero_grad()
-            bad = int((~torch.isfinite(data)).flatten(1).any(1).sum())
-            remedy = "Take a lower learning rate."
-            if bad:
-                remedy = (
-                    f"x has NaN or infinity in {bad} of {len(data)} rows; remove or mend them."
-                )
-            raise FloatingPointError(
-                f"The energy gap is {metrics.gap.item():.4g} with a gradient norm of "
-                f"{metrics.grad_norm.item():.4g} at step {self.steps}. The energy is as it was "
-                f"before this step. {remedy}"
-            )
+
+def _fail_for_chains(target: Target, end: Tensor) -> None:
+    """Raises an error on all ranks if chains of one of them are not finite."""
+    failure = None
+    try:
+        target.raise_if_bad(int(target.first_bad_step(end)))
+    except FloatingPointError as error:
+        failure = error
+    fail_together(failure)
 
 
 def require_trainable(model: Any) -> None:  # noqa: ANN401
