@@ -25,7 +25,7 @@ class Conditions:
     """The conditions of the cells of a model.
 
     Arguments:
-        family: What is known of the class of the model.
+        family: The description of the class of the model.
         given: The conditions that heads see; ``None`` for all that the model has.
 
     Attributes:
@@ -48,14 +48,14 @@ class Conditions:
     def of_cells(self, x: Any, **categories: str | None) -> Condition:  # noqa: ANN401
         """Returns the condition of real cells, some of whose columns may be set to a category."""
         x = self.batch(x)
-        count = len(x["X"])
+        codes = {
+            name: torch.full((len(x["X"]), 1), self._code(name, category), device=x["X"].device)
+            for name, category in categories.items()
+            if category is not None
+        }
         with torch.no_grad():
-            found = {**x, **self.family.measured(x)}
-        for name, category in categories.items():
-            if category is not None:
-                code = self._code(name, category)
-                found[name] = torch.full((count, 1), code, device=x["X"].device)
-        return self.checked(found, count)
+            measured = self.family.measured(x)
+        return self.checked({**x, **measured, **codes}, len(x["X"]))
 
     def batch(self, x: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """Returns one batch of a loader on the device of the model, after validating its counts."""
@@ -65,10 +65,15 @@ class Conditions:
                 f"A batch is a dict with the counts as 'X', as source.loader(adata) yields it; "
                 f"got {got}."
             )
-        if self.family.is_minified and "latent_qzm" not in x:
+        if missing := [name for name in self.family.columns if name not in x]:
+            kind = (
+                "minified: its cells are stored latents, and it"
+                if self.family.is_minified
+                else "one that"
+            )
             raise ValueError(
-                "The model is minified: its cells are stored latents, and it takes no others. Pass "
-                "batches of source.loader(), or load the model with the AnnData of the counts."
+                f"The model is {kind} takes no cells without {', '.join(missing)}. Pass batches of "
+                f"source.loader()."
             )
         like = input_like(self.family.module)
         tensors = {k: tensor_of_batch(v).to(like.device) for k, v in x.items() if v is not None}

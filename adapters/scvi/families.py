@@ -1,4 +1,4 @@
-"""What differs between the models of scvi-tools: groups of latents, conditions, decoders."""
+"""Differences between the models of scvi-tools: groups of latents, conditions, decoders."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ class Genes:
         self.is_minified = getattr(model, "minified_data_type", None) is not None
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the tensors of a batch, beside the counts, that every model of this kind has."""
+        stored = ("latent_qzm", "latent_qzv", "observed_lib_size")
+        return ("batch", *(stored if self.is_minified else ()))
+
+    @property
     def num_columns(self) -> int:
         """Number of columns of the counts."""
         return int(self.module.n_input)
@@ -66,7 +72,7 @@ class Genes:
         return bool(self.module.dispersion == "gene-label")
 
     def measured(self, x: Tensors) -> Tensors:
-        """What is known of cells beside the columns that they were registered with."""
+        """Conditions that are computed from cells: their library sizes."""
         if self.size is None:
             return {}
         total = x["observed_lib_size"] if self.is_minified else x["X"].sum(1, keepdim=True)
@@ -107,7 +113,7 @@ class Genes:
         return z
 
     def _generated(self, latents: Tensors, condition: Tensors, **inferred: Any) -> Any:  # noqa: ANN401
-        """What the decoder returns."""
+        """Returns the output of the decoder."""
         z, known = self._z(latents), {**condition, **latents}
         inferred = {"z": z, "library": known.get("library"), **inferred}
         labels = torch.zeros_like(condition["batch"])  # unused where no condition names them
@@ -132,6 +138,11 @@ class Annotated(Genes):
             )
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the tensors of a batch, beside the counts."""
+        return (*super().columns, "labels")
+
+    @property
     def num_labels(self) -> int:
         """Number of labels of cells, without the one for unlabelled cells."""
         return int(self.module.n_labels)
@@ -145,7 +156,8 @@ class Annotated(Genes):
         """The library size, and the label: of an unlabelled cell the most probable one."""
         labels, is_unknown = x["labels"], x["labels"] >= self.num_labels
         if is_unknown.any():
-            q = super().encode(x, {})
+            with seeded(0):  # the encoder draws z, which is not used
+                q = super().encode(x, {})
             likeliest = self.module.classifier(q["z"]["loc"].to(input_like(self.module))).argmax(1)
             labels = torch.where(is_unknown, likeliest[:, None], labels)
         return {**super().measured(x), "labels": labels}
@@ -181,6 +193,11 @@ class GenesProteins(Genes):
     The background of a protein is drawn from the decoder's own distribution given z, as
     scvi-tools does, and integrated out of the likelihood.
     """
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the tensors of a batch, beside the counts of genes."""
+        return (*super().columns, *(() if self.is_minified else ("proteins",)))
 
     @property
     def takes_counts(self) -> bool:
@@ -249,7 +266,8 @@ class Regions(Genes):
 
     def measured(self, x: Tensors) -> Tensors:
         """The depth of cells, which a network reads from the regions."""
-        found = self.module.inference(**self.module._get_inference_input(x))["d"]
+        with seeded(0):  # the encoder draws z, which is not used
+            found = self.module.inference(**self.module._get_inference_input(x))["d"]
         depth = found if isinstance(found, Tensor) else torch.full((len(x["X"]), 1), float(found))
         return {"depth": depth.detach().float()}
 
@@ -273,7 +291,7 @@ _FAMILIES: dict[str, type[Genes]] = {
 
 
 def family_of(model: Any) -> Genes:  # noqa: ANN401
-    """Returns what is known of the class of a model.
+    """Returns the description of the class of a model.
 
     Raises:
         TypeError: If it is of no known class.

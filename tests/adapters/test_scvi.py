@@ -15,7 +15,7 @@ import torch
 from helpers.scvi_standin import PEAKVI, SCANVI, SCVI, TOTALVI, LinearSCVI
 from helpers.toys import everything
 from torch import Tensor
-from torch.distributions import NegativeBinomial, Normal
+from torch.distributions import NegativeBinomial
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.scvi import SCVISource
@@ -223,6 +223,14 @@ def test_unlabelled_cells_get_the_label_that_the_classifier_finds() -> None:
     assert torch.equal(source.encode(x).condition["labels"][:, 0], labels)
 
 
+@pytest.mark.parametrize("make", (SCANVI, PEAKVI))
+def test_conditions_are_read_without_a_draw(make: Callable[[], Any]) -> None:
+    source = SCVISource(make())
+    x, before = batch_of(source), torch.get_rng_state()
+    source.condition(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_categories_are_set_by_name() -> None:
     source = SCVISource(SCANVI())
     x = batch_of(source)
@@ -410,6 +418,17 @@ def test_codes_of_no_category_are_refused(code: float) -> None:
 def test_a_batch_that_is_not_the_loaders_is_refused(x: Any) -> None:
     with pytest.raises(ValueError, match=r"dict with the counts as 'X'.*source\.loader"):
         SCVISource(SCVI()).encode(x)
+
+
+def test_batches_without_a_column_are_refused() -> None:
+    for make, name in ((SCVI, "batch"), (SCANVI, "labels"), (TOTALVI, "proteins")):
+        source = SCVISource(make())
+        x = {key: t for key, t in batch_of(source).items() if key != name}
+        for call in (source.encode, source.condition):
+            with pytest.raises(
+                ValueError, match=f"takes no cells without {name}. Pass batches of"
+            ):
+                call(x)
 
 
 def test_counts_of_other_genes_are_refused() -> None:

@@ -36,7 +36,6 @@ WITHOUT = {
     "ncprior.adapters.diffusers.DiffusersSource": "methods need diffusers",
     "ncprior.adapters.pythae.NCPSampler": "methods need pythae",
     "ncprior.adapters.pythae.PythaeSource": "methods need pythae",
-    "ncprior.adapters.scvi.SCVISource": "methods need scvi-tools",
     "ncprior.adapters.rae.RAESource": "methods of SingleGroup",
     "ncprior.distributions.is_prior": "a question of yes or no",
     "ncprior.distributions.naming_bad_rows": "a context that explains errors",

@@ -42,7 +42,13 @@ class Module(nn.Module):
     """The network: the calls that ``scvi.module.VAE`` takes, and its names."""
 
     def __init__(
-        self, genes: int, batches: int, likelihood: str, latent: str, dispersion: str, observed: bool
+        self,
+        genes: int,
+        batches: int,
+        likelihood: str,
+        latent: str,
+        dispersion: str,
+        observed: bool,
     ) -> None:
         super().__init__()
         self.n_input, self.n_batch, self.n_latent = genes, batches, LATENTS
@@ -294,6 +300,11 @@ class TOTALVI(SCVI):
     """Genes and proteins."""
 
     network = ProteinModule
+
+    @classmethod
+    def cells(cls, count: int, genes: int, batches: int) -> Table:
+        proteins = torch.poisson(torch.full((count, PROTEINS), 4.0))
+        return Table(super().cells(count, genes, batches), proteins=proteins)
 
 
 class PEAKVI(SCVI):
