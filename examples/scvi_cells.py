@@ -33,7 +33,7 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,14 +147,7 @@ def table_of(counts: csr_matrix, *, batch: Any = "all", label: Any = "all") -> A
 
 
 class Case:
-    """A trained model with its cells, and counts drawn in every way.
-
-    Arguments:
-        data: The cells.
-        settings: Sizes of the run.
-        seed: Seed of the halves, the model and the priors.
-        bench: Where the trained network is kept.
-    """
+    """A trained model with its cells, and counts drawn in every way; `bench` keeps its network."""
 
     def __init__(self, data: Data, settings: Settings, seed: int, bench: Bench) -> None:
         self.data, self.settings, self.seed, self.bench = data, settings, seed, bench
@@ -302,20 +295,21 @@ def pseudobulk_error(a: Tensor, b: Tensor) -> float:
 
 
 def measures(case: Case, drawn: list[Cells], posterior: dict[str, list[float]]) -> list[Row]:
-    """Measures of drawn cells, for each condition, as means over the splits.
+    """Measures of cells that were drawn for each split, for each condition; means over the splits.
 
-    Arguments:
-        case: The model.
-        drawn: Drawn cells, for every split.
-        posterior: The AUCs of decoded posteriors by condition, for `over`; empty for themselves.
+    `posterior` has the AUCs of decoded posteriors by condition, for `over`.
     """
     rows: list[Row] = []
     for code, name in enumerate(case.data.conditions or ("all",)):
-        pick = partial(of_batch, code=code if case.data.conditions else None)
-        train = log_normalised(pick(case.train)["X"])[:, case.compared]
+
+        def counts_of(cells: Cells, code: int = code) -> Tensor:
+            is_here = cells["batch"][:, 0] == code
+            return cells["X"][is_here] if case.data.conditions else cells["X"]
+
+        train = log_normalised(counts_of(case.train))[:, case.compared]
         found, aucs = [], []
         for (reference, _), cells in zip(case.splits(), drawn, strict=True):
-            counts = [pick(part)["X"] for part in (reference, cells)]
+            counts = [counts_of(part) for part in (reference, cells)]
             real, ours = (log_normalised(x)[:, case.compared] for x in counts)
             test = two_sample_test(real, ours, classifier="trees", seed=case.seed)
             aucs.append(test.auc)
@@ -325,11 +319,6 @@ def measures(case: Case, drawn: list[Cells], posterior: dict[str, list[float]]) 
         over = float(np.mean(np.subtract(aucs, posterior.get(name, aucs))))
         rows.append({"condition": name, **row, "over": over, "aucs": aucs})
     return rows
-
-
-def of_batch(cells: Cells, code: int | None) -> Cells:
-    """Cells of one batch, or all."""
-    return cells if code is None else rows_of(cells, cells["batch"][:, 0] == code)
 
 
 def rows_of_method(case: Case, method: str, known: list[Row]) -> list[Row]:
@@ -387,17 +376,12 @@ def main() -> None:
             f"This example needs scvi-tools ({error}): pip install 'ncprior[cells,demo]'"
         ) from None
     scvi.settings.verbosity = 30
-    run(options, datasets(options))
+    own = partial(of_file, options.h5ad, options.batch_key, options.layer)
+    known = [pbmc68k] if options.quick else [kang, pbmc68k]
+    run(options, known if options.h5ad is None else [own])
 
 
-def datasets(options: argparse.Namespace) -> list[Callable[[], Data | None]]:
-    """The data sets of a run."""
-    if options.h5ad is not None:
-        return [partial(of_file, options.h5ad, options.batch_key, options.layer)]
-    return [pbmc68k] if options.quick else [kang, pbmc68k]
-
-
-def run(options: argparse.Namespace, readers: list[Callable[[], Data | None]]) -> list[Row]:
+def run(options: argparse.Namespace, readers: Sequence[Callable[[], Data | None]]) -> list[Row]:
     """Makes all rows, and prints them."""
     settings = QUICK if options.quick else Settings()
     bench = Bench(options, {"settings": list(settings)})
