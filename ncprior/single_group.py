@@ -91,7 +91,7 @@ class SingleGroup(LatentSource[Any, Any]):
         context: Callable[[Any], Tensor] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        given_c: Any = None if is_prior(prior) else prior
+        given_c: Any = None if isinstance(prior, Sampleable) else prior
         if given_c is not None and (isinstance(prior, type) or not callable(given_c)):
             raise TypeError(
                 f"The prior needs a method `sample`; got {described(prior)}. Pass a distribution, "

@@ -159,7 +159,7 @@ def fit_code_frequencies(
     places = codes.reshape(len(codes), -1)
     offsets = count * torch.arange(places.shape[1], device=codes.device)
     counts = (places + offsets).flatten().bincount(minlength=count * places.shape[1])
-    counts = counts.reshape(-1, count).double()
+    counts = counts.reshape(-1, count).cpu().double()  # MPS has no float64
     pooled = (counts.sum(0) + 1) / (counts.sum() + count)
     found = []
     for pseudo in _PSEUDO_COUNTS:
@@ -168,7 +168,8 @@ def fit_code_frequencies(
         found.append((fit.item(), pseudo))
     _, pseudo = max(found)
     frequencies = (counts + pseudo * pooled) / (len(codes) + pseudo)
-    return CodeFrequencies(frequencies.log().float().reshape(*codes.shape[1:], count))
+    logits = frequencies.log().float().reshape(*codes.shape[1:], count)
+    return CodeFrequencies(logits.to(codes.device))
 
 
 def checked_codes(codes: Any, num_categories: int | None) -> tuple[Tensor, int]:  # noqa: ANN401

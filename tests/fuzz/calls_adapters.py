@@ -10,9 +10,13 @@ from fuzz.calls import call
 from fuzz.kinds import (
     ANYTHING,
     FLAG,
+    INDICES,
     INNER,
+    MAPPING,
     NO_CONDITION,
+    OPTIONAL_TEXT,
     PATH,
+    SEQUENCE,
     SOURCE,
     Kind,
     X,
@@ -28,7 +32,7 @@ from fuzz.kinds import (
 )
 from fuzz.values import LAYERS, Value
 from fuzz.world import World
-from helpers import nvae_standin, tvae_standin, vdvae_standin
+from helpers import nvae_standin, scvi_standin, tvae_standin, vdvae_standin
 from torch import nn
 
 from ncprior.adapters import hvae, lars_snis, logistics, nvae, rae, vdvae
@@ -347,7 +351,6 @@ for _name, _adapter in {
     "pythae.PythaeSource": PythaeSource,
     "pythae.NCPSampler": NCPSampler,
     "diffusers.DiffusersSource": DiffusersSource,
-    "scvi.SCVISource": SCVISource,
     "tvae.TVAESource": TVAESource,
 }.items():
 
@@ -380,6 +383,62 @@ def _(w: World) -> Built:
 def _(w: World) -> Built:
     source = _tvae()
     return source.encode, {"x": source.rows(tvae_standin.table())}
+
+
+@call("ncprior.adapters.scvi.SCVISource", model=WRONG_MODEL, given=opened(SEQUENCE))
+def _(w: World) -> Built:
+    return SCVISource, {"model": scvi_standin.SCVI(), "given": ["batch"]}
+
+
+def _cells() -> tuple[SCVISource, Any]:
+    source = SCVISource(scvi_standin.SCANVI())
+    return source, next(iter(source.loader(batch_size=4)))
+
+
+@call(
+    "ncprior.adapters.scvi.SCVISource.loader",
+    adata=ANYTHING,
+    indices=INDICES,
+    batch_size=FEW,
+    shuffle=FLAG,
+)
+def _(w: World) -> Built:
+    return _cells()[0].loader, {"batch_size": 4}
+
+
+@call(
+    "ncprior.adapters.scvi.SCVISource.condition",
+    cells=opened(MAPPING),
+    batch=OPTIONAL_TEXT,
+    label=OPTIONAL_TEXT,
+)
+def _(w: World) -> Built:
+    source, x = _cells()
+    return source.condition, {"cells": x, "batch": "control", "label": "A"}
+
+
+@call("ncprior.adapters.scvi.SCVISource.encode", x=opened(MAPPING))
+def _(w: World) -> Built:
+    source, x = _cells()
+    return source.encode, {"x": x}
+
+
+@call("ncprior.adapters.scvi.SCVISource.start", batch_size=count(), condition=opened(MAPPING))
+def _(w: World) -> Built:
+    source, x = _cells()
+    return source.start, {"batch_size": 4, "condition": source.condition(x)}
+
+
+for _method in ("group", "advance", "decode", "likelihood", "shared_prior"):
+
+    @call(f"ncprior.adapters.scvi.SCVISource.{_method}")
+    def _(w: World, method: str = _method) -> Built:
+        source, x = _cells()
+        state = source.start(4, source.encode(x))
+        if method in ("decode", "likelihood"):
+            state = sample_posterior(source, x)[1]
+        given = {"advance": {"state": state, "z": w.z[:4]}, "shared_prior": {}}
+        return getattr(source, method), given.get(method, {"state": state})
 
 
 @call("ncprior.adapters.lars_snis.EnergyNet", latents=count())

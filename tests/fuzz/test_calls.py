@@ -44,7 +44,6 @@ WITHOUT = {
     "ncprior.adapters.vq.VQModelSource": "needs diffusers",
     "ncprior.adapters.pythae.NCPSampler": "methods need pythae",
     "ncprior.adapters.pythae.PythaeSource": "methods need pythae",
-    "ncprior.adapters.scvi.SCVISource": "methods need scvi-tools",
     "ncprior.adapters.tvae.capture_encoder": "takes no arguments, and needs ctgan",
     "ncprior.adapters.rae.RAESource": "methods of SingleGroup",
     "ncprior.distributions.is_prior": "a question of yes or no",
