@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ class MoleculeVAE(nn.Module):
 class Rows(Distribution):
     """p(x | z) of rows of pieces; no piece of x is independent of the pieces before it."""
 
-    arg_constraints: dict[str, object] = {}
+    arg_constraints: ClassVar[dict[str, object]] = {}
 
     def __init__(self, vae: MoleculeVAE, z: Tensor) -> None:
         self.vae, self.z = vae, z
