@@ -42,11 +42,15 @@ class Pieces:
         self.texts = ["", *found]
         self.numbers = {text: number for number, text in enumerate(self.texts)}
         longest_first = sorted(found, key=len, reverse=True)
-        self.pattern = re.compile("|".join(re.escape(text) for text in longest_first))
+        # No piece ends in the middle of Cl or Br.
+        self.pattern = re.compile(f"(?:{'|'.join(map(re.escape, longest_first))})(?![lr])")
 
     def numbered(self, strings: Sequence[str]) -> Tensor:
         """Rows of numbers of pieces, ``(N, L)``; the last column is 0."""
-        rows = [[self.numbers[text] for text in self.pattern.findall(x)] for x in strings]
+        texts = [self.pattern.findall(x) for x in strings]
+        if unknown := [x for x, found in zip(strings, texts, strict=True) if "".join(found) != x]:
+            raise ValueError(f"These strings have symbols that are no piece: {unknown[:3]}.")
+        rows = [[self.numbers[text] for text in found] for found in texts]
         length = max(map(len, rows)) + 1
         return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 

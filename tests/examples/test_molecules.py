@@ -17,7 +17,7 @@ from torch import Tensor
 from ncprior.testing import check_source
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TEXTS = ["CCO", "c1ccccc1", "CC(=O)Cl", "C[nH]Br", "CCOC(=O)c1ccccc1"]
+TEXTS = ["CCO", "CCCCCCCl", "c1ccccc1", "CC(=O)Cl", "C[nH]Br", "CCOC(=O)c1ccccc1"]
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -49,6 +49,8 @@ def test_strings_come_back_from_rows_of_pieces(vae: ModuleType) -> None:
     assert {"Cl", "Br", "[nH]", "C"} <= set(pieces.texts)  # symbols of two letters are one
     assert (rows[:, -1] == 0).all()
     assert rows.shape[1] < 1 + max(map(len, TEXTS))  # frequent runs are one piece
+    with pytest.raises(ValueError, match="CCI"):
+        pieces.numbered(["CCI"])
     junk = torch.tensor([[1, 0, 2, 0]])
     assert pieces.joined(junk) == [pieces.texts[1]]  # nothing counts after the first 0
 
