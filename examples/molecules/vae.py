@@ -85,7 +85,7 @@ class MoleculeVAE(nn.Module):
     """
 
     def __init__(
-        self, pieces: int, length: int, *, latents: int, hidden: int, embedding: int = 128
+        self, pieces: int, length: int, *, latents: int, hidden: int, embedding: int = 96
     ) -> None:
         super().__init__()
         self.length, self.latents = length, latents
@@ -169,7 +169,7 @@ class Rows(Distribution):
         return self.vae.log_prob(x, self.z)
 
 
-def negative_elbo(vae: MoleculeVAE, x: Tensor, *, beta: float, chunks: int = 4) -> Tensor:
+def negative_elbo(vae: MoleculeVAE, x: Tensor, *, beta: float, chunks: int = 2) -> Tensor:
     """-E log p(x | z) + β KL(q(z | x), p(z)), the mean over rows; rows of one length go together."""
     x = x[(x != 0).sum(1).argsort()]
     return torch.stack(
