@@ -146,7 +146,6 @@ def script(moses: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Reconstructions of a row")  # after three steps
 def test_a_whole_run(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
