@@ -85,14 +85,14 @@ class Size(NamedTuple):
 
 
 QUICK = Size(20_000, 2000, 2000, 900, 192, 600, 100, 30.0)
-BETA, LATENTS, PIECES, ROWS = 0.2, 32, 128, 128
+LATENTS, PIECES, ROWS = 32, 128, 128
 
 
 class Case:
     """The VAE, its molecules, and the test set; the same for every seed."""
 
-    def __init__(self, bench: Bench, size: Size) -> None:
-        self.bench, self.size = bench, size
+    def __init__(self, bench: Bench, size: Size, beta: float) -> None:
+        self.bench, self.size, self.beta = bench, size, beta
         self.strings = molecules(size.train + size.choose + size.held_out)
         self.pieces = Pieces(self.strings, PIECES)
         counts = size.train, size.choose, size.held_out
@@ -101,7 +101,7 @@ class Case:
         self.vae = MoleculeVAE(
             len(self.pieces.texts), self.train.shape[1], latents=LATENTS, hidden=size.hidden
         )
-        key = {"sizes": [*counts, size.steps, size.hidden], "beta": BETA}
+        key = {"sizes": [*counts, size.steps, size.hidden], "beta": beta}
         self.vae_seconds = bench.network("molecules-vae", self.vae, self.train_vae, **key)
         self.source = self.vae.source()
         self.require_valid()
@@ -115,7 +115,7 @@ class Case:
         def loss(rows: Tensor) -> Tensor:
             nonlocal step
             step += 1
-            beta = BETA * min(1, 5 * step / size.steps)
+            beta = self.beta * min(1, 5 * step / size.steps)
             with torch.autocast("cpu", torch.bfloat16):
                 return negative_elbo(self.vae, self.train[rows], beta=beta)
 
@@ -177,6 +177,22 @@ class Case:
         print(prior.report, flush=True)
         return lambda count: self.pieces.joined(prior.sample(count, draw_x=True).x)
 
+    def valid_with_noise(self) -> dict[float, float]:
+        """Shares of valid strings of encodings, mixed with draws of a Gaussian of their covariance.
+
+        They show how fine the structure of the encodings is that a prior has to learn.
+        """
+        torch.manual_seed(0)
+        z = latents_of(self.source, self.held_out)
+        centre, root = z.mean(0), torch.linalg.cholesky(z.mT.cov())
+        shares = {}
+        for a in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0):
+            some = z[: 2 * BATCH] - centre
+            mixed = (1 - a**2) ** 0.5 * some + a * torch.randn_like(some) @ root.mT
+            texts = self.decoded(lambda count, mixed=mixed: centre + mixed)(len(some))
+            shares[a] = sum(canonical(text) is not None for text in texts) / len(some)
+        return shares
+
     def arm(self, method: str, seed: int) -> Strings:
         """A method by its name, fitted."""
         torch.manual_seed(seed)
@@ -218,7 +234,7 @@ def rows_of(case: Case, seed: int) -> list[Row]:
     """One row per method; what has been measured is kept in the cache."""
     found = {}
     for method in METHODS:
-        key = {"method": method, "seed": seed, "size": list(case.size), "beta": BETA}
+        key = {"method": method, "seed": seed, "size": list(case.size), "beta": case.beta}
         name = f"molecules-{re.sub('[^a-z0-9]+', '-', method.lower())}-{seed}"
         found[method], _ = case.bench.tensors(name, partial(case.measured, method, seed), **key)
         print(f"{method}: FCD {float(found[method]['fcd'][0]):.3f}", flush=True)
@@ -256,14 +272,19 @@ def with_interval(name: str, value: Tensor | float, error: Tensor | float) -> Ro
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument(
+        "--beta", type=float, default=0.2, help="weight of the KL divergence (%(default)s)"
+    )
+    options = made.parse_args()
     size = QUICK if options.quick else Size()
-    bench = Bench(options, {"size": list(size), "beta": BETA, "budget": BUDGET})
+    bench = Bench(options, {"size": list(size), "beta": options.beta, "budget": BUDGET})
     print(machine(), flush=True)
-    case = Case(bench, size)
+    case = Case(bench, size, options.beta)
     for seed in options.seed:
         bench.add(partial(rows_of, case, seed), seed=seed)
     print(table(bench.rows, COLUMNS))
+    print(f"valid with noise: {case.valid_with_noise()}")
 
 
 if __name__ == "__main__":
