@@ -497,6 +497,18 @@ def test_for_source_warns_of_a_far_too_wide_posterior(mistake: Callable[[Tensor]
         NCPrior.for_source(source, (x, torch.arange(64)))
 
 
+def test_for_source_does_not_measure_distances_of_tokens() -> None:
+    tokens = torch.randint(100, (64, 8))
+    posterior = SingleGroup(
+        base(8),
+        lambda x: Independent(Normal(x.float(), 1.0), 1),
+        lambda z: torch.randint_like(z, 9).long(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NCPrior.for_source(posterior, tokens)
+
+
 def test_for_source_does_not_warn_of_a_good_posterior() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -110,6 +110,8 @@ def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:
 
 def _warn_if_blurred(x_hat: Tensor, x: Any, stacklevel: int) -> None:  # noqa: ANN401
     """Warns if the posterior is so wide that z does not identify the row that it came from."""
+    if x_hat.dtype == torch.long:
+        return  # numbers of tokens have no distances
     if not isinstance(x, Tensor) or len(x) < 8 or x[0].numel() != x_hat[0].numel():
         return
     distance = torch.cdist(_standardised(x_hat), _standardised(x.to(x_hat.device)))
