@@ -15,10 +15,10 @@ from ncprior.adapters.scvi.likelihoods import (
     GenesAndProteins,
     Peaks,
     Proteins,
-    Replayed,
     ZeroInflated,
     negative_binomial,
 )
+from ncprior.distributions import PointMass
 from ncprior.utils.precision import input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described
@@ -182,9 +182,11 @@ class Annotated(Genes):
         return normal(mean.float(), variance.float().sqrt())
 
     def posterior(self, name: str, q: Tensors) -> Distribution:
-        """The posterior of a group; that of z1 replays the draw."""
+        """The posterior of a group; that of z1 is a point mass on the draw."""
         found = super().posterior(name, q)
-        return Replayed(found, q["drawn"]) if "drawn" in q else found
+        if (drawn := q.get("drawn")) is None:
+            return found
+        return PointMass(drawn, found.log_prob(drawn))
 
 
 class GenesProteins(Genes):

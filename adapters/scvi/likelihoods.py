@@ -159,28 +159,3 @@ class Peaks(Cells):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob((value > 0).to(self.mean))
-
-
-class Replayed(_Rows):
-    """A posterior that has been drawn from: all draws are that draw.
-
-    Where a posterior is drawn in another order than the prior, q(z1 | x) q(z2 | z1) for
-    p(z2) p(z1 | z2), the encoder draws z1 first, and the walk comes to it again behind z2. Its
-    log-density at the draw is that of q(z1 | x), as the joint density of the posterior needs it.
-
-    Arguments:
-        posterior: q(z1 | x), of batch shape (B,).
-        drawn: The draw, with shape ``(B, D)``.
-    """
-
-    support = constraints.real_vector
-
-    def __init__(self, posterior: Distribution, drawn: Tensor) -> None:
-        self.posterior, self.drawn = posterior, drawn
-        super().__init__(posterior.mean)
-
-    def sample(self, sample_shape: _Shape = ()) -> Tensor:
-        return self.drawn.expand(*sample_shape, *self.drawn.shape).clone()
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.posterior.log_prob(value)
