@@ -214,14 +214,16 @@ def domain(rows: list[Row]) -> list[str]:
     `auc` whose row has `auc_low` and `auc_high` has its interval in parentheses.
     """
     known = {key: row[key] for row in rows for key in row if row[key] is not None}
-    words = [key for key, value in known.items() if isinstance(value, str)]
-    numbers = [key for key in known if key not in ("seed", *words)]
-    numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
+    words = [key for key, value in known.items() if isinstance(value, str | int) and key != "seed"]
+    numbers = [key.removesuffix("_low") for key, value in known.items() if type(value) is float]
+    numbers = [key for key in dict.fromkeys(numbers) if not key.endswith("_high")]
     titles = [key.replace("_", " ") for key in (*words, "seeds", *numbers)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(key) or "" for key in words), []).append(row)
+        groups.setdefault(
+            tuple("" if row.get(key) is None else str(row[key]) for key in words), []
+        ).append(row)
     for labels, group in groups.items():
         cells = [*labels, str(len(group)), *(number(group, key) for key in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -230,10 +232,14 @@ def domain(rows: list[Row]) -> list[str]:
 
 def number(group: list[Row], key: str) -> str:
     """Mean over seeds of a number, with its interval if the rows have one; empty if unknown."""
-    if any(row.get(key) is None for row in group):
-        return ""
-    if group[0].get(f"{key}_low") is not None:
-        return interval(group, key, f"{key}_low", f"{key}_high")
+    ends = f"{key}_low", f"{key}_high"
+    has_ends = all(row.get(end) is not None for row in group for end in ends)
+    if any(row.get(key) is None for row in group):  # at most an interval is known
+        return (
+            " to ".join(f"{mean(row[e] for row in group):.3f}" for e in ends) if has_ends else ""
+        )
+    if has_ends:
+        return interval(group, key, *ends)
     values = [row[key] for row in group]
     return f"{mean(values):,.0f}" if key == "seconds" else over_seeds(values, 3)
 

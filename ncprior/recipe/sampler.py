@@ -70,7 +70,8 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     gaps = measure_gaps(prior, prior.chosen(None), parts, record)
     base = BASE if BASE in gaps else OLD
     alone = gaps[base]
-    candidates = [_candidate(name, gaps[arm]) for arm, name in _ARMS.items() if arm in gaps]
+    shown = [arm for arm in _ARMS if arm in gaps and (had_heads or arm != NEW)]
+    candidates = [_candidate(_ARMS[arm], gaps[arm]) for arm in shown if gaps[arm].is_measured]
     reason = "a new classifier finds the least between draws and held-out encodings"
     if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
         reason = "there was too little time to compare draws with encodings"
@@ -85,7 +86,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     record.add(
         Choice(
             *("keep", _ARMS[NEW] if any(prior.active) else _ARMS[base], reason),
-            candidates=tuple(candidates if had_heads else candidates[:-1]),
+            candidates=tuple(candidates),
             criterion="remaining gap (JSD)",
             unit="nats",
             higher_is_better=False,

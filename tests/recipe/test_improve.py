@@ -22,8 +22,9 @@ from ncprior.bases import GaussianMixture, NoPrior, Rebased, fit_code_network
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
 from ncprior.recipe import Choice, base, heads
+from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
-from ncprior.recipe.judge import in_words, share_closed
+from ncprior.recipe.judge import Gap, in_words, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
@@ -212,6 +213,21 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
     found = {candidate.name: candidate for candidate in choice.candidates}
     assert choice.chosen == "the VAE's own prior"
     assert found["heads"].low > found["the VAE's own prior"].high + 0.1
+
+
+def test_a_gap_that_was_not_measured_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"old prior": Gap([Mean(0.2, 0.01)], [Mean(0.2, 0.01)], 1000)}
+    known["new prior"] = Gap([Mean(0.0, 0.0)], [Mean(0.0, 0.0)], 1)
+    monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_: known)
+    prior = NCPrior(flat(), MLPHead((2,), width=8)).eval()
+    prior.sampler = partial(sir, num_proposals=20)
+    record = Record(progress=False, max_seconds=None)
+    keep_what_helps(prior, parts_of(torch.randn(99, 3), None, seed=0), record)
+    assert prior.active == [True]
+    assert [candidate.name for candidate in record.choices[0].candidates] == [
+        "the VAE's own prior"
+    ]
+    assert "too little time" in record.choices[0].reason
 
 
 @pytest.mark.usefixtures("quick")
