@@ -91,8 +91,9 @@ class SingleGroup(LatentSource[Any, Any]):
         context: Callable[[Any], Tensor] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        given_c: Any = None if isinstance(prior, Sampleable) else prior
-        if given_c is not None and (isinstance(prior, type) or not callable(given_c)):
+        has_draws = isinstance(prior, Sampleable) and not isinstance(prior, type)
+        given_c: Any = None if has_draws else prior
+        if not has_draws and (isinstance(prior, type) or not callable(prior)):
             raise TypeError(
                 f"The prior needs a method `sample`; got {described(prior)}. Pass a distribution, "
                 f"such as Independent(Normal(zeros, ones), 1); or, with condition=, a function of c "
