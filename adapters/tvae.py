@@ -167,9 +167,9 @@ class TVAESource(SingleGroup):
         return rows
 
     def _q(self, x: Tensor) -> Distribution:
-        require_eval(self.encoder)
-        assert self.encoder is not None
-        loc, scale, *_ = self.encoder(x.to(input_like(self.encoder)))
+        encoder: Any = self.encoder  # without one, this is not the posterior
+        require_eval(encoder)
+        loc, scale, *_ = encoder(x.to(input_like(encoder)))
         return _normal(loc.float(), scale.float())
 
     def _rows_given(self, z: Tensor) -> _TableRows:

@@ -45,7 +45,7 @@ class PointMass(Distribution):
         z: The point, with shape ``(B, *event)``.
         log_q: Log-density in nats of the distribution from which z was drawn, with shape ``(B,)``;
             0 by default, the log-probability of a z that was not drawn.
-        validate_args: As for every distribution of torch.
+        validate_args: Changes nothing, as z and log_q are always validated.
 
     Raises:
         TypeError: If z or log_q is no tensor.

@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable, naming_bad_rows
 from ncprior.utils.batches import map_tensors, own_batch
+from ncprior.utils.draws import drawn
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
@@ -380,6 +381,7 @@ def contrastive_pairs(
     require_source(source)
     require_counts(num_draws=num_draws)
     require_eval(source, source.module)
+    count = Size((num_draws,))
     with torch.no_grad():
         encoding = source.encode(x)
         state = source.start(num_rows(encoding), encoding)
@@ -387,14 +389,8 @@ def contrastive_pairs(
         with torch.no_grad():
             group = source.group(state)
             with naming_bad_rows(k, group.posterior):
-                z_q = _draw(posterior_of(group), num_draws)
-            z = torch.stack([z_q, _draw(group.prior, num_draws).to(z_q.dtype)])
+                z_q = drawn(posterior_of(group), count)
+            z = torch.stack([z_q, drawn(group.prior, count).to(z_q.dtype)])
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
         yield z, group.context
-
-
-def _draw(p: Any, num_draws: int) -> Any:  # noqa: ANN401
-    """Draws from a distribution; ``rsample`` of a normal does not synchronise a GPU."""
-    count = Size((num_draws,))
-    return p.rsample(count) if getattr(p, "has_rsample", False) else p.sample(count)

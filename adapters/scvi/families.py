@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Distribution, Normal
 from torch.nn.functional import linear, one_hot
 
 from ncprior.adapters.scvi.likelihoods import (
@@ -18,7 +18,7 @@ from ncprior.adapters.scvi.likelihoods import (
     ZeroInflated,
     negative_binomial,
 )
-from ncprior.distributions import PointMass
+from ncprior.distributions import PointMass, build
 from ncprior.utils.precision import input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described
@@ -318,4 +318,4 @@ def family_of(model: Any) -> Genes:  # noqa: ANN401
 
 def normal(loc: Tensor, scale: Tensor) -> Distribution:
     """Normal distribution of batch shape (B,)."""
-    return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
+    return build({"Normal": {"loc": loc, "scale": scale}})

@@ -19,6 +19,7 @@ from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
+from ncprior.training.stages import cache_size
 from ncprior.utils.precision import fast_precision
 
 _PROBED = 512  # rows for the shapes and scales of a head
@@ -27,7 +28,9 @@ _MOST_STEPS = 10_000  # if held-out losses still improve
 
 _SHARE = 0.6  # of the time that is left
 
-_CACHED = (2000, 50_000)  # draws, at least and at most
+_PER_ROW = 2  # cached draws of a base that is slow to sample, per row of training data
+
+_CACHED = (2000, 50_000)  # of them, at least and at most
 
 
 class _Kind(NamedTuple):
@@ -103,8 +106,7 @@ def _num_cached(source: LatentSource[Any, Any], parts: Parts) -> int | None:
     """Number of draws of a base that is slow to sample, to be reused."""
     if not isinstance(source.shared_prior(), CodeNetwork):
         return None
-    fewest, most = _CACHED
-    return most if parts.num_train is None else min(most, max(fewest, 2 * parts.num_train))
+    return cache_size(parts.num_train, _PER_ROW, _CACHED)
 
 
 def _default_width(prior: NCPrior) -> int:

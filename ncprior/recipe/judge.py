@@ -22,7 +22,7 @@ from ncprior.samplers.sir import sir
 from ncprior.source import device_of
 from ncprior.training.fit import fit
 from ncprior.training.settings import FitSettings
-from ncprior.training.stages import nested
+from ncprior.training.stages import cache_size, nested
 from ncprior.utils.precision import fast_precision
 
 _STEPS = 1000
@@ -99,10 +99,9 @@ def remaining_gap(
     a lower bound, and 0 if the new heads find nothing.
     """
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
-    fewest, many = _CACHED
-    count = many if parts.num_train is None else min(many, max(fewest, _PER_ROW * parts.num_train))
+    cached = cache_size(parts.num_train, _PER_ROW, _CACHED) if single else None
     settings = FitSettings(
-        num_cached_proposals=count if single else None,
+        num_cached_proposals=cached,
         precision=fast_precision(device_of(prior.source)),
     )
     left = record.left(_SHARE)

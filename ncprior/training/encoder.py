@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
 from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.parts import with_held_out
 from ncprior.data.stream import Stream, first_batch, one_pass
+from ncprior.distributions import build
 from ncprior.samplers.langevin import supports_langevin
 from ncprior.source import (
     Group,
@@ -368,4 +369,4 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _normal(loc: Tensor, scale: Tensor) -> Distribution:
-    return Independent(Normal(loc, scale, validate_args=False), loc.ndim - 1, validate_args=False)
+    return build({"Normal": {"loc": loc, "scale": scale}})

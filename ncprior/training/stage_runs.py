@@ -23,17 +23,15 @@ from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
 from ncprior.training.resumable import length_of, load
 from ncprior.training.settings import FitSettings, TrainingTerms
-from ncprior.training.stages import reweighted, with_cached_proposals
+from ncprior.training.stages import cache_size, reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import random_state, set_random_state
 
-_STAGE_CACHE = 50_000  # most cached draws of the prior so far
+_DRAWS_PER_ROW = 10  # cached draws of the prior so far, per row of data
 
-_DRAWS_PER_ROW = 10  # cached draws per row of data
-
-_FEWEST_DRAWS = 5000  # fewest cached draws
+_CACHED = (5000, 50_000)  # of them, at least and at most
 
 _WORTH = 0.02  # nats of Jensen-Shannon divergence that are worth another stage
 
@@ -239,8 +237,8 @@ class StageRuns:
     def _stage_cache(self) -> int:
         batch_size = self.terms.batch_size
         batches = length_of(one_pass(self.data, batch_size))
-        wanted = math.inf if batches is None else _DRAWS_PER_ROW * batches * batch_size
-        return int(min(_STAGE_CACHE, max(_FEWEST_DRAWS, wanted)))
+        rows = None if batches is None else batches * batch_size
+        return cache_size(rows, _DRAWS_PER_ROW, _CACHED)
 
 
 def _seconds(history: History) -> float:

@@ -130,6 +130,22 @@ def reweighted(prior: NCPrior) -> Rebased:
     return rebase(prior.source, base)
 
 
+def cache_size(num_rows: int | None, per_row: int, limits: tuple[int, int]) -> int:
+    """Number of draws of a base to make once and reuse, in proportion to the rows of data.
+
+    Arguments:
+        num_rows: Rows of the training data, or ``None`` if unknown, which gives the most draws.
+        per_row: Draws per row.
+        limits: Fewest and most draws.
+
+    Example:
+        >>> [cache_size(n, 10, (5000, 50_000)) for n in (100, 2000, None)]
+        [5000, 20000, 50000]
+    """
+    fewest, most = limits
+    return most if num_rows is None else min(most, max(fewest, per_row * num_rows))
+
+
 @torch.no_grad()
 def with_cached_proposals(
     source: LatentSource[Any, Any], count: int, seed: int
