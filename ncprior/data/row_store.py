@@ -94,6 +94,7 @@ class RowStore:
 
     def prefetch(self, rows: Tensor) -> None:
         """Begins to read rows from the disk, without a wait; does nothing for rows in memory."""
+        require_instance("rows", rows, Tensor, "Pass a tensor of row numbers.")
         if self._readers is not None:
             for some in rows.split(_ROWS_AT_ONCE):
                 self._readers.submit(_touch, self._leaves, some)

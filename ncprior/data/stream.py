@@ -212,11 +212,11 @@ class _InOrder:
         return math.ceil(len(self.data) / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        numbers = torch.arange(len(self.data))
         for first in range(0, len(self.data), self.batch_size):
             last = first + self.batch_size
             if isinstance(self.data, RowData):
-                self.data.prefetch(numbers[last : last + self.batch_size])
+                end = max(last, min(last + self.batch_size, len(self.data)))
+                self.data.prefetch(torch.arange(last, end, device="cpu"))
             yield self.data[first:last]
 
 
