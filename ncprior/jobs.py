@@ -253,8 +253,8 @@ def _read_job(folder: Folder) -> dict[str, Any]:
         job |= {name: found[name] for name in _OPTIONAL if name in found}
     except (FileNotFoundError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder.at(_JOB)} holds no job of sample_parts ({type(error).__name__}: {error}). Delete it and "
-            f"call sample_parts with the job's settings again; whole parts are kept."
+            f"{folder.at(_JOB)} holds no job of sample_parts ({type(error).__name__}: {error}). "
+            f"Delete it and call sample_parts with the job's settings again; whole parts are kept."
         ) from error
     return job
 
