@@ -67,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _goes_on(options: argparse.Namespace) -> bool:
     """Whether an interrupted command has left work that the same command takes up again."""
-    return hasattr(options, "kept") and (options.out / options.kept).exists()
+    if not hasattr(options, "kept"):
+        return False
+    from ncprior.saving.folders import folder_at
+
+    return folder_at(options.out).has(options.kept)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -132,7 +136,8 @@ def _diagnose(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace) -> int:
     from ncprior.jobs import sample_parts
 
-    started = time.monotonic()
+    started, number = time.monotonic(), -(-options.num_samples // max(1, options.part_size))
+    first, step = options.parts
     with _loaded(options) as prior:
         if options.proposals is not None:
             prior.sampler = partial(ncprior.sir, num_proposals=options.proposals)
@@ -150,10 +155,20 @@ def _sample(options: argparse.Namespace) -> int:
             draw_x=options.draw_x,
             seed=options.seed,
             condition=_data(options.condition),
+            parts=range(first, number, step),
         )
-    samples, files = _counted(options.num_samples, "sample"), _counted(len(parts), "part")
+    samples, files = _counted(options.num_samples, "sample"), _counted(number, "part")
+    files = files if step == 1 else f"{len(parts):,} of {files}"
     print(f"{samples} in {options.out}, {files}, {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _share(text: str) -> tuple[int, int]:
+    """The number of this process and of all processes, such as ``3/100``."""
+    first, _, step = text.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and int(first) < int(step)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I < N, such as 0/100; got {text!r}")
+    return int(first), int(step)
 
 
 def _counted(number: int, noun: str) -> str:
@@ -303,7 +318,8 @@ def _add_sample(new: _New) -> None:
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     words = "number of samples; default: %(default)s"
     sample.add_argument("-n", "--num-samples", default=1000, help=words, **number)
-    _add_out(sample, "samples")
+    words = "output folder, or a URL such as s3://bucket/samples; default: %(default)s"
+    sample.add_argument("--out", default="samples", help=words)
     _add_seed(sample, "the samples")
     words = "draw by SIR with M proposals instead of the saved sampler"
     sample.add_argument("--proposals", type=int, metavar="M", help=words)
@@ -314,6 +330,8 @@ def _add_sample(new: _New) -> None:
     sample.add_argument("--part-size", default=1000, help=words, **number)
     words = "samples drawn at once, which bounds the memory; default: a whole file"
     sample.add_argument("--batch-size", help=words, **number)
+    words = "draw part I and every Nth after it, in one of N processes; I is 0, 1, … N - 1"
+    sample.add_argument("--parts", type=_share, default=(0, 1), metavar="I/N", help=words)
     sample.set_defaults(run=_sample, kept="job.json")
 
 

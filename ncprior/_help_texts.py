@@ -94,6 +94,8 @@ Examples:
   ncprior sample user/my-prior --source my_vae.py:source -n 50000 --out fid-samples --seed 1
   ncprior sample my-prior --source my_vae.py:source --proposals 500 --batch-size 100
   ncprior sample my-prior --source my_vae.py:source -n 64 --condition my_vae.py:labels
+  ncprior sample my-prior --source my_vae.py:source --out s3://bucket/samples
+  ncprior sample my-prior --source my_vae.py:source --parts $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 """
 
 INSPECT = """\

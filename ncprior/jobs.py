@@ -11,10 +11,8 @@ import hashlib
 import json
 import operator
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,7 +24,9 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sample, Sampler
 from ncprior.samplers.compose import describe
 from ncprior.saving.checks import fingerprints
-from ncprior.saving.tensors import load_tensors, read_metadata, save_tensors
+from ncprior.saving.folders import Folder, folder_at
+from ncprior.saving.header import read_header
+from ncprior.saving.tensors import read_tensors, to_bytes
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.distributed import num_ranks, rank
@@ -37,6 +37,8 @@ from ncprior.utils.require import require_counts, require_flags, require_instanc
 _SETTINGS = ("num_samples", "part_size", "seed", "sampler", "prior")  # of a job, in job.json
 
 _OPTIONAL = ("batch_size", "draw_x")  # which a job has only if they are not the default
+
+_JOB = "job.json"
 
 _SEEDS = "(-1e18, 1e18)"
 
@@ -54,12 +56,14 @@ def sample_parts(
     condition: Any = None,  # noqa: ANN401
     parts: Iterable[int] | None = None,
     progress: bool = True,
-) -> list[Path]:
+) -> list[Any]:
     """Draws samples part by part into a folder; existing parts are kept.
 
     Arguments:
         prior: The prior.
-        folder: The folder of the parts; made if missing.
+        folder: The folder of the parts; made if missing. A URL such as ``"s3://bucket/samples"`` is
+            a folder of an object store, for which its package for fsspec must be installed, such as
+            s3fs; fsspec's own settings hold its options.
         num_samples: N, the number of samples of the whole job.
         sampler: As for :meth:`ncprior.NCPrior.sample`: ``None`` takes the prior's own.
         part_size: Samples per part; the last part may be smaller.
@@ -73,7 +77,7 @@ def sample_parts(
         progress: Whether to show a progress bar.
 
     Returns:
-        The files of the parts of this process: safetensors with ``x``, the decoder's means or
+        The files of the parts of this process, as paths or, for a URL, as URLs: safetensors with ``x``, the decoder's means or
         draws of x, with shape ``(B, ...)``, and ``z_0``, ``z_1``, … of the groups, each ``(B, *event)``.
 
     Raises:
@@ -115,31 +119,31 @@ def sample_parts(
     job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
     job |= {"batch_size": at_once} if at_once < part_size else {}
     job |= {"draw_x": True} if draw_x else {}
-    folder, draw = Path(folder), partial(prior.sample, sampler=sampler, draw_x=draw_x)
-    if not chosen or (folder / "job.json").exists():
-        _claim(folder, job)
+    place, draw = folder_at(folder), partial(prior.sample, sampler=sampler, draw_x=draw_x)
+    if not chosen or place.has(_JOB):
+        _claim(place, job)
     rows = [range(i * part_size, min((i + 1) * part_size, num_samples)) for i in chosen]
     total, quiet = sum(map(len, rows)), not progress or rank() > 0
     with tqdm(desc="samples", total=total, disable=quiet) as bar:
         for i, own in zip(chosen, rows, strict=True):
-            path, tensors = _path(folder, i), None
-            if _is_drawn(path, _contents(job, i)):
+            name, tensors = _name(i), None
+            if _is_drawn(place, name, _contents(job, i)):
                 bar.update(len(own))
             else:
                 with seeded(_seed(seed, i)):
                     tensors = _draw(draw, own, at_once, condition, prior.source, bar)
-            _claim(folder, job)  # only now: a sampler that fails leaves nothing behind
+            _claim(place, job)  # only now: a sampler that fails leaves nothing behind
             if tensors is not None:
-                _save(path, tensors, _contents(job, i))
-            _tidy(path)
-    return [_path(folder, i) for i in chosen]
+                _save(place, name, tensors, _contents(job, i))
+            place.tidy(name)
+    return [place.at(_name(i)) for i in chosen]
 
 
 def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
     """Yields the tensors of a whole job, part by part.
 
     Arguments:
-        folder: The folder of :func:`sample_parts`.
+        folder: The folder of :func:`sample_parts`, or its URL.
 
     Yields:
         The tensors of a part by name: ``x`` and ``z_0``, ``z_1``, …, with the part's rows.
@@ -155,18 +159,19 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
         FileNotFoundError: nowhere holds no sampling job. Run sample_parts first.
     """
     require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
-    folder = Path(folder)
-    if not (folder / "job.json").exists():
+    place = folder_at(folder)
+    if not place.has(_JOB):
         raise FileNotFoundError(f"{folder} holds no sampling job. Run sample_parts first.")
-    job = _read_job(folder)
+    job = _read_job(place)
     for i in range(-(-job["num_samples"] // job["part_size"])):
-        tensors, found = load_tensors(_path(folder, i))
+        with place.open(_name(i)) as file:
+            tensors, found = read_tensors(place.at(_name(i)), file)
         rows = min(job["part_size"], job["num_samples"] - i * job["part_size"])
         latents = {f"z_{k}" for k in range(max(1, len(tensors) - 1))}
         whole = tensors.keys() == {"x", *latents}
         whole = whole and all(t.shape[:1] == (rows,) for t in tensors.values())
         if found != _contents(job, i) or not whole:
-            _raise_strange(_path(folder, i))
+            _raise_strange(place, _name(i))
         yield tensors
 
 
@@ -207,21 +212,15 @@ def _rows_of(condition: Any, rows: slice, device: torch.device | None) -> Any:  
     return map_tensors(lambda t: t[rows].to(device) if t.is_cpu else t[rows], condition)
 
 
-def _save(path: Path, tensors: dict[str, Tensor], contents: dict[str, Any]) -> None:
+def _save(folder: Folder, name: str, tensors: dict[str, Tensor], contents: dict[str, Any]) -> None:
     try:
-        save_tensors(path, tensors, contents)
+        folder.write(name, to_bytes(tensors, contents))
     except FileNotFoundError:
-        if not _is_drawn(path, contents):  # otherwise another process has written and tidied it
+        if not _is_drawn(folder, name, contents):  # else another process has written and tidied it
             raise
 
 
-def _tidy(path: Path) -> None:
-    """Removes the temporary files of a written file, left by processes that were killed."""
-    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):
-        unfinished.unlink(missing_ok=True)
-
-
-def _claim(folder: Path, job: dict[str, Any]) -> None:
+def _claim(folder: Folder, job: dict[str, Any]) -> None:
     """Writes the job's settings to the folder, or compares them with those it holds.
 
     Of several processes that claim a folder at once, one writes the file and all others compare.
@@ -229,19 +228,7 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     Raises:
         ValueError: If the folder holds another job; pass another folder.
     """
-    path = folder / "job.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(job, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            _publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    _tidy(path)
+    folder.create(_JOB, f"{json.dumps(job, indent=2)}\n".encode())
     found = _read_job(folder)
     names = [name for name in {**found, **job} if found.get(name) != job.get(name)]
     if names:
@@ -251,32 +238,23 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
         )
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Gives a whole file its name, unless another process has given it to a file of its own."""
-    try:
-        os.link(temporary, path)
-    except OSError:
-        if not path.exists():  # no hard links here: two jobs are told apart by their parts
-            os.replace(temporary, path)
-
-
-def _read_job(folder: Path) -> dict[str, Any]:
+def _read_job(folder: Folder) -> dict[str, Any]:
     """Returns the settings of the job of a folder, after a check of their types and ranges.
 
     Raises:
         ValueError: If the file is damaged.
     """
-    path = folder / "job.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with folder.open(_JOB) as file:
+            found = json.loads(file.read().decode())
         job = {name: found[name] for name in _SETTINGS}
         require_counts(num_samples=job["num_samples"], part_size=job["part_size"])
         require_counts(_SEEDS, seed=job["seed"])
         job |= {name: found[name] for name in _OPTIONAL if name in found}
-    except (IsADirectoryError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (FileNotFoundError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no job of sample_parts ({type(error).__name__}: {error}). Delete it and "
-            f"call sample_parts with the job's settings again; whole parts are kept."
+            f"{folder.at(_JOB)} holds no job of sample_parts ({type(error).__name__}: {error}). "
+            f"Delete it and call sample_parts with the job's settings again; whole parts are kept."
         ) from error
     return job
 
@@ -287,30 +265,31 @@ def _contents(job: dict[str, Any], i: int) -> dict[str, Any]:
     return {"kind": "samples", "job": digest, "part": i}
 
 
-def _is_drawn(path: Path, contents: dict[str, Any]) -> bool:
+def _is_drawn(folder: Folder, name: str, contents: dict[str, Any]) -> bool:
     """Returns whether a file is a whole part.
 
     Raises:
         ValueError: If it is a whole file with other contents, such as a part of another job.
     """
     try:
-        found = read_metadata(path)
+        with folder.open(name) as file:
+            found = read_header(folder.at(name), file).configuration
     except (FileNotFoundError, ValueError):
         return False
     if found != contents:
-        _raise_strange(path)
+        _raise_strange(folder, name)
     return True
 
 
-def _raise_strange(path: Path) -> NoReturn:
+def _raise_strange(folder: Folder, name: str) -> NoReturn:
     raise ValueError(
-        f"{path} is not this part of the job in {path.parent / 'job.json'}: it is of another job, "
+        f"{folder.at(name)} is not this part of the job in {folder.at(_JOB)}: it is of another job, "
         f"a copy of another part, or not whole. Move or delete it, and run the job again."
     )
 
 
-def _path(folder: Path, i: int) -> Path:
-    return folder / f"part-{i:05d}.safetensors"
+def _name(i: int) -> str:
+    return f"part-{i:05d}.safetensors"
 
 
 def _seed(seed: int, i: int) -> int:

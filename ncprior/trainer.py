@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ncprior.prior import NCPrior
+from ncprior.source import num_rows
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.distributed import (
     average_over_ranks,
@@ -60,7 +61,7 @@ class NCETrainer:
     """Single steps of head training, for a loop of your own.
 
     When a process group exists, the heads start from rank 0's weights and their gradients are
-    averaged over the ranks. With Accelerate, pass ``backward=accelerator.backward`` and prepare
+    averaged over the rows of all ranks. With Accelerate, pass ``backward=accelerator.backward`` and prepare
     the optimizer only; with Lightning, use manual optimisation.
 
     Arguments:
@@ -151,7 +152,7 @@ class NCETrainer:
             x: One batch of B rows, as the user's loader yields it.
 
         Returns:
-            Loss in nats and gradient norm per group, averaged over the ranks. Gradients are
+            Loss in nats and gradient norm per group, averaged over the rows of all ranks. Gradients are
             computed also inside ``torch.no_grad`` and ``torch.inference_mode``.
 
         Raises:
@@ -171,11 +172,15 @@ class NCETrainer:
     def _step(self, x: Any) -> StepMetrics:  # noqa: ANN401
         for k in self.groups:
             zero_gradients(self.prior.heads[k])
+        rows = num_rows(x) if num_ranks() > 1 and not self.group_parallel else 1
         losses = self._backward(x)
         if self.group_parallel:
-            mean_loss, norms = sum_over_ranks(torch.stack([losses, self._norms(losses)]))
+            own = torch.stack([losses, self._norms(losses, rows)])
+            mean_loss, norms = sum_over_ranks(
+                own.float()
+            )  # heads of other ranks may be in float64
         else:
-            mean_loss, norms = average_over_ranks(losses), self._norms(losses)
+            mean_loss, norms = average_over_ranks(losses, rows), self._norms(losses, rows)
         self._require_finite(mean_loss, norms)
         self.optimizer.step()
         self.steps += 1
@@ -199,11 +204,13 @@ class NCETrainer:
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    def _norms(self, losses: Tensor) -> Tensor:
+    def _norms(self, losses: Tensor, rows: int) -> Tensor:
         """Averages and clips the heads' gradients; returns their norms before clipping."""
         shared = not self.group_parallel
         heads = self.prior.heads
-        norms = [reduce_and_clip(head, self.max_grad_norm, shared=shared) for head in heads]
+        norms = [
+            reduce_and_clip(head, self.max_grad_norm, rows=rows, shared=shared) for head in heads
+        ]
         # The norm of a head without gradients is on the CPU.
         return torch.stack([norm.to(losses) for norm in norms])
 

@@ -267,6 +267,39 @@ def test_sample_draws_by_the_saved_sampler(
     assert capsys.readouterr().out.startswith("1 sample in one, 1 part, ")
 
 
+def test_processes_share_a_job_by_their_numbers(
+    with_sampler: NCPrior, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for share, count in (("1/2", 1), ("0/2", 2), ("5/9", 0)):
+        assert main([*SAMPLE, *JOB, "--parts", share]) == 0
+        out = capsys.readouterr().out
+        assert re.fullmatch(rf"1,300 samples in drawn, {count} of 3 parts, \d+ s\n", out)
+    assert main([*SAMPLE, *JOB, "--out", "memory://shared"]) == 0
+    sample_parts(with_sampler, "expected", num_samples=1300, part_size=500, seed=3, progress=False)
+    assert files("drawn") == files("expected")
+    assert len(list(read_parts("memory://shared"))) == 3
+    for share in ("2/2", "1", "-1/2", "a/b", "0/0"):
+        with pytest.raises(SystemExit):
+            main([*SAMPLE, *JOB, f"--parts={share}"])
+        assert "argument --parts: must be I/N with I < N" in capsys.readouterr().err
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.slow
+def test_torchrun_samples_by_the_numbers_of_its_ranks(with_sampler: NCPrior) -> None:
+    line = (
+        f"exec {sys.executable} -m ncprior {' '.join([*SAMPLE, *JOB])} --parts $RANK/$WORLD_SIZE"
+    )
+    command = [sys.executable, *TORCHRUN, "--no-python", "sh", "-c", line]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"(\d) of 3 parts", done.stdout)) == ["1", "2"]
+    sample_parts(with_sampler, "expected", num_samples=1300, part_size=500, seed=3, progress=False)
+    assert files("drawn") == files("expected")
+
+
 def test_sample_goes_on_after_a_kill(with_sampler: NCPrior) -> None:
     """A process is killed as soon as it has one part; the next one completes the job."""
     code = f"""

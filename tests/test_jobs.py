@@ -26,6 +26,7 @@ from ncprior.heads.networks import MLPHead
 from ncprior.jobs import _seed, read_parts, sample_parts
 from ncprior.samplers.compose import at_temperature, describe, sequence
 from ncprior.samplers.mixture import within_components
+from ncprior.saving.folders import LocalFolder
 from ncprior.utils.random_state import random_state
 
 SAMPLER = partial(sir, num_proposals=200)
@@ -441,20 +442,16 @@ def test_no_two_parts_of_a_job_share_a_seed() -> None:
 
 
 def test_a_part_that_another_process_has_finished_meanwhile_is_left_to_it(
-    whole: dict[str, bytes], tmp_path: Path
+    whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both draw part 3; the other is done first, and has tidied up what was unfinished."""
-    save = parts_module.save_tensors
 
-    def save_late(path: Path, *rest: Any) -> None:
-        path.write_bytes(whole[path.name])
-        raise FileNotFoundError(path)
+    def write_late(self: LocalFolder, name: str, data: bytes) -> None:
+        self.at(name).write_bytes(whole[name])
+        raise FileNotFoundError(name)
 
-    parts_module.save_tensors = save_late
-    try:
-        sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[3], **JOB)
-    finally:
-        parts_module.save_tensors = save
+    monkeypatch.setattr(LocalFolder, "write", write_late)
+    sample_parts(made(), tmp_path, sampler=SAMPLER, parts=[3], **JOB)
     assert contents(tmp_path) == {
         name: whole[name] for name in ("job.json", "part-00003.safetensors")
     }

@@ -118,6 +118,10 @@ class CachedEncodings(RowData):
         """Returns rows, by a tensor of their numbers or a slice."""
         return self._rows[rows]
 
+    def prefetch(self, rows: Tensor) -> None:
+        """Begins to read rows of a cache on disk."""
+        self._rows.prefetch(rows)
+
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
         require_eval(self.vae, self.vae.module)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import IO, Any
 
@@ -14,6 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ncprior.utils.require import require_instance, require_numbers
+
+_READERS = 8  # threads, each of which waits for the disk, and not for a core
+
+_ROWS_AT_ONCE = 32  # that one of them reads
 
 
 class RowStore:
@@ -70,6 +76,7 @@ class RowStore:
                 raise ValueError("There are no batches to keep rows of.")
             self.on_disk = len(files) > 0
             self._leaves = self._mapped(files) if files else [_joined(part) for part in parts]
+            self._readers = ThreadPoolExecutor(_READERS) if files else None
 
     def __len__(self) -> int:
         return len(self._leaves[0])
@@ -84,6 +91,13 @@ class RowStore:
         tensors = iter([leaf[rows] for leaf in self._leaves])
         leaves = [next(tensors) if isinstance(t, Tensor) else t for t in self._tree]
         return tree_unflatten(leaves, self._spec)
+
+    def prefetch(self, rows: Tensor) -> None:
+        """Begins to read rows from the disk, without a wait; does nothing for rows in memory."""
+        require_instance("rows", rows, Tensor, "Pass a tensor of row numbers.")
+        if self._readers is not None:
+            for some in rows.split(_ROWS_AT_ONCE):
+                self._readers.submit(_touch, self._leaves, some)
 
     def _checked(self, leaves: Sequence[Any], spec: Any) -> list[Tensor]:  # noqa: ANN401
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -107,7 +121,10 @@ class RowStore:
         tensors = (leaf for leaf in self._tree if isinstance(leaf, Tensor))
         for file, like in zip(files, tensors, strict=True):
             # Mapped copy-on-write, which torch does not warn of; nobody writes.
-            raw = torch.from_numpy(np.memmap(file, np.uint8, mode="c"))
+            array = np.memmap(file, np.uint8, mode="c")
+            if hasattr(mmap, "MADV_RANDOM"):  # not 32 pages for every row
+                array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+            raw = torch.from_numpy(array)
             mapped.append(raw.view(like.dtype).view(-1, *like.shape[1:]))
         return mapped
 
@@ -118,6 +135,12 @@ def _spill(parts: list[list[Tensor]], files: list[IO[bytes]]) -> None:
         for tensor in part:
             file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         part.clear()
+
+
+def _touch(leaves: list[Tensor], rows: Tensor) -> None:
+    """Reads rows, so that they are in the memory of the operating system."""
+    for leaf in leaves:
+        leaf[rows]
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

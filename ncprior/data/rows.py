@@ -42,6 +42,9 @@ class RowData:
         """Returns rows."""
         raise NotImplementedError
 
+    def prefetch(self, rows: Tensor) -> None:
+        """Is called with the numbers of rows of a later batch; may begin to read them."""
+
 
 class Rows(RowData):
     """Rows of a tensor or of an array, such as a memory-mapped file, without a copy of them all.
@@ -74,13 +77,16 @@ class Rows(RowData):
 def as_data(data: Any) -> Any:  # noqa: ANN401
     """Returns data in a form that batches are made of: the gate of all that takes data.
 
-    Tables, arrays and nested lists of numbers become :class:`Rows`; anything else stays.
+    Tables, arrays and nested lists of numbers become :class:`Rows`; data sets of the package
+    datasets, streamed or not, yield tensors; anything else stays.
 
     Raises:
         TypeError: If it is no data, or looks like rows where batches are expected.
     """
     if hasattr(data, "to_numpy"):  # a table of pandas or polars
         data = data.to_numpy()
+    if hasattr(data, "with_format") and not _has_format(data):
+        data = data.with_format("torch")
     if isinstance(data, list | tuple) and len(data) > 0:
         if _is_number(data[0]) or (_is_list(data[0]) and all(map(_is_number, data[0]))):
             data = _as_array(data)
@@ -97,6 +103,13 @@ def as_data(data: Any) -> Any:  # noqa: ANN401
             f"that are dicts, a list of batches or a dataset."
         )
     return data
+
+
+def _has_format(data: Any) -> bool:  # noqa: ANN401
+    """Returns whether a data set of the package datasets has a format, such as torch, already."""
+    if is_map_style(data):
+        return bool(data.format["type"])
+    return getattr(data, "_formatting", None) is not None  # a stream has nothing public
 
 
 def column_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401

@@ -21,6 +21,8 @@ _END = object()
 
 _MOST_ROWS = 2**17  # of held-out data without a length, which may be endless
 
+_AHEAD = 2  # batches, which are read from the disk while another one is in use
+
 _PROBED = 64  # rows, spread over the data, that tell whether data is the same
 
 
@@ -211,7 +213,11 @@ class _InOrder:
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.data), self.batch_size):
-            yield self.data[first : first + self.batch_size]
+            last = first + self.batch_size
+            if isinstance(self.data, RowData):
+                end = max(last, min(last + self.batch_size, len(self.data)))
+                self.data.prefetch(torch.arange(last, end, device="cpu"))
+            yield self.data[first:last]
 
 
 class _OnDevice:
@@ -235,9 +241,12 @@ class _Shuffled:
 
     def __iter__(self) -> Iterator[Tensor]:
         rows = moved(torch.randperm(len(self.data)), self.data.device)
-        for batch in rows.split(self.batch_size):
-            if len(batch) == self.batch_size:
-                yield self.data[batch]
+        batches = rows[: len(rows) // self.batch_size * self.batch_size].split(self.batch_size)
+        for i, batch in enumerate(batches):
+            if isinstance(self.data, RowData):
+                for later in batches[i + _AHEAD if i else 1 : i + _AHEAD + 1]:
+                    self.data.prefetch(later)
+            yield self.data[batch]
 
 
 def _batches(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import re
-from io import BufferedReader
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ class Entry(NamedTuple):
     begin: int
     end: int
 
-    def read(self, file: BufferedReader, start: int) -> Tensor:
+    def read(self, file: BinaryIO, start: int) -> Tensor:
         """Returns the tensor, from a file whose body begins at ``start``.
 
         It has memory of its own, aligned as torch aligns any other: a matrix product can be rounded
@@ -61,7 +60,7 @@ class Entry(NamedTuple):
         # A file that shrinks meanwhile leaves zeros behind, which have another checksum.
         content = torch.zeros(self.end - self.begin, dtype=torch.uint8, device="cpu")
         file.seek(start + self.begin)
-        file.readinto(content.numpy().data)
+        file.readinto(content.numpy().data)  # type: ignore[attr-defined]
         return content.view(self.dtype).view(self.shape)
 
 
@@ -75,10 +74,11 @@ class Content(NamedTuple):
     canonical: str  # JSON of the configuration
 
 
-def read_header(path: str | os.PathLike[str], file: BufferedReader) -> Content:
+def read_header(path: str | os.PathLike[str], file: BinaryIO) -> Content:
     """Reads the header of an open file, and compares all of it with the size of the file."""
     damaged = "it is not a whole safetensors file"
-    whole = os.fstat(file.fileno()).st_size
+    whole = file.seek(0, os.SEEK_END)
+    file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if whole < 8 or length > min(whole - 8, _LONGEST_HEADER):
         fail(path, f"{damaged} (its header has {length} bytes, and the file {whole})")

@@ -10,9 +10,8 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -143,13 +142,25 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         Traceback (most recent call last):
         ValueError: Cannot read ...a.safetensors: it is not a whole safetensors file ...
     """
-    with _open(path) as file:
-        content = read_header(path, file)
-        start = file.tell()
-        try:
-            tensors = {name: entry.read(file, start) for name, entry in content.entries.items()}
-        except RuntimeError:  # of torch's allocator
-            fail(path, f"its {content.size:,} bytes do not fit into memory")
+    with open_file(path) as file:
+        return read_tensors(path, file)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], file: BinaryIO
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors and the configuration of an open file, as :func:`load_tensors` does.
+
+    Arguments:
+        path: The file's name, for messages.
+        file: The file.
+    """
+    content = read_header(path, file)
+    start = file.tell()
+    try:
+        tensors = {name: entry.read(file, start) for name, entry in content.entries.items()}
+    except RuntimeError:  # of torch's allocator
+        fail(path, f"its {content.size:,} bytes do not fit into memory")
     if content.sha256 != _digest(content.canonical, tensors):
         fail(path, "its contents have changed since they were written (the checksum differs)")
     for name, tensor in tensors.items():
@@ -176,11 +187,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         >>> read_metadata(path)
         {'width': 2}
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         return read_header(path, file).configuration
 
 
-def _open(path: str | os.PathLike[str]) -> BufferedReader:
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to read it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
     if not (file := _as_path(path)).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)}.")
     return file.open("rb")

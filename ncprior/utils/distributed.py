@@ -33,9 +33,19 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
-def average_over_ranks(tensor: Tensor) -> Tensor:
-    """Returns the mean of a tensor over the ranks; the tensor itself without a group."""
-    return sum_over_ranks(tensor) / num_ranks() if num_ranks() > 1 else tensor
+def average_over_ranks(tensor: Tensor, rows: int = 1) -> Tensor:
+    """Returns the mean of a tensor over the ranks; the tensor itself without a group.
+
+    Arguments:
+        tensor: The values of this rank, such as its mean over some rows; of one shape on all ranks.
+        rows: Number of these rows, its weight: the result is the mean over the rows of all ranks.
+    """
+    if num_ranks() == 1:
+        return tensor
+    weighted = torch.cat([tensor.reshape(-1) * rows, tensor.new_full((1,), rows)])
+    total, weight = sum_over_ranks(weighted).split([tensor.numel(), 1])
+    mean: Tensor = (total / weight).view_as(tensor)
+    return mean
 
 
 def from_rank(owner: int, tensor: Tensor) -> None:

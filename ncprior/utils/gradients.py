@@ -80,12 +80,15 @@ def zero_gradients(module: nn.Module) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def reduce_and_clip(module: nn.Module, max_norm: float, *, shared: bool = True) -> Tensor:
+def reduce_and_clip(
+    module: nn.Module, max_norm: float, *, rows: int, shared: bool = True
+) -> Tensor:
     """Averages a module's gradients over the ranks, if they share it, and clips them.
 
     Arguments:
         module: The module.
         max_norm: Largest norm of the gradient.
+        rows: Number of rows of this rank, over which its gradient is a mean.
         shared: Whether the ranks share the module.
 
     Returns:
@@ -93,7 +96,7 @@ def reduce_and_clip(module: nn.Module, max_norm: float, *, shared: bool = True) 
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if num_ranks() > 1 and gradients and shared:
-        flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        flat = average_over_ranks(torch.cat([g.flatten() for g in gradients]), rows)
         for gradient, mean in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):

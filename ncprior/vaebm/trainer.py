@@ -199,8 +199,8 @@ class VAEBMTrainer:
         bad = target.first_bad_step(end) <= target.calls
         measured = [gap.detach(), energy.detach().mean(), spectral.detach()]
         measured.append(torch.where(bad, math.nan, 0.0).to(gap.dtype))
-        norm = reduce_and_clip(self.model, self.max_grad_norm)
-        gap, mean, spectral, bad = average_over_ranks(torch.stack(measured))
+        norm = reduce_and_clip(self.model, self.max_grad_norm, rows=len(data))
+        gap, mean, spectral, bad = average_over_ranks(torch.stack(measured), len(data))
         metrics = EnergyMetrics(gap, mean, spectral, norm)
         if not torch.isfinite(torch.stack([m.to(gap) for m in (*metrics, bad)])).all():
             self.optimizer.zero_grad()

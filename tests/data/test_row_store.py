@@ -48,6 +48,25 @@ def test_rows_come_back_as_they_were(budget: int, tmp_path: Path) -> None:
     assert picked["scalar"] == 2.5
 
 
+@pytest.mark.parametrize("budget", [0, 2**20])
+def test_rows_of_a_later_batch_are_read_ahead_from_the_disk_alone(
+    budget: int, tmp_path: Path
+) -> None:
+    made = batches()
+    rows, read = RowStore(made, budget=budget, folder=tmp_path), []
+
+    class Leaf:
+        def __getitem__(self, numbers: torch.Tensor) -> None:
+            read.append(numbers.tolist())
+
+    rows._leaves = [Leaf(), Leaf()]  # type: ignore[list-item]
+    rows.prefetch(torch.arange(70))
+    if rows._readers is not None:
+        rows._readers.shutdown()
+    parts = [list(range(32)), list(range(32, 64)), list(range(64, 70))]
+    assert sorted(read) == ([] if budget else sorted(2 * parts))
+
+
 def test_what_is_taken_is_a_copy(tmp_path: Path) -> None:
     rows = RowStore([torch.zeros(4)], budget=0, folder=tmp_path)
     rows[torch.tensor([1])].fill_(5.0)

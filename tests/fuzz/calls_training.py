@@ -530,6 +530,13 @@ def _(w: World) -> Built:
     return RowStore, {"batches": list(w.x.split(8)), "budget": 10**6}
 
 
+@call("ncprior.data.RowStore.prefetch", rows=instance(torch.Tensor))
+def _(w: World) -> Built:
+    from ncprior.data import RowStore
+
+    return RowStore(list(w.x.split(8)), budget=0).prefetch, {"rows": torch.arange(8)}
+
+
 @call("ncprior.data.EncodedSource", source=SOURCE)
 def _(w: World) -> Built:
     from ncprior.data import EncodedSource

@@ -13,7 +13,7 @@ from helpers.ranks import Ranks, launch, named
 from helpers.toys import ladder_prior, stir
 
 from ncprior.saving.tensors import save_tensors
-from ncprior.utils.distributed import own_seed, require_own_device
+from ncprior.utils.distributed import average_over_ranks, own_seed, require_own_device
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.skipif(
@@ -90,6 +90,12 @@ def rank_main(rank: int, folder: Path) -> None:
     trainer.optimizer.param_groups[0]["lr"] = 1.0
     trainer.step(x)
     keep("clipped")
+    rows = 3 - 2 * rank  # of this rank, in batches of four
+    saved["weighted"] = average_over_ranks(torch.tensor([[1.0 + rank, 5.0]]), rows)
+    vaebm = VAEBM(LinearGaussian().source(), stir(energy), step_size=0.01)
+    energies = VAEBMTrainer(vaebm, torch.optim.SGD(energy.parameters(), 0.1))
+    saved["own.energy"] = vaebm(x[:rows]).mean().detach()
+    saved["energy"] = energies.step(x[:rows])[1]
     save_tensors(folder / f"rank{rank}", saved, {"errors": errors, "steps": trainer.steps})
     dist.destroy_process_group()
 
@@ -141,6 +147,14 @@ def test_metrics_are_of_all_ranks(ranks: Ranks) -> None:
     for k in range(3):
         head = [g.norm() for name, g in gradients.items() if name.startswith(f"heads.{k}.")]
         torch.testing.assert_close(one["norm"][k], torch.stack(head).norm())
+
+
+def test_a_rank_counts_as_much_as_it_has_rows(ranks: Ranks) -> None:
+    (one, _), (two, _) = ranks
+    energy = (3 * one["own.energy"] + two["own.energy"]) / 4
+    for rank in (one, two):
+        assert rank["weighted"].tolist() == [[1.25, 5.0]]
+        torch.testing.assert_close(rank["energy"], energy)
 
 
 def test_a_chain_that_runs_away_on_one_rank_stops_both(ranks: Ranks) -> None:
