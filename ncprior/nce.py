@@ -127,14 +127,30 @@ def score_loss(slope: Tensor, posterior_score: Tensor, prior_score: Tensor) -> T
         The mean over draws and latents, a scalar without unit: the latents are weighted such that
         it is 1, their noise, at slope = ∇ log p = 0.
 
+    Raises:
+        TypeError: If an argument is no tensor of floats.
+        ValueError: If the shapes differ, or there are no draws.
+
     Example:
         >>> import torch
         >>> z = torch.randn(500, 8, 3)  # q(z | x) = N(0, 1)
         >>> score_loss(torch.zeros_like(z), -z, torch.zeros_like(z))
         tensor(1.)
     """
+    gradients = {"slope": slope, "posterior_score": posterior_score, "prior_score": prior_score}
+    for name, gradient in gradients.items():
+        require_instance(name, gradient, Tensor, _GRADIENT)
+        if not gradient.is_floating_point():
+            raise TypeError(f"{name}: {_GRADIENT} Got {described(gradient)}.")
+        if gradient.shape != slope.shape or gradient.ndim < 2 or gradient.numel() == 0:
+            raise ValueError(
+                f"{name} must have the shape (S, B, *event) of slope, with 1 or more draws; got "
+                f"{described(gradient)} and {described(slope)}."
+            )
     weight = posterior_score.square().mean((0, 1)).clamp(min=_TINY).reciprocal()
     return (weight * (slope - (posterior_score - prior_score)).square()).mean()
 
 
 _TINY = 1e-30
+
+_GRADIENT = "Pass a gradient in z as a tensor of floats."

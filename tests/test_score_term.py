@@ -109,19 +109,20 @@ def test_without_a_weight_the_total_is_the_nce_loss() -> None:
 def test_a_wide_gap_is_learnt() -> None:
     """At KL 12 the classifier alone is sure too early: log r is wrong by 4 nats under q."""
     problem = GaussianPair(kl=12.0)
-    data, z = problem.data(4000), problem.target.sample((20_000,))
-    errors = {}
-    for weight in (0.0, 10.0):
+    data, z = problem.data(2000), problem.target.sample((20_000,))
+    errors: dict[float, float] = {}
+    options = {"steps": 300, "batch_size": 128, "learning_rate": 1e-2, **QUIET}
+    for weight in (0.0, 1.0):
         torch.manual_seed(1)
         prior = NCPrior.for_source(problem.source(), data[:200], width=32, depth=1)
         settings = FitSettings(score_weight=weight)
-        history = fit(prior, data, steps=600, learning_rate=3e-3, settings=settings, **QUIET)
+        history = fit(prior, data, settings=settings, **options)
         with torch.no_grad():
             error = prior.log_r(0, z, None) - problem.log_r(z)
         errors[weight] = error.square().mean().sqrt().item()
     assert history.best_loss is not None and history.best_loss[0] < 0.1  # the NCE loss alone
     assert errors[0.0] > 2
-    assert errors[10.0] < 0.6
+    assert errors[1.0] < 0.6
 
 
 def test_mixed_precision_and_frozen_parts() -> None:
