@@ -18,6 +18,22 @@ At ν = 1 the minimum of the loss is L* = 2 log 2 - 2 JSD(q, p), so that JSD = l
 The minimiser is the same for every ν. As ν grows, the gradient tends to that of maximum likelihood
 for r·p, which gives more weight to regions where r is large.
 
+*The score term.* More is known of a posterior sample than its label. For every x that may have led
+to z, the gradient of log q(z | x) with respect to z is known, and its mean given z is that of log q:
+
+.. math::
+    \nabla \log q(z) = E_{q(x | z)} [\nabla \log q(z | x)].
+
+The gradient of log r is therefore a regression function, and :func:`score_loss` is its squared error,
+
+.. math::
+    \mathcal{S}(r) = E_{q(x, z)} \Big[ \frac{1}{d} \sum_j w_j
+    \Big( \partial_j \log r(z) - \partial_j \log \frac{q(z | x)}{p(z)} \Big)^2 \Big],
+    \qquad w_j^{-1} = E [(\partial_j \log q(z | x))^2].
+
+It has the same minimiser as the NCE loss, apart from a constant that the NCE loss finds, and it
+does not vanish where the classifier is already sure, as in wide gaps.
+
 With K groups there are K such problems, each under the same z_<k ~ q(z_<k):
 log r_k(z_k | z_<k) = log q(z_k | z_<k) - log p(z_k | z_<k).
 
@@ -25,6 +41,8 @@ References:
     | Noise-contrastive estimation (Gutmann et al., 2010)
     | A Contrastive Learning Approach for Training Variational Autoencoder Priors
     | (Aneja et al., NeurIPS 2021), equations 3 and 4
+    | A Connection between Score Matching and Denoising Autoencoders (Vincent, 2011)
+    | Classification Diffusion Models (Yadin et al., NeurIPS 2024), which join both kinds of loss
 """
 
 import math
@@ -95,3 +113,44 @@ def nce_terms(
     log_nu = math.log(noise_weight)
     loss_q = softplus(-(log_r_posterior - log_nu))
     return loss_q, noise_weight * softplus(log_r_prior - log_nu)
+
+
+def score_loss(slope: Tensor, posterior_score: Tensor, prior_score: Tensor) -> Tensor:
+    """Score term: squared error of ∇ log r(z) as an estimate of ∇ log q(z | x) - ∇ log p(z).
+
+    Arguments:
+        slope: ∇ log r(z) at z ~ q(z | x), with shape ``(S, B, *event)``: S draws for each of B rows.
+        posterior_score: ∇ log q(z | x), of the same shape.
+        prior_score: ∇ log p(z), of the same shape.
+
+    Returns:
+        The mean over draws and latents, a scalar without unit: the latents are weighted such that
+        it is 1, their noise, at slope = ∇ log p = 0.
+
+    Raises:
+        TypeError: If an argument is no tensor of floats.
+        ValueError: If the shapes differ, or there are no draws.
+
+    Example:
+        >>> import torch
+        >>> z = torch.randn(500, 8, 3)  # q(z | x) = N(0, 1)
+        >>> score_loss(torch.zeros_like(z), -z, torch.zeros_like(z))
+        tensor(1.)
+    """
+    gradients = {"slope": slope, "posterior_score": posterior_score, "prior_score": prior_score}
+    for name, gradient in gradients.items():
+        require_instance(name, gradient, Tensor, _GRADIENT)
+        if not gradient.is_floating_point():
+            raise TypeError(f"{name}: {_GRADIENT} Got {described(gradient)}.")
+        if gradient.shape != slope.shape or gradient.ndim < 2 or gradient.numel() == 0:
+            raise ValueError(
+                f"{name} must have the shape (S, B, *event) of slope, with 1 or more draws; got "
+                f"{described(gradient)} and {described(slope)}."
+            )
+    weight = posterior_score.square().mean((0, 1)).clamp(min=_TINY).reciprocal()
+    return (weight * (slope - (posterior_score - prior_score)).square()).mean()
+
+
+_TINY = 1e-30
+
+_GRADIENT = "Pass a gradient in z as a tensor of floats."

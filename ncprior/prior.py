@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ from ncprior.heads.checks import (
 from ncprior.heads.contexts import require_context
 from ncprior.heads.fast import prepare_head
 from ncprior.heads.inputs import head_input
+from ncprior.heads.losses import GroupLoss, group_loss
 from ncprior.heads.probe import probe_heads, warn_if_not_finite
-from ncprior.nce import nce_loss
 from ncprior.samplers.base import Draw, LogRatio, Sample, Sampler, checked_draw
 from ncprior.samplers.setting import SamplerSetting, require_sampler, sample_x
 from ncprior.saving.heads import PretrainedHeads
@@ -57,8 +58,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     Attributes:
         heads: The heads, an ``nn.ModuleList``.
         sampler: The sampler of ``prior.sample(64)``, or ``None``; saved with the heads.
-        report: A report on how the prior was made, such as that of :func:`ncprior.improve`, or
-            ``None``. It is not saved: after :meth:`from_pretrained` it is ``None``, and
+        report: A report, such as that of :func:`ncprior.improve`, or ``None``. It is not saved;
             ``ncprior.recipe.report_on(prior, x)`` makes a new one.
 
     Raises:
@@ -122,23 +122,19 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
-            num_draws: Draws of z_k per row, from posterior and prior each; z_<k of the next groups
-                is the first draw from the posterior.
+            num_draws: Draws of z_k per row, from posterior and prior each.
 
         Returns:
-            The losses in nats, with shape ``(K,)``.
+            The losses in nats, with shape ``(K,)``: equation 4 of Aneja et al. (2021).
 
         Raises:
             FloatingPointError: If a loss is not finite; the message names the group.
-
-        References:
-            Aneja et al. (2021), equation 4.
 
         Example:
             >>> prior.nce_loss(x).shape
             torch.Size([1])
         """
-        losses = torch.stack(list(self.group_losses(x, noise_weight, num_draws)))
+        losses = torch.stack([loss.nce for loss in self.group_losses(x, noise_weight, num_draws)])
         require_finite_groups("The NCE loss", losses, "x")
         return losses
 
@@ -148,39 +144,43 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         noise_weight: float = 1.0,
         num_draws: int = 1,
         *,
+        score_weight: float = 0.0,
         precision: torch.dtype = torch.float32,
         groups: Container[int] | None = None,
-    ) -> Iterator[Tensor]:
-        """Yields the NCE loss of each group in turn, so that only one head's graph is in memory.
+    ) -> Iterator[GroupLoss]:
+        """Yields the losses of each group in turn, so that only one head's graph is in memory.
 
-        Autocast is off until the next loss is asked for: gradients are in float32 like the losses.
+        Autocast is off until the next loss is asked for, as gradients are in float32.
 
         Arguments:
             x: One batch, as the user's loader yields it.
             noise_weight: ν, see :func:`ncprior.nce_loss`.
-            num_draws: Draws of z_k per row, from posterior and prior each.
+            num_draws: Draws of z_k per row.
+            score_weight: Weight of the score term, see :func:`ncprior.nce.score_loss`.
             precision: Precision of the heads' matrix products.
             groups: Groups whose loss is computed; the loss of any other is 0. All by default.
 
         Returns:
-            The losses in nats, scalars; NaN if a row of x is, as nothing here waits for a GPU.
+            ``nce`` in nats and ``total``, which is minimised, scalars; NaN if a row of x is.
 
         Example:
-            >>> for loss in prior.group_losses(x):
-            ...     loss.backward()
+            >>> for loss in prior.group_losses(x, score_weight=10):
+            ...     loss.total.backward()
         """
         require_numbers("(0, inf)", noise_weight=noise_weight)
         require_counts(num_draws=num_draws)
+        require_numbers("[0, inf)", score_weight=score_weight)
         check_precision(precision)
         x = own_batch(x, self._device())
         with naming_parts(self.source, self.heads):
-            for k, (z, context) in enumerate(contrastive_pairs(self.source, x, num_draws)):
+            for k, (z, group) in enumerate(contrastive_pairs(self.source, x, num_draws)):
                 if groups is not None and k not in groups:
-                    yield z.new_zeros((), dtype=torch.float32)
+                    yield GroupLoss(*z.new_zeros(2, dtype=torch.float32))
                     continue
-                log_r = self._log_r(k, z, context, precision, lead=3)
+                head = partial(self._log_r, k, context=group.context, precision=precision, lead=3)
+                loss = group_loss(head, z, group, noise_weight, score_weight)
                 with at_precision(z.device.type, torch.float32):  # the backward pass, too
-                    yield nce_loss(log_r[0], log_r[1], noise_weight)
+                    yield loss
 
     @torch.no_grad()
     def sample(
@@ -258,8 +258,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         require_instance("latents", latents, (list, tuple), "Pass one z per group, [z].")
         if len(latents) != self.source.num_groups:
             raise ValueError(
-                f"One z per latent group: the source has {self.source.num_groups} groups, "
-                f"got {len(latents)} latents."
+                f"The source has {self.source.num_groups} groups; got {len(latents)} latents."
             )
         each = "Pass z of shape (B, *event) per group."
         latents = [require_instance("A latent", z, Tensor, each) for z in self._own(list(latents))]

@@ -361,7 +361,7 @@ def contrastive_pairs(
     source: LatentSource[Any, Any],
     x: Any,  # noqa: ANN401
     num_draws: int = 1,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, Group]]:
     """Yields, for each group, the posterior and prior draws of z_k that its head classifies.
 
     Arguments:
@@ -372,10 +372,10 @@ def contrastive_pairs(
 
     Returns:
         Draws of the posterior and of the prior, both given the same z_<k ~ q(z_<k | x), with shape
-        ``(2, num_draws, B, *event)``, and the context.
+        ``(2, num_draws, B, *event)``, and the group.
 
     Example:
-        >>> [z.shape for z, context in contrastive_pairs(source, x)]
+        >>> [z.shape for z, group in contrastive_pairs(source, x)]
         [torch.Size([2, 1, 4, 2])]
     """
     require_source(source)
@@ -393,4 +393,4 @@ def contrastive_pairs(
             z = torch.stack([z_q, drawn(group.prior, count).to(z_q.dtype)])
             if k + 1 < source.num_groups:
                 state = source.advance(state, z_q[0])
-        yield z, group.context
+        yield z, group

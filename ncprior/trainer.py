@@ -71,6 +71,8 @@ class NCETrainer:
         noise_weight: ν, see :func:`ncprior.nce_loss`.
         num_draws: Draws of z_k per row and step, from posterior and prior each. Several draws make
             better use of a VAE whose encoder and decoder cost more than the heads.
+        score_weight: Weight of the score term, see :func:`ncprior.nce.score_loss`, for latents on
+            R^n whose posterior and prior have densities.
         max_grad_norm: Largest norm of each head's gradient; ``None`` does not clip.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
             ``torch.bfloat16``; weights, log r and sums are in float32 in either case.
@@ -100,6 +102,7 @@ class NCETrainer:
         backward: Callable[[Tensor], Any] = Tensor.backward,
         noise_weight: float = 1.0,
         num_draws: int = 1,
+        score_weight: float = 0.0,
         max_grad_norm: float | None = 5.0,
         precision: torch.dtype = torch.float32,
         group_parallel: bool = False,
@@ -111,6 +114,7 @@ class NCETrainer:
         require_callable("backward", backward, "Pass a function of the loss.")
         require_numbers("(0, inf)", noise_weight=noise_weight)
         require_counts(num_draws=num_draws)
+        require_numbers("[0, inf)", score_weight=score_weight)
         require_numbers("(0, inf] or None", max_grad_norm=max_grad_norm)
         check_precision(precision)
         require_flags(group_parallel=group_parallel)
@@ -120,6 +124,7 @@ class NCETrainer:
         self.backward = backward
         self.noise_weight = noise_weight
         self.num_draws = num_draws
+        self.score_weight = score_weight
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.precision = precision
         self.group_parallel = group_parallel
@@ -191,17 +196,20 @@ class NCETrainer:
         losses: list[Tensor] = []
         groups = self.groups
         for loss in self.prior.group_losses(
-            *(x, self.noise_weight, self.num_draws), precision=self.precision, groups=groups
+            *(x, self.noise_weight, self.num_draws),
+            score_weight=self.score_weight,
+            precision=self.precision,
+            groups=groups,
         ):
             k = len(losses)
-            if loss.requires_grad:
-                self.backward(loss)
+            if loss.total.requires_grad:
+                self.backward(loss.total)
             elif k in groups and any(p.requires_grad for p in self.prior.heads[k].parameters()):
                 raise ValueError(
                     f"The loss of group {k} has no gradient, although its head has parameters to "
                     f"train. Look for detach() or torch.no_grad in the head's forward."
                 )
-            losses.append(loss.detach())
+            losses.append(loss.nce.detach())
         return torch.stack(losses)
 
     def _norms(self, losses: Tensor, rows: int) -> Tensor:

@@ -85,7 +85,7 @@ def straightforward(
             rate = min(1.0, (step + 1) / 100, 5 * (steps - step) / steps)  # warm-up and decay
             optimizer.param_groups[0]["lr"] = 1e-3 * rate
             optimizer.zero_grad()
-            loss.backward()
+            loss.total.backward()
             nn.utils.clip_grad_norm_(head.parameters(), 5.0)
             optimizer.step()
         decay = min(0.999, (2 + step) / (11 + step))

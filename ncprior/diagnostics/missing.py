@@ -122,8 +122,9 @@ class _Fresh:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Group, α log r and log s at z ~ q and z ~ p, with shape ``(2, num_draws, B)`` each."""
         pairs = contrastive_pairs(self.prior.source, take_rows(batch, rows), num_draws)
-        for k, (z, context) in enumerate(pairs):
+        for k, (z, group) in enumerate(pairs):
             if k in self.heads:
+                context = group.context
                 with torch.no_grad():
                     log_r = self.prior.strength * self.prior.log_r(k, z, context)
                     h = at_least_float32(head_input(self.prior.source, k, z))

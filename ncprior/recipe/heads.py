@@ -14,6 +14,7 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
+from ncprior.recipe.scores import has_scores
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
@@ -25,6 +26,8 @@ from ncprior.utils.precision import fast_precision
 _PROBED = 512  # rows for the shapes and scales of a head
 
 _MOST_STEPS = 10_000  # if held-out losses still improve
+
+_SCORE_WEIGHT = 10.0  # MNIST, 16 latents, equal seconds: held-out log p 0.11 nats above that of 0
 
 _SHARE = 0.6  # of the time that is left
 
@@ -58,6 +61,7 @@ def train_heads(
     kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
     widest = _default_width(NCPrior.for_source(source, batch))
     precision = fast_precision(device_of(source))
+    score_weight = _SCORE_WEIGHT if has_scores(NCPrior.for_source(source, batch), batch) else 0.0
     started, found = time.monotonic(), []
     for number, kind in enumerate(kinds):
         before = time.monotonic()
@@ -76,6 +80,7 @@ def train_heads(
             progress=record.progress,
             settings=FitSettings(
                 weight_decay=kind.weight_decay,
+                score_weight=score_weight,
                 num_cached_proposals=_num_cached(source, parts),
                 precision=precision,
             ),
@@ -84,6 +89,7 @@ def train_heads(
     prior, history, best = min(found, key=lambda one: one[2].score)
     off = gate(prior, history)
     chosen, reason = best.name, f"the lowest NCE loss of held-out data; {history.stopped}"
+    reason += "; with the score term" if score_weight else ""
     if len(off) == source.num_groups:
         chosen, reason = "none", f"heads have learnt nothing for sure; {history.stopped}"
     elif off:

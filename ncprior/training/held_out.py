@@ -103,9 +103,9 @@ class HeldOut:
         x = to_device(take_rows(batch, self._share), device)
         losses = torch.zeros(len(self.prior.heads), draws, num_rows(x), device=device)
         if num_rows(x) > 0:
-            for k, (z, context) in enumerate(contrastive_pairs(self.prior.source, x, draws)):
+            for k, (z, group) in enumerate(contrastive_pairs(self.prior.source, x, draws)):
                 if self.groups is None or k in self.groups:
-                    log_r = self.prior.log_r(k, z, context)
+                    log_r = self.prior.log_r(k, z, group.context)
                     loss_q, loss_p = nce_terms(log_r[0], log_r[1])
                     if losses.dtype != loss_q.dtype:  # of heads in float64
                         losses = losses.to(loss_q.dtype)

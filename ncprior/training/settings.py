@@ -49,6 +49,9 @@ class FitSettings(OptimizerSettings):
         noise_weight: ν, see :func:`ncprior.nce_loss`.
         num_draws: Draws of z_k per row and step, from posterior and prior each. Several draws make
             better use of a VAE whose encoder and decoder cost more than the heads.
+        score_weight: Weight of the score term, which also fits the gradient of log r, see
+            :func:`ncprior.nce.score_loss`: for latents on R^n whose posterior and prior have
+            densities. Ten is a good value. Further stages are trained without it.
         num_cached_proposals: Number of prior samples drawn once and reused; for bases that are
             slow to sample. Only for a single group without a context. Another tenth, and at least
             2,048, are drawn for the held-out losses. Further stages of such a group keep about ten
@@ -81,6 +84,7 @@ class FitSettings(OptimizerSettings):
 
     noise_weight: float = 1.0
     num_draws: int = 1
+    score_weight: float = 0.0
     num_cached_proposals: int | None = None
     cache_epochs: float | Literal["auto"] | None = "auto"
     cache_memory: float = field(default=4.0, compare=False)
@@ -92,6 +96,7 @@ class FitSettings(OptimizerSettings):
         super().__post_init__()
         require_numbers("(0, inf)", noise_weight=self.noise_weight)
         require_counts(num_draws=self.num_draws)
+        require_numbers("[0, inf)", score_weight=self.score_weight)
         require_counts("[1, inf) or None", num_cached_proposals=self.num_cached_proposals)
         if not (isinstance(self.cache_epochs, str) and self.cache_epochs == "auto"):
             require_numbers("[1, inf] or None", cache_epochs=self.cache_epochs)

@@ -150,7 +150,7 @@ class StageRuns:
         align_generators()
         inputs = self._inputs(source, cache, stage)
         trained = prior if inputs.source is prior.source else NCPrior(inputs.source, prior.heads)
-        trainer = self._trainer(trained)
+        trainer = self._trainer(trained, stage)
         facts = {**self.terms.facts, "stage": stage, "heads so far": so_far}
         saved = on_rank_zero(lambda: load(checkpoint))
         stream = Stream(inputs.data, self.terms.batch_size, resumable=checkpoint is not None)
@@ -185,7 +185,7 @@ class StageRuns:
         )
         return run.history()
 
-    def _trainer(self, prior: NCPrior) -> NCETrainer:
+    def _trainer(self, prior: NCPrior, stage: int) -> NCETrainer:
         settings = self.terms.settings
         optimizer = _adamw(prior, float(self.terms.learning_rate), float(settings.weight_decay))
         return NCETrainer(
@@ -193,6 +193,7 @@ class StageRuns:
             optimizer,
             noise_weight=settings.noise_weight,
             num_draws=settings.num_draws,
+            score_weight=settings.score_weight if stage == 1 else 0.0,
             max_grad_norm=settings.max_grad_norm,
             precision=settings.precision,
             group_parallel=settings.group_parallel,

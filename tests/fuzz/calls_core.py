@@ -242,6 +242,12 @@ def _(w: World) -> Built:
     return nce.nce_terms, {"log_r_posterior": w.x[:, 0], "log_r_prior": w.x[:, 1]}
 
 
+@call("ncprior.nce.score_loss", slope=LOG_R, posterior_score=LOG_R, prior_score=LOG_R)
+def _(w: World) -> Built:
+    names = ("slope", "posterior_score", "prior_score")
+    return nce.score_loss, {name: w.x[None].clone() for name in names}
+
+
 # --- the prior
 
 

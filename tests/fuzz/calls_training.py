@@ -106,6 +106,7 @@ OPTIMIZER_SETTINGS = {
     **OPTIMIZER_SETTINGS,
     noise_weight=RATE,
     num_draws=count(),
+    score_weight=number(0),
     num_cached_proposals=count(none=True),
     cache_epochs=unsure(number(0, none=True, also=("auto", math.inf))),
     cache_memory=number(0, left_open=(math.inf,)),

@@ -1,0 +1,48 @@
+"""Whether heads can be trained with the score term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncprior.prior import NCPrior
+from ncprior.source import Group, device_of, num_rows, posterior_of, visit
+from ncprior.utils.batches import own_batch
+from ncprior.utils.draws import drawn
+from ncprior.utils.gradients import gradients_enabled
+from ncprior.utils.supports import support_of
+
+
+@gradients_enabled()
+def has_scores(prior: NCPrior, x: Any) -> bool:  # noqa: ANN401
+    """Whether the score term can be computed, and differentiated, in every group.
+
+    Arguments:
+        prior: A prior with new heads; their gradients are overwritten.
+        x: One batch.
+
+    Returns:
+        False for latents that are not on all of R^n, without a density, or whose features have no
+        second derivative.
+    """
+
+    def look(k: int, group: Group) -> Tensor:
+        posterior = posterior_of(group)
+        found.append(not support_of(group.prior) and not support_of(posterior))
+        return drawn(posterior)
+
+    found: list[bool] = []
+    x = own_batch(x, device_of(prior.source))
+    with torch.no_grad():
+        encoding = prior.source.encode(x)
+        visit(prior.source, prior.source.start(num_rows(encoding), encoding), look)
+    if not all(found):
+        return False
+    try:
+        for loss in prior.group_losses(x, score_weight=1.0):
+            loss.total.backward()
+    except (TypeError, RuntimeError):
+        return False
+    return all(p.grad is None or bool(p.grad.isfinite().all()) for p in prior.parameters())
