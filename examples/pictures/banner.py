@@ -122,14 +122,12 @@ def _frame(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of 256 colours, a third as large as one of all colours."""
     from PIL import Image
+    from small import save_small
 
     with io.BytesIO() as file:
         figure.savefig(file, dpi=130, format="png")
-        Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-            path, optimize=True
-        )
+        save_small(Image.open(file), path)
 
 
 def main() -> None:

@@ -1,20 +1,33 @@
 """The scripts that draw pictures of the pages: they run, show what was computed, and stay small."""
 
 import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from helpers.browser import BROWSER
+from helpers.reports import improvement
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "examples" / "images"
 
 
 @pytest.fixture
-def banner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script by its name, as the scripts import each other."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "pictures"))
-    return importlib.import_module("banner")
+    yield importlib.import_module
+    for name in ("banner", "report", "small"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def banner(scripts: Callable[[str], ModuleType]) -> ModuleType:
+    return scripts("banner")
 
 
 def test_the_banner_shows_a_ratio_times_a_density(banner: ModuleType, tmp_path: Path) -> None:
@@ -45,5 +58,20 @@ def test_the_arms_leave_much_of_the_prior_empty(banner: ModuleType) -> None:
     assert near[0].double().mean() > 0.95 and near[1].double().mean() < 0.7
 
 
-def test_pictures_of_pages_are_small() -> None:
-    assert (IMAGES / "banner.png").stat().st_size < 150_000
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_picture_of_a_report_has_its_colours(
+    scripts: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    page, out = tmp_path / "report.html", tmp_path / "report.png"
+    improvement().save_html(page)
+    scripts("report").take(page, out, width=800, height=900)
+    image = Image.open(out)
+    assert image.size == (800, 900)
+    colours = [colour for _, colour in image.convert("RGB").getcolors() or []]
+    for wanted in (0xFF, 0xFF, 0xFF), (0x0A, 0x5F, 0xA8), (0xB8, 0x43, 0x0A):  # paper, new, old
+        assert min(max(abs(a - b) for a, b in zip(wanted, it, strict=True)) for it in colours) < 8
+
+
+@pytest.mark.parametrize(("name", "most"), [("banner", 150_000), ("report", 200_000)])
+def test_pictures_of_pages_are_small(name: str, most: int) -> None:
+    assert (IMAGES / f"{name}.png").stat().st_size < most
