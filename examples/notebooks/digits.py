@@ -109,10 +109,9 @@ def distances(images: Tensor) -> list[float]:
     return [frechet_distance(*pair).item() for pair in zip(shown, real, strict=True)]
 
 
-with prior.disabled():  # the VAE's own prior
-    old = prior.sample(5000).x
+old = in_batches(vae.decode, vae.prior().sample((5000,)))
 new = prior.sample(5000).x
-decoded = in_batches(lambda z: vae.decode(z), encodings)
+decoded = in_batches(vae.decode, encodings)
 found = {"old prior": old, "new prior": new, "decoded encodings": decoded}
 print("Fréchet distance  ", *(f"{d:>6}" for d in range(10)), "   mean")
 for name, images in found.items():

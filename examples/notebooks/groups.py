@@ -118,12 +118,13 @@ check_source(source, x_test[:16])
 # ## A head for each group
 #
 # Both heads are trained together. `diagnose` has a line for each group: how much of the KL between encodings and prior its
-# head finds, how many of 50 proposals are worth anything, and a verdict.
+# head finds, how many of 50 proposals are worth anything, and a verdict. It counts groups from 0.
 
 # %%
 prior = NCPrior.for_source(source, x_train[:256], width=64)
 fit(prior, x_train, steps=1500, progress=False)
-print(diagnose(prior, x_test, train=x_train, num_proposals=(50, 500)))
+report = diagnose(prior, x_test, train=x_train, num_proposals=(50, 500))
+print(report)
 
 # %% [markdown]
 # ## One group at a time
@@ -147,14 +148,13 @@ plot_samples({name: x.reshape(-1, 1, 8, 8) for name, x in rows.items()})
 # %% [markdown]
 # ## Where the hole is
 #
-# The mean log-ratio of held-out encodings is the gain of a group in nats, up to its log Z: how much more likely the new prior
-# makes them. A group without a gain needs no head, and [gating](../../docs/training.md) leaves it at its base.
+# KL is the mean log-ratio of held-out encodings: how much more likely the new prior makes them, up to its log Z. Here the
+# hole is in z_2: the network that makes its prior from z_1 is a poor match. A group without a gain needs no head, and
+# [gating](../../docs/training.md) leaves it at its base.
 
 # %%
-prior.active = [True, True]
-report = diagnose(prior, x_test)
 for group in report.groups:
-    print(f"group {group.group + 1}: {group.kl:.2f} nats, verdict: {group.verdict}")
+    print(f"z_{group.group + 1}: {group.kl:.2f} nats, verdict: {group.verdict}")
 
 # %% [markdown]
 # For a whole model, read [how to write an adapter](../../adapters/README.md#write-an-adapter-for-your-model) and
