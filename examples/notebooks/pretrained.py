@@ -23,7 +23,7 @@ from torch.distributions import Independent, Normal
 from torch.nn.functional import interpolate
 
 from ncprior import NCPrior, SingleGroup, fit, sir
-from ncprior.bases import fit_mixture, latents_of, rebase
+from ncprior.bases import fit_mixture, latents_of
 from ncprior.demo import Classifier, in_batches, plot_samples, read_images
 from ncprior.evaluation import gap_closed
 from ncprior.testing import check_source
@@ -104,23 +104,24 @@ plot_samples({"data": x_test[:16], "reconstructions": reconstructions, "samples"
 # %% [markdown]
 # ## A better prior
 #
-# `improve(source, x_train)` makes all choices by itself, in some minutes. Here are two steps of it by hand, to be quick: a
-# mixture of 30 Gaussians in place of N(0, I), and a classifier that corrects it.
+# A classifier learns to tell encodings from draws of N(0, I). For comparison, a mixture of ten Gaussians is fitted to the
+# encodings. (`improve(source, x_train)` would try both and combine them, in some minutes.)
 
 # %%
-based = rebase(source, fit_mixture(latents_of(source, x_train), 30))
-prior = NCPrior.for_source(based, x_train[:256])
+prior = NCPrior.for_source(source, x_train[:256])
 print(fit(prior, x_train, steps=800, progress=False))
+mixture = fit_mixture(latents_of(source, x_train), 10)
 
 # %% [markdown]
-# `prior.disabled()` switches the classifier off: samples then come from its base, the mixture.
+# The new prior draws by sampling-importance-resampling: each sample is chosen among 200 proposals. `prior.disabled()`
+# switches the classifier off; samples are then those of the old prior, bit for bit.
 
 # %%
-old = in_batches(decoder, base.sample((4000,)))
 with prior.disabled():
-    mixture = prior.sample(4000).x
-new = prior.sample(4000, partial(sir, num_proposals=50)).x
-rows = {"data": x_test, "their prior": old, "mixture": mixture, "new prior": new}
+    old = prior.sample(4000).x
+new = prior.sample(4000, partial(sir, num_proposals=200)).x
+mixed = in_batches(decoder, mixture.sample((4000,)))
+rows = {"data": x_test, "their prior": old, "mixture": mixed, "new prior": new}
 plot_samples({name: x[:16] for name, x in rows.items()})
 
 # %% [markdown]
@@ -147,7 +148,7 @@ def features(x: Tensor) -> Tensor:
 
 decoded = in_batches(lambda x: decoder(posterior(x).sample()), x_train[:4000])
 ends = {"base": features(old).chunk(5), "posterior": features(decoded).chunk(5)}
-for name, x in {"mixture": mixture, "new prior": new}.items():
+for name, x in {"mixture": mixed, "new prior": new}.items():
     print(f"{name}: {gap_closed(features(x_test), ours=features(x).chunk(5), **ends)}")
 
 # %% [markdown]

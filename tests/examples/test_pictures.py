@@ -21,7 +21,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleT
     """Imports a script by its name, as the scripts import each other."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "pictures"))
     yield importlib.import_module
-    for name in ("banner", "report", "small"):
+    for name in ("badges", "banner", "report", "small"):
         sys.modules.pop(name, None)
 
 
@@ -75,3 +75,11 @@ def test_the_picture_of_a_report_has_its_colours(
 @pytest.mark.parametrize(("name", "most"), [("banner", 150_000), ("report", 200_000)])
 def test_pictures_of_pages_are_small(name: str, most: int) -> None:
     assert (IMAGES / f"{name}.png").stat().st_size < most
+
+
+def test_badges_are_true(scripts: Callable[[str], ModuleType]) -> None:
+    made = scripts("badges").badges((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(made) == {path.name for path in IMAGES.glob("badge-*.svg")}
+    for name, text in made.items():
+        assert (IMAGES / name).read_text(encoding="utf-8") == text, "run badges.py again"
+    assert "Apache-2.0" in made["badge-licence.svg"] and "3.10–3.13" in made["badge-python.svg"]
