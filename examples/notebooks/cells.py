@@ -22,6 +22,7 @@ from ncprior import NCPrior, fit, sir
 from ncprior.adapters.scvi import SCVISource
 from ncprior.bases import fit_mixture, latents_of, rebase
 from ncprior.demo import discriminant_axes, plot_latents
+from ncprior.evaluation import two_sample_test
 
 warnings.simplefilter("ignore")  # of the libraries
 scvi.settings.seed = 0
@@ -73,6 +74,13 @@ prior.sampler = partial(sir, num_proposals=50)
 some = next(iter(source.loader(batch_size=256)))
 drawn = prior.sample(256, condition=source.condition(some), draw_x=True)
 plot_latents({"the new prior": drawn.latents[0], "encodings": latents}, axes)
+
+# %% [markdown]
+# A classifier tells draws of N(0, I) from encodings easily. 0.5 would mean that it cannot tell them apart:
+
+# %%
+for name, z in {"N(0, I)": torch.randn(256, 6), "new prior": drawn.latents[0]}.items():
+    print(f"{name}: {two_sample_test(latents, z, folds=2)}")
 
 # %% [markdown]
 # [Single cells](../../docs/cells.md) has conditions, minified models and measurements on two data sets. With more cells, call

@@ -119,7 +119,7 @@ for name, images in found.items():
     print(f"{name:18}", *(f"{it:6.2f}" for it in [*numbers, sum(numbers) / 10]))
 
 # %% [markdown]
-# The first samples that are taken for each digit, not picked by quality:
+# The first samples that are taken for each digit, not picked by quality. Many of the old prior's lie between two digits:
 
 
 # %%
