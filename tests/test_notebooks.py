@@ -69,7 +69,7 @@ def test_a_notebook_is_run_once_and_shows_its_outputs(
     assert run(notebooks, tmp_path, SCRIPT) == ran  # from the cache
     page = notebooks.page(SCRIPT, "notebook-name", ran)
     assert page.startswith(
-        "# Title\n\nThis page is a notebook: {download}`Jupyter <notebook-name.ipynb>`"
+        "# Title\n\nThis page is a notebook: {download}`download it for Jupyter <notebook-name.ipynb>`"
     )
     assert "A *text*.\n\n![a film](made:film.gif)" in page and "About it" not in page
     assert "x + 1\n```\n\n```text\n2\n```" in page

@@ -108,7 +108,7 @@ def page(script: str, name: str, ran: Ran) -> str:
         parts += [f"![Output of the code above](made:{picture})" for picture in pictures]
         code += 1
     note = f"*This page was built without outputs: {ran.missing}.*" if ran.missing else ""
-    get = f"This page is a notebook: {{download}}`Jupyter <{name}.ipynb>`."
+    get = f"This page is a notebook: {{download}}`download it for Jupyter <{name}.ipynb>`."
     title, *rest = parts
     head, _, body = title.partition("\n")
     return "\n\n".join(part for part in (head, get, note, body.strip(), *rest) if part) + "\n"

@@ -26,7 +26,7 @@ def negative_elbo(rows: Tensor) -> Tensor:
     return vae.negative_elbo(data.images[rows]).mean()
 
 
-train(vae, negative_elbo, len(data.images), steps=3000, batch_size=128, progress=False)
+train(vae, negative_elbo, len(data.images), steps=1500, batch_size=128, progress=False)
 
 # %% [markdown]
 # ## The energy

@@ -7,6 +7,8 @@
 # extra `demo`; takes a minute on one core.
 
 # %%
+from textwrap import fill
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -75,7 +77,7 @@ plot_latents({"the VAE's prior": vae.prior().sample((1500,)), "encodings": encod
 
 # %%
 prior = improve(source, data.images, seed=0, progress=False)
-print(prior.report.verdict)
+print(fill(prior.report.verdict, 88))
 
 # %%
 clouds = {"the new prior": prior.sample(1500).latents[0], "encodings": encodings}
@@ -113,10 +115,10 @@ old = in_batches(vae.decode, vae.prior().sample((5000,)))
 new = prior.sample(5000).x
 decoded = in_batches(vae.decode, encodings)
 found = {"old prior": old, "new prior": new, "decoded encodings": decoded}
-print("Fréchet distance  ", *(f"{d:>6}" for d in range(10)), "   mean")
+print("Fréchet distance  ", *(f"{d:>5}" for d in range(10)), "  mean")
 for name, images in found.items():
     numbers = distances(images)
-    print(f"{name:18}", *(f"{it:6.2f}" for it in [*numbers, sum(numbers) / 10]))
+    print(f"{name:18}", *(f"{it:5.1f}" for it in [*numbers, sum(numbers) / 10]))
 
 # %% [markdown]
 # The first samples that are taken for each digit, not picked by quality. Many of the old prior's lie between two digits:
