@@ -67,6 +67,10 @@ def test_a_notebook_is_run_once_and_shows_its_outputs(
     assert (tmp_path / "kept").exists() and not (tmp_path / "film.gif").exists()
     monkeypatch.setattr(notebooks, "subprocess", None)
     assert run(notebooks, tmp_path, SCRIPT) == ran  # from the cache
+    monkeypatch.undo()
+    monkeypatch.setattr(notebooks, "KEPT", tmp_path / "kept")
+    run(notebooks, tmp_path, SCRIPT + "x\n")
+    assert len(list((tmp_path / "kept").iterdir())) == 1  # that of the notebook as it is now
     page = notebooks.page(SCRIPT, "notebook-name", ran)
     assert page.startswith(
         "# Title\n\nThis page is a notebook: {download}`download it for Jupyter <notebook-name.ipynb>`"

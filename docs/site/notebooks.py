@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,8 @@ def run(path: Path) -> Ran:
             ran = _read(Path(scratch))
             if ran.missing:
                 return ran
+            for former in KEPT.glob(f"{path.stem}-*"):
+                shutil.rmtree(former)
             kept.mkdir(parents=True)
             for name, data in ran.files.items():
                 (kept / name).write_bytes(data)

@@ -31,11 +31,12 @@ from ncprior.utils import train
 
 torch.manual_seed(0)
 folder = Path(os.environ.get("NCPRIOR_DISENTANGLING", "disentangling-vae"))
-weights = torch.load(folder / "results/VAE_mnist/model.pt", weights_only=True, map_location="cpu")
+file = folder / "results/VAE_mnist/model.pt"
+weights = torch.load(file, weights_only=True, map_location="cpu")
 mnist = read_images("ylecun/mnist", "train").rows(torch.randperm(60_000)[:24_000])
-images = interpolate(mnist.images, 32, mode="bilinear", antialias=True)  # as they were trained on
+images = interpolate(mnist.images, 32, mode="bilinear", antialias=True)  # their size
 x_train, x_test = images[:20_000], images[20_000:]
-print({name: tuple(weight.shape) for name, weight in weights.items() if "weight" in name})
+print(*(f"{name}: {tuple(weight.shape)}" for name, weight in weights.items()), sep="\n")
 
 # %% [markdown]
 # ## Their network
