@@ -327,6 +327,24 @@ def hole(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def test_the_figure_of_the_hole_names_few_points_and_shows_all() -> None:
+    figure = load("hole_figure")
+    rows = json.loads((FOLDER / "results" / "hole_mnist.json").read_text())["rows"]
+    found = {point.method: point for point in figure.points(rows)}
+    assert set(figure.NAMED) <= set(found)  # a method that is renamed keeps its name in the figure
+    assert "N(0, I)" not in found and "posterior" not in found  # nothing is fitted
+    seeds = [row for row in rows if row["method"] == "mixture of 10"]
+    assert found["mixture of 10"].gap == pytest.approx(
+        sum(row["gap_closed"] for row in seeds) / len(seeds)
+    )
+    assert not found["mixture of 10"].ours and found["improve(50)"].ours
+    (axes,) = figure.draw(rows).axes
+    marks = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    assert len(marks) == len(found)
+    labels = {label for label, *_ in figure.NAMED.values()}
+    assert labels <= {text.get_text() for text in axes.texts}
+
+
 def test_evaluations_of_heads_are_counted_with_gradients_twice(hole: ModuleType) -> None:
     problem = GaussianPair()
     prior = NCPrior(problem.source(), problem.head())

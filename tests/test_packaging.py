@@ -75,3 +75,30 @@ print(ncprior.__version__, ncprior.__file__, ncprior.adapters.__file__, sep="\\n
     version, *files = done.stdout.splitlines()
     assert version == ncprior.__version__
     assert all(Path(file).is_relative_to(tmp_path / "installed") for file in files)
+
+
+def test_the_wheel_works_without_any_extra(wheel: Path, tmp_path: Path) -> None:
+    """The command and every public module but the demonstration's data need no extra."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = """
+import importlib, pkgutil, sys
+for name in ("matplotlib", "sklearn", "PIL", "pyarrow", "scipy", "zuko", "pythae", "diffusers", "scvi", "ctgan"):
+    sys.modules[name] = None
+import ncprior, ncprior.adapters
+for package in (ncprior, ncprior.adapters):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+from ncprior.__main__ import main
+main(["--version"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"ncprior {ncprior.__version__}"

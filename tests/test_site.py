@@ -25,7 +25,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.syspath_prepend(str(SITE))
     yield tool
-    for name in ("api", "stage", "links", "llms", "build"):
+    for name in ("api", "stage", "notebooks", "links", "llms", "build"):
         sys.modules.pop(name, None)
 
 
@@ -80,6 +80,8 @@ def test_all_pages_are_staged(tools: Any, tmp_path: Path) -> None:
     texts = stage.stage(tmp_path)
     assert set(texts) == set(stage.pages().values())
     assert "{toctree}" in (tmp_path / "index.md").read_text() and "{toctree}" not in texts["index"]
+    assert "(start.md)" in texts["notebook-digits"]
+    assert (tmp_path / "notebook-digits.ipynb").exists()
     code = (tmp_path / "files" / "examples-vaebm.py.md").read_text()
     assert code.startswith("---\norphan: true") and "{code-block} python" in code
 

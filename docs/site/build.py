@@ -3,7 +3,8 @@
     pip install -c constraints.txt -e '.[docs]'
     python docs/site/build.py site-html
 
-The folder is made anew. Nothing is fetched, neither by the build nor by the built pages.
+The folder is made anew. The notebooks of `examples/notebooks` are run, which takes minutes; equal runs are kept in
+`.notebooks/`. Nothing is fetched, neither by the build nor by the built pages, but what the notebooks read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import api
 import fonts
 import links
 import llms
+import notebooks
 import stage
 
 
@@ -37,7 +39,7 @@ def build(site: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         pages = Path(scratch, "pages")
         pages.mkdir()
-        texts = stage.stage(pages)
+        texts = stage.stage(pages, notebooks.run)
         api.write(pages)
         options = ["--fail-on-warning", "--quiet", "--conf-dir", str(HERE)]
         options += ["--doctree-dir", str(Path(scratch, "doctrees"))]

@@ -8,12 +8,17 @@ part of the navigation. A new page is one row of such a table.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
+
+import notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 INDEX = "docs/README.md"
+
+NOTEBOOKS = "examples/notebooks"
 
 # Pages outside of docs/, with their names on the site.
 OTHERS = {
@@ -36,9 +41,11 @@ LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "bash", ".yml": "yaml", ".
 
 
 def pages(root: Path = ROOT) -> dict[str, str]:
-    """The Markdown files of the site, by their path in the repository; the values are names on the site."""
+    """The Markdown files and notebooks, by their path in the repository; the values are names on the site."""
     own = {f"docs/{path.name}": path.stem for path in sorted((root / "docs").glob("*.md"))}
-    return {**own, INDEX: "index", **OTHERS}
+    found = sorted((root / NOTEBOOKS).glob("*.py"))
+    scripts = {f"{NOTEBOOKS}/{path.name}": f"notebook-{path.stem}" for path in found}
+    return {**own, INDEX: "index", **OTHERS, **scripts}
 
 
 def parts(index: str) -> dict[str, list[tuple[str, str]]]:
@@ -56,12 +63,22 @@ def parts(index: str) -> dict[str, list[tuple[str, str]]]:
     return {title: rows for title, rows in found.items() if rows}
 
 
-def stage(folder: Path, root: Path = ROOT) -> dict[str, str]:
-    """Writes all pages to a folder, as they are for the site, and returns their texts by name."""
+def stage(
+    folder: Path, run: Callable[[Path], notebooks.Ran] = notebooks.not_run, root: Path = ROOT
+) -> dict[str, str]:
+    """Writes all pages to a folder, as they are for the site, and returns their texts by name.
+
+    Arguments:
+        folder: The folder, which exists.
+        run: Returns the outputs of a notebook.
+        root: The root of the repository.
+    """
     names, texts = pages(root), {}
     linked: set[str] = set()
     for path, name in names.items():
         text = (root / path).read_text(encoding="utf-8")
+        if path.endswith(".py"):
+            text = _notebook(text, name, run(root / path), folder)
         texts[name], targets = for_site(text, path, names, root)
         linked |= targets
     index = (root / INDEX).read_text(encoding="utf-8")
@@ -103,7 +120,17 @@ def for_site(
     text = COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text)
     pieces = FENCE.split(text)
     pieces[::2] = [LINK.sub(rewritten, piece) for piece in pieces[::2]]
-    return "".join(pieces), linked
+    page = "".join(pieces)
+    return page.replace("](made:", f"](pictures/{names[path]}-"), linked
+
+
+def _notebook(script: str, name: str, ran: notebooks.Ran, folder: Path) -> str:
+    """The page of a notebook; its pictures and its file for Jupyter are written beside it."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for file, data in ran.files.items():
+        (folder / "pictures" / f"{name}-{file}").write_bytes(data)
+    (folder / f"{name}.ipynb").write_text(notebooks.jupyter(script, ran), encoding="utf-8")
+    return notebooks.page(script, name, ran)
 
 
 def contents(index: str, names: dict[str, str]) -> str:

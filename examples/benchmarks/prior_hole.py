@@ -32,7 +32,6 @@ import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now, peak_growth
 from hole_cases import Case, make_case, slug
-from hole_figure import save_figure
 from hole_methods import BATCH, Fitted, Heads, Method, evaluations, methods
 from torch import Tensor
 
@@ -223,7 +222,6 @@ COSTS = (
 def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--data", choices=["mnist", "cifar10", "digits"], default="mnist")
     made.add_argument("--model", choices=["flat", "hierarchical"], default="flat")
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draw the figure into this PNG")
     made.add_argument(
         "--methods", nargs="+", default=[], metavar="TEXT", help="only methods with such a name"
     )
@@ -252,8 +250,6 @@ def main() -> None:
             for row in compared.rows():
                 bench.add(lambda row=row: [row], method=row["method"], seed=seed)
     print(f"\n{table(bench.rows, COLUMNS)}")
-    if options.figure is not None:
-        save_figure(bench.rows, options.figure, f"{case.name}: the prior hole closed")
 
 
 if __name__ == "__main__":
