@@ -33,6 +33,7 @@ SCRIPTS = [
     "sampling_speed.py",
     "training_speed.py",
     "table8.py",
+    "wide_gaps.py",
 ]
 
 

@@ -240,7 +240,7 @@ class _Shuffled:
         self.data, self.batch_size = data, min(batch_size, len(data))
 
     def __iter__(self) -> Iterator[Tensor]:
-        rows = moved(torch.randperm(len(self.data)), self.data.device)
+        rows = moved(torch.randperm(len(self.data), device="cpu"), self.data.device)
         batches = rows[: len(rows) // self.batch_size * self.batch_size].split(self.batch_size)
         for i, batch in enumerate(batches):
             if isinstance(self.data, RowData):

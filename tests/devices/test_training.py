@@ -98,6 +98,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a cache on disk": {"cache_epochs": 2, "cache_memory": 0.0},
     "proposals of a cache": {"num_cached_proposals": 100},
     "bfloat16 and draws": {"precision": torch.bfloat16, "num_draws": 3},
+    "score term": {"score_weight": 10.0, "precision": torch.bfloat16},
     "no average, no clipping": {"ema_decay": 0.0, "max_grad_norm": None, "noise_weight": 3.0},
 }
 

@@ -176,6 +176,7 @@ def test_a_step_of_training_waits_once(
 FORMS: dict[str, dict[str, Any]] = {
     "a cache": {},
     "no cache": {"settings": FitSettings(cache_epochs=None)},
+    "score term": {"settings": FitSettings(score_weight=10.0)},
     "stages": {"stages": 1, "settings": FitSettings(num_draws=2)},
 }
 
