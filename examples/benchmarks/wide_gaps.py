@@ -5,9 +5,9 @@
 
 The base is N(0, I). `shift` moves its mean, in two dimensions; `narrow` shrinks it, in sixteen; `modes`
 are four narrow Gaussians in eight. Encodings are draws of q(z | x) for 4,000 x. `rmse` is the root
-mean square error of log r, in nats, at new draws of q; `error` is its mean. All heads are alike, and
-have about the same seconds: `classifier` has the NCE loss alone, `three stages` a third of its steps
-for each factor, `score term` is FitSettings(score_weight=1). `normalised` subtracts log Z, estimated
+mean square error of log r, in nats, at new draws of q; `error` is its mean. All heads are
+alike: `classifier` has the NCE loss alone, `three stages` a third of its steps for each factor, and
+`score term` is FitSettings(score_weight=1). `normalised` subtracts log Z, estimated
 by annealed importance sampling, from log r. `verdict` is that of diagnose. Seconds are of the core.
 """
 
