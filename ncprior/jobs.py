@@ -77,8 +77,9 @@ def sample_parts(
         progress: Whether to show a progress bar.
 
     Returns:
-        The files of the parts of this process, as paths or, for a URL, as URLs: safetensors with ``x``, the decoder's means or
-        draws of x, with shape ``(B, ...)``, and ``z_0``, ``z_1``, … of the groups, each ``(B, *event)``.
+        The files of the parts of this process, as paths or, for a URL, as URLs: safetensors with
+        ``x``, the decoder's means or draws of x, with shape ``(B, ...)``, and ``z_0``, ``z_1``, …
+        of the groups, each ``(B, *event)``.
 
     Raises:
         TypeError: If an argument has the wrong type.

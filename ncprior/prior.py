@@ -175,7 +175,8 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         with naming_parts(self.source, self.heads):
             for k, (z, group) in enumerate(contrastive_pairs(self.source, x, num_draws)):
                 if groups is not None and k not in groups:
-                    yield GroupLoss(*z.new_zeros(2, dtype=torch.float32))
+                    zero = z.new_zeros((), dtype=torch.float32)
+                    yield GroupLoss(zero, zero)
                     continue
                 head = partial(self._log_r, k, context=group.context, precision=precision, lead=3)
                 loss = group_loss(head, z, group, noise_weight, score_weight)

@@ -61,8 +61,8 @@ class NCETrainer:
     """Single steps of head training, for a loop of your own.
 
     When a process group exists, the heads start from rank 0's weights and their gradients are
-    averaged over the rows of all ranks. With Accelerate, pass ``backward=accelerator.backward`` and prepare
-    the optimizer only; with Lightning, use manual optimisation.
+    averaged over the rows of all ranks. With Accelerate, pass ``backward=accelerator.backward``
+    and prepare the optimizer only; with Lightning, use manual optimisation.
 
     Arguments:
         prior: The prior whose heads are trained; it is put in training mode.
@@ -157,8 +157,8 @@ class NCETrainer:
             x: One batch of B rows, as the user's loader yields it.
 
         Returns:
-            Loss in nats and gradient norm per group, averaged over the rows of all ranks. Gradients are
-            computed also inside ``torch.no_grad`` and ``torch.inference_mode``.
+            NCE loss in nats and gradient norm per group, averaged over the rows of all ranks.
+            Gradients are computed also inside ``torch.no_grad`` and ``torch.inference_mode``.
 
         Raises:
             ValueError: If the batch is empty, or the loss of a head with parameters has no
@@ -181,9 +181,7 @@ class NCETrainer:
         losses = self._backward(x)
         if self.group_parallel:
             own = torch.stack([losses, self._norms(losses, rows)])
-            mean_loss, norms = sum_over_ranks(
-                own.float()
-            )  # heads of other ranks may be in float64
+            mean_loss, norms = sum_over_ranks(own.float())  # other ranks' heads may be in float64
         else:
             mean_loss, norms = average_over_ranks(losses, rows), self._norms(losses, rows)
         self._require_finite(mean_loss, norms)

@@ -53,6 +53,20 @@ def test_the_wheel_has_every_file_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"ncprior", info}
 
 
+def printed_by(code: str, folder: Path) -> str:
+    """What code prints in a process whose package is the wheel unpacked into folder/installed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder / "installed")},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_N6_the_wheel_works_without_the_project_and_beside_its_clone(
     wheel: Path, tmp_path: Path
 ) -> None:
@@ -63,16 +77,7 @@ def test_N6_the_wheel_works_without_the_project_and_beside_its_clone(
 import ncprior, ncprior.adapters
 print(ncprior.__version__, ncprior.__file__, ncprior.adapters.__file__, sep="\\n")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    version, *files = done.stdout.splitlines()
+    version, *files = printed_by(code, tmp_path).splitlines()
     assert version == ncprior.__version__
     assert all(Path(file).is_relative_to(tmp_path / "installed") for file in files)
 
@@ -92,13 +97,4 @@ for package in (ncprior, ncprior.adapters):
 from ncprior.__main__ import main
 main(["--version"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"ncprior {ncprior.__version__}"
+    assert printed_by(code, tmp_path).strip() == f"ncprior {ncprior.__version__}"

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.problems import Codes, CorrelatedPair, GaussianPair
+from helpers.problems import Codes, CorrelatedPair, GaussianPair, around
 from torch import nn
 from torch.distributions import (
+    Beta,
     Categorical,
     Distribution,
     Independent,
@@ -18,11 +19,13 @@ from torch.distributions import (
     Normal,
 )
 
-from ncprior import NCETrainer, NCPrior, fit
+from ncprior import NCETrainer, NCPrior, SingleGroup, fit
 from ncprior.bases import rebase
 from ncprior.bases.empirical import Empirical
+from ncprior.distributions import PointMass
 from ncprior.heads import MLPHead
 from ncprior.nce import score_loss
+from ncprior.recipe.scores import has_scores
 from ncprior.training import FitSettings
 from ncprior.utils.scores import score
 
@@ -152,3 +155,71 @@ def test_without_scores_there_is_an_error_that_says_so(case: str) -> None:
     with pytest.raises(TypeError, match="score_weight=0"):
         fit(prior, x, steps=2, settings=FitSettings(score_weight=1.0), **QUIET)
     assert all(map(torch.equal, prior.parameters(), weights))
+
+
+class Once(torch.autograd.Function):
+    """A square whose gradient cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(z)
+        return z.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        (z,) = ctx.saved_tensors
+        return 2 * z * slope
+
+
+FEATURES: dict[str, tuple[Any, bool]] = {
+    "z itself": (None, True),
+    "smooth": (torch.square, True),
+    "without a gradient": (lambda z: z.detach().square(), False),
+    "without a second derivative": (Once.apply, False),
+}
+
+
+def with_features(features: Any) -> NCPrior:
+    """A new head on features of z."""
+    pair = GaussianPair()
+    source = SingleGroup(pair.prior, around(0.3), lambda z: z, features=features)
+    head = MLPHead((2,), width=8, depth=1)
+    nn.init.normal_(head.out.weight)
+    return NCPrior(source, head)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_decide_whether_improve_uses_the_term(name: str) -> None:
+    features, expected = FEATURES[name]
+    assert has_scores(with_features(features), GaussianPair().data(50)) is expected
+
+
+def test_groups_and_latents_decide_whether_improve_uses_the_term() -> None:
+    pair, codes = CorrelatedPair(), Codes()
+    assert has_scores(NCPrior.for_source(pair, pair.data(50)), pair.data(50))
+    assert not has_scores(NCPrior.for_source(codes.source(), codes.data(64)), codes.data(64))
+    replayed = SingleGroup(GaussianPair().prior, lambda x: PointMass(x), lambda z: z)
+    assert not has_scores(NCPrior(replayed, MLPHead((2,))), torch.randn(9, 2))
+    one = torch.ones(2)
+    bounded = SingleGroup(
+        Independent(Beta(one, one), 1), lambda x: Independent(Beta(x + 2, x + 1), 1), lambda z: z
+    )
+    assert not has_scores(NCPrior(bounded, MLPHead((2,))), torch.rand(9, 2))
+
+
+def test_an_error_that_is_no_missing_derivative_is_raised() -> None:
+    def broken(z: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        has_scores(with_features(broken), GaussianPair().data(50))
+
+
+def test_further_stages_are_trained_without_it() -> None:
+    """Their base is drawn by a sampler, which has no density."""
+    problem = GaussianPair(kl=4.0)
+    prior = NCPrior.for_source(problem.source(), problem.data(200), width=16, depth=1)
+    settings = FitSettings(score_weight=1.0)
+    options = {"steps": 40, "batch_size": 64, "learning_rate": 1e-2, "eval_every": 20, **QUIET}
+    assert fit(prior, problem.data(500), stages=2, settings=settings, **options).stages

@@ -243,7 +243,7 @@ class _Shuffled:
         rows = moved(torch.randperm(len(self.data), device="cpu"), self.data.device)
         batches = rows[: len(rows) // self.batch_size * self.batch_size].split(self.batch_size)
         for i, batch in enumerate(batches):
-            if isinstance(self.data, RowData):
+            if isinstance(self.data, RowData):  # all that are ahead at first, then one at a time
                 for later in batches[i + _AHEAD if i else 1 : i + _AHEAD + 1]:
                     self.data.prefetch(later)
             yield self.data[batch]

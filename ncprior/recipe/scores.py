@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ncprior.utils.batches import own_batch
 from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.supports import support_of
+
+_NO_SECOND_DERIVATIVE = re.compile("derivative|differentiate")  # of what torch says then
 
 
 @gradients_enabled()
@@ -43,6 +46,10 @@ def has_scores(prior: NCPrior, x: Any) -> bool:  # noqa: ANN401
     try:
         for loss in prior.group_losses(x, score_weight=1.0):
             loss.total.backward()
-    except (TypeError, RuntimeError):
+    except TypeError:  # no density, or no gradient in z
+        return False
+    except RuntimeError as error:
+        if not _NO_SECOND_DERIVATIVE.search(str(error)):
+            raise
         return False
     return all(p.grad is None or bool(p.grad.isfinite().all()) for p in prior.parameters())
