@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -130,7 +130,32 @@ class CachedEncodings(RowData):
             yield encoding if self.vae.num_groups == 1 else tuple(_groups(self.vae, encoding))
 
 
-def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401
+@torch.no_grad()
+def drawn_once(
+    source: LatentSource[Any, Any], batches: Iterable[Any], *, budget: float
+) -> tuple[CachedGroupsSource, RowStore]:
+    """Returns a source whose batches are rows of the groups along one walk per row of x, and these rows.
+
+    A prior or posterior whose parameters are not known, such as one that a sampler draws, is one draw
+    per row.
+
+    Arguments:
+        source: The VAE.
+        batches: The data, as batches on the VAE's device; they are read once.
+        budget: Bytes in memory; more rows are kept on disk.
+    """
+    require_eval(source, source.module)
+    walks = (tuple(_groups(source, source.encode(x), strict=False)) for x in batches)
+    return CachedGroupsSource(source), RowStore(walks, budget=budget)
+
+
+def _groups(
+    source: LatentSource[Any, Any],
+    encoding: Any,  # noqa: ANN401
+    *,
+    strict: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Prior, posterior and context of all groups; strict about posteriors of unknown parameters."""
     state = source.start(num_rows(encoding), encoding)
     for k in range(source.num_groups):
         group = source.group(state)
@@ -138,7 +163,7 @@ def _groups(source: LatentSource[Any, Any], encoding: Any) -> Iterator[dict[str,
         context = group.context
         yield {
             "prior": _parameters_or_draw(group.prior),
-            "posterior": _known(q, k),
+            "posterior": _known(q, k) if strict else _parameters_or_draw(q),
             "context": None if context is None else context.contiguous(),
         }
         if k + 1 < source.num_groups:  # the last z_k is not drawn: it decides nothing
@@ -151,12 +176,17 @@ def _parameters_or_draw(prior: Any) -> Any:  # noqa: ANN401
 
 
 class _Drawn(NamedTuple):
-    """A prior by one draw per row, with shape ``(B, *event)``."""
+    """A prior or posterior by one draw per row, with shape ``(B, *event)``."""
 
     z: Tensor
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         return self.z.expand(*sample_shape, *self.z.shape)
+
+
+def _kept(tree: Any) -> Any:  # noqa: ANN401
+    """A distribution by its parameters or by one draw per row."""
+    return _Drawn(tree) if isinstance(tree, Tensor) else build(tree)
 
 
 def _known(distribution: Distribution, k: int) -> Any:  # noqa: ANN401
@@ -213,9 +243,8 @@ class CachedGroupsSource(EncodedSource):
     def group(self, state: State) -> Group:
         """Returns the group as it was cached."""
         kept = state.groups[state.k]
-        prior = kept["prior"]
-        prior = _Drawn(prior) if isinstance(prior, Tensor) else build(prior)
-        return Group(prior, build(kept["posterior"]), kept["context"])
+        prior, posterior = _kept(kept["prior"]), _kept(kept["posterior"])
+        return Group(prior, posterior, kept["context"])
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state of the next cached group, whatever z is."""

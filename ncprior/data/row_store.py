@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ncprior.data.rows import RowData
 from ncprior.utils.require import require_instance, require_numbers
 
 _READERS = 8  # threads, each of which waits for the disk, and not for a core
@@ -22,7 +23,7 @@ _READERS = 8  # threads, each of which waits for the disk, and not for a core
 _ROWS_AT_ONCE = 32  # that one of them reads
 
 
-class RowStore:
+class RowStore(RowData):
     """Concatenated batches of a pytree of tensors, indexed by rows.
 
     Arguments:
@@ -77,14 +78,10 @@ class RowStore:
             self.on_disk = len(files) > 0
             self._leaves = self._mapped(files) if files else [_joined(part) for part in parts]
             self._readers = ThreadPoolExecutor(_READERS) if files else None
+            self.device = self._leaves[0].device  # of the rows
 
     def __len__(self) -> int:
         return len(self._leaves[0])
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the rows."""
-        return self._leaves[0].device
 
     def __getitem__(self, rows: Tensor | slice) -> Any:  # noqa: ANN401
         """Returns rows, by a tensor of their numbers or a slice."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import without_bases
+from ncprior.data.encodings import drawn_once
+from ncprior.data.stream import Stream, one_pass
 from ncprior.diagnostics.calibration import Mean
-from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
@@ -19,10 +23,12 @@ from ncprior.recipe.parts import Parts, has_condition
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.sir import sir
-from ncprior.source import device_of
+from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.training.fit import fit
+from ncprior.training.held_out import HeldOut, mean_and_error
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import cache_size, nested
+from ncprior.utils.batches import to_device
 from ncprior.utils.precision import fast_precision
 
 _STEPS = 1000
@@ -33,11 +39,11 @@ _SHARE = 0.25  # of the time that is left, for the classifiers of one prior
 
 _FEWEST_SECONDS = 2.0  # for them
 
-_CACHED = (2000, 20_000)  # draws of a single group without a condition, at least and at most
+_CACHED = (2000, 20_000)  # draws that are made once, at least and at most
 
 _PER_ROW = 10  # of them per row of training data
 
-_NUM_DRAWS = 4096
+_BATCH = 256
 
 
 class Gap(NamedTuple):
@@ -98,34 +104,74 @@ def remaining_gap(
     held-out data. They see all that base, heads, sampler and strength have left. The divergence is
     a lower bound, and 0 if the new heads find nothing.
     """
+    device = device_of(prior.source)
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
-    cached = cache_size(parts.num_train, _PER_ROW, _CACHED) if single else None
     settings = FitSettings(
-        num_cached_proposals=cached,
-        precision=fast_precision(device_of(prior.source)),
+        num_cached_proposals=cache_size(parts.num_train, _PER_ROW, _CACHED) if single else None,
+        precision=fast_precision(device),
     )
-    left = record.left(_SHARE)
+    left, started = record.left(_SHARE), time.monotonic()
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
-        fresh = NCPrior(nested(prior, sampler), map(fresh_head, prior.heads)).eval()
+        source: LatentSource[Any, Any] = nested(prior, sampler)
+        if source.num_groups > 1:
+            source, parts = _drawn_once(source, parts, None if left is None else left / 2)
+        if left is not None:
+            left = max(_FEWEST_SECONDS, left - (time.monotonic() - started))
+        fresh = NCPrior(source, map(fresh_head, prior.heads)).eval()
         history = fit(
             fresh,
             parts.train,
             held_out=parts.choose,
             steps=_STEPS,
             patience=parts.patience,
-            max_seconds=None if left is None else max(_FEWEST_SECONDS, left),
+            max_seconds=left,
             progress=False,
             settings=settings,
         )
-        report = diagnose(
-            fresh, parts.judge, num_proposals=(1, 2), num_draws=_NUM_DRAWS, fresh_steps=0
-        )
-    losses, errors = history.best_loss or [], history.best_error or []
+        measured = HeldOut(parts.judge, fresh, _BATCH, int(torch.randint(2**31, ())))(device)
+    return Gap(
+        _divergences(history.best_loss or [], history.best_error or []),
+        _divergences(*mean_and_error(measured)),
+        history.rows[-1].step if history.rows else 0,
+    )
+
+
+def _drawn_once(
+    source: LatentSource[Any, Any], parts: Parts, seconds: float | None
+) -> tuple[LatentSource[Any, Any], Parts]:
+    """Source and data with one walk, and one draw of every group, per row.
+
+    Later groups are drawn given z_<k of an encoding. At every step of a training, such draws would
+    take most of its time.
+    """
+    device, budget = device_of(source), FitSettings().cache_memory * 2**30
+    count = cache_size(parts.num_train, _PER_ROW, _CACHED)
+    drawn: dict[str, Any] = {}
+    for name, batches, share in (
+        ("train", Stream(parts.train, _BATCH), 0.5),
+        ("choose", one_pass(parts.choose, _BATCH), 0.25),
+        ("judge", one_pass(parts.judge, _BATCH), 0.25),
+    ):
+        end = math.inf if seconds is None else time.monotonic() + share * seconds
+        kept, drawn[name] = drawn_once(source, _some(batches, device, count, end), budget=budget)
+    return kept, parts._replace(**drawn)
+
+
+def _some(batches: Iterable[Any], device: torch.device, count: int, end: float) -> Iterator[Any]:
+    """Batches until there are that many rows, or until the end of the time; at least one."""
+    rows = 0
+    for batch in batches:
+        yield to_device(batch, device)
+        rows += num_rows(batch)
+        if rows >= count or time.monotonic() > end:
+            return
+
+
+def _divergences(losses: list[float], errors: list[float]) -> list[Mean]:
+    """Jensen-Shannon divergences log 2 - L/2, in nats, from NCE losses."""
     pairs = zip(losses, errors, strict=True)
-    choose = [Mean(math.log(2) - loss / 2, error / 2) for loss, error in pairs]
-    judge = [Mean(group.jsd, group.jsd_error) for group in report.groups]
-    return Gap(choose, judge, history.rows[-1].step if history.rows else 0)
+    return [Mean(math.log(2) - loss / 2, error / 2) for loss, error in pairs]
 
 
 def total(means: list[Mean]) -> Mean:

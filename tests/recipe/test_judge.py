@@ -1,0 +1,134 @@
+"""Gap of a hierarchy: the divergence of every group, from one draw per row and group."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from ncprior import Group, LatentSource, NCPrior, sir
+from ncprior.bases import rebase
+from ncprior.heads import MLPHead
+from ncprior.recipe import judge
+from ncprior.recipe.judge import OWN_DRAW, remaining_gap
+from ncprior.recipe.parts import Parts
+from ncprior.recipe.record import Record
+from ncprior.samplers import Draw
+
+SHIFT = 1.5
+
+
+class Walk(NamedTuple):
+    """Rows of x, if there are any, and latents so far."""
+
+    x: Tensor | None
+    z: tuple[Tensor, ...]
+    rows: int
+
+
+class Pair(LatentSource[Tensor, Walk]):
+    """Two groups with the prior N(0, 1), and posteriors around the two columns of x."""
+
+    num_groups = 2
+
+    def __init__(self, unknown: bool = False) -> None:
+        self.unknown = unknown
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Walk:
+        return Walk(encoding, (), batch_size)
+
+    def group(self, state: Walk) -> Group:
+        k, q = len(state.z), None
+        p = Independent(Normal(torch.zeros(state.rows, 1), 1.0), 1)
+        if state.x is not None:
+            kind = Unknown if self.unknown else Normal
+            q = Independent(kind(state.x[:, k : k + 1], 1e-3), 1)
+        return Group(p, q, state.z[0] if k else None)
+
+    def advance(self, state: Walk, z: Tensor) -> Walk:
+        return state._replace(z=(*state.z, z))
+
+    def decode(self, state: Walk) -> Tensor:
+        return torch.cat(state.z, 1)
+
+
+class Unknown(Normal):
+    """A normal distribution whose parameters the package does not know."""
+
+
+def parts(rows: int = 2000) -> Parts:
+    """The first column of x is N(1.5, 1), the second one the prior."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3 * rows, 2, generator=generator) + torch.tensor([SHIFT, 0.0])
+    return Parts(*x.split(rows), rows)
+
+
+def divergence() -> float:
+    """JSD of N(0, 1) and N(1.5, 1) in nats, on a grid."""
+    z = torch.linspace(-9, 11, 20_001, dtype=torch.float64)
+    p, q = (Normal(mean, 1.0).log_prob(z).exp() for mean in (0.0, SHIFT))
+    m = (p + q) / 2
+    return (torch.trapezoid(p * (p / m).log() + q * (q / m).log(), z) / 2).item()
+
+
+def prior_of(source: LatentSource[Any, Any]) -> NCPrior:
+    heads = [MLPHead((1,), context_shape=shape, width=32, depth=1) for shape in (None, (1,))]
+    return NCPrior(source, heads).eval()
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_the_divergence_of_every_group(monkeypatch: pytest.MonkeyPatch, unknown: bool) -> None:
+    """A lower bound, so that it may be below the truth by what few steps leave."""
+    monkeypatch.setattr(judge, "_STEPS", 300)
+    monkeypatch.setattr(judge, "_CACHED", (500, 4000))
+    torch.manual_seed(0)
+    record = Record(progress=False, max_seconds=None)
+    gap = remaining_gap(prior_of(Pair(unknown)), OWN_DRAW, parts(), record, name="prior")
+    for first, second in (gap.judge, gap.choose):
+        assert abs(first.value - divergence()) < 4 * first.error + 0.005
+        assert 0.003 < first.error < 0.012
+        assert abs(second.value) < 4 * second.error + 0.002
+
+
+def test_every_row_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_STEPS", 40)
+    monkeypatch.setattr(judge, "_CACHED", (500, 700))
+    drawn = []
+
+    def counted(base: Distribution, *arguments: Any, **options: Any) -> Draw:
+        drawn.append(len(base.sample()))
+        return sir(base, *arguments, **{**options, "num_proposals": 2})
+
+    record = Record(progress=False, max_seconds=None)
+    remaining_gap(prior_of(Pair()), counted, parts(400), record, name="prior")
+    train = math.ceil(700 / 256) * 256
+    assert sum(rows for rows in drawn if rows > 1) == 2 * (train + 2 * 400)  # one finds the device
+
+
+def test_too_little_time_leaves_fewer_draws() -> None:
+    drawn = []
+
+    def slow(base: Distribution, *arguments: Any, **options: Any) -> Draw:
+        drawn.append(len(base.sample()))
+        return sir(base, *arguments, **{**options, "num_proposals": 2})
+
+    record = Record(progress=False, max_seconds=1e-3)
+    gap = remaining_gap(prior_of(Pair()), slow, parts(600), record, name="prior")
+    assert [rows for rows in drawn if rows > 1] == [256] * 6  # one batch of each part and group
+    assert not gap.is_measured or all(math.isfinite(mean.value) for mean in gap.judge)
+
+
+def test_the_gap_of_a_better_prior_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_STEPS", 200)
+    bases = [Independent(Normal(torch.tensor([mean]), 1.0), 1) for mean in (SHIFT, 0.0)]
+    torch.manual_seed(1)
+    record = Record(progress=False, max_seconds=None)
+    prior = prior_of(rebase(Pair(), bases))
+    gap = remaining_gap(prior, OWN_DRAW, parts(), record, name="fitted base")
+    for mean in gap.judge:
+        assert abs(mean.value) < 4 * mean.error + 0.002
