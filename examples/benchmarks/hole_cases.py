@@ -288,6 +288,7 @@ def _hierarchical(bench: Bench) -> Case:
             "classifier's accuracy": right.float().mean().item(),
         },
         quick=quick,
+        base_steps=50 if quick else 3000,
         head={"kind": MLPHead, "width": 128},
         fit={
             "steps": 300 if quick else 12_000,

@@ -31,6 +31,7 @@ from ncprior.bases import (
     Rebased,
     fit_flow,
     fit_flow_matching,
+    fit_flows,
     fit_gaussian,
     fit_mixture,
     fit_vamp,
@@ -106,7 +107,8 @@ def alone(heads: Heads, name: str) -> Callable[[Case, int], Fitted]:
 
     def run(case: Case, seed: int) -> Fitted:
         found, seconds = heads.base(case, seed, name)
-        return Fitted(from_source(rebase(case.source, found)), seconds, stored_numbers(found))
+        source = rebase(case.source, found)
+        return Fitted(from_source(source), seconds, sum(map(stored_numbers, source.bases or ())))
 
     return run
 
@@ -230,7 +232,7 @@ class Heads:
         if (name, seed) not in self.bases:
             torch.manual_seed(seed)
             started = now()
-            found = BASES[name](case)
+            found = (BASES | CONDITIONAL)[name](case)
             self.bases[name, seed] = found, now() - started
         return self.bases[name, seed]
 
@@ -259,7 +261,7 @@ class Heads:
     def _train(self, case: Case, seed: int, base: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Trains heads, or goes on from what was trained; the seconds are those of what was new."""
         source, seconds = case.source, 0.0
-        if base in BASES:
+        if base:
             found, seconds = self.base(case, seed, base)
             source = rebase(source, found)
         training = {key: value for key, value in settings.items() if key not in AFTER}
@@ -318,9 +320,9 @@ class Trained(NamedTuple):
     @property
     def stored(self) -> int:
         source = self.prior.source
-        base = source.prior if isinstance(source, Rebased) else None
+        bases = source.bases if isinstance(source, Rebased) else None
         heads = sum(p.numel() for p in self.prior.parameters())
-        return heads + (0 if base is None else stored_numbers(base))
+        return heads + sum(map(stored_numbers, bases or ()))
 
 
 def ours(
@@ -433,6 +435,9 @@ BASES: dict[str, Callable[[Case], Any]] = {
     ),
     "training encodings": lambda case: Empirical(case.encodings),
 }
+CONDITIONAL: dict[str, Callable[[Case], Any]] = {  # given z_<k, for several groups
+    "flow given z_<k": lambda case: fit_flows(case.source, case.data, steps=case.base_steps),
+}
 
 
 def on_images(case: Case, **options: Any) -> SingleGroup:  # noqa: ANN401
@@ -449,6 +454,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     if case.source.num_groups > 1:
         found[0] = found[0]._replace(name="base prior")
         found += [Method(f"temperature {t}", "peer", colder(t)) for t in (0.7, 0.8, 0.9)]
+        found += [Method(name, "peer", alone(heads, name)) for name in CONDITIONAL]
         own: list[tuple[str, Sampler, dict[str, Any]]] = [
             ("NCP, SIR(50)", few, {}),
             ("NCP, SIR(500)", many, {}),
@@ -459,6 +465,14 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         found += [
             Method(f"NCP, recommended({m}), matched", "ours", recommended(heads, "", m))
             for m in (500, 5000)
+        ]
+        found += [
+            Method(
+                f"NCP on {name}, SIR(10)",
+                "ours",
+                ours(heads, name, partial(sir, num_proposals=10)),
+            )
+            for name in CONDITIONAL
         ]
         return found + automatic(heads.bench)
     for name in BASES:

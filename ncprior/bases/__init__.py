@@ -5,7 +5,8 @@ from ncprior.bases.code_bases import fit_code_bases
 from ncprior.bases.code_network import CodeNetwork, fit_code_network
 from ncprior.bases.codes import CodeFrequencies, NoCodePrior, fit_code_frequencies
 from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
-from ncprior.bases.flow import Flow, fit_flow
+from ncprior.bases.flow import Flow
+from ncprior.bases.flow_fit import fit_flow, fit_flows
 from ncprior.bases.flow_matching import FlowMatching, fit_flow_matching
 from ncprior.bases.latents import latents_of
 from ncprior.bases.masked_conv import MaskedConvNet
@@ -32,6 +33,7 @@ __all__ = [
     "fit_code_network",
     "fit_flow",
     "fit_flow_matching",
+    "fit_flows",
     "fit_gaussian",
     "fit_mixture",
     "fit_vamp",

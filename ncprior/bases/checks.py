@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from ncprior.utils.require import described, floats
+from ncprior.heads.contexts import require_context
+from ncprior.utils.require import described, floats, require_callable
 
 
 def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
@@ -62,3 +64,27 @@ def own_floats(name: str, value: Any) -> Tensor:  # noqa: ANN401
         TypeError: If it holds no real numbers.
     """
     return floats(name, value).clone(memory_format=torch.contiguous_format)
+
+
+def contexts_by_row(context: Any, rows: int) -> Callable[[Tensor], Tensor | None]:  # noqa: ANN401
+    """Returns the contexts of rows as a function of their numbers.
+
+    Arguments:
+        context: Contexts of all rows, with shape ``(N, ...)``, such a function, or ``None``.
+        rows: N.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If there are more or fewer rows.
+    """
+    if context is None:
+        return lambda some: None
+    if not isinstance(context, Tensor):
+        require_callable("context", context, "Pass a tensor with one row for each row of latents.")
+        return lambda some: context(some)
+    require_context(context)
+    if len(context) != rows:
+        raise ValueError(
+            f"context must have one row for each row of latents; got {len(context)} rows for {rows}."
+        )
+    return lambda some: context.to(some.device)[some]

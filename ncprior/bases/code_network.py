@@ -19,7 +19,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import cross_entropy
 
-from ncprior.bases.checks import size_of
+from ncprior.bases.checks import contexts_by_row, size_of
 from ncprior.bases.codes import checked_codes, event_codes
 from ncprior.bases.masked_conv import MaskedConvNet
 from ncprior.data.stream import Stream, split
@@ -27,7 +27,6 @@ from ncprior.heads.contexts import require_context
 from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise
 from ncprior.utils.require import (
-    require_callable,
     require_counts,
     require_flags,
     require_instance,
@@ -241,7 +240,7 @@ def fit_code_network(
     require_flags(progress=progress)
     require_grad_mode("fit_code_network")
     codes, count = checked_codes(codes, num_categories)
-    context_of = _context_of(context, len(codes))
+    context_of = contexts_by_row(context, len(codes))
     first = context_of(torch.arange(min(len(codes), _AT_ONCE), device=codes.device))
     network = MaskedConvNet(
         codes.shape[1:],
@@ -290,18 +289,3 @@ def _log_p(network: MaskedConvNet, codes: Tensor, context: Tensor | None) -> Ten
     logits = network(codes, context).movedim(-1, 1)
     nats = cross_entropy(logits, codes, reduction="none")
     return -nats.reshape(len(codes), -1).sum(1)
-
-
-def _context_of(context: Any, rows: int) -> Callable[[Tensor], Tensor | None]:  # noqa: ANN401
-    """The contexts of rows as a function of their numbers."""
-    if context is None:
-        return lambda some: None
-    if not isinstance(context, Tensor):
-        require_callable("context", context, "Pass a tensor with one row for each row of codes.")
-        return lambda some: context(some)
-    require_context(context)
-    if len(context) != rows:
-        raise ValueError(
-            f"context must have one row for each row of codes; got {len(context)} rows for {rows}."
-        )
-    return lambda some: context.to(some.device)[some]

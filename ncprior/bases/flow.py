@@ -1,10 +1,12 @@
 r"""Normalizing flows as base priors: modules of zuko, or objects of normflows.
 
     source = rebase(source, fit_flow(latents_of(source, x)))
+    source = rebase(source, fit_flows(source, x))  # several groups: p'(z_k | c_k) of each
 
 A flow f maps standardised latents w to noise, so that
 log p(z) = log N(f(w); 0, I) + log |det ∂f/∂w| + log |∂w/∂z|. It fits curved densities better than
-a mixture, and it has a density, so that Langevin dynamics can refine draws of SIR.
+a mixture, and it has a density, so that Langevin dynamics can refine draws of SIR. With a context c,
+f depends on it too: p(z | c).
 
 References:
     | Neural Spline Flows (Durkan et al., NeurIPS 2019) https://arxiv.org/abs/1906.04032
@@ -18,31 +20,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ncprior.bases.checks import flattened, own_floats, size_of
-from ncprior.data.stream import Stream, split
-from ncprior.utils.gradients import require_grad_mode
-from ncprior.utils.optimise import minimise, standardise
+from ncprior.heads.contexts import require_context
 from ncprior.utils.require import (
     described,
-    real_tensor,
-    require_counts,
     require_finite,
-    require_flags,
     require_instance,
-    require_numbers,
     require_positive,
 )
 from ncprior.utils.states import differences
 
-_ROWS = 4096  # latents per batch of the held-out density
-
 _MOST_MASKS = 16  # entries of the masks per saved weight
-
-_MODEST = {"transforms": 4, "width": 128, "bins": 8}  # the default flow of fit_flow
 
 
 class Flow(Distribution):
@@ -55,6 +46,8 @@ class Flow(Distribution):
         loc: Means of the latents, with shape ``(D,)``.
         scale: Standard deviations of the latents, with shape ``(D,)``.
         event_shape: Shape of z without batch, D numbers in all; ``(D,)`` if ``None``.
+        context_shape: Shape of the context without batch, for a flow of zuko that has one of so
+            many numbers: a conditional distribution, whose ``given(context)`` is that of B rows.
         spline: Sizes of the neural spline flow that :func:`fit_flow` makes; ``None`` for any other
             flow, which is not saved with the heads.
 
@@ -80,6 +73,7 @@ class Flow(Distribution):
         scale: Tensor,
         *,
         event_shape: Sequence[int] | None = None,
+        context_shape: Sequence[int] | None = None,
         spline: Mapping[str, int] | None = None,
     ) -> None:
         require_instance("flow", flow, nn.Module, "Pass a flow of zuko or normflows.")
@@ -92,13 +86,17 @@ class Flow(Distribution):
             )
         require_finite("loc", loc)
         require_positive("scale", scale)
-        if not _is_flow(flow):
+        shape = None if context_shape is None else size_of(context_shape, "context_shape")
+        if not _is_flow(flow, None if shape is None else loc.new_zeros(1, shape.numel())):
             raise TypeError(
                 f"flow must be a flow of zuko, which returns a distribution, or of normflows, with "
-                f"log_prob(z) and sample(n); got {described(flow)}."
+                f"log_prob(z) and sample(n); got {described(flow)} and context_shape="
+                f"{None if shape is None else tuple(shape)}."
             )
         self.flow = flow.eval().requires_grad_(False)
         self.loc, self.scale = loc, scale
+        self.context_shape = shape
+        self.context: Tensor | None = None  # flat, of B rows
         self.spline = None if spline is None else dict(spline)
         super().__init__(Size(), event, validate_args=False)
 
@@ -107,32 +105,85 @@ class Flow(Distribution):
         """All of R^D."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    @property
+    def needs_context(self) -> bool:
+        """Whether the distribution is conditional, and no context is given yet."""
+        return self.context_shape is not None and self.context is None
+
+    def given(self, context: Tensor | None) -> Flow:
+        """Returns the distribution of B rows with contexts of shape ``(B, ...)``.
+
+        Raises:
+            TypeError: If the context is no tensor of real numbers.
+            ValueError: If the flow takes no context, or one of another shape.
+        """
+        require_context(context)
+        shape = None if context is None else context.shape[1:]
+        if context is None or shape != self.context_shape:
+            expected = None if self.context_shape is None else tuple(self.context_shape)
+            raise ValueError(
+                f"This base was fitted with a context of shape (B, ...) with ... = {expected}; got "
+                f"{None if shape is None else tuple(shape)}. Pass the context of the group."
+            )
+        new = self._with_batch(context.shape[:1])
+        new.context = context.flatten(1).to(self.loc)
+        return new
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Flow:  # noqa: ANN401
         """Returns the distribution of independent rows, which share the flow."""
-        new = copy.copy(self)
-        new._batch_shape = Size(batch_shape)
-        return new
+        size = Size(batch_shape)
+        if self.context is None:
+            return self._with_batch(size)
+        if size != self.batch_shape:
+            raise ValueError(
+                f"The distribution has the {len(self.context)} rows of its context; got a batch shape "
+                f"{tuple(size)}."
+            )
+        return self
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: ANN401, B008
         """Draws z, with shape ``(*sample_shape, *batch, *event)``."""
         shape = self._extended_shape(size_of(sample_shape))
-        white = _draw(self.flow, shape[: len(shape) - len(self.event_shape)].numel())
+        lead = shape[: len(shape) - len(self.event_shape)]
+        white = draw(self.flow, lead.numel(), self._contexts(lead))
         return (self.loc + self.scale * white).reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
         flat, lead = flattened(value, self.event_shape, self.loc.device)
+        context = self._contexts(lead)
         if len(flat) == 0:  # which flows cannot reshape
             return self.loc.new_empty(lead)
-        log_p = _log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale)
+        log_p = log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale, context)
         return (log_p - self.scale.log().sum()).reshape(lead)
+
+    def _contexts(self, lead: Size) -> Tensor | None:
+        """The context of every latent of z with shape ``(*lead, *event)``, flat."""
+        if self.needs_context:
+            raise ValueError("This base is conditional. Take base.given(context), with B rows.")
+        if self.context is None:
+            return None
+        if lead[-1:] != self.batch_shape:
+            raise ValueError(
+                f"z must have a row for each of the {len(self.context)} contexts; got the shape "
+                f"{tuple(lead)} in front of the event."
+            )
+        return self.context.expand(*lead, -1).reshape(lead.numel(), -1)
+
+    def _with_batch(self, size: Size) -> Flow:
+        new = copy.copy(self)
+        new._batch_shape = size
+        return new
 
     def config(self) -> dict[str, Any] | None:
         """Returns the configuration to save, ready for JSON; ``None`` for a flow of your own."""
         if self.spline is None:
             return None
-        return {"event_shape": list(self.event_shape), "spline": self.spline}
+        config = {"event_shape": list(self.event_shape), "spline": self.spline}
+        if self.context_shape is not None:
+            config["context_shape"] = list(self.context_shape)
+        return config
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by name."""
@@ -150,8 +201,11 @@ class Flow(Distribution):
         """
         weights = {n.removeprefix("flow."): t for n, t in tensors.items()}
         loc, scale = weights.pop("loc"), weights.pop("scale")
-        _check_sizes(len(loc), sum(t.numel() for t in weights.values()), **config["spline"])
-        flow = _spline_flow(len(loc), **config["spline"])
+        shape = config.get("context_shape")
+        context = None if shape is None else size_of(shape, "context_shape").numel()
+        sizes = config["spline"]
+        _check_sizes(len(loc), sum(t.numel() for t in weights.values()), context or 0, **sizes)
+        flow = spline_flow(len(loc), context, **sizes)
         if wrong := differences(flow.state_dict(), weights, "flow."):
             raise ValueError(f"its tensors are others; {wrong}")
         flow.load_state_dict(weights, assign=True)
@@ -162,93 +216,35 @@ class Flow(Distribution):
         new = copy.copy(self)
         new.flow = copy.deepcopy(self.flow).to(device)
         new.loc, new.scale = self.loc.to(device), self.scale.to(device)
+        new.context = None if self.context is None else self.context.to(device)
         return new
 
 
-def fit_flow(
-    latents: Tensor | ArrayLike,
-    flow: nn.Module | None = None,
-    *,
-    steps: int = 2000,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 1e-4,
-    patience: int | None = 10,
-    progress: bool = True,
-) -> Flow:
-    """Normalizing flow fitted to latents by maximum likelihood.
-
-    5 % of the latents are held out for early stopping. The flow keeps the moving average of the
-    weights. The default is a neural spline flow of coupling layers: samples and densities cost one
-    pass per layer, for any number of latents. An autoregressive flow needs D passes per sample,
-    which makes SIR with hundreds of proposals slow.
+class Conditional(nn.Module):
+    """Flow of zuko whose contexts are standardised.
 
     Arguments:
-        latents: z, with shape ``(N, *event)``, such as those of :func:`ncprior.bases.latents_of`:
-            floating-point numbers, as a tensor, an array or a list.
-        flow: A flow of your own over D standardised numbers, of zuko or normflows. It is trained
-            in place and then frozen, and is not saved with the heads; see
-            :meth:`ncprior.NCPrior.save_pretrained`.
-        steps: Number of optimizer steps.
-        batch_size: Rows per batch.
-        learning_rate: The first learning rate.
-        weight_decay: AdamW's weight decay.
-        patience: Held-out losses, one every 100 steps, without progress before it stops;
-            ``None`` never stops early.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The distribution, on the device of the latents, in the dtype of your flow or else in
-        float32.
-
-    Raises:
-        FloatingPointError: If the held-out mean of log p(z) is not finite.
-        ImportError: If no flow is given and zuko is not installed.
-        RuntimeError: Inside ``torch.inference_mode``.
-        TypeError: If ``flow`` is not a flow of zuko or normflows, another argument has the wrong
-            type, or latents are integers: codes of categories have no flow.
-        ValueError: If an argument is out of range, there are too few latents or some are not
-            finite, or the flow is not over D numbers.
-
-    References:
-        Durkan et al. (2019), with the coupling layers of Dinh et al. (2017).
-
-    Example:
-        >>> base = fit_flow(3 + torch.randn(500, 2), steps=20, progress=False)
-        >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
-        True
+        flow: The flow, of C numbers of context.
+        count: C.
     """
-    require_counts(batch_size=batch_size)
-    require_counts("[0, inf)", steps=steps)
-    require_counts("[1, inf) or None", patience=patience)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
-    require_numbers("[0, inf)", weight_decay=weight_decay)
-    require_flags(progress=progress)
-    require_grad_mode("fit_flow")
-    latents = real_tensor("latents", latents, integers=False)
-    dtype = torch.float32 if flow is None else _dtype(flow)
-    white, loc, scale = standardise(latents, dtype)
-    spline = _MODEST if flow is None else None
-    module = _spline_flow(len(loc), **_MODEST) if flow is None else flow
-    module.to(white.device)
-    _check_flow(module, white[:batch_size])
-    train, held_out = split(white, 0.05, seed=int(torch.randint(2**31, ())))
-    stream = Stream(train, int(batch_size))
-    minimise(
-        lambda: -_log_prob(module, next(stream)).mean(),
-        lambda: -torch.cat([_log_prob(module, z) for z in held_out.split(_ROWS)]).mean(),
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        patience=patience,
-        name="flow",
-        progress=progress,
-    )
-    return Flow(module, loc, scale, event_shape=latents.shape[1:], spline=spline)
+
+    context_loc: Tensor
+    context_scale: Tensor
+
+    def __init__(self, flow: nn.Module, count: int) -> None:
+        super().__init__()
+        self.flow = flow
+        self.register_buffer("context_loc", torch.zeros(count))
+        self.register_buffer("context_scale", torch.ones(count))
+
+    def forward(self, context: Tensor) -> Any:  # noqa: ANN401
+        """Returns the distribution of rows of contexts, with shape ``(N, C)``."""
+        return self.flow((context - self.context_loc) / self.context_scale)
 
 
-def _spline_flow(features: int, *, transforms: int, width: int, bins: int) -> nn.Module:
+def spline_flow(
+    features: int, context: int | None, *, transforms: int, width: int, bins: int
+) -> nn.Module:
     """Neural spline flow of coupling layers, each with its own random split of the latents."""
     try:
         from zuko.flows import NSF
@@ -257,70 +253,48 @@ def _spline_flow(features: int, *, transforms: int, width: int, bins: int) -> nn
             f"A spline flow needs zuko ({error}): pip install 'ncprior[flows]'"
         ) from error
     sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": bins}
-    flow: nn.Module = NSF(features, passes=2, randperm=features > 2, **sizes)
-    return flow
+    flow: nn.Module = NSF(features, context or 0, passes=2, randperm=features > 2, **sizes)
+    return flow if context is None else Conditional(flow, context)
 
 
-def _check_sizes(features: int, numbers: int, *, transforms: int, width: int, bins: int) -> None:
+def _check_sizes(
+    features: int, numbers: int, context: int, *, transforms: int, width: int, bins: int
+) -> None:
     """Validates that a spline flow has no more weights than a file, before memory is allocated.
 
     zuko builds masks on the CPU, with ``features`` columns and one row per parameter of a spline.
     """
     rows = features * (3 * bins - 1)
-    if transforms * width * (width + rows) > numbers or features * rows > _MOST_MASKS * numbers:
+    weights = transforms * width * (width + rows + context)
+    if weights > numbers or features * rows > _MOST_MASKS * numbers:
         raise ValueError(f"a flow of these sizes has more than the {numbers:,} saved weights")
 
 
-def _dtype(flow: nn.Module) -> torch.dtype:
-    parameters = flow.parameters() if isinstance(flow, nn.Module) else ()
-    for parameter in parameters:
-        if parameter.requires_grad:
-            return parameter.dtype
-    raise TypeError(
-        f"fit_flow needs a flow that is an nn.Module with trainable parameters; got "
-        f"{type(flow).__name__}. Pass a flow of zuko or normflows."
-    )
-
-
-def _is_flow(flow: Any) -> bool:  # noqa: ANN401
+def _is_flow(flow: Any, context: Tensor | None) -> bool:  # noqa: ANN401
     try:
-        distribution = flow if hasattr(flow, "log_prob") else flow()
+        distribution = _given(flow, context)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     return hasattr(distribution, "log_prob") and hasattr(distribution, "sample")
 
 
-def _check_flow(flow: nn.Module, white: Tensor) -> None:
-    """Validates a flow by the density of training data, which also initialises some flows."""
-    count, d = white.shape
-    try:
-        shape = tuple(_log_prob(flow, white).shape)
-    except (AttributeError, TypeError) as error:
-        raise TypeError(
-            f"A flow is a module of zuko, which returns a distribution, or an object of normflows, "
-            f"with log_prob(z) and sample(n); got {type(flow).__name__} ({error})."
-        ) from error
-    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"The flow must take z of {d} numbers, the flattened latents; it fails ({error}). "
-            f"Make a flow of {d} features, without context."
-        ) from error
-    if shape != (count,):
-        raise ValueError(
-            f"The flow must give one log p(z) per row of z, ({count},) for z of {(count, d)}; got "
-            f"{shape}."
-        )
+def _given(flow: Any, context: Tensor | None) -> Any:  # noqa: ANN401
+    """The distribution of a flow of zuko, or a flow of normflows itself."""
+    if context is not None:
+        return flow(context)
+    return flow if hasattr(flow, "log_prob") else flow()
 
 
-def _log_prob(flow: Any, white: Tensor) -> Tensor:  # noqa: ANN401
-    distribution = flow if hasattr(flow, "log_prob") else flow()
-    log_p: Tensor = distribution.log_prob(white)
+def log_prob(flow: Any, white: Tensor, context: Tensor | None) -> Tensor:  # noqa: ANN401
+    log_p: Tensor = _given(flow, context).log_prob(white)
     return log_p
 
 
-def _draw(flow: Any, count: int) -> Tensor:  # noqa: ANN401
+def draw(flow: Any, count: int, context: Tensor | None) -> Tensor:  # noqa: ANN401
     white: Tensor
-    if hasattr(flow, "log_prob"):
+    if context is not None:
+        white = flow(context).sample()
+    elif hasattr(flow, "log_prob"):
         white, _ = flow.sample(count)
     else:
         white = flow().sample((count,))

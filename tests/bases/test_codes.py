@@ -227,7 +227,7 @@ def test_contexts_that_do_not_fit_are_refused() -> None:
         base.given(c).log_prob(torch.zeros(5, 3).long())
     with pytest.raises(ValueError, match="the 4 rows of its context; got a batch shape"):
         base.given(c).expand((5,))
-    with pytest.raises(ValueError, match="one row for each row of codes; got 4 rows for 6"):
+    with pytest.raises(ValueError, match="one row for each row of latents; got 4 rows for 6"):
         fit_code_network(torch.zeros(6, 3).long(), context=c)
 
 

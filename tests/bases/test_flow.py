@@ -16,7 +16,8 @@ from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, langevin
 from ncprior.bases.empirical import stored_numbers
-from ncprior.bases.flow import Flow, fit_flow
+from ncprior.bases.flow import Flow
+from ncprior.bases.flow_fit import fit_flow
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_gaussian
 from ncprior.bases.rebase import rebase

@@ -242,6 +242,21 @@ def _(w: World) -> Built:
     return bases.fit_flow, {"latents": w.z, "steps": 2, "batch_size": 8, "progress": False}
 
 
+@call("ncprior.bases.fit_flows", options=SLOW, source=SOURCE, data=DATA)
+def _(w: World) -> Built:
+    arguments = {"source": w.source, "data": w.x, "steps": 1, "batch_size": 8}
+    return bases.fit_flows, {**arguments, "progress": False}
+
+
+@call("ncprior.bases.Flow.given", context=INNER)
+def _(w: World) -> Built:
+    import zuko
+
+    flow = zuko.flows.NSF(2, 3, hidden_features=(4,))
+    base = bases.Flow(flow, torch.zeros(2), torch.ones(2), context_shape=(3,))
+    return base.given, {"context": torch.randn(4, 3)}
+
+
 @call(
     "ncprior.bases.fit_flow_matching",
     options=SLOW,
