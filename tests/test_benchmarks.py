@@ -29,6 +29,7 @@ SCRIPTS = [
     "sampler_cost.py",
     "prior_hole.py",
     "any_vae.py",
+    "equal_budget.py",
     "vaebm.py",
     "sampling_speed.py",
     "training_speed.py",

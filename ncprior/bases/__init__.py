@@ -7,7 +7,7 @@ from ncprior.bases.codes import CodeFrequencies, NoCodePrior, fit_code_frequenci
 from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
 from ncprior.bases.flow import Flow
 from ncprior.bases.flow_fit import fit_flow, fit_flows
-from ncprior.bases.flow_matching import FlowMatching, fit_flow_matching
+from ncprior.bases.flow_matching import FlowMatching, VelocityNet, fit_flow_matching
 from ncprior.bases.latents import latents_of
 from ncprior.bases.masked_conv import MaskedConvNet
 from ncprior.bases.mixture import GaussianMixture
@@ -27,6 +27,7 @@ __all__ = [
     "NoCodePrior",
     "NoPrior",
     "Rebased",
+    "VelocityNet",
     "active_latents",
     "fit_code_bases",
     "fit_code_frequencies",

@@ -59,6 +59,11 @@ class VelocityNet(nn.Module):
     Raises:
         TypeError: If a size is not a whole number.
         ValueError: If ``features`` or ``width`` is below 1, or ``depth`` below 0.
+
+    Example:
+        >>> network = VelocityNet(6, width=16, depth=1)
+        >>> network(torch.randn(5, 6), torch.rand(5, 1)).shape
+        torch.Size([5, 6])
     """
 
     def __init__(self, features: int, *, width: int = 256, depth: int = 3) -> None:

@@ -44,7 +44,6 @@ from fuzz.world import World
 from torch import nn
 
 from ncprior import LatentSource, NCPrior, bases, demo, diagnostics, evaluation, vaebm
-from ncprior.bases.flow_matching import VelocityNet
 
 Built = tuple[Any, dict[str, Any]]
 SLOW = {"slow": True, "limit": 6.0}
@@ -90,7 +89,7 @@ def _flow(w: World) -> Any:
 
 
 def _matching(w: World) -> Any:
-    net = VelocityNet(2, width=4, depth=1)
+    net = bases.VelocityNet(2, width=4, depth=1)
     return bases.FlowMatching(net, torch.zeros(2), torch.ones(2), num_steps=2)
 
 
@@ -207,9 +206,20 @@ def _(w: World) -> Built:
     return bases.Flow, {"flow": flow, "loc": torch.zeros(2), "scale": torch.ones(2)}
 
 
+@call("ncprior.bases.VelocityNet", features=FEW, width=FEW, depth=count(0, huge=False))
+def _(w: World) -> Built:
+    return bases.VelocityNet, {"features": 2, "width": 4, "depth": 1}
+
+
+@call("ncprior.bases.VelocityNet.forward")
+def _(w: World) -> Built:
+    network = bases.VelocityNet(2, width=4, depth=1)
+    return network.forward, {"z": torch.zeros(3, 2), "t": torch.zeros(3, 1)}
+
+
 @call("ncprior.bases.FlowMatching", network=MODULE, **LOC_AND_SCALE, num_steps=FEW)
 def _(w: World) -> Built:
-    net = VelocityNet(2, width=4, depth=1)
+    net = bases.VelocityNet(2, width=4, depth=1)
     return bases.FlowMatching, {"network": net, "loc": torch.zeros(2), "scale": torch.ones(2)}
 
 

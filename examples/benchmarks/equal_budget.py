@@ -1,0 +1,246 @@
+"""Priors of one frozen VAE that all had the same time to be fitted, each at its best.
+
+    NCPRIOR_DATA=... python examples/benchmarks/equal_budget.py --data mnist --seed 0 1 2 --json equal.json
+    python examples/benchmarks/equal_budget.py --data digits --quick     # some minutes
+
+Every fit has a budget of seconds: the number of steps follows from the measured time of one. Every
+method has several sizes, each with the whole budget; the size is chosen with the first seed, and
+what the other sizes took is not counted. It is chosen by the log-likelihood of held-out
+latents, or, for methods without one, by the Fréchet distance of draws to held-out latents. No choice
+sees images. `improve` is told the budget as max_seconds, the seed, and 50 evaluations per sample.
+
+`gap_closed` is that of prior_hole.py. `over_improve` is the paired difference to `improve(50)`:
+below 0, `improve` is better. Seconds are of the core where there is one thread (OMP_NUM_THREADS=1).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from bench import Bench, Row, machine, parser, table
+from clock import now
+from hole_cases import Case, make_case
+from hole_peers import fit_diffusion, fit_energy
+from torch import Tensor
+
+from ncprior import improve
+from ncprior.bases import fit_flow, fit_flow_matching, fit_mixture
+from ncprior.demo import in_batches
+from ncprior.evaluation import GapClosed, frechet_distance, gap_closed, gap_difference
+
+COLUMNS = {
+    "method": "<26",
+    "size": "<34",
+    "seed": ">4",
+    "gap_closed": ">10.3f",
+    "gap_closed_low": ">9.3f",
+    "gap_closed_high": ">9.3f",
+    "over_improve": ">12.3f",
+    "over_improve_low": ">9.3f",
+    "over_improve_high": ">9.3f",
+    "fit_seconds": ">11.0f",
+    "seconds_per_10k": ">15.1f",
+}
+GENERATIONS, BATCH = 5, 1000
+FEW = 10  # steps that measure the time of one
+Draws = Callable[[int], Tensor]
+Fit = Callable[..., Any]  # fit(z, steps=…) returns a base or a function of a count
+
+
+class Peer(NamedTuple):
+    """A method, and its sizes by name; `steps` tells whether the number of steps is free."""
+
+    name: str
+    sizes: Mapping[str, Fit]
+    has_steps: bool = True
+
+
+def peers(latents: int) -> list[Peer]:
+    """All peers, each with several sizes."""
+    import zuko
+
+    def spline(z: Tensor, *, steps: int, transforms: int, width: int) -> Any:  # noqa: ANN401
+        sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": 8}
+        flow = zuko.flows.NSF(latents, passes=2, randperm=True, **sizes)
+        return fit_flow(z, flow, steps=steps, patience=None, progress=False)
+
+    def masked(z: Tensor, *, steps: int, transforms: int, width: int) -> Any:  # noqa: ANN401
+        flow = zuko.flows.MAF(latents, transforms=transforms, hidden_features=(width, width))
+        return fit_flow(z, flow, steps=steps, patience=None, progress=False)
+
+    def mixture(z: Tensor, *, components: int) -> Any:  # noqa: ANN401
+        return fit_mixture(z, components)
+
+    def matching(z: Tensor, *, steps: int, width: int) -> Any:  # noqa: ANN401
+        return fit_flow_matching(z, width=width, steps=steps, patience=None, progress=False)
+
+    def sized(fit: Fit, **options: tuple[int, ...]) -> dict[str, Fit]:
+        choices = zip(*options.values(), strict=True)
+        named = [dict(zip(options, choice, strict=True)) for choice in choices]
+        return {
+            ", ".join(f"{k} {v}" for k, v in one.items()): partial(fit, **one) for one in named
+        }
+
+    flows = {"transforms": (4, 8, 6), "width": (128, 128, 256)}
+    widths = {"width": (128, 256, 512)}
+    persistent = partial(fit_energy, persistent=True)
+    return [
+        Peer("mixture", sized(mixture, components=(10, 30, 100, 300, 1000)), has_steps=False),
+        Peer("spline flow", sized(spline, **flows)),
+        Peer("masked autoregressive flow", sized(masked, **flows)),
+        Peer("flow matching", sized(matching, **widths)),
+        Peer("diffusion", sized(fit_diffusion, **widths)),
+        Peer("energy, short-run MCMC", sized(fit_energy, **widths)),
+        Peer("energy, persistent MCMC", sized(persistent, **widths)),
+    ]
+
+
+def within(fit: Fit, z: Tensor, budget: float, *, has_steps: bool) -> tuple[Any, float]:
+    """Fits for a budget of seconds; returns the result and the seconds."""
+    started = now()
+    if not has_steps:
+        return fit(z), now() - started
+    fit(z, steps=FEW)
+    first, started = now() - started, now()
+    fit(z, steps=3 * FEW)
+    each = max(1e-5, (now() - started - first) / (2 * FEW))  # without what is done once
+    started = now()
+    return fit(z, steps=max(FEW, int(0.95 * budget / each))), now() - started
+
+
+def drawer(found: Any) -> Draws:  # noqa: ANN401
+    """Draws of flat latents from a base or a function."""
+    if hasattr(found, "sample"):
+        return lambda count: found.sample((count,)).flatten(1)
+    return found  # type: ignore[no-any-return]
+
+
+def criterion(found: Any, fresh: Tensor) -> float:  # noqa: ANN401
+    """The larger the better, on held-out latents."""
+    if hasattr(found, "log_prob"):
+        return found.log_prob(fresh).mean().item()  # type: ignore[no-any-return]
+    drawn = torch.cat([drawer(found)(BATCH) for _ in range(5)])
+    return -frechet_distance(drawn, fresh.flatten(1), strict=False).item()
+
+
+class Comparison:
+    """The arms that every method is measured against, on one case and seed."""
+
+    def __init__(self, case: Case, seed: int, count: int) -> None:
+        self.case, self.seed, self.count = case, seed, count
+        self.event = self._prior(1).shape[1:]
+        self.arms = {
+            "base": self._features(lambda count: self._decoded(self._prior(count))),
+            "posterior": self._features(lambda count: case.posterior(count)[0]),
+        }
+
+    @torch.no_grad()
+    def _features(self, draw: Draws) -> list[Tensor]:
+        """Features of the images of every generation."""
+        found = []
+        for generation in range(GENERATIONS):
+            torch.manual_seed(1000 * self.seed + generation)
+            images = [draw(BATCH) for _ in range(self.count // BATCH)]
+            found.append(in_batches(self.case.features, torch.cat(images)))
+        return found
+
+    def _prior(self, count: int) -> Tensor:
+        source = self.case.source
+        return source.group(source.start(count)).prior.sample()
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        source = self.case.source
+        state = source.advance(source.start(len(z)), z.reshape(len(z), *self.event))
+        return source.decode(state)
+
+    def measured(self, draw: Draws, *, images: bool = False) -> tuple[GapClosed, float]:
+        """The gap closed by a method, and its seconds per 10,000 samples."""
+        started = now()
+        features = self._features(draw if images else lambda n: self._decoded(draw(n)))
+        seconds = (now() - started) * 10_000 / (GENERATIONS * self.count)
+        return gap_closed(self.case.reference, ours=features, **self.arms), seconds
+
+
+def row(gap: GapClosed, ours: GapClosed, **numbers: Any) -> Row:  # noqa: ANN401
+    over = gap_difference(gap, ours)
+    return {
+        **numbers,
+        "gap_closed": gap.gap_closed,
+        "gap_closed_low": gap.low,
+        "gap_closed_high": gap.high,
+        "over_improve": over.difference,
+        "over_improve_low": over.low,
+        "over_improve_high": over.high,
+    }
+
+
+def chosen_sizes(bench: Bench, case: Case, budget: float) -> Iterator[tuple[Peer, str]]:
+    """The best size of every peer, by held-out latents, with the first seed."""
+    z, fresh = case.encodings.flatten(1), case.fresh_encodings.flatten(1)
+    for peer in peers(z.shape[1]):
+        scores = {}
+        for size, fit in list(peer.sizes.items())[: 1 if bench.settings["quick"] else None]:
+            print(f"{peer.name}, {size}", flush=True)
+            torch.manual_seed(0)
+
+            def score(fit: Fit = fit, peer: Peer = peer) -> list[Row]:
+                try:
+                    found, seconds = within(fit, z, budget, has_steps=peer.has_steps)
+                except FloatingPointError:
+                    return [{"score": -math.inf, "seconds": 0.0}]
+                return [{"score": criterion(found, fresh), "seconds": seconds}]
+
+            (kept,) = bench.add(score, kind="choice", name=f"{peer.name}, {size}", seed=0)
+            if peer.has_steps or kept["seconds"] < budget:
+                scores[size] = kept["score"]
+        yield peer, max(scores, key=scores.__getitem__)
+
+
+def rows_of_seed(
+    case: Case, seed: int, budget: float, sizes: list[tuple[Peer, str]], count: int
+) -> list[Row]:
+    """All methods under one seed."""
+    compared = Comparison(case, seed, count)
+    started = now()
+    prior = improve(case.source, case.rows, budget=50, max_seconds=budget, seed=seed)
+    seconds = now() - started
+    print(prior.report, flush=True)
+    ours, spent = compared.measured(lambda n: prior.sample(n).x, images=True)
+    numbers = {"fit_seconds": seconds, "seconds_per_10k": spent}
+    found = [row(ours, ours, method="improve(50)", size="", **numbers)]
+    z = case.encodings.flatten(1)
+    for peer, size in sizes:
+        torch.manual_seed(seed)
+        base, seconds = within(peer.sizes[size], z, budget, has_steps=peer.has_steps)
+        gap, spent = compared.measured(drawer(base))
+        numbers = {"fit_seconds": seconds, "seconds_per_10k": spent}
+        found.append(row(gap, ours, method=peer.name, size=size, **numbers))
+        print(f"{peer.name}, {size}, seed {seed}: {gap.gap_closed:.3f}", flush=True)
+    return found
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--data", choices=["mnist", "cifar10", "digits"], default="mnist")
+    made.add_argument("--budget", type=float, default=300.0, metavar="SECONDS")
+    options = made.parse_args()
+    budget = options.budget / (100 if options.quick else 1)
+    count = (
+        1000
+        if options.quick
+        else {"mnist": 10_000, "cifar10": 10_000, "digits": 2000}[options.data]
+    )
+    bench = Bench(options, {"data": options.data, "budget": budget, "count": count})
+    case = make_case(bench, options.data, "flat")
+    print(f"{machine()}; {case.facts}", flush=True)
+    sizes = list(chosen_sizes(bench, case, budget))
+    for seed in options.seed:
+        make = partial(rows_of_seed, case, seed, budget, sizes, count)
+        bench.add(make, kind="method", name="", seed=seed)
+    print(table([kept for kept in bench.rows if kept["kind"] == "method"], COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
