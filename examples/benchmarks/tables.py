@@ -276,6 +276,7 @@ TABLES = {
     "vaebm_mnist_50": Table(energies, "vaebm.py --data mnist --proposals 50"),
     "vaebm_cifar10": Table(energies, "vaebm.py --data cifar10"),
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
+    "any_vae": Table(domain, "any_vae.py"),
     "wide_gaps": Table(domain, "wide_gaps.py"),
     "domain_cells": Table(domain, "examples/scvi_cells.py"),
     "domain_molecules": Table(domain, "examples/molecules_moses.py"),

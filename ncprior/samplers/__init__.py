@@ -1,6 +1,7 @@
 """Samplers of p(z) ∝ r(z)·p(z): functions ``sampler(prior, log_ratio) -> Draw``."""
 
 from ncprior.samplers.base import Draw, LogRatio, Sampler
+from ncprior.samplers.budgeted import budgeted_rejection
 from ncprior.samplers.compose import at_temperature, describe, sequence
 from ncprior.samplers.langevin import langevin, supports_langevin
 from ncprior.samplers.mixture import within_components
@@ -13,6 +14,7 @@ __all__ = [
     "LogRatio",
     "Sampler",
     "at_temperature",
+    "budgeted_rejection",
     "describe",
     "independence",
     "langevin",

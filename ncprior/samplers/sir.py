@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Size, Tensor
@@ -79,15 +81,38 @@ def sir(
     require_counts(num_proposals=num_proposals)
     require_counts("[1, inf) or None", chunk_size=chunk_size)
     require_flags(share_proposals=share_proposals)
+    make = partial(Pool, share=share_proposals)
+    return stream(prior, log_ratio, make, num_proposals, chunk_size, share=share_proposals)
+
+
+def stream(
+    prior: Sampleable,
+    log_ratio: LogRatio,
+    make: Callable[[int, int], Pool],
+    num_proposals: int,
+    chunk_size: int | None,
+    *,
+    share: bool,
+) -> Draw:
+    """Draws from a pool that has seen all proposals, chunk by chunk.
+
+    Arguments:
+        prior: p(z), of batch shape ``(B,)``.
+        log_ratio: Maps z to log r(z) in nats.
+        make: Returns the empty pool of so many proposals and rows.
+        num_proposals: M.
+        chunk_size: Largest number of latents per call of ``log_ratio``, or ``None``.
+        share: Whether rows share proposals, and must therefore be alike.
+    """
     check_target(prior, log_ratio)
     # The first chunk is one proposal per row: its shape gives B, also for sample-only priors.
     proposals = Proposals(prior)
     z = proposals(1)
     rows = z.shape[1]
     at_once = max(1, latents_at_once(z, chunk_size) // max(1, rows))
-    if share_proposals:
+    if share:
         require_same_rows(prior, log_ratio, z)
-    pool = _Pool(num_proposals, rows, share=share_proposals)
+    pool = make(num_proposals, rows)
     pool.add(z, log_ratio(z))
     while missing := pool.missing():
         z = proposals(min(at_once, missing))
@@ -95,10 +120,15 @@ def sir(
     return pool.draw()
 
 
-class _Pool:
+class Pool:
     """Running Gumbel-max over proposals: the leader of each row, and the sums of r and r².
 
     For shared proposals log r has shape (n, 1), and the sums have shape (1,).
+
+    Arguments:
+        num_proposals: M.
+        rows: B.
+        share: Whether all rows choose among the same proposals.
     """
 
     finite: Tensor  # (), whether all log r are finite; read once, at the end
@@ -130,11 +160,7 @@ class _Pool:
             self._add(some, log_r_some)
 
     def _add(self, z: Tensor, log_r: Tensor) -> None:
-        # Gumbel = -log Exponential. An exponential that rounds to zero is replaced by one just
-        # below the resolution of the dtype.
-        noise = log_r.new_empty(len(log_r), self.rows).exponential_()
-        noise.clamp_(min=torch.finfo(log_r.dtype).eps / 4)
-        key, winner = (log_r - noise.log_()).max(0)
+        key, winner = self.keys(log_r).max(0)
         top = log_r.amax(0)
         r = (log_r - top).exp()
         sum_r, sum_r2 = r.sum(0), r.square().sum(0)
@@ -154,6 +180,14 @@ class _Pool:
             self.sum_r2 = self.sum_r2 * old.square() + sum_r2 * new.square()
             self.top = new_top
         self.seen += len(log_r)
+
+    def keys(self, log_r: Tensor) -> Tensor:
+        """Keys of proposals, with shape (n, B): the proposal of the largest key leads its row."""
+        # Gumbel = -log Exponential. An exponential that rounds to zero is replaced by one just
+        # below the resolution of the dtype.
+        noise = log_r.new_empty(len(log_r), self.rows).exponential_()
+        noise.clamp_(min=torch.finfo(log_r.dtype).eps / 4)
+        return log_r - noise.log_()
 
     def draw(self) -> Draw:
         """Returns the leaders, with effective sample size and log-mean-weight of the proposals."""

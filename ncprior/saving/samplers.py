@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 from ncprior.samplers.base import Sampler
+from ncprior.samplers.budgeted import budgeted_rejection
 from ncprior.samplers.compose import Composition, at_temperature, sequence
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.mixture import within_components
@@ -23,7 +24,10 @@ from ncprior.samplers.smc import tempered_smc
 from ncprior.saving.checks import SavedFile, Validators, is_count, is_number
 from ncprior.utils.require import described
 
-_SIMPLE = {f.__name__: f for f in (sir, langevin, tempered_smc, rejection, independence)}
+_SIMPLE = {
+    f.__name__: f
+    for f in (sir, budgeted_rejection, langevin, tempered_smc, rejection, independence)
+}
 
 _COMPOSED = {f.__name__: f for f in (sequence, at_temperature, within_components)}
 

@@ -16,6 +16,7 @@ from ncprior.jobs import read_parts, sample_parts
 from ncprior.samplers import (
     Sampler,
     at_temperature,
+    budgeted_rejection,
     independence,
     rejection,
     sequence,
@@ -31,6 +32,8 @@ SAMPLERS: dict[str, Sampler] = {
     "sir": SIR,
     "sir in chunks": partial(sir, num_proposals=100, chunk_size=64),
     "shared proposals": partial(sir, num_proposals=50, share_proposals=True),
+    "budgeted": partial(budgeted_rejection, num_proposals=20, chunk_size=64),
+    "pool": partial(budgeted_rejection, num_proposals=20, chunk_size=64, share_proposals=True),
     "ula": partial(langevin, num_steps=2, step_size=0.05),
     "mala": MALA,
     "smc": partial(tempered_smc, num_particles=8),

@@ -26,7 +26,14 @@ from ncprior.bases import (
 )
 from ncprior.evaluation import log_likelihood
 from ncprior.heads import MLPHead
-from ncprior.samplers import independence, rejection, smc, tempered_smc, within_components
+from ncprior.samplers import (
+    budgeted_rejection,
+    independence,
+    rejection,
+    smc,
+    tempered_smc,
+    within_components,
+)
 from ncprior.training import FitSettings
 from ncprior.training.held_out import HeldOut
 from ncprior.vaebm import VAEBM, VAEBMTrainer
@@ -119,6 +126,17 @@ def test_samplers_within_components_wait_for_no_chunk_and_no_step(
         prior.sample(16, within_components(partial(langevin, num_steps=count, step_size=0.1)))
 
     assert not extra(within)
+
+
+@pytest.mark.parametrize("share", (False, True))
+def test_budgeted_rejection_waits_for_no_chunk(
+    share: bool, prior: NCPrior, extra: Callable[..., Waits]
+) -> None:
+    def accept(count: int) -> None:
+        few = partial(budgeted_rejection, chunk_size=64, share_proposals=share)
+        prior.sample(16, partial(few, num_proposals=1 + 4 * count))
+
+    assert not extra(accept)
 
 
 @pytest.mark.parametrize("adjusted", (False, True))

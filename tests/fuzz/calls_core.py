@@ -518,6 +518,17 @@ def _(w: World) -> Built:
 
 
 @call(
+    "ncprior.samplers.budgeted_rejection",
+    **BASE_AND_RATIO,
+    num_proposals=count(),
+    chunk_size=count(none=True),
+    share_proposals=FLAG,
+)
+def _(w: World) -> Built:
+    return _sampling(w, s.budgeted_rejection, num_proposals=5)
+
+
+@call(
     "ncprior.samplers.rejection", **BASE_AND_RATIO, log_bound=number(), max_tries=count(huge=False)
 )
 def _(w: World) -> Built:

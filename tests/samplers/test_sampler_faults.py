@@ -28,6 +28,7 @@ from ncprior.heads import MLPHead
 from ncprior.samplers import (
     Draw,
     at_temperature,
+    budgeted_rejection,
     independence,
     rejection,
     sequence,
@@ -45,6 +46,7 @@ GRADIENTS: list[Any] = [
 SAMPLERS: list[Any] = [
     partial(sir, num_proposals=4),
     partial(independence, num_steps=2),
+    partial(budgeted_rejection, num_proposals=2),
     partial(rejection, log_bound=0.0),
     *GRADIENTS,
 ]

@@ -21,6 +21,7 @@ from ncprior.samplers import (
     Draw,
     Sampler,
     at_temperature,
+    budgeted_rejection,
     describe,
     independence,
     rejection,
@@ -40,6 +41,7 @@ SAMPLERS: dict[str, Sampler] = {
     "sir": partial(sir, num_proposals=20, chunk_size=30, share_proposals=True),
     "langevin": MALA,
     "tempered_smc": partial(tempered_smc, num_particles=5, num_moves=1, ess_fraction=0.3),
+    "pool": partial(budgeted_rejection, num_proposals=3, share_proposals=True),
     "rejection": partial(rejection, log_bound=-0.25, max_tries=7),
     "independence": partial(independence, num_steps=6),
     "sequence": sequence(SIR, MALA, partial(independence, num_steps=2)),
@@ -159,7 +161,10 @@ def deep(depth: int) -> dict[str, Any]:
 HOSTILE: list[tuple[Any, str]] = [
     (3, "has no valid sampler"),
     (None, "has no valid sampler"),
-    ({}, "its sampler must be one of sir, langevin, tempered_smc, rejection, independence, seq"),
+    (
+        {},
+        "its sampler must be one of sir, budgeted_rejection, langevin, tempered_smc, rejection, independence, seq",
+    ),
     (entry("os.system", command="true"), "its sampler must be one of sir"),
     (entry("describe", sampler="x"), "its sampler must be one of sir"),
     (entry(["sir"], num_proposals=2), "its sampler must be one of sir"),
