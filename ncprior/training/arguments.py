@@ -133,8 +133,8 @@ def validate_fit_arguments(
         )
     if (stages != 1 or terms.settings.caches) and iter_is_self(data):
         raise TypeError(
-            f"Stages, a proposal cache and cache_epochs need data that can be read again from its "
-            f"start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
+            f"Stages, importance samples, a proposal cache and cache_epochs need data that can be "
+            f"read again from its start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
             f"or a list."
         )
     _validate_stages(prior, stages)

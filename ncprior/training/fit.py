@@ -23,6 +23,7 @@ from ncprior.training.arguments import (
     validate_loop_arguments,
 )
 from ncprior.training.history import History, Row
+from ncprior.training.importance import facts_of, mean_ess, resampled_for
 from ncprior.training.resumable import length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
@@ -125,7 +126,8 @@ def fit(
             buffers that its encoder or decoder writes to.
 
     Warns:
-        UserWarning: If nothing is held out. Pass ``held_out``.
+        UserWarning: If nothing is held out. Pass ``held_out``. Or if less than 2 of the importance
+            samples of a row are effective on average. Pass more of them.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
@@ -168,8 +170,12 @@ def fit(
     train, held_out = _parts(data, held_out, split_seed)
     if eval_every is None:
         terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
+    samples, resampled = settings.importance_samples, None
+    if samples is not None:
+        terms = replace(terms, facts={**terms.facts, **facts_of(prior)})
+        resampled = resampled_for(prior, samples, batch_size, saved)
     runs = StageRuns(
-        *(train, held_out, terms, split_seed),
+        *(train, held_out, terms, split_seed, resampled),
         patience=patience,
         max_seconds=terms.facts["max_seconds"],
         callback=callback,
@@ -183,9 +189,10 @@ def fit(
         _evaluating_after(prior),
     ):
         _validate_parts(prior, runs, stages)
+        ess = None if resampled is None else mean_ess(resampled, train, batch_size, split_seed)
         history = runs.first(prior, stages, checkpoint)
         further = runs.further(prior, history, stages, checkpoint)
-        history = history._replace(stages=tuple(further))
+        history = history._replace(stages=tuple(further), ess=ess)
         align_generators()
     return history
 
