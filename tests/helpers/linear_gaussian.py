@@ -48,7 +48,9 @@ class LinearGaussian:
         """Mean log-likelihood of x below that of the best prior, in nats, under N(mean, covariance)."""
         noise = self.noise**2 * torch.eye(self.dim, dtype=torch.float64)
         x = x.double()
-        best = MultivariateNormal(x.mean(0), torch.cov(x.T, correction=0).reshape(self.dim, self.dim))
+        best = MultivariateNormal(
+            x.mean(0), torch.cov(x.T, correction=0).reshape(self.dim, self.dim)
+        )
         found = MultivariateNormal(mean.double(), covariance.double() + noise)
         return float((best.log_prob(x) - found.log_prob(x)).mean())
 
