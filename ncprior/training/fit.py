@@ -23,7 +23,7 @@ from ncprior.training.arguments import (
     validate_loop_arguments,
 )
 from ncprior.training.history import History, Row
-from ncprior.training.importance import facts_of, mean_ess, resampled_for
+from ncprior.training.importance import EStep, e_step, facts_of
 from ncprior.training.resumable import length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
@@ -170,12 +170,13 @@ def fit(
     train, held_out = _parts(data, held_out, split_seed)
     if eval_every is None:
         terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
-    samples, resampled = settings.importance_samples, None
-    if samples is not None:
+    posterior: EStep | None = None
+    if settings.importance_samples is not None:
         terms = replace(terms, facts={**terms.facts, **facts_of(prior)})
-        resampled = resampled_for(prior, samples, batch_size, saved)
+        first: dict[str, Any] = {"batch_size": batch_size, "seed": split_seed, "saved": saved}
+        posterior = e_step(prior, train, settings.importance_samples, **first)
     runs = StageRuns(
-        *(train, held_out, terms, split_seed, resampled),
+        *(train, held_out, terms, split_seed, posterior),
         patience=patience,
         max_seconds=terms.facts["max_seconds"],
         callback=callback,
@@ -189,9 +190,9 @@ def fit(
         _evaluating_after(prior),
     ):
         _validate_parts(prior, runs, stages)
-        ess = None if resampled is None else mean_ess(resampled, train, batch_size, split_seed)
         history = runs.first(prior, stages, checkpoint)
         further = runs.further(prior, history, stages, checkpoint)
+        ess = None if posterior is None else posterior.ess
         history = history._replace(stages=tuple(further), ess=ess)
         align_generators()
     return history

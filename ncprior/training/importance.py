@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from copy import deepcopy
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncprior.data.encodings import CachedEncodings, EncodedSource
 from ncprior.data.rows import Rows
 from ncprior.data.stream import first_batch, one_pass
+from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.source import device_of
 from ncprior.training.checkpoints import is_finite, is_like
@@ -26,31 +28,56 @@ from ncprior.utils.random_state import seeded
 _FEWEST = 2.0  # effective particles; with fewer, most rows have one particle with all the weight
 
 
-def resampled_for(
-    prior: NCPrior, num_samples: int, batch_size: int, saved: Mapping[str, Any] | None
-) -> ResampledPosterior:
-    """Returns the source of the E step, under the prior with which the training began.
+class EStep(NamedTuple):
+    """The E step of a training.
+
+    Attributes:
+        source: The VAE with particles under the prior with which the training began.
+        heads: The heads of that prior.
+        ess: Effective sample size of the particles of a row, on average.
+    """
+
+    source: ResampledPosterior
+    heads: nn.ModuleList
+    ess: float
+
+
+def e_step(
+    prior: NCPrior,
+    data: Any,  # noqa: ANN401
+    num_samples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    saved: Mapping[str, Any] | None,
+) -> EStep:
+    """Returns the E step, after a look at the particles of the first batch.
 
     Arguments:
         prior: The prior that is trained.
+        data: The training data.
         num_samples: S, the draws of q(z | x) per row.
         batch_size: Rows that the VAE decodes at once.
+        seed: Seed of the first look; the generators outside stay as they are.
         saved: A checkpoint, whose heads of the beginning are taken if it has them, or ``None``. The
             checkpoint is validated when the training resumes.
+
+    Raises:
+        TypeError: If a prior or posterior has no density.
+        ValueError: If the source has no likelihood, or all draws of q(z | x) are equal.
+
+    Warns:
+        UserWarning: If the effective sample size is below 2.
     """
-    resampled = ResampledPosterior(prior, num_samples, chunk_size=batch_size)
-    heads = tensors_of(heads_of(resampled))
-    begun = None if saved is None else saved.get("begun")
+    began = deepcopy(prior)
+    began.active = facts_of(prior)["active"]
+    heads, begun = tensors_of(began.heads), None if saved is None else saved.get("begun")
     if begun is not None and is_like(begun, heads) and is_finite(begun):
         for name, tensor in heads.items():
             tensor.copy_(begun[name])
-    return resampled
-
-
-def heads_of(resampled: ResampledPosterior) -> torch.nn.Module:
-    """Returns the heads of the prior under which particles are weighted."""
-    assert resampled.prior is not None  # fit makes it of an NCPrior
-    return resampled.prior.heads
+    with naming_parts(prior.source, prior.heads):
+        source = ResampledPosterior(began, num_samples, chunk_size=batch_size)
+        return EStep(source, began.heads, _mean_ess(source, data, batch_size, seed))
 
 
 def facts_of(prior: NCPrior) -> dict[str, Any]:
@@ -61,17 +88,8 @@ def facts_of(prior: NCPrior) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def mean_ess(resampled: ResampledPosterior, data: Any, batch_size: int, seed: int) -> float:  # noqa: ANN401
-    """Effective sample size of the particles, averaged over the rows of the first batch.
-
-    Raises:
-        TypeError: If a prior or posterior has no density.
-        ValueError: If the source has no likelihood, or all draws of q(z | x) are equal.
-
-    Warns:
-        UserWarning: If it is below 2.
-    """
+def _mean_ess(resampled: ResampledPosterior, data: Any, batch_size: int, seed: int) -> float:  # noqa: ANN401
+    """Effective sample size of the particles, averaged over the rows of the first batch."""
     device = device_of(resampled)
     with seeded(seed):
         encoding = resampled.encode(own_batch(first_batch(data, batch_size), device))
@@ -86,7 +104,7 @@ def mean_ess(resampled: ResampledPosterior, data: Any, batch_size: int, seed: in
             f"Of {resampled.num_samples} importance samples per row, {ess:.1f} are effective: the "
             f"particles are closer to q(z | x) than to the posterior under the prior. Pass more "
             f"importance_samples.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return ess
 
@@ -126,7 +144,7 @@ class CachedParticles(CachedEncodings):
 def epochs_of_particles(
     data: Any,  # noqa: ANN401
     epochs: float | Literal["auto"] | None,
-    num_samples: int,
+    ess: float,
     *,
     rows_drawn: float,
 ) -> float | None:
@@ -134,15 +152,16 @@ def epochs_of_particles(
 
     Arguments:
         data: The training data.
-        epochs: The number asked for. ``"auto"`` is S for rows of a tensor that are read twice or
-            more, so that a step costs about one pass through the decoder.
-        num_samples: S, the draws per row.
+        epochs: The number asked for. ``"auto"`` is their effective sample size, for rows of a
+            tensor that are read twice or more: then each particle is used about once.
+        ess: Effective sample size of the particles of a row.
         rows_drawn: Rows in all batches of the training; infinite if it is not known.
 
     Example:
-        >>> epochs_of_particles(torch.zeros(100, 3), "auto", 16, rows_drawn=1000)
-        16
+        >>> epochs_of_particles(torch.zeros(100, 3), "auto", 5.7, rows_drawn=1000)
+        5
     """
     if epochs != "auto":
         return epochs
-    return num_samples if isinstance(data, Tensor | Rows) and rows_drawn >= 2 * len(data) else None
+    again = isinstance(data, Tensor | Rows) and rows_drawn >= 2 * len(data)
+    return max(1, int(ess)) if again else None

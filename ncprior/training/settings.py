@@ -66,8 +66,8 @@ class FitSettings(OptimizerSettings):
             one group, only the encoder's work is saved; with several, z_<k repeats. ``math.inf``
             caches once for all epochs, ``None`` never. ``"auto"`` caches once if this does not
             change the distribution of a step: with one group, rows of a tensor, and an encoder
-            that draws nothing at random. Importance samples of rows of a tensor are cached for S
-            epochs, so that a step costs about one pass through the decoder.
+            that draws nothing at random. Importance samples of rows of a tensor are cached for as
+            many epochs as are effective, so that each is used about once.
         cache_memory: GiB of memory for the cache; a larger cache is stored on disk, in the
             system's folder for temporary files. The result does not depend on it.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or

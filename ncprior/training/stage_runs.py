@@ -21,8 +21,7 @@ from ncprior.trainer import NCETrainer
 from ncprior.training.head_training import BY_CALLBACK, HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
-from ncprior.training.importance import CachedParticles, epochs_of_particles, heads_of
-from ncprior.training.particles import ResampledPosterior
+from ncprior.training.importance import CachedParticles, EStep, epochs_of_particles
 from ncprior.training.resumable import length_of, load, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import cache_size, reweighted, with_cached_proposals
@@ -63,8 +62,7 @@ class StageRuns:
         held_out: The held-out data, or ``None``.
         terms: The terms of the training.
         split_seed: Seed of the random split into training and held-out rows.
-        resampled: The VAE with importance resamples as its posterior, or ``None`` to train on
-            q(z | x) itself.
+        e_step: The importance resamples to train on, or ``None`` to train on q(z | x) itself.
         patience: Evaluations without improvement before the decay, or ``None``.
         max_seconds: Seconds for all stages, or ``None``.
         callback: Called with each new row; stops training by returning True.
@@ -76,7 +74,7 @@ class StageRuns:
     held_out: Any
     terms: TrainingTerms[FitSettings]
     split_seed: int
-    resampled: ResampledPosterior | None
+    e_step: EStep | None
     patience: int | None
     max_seconds: float | None
     callback: Callable[[Row], Any] | None
@@ -123,7 +121,7 @@ class StageRuns:
 
     def _encodes(self, prior: NCPrior) -> LatentSource[Any, Any]:
         """The source of the posterior samples."""
-        return prior.source if self.resampled is None else self.resampled
+        return prior.source if self.e_step is None else self.e_step.source
 
     def _share(self, spent: float, stages: int) -> float | None:
         """Seconds for the next of some stages, all of which have the same share of what is left."""
@@ -169,7 +167,7 @@ class StageRuns:
             replace(self.terms, facts=facts),
             "heads" if stage == 1 else f"heads of stage {stage}",
             split_seed=self.split_seed,
-            begun=None if self.resampled is None else weights_of(heads_of(self.resampled)),
+            begun=None if self.e_step is None else weights_of(self.e_step.heads),
             held_out=self._held_out(inputs, prior, trainer),
             patience=self.patience,
             max_seconds=seconds,
@@ -229,7 +227,7 @@ class StageRuns:
             walks = self._cached(source, self.data)
             before = walks.renewal(epochs)
             inputs = inputs._replace(source=walks.source, data=walks, before=before)
-        if self.held_out is not None and (epochs is not None or self.resampled is not None):
+        if self.held_out is not None and (epochs is not None or self.e_step is not None):
             held_out = self._cached(held_out_source, self.held_out)
             inputs = inputs._replace(held_out_source=held_out.source, held_out=held_out)
         return inputs
@@ -238,9 +236,8 @@ class StageRuns:
         """Epochs for which encodings of the training data are cached, ``None`` for no cache."""
         epochs = self.terms.settings.cache_epochs
         rows_drawn = self.terms.batch_size * (self.terms.steps or math.inf)
-        if self.resampled is not None:
-            samples = self.resampled.num_samples
-            return epochs_of_particles(self.data, epochs, samples, rows_drawn=rows_drawn)
+        if self.e_step is not None:
+            return epochs_of_particles(self.data, epochs, self.e_step.ess, rows_drawn=rows_drawn)
         return epochs_to_cache(source, self.data, epochs, rows_drawn=rows_drawn, stage=stage)
 
     def _cached(
@@ -253,7 +250,7 @@ class StageRuns:
             "seed": self.split_seed,
             "budget": self.terms.settings.cache_memory * 2**30,
         }
-        if self.resampled is None:
+        if self.e_step is None:
             return CachedEncodings(source, data, **options)
         return CachedParticles(source, data, progress=self.progress, **options)
 

@@ -111,13 +111,14 @@ def test_several_groups_learn_the_aggregate_of_the_particles(cache_epochs: Any) 
 # --- caches ---
 
 
-def test_particles_are_cached_for_as_many_epochs_as_samples() -> None:
+def test_particles_are_cached_for_as_many_epochs_as_are_effective() -> None:
     x = torch.randn(100, 3)
-    assert epochs_of_particles(x, "auto", 16, rows_drawn=200) == 16
-    assert epochs_of_particles(x, "auto", 16, rows_drawn=199) is None  # one pass would be dearer
-    assert epochs_of_particles([x], "auto", 16, rows_drawn=1e9) is None
-    assert epochs_of_particles([x], 3, 16, rows_drawn=10) == 3
-    assert epochs_of_particles(x, None, 16, rows_drawn=1e9) is None
+    assert epochs_of_particles(x, "auto", 6.7, rows_drawn=200) == 6
+    assert epochs_of_particles(x, "auto", 0.9999, rows_drawn=200) == 1
+    assert epochs_of_particles(x, "auto", 6.7, rows_drawn=199) is None  # a pass would be dearer
+    assert epochs_of_particles([x], "auto", 6.7, rows_drawn=1e9) is None
+    assert epochs_of_particles([x], 3, 6.7, rows_drawn=10) == 3
+    assert epochs_of_particles(x, None, 6.7, rows_drawn=1e9) is None
 
 
 @pytest.mark.parametrize("kind", ["one group", "groups"])
