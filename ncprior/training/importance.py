@@ -23,6 +23,7 @@ from ncprior.training.particles import ResampledPosterior, ess_of
 from ncprior.training.resumable import tensors_of
 from ncprior.utils.batches import own_batch
 from ncprior.utils.distributed import rank
+from ncprior.utils.gradients import share_weights
 from ncprior.utils.random_state import seeded
 
 _FEWEST = 2.0  # effective particles; with fewer, most rows have one particle with all the weight
@@ -75,6 +76,7 @@ def e_step(
     if begun is not None and is_like(begun, heads) and is_finite(begun):
         for name, tensor in heads.items():
             tensor.copy_(begun[name])
+    share_weights(began)
     with naming_parts(prior.source, prior.heads):
         source = ResampledPosterior(began, num_samples, chunk_size=batch_size)
         return EStep(source, began.heads, _mean_ess(source, data, batch_size, seed))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.linear_gaussian import LinearGaussian, Quadratic
-from helpers.toys import Ladder, Rung, exactly, flat, ladder_prior, same, stir, weights
+from helpers.toys import KnownLadder, exactly, flat, ladder_prior, same, stir, weights
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -24,13 +24,6 @@ from ncprior.training.importance import CachedParticles, epochs_of_particles
 VAE = LinearGaussian(dim=1)
 QUIET: dict[str, Any] = {"progress": False}
 SHORT: dict[str, Any] = {"steps": 20, "batch_size": 50, "eval_every": 5, "checkpoint_every": 3}
-
-
-class KnownLadder(Ladder):
-    """Several groups, and p(x | z) of unit variance."""
-
-    def likelihood(self, state: Rung) -> Independent:
-        return Independent(Normal(self.decode(state), 1.0, validate_args=False), 1)
 
 
 def settings(**options: Any) -> FitSettings:

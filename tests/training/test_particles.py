@@ -10,7 +10,7 @@ import torch
 from helpers.bottom_up import BottomUp
 from helpers.linear_gaussian import LinearGaussian
 from helpers.problems import ExactRatio, SampleOnly
-from helpers.toys import Ladder, Rung, exactly, flat, stir
+from helpers.toys import KnownLadder, exactly, flat, stir
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
@@ -23,13 +23,6 @@ from ncprior.training import ResampledPosterior
 from ncprior.training.particles import Particles
 
 VAE = LinearGaussian()
-
-
-class KnownLadder(Ladder):
-    """Several groups, and p(x | z) of unit variance."""
-
-    def likelihood(self, state: Rung) -> Independent:
-        return Independent(Normal(self.decode(state), 1.0, validate_args=False), 1)
 
 
 def moments(resampled: ResampledPosterior, x: Tensor) -> tuple[Tensor, Tensor]:
