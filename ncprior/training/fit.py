@@ -23,7 +23,7 @@ from ncprior.training.arguments import (
     validate_loop_arguments,
 )
 from ncprior.training.history import History, Row
-from ncprior.training.importance import EStep, e_step, facts_of
+from ncprior.training.importance import EStep, e_step
 from ncprior.training.resumable import length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
@@ -157,6 +157,7 @@ def fit(
             patience=patience,
             max_seconds=None if max_seconds is None else float(max_seconds),
             resumable=checkpoint is not None,
+            weighs=settings.importance_samples is not None,
         ),
     )
     validate_fit_arguments(prior, data, terms, stages=stages)
@@ -172,7 +173,6 @@ def fit(
         terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
     posterior: EStep | None = None
     if settings.importance_samples is not None:
-        terms = replace(terms, facts={**terms.facts, **facts_of(prior)})
         first: dict[str, Any] = {"batch_size": batch_size, "seed": split_seed, "saved": saved}
         posterior = e_step(prior, train, settings.importance_samples, **first)
     runs = StageRuns(

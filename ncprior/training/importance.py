@@ -19,7 +19,7 @@ from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.source import device_of
 from ncprior.training.checkpoints import is_finite, is_like
-from ncprior.training.particles import ResampledPosterior, ess_of
+from ncprior.training.particles import ResampledPosterior, ess_of, heads_on
 from ncprior.training.resumable import tensors_of
 from ncprior.utils.batches import own_batch
 from ncprior.utils.distributed import rank
@@ -71,7 +71,7 @@ def e_step(
         UserWarning: If the effective sample size is below 2.
     """
     began = deepcopy(prior)
-    began.active = facts_of(prior)["active"]
+    began.active = heads_on(prior)
     heads, begun = tensors_of(began.heads), None if saved is None else saved.get("begun")
     if begun is not None and is_like(begun, heads) and is_finite(begun):
         for name, tensor in heads.items():
@@ -80,14 +80,6 @@ def e_step(
     with naming_parts(prior.source, prior.heads):
         source = ResampledPosterior(began, num_samples, chunk_size=batch_size)
         return EStep(source, began.heads, _mean_ess(source, data, batch_size, seed))
-
-
-def facts_of(prior: NCPrior) -> dict[str, Any]:
-    """Returns what the weights depend on besides heads and VAE, for a checkpoint to compare."""
-    return {
-        "strength": float(prior.strength),
-        "active": list(map(prior.is_on, range(len(prior.heads)))),
-    }
 
 
 def _mean_ess(resampled: ResampledPosterior, data: Any, batch_size: int, seed: int) -> float:  # noqa: ANN401

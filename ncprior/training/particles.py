@@ -265,8 +265,13 @@ def ess_of(log_w: Tensor) -> Tensor:
 def _frozen(prior: NCPrior) -> NCPrior:
     """Returns a copy of a prior in evaluation mode, on the same source."""
     copy = deepcopy(prior).eval().requires_grad_(False)
-    copy.active = [prior.is_on(k) for k in range(len(prior.heads))]
+    copy.active = heads_on(prior)
     return copy
+
+
+def heads_on(prior: NCPrior) -> list[bool]:
+    """Returns for each head whether it is used."""
+    return [prior.is_on(k) for k in range(len(prior.heads))]
 
 
 def _with_densities(k: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.linear_gaussian import LinearGaussian, Quadratic
-from helpers.toys import KnownLadder, exactly, flat, ladder_prior, same, stir, weights
+from helpers.toys import VAE as VAEWithCondition
+from helpers.toys import KnownLadder, base, exactly, flat, ladder_prior, same, stir, weights
 from torch import Tensor
 from torch.distributions import Independent, Normal
+from torch.utils.data import TensorDataset
 
 from ncprior import NCPrior, SingleGroup, fit
 from ncprior.distributions import PointMass
@@ -303,3 +305,23 @@ def test_data_in_batches_and_stages_go_along() -> None:
         chosen = settings(num_draws=loop.pop("num_draws", 1), num_cached_proposals=500)
         history = fit(prior, data, held_out=x[:50], settings=chosen, **SHORT, **loop, **QUIET)
         assert history.ess is not None
+
+
+def test_conditions_and_heads_in_float64_go_along() -> None:
+    vae = VAEWithCondition(condition=4)
+    source = SingleGroup(
+        *(base(), vae.posterior, vae.decode),
+        module=vae,
+        condition=lambda batch: batch[1],
+        likelihood=lambda z, c: unit(vae.decode(z, c)),
+    )
+    data = TensorDataset(torch.randn(200, 3), torch.eye(4)[torch.randint(4, (200,))])
+    for cache_epochs in (2, None):
+        head = MLPHead((2,), context_shape=(4,), width=8, depth=1)
+        prior = NCPrior(source, head).double()
+        chosen = settings(importance_samples=16, cache_epochs=cache_epochs)
+        with torch.inference_mode():
+            history = fit(prior, data, held_out=data, settings=chosen, **SHORT, **QUIET)
+        assert history.ess is not None
+        assert history.best_loss is not None
+        assert history.best_loss[0] < 1.3863
