@@ -165,7 +165,7 @@ class ResampledPosterior(WrappedSource):
         require_eval(self.source, self.source.module)
         encoding = self._encode(x)
         rows, walks = num_rows(encoding), []
-        at_once = max(1, self.chunk_size // rows)
+        at_once = max(1, self.chunk_size // max(1, rows))
         for some in torch.arange(self.num_samples).split(at_once):
             tiled = tile_rows(x, len(some))
             codes = self.source.encode(tiled) if self._draws else tile_rows(encoding, len(some))
