@@ -35,6 +35,7 @@ SCRIPTS = [
     "training_speed.py",
     "table8.py",
     "wide_gaps.py",
+    "best_prior.py",
 ]
 
 

@@ -278,6 +278,7 @@ TABLES = {
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
     "any_vae": Table(domain, "any_vae.py"),
     "wide_gaps": Table(domain, "wide_gaps.py"),
+    "best_prior": Table(domain, "best_prior.py"),
     "domain_cells": Table(domain, "examples/scvi_cells.py"),
     "domain_molecules": Table(domain, "examples/molecules_moses.py"),
     "domain_tables": Table(domain, "examples/tables_adult.py"),

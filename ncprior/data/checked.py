@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ncprior.utils.batches import to_device
 from ncprior.utils.require import described, require_finite
@@ -51,3 +52,30 @@ def data_of(batch: Any) -> Tensor:  # noqa: ANN401
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"A batch must have 1 or more rows of x; got {described(x)}.")
     return x
+
+
+def log_prob_of_data(likelihood: Distribution, batch: Any) -> Tensor:  # noqa: ANN401
+    """Returns log p(x | z) in nats of the x of a batch, with shape ``(B,)``.
+
+    Arguments:
+        likelihood: p(x | z), one z per row.
+        batch: The batch, as for :func:`data_of`.
+
+    Raises:
+        ValueError: If x or its log-density has another shape.
+    """
+    x = data_of(batch)
+    if isinstance(likelihood, Distribution):
+        shape = likelihood.batch_shape + likelihood.event_shape
+        if x.shape != shape:
+            raise ValueError(
+                f"Data must have the shape of p(x | z), {tuple(shape)}; got {tuple(x.shape)}. Pass "
+                f"data as the VAE decodes them."
+            )
+    log_p = likelihood.log_prob(x)
+    if log_p.shape != x.shape[:1]:
+        raise ValueError(
+            f"log p(x | z) must have shape (B,), here ({len(x)},); got {tuple(log_p.shape)}. Wrap "
+            f"p(x | z) in Independent(p, {x.ndim - 1})."
+        )
+    return log_p

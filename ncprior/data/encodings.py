@@ -86,8 +86,7 @@ class CachedEncodings(RowData):
             require_instance("folder", folder, (str, os.PathLike), "Pass the path of a folder.")
         self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
         self.budget, self.folder = budget, folder
-        kind = EncodedSource if source.num_groups == 1 else CachedGroupsSource
-        self.source = kind(source)
+        self.source = self._kind()(source)
         self.number = -1
         self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
         self.renew(0)
@@ -108,8 +107,14 @@ class CachedEncodings(RowData):
         """Returns a function of the batch index that renews the cache every ``epochs`` epochs."""
         if math.isinf(epochs) or self.vae.num_groups == 1:
             return None
+        return self._every(epochs)
+
+    def _every(self, epochs: float) -> Callable[[int], None]:
         period = epochs * max(1, len(self) // self.batch_size)
         return lambda batch: self.renew(int(batch // period))
+
+    def _kind(self) -> type[EncodedSource]:
+        return EncodedSource if self.vae.num_groups == 1 else CachedGroupsSource
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -40,7 +40,7 @@ from huggingface_hub.utils import tqdm
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from ncprior.data.checked import checked_batches, data_of
+from ncprior.data.checked import checked_batches, log_prob_of_data
 from ncprior.data.stream import one_pass
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
@@ -57,8 +57,8 @@ from ncprior.source import (
     require_source,
     visit,
 )
-from ncprior.utils.batches import map_tensors
-from ncprior.utils.draws import drawn
+from ncprior.utils.batches import tile_rows
+from ncprior.utils.draws import drawn, sample_and_log_prob
 from ncprior.utils.precision import in_float64
 from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_flags, require_instance
@@ -288,8 +288,8 @@ class _Weights:
         at_once, chunks = max(1, self.chunk_size // rows), []
         for block in torch.arange(num_samples).tensor_split(BLOCKS):  # blocks share no pools
             for some in filter(len, block.split(at_once)):
-                tiled = _tile(x, len(some))
-                codes = self.source.encode(tiled) if draws else _tile(encoding, len(some))
+                tiled = tile_rows(x, len(some))
+                codes = self.source.encode(tiled) if draws else tile_rows(encoding, len(some))
                 log_w = self._walk(codes, tiled)
                 chunks.append(log_w.reshape(3, len(some), rows))
         log_w = torch.cat(chunks, dim=1).cpu()
@@ -309,7 +309,7 @@ class _Weights:
                     f"The likelihood needs log p(z); the prior {type(group.prior).__name__} of "
                     f"group {k} can only be sampled."
                 )
-            z, log_q = _sample_and_log_prob(posterior_of(group))
+            z, log_q = sample_and_log_prob(posterior_of(group))
             log_w.add_(in_float64(group.prior.log_prob(z) - log_q))
             if self.prior is not None and self.prior.is_on(k):
                 log_r = partial(_log_r, self.prior, k, group.context)
@@ -320,7 +320,7 @@ class _Weights:
             return z
 
         _, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
-        return log_w + in_float64(_log_likelihood(self.source.likelihood(state), data_of(x)))
+        return log_w + in_float64(log_prob_of_data(self.source.likelihood(state), x))
 
     def _sir(self, k: int, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
         """Logarithm of an unbiased estimate of p_SIR / p at z with log-ratio ``own``, (B,)."""
@@ -348,40 +348,9 @@ class _Weights:
             yield drawn(group.prior, Size((min(at_once, count - first),)))
 
 
-def _log_likelihood(likelihood: Distribution, x: Tensor) -> Tensor:
-    """log p(x | z) in nats, with shape ``(B,)``, after a check of the shapes."""
-    if isinstance(likelihood, Distribution):
-        shape = likelihood.batch_shape + likelihood.event_shape
-        if x.shape != shape:
-            raise ValueError(
-                f"Data must have the shape of p(x | z), {tuple(shape)}; got {tuple(x.shape)}. Pass "
-                f"data as the VAE decodes them."
-            )
-    log_p = likelihood.log_prob(x)
-    if log_p.shape != x.shape[:1]:
-        raise ValueError(
-            f"log p(x | z) must have shape (B,), here ({len(x)},); got {tuple(log_p.shape)}. Wrap "
-            f"p(x | z) in Independent(p, {x.ndim - 1})."
-        )
-    return log_p
-
-
 def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
     """α log r in nats, in float64."""
     return in_float64(prior.strength * prior.log_r(k, z, context))
-
-
-def _sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Draws z with log q(z); some flow posteriors can evaluate log q at their own draws only."""
-    if hasattr(q, "sample_and_log_prob"):
-        z, log_q = q.sample_and_log_prob()
-        return z, log_q
-    z = drawn(q)
-    return z, q.log_prob(z)
-
-
-def _tile(tree: Any, count: int) -> Any:  # noqa: ANN401
-    return map_tensors(lambda t: t.repeat(count, *(1,) * (t.ndim - 1)) if t.ndim else t, tree)
 
 
 def _standard_error(values: Tensor) -> float:

@@ -92,7 +92,7 @@ def train_heads(
     prior, history, best = min(found, key=lambda one: one[2].score)
     off = gate(prior, history)
     chosen, reason = best.name, f"the lowest NCE loss of held-out data; {history.stopped}"
-    reason += "; with the score term" if score_weight else ""
+    reason += f"; with{'' if score_weight else 'out'} the score term"
     if len(off) == source.num_groups:
         chosen, reason = "none", f"heads have learnt nothing for sure; {history.stopped}"
     elif off:

@@ -6,6 +6,7 @@ from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.history import History, Row
 from ncprior.training.loggers import log_to_json, log_to_tensorboard, log_to_wandb
+from ncprior.training.particles import ResampledPosterior
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import nested
 
@@ -13,6 +14,7 @@ __all__ = [
     "AmortisedSource",
     "FitSettings",
     "History",
+    "ResampledPosterior",
     "Row",
     "calibrate_heads",
     "fit",

@@ -11,6 +11,7 @@ from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
+from ncprior.training.particles import heads_on
 from ncprior.training.resumable import length_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import gather, num_ranks, on_rank_zero
@@ -32,18 +33,22 @@ def training_facts(
     patience: int | None,
     max_seconds: float | None,
     resumable: bool,
+    weighs: bool,
 ) -> dict[str, Any]:
     """Returns properties that a checkpoint compares: VAE, data, ranks, patience and time.
 
-    Digests of data are read only for a checkpoint.
+    Digests of data are read only for a checkpoint. If importance samples are weighted, it compares
+    which heads are on, and their strength; their weights are in the checkpoint itself.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "VAE": prior.source.fingerprint(),
         "rows": length_of(data),
         "ranks": num_ranks(),
         "patience": patience,
         "max_seconds": max_seconds,
     }
+    if weighs:
+        facts |= {"strength": float(prior.strength), "active": heads_on(prior)}
     if resumable:
         for name, given in (("data", data), ("held_out", held_out)):
             require_restartable(given)
@@ -133,8 +138,8 @@ def validate_fit_arguments(
         )
     if (stages != 1 or terms.settings.caches) and iter_is_self(data):
         raise TypeError(
-            f"Stages, a proposal cache and cache_epochs need data that can be read again from its "
-            f"start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
+            f"Stages, importance samples, a proposal cache and cache_epochs need data that can be "
+            f"read again from its start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "
             f"or a list."
         )
     _validate_stages(prior, stages)

@@ -23,6 +23,7 @@ from ncprior.training.arguments import (
     validate_loop_arguments,
 )
 from ncprior.training.history import History, Row
+from ncprior.training.importance import EStep, e_step
 from ncprior.training.resumable import length_of, load, unchanged
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stage_runs import StageRuns
@@ -125,7 +126,8 @@ def fit(
             buffers that its encoder or decoder writes to.
 
     Warns:
-        UserWarning: If nothing is held out. Pass ``held_out``.
+        UserWarning: If nothing is held out. Pass ``held_out``. Or if less than 2 of the importance
+            samples of a row are effective on average. Pass more of them.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)
@@ -155,6 +157,7 @@ def fit(
             patience=patience,
             max_seconds=None if max_seconds is None else float(max_seconds),
             resumable=checkpoint is not None,
+            weighs=settings.importance_samples is not None,
         ),
     )
     validate_fit_arguments(prior, data, terms, stages=stages)
@@ -168,8 +171,12 @@ def fit(
     train, held_out = _parts(data, held_out, split_seed)
     if eval_every is None:
         terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
+    posterior: EStep | None = None
+    if settings.importance_samples is not None:
+        first: dict[str, Any] = {"batch_size": batch_size, "seed": split_seed, "saved": saved}
+        posterior = e_step(prior, train, settings.importance_samples, **first)
     runs = StageRuns(
-        *(train, held_out, terms, split_seed),
+        *(train, held_out, terms, split_seed, posterior),
         patience=patience,
         max_seconds=terms.facts["max_seconds"],
         callback=callback,
@@ -185,7 +192,8 @@ def fit(
         _validate_parts(prior, runs, stages)
         history = runs.first(prior, stages, checkpoint)
         further = runs.further(prior, history, stages, checkpoint)
-        history = history._replace(stages=tuple(further))
+        ess = None if posterior is None else posterior.ess
+        history = history._replace(stages=tuple(further), ess=ess)
         align_generators()
     return history
 

@@ -40,6 +40,7 @@ class HeadTraining(ResumableTraining):
         terms: The terms of the training.
         name: Name of the heads, for the progress bar.
         split_seed: Seed of the random split into training and held-out rows.
+        begun: Weights of the heads under which posterior samples are weighted, or ``None``.
         held_out: The held-out losses, or ``None``.
         patience: Evaluations without improvement of any group before the decay, or ``None``.
         max_seconds: Seconds for this training, or ``None``.
@@ -54,6 +55,7 @@ class HeadTraining(ResumableTraining):
         name: str,
         *,
         split_seed: int,
+        begun: Mapping[str, Tensor] | None,
         held_out: HeldOut | None,
         patience: int | None,
         max_seconds: float | None,
@@ -61,6 +63,7 @@ class HeadTraining(ResumableTraining):
     ) -> None:
         super().__init__(prior, prior.heads, trainer, terms, name)
         self.prior, self.trainer, self.split_seed = prior, trainer, split_seed
+        self.begun_with = begun
         self.held_out, self.max_seconds, self.callback = held_out, max_seconds, callback
         wait = None if patience is None else patience * terms.eval_every
         self.schedule = Schedule(
@@ -206,6 +209,7 @@ class HeadTraining(ResumableTraining):
             **super().state(),
             "stopped": None if str(self.stopped).startswith(BY_CALLBACK) else self.stopped,
             "split_seed": self.split_seed,
+            "begun": self.begun_with,
             "best": self.best,
             "best_loss": self.best_loss,
             "best_error": self.best_error,
@@ -221,6 +225,7 @@ class HeadTraining(ResumableTraining):
         return {
             **super().validators(saved, stream),
             "rows": lambda value: are_rows(value, len(Row._fields)),
+            "begun": lambda v: is_like(v, self.begun_with) and (v is None or is_finite(v)),
             "best": lambda v: v is None or (is_like(v, self.average) and is_finite(v)),
             "best_loss": lambda value: are_numbers(value, k),
             "best_error": lambda value: are_numbers(value, k),

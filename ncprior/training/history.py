@@ -56,6 +56,8 @@ class History(NamedTuple):
             the held-out loss was still falling.
         stages: The histories of further stages; the heads of the last stage may not be in use.
         kept: In the history of a further stage, per group, whether its head is multiplied in.
+        ess: Effective sample size of the importance samples of a row, from 1 to S, before the
+            training; ``None`` without importance samples.
 
     Example:
         >>> from ncprior import fit
@@ -71,6 +73,7 @@ class History(NamedTuple):
     stopped: str
     stages: tuple[History, ...] = ()
     kept: tuple[bool, ...] = ()
+    ess: float | None = None
 
     def has_learnt(self, least: float = 0.0) -> list[bool]:
         """Returns per group whether its head has learnt something that holds on held-out data.
@@ -97,6 +100,7 @@ class History(NamedTuple):
         steps = ", ".join(map(str, self.best_step))
         values = ", ".join(f"{loss:.3f}" for loss in losses)
         text = f"{kind} NCE loss {values} nats, weights of step {steps}; {self.stopped}"
+        text += "" if self.ess is None else f"; {self.ess:.1f} effective importance samples"
         for number, stage in enumerate(self.stages, start=2):
             text += f"\nstage {number}: {stage}" + ("" if any(stage.kept) else "; left out")
         return text

@@ -52,6 +52,11 @@ class FitSettings(OptimizerSettings):
         score_weight: Weight of the score term, which also fits the gradient of log r, see
             :func:`ncprior.nce.score_loss`: for latents on R^n whose posterior and prior have
             densities. Ten is a good value. Further stages are trained without it.
+        importance_samples: S, for one step of EM towards the prior of highest likelihood: heads are
+            contrasted with importance resamples out of S draws of q(z | x) per row, weighted under
+            the prior as it is when the training begins, see
+            :class:`ncprior.training.ResampledPosterior`. The source needs ``likelihood``, and
+            densities of its priors and posteriors. ``None`` trains on q(z | x) itself.
         num_cached_proposals: Number of prior samples drawn once and reused; for bases that are
             slow to sample. Only for a single group without a context. Another tenth, and at least
             2,048, are drawn for the held-out losses. Further stages of such a group keep about ten
@@ -61,7 +66,8 @@ class FitSettings(OptimizerSettings):
             one group, only the encoder's work is saved; with several, z_<k repeats. ``math.inf``
             caches once for all epochs, ``None`` never. ``"auto"`` caches once if this does not
             change the distribution of a step: with one group, rows of a tensor, and an encoder
-            that draws nothing at random.
+            that draws nothing at random. Importance samples of rows of a tensor are cached for as
+            many epochs as are effective, so that each is used about once.
         cache_memory: GiB of memory for the cache; a larger cache is stored on disk, in the
             system's folder for temporary files. The result does not depend on it.
         precision: Precision of the factors in the heads' matrix products: ``torch.float32`` or
@@ -72,7 +78,8 @@ class FitSettings(OptimizerSettings):
 
     Raises:
         TypeError: If a value is of the wrong type. The message names the remedy.
-        ValueError: If a number is out of range. The message names the range.
+        ValueError: If a number is out of range, or settings exclude each other. The message names
+            the range or the remedy.
 
     Example:
         >>> from ncprior import fit
@@ -85,6 +92,7 @@ class FitSettings(OptimizerSettings):
     noise_weight: float = 1.0
     num_draws: int = 1
     score_weight: float = 0.0
+    importance_samples: int | None = None
     num_cached_proposals: int | None = None
     cache_epochs: float | Literal["auto"] | None = "auto"
     cache_memory: float = field(default=4.0, compare=False)
@@ -97,6 +105,13 @@ class FitSettings(OptimizerSettings):
         require_numbers("(0, inf)", noise_weight=self.noise_weight)
         require_counts(num_draws=self.num_draws)
         require_numbers("[0, inf)", score_weight=self.score_weight)
+        require_counts("[2, inf) or None", importance_samples=self.importance_samples)
+        if self.importance_samples is not None and self.score_weight:
+            raise ValueError(
+                f"Heads are trained with importance samples or with the score term, as the gradient "
+                f"of log q(z | x) is not that of the resamples; got importance_samples="
+                f"{self.importance_samples} and score_weight={self.score_weight}. Pass score_weight=0."
+            )
         require_counts("[1, inf) or None", num_cached_proposals=self.num_cached_proposals)
         if not (isinstance(self.cache_epochs, str) and self.cache_epochs == "auto"):
             require_numbers("[1, inf] or None", cache_epochs=self.cache_epochs)
@@ -106,8 +121,9 @@ class FitSettings(OptimizerSettings):
 
     @property
     def caches(self) -> bool:
-        """Whether a cache is asked for, which needs data that can be read again."""
-        return self.num_cached_proposals is not None or self.cache_epochs not in ("auto", None)
+        """Whether a cache or a first look is needed, and so data that can be read again."""
+        first_looks = self.importance_samples is not None or self.num_cached_proposals is not None
+        return first_looks or self.cache_epochs not in ("auto", None)
 
 
 Settings = TypeVar("Settings", bound=OptimizerSettings)

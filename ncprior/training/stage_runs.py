@@ -21,7 +21,8 @@ from ncprior.trainer import NCETrainer
 from ncprior.training.head_training import BY_CALLBACK, HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
-from ncprior.training.resumable import length_of, load
+from ncprior.training.importance import CachedParticles, EStep, epochs_of_particles
+from ncprior.training.resumable import length_of, load, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import cache_size, reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
@@ -61,6 +62,7 @@ class StageRuns:
         held_out: The held-out data, or ``None``.
         terms: The terms of the training.
         split_seed: Seed of the random split into training and held-out rows.
+        e_step: The importance resamples to train on, or ``None`` to train on q(z | x) itself.
         patience: Evaluations without improvement before the decay, or ``None``.
         max_seconds: Seconds for all stages, or ``None``.
         callback: Called with each new row; stops training by returning True.
@@ -72,6 +74,7 @@ class StageRuns:
     held_out: Any
     terms: TrainingTerms[FitSettings]
     split_seed: int
+    e_step: EStep | None
     patience: int | None
     max_seconds: float | None
     callback: Callable[[Row], Any] | None
@@ -84,7 +87,7 @@ class StageRuns:
         """Trains the heads of a prior against its own base, in the first stage's share of time."""
         cache = self.terms.settings.num_cached_proposals
         seconds = self._share(0.0, 1 if stages == "auto" else stages)
-        return self._train(prior, prior.source, checkpoint, cache, seconds)
+        return self._train(prior, self._encodes(prior), checkpoint, cache, seconds)
 
     def further(
         self,
@@ -104,7 +107,8 @@ class StageRuns:
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
             so_far = module_fingerprint(prior.heads)
-            history = self._train(new, reweighted(prior), path, cache, seconds, stage, so_far)
+            source = reweighted(prior, self._encodes(prior))
+            history = self._train(new, source, path, cache, seconds, stage, so_far)
             spent += _seconds(history)
             learnt = history.has_learnt(_WORTH if stages == "auto" else 0.0)
             kept = [on and has for on, has in zip(prior.active, learnt, strict=True)]
@@ -114,6 +118,10 @@ class StageRuns:
             yield history
             if not any(kept):
                 return
+
+    def _encodes(self, prior: NCPrior) -> LatentSource[Any, Any]:
+        """The source of the posterior samples."""
+        return prior.source if self.e_step is None else self.e_step.source
 
     def _share(self, spent: float, stages: int) -> float | None:
         """Seconds for the next of some stages, all of which have the same share of what is left."""
@@ -159,6 +167,7 @@ class StageRuns:
             replace(self.terms, facts=facts),
             "heads" if stage == 1 else f"heads of stage {stage}",
             split_seed=self.split_seed,
+            begun=None if self.e_step is None else weights_of(self.e_step.heads),
             held_out=self._held_out(inputs, prior, trainer),
             patience=self.patience,
             max_seconds=seconds,
@@ -212,28 +221,38 @@ class StageRuns:
         held_out_source = source
         if cache is not None:
             source, held_out_source = with_cached_proposals(source, cache, self.split_seed + stage)
-        epochs = epochs_to_cache(
-            *(source, self.data, self.terms.settings.cache_epochs),
-            rows_drawn=self.terms.batch_size * (self.terms.steps or math.inf),
-            stage=stage,
-        )
-        if epochs is None:
-            return _Inputs(source, self.data, held_out_source, self.held_out)
-        walks = self._cached(source, self.data)
-        inputs = _Inputs(walks.source, walks, held_out_source, None, walks.renewal(epochs))
-        if self.held_out is None:
-            return inputs
-        held_out = self._cached(held_out_source, self.held_out)
-        return inputs._replace(held_out_source=held_out.source, held_out=held_out)
+        inputs = _Inputs(source, self.data, held_out_source, self.held_out)
+        epochs = self._epochs(source, stage)
+        if epochs is not None:
+            walks = self._cached(source, self.data)
+            before = walks.renewal(epochs)
+            inputs = inputs._replace(source=walks.source, data=walks, before=before)
+        if self.held_out is not None and (epochs is not None or self.e_step is not None):
+            held_out = self._cached(held_out_source, self.held_out)
+            inputs = inputs._replace(held_out_source=held_out.source, held_out=held_out)
+        return inputs
+
+    def _epochs(self, source: LatentSource[Any, Any], stage: int) -> float | None:
+        """Epochs for which encodings of the training data are cached, ``None`` for no cache."""
+        epochs = self.terms.settings.cache_epochs
+        rows_drawn = self.terms.batch_size * (self.terms.steps or math.inf)
+        if self.e_step is not None:
+            return epochs_of_particles(self.data, epochs, self.e_step.ess, rows_drawn=rows_drawn)
+        return epochs_to_cache(source, self.data, epochs, rows_drawn=rows_drawn, stage=stage)
 
     def _cached(
         self,
         source: LatentSource[Any, Any],
         data: Any,  # noqa: ANN401
     ) -> CachedEncodings:
-        memory = self.terms.settings.cache_memory * 2**30
-        size = self.terms.batch_size
-        return CachedEncodings(source, data, batch_size=size, seed=self.split_seed, budget=memory)
+        options: dict[str, Any] = {
+            "batch_size": self.terms.batch_size,
+            "seed": self.split_seed,
+            "budget": self.terms.settings.cache_memory * 2**30,
+        }
+        if self.e_step is None:
+            return CachedEncodings(source, data, **options)
+        return CachedParticles(source, data, progress=self.progress, **options)
 
     def _stage_cache(self) -> int:
         batch_size = self.terms.batch_size

@@ -106,16 +106,17 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
     return rebase(prior.source, base)
 
 
-def reweighted(prior: NCPrior) -> Rebased:
+def reweighted(prior: NCPrior, source: LatentSource[Any, Any] | None = None) -> Rebased:
     """Returns a source whose base is Π r·p, drawn by tempered sequential Monte Carlo.
 
     Heads trained on it are multiplied in: stages in product form, as ``fit(stages=…)`` does.
 
     Arguments:
         prior: The prior so far, on a base with a density.
+        source: The source of the posterior; ``None`` takes that of the prior.
 
     Returns:
-        A source whose groups' priors are r_k·p(z_k | z_<k). Rows of a group without a context
+        The source with another base, whose groups' priors are r_k·p(z_k | z_<k). Rows of a group without a context
         share their particles.
     """
 
@@ -127,7 +128,7 @@ def reweighted(prior: NCPrior) -> Rebased:
         )
         return Drawn(partial(prior.draw, k, group, smc))
 
-    return rebase(prior.source, base)
+    return rebase(prior.source if source is None else source, base)
 
 
 def cache_size(num_rows: int | None, per_row: int, limits: tuple[int, int]) -> int:

@@ -109,6 +109,16 @@ def take_rows(batch: Any, rows: slice) -> Any:  # noqa: ANN401
     return map_tensors(lambda t: t[rows] if t.ndim > 0 else t, batch)
 
 
+def tile_rows(batch: Any, count: int) -> Any:  # noqa: ANN401
+    """Returns a batch with all of its rows repeated, one copy after the other.
+
+    Example:
+        >>> tile_rows({"x": torch.tensor([1, 2])}, 2)["x"]
+        tensor([1, 2, 1, 2])
+    """
+    return map_tensors(lambda t: t.repeat(count, *(1,) * (t.ndim - 1)) if t.ndim else t, batch)
+
+
 def tensor_of(array: np.ndarray) -> Tensor:
     """Returns an array of numbers as a tensor; float64 becomes torch's default dtype.
 

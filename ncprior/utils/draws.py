@@ -39,3 +39,18 @@ def drawn(distribution: Any, sample_shape: Size = Size()) -> Tensor:  # noqa: AN
         return z
     mean, sd = normal
     return mean.new_empty(sample_shape + mean.shape).normal_().mul_(sd).add_(mean)
+
+
+def sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Draws z with log q(z); some flow posteriors can evaluate log q at their own draws only.
+
+    Example:
+        >>> z, log_q = sample_and_log_prob(Normal(torch.zeros(5), 1.0))
+        >>> z.shape, log_q.shape
+        (torch.Size([5]), torch.Size([5]))
+    """
+    if hasattr(q, "sample_and_log_prob"):
+        z, log_q = q.sample_and_log_prob()
+        return z, log_q
+    z = drawn(q)
+    return z, q.log_prob(z)

@@ -99,6 +99,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "proposals of a cache": {"num_cached_proposals": 100},
     "bfloat16 and draws": {"precision": torch.bfloat16, "num_draws": 3},
     "score term": {"score_weight": 10.0, "precision": torch.bfloat16},
+    "importance samples": {"importance_samples": 16},
+    "importance samples of each step": {"importance_samples": 16, "cache_epochs": None},
     "no average, no clipping": {"ema_decay": 0.0, "max_grad_norm": None, "noise_weight": 3.0},
 }
 

@@ -195,6 +195,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "a cache": {},
     "no cache": {"settings": FitSettings(cache_epochs=None)},
     "score term": {"settings": FitSettings(score_weight=10.0)},
+    "importance samples": {"settings": FitSettings(importance_samples=8, cache_epochs=8)},
     "stages": {"stages": 1, "settings": FitSettings(num_draws=2)},
 }
 
@@ -211,6 +212,18 @@ def test_fit_waits_once_per_step(
         fit(new(), data, held_out=x[:40], steps=count, **options, **FORMS[form])
 
     assert extra(train, 12, 22).total() <= 10  # two epochs of 5 steps
+
+
+def test_importance_samples_of_each_step_wait_once_more(
+    new: New, x: Tensor, extra: Callable[..., Waits]
+) -> None:
+    chosen = FitSettings(importance_samples=8, cache_epochs=None)
+
+    def train(count: int) -> None:
+        options: dict[str, Any] = {"batch_size": 32, "eval_every": 10**6, "progress": False}
+        fit(new(), x, held_out=x[:40], steps=count, settings=chosen, **options)
+
+    assert extra(train, 12, 22).total() <= 20
 
 
 def test_held_out_losses_wait_once_per_evaluation(

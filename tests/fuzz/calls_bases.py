@@ -23,6 +23,7 @@ from fuzz.kinds import (
     OPTIONAL_SHAPE,
     OPTIONAL_TEXT,
     PRIOR,
+    PRIOR_OR_SOURCE,
     SAMPLER,
     SEED,
     SOURCE,
@@ -43,7 +44,7 @@ from fuzz.values import LAYERS, Value, constant
 from fuzz.world import World
 from torch import nn
 
-from ncprior import LatentSource, NCPrior, bases, demo, diagnostics, evaluation, vaebm
+from ncprior import bases, demo, diagnostics, evaluation, vaebm
 
 Built = tuple[Any, dict[str, Any]]
 SLOW = {"slow": True, "limit": 6.0}
@@ -710,16 +711,10 @@ def _(w: World) -> Built:
     return evaluation.inception_features, {"weights": "nowhere.pt"}
 
 
-MODEL = Kind(
-    "a prior or a source",
-    lambda v: None if isinstance(v, NCPrior) or LatentSource in type(v).__mro__ else False,
-)
-
-
 @call(
     "ncprior.evaluation.log_likelihood",
     options=SLOW,
-    prior=MODEL,
+    prior=PRIOR_OR_SOURCE,
     data=DATA,
     num_samples=count(),
     num_proposals=count(none=True),
@@ -767,7 +762,9 @@ def _(w: World) -> Built:
 @call(
     "ncprior.evaluation.ood_score",
     options=SLOW,
-    model=Kind("a model", lambda v: None if isinstance(v, vaebm.VAEBM) else MODEL.verdict(v)),
+    model=Kind(
+        "a model", lambda v: None if isinstance(v, vaebm.VAEBM) else PRIOR_OR_SOURCE.verdict(v)
+    ),
     data=DATA,
     num_samples=count(),
     batch_size=count(),

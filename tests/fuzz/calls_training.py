@@ -25,6 +25,7 @@ from fuzz.kinds import (
     PATH,
     PRECISION,
     PRIOR,
+    PRIOR_OR_SOURCE,
     SAMPLER,
     SEED,
     SOURCE,
@@ -107,6 +108,7 @@ OPTIMIZER_SETTINGS = {
     noise_weight=RATE,
     num_draws=count(),
     score_weight=number(0),
+    importance_samples=count(2, none=True),
     num_cached_proposals=count(none=True),
     cache_epochs=unsure(number(0, none=True, also=("auto", math.inf))),
     cache_memory=number(0, left_open=(math.inf,)),
@@ -445,6 +447,45 @@ def _amortised(w: World) -> training.AmortisedSource:
 @call("ncprior.training.AmortisedSource", source=SOURCE, encoder=MODULE)
 def _(w: World) -> Built:
     return training.AmortisedSource, {"source": w.source, "encoder": nn.Linear(3, 4)}
+
+
+def _resampled(w: World) -> training.ResampledPosterior:
+    return training.ResampledPosterior(w.prior, 4)
+
+
+@call(
+    "ncprior.training.ResampledPosterior",
+    prior=PRIOR_OR_SOURCE,
+    num_samples=count(),
+    chunk_size=count(),
+)
+def _(w: World) -> Built:
+    return training.ResampledPosterior, {"prior": w.prior, "num_samples": 4, "chunk_size": 16}
+
+
+for _name in ("encode", "ess"):
+
+    @call(f"ncprior.training.ResampledPosterior.{_name}", x=opened(X))
+    def _(w: World, name: str = _name) -> Built:
+        return getattr(_resampled(w), name), {"x": w.x}
+
+
+@call("ncprior.training.ResampledPosterior.start", batch_size=unsure(count()))
+def _(w: World) -> Built:
+    source = _resampled(w)
+    return source.start, {"batch_size": 24, "encoding": source.encode(w.x)}
+
+
+for _name in ("group", "advance", "decode", "likelihood"):
+
+    @call(f"ncprior.training.ResampledPosterior.{_name}")
+    def _(w: World, name: str = _name) -> Built:
+        source = _resampled(w)
+        state = source.start(24, source.encode(w.x))
+        if name in ("decode", "likelihood"):
+            state = source.advance(state, w.z)
+        more = {"z": w.z} if name == "advance" else {}
+        return getattr(source, name), {"state": state, **more}
 
 
 @call("ncprior.training.AmortisedSource.encode", x=opened(X))

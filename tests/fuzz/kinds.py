@@ -177,6 +177,10 @@ def instance(*kinds: Any, none: bool = False, more: tuple[Value, ...] = ()) -> K
 
 PRIOR = instance(NCPrior)
 SOURCE = Kind("a source", lambda v: None if LatentSource in type(v).__mro__ else False)
+PRIOR_OR_SOURCE = Kind(
+    "a prior or a source",
+    lambda v: None if isinstance(v, NCPrior) or LatentSource in type(v).__mro__ else False,
+)
 MODULE = instance(nn.Module)
 OPTIONAL_MODULE = instance(nn.Module, none=True)
 

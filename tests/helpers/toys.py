@@ -122,15 +122,28 @@ class Ladder(nn.Module, LatentSource[Any, Any]):
         return self.decoder(state.h)
 
 
+class KnownLadder(Ladder):
+    """A `Ladder` with p(x | z) = N(decode(z), I)."""
+
+    def likelihood(self, state: Rung) -> Independent:
+        """p(x | z)."""
+        return Independent(Normal(self.decode(state), 1.0, validate_args=False), 1)
+
+
 def ladder_prior(
-    num_groups: int = 3, *, width: int = 8, depth: int = 1, dropout: float = 0.0
+    num_groups: int = 3,
+    *,
+    width: int = 8,
+    depth: int = 1,
+    dropout: float = 0.0,
+    kind: type[Ladder] = Ladder,
 ) -> NCPrior:
     """Small heads on a `Ladder`."""
     heads = [
         MLPHead((2,), context_shape=(8,), width=width, depth=depth, dropout=dropout)
         for _ in range(num_groups)
     ]
-    return NCPrior(Ladder(num_groups), heads)
+    return NCPrior(kind(num_groups), heads)
 
 
 def stir(prior: NCPrior, scale: float = 0.5) -> NCPrior:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import Ranks, launch, named
-from helpers.toys import Unfinished, ladder_prior, stir
+from helpers.toys import KnownLadder, Unfinished, ladder_prior, stir
 from torch import Size, Tensor
 
 from ncprior import Group, NCPrior, fit
@@ -133,18 +133,23 @@ def rank_main(rank: int, folder: Path) -> None:
 
         def train(name: str, how: bool = how, **options: Any) -> None:
             torch.manual_seed(50 + rank)  # other heads and generators on each rank
-            prior = stir(ladder_prior(3, dropout=0.3), 0.1)
+            prior = stir(ladder_prior(3, dropout=0.3, kind=KnownLadder), 0.1)
             prior.source.load_state_dict(torch.load(folder / "source.pt", weights_only=True))
-            settings = FitSettings(group_parallel=how, cache_epochs=options.pop("cache", "auto"))
+            cache, samples = options.pop("cache", "auto"), options.pop("samples", None)
+            settings = FitSettings(
+                group_parallel=how, cache_epochs=cache, importance_samples=samples
+            )
             options = {"batch_size": 51, "eval_every": 10, "settings": settings, **options}
             if name == "stopped" and not how:
                 prior.source.advance = recorded(prior.source.advance, saved)
-            fit(prior, x, **options, **QUIET)
+            told[f"ess of {name} {how}"] = fit(prior, x, **options, **QUIET).ess
             keep(f"{name} {how}", prior)
 
         train("stopped", steps=40, batch_size=50, callback=callback)
         told[f"calls {how}"] = calls
         train("whole", steps=31, cache=1)
+        train("particles", steps=20, cache=2, samples=8)
+        train("particles of each step", steps=20, cache=None, samples=8)
         path = folder / f"checkpoint-{how}"
 
         def interrupt(row: Any) -> None:
@@ -223,6 +228,17 @@ def test_one_checkpoint_from_which_both_go_on(ranks: Ranks, group_parallel: bool
     assert two[f"interrupted {group_parallel}"] == "RuntimeError: Rank 0 has failed: Stopped: "
     whole, parts = (both(ranks, f"{name} {group_parallel}") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("group_parallel", [False, True])
+def test_importance_samples_are_weighted_by_the_heads_of_rank_0(
+    ranks: Ranks, group_parallel: bool
+) -> None:
+    """Every rank has other heads at first, and in the end the same."""
+    for name in ("particles", "particles of each step"):
+        both(ranks, f"{name} {group_parallel}")
+        one, two = (told[f"ess of {name} {group_parallel}"] for _, told in ranks)
+        assert one == two > 1
 
 
 def test_ranks_that_were_not_given_the_same_are_refused(ranks: Ranks) -> None:
