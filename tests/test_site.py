@@ -136,7 +136,7 @@ def test_the_map_for_language_models(tools: Any, tmp_path: Path) -> None:
     stage, llms = tools("stage"), tools("llms")
     index = (ROOT / stage.INDEX).read_text(encoding="utf-8")
     names = stage.pages()
-    texts = {name: f"# {name}" for name in names.values()}
+    texts = {name: f"# {name}\n\n\n\nText." for name in names.values()}
     (tmp_path / "api").mkdir()
     llms.write(tmp_path, index, names, texts)
     short = (tmp_path / "llms.txt").read_text()
@@ -144,12 +144,13 @@ def test_the_map_for_language_models(tools: Any, tmp_path: Path) -> None:
     assert "- [Choose a base](bases.md): base priors closer" in short
     full = (tmp_path / "llms-full.txt").read_text()
     assert "# readme" in full and "# verdicts" in full and "# changelog" not in full
-    assert (tmp_path / "bases.md").exists()
+    assert (tmp_path / "bases.md").read_text() == "# bases\n\nText."
     assert "- [ncprior.bases](api/ncprior.bases.md): Base priors, fitted" in short
     reference = (tmp_path / "api" / "ncprior.md").read_text()
-    assert "## ncprior.fit(prior: 'NCPrior', data: 'Any', *, " in reference
-    assert "settings: 'FitSettings' = FitSettings())" in reference
+    assert "## ncprior.fit(prior: NCPrior, data: Any, *, " in reference
+    assert "settings: FitSettings = FitSettings())" in reference
     assert "### NCPrior.save_pretrained(self, directory" in reference
+    assert "## ncprior.Sample(x: Tensor, latents: tuple[Tensor, ...], draws: " in reference
 
 
 def test_other_folders_are_not_overwritten(tools: Any, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ HEAD = """# ncprior
 Import from `ncprior`, `ncprior.<folder>` or `ncprior.adapters.<name>`, never deeper.
 """
 
+BLANKS = re.compile(r"\n{4,}")  # of comments that were taken out
+
 
 def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) -> None:
     """Writes both files, and the Markdown of every page and module beside its HTML.
@@ -41,6 +43,7 @@ def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) 
         lines.append(f"- [{module}](api/{module}.md): {api.first_sentence(module)}")
         (site / "api" / f"{module}.md").write_text(api.text(module), encoding="utf-8")
     (site / "llms.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    texts = {name: BLANKS.sub("\n\n", text) for name, text in texts.items()}
     for name, text in texts.items():
         (site / f"{name}.md").write_text(text, encoding="utf-8")
     short = [name for name in order if name not in ("changelog", "benchmarks", "contributing")]
