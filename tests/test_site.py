@@ -76,6 +76,7 @@ table[0](bases.md)
 
 
 def test_all_pages_are_staged(tools: Any, tmp_path: Path) -> None:
+    pytest.importorskip("jupytext", reason="needs the extra [docs]")
     stage = tools("stage")
     texts = stage.stage(tmp_path)
     assert set(texts) == set(stage.pages().values())

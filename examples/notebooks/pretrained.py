@@ -1,5 +1,3 @@
-"""A pretrained VAE of other people. Open it as a notebook: by jupytext, in VS Code or in PyCharm."""
-
 # %% [markdown]
 # # A pretrained model of someone else
 #
@@ -13,6 +11,7 @@
 # ```
 
 # %%
+# %matplotlib inline
 import os
 from functools import partial
 from pathlib import Path
