@@ -143,6 +143,7 @@ def test_the_map_for_language_models(tools: Any, tmp_path: Path) -> None:
     short = (tmp_path / "llms.txt").read_text()
     assert short.startswith("# ncprior\n\n> ") and "\n## How to\n" in short
     assert "- [Choose a base](bases.md): base priors closer" in short
+    assert "(llms-full.txt)" in short
     full = (tmp_path / "llms-full.txt").read_text()
     assert "# readme" in full and "# verdicts" in full and "# changelog" not in full
     assert (tmp_path / "bases.md").read_text() == "# bases\n\nText."

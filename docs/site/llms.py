@@ -17,6 +17,8 @@ HEAD = """# ncprior
 Import from `ncprior`, `ncprior.<folder>` or `ncprior.adapters.<name>`, never deeper.
 """
 
+MAP = "\nAll pages in one file, without the reference: [llms-full.txt](llms-full.txt).\n"
+
 BLANKS = re.compile(r"\n{4,}")  # of comments that were taken out
 
 
@@ -29,7 +31,7 @@ def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) 
         names: Names on the site of all pages, by their path in the repository.
         texts: Markdown of all pages for the site, by their names.
     """
-    lines, order = [HEAD], ["readme"]
+    lines, order = [HEAD + MAP], ["readme"]
     for title, rows in parts(index).items():
         lines.append(f"\n## {title}\n")
         for label, link in rows:
