@@ -1,11 +1,13 @@
 """What an installation gets: the wheel, built from the sdist as a package index would have it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import ncprior
 
 ROOT = Path(__file__).resolve().parents[1]
+REPOSITORY = "https://example.org/ncprior"
 
 
 def build(project: Path, kind: str, out: Path) -> Path:
@@ -31,8 +34,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     project = folder / "project"
     project.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if "[project.urls]" not in settings:  # the repository has no public address yet
+        urls = f'[project.urls]\nRepository = "{REPOSITORY}"\n'
+        (project / "pyproject.toml").write_text(f"{settings}\n{urls}", encoding="utf-8")
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("ncprior", "adapters"):
         shutil.copytree(ROOT / name, project / name, symlinks=True, ignore=unwanted)
@@ -51,6 +58,20 @@ def test_the_wheel_has_every_file_and_nothing_else(wheel: Path) -> None:
     info = f"ncprior-{ncprior.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in names
     assert {name.split("/")[0] for name in names} == {"ncprior", info}
+
+
+def test_an_index_shows_pictures_and_links_of_the_repository(wheel: Path) -> None:
+    info = f"ncprior-{ncprior.__version__}.dist-info"
+    found = message_from_bytes(zipfile.ZipFile(wheel).read(f"{info}/METADATA"))
+    assert found["Description-Content-Type"] == "text/markdown"
+    (address,) = (it.split(", ")[1] for it in found.get_all("Project-URL"))
+    page, readme = str(found.get_payload()), (ROOT / "README.md").read_text(encoding="utf-8")
+    links, own = (re.findall(r"\]\(([^)\s]+)\)", text) for text in (page, readme))
+    assert len(links) == len(own) and not [it for it in links if not it.startswith(("http", "#"))]
+    assert f"{address}/raw/main/examples/images/banner.png" in links
+    assert f"{address}/blob/main/docs/start.md" in links
+    back = [re.sub(f"{address}/(raw|blob)/main/", "", link) for link in links]
+    assert back == own  # no other link changes
 
 
 def printed_by(code: str, folder: Path) -> str:

@@ -76,6 +76,7 @@ table[0](bases.md)
 
 
 def test_all_pages_are_staged(tools: Any, tmp_path: Path) -> None:
+    pytest.importorskip("jupytext", reason="needs the extra [docs]")
     stage = tools("stage")
     texts = stage.stage(tmp_path)
     assert set(texts) == set(stage.pages().values())
@@ -136,20 +137,22 @@ def test_the_map_for_language_models(tools: Any, tmp_path: Path) -> None:
     stage, llms = tools("stage"), tools("llms")
     index = (ROOT / stage.INDEX).read_text(encoding="utf-8")
     names = stage.pages()
-    texts = {name: f"# {name}" for name in names.values()}
+    texts = {name: f"# {name}\n\n\n\nText." for name in names.values()}
     (tmp_path / "api").mkdir()
     llms.write(tmp_path, index, names, texts)
     short = (tmp_path / "llms.txt").read_text()
     assert short.startswith("# ncprior\n\n> ") and "\n## How to\n" in short
     assert "- [Choose a base](bases.md): base priors closer" in short
+    assert "(llms-full.txt)" in short
     full = (tmp_path / "llms-full.txt").read_text()
     assert "# readme" in full and "# verdicts" in full and "# changelog" not in full
-    assert (tmp_path / "bases.md").exists()
+    assert (tmp_path / "bases.md").read_text() == "# bases\n\nText."
     assert "- [ncprior.bases](api/ncprior.bases.md): Base priors, fitted" in short
     reference = (tmp_path / "api" / "ncprior.md").read_text()
-    assert "## ncprior.fit(prior: 'NCPrior', data: 'Any', *, " in reference
-    assert "settings: 'FitSettings' = FitSettings())" in reference
+    assert "## ncprior.fit(prior: NCPrior, data: Any, *, " in reference
+    assert "settings: FitSettings = FitSettings())" in reference
     assert "### NCPrior.save_pretrained(self, directory" in reference
+    assert "## ncprior.Sample(x: Tensor, latents: tuple[Tensor, ...], draws: " in reference
 
 
 def test_other_folders_are_not_overwritten(tools: Any, tmp_path: Path) -> None:

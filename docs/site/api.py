@@ -123,9 +123,21 @@ def shorten(signature: str) -> str:
     return re.sub(r"(\b[A-Z]\w+)\([^()]+\)", r"\1()", signature)
 
 
+def unquoted(signature: str) -> str:
+    """A signature whose annotations stand without quotes, and whose functions without addresses.
+
+    Example:
+        >>> unquoted("(x: 'Tensor', z: ForwardRef('int', module='m') = 'a') -> 'None'")
+        "(x: Tensor, z: int = 'a') -> None"
+    """
+    signature = re.sub(r"ForwardRef\('([^']*)'[^)]*\)", r"'\1'", signature)
+    signature = re.sub(r"<function (\S+) at \w+>", r"\1", signature)
+    return re.sub(r"(: |-> )(?:'([^']*)'|\"([^\"]*)\")", r"\1\2\3", signature)
+
+
 def _signature(value: Any) -> str:  # noqa: ANN401
     try:
-        return shorten(str(inspect.signature(value)))
+        return shorten(unquoted(str(inspect.signature(value))))
     except (TypeError, ValueError):
         return ""  # a property, or a class without a constructor of its own
 

@@ -17,6 +17,10 @@ HEAD = """# ncprior
 Import from `ncprior`, `ncprior.<folder>` or `ncprior.adapters.<name>`, never deeper.
 """
 
+MAP = "\nAll pages in one file, without the reference: [llms-full.txt](llms-full.txt).\n"
+
+BLANKS = re.compile(r"\n{4,}")  # of comments that were taken out
+
 
 def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) -> None:
     """Writes both files, and the Markdown of every page and module beside its HTML.
@@ -27,7 +31,7 @@ def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) 
         names: Names on the site of all pages, by their path in the repository.
         texts: Markdown of all pages for the site, by their names.
     """
-    lines, order = [HEAD], ["readme"]
+    lines, order = [HEAD + MAP], ["readme"]
     for title, rows in parts(index).items():
         lines.append(f"\n## {title}\n")
         for label, link in rows:
@@ -41,6 +45,7 @@ def write(site: Path, index: str, names: dict[str, str], texts: dict[str, str]) 
         lines.append(f"- [{module}](api/{module}.md): {api.first_sentence(module)}")
         (site / "api" / f"{module}.md").write_text(api.text(module), encoding="utf-8")
     (site / "llms.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    texts = {name: BLANKS.sub("\n\n", text) for name, text in texts.items()}
     for name, text in texts.items():
         (site / f"{name}.md").write_text(text, encoding="utf-8")
     short = [name for name in order if name not in ("changelog", "benchmarks", "contributing")]

@@ -7,10 +7,12 @@ part of the navigation. A new page is one row of such a table.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
+from typing import Any
 
 import notebooks
 
@@ -64,21 +66,22 @@ def parts(index: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def stage(
-    folder: Path, run: Callable[[Path], notebooks.Ran] = notebooks.not_run, root: Path = ROOT
+    folder: Path, run: Callable[[Path], Any] = notebooks.read, root: Path = ROOT
 ) -> dict[str, str]:
     """Writes all pages to a folder, as they are for the site, and returns their texts by name.
 
     Arguments:
         folder: The folder, which exists.
-        run: Returns the outputs of a notebook.
+        run: Returns a notebook, with its outputs if it is run.
         root: The root of the repository.
     """
     names, texts = pages(root), {}
     linked: set[str] = set()
     for path, name in names.items():
-        text = (root / path).read_text(encoding="utf-8")
         if path.endswith(".py"):
-            text = _notebook(text, name, run(root / path), folder)
+            text = _notebook(run(root / path), name, folder)
+        else:
+            text = (root / path).read_text(encoding="utf-8")
         texts[name], targets = for_site(text, path, names, root)
         linked |= targets
     index = (root / INDEX).read_text(encoding="utf-8")
@@ -124,13 +127,15 @@ def for_site(
     return page.replace("](made:", f"](pictures/{names[path]}-"), linked
 
 
-def _notebook(script: str, name: str, ran: notebooks.Ran, folder: Path) -> str:
+def _notebook(notebook: Any, name: str, folder: Path) -> str:  # noqa: ANN401 (of nbformat)
     """The page of a notebook; its pictures and its file for Jupyter are written beside it."""
+    text, pictures = notebooks.page(notebook, name)
     (folder / "pictures").mkdir(exist_ok=True)
-    for file, data in ran.files.items():
+    for file, data in pictures.items():
         (folder / "pictures" / f"{name}-{file}").write_bytes(data)
-    (folder / f"{name}.ipynb").write_text(notebooks.jupyter(script, ran), encoding="utf-8")
-    return notebooks.page(script, name, ran)
+    whole = json.dumps(notebook, indent=1, ensure_ascii=False)
+    (folder / f"{name}.ipynb").write_text(f"{whole}\n", encoding="utf-8")
+    return text
 
 
 def contents(index: str, names: dict[str, str]) -> str:

@@ -1,5 +1,3 @@
-"""A better prior for scVI. Open it as a notebook: by jupytext, in VS Code or in PyCharm."""
-
 # %% [markdown]
 # # Cells
 #
@@ -8,6 +6,7 @@
 # the extras `cells` and `plot`; takes less than a minute on one core.
 
 # %%
+# %matplotlib inline
 import warnings
 from functools import partial
 

@@ -1,5 +1,3 @@
-"""Langevin chains of a VAEBM, as an animation. Open it as a notebook: by jupytext, in VS Code or in PyCharm."""
-
 # %% [markdown]
 # # Chains of an energy, as an animation
 #
@@ -8,7 +6,9 @@
 # extra `demo`; takes a minute on one core.
 
 # %%
+# %matplotlib inline
 import torch
+from IPython import display
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -73,12 +73,11 @@ film[0].save(
     duration=[800] + [160] * 23 + [1600],
     loop=0,
 )
+display.Image("chains.gif")
 
 # %% [markdown]
-# The animation shows 32 chains. Many digits change little: they were good already. Others move from a mixture of two
-# digits to one of them. This energy was trained for seconds; `examples/vaebm.py` trains longer and measures it.
-#
-# ![32 chains of 24 steps](chains.gif)
+# The animation shows 32 chains of 24 steps. Many digits change little: they were good already. Others move from a
+# mixture of two digits to one of them. This energy was trained for seconds; `examples/vaebm.py` trains longer and measures it.
 #
 # [Energies on images](../../docs/energies.md) explains the choices, and
 # [the benchmarks](../../examples/benchmarks/RESULTS.md#energies-on-images) say whether it is worth it.

@@ -1,5 +1,3 @@
-"""The demonstration, digit by digit. Open it as a notebook: by jupytext, in VS Code or in PyCharm."""
-
 # %% [markdown]
 # # Digit by digit
 #
@@ -7,6 +5,7 @@
 # extra `demo`; takes a minute on one core.
 
 # %%
+# %matplotlib inline
 from textwrap import fill
 
 import torch

@@ -1,5 +1,3 @@
-"""A hierarchical VAE, group by group. Open it as a notebook: by jupytext, in VS Code or in PyCharm."""
-
 # %% [markdown]
 # # A hierarchical model, group by group
 #
@@ -8,6 +6,7 @@
 # at the groups one by one. Needs the extra `demo`; takes less than a minute on one core.
 
 # %%
+# %matplotlib inline
 from functools import partial
 from typing import Any, NamedTuple
 

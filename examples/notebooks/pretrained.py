@@ -1,5 +1,3 @@
-"""A pretrained VAE of other people. Open it as a notebook: by jupytext, in VS Code or in PyCharm."""
-
 # %% [markdown]
 # # A pretrained model of someone else
 #
@@ -13,9 +11,11 @@
 # ```
 
 # %%
+# %matplotlib inline
 import os
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ plot_samples({"data": x_test[:16], "reconstructions": reconstructions, "samples"
 
 # %%
 prior = NCPrior.for_source(source, x_train[:256])
-print(fit(prior, x_train, steps=800, progress=False))
+print(fill(str(fit(prior, x_train, steps=800, progress=False)), 88))
 mixture = fit_mixture(latents_of(source, x_train), 10)
 
 # %% [markdown]

@@ -66,6 +66,9 @@ class HeadSettings:
     def disabled(self) -> Iterator[None]:
         """A context manager inside which this prior equals the base prior.
 
+        The base prior is the VAE's own prior, unless ``improve`` or ``rebase`` has put a fitted one
+        in its place.
+
         Like ``torch.no_grad``, it holds for the thread or task that entered it: other threads, and
         threads that are started inside, go on with the trained prior.
 

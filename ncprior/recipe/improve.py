@@ -142,4 +142,5 @@ def _summary(prior: NCPrior, record: Record) -> str:
     base = next(choice.chosen for choice in record.choices if choice.part == "base")
     if any(prior.active):
         return f"The new prior: {base}, and ratio heads on it."
-    return f"The new prior: {base} alone; ratio heads found nothing more that is sure."
+    limited = "" if record.left() is None else " in the time that they had"
+    return f"The new prior: {base} alone; ratio heads found nothing more that is sure{limited}."

@@ -24,6 +24,7 @@ from ncprior.heads import MLPHead
 from ncprior.recipe import Choice, base, heads
 from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
+from ncprior.recipe.improve import _summary as summary
 from ncprior.recipe.judge import Gap, in_words, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
@@ -149,6 +150,17 @@ def test_heads_are_trained_in_the_precision_that_is_fast_here(
     identity = SingleGroup(flat().prior, lambda x: Independent(Normal(x, 0.1), 1), lambda z: z)
     heads.train_heads(identity, parts, Record(progress=False, max_seconds=None), None)
     assert seen == [precision] * 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "end"), [(None, "sure."), (9.0, "in the time that they had.")]
+)
+def test_a_limit_of_time_is_named_where_no_head_is_kept(seconds: float | None, end: str) -> None:
+    prior = NCPrior(flat(), [MLPHead((2,))])
+    prior.active = [False]
+    record = Record(progress=False, max_seconds=seconds)
+    record.add(Choice("base", "Gaussian"))
+    assert summary(prior, record).endswith(end)
 
 
 @pytest.mark.usefixtures("quick")
