@@ -271,6 +271,7 @@ TABLES = {
     "training_speed": Table(lambda rows: columns(rows, TRAINING), "training_speed.py"),
     "table8": Table(paper_times, "table8.py --device cuda --langevin 5 50"),
     "hole_mnist": Table(hole, "prior_hole.py --data mnist"),
+    "hole_digits": Table(hole, "prior_hole.py --data digits"),
     "hole_cifar10": Table(hole, "prior_hole.py --data cifar10"),
     "vaebm_mnist": Table(energies, "vaebm.py --data mnist"),
     "vaebm_mnist_50": Table(energies, "vaebm.py --data mnist --proposals 50"),
