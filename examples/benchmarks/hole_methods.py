@@ -41,7 +41,14 @@ from ncprior.bases import (
 from ncprior.diagnostics import diagnose, match_strength, recommend_sampler
 from ncprior.heads import factors
 from ncprior.recipe import Improvement
-from ncprior.samplers import LogRatio, Sampler, describe, tempered_smc, within_components
+from ncprior.samplers import (
+    LogRatio,
+    Sampler,
+    budgeted_rejection,
+    describe,
+    tempered_smc,
+    within_components,
+)
 from ncprior.saving import write_atomically
 from ncprior.source import visit
 from ncprior.training import FitSettings, calibrate_heads, gate, nested
@@ -486,6 +493,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     for name, kind in (("MAF", "MAF"), ("IAF", "IAF"), ("two-stage", "TwoStageVAE")):
         found.append(Method(f"pythae {name}", "peer", pythaes(kind)))
     smc = partial(tempered_smc, num_particles=1, share_particles=True, num_moves=8)
+    pool = partial(budgeted_rejection, num_proposals=50, share_proposals=True)
     last = case.bases[-1]
     for where in case.bases:
         name = f"NCP on {where or 'N(0, I)'}"
@@ -494,7 +502,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         if where:
             kinds += [(f"{kind} within", within_components(sampler)) for kind, sampler in kinds]
         if case.every_sampler and where in ("", last):
-            kinds.append(("SMC", smc))
+            kinds += [("SMC", smc), ("pool of 50", pool)]
         if where == last:
             chain = partial(tempered_smc, num_particles=1, num_moves=24)
             kinds.append(("MALA(24) within", within_components(chain)))
