@@ -44,7 +44,7 @@ COLUMNS = {
     "seconds_per_10k": ">15.1f",
 }
 GENERATIONS, BATCH = 5, 1000
-FEW = 10  # steps that measure the time of one
+FEW = 50  # steps that measure the time of one
 Draws = Callable[[int], Tensor]
 Fit = Callable[..., Any]  # fit(z, steps=…) returns a base or a function of a count
 
@@ -102,10 +102,11 @@ def within(fit: Fit, z: Tensor, budget: float, *, has_steps: bool) -> tuple[Any,
     started = now()
     if not has_steps:
         return fit(z), now() - started
+    fit(z, steps=1)  # what is done once
+    once, started = now() - started, now()
     fit(z, steps=FEW)
-    first, started = now() - started, now()
-    fit(z, steps=3 * FEW)
-    each = max(1e-5, (now() - started - first) / (2 * FEW))  # without what is done once
+    spent = now() - started
+    each = max(spent - once, spent / 3) / FEW
     started = now()
     return fit(z, steps=max(FEW, int(0.95 * budget / each))), now() - started
 

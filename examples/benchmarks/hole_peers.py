@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ncprior.bases import VelocityNet
 from ncprior.heads import MLPHead
@@ -28,8 +28,12 @@ RENEWED = 0.05  # of them, at every step
 
 
 def averaged(network: nn.Module) -> AveragedModel:
-    """A moving average of the weights, as all fits of the package have."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    """A moving average of the weights with a warm-up, as all fits of the package have."""
+
+    def move(mean: Tensor, new: Tensor, step: Tensor | int) -> Tensor:
+        return mean + (1 - min(DECAY, (1 + int(step)) / (10 + int(step)))) * (new - mean)
+
+    return AveragedModel(network, avg_fn=move)
 
 
 def fit_diffusion(z: Tensor, *, width: int, steps: int, num_steps: int = 25) -> Draws:
