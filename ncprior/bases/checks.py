@@ -9,7 +9,15 @@ import torch
 from torch import Size, Tensor
 
 from ncprior.heads.contexts import require_context
-from ncprior.utils.require import described, floats, require_callable
+from ncprior.utils.gradients import require_grad_mode
+from ncprior.utils.require import (
+    described,
+    floats,
+    require_callable,
+    require_counts,
+    require_flags,
+    require_numbers,
+)
 
 
 def size_of(shape: Any, name: str = "sample_shape") -> Size:  # noqa: ANN401
@@ -64,6 +72,38 @@ def own_floats(name: str, value: Any) -> Tensor:  # noqa: ANN401
         TypeError: If it holds no real numbers.
     """
     return floats(name, value).clone(memory_format=torch.contiguous_format)
+
+
+def require_fit(
+    name: str,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    patience: int | None,
+    progress: bool,
+) -> None:
+    """Validates the arguments that all fits by descent share, and that gradients are possible.
+
+    Arguments:
+        name: Name of the fit, for the message.
+        steps: Number of optimizer steps.
+        batch_size: Rows per batch.
+        learning_rate: The first learning rate.
+        patience: Evaluations without progress before it stops, or ``None``.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        RuntimeError: Inside ``torch.inference_mode``.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range.
+    """
+    require_counts(batch_size=batch_size)
+    require_counts("[0, inf)", steps=steps)
+    require_counts("[1, inf) or None", patience=patience)
+    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_flags(progress=progress)
+    require_grad_mode(name)
 
 
 def contexts_by_row(context: Any, rows: int) -> Callable[[Tensor], Tensor | None]:  # noqa: ANN401

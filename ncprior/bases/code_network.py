@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 from torch.nn.functional import cross_entropy
 
-from ncprior.bases.checks import contexts_by_row, size_of
+from ncprior.bases.checks import contexts_by_row, require_fit, size_of
 from ncprior.bases.codes import checked_codes, event_codes
+from ncprior.bases.conditional import ConditionalBase
 from ncprior.bases.masked_conv import MaskedConvNet
 from ncprior.data.stream import Stream, split
-from ncprior.heads.contexts import require_context
-from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise
 from ncprior.utils.require import (
-    require_counts,
-    require_flags,
     require_instance,
     require_numbers,
 )
@@ -39,7 +36,7 @@ _AT_ONCE = 1024  # rows of codes per evaluation
 _HELD_OUT = 0.05  # of the rows, for early stopping
 
 
-class CodeNetwork(Distribution):
+class CodeNetwork(ConditionalBase):
     """Autoregressive distribution of a grid of codes, of empty batch shape.
 
     Arguments:
@@ -57,14 +54,11 @@ class CodeNetwork(Distribution):
         (torch.Size([5, 3, 4, 4]), torch.Size([5, 3]))
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-
     def __init__(self, network: MaskedConvNet) -> None:
         remedy = "Make one by fit_code_network(codes)."
         require_instance("network", network, MaskedConvNet, remedy)
         self.network = network.eval().requires_grad_(False)
-        self.context: Tensor | None = None
-        super().__init__(Size(), network.event_shape, validate_args=False)
+        super().__init__(network.event_shape, network.context_shape)
 
     @property
     def num_categories(self) -> int:
@@ -72,45 +66,10 @@ class CodeNetwork(Distribution):
         return self.network.num_categories
 
     @property
-    def needs_context(self) -> bool:
-        """Whether the network has a context, and none is given yet."""
-        return self.network.context_shape is not None and self.context is None
-
-    @property
     def support(self) -> constraints.Constraint:
         """Whole numbers below the number of values."""
         codes = constraints.integer_interval(0, self.num_categories - 1)
         return constraints.independent(codes, len(self.event_shape))
-
-    def given(self, context: Tensor | None) -> CodeNetwork:
-        """Returns the distribution of B rows with contexts of shape ``(B, ...)``.
-
-        Raises:
-            TypeError: If the context is no tensor.
-            ValueError: If the network takes no context, or one of another shape.
-        """
-        require_context(context)
-        shape = None if context is None else tuple(context.shape[1:])
-        if context is None or shape != self.network.context_shape:
-            raise ValueError(
-                f"This base was fitted with a context of shape (B, ...) with ... = "
-                f"{self.network.context_shape}; got {shape}. Pass the context of the group."
-            )
-        new = self._with_batch(context.shape[:1])
-        new.context = context
-        return new
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CodeNetwork:  # noqa: ANN401
-        """Returns the distribution of independent rows, which share the network."""
-        size = Size(batch_shape)
-        if self.context is None:
-            return self._with_batch(size)
-        if size != self.batch_shape:
-            raise ValueError(
-                f"The distribution has the {len(self.context)} rows of its context; got a batch shape "
-                f"{tuple(size)}."
-            )
-        return self
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: ANN401, B008
@@ -124,10 +83,7 @@ class CodeNetwork(Distribution):
         """Returns log p(z) in nats, with shape ``(*sample_shape, *batch)``."""
         codes = event_codes(value, self.event_shape, self.num_categories)
         lead = codes.shape[: codes.ndim - len(self.event_shape)]
-        if self.context is not None and lead[-1:] != self.context.shape[:1]:
-            raise ValueError(
-                f"z must have a row for each of the {len(self.context)} contexts; got {tuple(value.shape)}."
-            )
+        self._require_rows(lead)
         codes = codes.reshape(-1, *self.event_shape)
         found = [self.network.out.weight.new_empty(0)]
         for some in torch.arange(len(codes), device=codes.device).split(_AT_ONCE):
@@ -162,11 +118,6 @@ class CodeNetwork(Distribution):
         new = self._with_batch(self.batch_shape)
         new.network = copy.deepcopy(self.network).to(device)
         new.context = None if self.context is None else self.context.to(device)
-        return new
-
-    def _with_batch(self, size: Size) -> CodeNetwork:
-        new = copy.copy(self)
-        new._batch_shape = size
         return new
 
 
@@ -231,14 +182,16 @@ def fit_code_network(
         >>> bool((z[:, 0] == z[:, 1]).float().mean() > 0.8)
         True
     """
-    require_counts(batch_size=batch_size)
-    require_counts("[0, inf)", steps=steps)
-    require_counts("[1, inf) or None", patience=patience)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_fit(
+        "fit_code_network",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        progress=progress,
+    )
     require_numbers("(0, inf] or None", max_seconds=max_seconds)
     require_numbers("[0, inf)", weight_decay=weight_decay)
-    require_flags(progress=progress)
-    require_grad_mode("fit_code_network")
     codes, count = checked_codes(codes, num_categories)
     context_of = contexts_by_row(context, len(codes))
     first = context_of(torch.arange(min(len(codes), _AT_ONCE), device=codes.device))

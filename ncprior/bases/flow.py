@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from ncprior.bases.checks import flattened, own_floats, size_of
-from ncprior.heads.contexts import require_context
+from ncprior.bases.conditional import ConditionalBase
 from ncprior.utils.require import (
     described,
     require_finite,
@@ -36,7 +36,7 @@ from ncprior.utils.states import differences
 _MOST_MASKS = 16  # entries of the masks per saved weight
 
 
-class Flow(Distribution):
+class Flow(ConditionalBase):
     """A normalizing flow over latents of any event shape, of empty batch shape.
 
     Arguments:
@@ -62,9 +62,6 @@ class Flow(Distribution):
         >>> z.shape, p.expand((3,)).log_prob(z).shape
         (torch.Size([5, 3, 2, 2]), torch.Size([5, 3]))
     """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = False
 
     def __init__(
         self,
@@ -95,51 +92,13 @@ class Flow(Distribution):
             )
         self.flow = flow.eval().requires_grad_(False)
         self.loc, self.scale = loc, scale
-        self.context_shape = shape
-        self.context: Tensor | None = None  # flat, of B rows
         self.spline = None if spline is None else dict(spline)
-        super().__init__(Size(), event, validate_args=False)
+        super().__init__(event, shape)
 
     @property
     def support(self) -> constraints.Constraint:
         """All of R^D."""
         return constraints.independent(constraints.real, len(self.event_shape))
-
-    @property
-    def needs_context(self) -> bool:
-        """Whether the distribution is conditional, and no context is given yet."""
-        return self.context_shape is not None and self.context is None
-
-    def given(self, context: Tensor | None) -> Flow:
-        """Returns the distribution of B rows with contexts of shape ``(B, ...)``.
-
-        Raises:
-            TypeError: If the context is no tensor of real numbers.
-            ValueError: If the flow takes no context, or one of another shape.
-        """
-        require_context(context)
-        shape = None if context is None else context.shape[1:]
-        if context is None or shape != self.context_shape:
-            expected = None if self.context_shape is None else tuple(self.context_shape)
-            raise ValueError(
-                f"This base was fitted with a context of shape (B, ...) with ... = {expected}; got "
-                f"{None if shape is None else tuple(shape)}. Pass the context of the group."
-            )
-        new = self._with_batch(context.shape[:1])
-        new.context = context.flatten(1).to(self.loc)
-        return new
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Flow:  # noqa: ANN401
-        """Returns the distribution of independent rows, which share the flow."""
-        size = Size(batch_shape)
-        if self.context is None:
-            return self._with_batch(size)
-        if size != self.batch_shape:
-            raise ValueError(
-                f"The distribution has the {len(self.context)} rows of its context; got a batch shape "
-                f"{tuple(size)}."
-            )
-        return self
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: ANN401, B008
@@ -160,21 +119,9 @@ class Flow(Distribution):
 
     def _contexts(self, lead: Size) -> Tensor | None:
         """The context of every latent of z with shape ``(*lead, *event)``, flat."""
-        if self.needs_context:
-            raise ValueError("This base is conditional. Take base.given(context), with B rows.")
-        if self.context is None:
-            return None
-        if lead[-1:] != self.batch_shape:
-            raise ValueError(
-                f"z must have a row for each of the {len(self.context)} contexts; got the shape "
-                f"{tuple(lead)} in front of the event."
-            )
-        return self.context.expand(*lead, -1).reshape(lead.numel(), -1)
-
-    def _with_batch(self, size: Size) -> Flow:
-        new = copy.copy(self)
-        new._batch_shape = size
-        return new
+        self._require_rows(lead)
+        context = flat_context(self.context, self.loc)
+        return None if context is None else context.expand(*lead, -1).reshape(lead.numel(), -1)
 
     def config(self) -> dict[str, Any] | None:
         """Returns the configuration to save, ready for JSON; ``None`` for a flow of your own."""
@@ -240,6 +187,13 @@ class Conditional(nn.Module):
     def forward(self, context: Tensor) -> Any:  # noqa: ANN401
         """Returns the distribution of rows of contexts, with shape ``(N, C)``."""
         return self.flow((context - self.context_loc) / self.context_scale)
+
+
+def flat_context(context: Tensor | None, like: Tensor) -> Tensor | None:
+    """Returns contexts as rows of numbers, with shape ``(B, C)``, in dtype and device of a tensor."""
+    if context is None:
+        return None
+    return (context.flatten(1) if context.ndim > 1 else context[:, None]).to(like)
 
 
 def spline_flow(

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ncprior.bases.checks import contexts_by_row
-from ncprior.bases.flow import Conditional, Flow, log_prob, spline_flow
-from ncprior.data.row_store import RowStore
-from ncprior.data.stream import Stream, one_pass, split
-from ncprior.source import (
-    LatentSource,
-    device_of,
-    num_rows,
-    posterior_of,
-    require_source,
-)
-from ncprior.utils.gradients import require_grad_mode
+from ncprior.bases.checks import contexts_by_row, require_fit
+from ncprior.bases.flow import Conditional, Flow, flat_context, log_prob, spline_flow
+from ncprior.bases.groups import group_data
+from ncprior.data.stream import Stream, split
+from ncprior.source import LatentSource, require_source
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
     real_tensor,
-    require_counts,
-    require_flags,
+    require_finite,
     require_numbers,
 )
-
-_BATCH = 500  # rows
-
-_MEMORY = 2**32  # bytes; more latents and contexts are kept on disk
 
 _ROWS = 4096  # latents per batch of the held-out density
 
@@ -65,7 +53,7 @@ def fit_flow(
             in place and then frozen, and is not saved with the heads; see
             :meth:`ncprior.NCPrior.save_pretrained`.
         context: Contexts of all rows, with shape ``(N, ...)``, or a function of row numbers that
-            returns theirs, for a conditional flow p(z | c).
+            returns theirs, for a conditional flow p(z | c). A class is best as a one-hot vector.
         steps: Number of optimizer steps.
         batch_size: Rows per batch.
         learning_rate: The first learning rate.
@@ -95,13 +83,15 @@ def fit_flow(
         >>> bool((base.sample((500,)).mean(0) - 3).abs().max() < 0.5)
         True
     """
-    require_counts(batch_size=batch_size)
-    require_counts("[0, inf)", steps=steps)
-    require_counts("[1, inf) or None", patience=patience)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
+    require_fit(
+        "fit_flow",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        progress=progress,
+    )
     require_numbers("[0, inf)", weight_decay=weight_decay)
-    require_flags(progress=progress)
-    require_grad_mode("fit_flow")
     latents = real_tensor("latents", latents, integers=False)
     dtype = torch.float32 if flow is None else _dtype(flow)
     white, loc, scale = standardise(latents, dtype)
@@ -109,19 +99,24 @@ def fit_flow(
     contexts = contexts_by_row(context, len(white))
     rows = torch.arange(len(white), device=white.device)
     first = contexts(rows[:_ROWS])
-    count = None if first is None else first[0].numel()
+    shape = None if first is None else first.shape[1:]
+    count = None if shape is None else shape.numel()
     module = spline_flow(len(loc), count, **_MODEST) if flow is None else flow
     if flow is not None and count is not None:
         module = Conditional(flow, count)
     module.to(white.device)
-    if first is not None:
-        _, module.context_loc, module.context_scale = standardise(first, dtype)
+    numbers = flat_context(first, white)
+    if numbers is not None:
+        require_finite("context", numbers)
+        _, module.context_loc, module.context_scale = standardise(numbers, dtype)
+
+    def context_of(some: Tensor) -> Tensor | None:
+        return flat_context(contexts(some), white)
 
     def log_p(some: Tensor) -> Tensor:
-        return log_prob(module, white[some], _flat(contexts(some), white))
+        return log_prob(module, white[some], context_of(some))
 
-    some = rows[:batch_size]
-    _check_flow(module, white[some], _flat(contexts(some), white))
+    _check_flow(module, white[:batch_size], context_of(rows[:batch_size]))
     train, held_out = split(rows, 0.05, seed=int(torch.randint(2**31, ())))
     stream = Stream(train, int(batch_size))
     minimise(
@@ -135,7 +130,6 @@ def fit_flow(
         name="flow",
         progress=progress,
     )
-    shape = None if first is None else first.shape[1:]
     event = latents.shape[1:]
     return Flow(module, loc, scale, event_shape=event, context_shape=shape, spline=spline)
 
@@ -170,38 +164,7 @@ def fit_flows(
         torch.Size([4, 2])
     """
     require_source(source)
-    device = device_of(source)
-    pairs = RowStore(_pairs(source, data, device), budget=_MEMORY)[:]
-    return [fit_flow(z.to(device), context=_reader(c, device), **options) for z, c in pairs]
-
-
-@torch.no_grad()
-def _pairs(
-    source: LatentSource[Any, Any],
-    data: Any,  # noqa: ANN401
-    device: torch.device,
-) -> Iterator[Any]:
-    """Draws of z_k from the posterior and contexts of all groups, batch by batch."""
-    for x in one_pass(data, _BATCH, device):
-        encoding = source.encode(x)
-        state, found = source.start(num_rows(encoding), encoding), []
-        for _ in range(source.num_groups):
-            group = source.group(state)
-            z = posterior_of(group).sample()
-            found.append((z, group.context))
-            state = source.advance(state, z)
-        yield tuple(found)
-
-
-def _reader(context: Tensor | None, device: torch.device) -> Any:  # noqa: ANN401
-    """Contexts, which may be on disk, as a function of row numbers."""
-    if context is None:
-        return None
-    return lambda rows: context[rows.to(context.device)].to(device)
-
-
-def _flat(context: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if context is None else context.flatten(1).to(like)
+    return [fit_flow(z, context=context, **options) for z, context in group_data(source, data)]
 
 
 def _check_flow(flow: nn.Module, white: Tensor, context: Tensor | None) -> None:

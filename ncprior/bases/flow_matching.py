@@ -26,17 +26,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 
-from ncprior.bases.checks import own_floats, size_of
+from ncprior.bases.checks import own_floats, require_fit, size_of
 from ncprior.data.stream import Stream, split
-from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
     real_tensor,
     require_counts,
     require_finite,
-    require_flags,
     require_instance,
-    require_numbers,
     require_positive,
 )
 from ncprior.utils.states import differences
@@ -268,12 +265,14 @@ def fit_flow_matching(
     """
     require_counts(width=width, num_steps=num_steps)
     require_counts("[0, inf)", depth=depth)
-    require_counts(batch_size=batch_size)
-    require_counts("[0, inf)", steps=steps)
-    require_counts("[1, inf) or None", patience=patience)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
-    require_flags(progress=progress)
-    require_grad_mode("fit_flow_matching")
+    require_fit(
+        "fit_flow_matching",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        progress=progress,
+    )
     latents = real_tensor("latents", latents, integers=False)
     white, loc, scale = standardise(latents)
     network = VelocityNet(white.shape[1], width=width, depth=depth).to(white.device)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from ncprior.bases.checks import require_fit
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.data.parts import with_held_out
@@ -26,12 +27,10 @@ from ncprior.data.stream import Stream
 from ncprior.distributions import parameters
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
 from ncprior.utils.batches import to_device
-from ncprior.utils.gradients import require_grad_mode
 from ncprior.utils.optimise import minimise
 from ncprior.utils.require import (
     require_counts,
     require_finite,
-    require_flags,
     require_numbers,
 )
 
@@ -95,12 +94,14 @@ def fit_vamp(
     require_source(source)
     require_counts(num_components=num_components)
     _check_bounds(bounds)
-    require_counts(batch_size=batch_size)
-    require_counts("[0, inf)", steps=steps)
-    require_counts("[1, inf) or None", patience=patience)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
-    require_flags(progress=progress)
-    require_grad_mode("fit_vamp")
+    require_fit(
+        "fit_vamp",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        progress=progress,
+    )
     train, held_out = with_held_out("A VampPrior", data, held_out)
     fixed, stream = latents_of(source, held_out), Stream(train, int(batch_size))
     _gaussian(source, next(stream))  # validates the VAE first

@@ -138,8 +138,8 @@ class CachedEncodings(RowData):
 @torch.no_grad()
 def drawn_once(
     source: LatentSource[Any, Any], batches: Iterable[Any], *, budget: float
-) -> tuple[CachedGroupsSource, RowStore]:
-    """Returns a source whose batches are rows of the groups along one walk per row of x, and these rows.
+) -> RowStore:
+    """Returns the groups along one walk per row of x, as batches of a :class:`CachedGroupsSource`.
 
     A prior or posterior whose parameters are not known, such as one that a sampler draws, is one draw
     per row.
@@ -151,7 +151,7 @@ def drawn_once(
     """
     require_eval(source, source.module)
     walks = (tuple(_groups(source, source.encode(x), strict=False)) for x in batches)
-    return CachedGroupsSource(source), RowStore(walks, budget=budget)
+    return RowStore(walks, budget=budget)
 
 
 def _groups(

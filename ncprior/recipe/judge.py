@@ -12,7 +12,7 @@ import torch
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import without_bases
-from ncprior.data.encodings import drawn_once
+from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream, one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
@@ -115,7 +115,7 @@ def remaining_gap(
     with evaluating(prior):
         source: LatentSource[Any, Any] = nested(prior, sampler)
         if source.num_groups > 1:
-            source, parts = _drawn_once(source, parts, None if left is None else left / 2)
+            source, parts = _with_draws(source, parts, None if left is None else left / 2)
         if left is not None:
             left = max(_FEWEST_SECONDS, left - (time.monotonic() - started))
         fresh = NCPrior(source, map(fresh_head, prior.heads)).eval()
@@ -137,7 +137,7 @@ def remaining_gap(
     )
 
 
-def _drawn_once(
+def _with_draws(
     source: LatentSource[Any, Any], parts: Parts, seconds: float | None
 ) -> tuple[LatentSource[Any, Any], Parts]:
     """Source and data with one walk, and one draw of every group, per row.
@@ -154,8 +154,8 @@ def _drawn_once(
         ("judge", one_pass(parts.judge, _BATCH), 0.25),
     ):
         end = math.inf if seconds is None else time.monotonic() + share * seconds
-        kept, drawn[name] = drawn_once(source, _some(batches, device, count, end), budget=budget)
-    return kept, parts._replace(**drawn)
+        drawn[name] = drawn_once(source, _some(batches, device, count, end), budget=budget)
+    return CachedGroupsSource(source), parts._replace(**drawn)
 
 
 def _some(batches: Iterable[Any], device: torch.device, count: int, end: float) -> Iterator[Any]:

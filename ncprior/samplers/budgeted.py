@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,14 +27,15 @@ def budgeted_rejection(
     .. math::
         a(z) = \min(1, \beta r(z)), \qquad E_p \, a(z) = 1 / M,
 
-    gives accepted draws p·a·M the least f-divergence from r·p / Z, for every f. It is exact as soon
-    as 1 / β bounds r, while SIR has an error of the order of 1/M. It costs as much as SIR.
+    gives accepted draws p·a·M the least f-divergence from r·p / Z, for every f. SIR is such a rule,
+    too, at the same cost. This one is exact as soon as 1 / β bounds r, while SIR has an error of the
+    order of 1/M.
 
     β need not be known. With e ~ Exp(1), a proposal is accepted if log r + e ≥ -log β. With
     ``share_proposals``, the B·M proposals of a batch are one pool, and the B with the largest keys log r + e
     are accepted: β is the one that accepts B of them. Without it, the largest of M keys is accepted in
-    each row by itself, and β differs from row to row: draws are closer to r·p / Z than those of SIR, but
-    not as close as with a pool.
+    each row by itself, and β differs from row to row. Between Gaussians, these draws are closer to
+    r·p / Z than those of SIR, but not as close as with a pool.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
@@ -74,7 +73,7 @@ def budgeted_rejection(
     require_flags(share_proposals=share_proposals)
 
     def make(count: int, rows: int) -> Pool:
-        return _Shared(count, rows) if share_proposals and rows else _Own(count, rows)
+        return _Shared(count, rows) if share_proposals and rows else _Own(count, rows, share=False)
 
     return stream(prior, log_ratio, make, num_proposals, chunk_size, share=share_proposals)
 
@@ -82,42 +81,30 @@ def budgeted_rejection(
 class _Own(Pool):
     """Running maximum of log r + Exp(1) over the proposals of each row."""
 
-    def __init__(self, num_proposals: int, rows: int) -> None:
-        super().__init__(num_proposals, rows, share=False)
-
     def keys(self, log_r: Tensor) -> Tensor:
         """Keys of proposals, with shape (n, B)."""
         return log_r + torch.empty_like(log_r).exponential_()
 
 
 class _Shared(Pool):
-    """The B proposals of the largest log r + Exp(1) so far, of all rows."""
+    """The B proposals of the largest log r + Exp(1) so far, out of B·M."""
 
     def __init__(self, num_proposals: int, rows: int) -> None:
-        super().__init__(num_proposals, rows, share=False)
+        super().__init__(num_proposals * rows, rows, share=True)
 
     def add(self, z: Tensor, log_r: Tensor) -> None:
         """Adds proposals (n, B, *event) with their log r, (n, B)."""
         log_r = checked(log_r, z.shape[:2]).flatten()
         z, key = z.flatten(0, 1), log_r + torch.empty_like(log_r).exponential_()
-        finite, top = torch.isfinite(log_r).all(), log_r.amax()[None]
         if self.seen:
             z, key = torch.cat([self.z, z]), torch.cat([self.key, key])
-            finite, top = self.finite & finite, torch.maximum(self.top, top)
-        r = (log_r - top).exp()
-        sum_r, sum_r2 = r.sum()[None], r.square().sum()[None]
-        if self.seen:
-            old = (self.top - top).exp()
-            sum_r, sum_r2 = sum_r + self.sum_r * old, sum_r2 + self.sum_r2 * old.square()
         self.key, first = key.topk(self.rows)
-        self.z, self.finite, self.top = z[first], finite, top
-        self.sum_r, self.sum_r2 = sum_r, sum_r2
-        self.seen += len(log_r) // max(1, self.rows)
+        self.z = z[first]
+        self.weigh(log_r[:, None])
 
     def draw(self) -> Draw:
         """Returns the accepted proposals in random order, with the statistics of the pool."""
-        order = torch.randperm(self.rows, device=self.z.device)
         drawn = super().draw()
-        assert drawn.ess is not None and drawn.log_mean_weight is not None
-        ess, log_mean = drawn.ess / self.rows, drawn.log_mean_weight - math.log(self.rows)
-        return Draw(self.z[order], ess, log_mean)
+        order = torch.randperm(self.rows, device=self.z.device)
+        ess = None if drawn.ess is None else drawn.ess / self.rows
+        return drawn._replace(z=self.z[order], ess=ess)

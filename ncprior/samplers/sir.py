@@ -20,6 +20,7 @@ from ncprior.samplers.base import (
     like_event,
 )
 from ncprior.samplers.proposals import Proposals, require_same_rows
+from ncprior.utils.draws import log_exponential
 from ncprior.utils.require import require_counts, require_flags
 
 _SHARED_KEYS = 2**20  # log-weights with noise, of proposals × rows, at once
@@ -123,7 +124,8 @@ def stream(
 class Pool:
     """Running Gumbel-max over proposals: the leader of each row, and the sums of r and r².
 
-    For shared proposals log r has shape (n, 1), and the sums have shape (1,).
+    For shared proposals log r has shape (n, 1), and the sums have shape (1,). A subclass may choose
+    its leaders by other keys.
 
     Arguments:
         num_proposals: M.
@@ -133,7 +135,7 @@ class Pool:
 
     finite: Tensor  # (), whether all log r are finite; read once, at the end
     z: Tensor  # (B, *event), the leaders
-    key: Tensor  # (B,), log r + Gumbel of the leaders
+    key: Tensor  # (B,), the keys of the leaders: here log r + Gumbel
     top: Tensor  # (B,), the largest log r; the sums are relative to it, so that nothing overflows
     sum_r: Tensor  # (B,), Σ exp(log r - top)
     sum_r2: Tensor  # (B,), Σ exp(2 (log r - top))
@@ -161,33 +163,30 @@ class Pool:
 
     def _add(self, z: Tensor, log_r: Tensor) -> None:
         key, winner = self.keys(log_r).max(0)
-        top = log_r.amax(0)
-        r = (log_r - top).exp()
-        sum_r, sum_r2 = r.sum(0), r.square().sum(0)
         z = z[winner] if self.share else z[winner, torch.arange(self.rows, device=z.device)]
-        finite = torch.isfinite(log_r).all()
-        if self.seen == 0:
-            self.finite = finite
-            self.z, self.key, self.top, self.sum_r, self.sum_r2 = z, key, top, sum_r, sum_r2
-        else:
-            self.finite = self.finite & finite
-            ahead = key > self.key
-            self.z = torch.where(like_event(ahead, z), z, self.z)
-            self.key = torch.maximum(key, self.key)
-            new_top = torch.maximum(top, self.top)
-            old, new = (self.top - new_top).exp(), (top - new_top).exp()
-            self.sum_r = self.sum_r * old + sum_r * new
-            self.sum_r2 = self.sum_r2 * old.square() + sum_r2 * new.square()
-            self.top = new_top
-        self.seen += len(log_r)
+        if self.seen:
+            z = torch.where(like_event(key > self.key, z), z, self.z)
+            key = torch.maximum(key, self.key)
+        self.z, self.key = z, key
+        self.weigh(log_r)
 
     def keys(self, log_r: Tensor) -> Tensor:
         """Keys of proposals, with shape (n, B): the proposal of the largest key leads its row."""
-        # Gumbel = -log Exponential. An exponential that rounds to zero is replaced by one just
-        # below the resolution of the dtype.
-        noise = log_r.new_empty(len(log_r), self.rows).exponential_()
-        noise.clamp_(min=torch.finfo(log_r.dtype).eps / 4)
-        return log_r - noise.log_()
+        return log_r - log_exponential(log_r, (len(log_r), self.rows))
+
+    def weigh(self, log_r: Tensor) -> None:
+        """Adds the weights of n proposals to the sums, one for each column of log r."""
+        top, finite = log_r.amax(0), torch.isfinite(log_r).all()
+        r = (log_r - top).exp()
+        sum_r, sum_r2 = r.sum(0), r.square().sum(0)
+        if self.seen:
+            new_top, finite = torch.maximum(top, self.top), self.finite & finite
+            old, new = (self.top - new_top).exp(), (top - new_top).exp()
+            sum_r = self.sum_r * old + sum_r * new
+            sum_r2 = self.sum_r2 * old.square() + sum_r2 * new.square()
+            top = new_top
+        self.finite, self.top, self.sum_r, self.sum_r2 = finite, top, sum_r, sum_r2
+        self.seen += len(log_r)
 
     def draw(self) -> Draw:
         """Returns the leaders, with effective sample size and log-mean-weight of the proposals."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.source import device_of
 from ncprior.training.checkpoints import is_finite, is_like
-from ncprior.training.particles import ResampledPosterior, ess_of, heads_on
+from ncprior.training.particles import ResampledPosterior, ess_of
 from ncprior.training.resumable import tensors_of
 from ncprior.utils.batches import own_batch
 from ncprior.utils.distributed import rank
@@ -70,15 +69,15 @@ def e_step(
     Warns:
         UserWarning: If the effective sample size is below 2.
     """
-    began = deepcopy(prior)
-    began.active = heads_on(prior)
+    source = ResampledPosterior(prior, num_samples, chunk_size=batch_size)
+    began = source.prior
+    assert began is not None  # as a prior was given, of which it is a copy
     heads, begun = tensors_of(began.heads), None if saved is None else saved.get("begun")
     if begun is not None and is_like(begun, heads) and is_finite(begun):
         for name, tensor in heads.items():
             tensor.copy_(begun[name])
     share_weights(began)
     with naming_parts(prior.source, prior.heads):
-        source = ResampledPosterior(began, num_samples, chunk_size=batch_size)
         return EStep(source, began.heads, _mean_ess(source, data, batch_size, seed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,3 +55,20 @@ def sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         return z, log_q
     z = drawn(q)
     return z, q.log_prob(z)
+
+
+def log_exponential(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns log e of e ~ Exp(1), which is minus a draw of Gumbel(0, 1); always finite.
+
+    An e that rounds to zero is replaced by one just below the resolution of the dtype.
+
+    Arguments:
+        like: A tensor with the dtype and the device of the draws.
+        shape: Their shape.
+
+    Example:
+        >>> log_exponential(torch.zeros(2), (3, 5)).shape
+        torch.Size([3, 5])
+    """
+    noise = like.new_empty(tuple(shape)).exponential_()
+    return noise.clamp_(min=torch.finfo(like.dtype).eps / 4).log_()

@@ -74,6 +74,16 @@ def test_the_fit_finds_a_line() -> None:
     assert by_rows.context_shape == (1, 1)
 
 
+def test_labels_are_contexts_of_one_number() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(2, (1000,))
+    z = 3.0 * labels[:, None] + 0.5 * torch.randn(1000, 1)
+    p = fit_flow(z, context=labels, steps=200, learning_rate=5e-3, progress=False)
+    assert p.context_shape == ()
+    draws = p.given(torch.tensor([0, 1, 1])).sample((2000,))[..., 0]
+    torch.testing.assert_close(draws.mean(0), torch.tensor([0.0, 3.0, 3.0]), atol=0.15, rtol=0)
+
+
 def test_a_conditional_mixture_of_zuko() -> None:
     torch.manual_seed(0)
     c = torch.randint(2, (2000, 1)).float()
@@ -179,6 +189,12 @@ def test_a_vae_with_a_condition_has_one_flow() -> None:
             ValueError,
             "one row for each row of latents; got 40 rows for 50",
         ),
+        (
+            lambda: fit_flow(torch.randn(50, 2), context=torch.full((50, 3), math.nan)),
+            ValueError,
+            "context must be finite",
+        ),
+        (lambda: fit_flows(Ladder(2), torch.zeros(0, 3)), ValueError, "The data have no rows"),
     ],
 )
 def test_errors(make: Any, error: Any, match: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.device_vaes import strays
+from helpers.device_vaes import hierarchical, strays
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,6 +20,7 @@ from ncprior.bases import (
     active_latents,
     fit_flow,
     fit_flow_matching,
+    fit_flows,
     fit_gaussian,
     fit_mixture,
     fit_vamp,
@@ -103,6 +104,16 @@ def test_bases_stay_on_the_device(
     first = prior.sample(8, SIR).x
     torch.manual_seed(0)
     assert torch.allclose(first, again.sample(8, SIR).x, atol=1e-5)
+
+
+def test_flows_of_groups_stay_on_the_device(on: torch.device) -> None:
+    pytest.importorskip("zuko")
+    kind = hierarchical(on)
+    closer = rebase(kind.source, fit_flows(kind.source, kind.batch, steps=2, progress=False))
+    assert device_of(closer) == on
+    prior = NCPrior.for_source(closer, kind.batch, width=8, depth=1)
+    fit(prior, kind.batch, steps=2, patience=None, progress=False)
+    assert not strays(prior.eval().sample(8, SIR), on)
 
 
 def test_heads_on_a_mixture_are_measured(
