@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ncprior import NCPrior, improve
 from ncprior.bases import fit_mixture, kl_per_latent, latents_of
-from ncprior.utils import train
+from ncprior.utils import at_precision, fast_precision, train
 
 BUDGET, MIXTURES, BATCH, STUDENT = 50, (10, 30, 100), 1000, 2.093  # of 19 degrees of freedom
 BASE, CEILING = "N(0, I)", "posterior (held-out molecules)"
@@ -116,7 +116,7 @@ class Case:
             nonlocal step
             step += 1
             beta = self.beta * min(1, 5 * step / size.steps)
-            with torch.autocast("cpu", torch.bfloat16):
+            with at_precision("cpu", fast_precision("cpu")):
                 return negative_elbo(self.vae, self.train[rows], beta=beta)
 
         options = {"steps": size.steps, "batch_size": ROWS, "max_grad_norm": 5.0}

@@ -26,7 +26,7 @@ from ncprior.bases import latents_of
 from ncprior.demo import VAE, Classifier, Labelled, digits, in_batches, read_images, split
 from ncprior.heads import MLPHead
 from ncprior.source import sample_posterior
-from ncprior.utils import train
+from ncprior.utils import fast_precision, train
 
 
 @dataclass
@@ -195,7 +195,7 @@ def _mnist(bench: Bench) -> Case:
         fit={
             "steps": 3000 if quick else 12_000,
             "batch_size": 512,
-            "precision": torch.bfloat16,
+            "precision": fast_precision("cpu"),
             "eval_every": 100 if quick else 500,
         },
     )
@@ -252,7 +252,7 @@ def _cifar10(bench: Bench) -> Case:
             "steps": 500 if quick else 4000,
             "learning_rate": 2e-3,
             "weight_decay": 0.05,
-            "precision": torch.bfloat16,
+            "precision": fast_precision("cpu"),
             "eval_every": 100 if quick else 200,
         },
         base_steps=50 if quick else 2000,
@@ -295,7 +295,7 @@ def _hierarchical(bench: Bench) -> Case:
             "num_draws": 4,
             "learning_rate": 2e-3,
             "cache_epochs": 3,
-            "precision": torch.bfloat16,
+            "precision": fast_precision("cpu"),
             "eval_every": 100 if quick else 600,
         },
         binarise=True,

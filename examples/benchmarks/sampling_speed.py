@@ -16,6 +16,9 @@ counting the products of the head alone. Peaks of memory are of fresh processes,
 `kl_nats` is KL(float32, bfloat16) between the laws that one draw has. Growth, `ms` being per batch:
 in M (`proposals-`), B (`batch-`), K (`groups-`: 16 latents each, the one before as context, M = 1,000)
 and processes; and of a job of N samples to disk in parts of 256 (`samples-`, M = 1,000), per job.
+`match_strength` and `diagnose`, without its new head, on 2,048 rows: their baseline is SIR itself with
+as many evaluations of the head, so that a ratio of 0.5 is twice the time of these draws. `bf16` is left out on a
+CPU without instructions for it, where it takes forty times as long.
 """
 
 import argparse
@@ -34,8 +37,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, LatentSource, NCPrior, SingleGroup, sir
+from ncprior.diagnostics import diagnose, match_strength
 from ncprior.heads import ConvHead, MLPHead, prepare_head
 from ncprior.jobs import sample_parts
+from ncprior.utils import fast_precision
 
 COLUMNS = {
     "name": "<26",
@@ -234,9 +239,11 @@ class Speed:
     def growth(self, proposals: int, batch: int, seed: int, name: str) -> list[Row]:
         """One size; the straightforward sampler only where it fits."""
         found = contenders("mlp", proposals, batch, seed, str(self.device))
-        fits = proposals * batch <= 200_000
+        latents = proposals * batch
+        fits = latents <= 200_000
         chosen = {key: found[key] for key in ("fp32", *(("straightforward",) if fits else ()))}
-        times = by_turns(chosen, self.device, rounds=3 if proposals * batch < 10**6 else 1)
+        rounds = self.settings["rounds"] if latents <= 64_000 else 3 if fits else 1
+        times = by_turns(chosen, self.device, rounds=rounds)
         row = self._times(times, "fp32") if fits else {"ms": 1000 * min(times["fp32"])}
         peak = self._peak("mlp", "fp32", proposals, seed, batch)
         return [{"name": name, "proposals": proposals, "batch": batch, **row, "peak_mib": peak}]
@@ -254,6 +261,25 @@ class Speed:
         peak = peak_mib(job, count, seed) if self.on_cpu else None
         row = {"proposals": 1000, "batch": PART, "ms": 1000 * spent, "peak_mib": peak}
         return [{"name": f"samples-{count}", **row}]
+
+    def measured(self, name: str, seed: int) -> list[Row]:
+        """What measures a prior, against SIR with as many evaluations of the head."""
+        torch.manual_seed(seed)
+        head = moved(MLPHead((LATENTS,), width=WIDTH, depth=BLOCKS), self.device)
+        p = Independent(Normal(torch.zeros(LATENTS, device=self.device), 1.0), 1)
+        prior = NCPrior(SingleGroup(p, lambda x: p.expand((len(x),)), lambda z: z), head)
+        x = torch.zeros(2048, LATENTS, device=self.device)
+        few = partial(sir, num_proposals=50)
+        run = {
+            "match_strength": partial(match_strength, prior, x, few, progress=False),
+            "diagnose": partial(diagnose, prior, x, fresh_steps=0),
+        }[name]
+        count = evaluations(head, run)
+        draw = partial(sir, base(BATCH, (LATENTS,), self.device), prepare_head(head))
+        sampled = partial(draw, num_proposals=-(-count // BATCH))
+        times = by_turns({"straightforward": sampled, "fp32": run}, self.device, rounds=3)
+        row = {"proposals": count // BATCH, "batch": BATCH}
+        return [{"name": name, **row, **self._times(times, "fp32")}]
 
     def processes(self, count: int, seed: int) -> list[Row]:
         """Samples per second of several processes of one thread each, each with its own draws."""
@@ -282,6 +308,19 @@ class Speed:
         return peak_mib(one, kind, which, proposals, batch, seed, "cpu")
 
 
+def evaluations(head: nn.Module, run: Contender) -> int:
+    """Number of latents that a head is evaluated at in a call."""
+    seen = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], log_r: Tensor) -> None:
+        nonlocal seen
+        seen += log_r.numel()
+
+    with head.register_forward_hook(count):
+        run()
+    return seen
+
+
 def _draw_some(arguments: tuple[int, int]) -> float:
     repeats, seed = arguments
     torch.set_num_threads(1)
@@ -304,6 +343,8 @@ def slope(rows: list[Row]) -> float:
 def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Row]]]:
     """All rows, by name."""
     mlp = {"fp32": "sir-mlp-fp32", "bf16": "sir-mlp-bf16", "shared": "sir-mlp-shared-fp32"}
+    if speed.on_cpu and fast_precision("cpu") != torch.bfloat16:
+        del mlp["bf16"]
     conv = {"fp32": "sir-conv-context-fp32"}
     found: dict[str, Callable[[], list[Row]]] = {
         "mlp": partial(speed.kind, "mlp", mlp, seed),
@@ -318,6 +359,8 @@ def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Ro
         found[f"groups-{count}"] = partial(speed.groups, count, seed)
     for samples in (256, 512, 1024) if quick else (256, 1024, 4096):
         found[f"samples-{samples}"] = partial(speed.samples, samples, seed)
+    for name in ("match_strength", "diagnose"):
+        found[name] = partial(speed.measured, name, seed)
     for count in (1, 2) if speed.on_cpu else ():
         found[f"processes-{count}"] = partial(speed.processes, count, seed)
     return found

@@ -58,6 +58,7 @@ from ncprior.evaluation import (
 )
 from ncprior.samplers import Sampler, within_components
 from ncprior.saving import write_atomically
+from ncprior.utils import fast_precision
 from ncprior.vaebm import VAEBM, EnergyNet, EnergySettings, GaussianDecoder, fit_vaebm
 
 COLUMNS = {
@@ -111,7 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the energy and its chains, and of 
     },
 }
 TRAINING = {"batch_size": 64, "spectral_weight": 0.002, "ema_decay": 0.99}
-PRECISION = torch.bfloat16  # of chains and training
+PRECISION = fast_precision("cpu")  # of chains and training
 # Of quick runs. Their VAEs of digits and of CIFAR-10 are blurrier, which a larger σ hides.
 QUICK: dict[str, dict[str, Any]] = {
     "digits": {"steps": 300, "noise": "0.3", "count": 700},

@@ -32,7 +32,7 @@ from ncprior.heads.unmodified import is_unmodified
 from ncprior.utils.precision import at_precision, check_precision
 from ncprior.utils.require import require_instance
 
-_CACHE = 2**19  # features of a block per thread: 2 MiB, as much as a core's cache holds
+_CACHE = 2**18  # features of a block per thread: two buffers of 1 MiB, as much as a core caches
 
 
 class Whole:

@@ -2,6 +2,6 @@
 
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.optimise import train
-from ncprior.utils.precision import at_precision
+from ncprior.utils.precision import at_precision, fast_precision
 
-__all__ = ["at_precision", "module_fingerprint", "train"]
+__all__ = ["at_precision", "fast_precision", "module_fingerprint", "train"]

@@ -26,12 +26,9 @@ def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextMan
         ...     (torch.eye(2) @ torch.eye(2)).dtype
         torch.bfloat16
     """
-    require_instance("device_type", device_type, str, _DEVICE)
+    require_instance("device_type", device_type, str, _REMEDY)
     require_instance("precision", precision, torch.dtype, "Pass torch.float32 or torch.bfloat16.")
-    try:
-        torch.device(device_type)
-    except RuntimeError as error:
-        raise ValueError(f"device_type must be a device of torch; {_DEVICE} {error}") from error
+    _device("device_type", device_type)
     if precision == torch.bfloat16:
         return torch.autocast(device_type, torch.bfloat16)
     if torch.is_autocast_enabled(device_type):
@@ -39,21 +36,40 @@ def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextMan
     return nullcontext()
 
 
-_DEVICE = 'Pass tensor.device.type, such as "cpu".'
+def fast_precision(device: torch.device | str) -> torch.dtype:
+    """Precision in which matrix products of heads are fastest on a device.
 
+    It is bfloat16 on a CPU with instructions for it, and float32 elsewhere: a CPU without them is
+    tens of times slower in bfloat16, and a GPU spends most of a training step on starting kernels.
 
-def fast_precision(device: torch.device) -> torch.dtype:
-    """Returns the precision in which products of small networks are fastest on a device.
+    Arguments:
+        device: The device, or its name.
 
-    It is bfloat16 on a CPU with instructions for it, and float32 elsewhere: a GPU spends most of a
-    training step on starting kernels.
+    Returns:
+        ``torch.bfloat16`` or ``torch.float32``.
+
+    Raises:
+        TypeError: If the device is neither a device nor a name.
+        ValueError: If torch knows no such device.
 
     Example:
-        >>> fast_precision(torch.device("cuda"))
+        >>> fast_precision("cuda")
         torch.float32
     """
+    require_instance("device", device, (torch.device, str), _REMEDY)
+    on_cpu = _device("device", device).type == "cpu"
     has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # from torch 2.5
-    return torch.bfloat16 if device.type == "cpu" and has_bfloat16() else torch.float32
+    return torch.bfloat16 if on_cpu and has_bfloat16() else torch.float32
+
+
+_REMEDY = 'Pass the type of a device, such as "cpu".'
+
+
+def _device(name: str, value: torch.device | str) -> torch.device:
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a device of torch; {_REMEDY} {error}") from error
 
 
 def check_precision(precision: torch.dtype) -> None:

@@ -762,6 +762,13 @@ def _(w: World) -> Built:
     return at_precision, {"device_type": "cpu", "precision": torch.bfloat16}
 
 
+@call("ncprior.utils.fast_precision", device=choice("cpu", "cuda", "mps"))
+def _(w: World) -> Built:
+    from ncprior.utils import fast_precision
+
+    return fast_precision, {"device": "cpu"}
+
+
 @call("ncprior.utils.module_fingerprint", module=MODULE)
 def _(w: World) -> Built:
     from ncprior.utils import module_fingerprint
