@@ -18,6 +18,7 @@ from torch import nn
 
 from ncprior import NCPrior, langevin, sir
 from ncprior.demo.networks import VAE
+from ncprior.heads import MLPHead
 from ncprior.heads.product import ProductHead
 from ncprior.training.stages import nested
 
@@ -346,6 +347,40 @@ def test_the_figure_of_the_hole_names_few_points_and_shows_all() -> None:
     assert len(marks) == len(found)
     labels = {label for label, *_ in figure.NAMED.values()}
     assert labels <= {text.get_text() for text in axes.texts}
+
+
+def test_the_figure_of_growth_has_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    figure = load("growth_figure")
+    rows = json.loads((FOLDER / "results" / "sampling_speed.json").read_text())["rows"]
+    curves = {kind: figure.curve(rows, kind) for kind in figure.PANELS}
+    assert all(len(points) > 1 for points in curves.values())
+    assert [size for size, *_ in curves["proposals"]] == [1000, 10_000, 100_000, 1_000_000]
+    for axes, points in zip(figure.draw(rows).axes, curves.values(), strict=True):
+        assert axes.lines[1].get_ydata().tolist() == [seconds for _, seconds, _ in points]
+
+
+def test_all_ways_of_training_are_ways_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark of training takes its settings apart from those of `fit`: each must exist."""
+    monkeypatch.syspath_prepend(FOLDER)
+    speed = load("training_speed")
+    source, images = VAE(28, latents=4, counts=1).eval().source(), torch.rand(64, 1, 28, 28)
+    for train, more in speed.WAYS.values():
+        prior = NCPrior(source, MLPHead((4,), width=8))
+        curve = train(prior, images, images, steps=2, eval_every=1, batch=32, **more)
+        assert len(curve) == 2 and curve[0][0] < curve[1][0]
+    trainer, walk = speed.stepping(3, torch.device("cpu"))
+    assert trainer.step(walk).loss.shape == (3,)
+
+
+def test_measurements_are_counted_in_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    speed = load("sampling_speed")
+    head = MLPHead((2,), width=8)
+    base = torch.distributions.Normal(torch.zeros(3, 2), 1.0)
+    draw = partial(sir, torch.distributions.Independent(base, 1), head, num_proposals=7)
+    assert speed.evaluations(head, draw) == 3 * 7
+    assert not head._forward_hooks  # of which the next call, which is timed, would be slower
 
 
 def test_evaluations_of_heads_are_counted_with_gradients_twice(hole: ModuleType) -> None:

@@ -14,8 +14,8 @@ process with --threads threads (one: in time of that core): `ratio` is the media
 over ours, `roofline_fraction` what our best time makes of the best rate of (4096×256) @ (256×256),
 counting the products of the head alone. Peaks of memory are of fresh processes, above that before.
 `kl_nats` is KL(float32, bfloat16) between the laws that one draw has. Growth, `ms` being per batch:
-in M (`proposals-`), B (`batch-`), K (`groups-`: 16 latents each, the one before as context, M = 1,000)
-and processes; and of a job of N samples to disk in parts of 256 (`samples-`, M = 1,000), per job.
+in M (`proposals-`), B (`batch-`), D (`latents-`), K (`groups-`: 16 latents each, the one before as context,
+M = 1,000) and processes; and of a job of N samples to disk in parts of 256 (`samples-`, M = 1,000), per job.
 `match_strength` and `diagnose`, without its new head, on 2,048 rows: their baseline is SIR itself with
 as many evaluations of the head, so that a ratio of 0.5 is twice the time of these draws. `bf16` is left out on a
 CPU without instructions for it, where it takes forty times as long.
@@ -89,7 +89,7 @@ def straightforward(
 
 
 def contenders(
-    kind: str, proposals: int, batch: int, seed: int, device: str = "cpu"
+    kind: str, proposals: int, batch: int, seed: int, device: str = "cpu", latents: int = LATENTS
 ) -> dict[str, Contender]:
     """The straightforward sampler and ours, on the same head."""
     torch.manual_seed(seed)
@@ -99,8 +99,8 @@ def contenders(
         head = moved(ConvHead(EVENT, context_shape=CONTEXT), where)
         joined = moved(ConvHead((EVENT[0] + CONTEXT[0], *EVENT[1:])), where)
     else:
-        prior, c = base(batch, (LATENTS,), where), None
-        joined = head = moved(MLPHead((LATENTS,), width=WIDTH, depth=BLOCKS), where)
+        prior, c = base(batch, (latents,), where), None
+        joined = head = moved(MLPHead((latents,), width=WIDTH, depth=BLOCKS), where)
 
     def ours(*, share: bool = False, **options: Any) -> Tensor:  # noqa: ANN401
         log_r = prepare_head(head, c, **options)
@@ -114,11 +114,13 @@ def contenders(
     return found | ({"shared": partial(ours, share=True)} if c is None else {})
 
 
-def one(kind: str, which: str, proposals: int, batch: int, seed: int, device: str) -> Contender:
+def one(
+    kind: str, which: str, proposals: int, batch: int, seed: int, device: str, latents: int
+) -> Contender:
     """One contender, for a process of its own; it is warm."""
-    small = contenders(kind, min(proposals, 100), batch, seed, device)[which]
+    small = contenders(kind, min(proposals, 100), batch, seed, device, latents)[which]
     small()
-    return contenders(kind, proposals, batch, seed, device)[which]
+    return contenders(kind, proposals, batch, seed, device, latents)[which]
 
 
 class Ladder(LatentSource[Any, Any]):
@@ -236,16 +238,18 @@ class Speed:
             )
         return rows
 
-    def growth(self, proposals: int, batch: int, seed: int, name: str) -> list[Row]:
+    def growth(
+        self, proposals: int, batch: int, seed: int, name: str, latents: int = LATENTS
+    ) -> list[Row]:
         """One size; the straightforward sampler only where it fits."""
-        found = contenders("mlp", proposals, batch, seed, str(self.device))
-        latents = proposals * batch
-        fits = latents <= 200_000
+        found = contenders("mlp", proposals, batch, seed, str(self.device), latents)
+        count = proposals * batch
+        fits = count <= 200_000
         chosen = {key: found[key] for key in ("fp32", *(("straightforward",) if fits else ()))}
-        rounds = self.settings["rounds"] if latents <= 64_000 else 3 if fits else 1
+        rounds = self.settings["rounds"] if count <= 64_000 else 3 if fits else 1
         times = by_turns(chosen, self.device, rounds=rounds)
         row = self._times(times, "fp32") if fits else {"ms": 1000 * min(times["fp32"])}
-        peak = self._peak("mlp", "fp32", proposals, seed, batch)
+        peak = self._peak("mlp", "fp32", proposals, seed, batch, latents)
         return [{"name": name, "proposals": proposals, "batch": batch, **row, "peak_mib": peak}]
 
     def groups(self, count: int, seed: int) -> list[Row]:
@@ -301,11 +305,17 @@ class Speed:
         }
 
     def _peak(
-        self, kind: str, which: str, proposals: int, seed: int, batch: int = BATCH
+        self,
+        kind: str,
+        which: str,
+        proposals: int,
+        seed: int,
+        batch: int = BATCH,
+        latents: int = LATENTS,
     ) -> float | None:
         if not self.on_cpu:
             return None
-        return peak_mib(one, kind, which, proposals, batch, seed, "cpu")
+        return peak_mib(one, kind, which, proposals, batch, seed, "cpu", latents)
 
 
 def evaluations(head: nn.Module, run: Contender) -> int:
@@ -355,6 +365,9 @@ def jobs(speed: Speed, quick: bool, seed: int) -> dict[str, Callable[[], list[Ro
         found[name] = partial(speed.growth, proposals, BATCH, seed, name)
     for batch in (1, 4, 16, 64):
         found[f"batch-{batch}"] = partial(speed.growth, 1000, batch, seed, f"batch-{batch}")
+    for latents in (4, 64, 256, 1024):
+        name = f"latents-{latents}"
+        found[name] = partial(speed.growth, 1000, BATCH, seed, name, latents)
     for count in (1, 10, 30):
         found[f"groups-{count}"] = partial(speed.groups, count, seed)
     for samples in (256, 512, 1024) if quick else (256, 1024, 4096):

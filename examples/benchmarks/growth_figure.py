@@ -1,0 +1,87 @@
+"""Draws how the time of SIR grows with M, B, D, K, the samples of a job and the processes.
+
+    python examples/benchmarks/growth_figure.py examples/images/growth.png
+
+The rows are those of results/sampling_speed.json, or of --json. Not a benchmark itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hole_figure import INK, NEW, RULE, SOFT
+
+if TYPE_CHECKING:
+    from bench import Row
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results" / "sampling_speed.json"
+
+# What grows: the names of the rows, and a title.
+PANELS = {
+    "proposals": "proposals M",
+    "batch": "rows of a batch B",
+    "latents": "latents D",
+    "groups": "groups K",
+    "samples": "samples of a job",
+    "processes": "processes",
+}
+
+
+def curve(rows: list[Row], kind: str) -> list[tuple[int, float, float | None]]:
+    """Sizes in ascending order, each with seconds and with MiB of memory, if they were measured."""
+    found = []
+    for row in rows:
+        name, _, size = row["name"].rpartition("-")
+        if name == kind and size.isdigit():
+            found.append((int(size), row["ms"] / 1000, row.get("peak_mib")))
+    return sorted(found)
+
+
+def draw(rows: list[Row]) -> Figure:
+    """The figure: a panel for each size that grows, with a dotted line of proportional growth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    for axes, (kind, title) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        _panel(axes, curve(rows, kind), title, falls=kind == "processes")
+    return figure
+
+
+def _panel(
+    axes: Axes, points: list[tuple[int, float, float | None]], title: str, *, falls: bool
+) -> None:
+    sizes, seconds, memory = zip(*points, strict=True)
+    last, end = (sizes[0], seconds[0]) if falls else (sizes[-1], seconds[-1])
+    line = [end * (last / size if falls else size / last) for size in sizes]
+    axes.plot(sizes, line, color=SOFT, linewidth=1, linestyle=":")
+    axes.plot(sizes, seconds, "o-", color=NEW, markersize=6, linewidth=1.5, mec="white")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    known = [mib for mib in memory if mib is not None]
+    note = f"   {min(known):.0f} to {max(known):.0f} MiB" if known else ""
+    axes.set_title(title, loc="left", color=INK, fontsize=11, weight="bold")
+    axes.set_title(note, loc="right", color=SOFT, fontsize=10)
+    axes.set_ylabel("seconds", color=SOFT, fontsize=10)
+    axes.tick_params(colors=SOFT, length=0, labelsize=10)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("out", type=Path, help="the PNG")
+    options.add_argument("--json", type=Path, default=RESULTS, help="rows of sampling_speed.py")
+    chosen = options.parse_args()
+    rows = json.loads(chosen.json.read_text(encoding="utf-8"))["rows"]
+    draw(rows).savefig(chosen.out, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
