@@ -178,8 +178,8 @@ class _Folded(InBlocks):
         w_1, b_1 = (first.weight * norm.weight).mT, first.bias + first.weight @ norm.bias
         w_2, b_2 = _centred(second)
         if self.precision == torch.bfloat16:
-            w_1, b_1, w_2 = w_1.bfloat16(), b_1.bfloat16(), w_2.bfloat16()
-        return norm.eps, w_1.contiguous(), b_1, w_2, b_2
+            w_1, b_1, w_2 = (t.contiguous().bfloat16() for t in (w_1, b_1, w_2))
+        return norm.eps, w_1, b_1, w_2, b_2
 
     def block(self, z: Tensor, embedded: Tensor | float) -> Tensor:
         """log r of a block, (n, b)."""
@@ -245,4 +245,4 @@ def _norm(h: Tensor, eps: float, *, out: Tensor) -> Tensor:
 def _centred(linear: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     """A layer's weight (inputs, outputs) and bias, without the mean over its outputs."""
     w, b = linear.weight.mT, linear.bias
-    return (w - w.mean(-1, keepdim=True)).contiguous(), b - b.mean()
+    return w - w.mean(-1, keepdim=True), b - b.mean()

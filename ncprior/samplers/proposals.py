@@ -19,21 +19,34 @@ _ROUNDING = 1e-4  # relative differences up to this one are rounding
 class Proposals:
     """Proposals of a prior; those of a normal prior overwrite one buffer at each call.
 
-    Under the same seed they equal ``prior.sample``, bit for bit.
+    Under the same seed, those of a normal prior equal ``prior.sample``, bit for bit.
 
     Arguments:
         prior: p(z), of batch shape ``(B,)``.
+
+    Attributes:
+        example: A tensor of the proposals' shape, dtype and device, ``(1, B, *event)``.
     """
 
     def __init__(self, prior: Sampleable) -> None:
         self.prior = prior
         self.normal = normal_parameters(prior)
         self.buffer = torch.empty(0)
+        self.first: Tensor | None = None
+        if (
+            self.normal is None
+        ):  # only a draw tells the shape; it becomes the first of the proposals
+            self.example = self.first = draw_from(prior, 1)
+        else:
+            self.example = self.normal[0][None]
 
     def __call__(self, count: int) -> Tensor:
         """Draws ``count`` proposals per row, of shape ``(count, B, *event)``."""
         if self.normal is None:
-            return draw_from(self.prior, count)
+            first, self.first = self.first, None
+            if first is None or count == 1:
+                return draw_from(self.prior, count) if first is None else first
+            return torch.cat([first, draw_from(self.prior, count - 1)])
         mean, sd = self.normal
         if len(self.buffer) < count:
             self.buffer = mean.new_empty(count, *mean.shape)

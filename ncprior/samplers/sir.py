@@ -106,15 +106,12 @@ def stream(
         share: Whether rows share proposals, and must therefore be alike.
     """
     check_target(prior, log_ratio)
-    # The first chunk is one proposal per row: its shape gives B, also for sample-only priors.
     proposals = Proposals(prior)
-    z = proposals(1)
-    rows = z.shape[1]
-    at_once = max(1, latents_at_once(z, chunk_size) // max(1, rows))
+    rows = proposals.example.shape[1]
+    at_once = max(1, latents_at_once(proposals.example, chunk_size) // max(1, rows))
     if share:
-        require_same_rows(prior, log_ratio, z)
+        require_same_rows(prior, log_ratio, proposals(1))
     pool = make(num_proposals, rows)
-    pool.add(z, log_ratio(z))
     while missing := pool.missing():
         z = proposals(min(at_once, missing))
         pool.add(z, log_ratio(z))

@@ -166,7 +166,7 @@ def test_the_context_is_embedded_once_per_draw(head: Any, monkeypatch: pytest.Mo
     prior = Independent(Normal(torch.zeros(8, *head.event_shape), 1.0), len(head.event_shape))
     c = torch.randn(8, *head.config()["context_shape"])
     sir(prior, prepare_head(head, c), num_proposals=2000, chunk_size=64)
-    assert len(calls) <= 2  # the one proposal per row that comes first may be a perceptron's own
+    assert len(calls) == 1
 
 
 def test_wrong_shapes_are_refused_as_the_head_refuses_them() -> None:

@@ -18,7 +18,7 @@ from ncprior.samplers.base import latents_at_once
 
 def test_the_shape_of_log_r_is_checked() -> None:
     prior = rows(standard_normal(2), 4)
-    with pytest.raises(ValueError, match=re.escape("(1, 4, 2)")):
+    with pytest.raises(ValueError, match=re.escape("(8, 4, 2)")):
         sir(prior, lambda z: z, num_proposals=8)
     with pytest.raises(ValueError, match=re.escape("(4, 2)")):
         langevin(prior, lambda z: z, num_steps=1, step_size=0.1)

@@ -366,6 +366,23 @@ def test_what_a_source_makes_rows_of_can_be_shared() -> None:
     assert draw.z.shape == (6, 2)
 
 
+@pytest.mark.parametrize("make", [SampleOnly, lambda p: p], ids=["only sampled", "normal"])
+@pytest.mark.parametrize(("chunk_size", "calls"), [(None, [50]), (80, [20, 20, 10])])
+def test_a_small_job_is_one_call_of_the_head(make: Any, chunk_size: Any, calls: list[int]) -> None:
+    """On a GPU, each call of a head costs as much time as hundreds of proposals."""
+    prior, seen = expand(make(standard_normal(2)), 4), []
+
+    def log_ratio(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return z.sum(-1)
+
+    draw = sir(prior, log_ratio, num_proposals=50, chunk_size=chunk_size)
+    assert [len(z) for z in seen] == calls
+    proposals = torch.cat(seen)
+    assert len(proposals.flatten(0, 1).unique(dim=0)) == 200  # each is new
+    assert (proposals == draw.z).all(-1).any(0).all()
+
+
 @pytest.mark.parametrize("prior", [Normal(torch.randn(5), 2.0), rows(standard_normal(3), 5)])
 def test_streamed_proposals_are_the_priors_own_bit_for_bit(prior: Distribution) -> None:
     proposals = Proposals(prior)
