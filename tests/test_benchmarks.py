@@ -105,6 +105,18 @@ def test_finished_rows_are_not_made_again(bench: ModuleType, tmp_path: Path) -> 
     assert "torch" in written["meta"]["machine"]
 
 
+def test_rows_of_two_machines_name_both(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.json"
+    for seed, name in enumerate(("one", "two", "one")):
+        monkeypatch.setattr(bench, "machine", lambda name=name: f"machine {name}, torch")
+        bench.Bench(options(tmp_path), {}).add(lambda: [{"nll": 1.0}], seed=seed)
+    assert (
+        json.loads(file.read_text())["meta"]["machine"] == "machine one, torch; machine two, torch"
+    )
+
+
 def test_what_was_not_measured_is_null(bench: ModuleType, tmp_path: Path) -> None:
     made = bench.Bench(options(tmp_path), {})
     made.add(lambda: [{"peak_mib": float("nan"), "fd": 2.0}], method="NCP")

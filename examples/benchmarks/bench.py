@@ -54,9 +54,10 @@ def with_settings(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]
 
 def machine() -> str:
     """What the numbers were made on."""
+    cpu = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     return ", ".join(
         (
-            f"{platform.machine()} with {os.cpu_count()} cores, {torch.get_num_threads()} used",
+            f"{cpu} with {os.cpu_count()} cores, {torch.get_num_threads()} used",
             platform.system(),
             f"python {platform.python_version()}",
             f"torch {torch.__version__}",
@@ -72,6 +73,7 @@ class Bench:
         self.cache: Path = options.cache
         self.settings = {"quick": options.quick, **settings}
         self.rows: list[Row] = []
+        self.machines: list[str] = []  # all that rows were made on
         if self.path is not None and self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["meta"]["settings"] != self.settings:
@@ -79,7 +81,7 @@ class Bench:
                     f"{self.path} holds rows of other settings, {found['meta']['settings']}; now "
                     f"they are {self.settings}. Pass another --json FILE, or the same settings."
                 )
-            self.rows = found["rows"]
+            self.rows, self.machines = found["rows"], found["meta"]["machine"].split("; ")
 
     def add(self, make: Callable[[], Sequence[Row]], **key: object) -> list[Row]:
         """Returns the rows with this key, such as method and seed; makes them if there are none."""
@@ -89,7 +91,8 @@ class Bench:
         made = [{**key, **{name: _known(value) for name, value in row.items()}} for row in make()]
         self.rows += made
         if self.path is not None:
-            meta = {"settings": self.settings, "machine": machine()}
+            self.machines = list(dict.fromkeys([*self.machines, machine()]))
+            meta = {"settings": self.settings, "machine": "; ".join(self.machines)}
             with write_atomically(self.path) as temporary:
                 text = json.dumps({"meta": meta, "rows": self.rows}, indent=2)
                 temporary.write_text(text + "\n", encoding="utf-8")
