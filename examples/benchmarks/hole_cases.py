@@ -34,13 +34,15 @@ class Case:
     """One frozen VAE, ready for priors to be fitted and judged.
 
     `rows` are what the source encodes: for flat VAEs mean and σ of q(z | x) in place of x, so that
-    the encoder is visited once; the last `num_held_out` of them stop the training of heads.
+    the encoder is visited once; the last `num_held_out` of them stop the training of heads. `test_rows` are
+    those of the images whose features are the reference.
     """
 
     name: str
     vae: nn.Module
     source: LatentSource
     rows: Tensor
+    test_rows: Tensor
     num_held_out: int
     images: Tensor
     test_images: Tensor  # those of the reference
@@ -83,11 +85,12 @@ class Case:
         return Binarised(self.train, batch) if self.binarise else self.train
 
     @torch.no_grad()
-    def posterior(self, count: int) -> tuple[Tensor, Tensor]:
-        """Decoded posterior samples of training data, and their latents."""
-        total = len(self.train)
+    def posterior(self, count: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Decoded posterior samples, of training data or the first half of the test images, and their latents."""
+        data = self.test_rows[: len(self.test_rows) // 2] if held_out else self.train
+        total = len(data)
         passes = -(-count // total)  # again where there are fewer than samples
-        rows = self.train[torch.cat([torch.randperm(total) for _ in range(passes)])[:count]]
+        rows = data[torch.cat([torch.randperm(total) for _ in range(passes)])[:count]]
         parts = [sample_posterior(self.source, self.inputs(part)) for part in rows.split(1000)]
         z = torch.cat([torch.cat([z.flatten(1) for z in latents], 1) for latents, _ in parts])
         return torch.cat([self.source.decode(state) for _, state in parts]), z
@@ -168,6 +171,7 @@ def _flat(
         vae=vae,
         source=_flat_source(vae),
         rows=_encoded(vae, data.images),
+        test_rows=_encoded(vae, test.images),
         images=data.images,
         test_images=test.images,
         features=net.features,
@@ -240,6 +244,7 @@ def _cifar10(bench: Bench) -> Case:
         source=_flat_source(vae, vae.decoder[:2]),
         maps=vae.decoder[:2],
         rows=_encoded(vae, data.images[:count]),
+        test_rows=_encoded(vae, test.images),
         num_held_out=count // 20,
         images=data.images[:count],
         test_images=test.images,
@@ -278,6 +283,7 @@ def _hierarchical(bench: Bench) -> Case:
         vae=vae,
         source=HVAESource(vae),
         rows=data.images,
+        test_rows=test.images,
         num_held_out=3000,
         images=data.images,
         test_images=test.images,

@@ -60,6 +60,9 @@ MUCH = 20_000  # rows, of which trainings are worth keeping
 Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
 
+HELD_OUT = "posterior of other images"  # than those of training and of its own reference
+
+
 class Fitted(NamedTuple):
     """A fitted method: draws images with their latents; what it took to fit and what it stores."""
 
@@ -107,6 +110,10 @@ def base(case: Case, seed: int) -> Fitted:
 
 def posterior(case: Case, seed: int) -> Fitted:
     return Fitted(case.posterior, stored=case.encodings.numel())
+
+
+def held_out(case: Case, seed: int) -> Fitted:
+    return Fitted(partial(case.posterior, held_out=True))
 
 
 def alone(heads: Heads, name: str) -> Callable[[Case, int], Fitted]:
@@ -457,7 +464,11 @@ def on_images(case: Case, **options: Any) -> SingleGroup:  # noqa: ANN401
 def methods(case: Case, heads: Heads) -> list[Method]:
     """All that is compared on a case, references first."""
     few, many = (partial(sir, num_proposals=m) for m in (50, 500))
-    found = [Method("N(0, I)", "reference", base), Method("posterior", "reference", posterior)]
+    found = [
+        Method("N(0, I)", "reference", base),
+        Method("posterior", "reference", posterior),
+        Method(HELD_OUT, "reference", held_out),
+    ]
     if case.source.num_groups > 1:
         found[0] = found[0]._replace(name="base prior")
         found += [Method(f"temperature {t}", "peer", colder(t)) for t in (0.7, 0.8, 0.9)]

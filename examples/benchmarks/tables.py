@@ -311,7 +311,7 @@ def summary(shown: list[str]) -> str:
     machines: list[str] = []
     for file, methods in groupby((item.split("/", 1) for item in shown), key=lambda item: item[0]):
         found = results(file)
-        machines.append(found["meta"]["machine"])
+        machines += found["meta"]["machine"].split("; ")
         for _, method in methods:
             group = selected(file, found["rows"], [method])
             gap = interval(group, "gap_closed", "gap_low", "gap_high")

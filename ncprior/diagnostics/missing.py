@@ -23,7 +23,7 @@ from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
 from ncprior.source import Group, contrastive_pairs, device_of, num_rows, posterior_of, visit
-from ncprior.utils.batches import take_rows
+from ncprior.utils.batches import shuffle_rows, take_rows
 from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.precision import at_least_float32
@@ -57,7 +57,12 @@ def missing_jsd(
         The mean with its standard error; NaN if a group is off or no head can be made for it.
     """
     device = device_of(prior.source)
-    batches = [b for b in one_pass(data, batch_size, device) if num_rows(b) >= _FEWEST_ROWS]
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    batches = [
+        shuffle_rows(batch, num_rows(batch), generator)
+        for batch in one_pass(data, batch_size, device)
+        if num_rows(batch) >= _FEWEST_ROWS
+    ]
     unknown = [Mean(math.nan, math.nan)] * prior.source.num_groups
     if not batches or steps == 0:
         return unknown

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
 from ncprior.source import Group, LatentSource, device_of, num_rows
-from ncprior.utils.batches import own_batch, take_rows
+from ncprior.utils.batches import own_batch, shuffle_rows, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT, _QUARTER = 1000, 4  # rows, but at most a quarter of the data
@@ -122,12 +123,17 @@ def _held_out_fraction(count: int) -> float:
 
 
 def _halves(held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
-    """Two halves of held-out data; of data without an index, every other row of each batch."""
+    """Two halves of held-out data; of data without an index, half of each batch, at random."""
     rows = Rows(held_out) if isinstance(held_out, Tensor) else held_out
     halves = split(rows, 0.5, seed) if (_length(rows) or 0) > 1 else None
     if halves is not None and not isinstance(held_out, list | tuple):
         return halves
-    batches = [batch for batch in one_pass(held_out, _BATCH) if num_rows(batch) > 1]
+    generator = torch.Generator().manual_seed(seed)
+    batches = [
+        shuffle_rows(batch, num_rows(batch), generator)
+        for batch in one_pass(held_out, _BATCH)
+        if num_rows(batch) > 1
+    ]
     first = [take_rows(batch, slice(0, None, 2)) for batch in batches]
     return first, [take_rows(batch, slice(1, None, 2)) for batch in batches]
 

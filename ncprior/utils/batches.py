@@ -104,9 +104,32 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
     return x
 
 
-def take_rows(batch: Any, rows: slice) -> Any:  # noqa: ANN401
-    """Returns some rows of every tensor of a batch; tensors without axes stay."""
-    return map_tensors(lambda t: t[rows] if t.ndim > 0 else t, batch)
+def take_rows(batch: Any, rows: slice | Tensor) -> Any:  # noqa: ANN401
+    """Returns some rows of every tensor of a batch; tensors without axes stay.
+
+    Arguments:
+        batch: The batch.
+        rows: A range, or numbers of rows.
+    """
+
+    def some(t: Tensor) -> Tensor:
+        return t[rows if isinstance(rows, slice) else rows.to(t.device)] if t.ndim > 0 else t
+
+    return map_tensors(some, batch)
+
+
+def shuffle_rows(batch: Any, count: int, generator: torch.Generator) -> Any:  # noqa: ANN401
+    """Returns a batch of so many rows with its rows in random order.
+
+    Before rows are divided: every other row of data in an order of its own may be of one class.
+
+    Example:
+        >>> batch = {"x": torch.arange(4), "label": torch.arange(4)}
+        >>> mixed = shuffle_rows(batch, 4, torch.Generator().manual_seed(0))
+        >>> bool((mixed["x"] == mixed["label"]).all()), sorted(mixed["x"].tolist())
+        (True, [0, 1, 2, 3])
+    """
+    return take_rows(batch, torch.randperm(count, generator=generator))
 
 
 def tile_rows(batch: Any, count: int) -> Any:  # noqa: ANN401

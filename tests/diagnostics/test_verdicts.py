@@ -176,6 +176,15 @@ def test_D6_a_calibrated_head_that_misses_half_of_the_gap_is_incomplete() -> Non
     assert group.missing > 0.6 * (exact.jsd - group.jsd)
 
 
+def test_fresh_heads_see_all_classes_of_data_in_an_order_of_its_own() -> None:
+    """Rows of two classes by turns: half of a batch must not be one class, and the rest the other."""
+    x = torch.tensor([-3.0, 3.0]).repeat(600)[:, None] + 0.1 * torch.randn(1200, 1)
+    base = Independent(Normal(torch.zeros(1), 1.0), 1)
+    source = SingleGroup(base, lambda x: Independent(Normal(x, 0.1), 1), lambda z: z)
+    prior = NCPrior(source, Ratio(lambda z: 0 * z.sum(-1))).eval()
+    assert report_of(prior, x).missing > 0.5  # of at most log 2; a classifier is almost sure
+
+
 def test_W2_fresh_heads_learn_inside_inference_mode_too() -> None:
     pair = Pair(2.0, 2)
     prior, x = half_blind(pair), pair.data(600)

@@ -305,6 +305,12 @@ def test_held_out_data_of_batches_is_halved() -> None:
     assert parts.num_train == 50
 
 
+def test_batches_whose_rows_take_turns_are_halved_at_random() -> None:
+    batches = [torch.arange(100) % 2]
+    halves = parts_of(torch.arange(50), batches, seed=0)[1:3]
+    assert all(20 <= int(torch.cat(list(half)).sum()) <= 30 for half in halves)
+
+
 def _rows(part: object) -> Tensor:
     rows: Tensor = part[torch.arange(len(part))] if not isinstance(part, Tensor) else part  # type: ignore[index, arg-type]
     return rows
