@@ -47,6 +47,7 @@ def draw(rows: list[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
     for axes, (kind, title) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         _panel(axes, curve(rows, kind), title, falls=kind == "processes")
     return figure
@@ -63,13 +64,23 @@ def _panel(
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
-    known = [mib for mib in memory if mib is not None]
-    note = f"   {min(known):.0f} to {max(known):.0f} MiB" if known else ""
+    for size, spent in zip(sizes, seconds, strict=True):
+        place = {"textcoords": "offset points", "xytext": (6 if falls else -6, 5), "color": INK}
+        place["ha"] = "left" if falls else "right"
+        axes.annotate(
+            f"{spent:.2g} s" if spent < 100 else f"{spent:.0f} s", (size, spent), **place
+        )
+    known = [f"{mib:.0f}" for mib in memory if mib is not None]
+    note = (
+        " to ".join(dict.fromkeys((min(known, key=int), max(known, key=int)))) + " MiB"
+        if known
+        else ""
+    )
     axes.set_title(title, loc="left", color=INK, fontsize=11, weight="bold")
     axes.set_title(note, loc="right", color=SOFT, fontsize=10)
-    axes.set_ylabel("seconds", color=SOFT, fontsize=10)
+    axes.set_yticks([])
+    axes.margins(x=0.2, y=0.2)
     axes.tick_params(colors=SOFT, length=0, labelsize=10)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
 
