@@ -399,6 +399,17 @@ def test_F3_a_head_frozen_in_parts_by_no_grad_is_named() -> None:
     assert same(weights(prior), before)
 
 
+def test_groups_are_divided_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = ladder_prior(5)
+    monkeypatch.setattr("ncprior.trainer.num_ranks", lambda: 3)
+    groups = []
+    for rank in range(3):
+        monkeypatch.setattr("ncprior.trainer.rank", lambda rank=rank: rank)
+        groups.append(NCETrainer(prior, sgd(prior), group_parallel=True).groups)
+    assert groups == [[0, 3], [1, 4], [2]]
+    assert NCETrainer(prior, sgd(prior)).groups == [0, 1, 2, 3, 4]
+
+
 def test_F26_an_empty_batch_is_refused() -> None:
     prior = ladder_prior()
     with pytest.raises(ValueError, match="A batch must have 1 or more rows; got 0"):

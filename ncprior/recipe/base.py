@@ -28,8 +28,6 @@ _SIZES = (1, 10)  # numbers of components; heads correct the rest better than mo
 
 _SIZES_OF_FEW = (*_SIZES, 30, 100)  # for data of which heads learn little
 
-_FEW = 8000  # training rows
-
 _ROWS_PER_COMPONENT = 20  # at least
 
 _FEW_DRAWS = 20_000  # of smaller data, each row is drawn from several times
@@ -96,7 +94,7 @@ class _Search:
             self.held_out, log_p = _latents_and_log_p(source, parts.choose)
         else:
             self.held_out = latents_of(source, parts.choose)
-        self.few_rows = parts.num_train is not None and parts.num_train < _FEW
+        self.is_small = parts.is_small
         self.best: Any = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
@@ -108,14 +106,14 @@ class _Search:
 
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
-        for size in _SIZES_OF_FEW if self.few_rows else _SIZES:
+        for size in _SIZES_OF_FEW if self.is_small else _SIZES:
             if self.candidates and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
                 break
             mixture = self._fit(size)
             if not self._keep_if_better(_name(mixture), mixture) and size > 1:
                 break
         best = self.best
-        if best is not None and len(best.logits) > 1 and self.few_rows and not self._is_late():
+        if best is not None and len(best.logits) > 1 and self.is_small and not self._is_late():
             others = [self._fit(len(best.logits)) for _ in range(_AVERAGED - 1)]
             name = f"average of {_AVERAGED} {_name(best).replace('mixture', 'mixtures')}"
             self._keep_if_better(name, GaussianMixture.average([best, *others]))
