@@ -59,16 +59,17 @@ def test_rows_have_their_own_context() -> None:
     assert torch.equal(same.log_prob(z), p.given(contexts).log_prob(z))
 
 
-def test_the_fit_finds_a_line() -> None:
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_the_fit_finds_a_line(shift: float) -> None:
     """z = 2 c + noise of standard deviation 1/2: within 0.05 nats of its entropy on new rows."""
     torch.manual_seed(0)
     c = torch.randn(3000, 1, 1)
-    noise = Normal(2 * c.flatten(1), 0.5)
-    p = fit_flow(noise.sample(), context=c, steps=200, learning_rate=5e-3, progress=False)
+    z = Normal(2 * c.flatten(1), 0.5).sample()
+    p = fit_flow(z, context=shift + c, steps=200, learning_rate=5e-3, progress=False)
     fresh = torch.randn(2000, 1, 1)
     truth = Normal(2 * fresh.flatten(1), 0.5)
     z = truth.sample()
-    missed = (truth.log_prob(z)[:, 0] - p.given(fresh).log_prob(z)).mean()
+    missed = (truth.log_prob(z)[:, 0] - p.given(shift + fresh).log_prob(z)).mean()
     assert -0.01 < missed < 0.05
     by_rows = fit_flow(z, context=lambda rows: fresh[rows], steps=1, progress=False)
     assert by_rows.context_shape == (1, 1)
