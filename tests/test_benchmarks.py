@@ -16,8 +16,9 @@ import torch
 from helpers.problems import GaussianPair
 from torch import nn
 
-from ncprior import NCPrior, langevin, sir
+from ncprior import NCPrior, SingleGroup, langevin, sir
 from ncprior.demo.networks import VAE
+from ncprior.distributions import PointMass
 from ncprior.heads import MLPHead
 from ncprior.heads.product import ProductHead
 from ncprior.training.stages import nested
@@ -372,12 +373,31 @@ def test_the_figure_of_growth_has_every_size(monkeypatch: pytest.MonkeyPatch) ->
         assert axes.lines[1].get_ydata().tolist() == [seconds for _, seconds, _ in points]
 
 
+def test_other_images_are_not_their_own_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images 0 to 4 are decoded, and measured to images 5 to 9."""
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(FOLDER)
+    hole = load("prior_hole")
+    case = object.__new__(load("hole_cases").Case)
+    p = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), 1.0), 1)
+    case.source = SingleGroup(p, lambda x: PointMass(x), lambda z: z)
+    case.binarise, case.train = False, torch.full((10, 1), -1.0)
+    case.test_rows = case.reference = torch.arange(10.0)[:, None]
+    x, _ = case.posterior(20, held_out=True)
+    assert x.flatten().unique().tolist() == [0, 1, 2, 3, 4]
+    assert case.posterior(20)[0].unique().tolist() == [-1]
+    compared = object.__new__(hole.Comparison)
+    compared.case = case
+    assert compared._reference(hole.OTHERS).flatten().tolist() == [5, 6, 7, 8, 9]
+    assert len(compared._reference("posterior")) == 10
+
+
 def test_all_ways_of_training_are_ways_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark of training takes its settings apart from those of `fit`: each must exist."""
     monkeypatch.syspath_prepend(FOLDER)
     speed = load("training_speed")
     source, images = VAE(28, latents=4, counts=1).eval().source(), torch.rand(64, 1, 28, 28)
-    for train, more in speed.WAYS.values():
+    for train, more in speed.ways(torch.device("cpu")).values():
         prior = NCPrior(source, MLPHead((4,), width=8))
         curve = train(prior, images, images, steps=2, eval_every=1, batch=32, **more)
         assert len(curve) == 2 and curve[0][0] < curve[1][0]

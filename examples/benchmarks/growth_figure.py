@@ -7,12 +7,10 @@ The rows are those of results/sampling_speed.json, or of --json. Not a benchmark
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hole_figure import INK, NEW, RULE, SOFT
+from hole_figure import INK, NEW, RULE, SOFT, write
 
 if TYPE_CHECKING:
     from bench import Row
@@ -32,8 +30,11 @@ PANELS = {
 }
 
 
-def curve(rows: list[Row], kind: str) -> list[tuple[int, float, float | None]]:
-    """Sizes in ascending order, each with seconds and with MiB of memory, if they were measured."""
+Points = list[tuple[int, float, float | None]]  # size, seconds, and MiB if they were measured
+
+
+def curve(rows: list[Row], kind: str) -> Points:
+    """What was measured of one thing that grows, such as the proposals, in ascending order."""
     found = []
     for row in rows:
         name, _, size = row["name"].rpartition("-")
@@ -53,9 +54,7 @@ def draw(rows: list[Row]) -> Figure:
     return figure
 
 
-def _panel(
-    axes: Axes, points: list[tuple[int, float, float | None]], title: str, *, falls: bool
-) -> None:
+def _panel(axes: Axes, points: Points, title: str, *, falls: bool) -> None:
     sizes, seconds, memory = zip(*points, strict=True)
     last, end = (sizes[0], seconds[0]) if falls else (sizes[-1], seconds[-1])
     line = [end * (last / size if falls else size / last) for size in sizes]
@@ -64,20 +63,12 @@ def _panel(
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
+    side, offset = ("left", (6, 5)) if falls else ("right", (-6, 5))
     for size, spent in zip(sizes, seconds, strict=True):
-        place = {"textcoords": "offset points", "xytext": (6 if falls else -6, 5), "color": INK}
-        place["ha"] = "left" if falls else "right"
-        axes.annotate(
-            f"{spent:.2g} s" if spent < 100 else f"{spent:.0f} s", (size, spent), **place
-        )
-    known = [f"{mib:.0f}" for mib in memory if mib is not None]
-    note = (
-        " to ".join(dict.fromkeys((min(known, key=int), max(known, key=int)))) + " MiB"
-        if known
-        else ""
-    )
+        text = f"{spent:.2g} s" if spent < 100 else f"{spent:.0f} s"
+        axes.annotate(text, (size, spent), offset, textcoords="offset points", ha=side, color=INK)
     axes.set_title(title, loc="left", color=INK, fontsize=11, weight="bold")
-    axes.set_title(note, loc="right", color=SOFT, fontsize=10)
+    axes.set_title(_memory(memory), loc="right", color=SOFT, fontsize=10)
     axes.set_yticks([])
     axes.margins(x=0.2, y=0.2)
     axes.tick_params(colors=SOFT, length=0, labelsize=10)
@@ -85,14 +76,14 @@ def _panel(
     axes.spines["bottom"].set_color(RULE)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("out", type=Path, help="the PNG")
-    options.add_argument("--json", type=Path, default=RESULTS, help="rows of sampling_speed.py")
-    chosen = options.parse_args()
-    rows = json.loads(chosen.json.read_text(encoding="utf-8"))["rows"]
-    draw(rows).savefig(chosen.out, dpi=150)
+def _memory(measured: tuple[float | None, ...]) -> str:
+    """The least and the largest memory in words; empty if there is none."""
+    known = sorted(round(mib) for mib in measured if mib is not None)
+    if not known:
+        return ""
+    low, high = known[0], known[-1]
+    return f"{low} MiB" if low == high else f"{low} to {high} MiB"
 
 
 if __name__ == "__main__":
-    main()
+    write(__doc__, RESULTS, draw)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bench import Row
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -107,14 +109,15 @@ def _levels(axes: Axes) -> None:
         axes.text(0.85, height + 0.02, text, color=SOFT, fontsize=11)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def write(doc: str | None, results: Path, draw: Callable[[list[Row]], Figure]) -> None:
+    """Draws the rows of a file of results into a PNG, as the command line says."""
+    options = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     options.add_argument("out", type=Path, help="the PNG")
-    options.add_argument("--json", type=Path, default=RESULTS, help="rows of prior_hole.py")
+    options.add_argument("--json", type=Path, default=results, help="the rows (%(default)s)")
     chosen = options.parse_args()
     rows = json.loads(chosen.json.read_text(encoding="utf-8"))["rows"]
     draw(rows).savefig(chosen.out, dpi=150)
 
 
 if __name__ == "__main__":
-    main()
+    write(__doc__, RESULTS, draw)

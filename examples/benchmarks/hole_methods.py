@@ -60,7 +60,9 @@ MUCH = 20_000  # rows, of which trainings are worth keeping
 Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
 
-HELD_OUT = "posterior of other images"  # than those of training and of its own reference
+OTHERS = (
+    "posterior of other images"  # decodes half of the test images; the reference is the other half
+)
 
 
 class Fitted(NamedTuple):
@@ -112,7 +114,7 @@ def posterior(case: Case, seed: int) -> Fitted:
     return Fitted(case.posterior, stored=case.encodings.numel())
 
 
-def held_out(case: Case, seed: int) -> Fitted:
+def posterior_of_others(case: Case, seed: int) -> Fitted:
     return Fitted(partial(case.posterior, held_out=True))
 
 
@@ -467,7 +469,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     found = [
         Method("N(0, I)", "reference", base),
         Method("posterior", "reference", posterior),
-        Method(HELD_OUT, "reference", held_out),
+        Method(OTHERS, "reference", posterior_of_others),
     ]
     if case.source.num_groups > 1:
         found[0] = found[0]._replace(name="base prior")

@@ -33,7 +33,7 @@ import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now, peak_growth
 from hole_cases import Case, make_case, slug
-from hole_methods import BATCH, HELD_OUT, Fitted, Heads, Method, evaluations, methods
+from hole_methods import BATCH, OTHERS, Fitted, Heads, Method, evaluations, methods
 from torch import Tensor
 
 from ncprior.demo import in_batches
@@ -152,7 +152,7 @@ class Comparison:
     def _reference(self, name: str) -> Tensor:
         """Features of the test images, without those that a method decodes."""
         reference = self.case.reference
-        return reference[len(reference) // 2 :] if name == HELD_OUT else reference
+        return reference[len(reference) // 2 :] if name == OTHERS else reference
 
     def _family(self, method: Method) -> str:
         drawn = self.drawn.get(method.name)

@@ -18,7 +18,7 @@ in M (`proposals-`), B (`batch-`), D (`latents-`), K (`groups-`: 16 latents each
 M = 1,000) and processes; and of a job of N samples to disk in parts of 256 (`samples-`, M = 1,000), per job.
 `match_strength` and `diagnose`, without its new head, on 2,048 rows: their baseline is SIR itself with
 as many evaluations of the head, so that a ratio of 0.5 is twice the time of these draws. `bf16` is left out on a
-CPU without instructions for it, where it takes forty times as long.
+CPU without instructions for it, where it takes tens of times as long.
 """
 
 import argparse

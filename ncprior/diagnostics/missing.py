@@ -56,6 +56,9 @@ def missing_jsd(
     Returns:
         The mean with its standard error; NaN if a group is off or no head can be made for it.
     """
+    unknown = [Mean(math.nan, math.nan)] * prior.source.num_groups
+    if steps == 0:
+        return unknown
     device = device_of(prior.source)
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     batches = [
@@ -63,8 +66,7 @@ def missing_jsd(
         for batch in one_pass(data, batch_size, device)
         if num_rows(batch) >= _FEWEST_ROWS
     ]
-    unknown = [Mean(math.nan, math.nan)] * prior.source.num_groups
-    if not batches or steps == 0:
+    if not batches:
         return unknown
     with gradients_enabled():
         fresh = _Fresh(prior, batches)

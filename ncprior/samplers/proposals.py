@@ -33,24 +33,29 @@ class Proposals:
         self.normal = normal_parameters(prior)
         self.buffer = torch.empty(0)
         self.first: Tensor | None = None
-        if (
-            self.normal is None
-        ):  # only a draw tells the shape; it becomes the first of the proposals
-            self.example = self.first = draw_from(prior, 1)
-        else:
+        if self.normal is not None:
             self.example = self.normal[0][None]
+        else:  # only a draw tells the shape; it becomes the first of the proposals
+            self.example = self.first = draw_from(prior, 1)
 
     def __call__(self, count: int) -> Tensor:
         """Draws ``count`` proposals per row, of shape ``(count, B, *event)``."""
         if self.normal is None:
             first, self.first = self.first, None
-            if first is None or count == 1:
-                return draw_from(self.prior, count) if first is None else first
-            return torch.cat([first, draw_from(self.prior, count - 1)])
+            if first is None:
+                return draw_from(self.prior, count)
+            return first if count == 1 else torch.cat([first, draw_from(self.prior, count - 1)])
         mean, sd = self.normal
         if len(self.buffer) < count:
             self.buffer = mean.new_empty(count, *mean.shape)
         return self.buffer[:count].normal_().mul_(sd).add_(mean)
+
+    def peek(self) -> Tensor:
+        """Returns one draw per row, of shape ``(1, B, *event)``, before the first proposals.
+
+        Draws of a normal prior cost nothing and are new; those of another one are its first proposals.
+        """
+        return self(1) if self.first is None else self.first
 
 
 def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None:

@@ -110,7 +110,7 @@ def stream(
     rows = proposals.example.shape[1]
     at_once = max(1, latents_at_once(proposals.example, chunk_size) // max(1, rows))
     if share:
-        require_same_rows(prior, log_ratio, proposals(1))
+        require_same_rows(prior, log_ratio, proposals.peek())
     pool = make(num_proposals, rows)
     while missing := pool.missing():
         z = proposals(min(at_once, missing))

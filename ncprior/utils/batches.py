@@ -104,24 +104,20 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
     return x
 
 
-def take_rows(batch: Any, rows: slice | Tensor) -> Any:  # noqa: ANN401
-    """Returns some rows of every tensor of a batch; tensors without axes stay.
-
-    Arguments:
-        batch: The batch.
-        rows: A range, or numbers of rows.
-    """
-
-    def some(t: Tensor) -> Tensor:
-        return t[rows if isinstance(rows, slice) else rows.to(t.device)] if t.ndim > 0 else t
-
-    return map_tensors(some, batch)
+def take_rows(batch: Any, rows: slice) -> Any:  # noqa: ANN401
+    """Returns some rows of every tensor of a batch; tensors without axes stay."""
+    return map_tensors(lambda t: t[rows] if t.ndim > 0 else t, batch)
 
 
 def shuffle_rows(batch: Any, count: int, generator: torch.Generator) -> Any:  # noqa: ANN401
-    """Returns a batch of so many rows with its rows in random order.
+    """Returns a batch with its rows in random order, the same for all of its tensors.
 
-    Before rows are divided: every other row of data in an order of its own may be of one class.
+    For batches whose rows are divided: in data whose classes take turns, every other row is of one class.
+
+    Arguments:
+        batch: The batch; tensors without axes stay.
+        count: Number of its rows.
+        generator: Source of the order, on the CPU.
 
     Example:
         >>> batch = {"x": torch.arange(4), "label": torch.arange(4)}
@@ -129,7 +125,8 @@ def shuffle_rows(batch: Any, count: int, generator: torch.Generator) -> Any:  # 
         >>> bool((mixed["x"] == mixed["label"]).all()), sorted(mixed["x"].tolist())
         (True, [0, 1, 2, 3])
     """
-    return take_rows(batch, torch.randperm(count, generator=generator))
+    order = torch.randperm(count, generator=generator)
+    return map_tensors(lambda t: t[order.to(t.device)] if t.ndim > 0 else t, batch)
 
 
 def tile_rows(batch: Any, count: int) -> Any:  # noqa: ANN401

@@ -360,6 +360,20 @@ def test_rows_that_differ_do_not_share(prior: Any, log_ratio: LogRatio, reason: 
         sir(prior, log_ratio, num_proposals=20, share_proposals=True)
 
 
+def test_shared_proposals_of_a_prior_without_density_are_all_used() -> None:
+    """Draws may cost more than the head, such as those of flow matching: none is thrown away."""
+    drawn: list[int] = []
+
+    class Counted(SampleOnly):
+        def sample(self, sample_shape: Any = ()) -> Tensor:
+            z = super().sample(sample_shape)
+            drawn.append(z[..., 0].numel())
+            return z
+
+    sir(expand(Counted(standard_normal(2)), 6), flat, num_proposals=24, share_proposals=True)
+    assert sum(drawn) == 24
+
+
 def test_what_a_source_makes_rows_of_can_be_shared() -> None:
     samples = expand(SampleOnly(standard_normal(2)), 6)
     draw = sir(samples, flat, num_proposals=20, share_proposals=True)
