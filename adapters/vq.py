@@ -22,6 +22,7 @@ from torch.distributions import Distribution
 from ncprior.bases.codes import NoCodePrior
 from ncprior.distributions import PointMass, Sampleable, expand
 from ncprior.source import Group, LatentSource, require_eval
+from ncprior.utils.conditions import require_condition, require_rows_of_x, require_tensors
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import (
     described,
@@ -39,7 +40,8 @@ class VQSource(LatentSource[Any, Any]):
     """A VQ-VAE as groups of codes: any pair of an encoder to indices and a decoder of indices.
 
     A batch is x itself, or the first item of a tuple. q(z | x) has all its mass on the codes of the
-    encoder.
+    encoder. With a condition, such as a class label, base and ratio heads depend on it, and encoder
+    and decoder do not.
 
     Arguments:
         encode: Maps x to codes, whole numbers of shape ``(B, *grid)``; of several levels to a tuple
@@ -47,12 +49,17 @@ class VQSource(LatentSource[Any, Any]):
         decode: Maps the codes, one argument per level, to the decoder's mean, ``(B, ...)``.
         num_categories: Number of vectors in the codebook; of several levels a list of numbers.
         module: The VQ-VAE, for its fingerprint and the check that it is in evaluation mode.
+        condition: Returns the condition c of a batch as the loader yields it, such as
+            ``lambda batch: batch[1]``: a tensor, or tensors in a tuple or dict, with B rows each.
+            Sampling then needs it as ``condition``.
         context: Maps the codes of the levels before the next one, one argument per level, to the
-            context of its base and its ratio head, ``(B, ...)``; for every level but the first.
+            context of its base and its ratio head, ``(B, ...)``; for every level but the first. With
+            a condition, it takes c in front of them, and is called for the first level, too.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If ``num_categories`` is below 1, or there are several levels without a context.
+        ValueError: If ``num_categories`` is below 1, or a context is missing: several levels and a
+            condition need one.
 
     Example:
         >>> codebook = torch.linspace(-1, 1, 8)
@@ -63,6 +70,18 @@ class VQSource(LatentSource[Any, Any]):
         >>> state = source.advance(source.start(4, source.encode(x)), encode(x))
         >>> bool((source.decode(state) - x).abs().max() < 0.2)
         True
+
+        Codes given a class label:
+
+        >>> source = VQSource(
+        ...     encode,
+        ...     lambda z: codebook[z],
+        ...     num_categories=8,
+        ...     condition=lambda batch: batch[1],
+        ...     context=lambda label: torch.nn.functional.one_hot(label, 10).float(),
+        ... )
+        >>> source.group(source.start(4, condition=torch.tensor([3, 1, 4, 1]))).context.shape
+        torch.Size([4, 10])
     """
 
     def __init__(
@@ -72,6 +91,7 @@ class VQSource(LatentSource[Any, Any]):
         *,
         num_categories: int | Sequence[int],
         module: nn.Module | None = None,
+        condition: Callable[[Any], Any] | None = None,
         context: Callable[..., Tensor] | None = None,
     ) -> None:
         for name, part in {"encode": encode, "decode": decode}.items():
@@ -81,32 +101,45 @@ class VQSource(LatentSource[Any, Any]):
         require_counts(**{f"num_categories[{k}]": count for k, count in enumerate(counts)})
         if module is not None:
             require_instance("module", module, nn.Module, "Pass the VQ-VAE, or leave it out.")
+        if condition is not None:
+            require_callable("condition", condition, "Pass a function of a batch.")
         if context is not None:
             require_callable("context", context, "Pass a function of the codes drawn before.")
-        if not counts or (len(counts) > 1) != (context is not None):
+        needs_context = len(counts) > 1 or condition is not None
+        if not counts or needs_context != (context is not None):
             raise ValueError(
-                f"A context is needed for several levels of codes, and only there; got "
-                f"{len(counts)} levels and {'no' if context is None else 'a'} context."
+                f"A context is needed for several levels of codes and for a condition, and only "
+                f"there; got {len(counts)} levels, {'no' if condition is None else 'a'} condition "
+                f"and {'no' if context is None else 'a'} context."
             )
         self.num_groups, self.module = len(counts), module
         self._priors = [NoCodePrior(int(count)) for count in counts]
-        self._encode, self._decode, self._context = encode, decode, context
+        self._encode, self._decode = encode, decode
+        self._condition, self._context = condition, context
+
+    class Encoding(NamedTuple):
+        """The codes of all levels, and the condition."""
+
+        codes: tuple[Tensor, ...]
+        condition: Any
 
     class State(NamedTuple):
-        """The codes of x, or ``None`` without an x, and those that are chosen so far."""
+        """The codes of x, or ``None`` without an x, the condition, and the codes chosen so far."""
 
         rows: Tensor  # (B, 0): carries the batch size
-        encoding: tuple[Tensor, ...] | None
+        codes: tuple[Tensor, ...] | None
+        condition: Any
         chosen: tuple[Tensor, ...]
 
-    def encode(self, x: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-        """Returns the codes of one batch, of all levels.
+    def encode(self, x: Any) -> Encoding:  # noqa: ANN401
+        """Returns the codes of one batch, of all levels, and its condition.
 
         Raises:
-            TypeError: If the encoder returns no codes.
+            TypeError: If the encoder returns no codes, or the condition has no tensors.
             ValueError: If x has NaN or infinity, or codes are out of range.
         """
         self._require_eval()
+        c = None if self._condition is None else self._condition(x)
         x = x[0] if isinstance(x, tuple | list) and len(x) > 0 else x
         if isinstance(x, Tensor) and x.is_floating_point():
             require_finite("x", x)  # the nearest vector to NaN would be the first one
@@ -116,34 +149,37 @@ class VQSource(LatentSource[Any, Any]):
             raise ValueError(
                 f"encode(x) must return the codes of {self.num_groups} levels; got {len(found)}."
             )
-        return tuple(self._checked(k, z) for k, z in enumerate(found))
+        codes = tuple(self._checked(k, z) for k, z in enumerate(found))
+        if self._condition is not None:
+            require_tensors(c)
+            require_rows_of_x(c, codes[0])
+        return self.Encoding(codes, c)
 
     def start(
         self,
         batch_size: int,
-        encoding: tuple[Tensor, ...] | None = None,
+        encoding: Encoding | None = None,
         condition: Any = None,  # noqa: ANN401
     ) -> State:
         """Returns the state before the first level."""
         require_counts(batch_size=batch_size)
         self._require_eval()
-        if condition is not None:
-            raise ValueError("This source takes no condition; got one.")
+        codes, c = (None, condition) if encoding is None else encoding
+        require_condition(c, batch_size, is_taken=self._condition is not None)
         device = None
-        if encoding is not None:
-            device = encoding[0].device
+        if codes is not None:
+            device = codes[0].device
         elif self.module is not None:
             device = input_like(self.module).device
-        return self.State(torch.empty(batch_size, 0, device=device), encoding, ())
+        return self.State(torch.empty(batch_size, 0, device=device), codes, c, ())
 
     def group(self, state: State) -> Group:
         """Returns the codes of the next level as its posterior, and its context."""
         k, rows = len(state.chosen), len(state.rows)
         q: Distribution | None = None
-        if state.encoding is not None:
-            q = PointMass(state.encoding[k])
-        context = None if k == 0 or self._context is None else self._context(*state.chosen)
-        return Group(expand(self._priors[k], rows), q, context)
+        if state.codes is not None:
+            q = PointMass(state.codes[k])
+        return Group(expand(self._priors[k], rows), q, self._seen(state))
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state with the codes of the level, of shape ``(B, *grid)``."""
@@ -158,6 +194,11 @@ class VQSource(LatentSource[Any, Any]):
     def shared_prior(self) -> Sampleable | None:
         """Returns the placeholder of the missing prior of a single level."""
         return self._priors[0] if self.num_groups == 1 else None
+
+    def _seen(self, state: State) -> Tensor | None:
+        """Returns the context of the next level, or ``None``."""
+        before = state.chosen if self._condition is None else (state.condition, *state.chosen)
+        return None if self._context is None or not before else self._context(*before)
 
     def _checked(self, k: int, codes: Any) -> Tensor:  # noqa: ANN401
         """Returns the codes of a level after a check of their type and, waiting for a GPU, range."""

@@ -82,7 +82,7 @@ class Settings(NamedTuple):
 
     genes: int = 1000
     updates: int = 1600  # of the model, in whole epochs
-    splits: int = 2
+    splits: int = 4
     steps: int = 1500  # of a head
     compared: int = 100  # genes that cells are compared by
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_leaves
 
 from ncprior.distributions import (
     Sampleable,
@@ -19,6 +18,12 @@ from ncprior.distributions import (
     parameters,
 )
 from ncprior.source import Group, LatentSource, num_rows, require_eval
+from ncprior.utils.conditions import (
+    require_condition,
+    require_rows_of_x,
+    require_tensors,
+    tensors_of,
+)
 from ncprior.utils.precision import floating_dtype
 from ncprior.utils.require import described, require_callable, require_counts, require_instance
 
@@ -158,7 +163,7 @@ class SingleGroup(LatentSource[Any, Any]):
             raise ValueError("x must be one batch; got an empty list. Pass rows of data.")
         c = None if self._condition is None else self._checked_condition(self._condition(x))
         x = x[0] if isinstance(x, tuple | list) else x
-        _require_rows_of_condition(x, c)
+        require_rows_of_x(c, x)
         distribution = self._checked_posterior(x, c)
         _require_rows_of(x, distribution)
         q = parameters(distribution)
@@ -174,22 +179,13 @@ class SingleGroup(LatentSource[Any, Any]):
         require_counts(batch_size=batch_size)
         require_eval(*self._watched)
         q, c = (None, condition) if encoding is None else encoding
-        if (c is None) != (self._condition is None):
-            needs, got = ("needs a", "none") if c is None else ("takes no", "one")
-            raise ValueError(
-                f"This source {needs} condition; got {got}. A condition is picked out of a batch "
-                f"by SingleGroup(condition=...) and given to sample(..., condition=...)."
-            )
+        require_condition(c, batch_size, is_taken=self._condition is not None)
         c = None if c is None else self._checked_condition(c)
         if q is not None and num_rows(q) != batch_size:
             raise ValueError(
                 f"The walk has {batch_size} rows; got {num_rows(q)} rows of encoding."
             )
-        for leaf in _tensors(c):
-            if leaf.shape[:1] != (batch_size,):
-                got = f"{len(leaf)} rows" if leaf.ndim > 0 else "a single number"
-                raise ValueError(f"The walk has {batch_size} rows; got {got} of condition.")
-        leaves = _tensors((q, c))
+        leaves = tensors_of((q, c))
         device = leaves[0].device if leaves else None
         return self.State(torch.empty(batch_size, 0, device=device), None, q, c)
 
@@ -292,11 +288,7 @@ class SingleGroup(LatentSource[Any, Any]):
 
     def _checked_condition(self, c: Any) -> Any:  # noqa: ANN401
         """Returns a condition after a check that it has rows, and that a head can see it."""
-        if not _tensors(c):
-            raise TypeError(
-                f"A condition must be a tensor, or tensors in a tuple or dict, with one row per row "
-                f"of the batch; got {described(c)}. Embed texts, and number the classes of names."
-            )
+        require_tensors(c)
         if self._context is None and (not isinstance(c, Tensor) or c.ndim < 2):
             raise ValueError(
                 f"The ratio head sees a condition of shape (B, C), a vector per row; got "
@@ -350,10 +342,6 @@ def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | No
     return nn.ModuleList([require_instance("module", part, nn.Module, remedy) for part in module])
 
 
-def _tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _called(name: str, function: Callable[[Any], Any], c: Any) -> Any:  # noqa: ANN401
     """Returns a function of the condition; its error names the condition."""
     try:
@@ -361,27 +349,16 @@ def _called(name: str, function: Callable[[Any], Any], c: Any) -> Any:  # noqa: 
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        got = ", ".join(map(described, _tensors(c)[:2]))
+        got = ", ".join(map(described, tensors_of(c)[:2]))
         raise ValueError(
             f"{name} failed on a condition, {got}. Check its values, shape and dtype: classes are "
             f"whole numbers from 0, as in labels.long(). {str(error).partition(chr(10))[0]}"
         ) from error
 
 
-def _require_rows_of_condition(x: Any, c: Any) -> None:  # noqa: ANN401
-    """Validates that a condition has the rows of x, where x has one number of rows."""
-    rows = {len(leaf) for leaf in _tensors(x) if leaf.ndim > 0}
-    found = {leaf.shape[:1].numel() if leaf.ndim else 0 for leaf in _tensors(c)}
-    if c is not None and len(rows) == 1 and found != rows:
-        raise ValueError(
-            f"condition(batch) must return one row per row of x; got {max(found)} rows for "
-            f"{rows.pop()} of x. Batches must hold the condition, as those of TensorDataset(x, c) do."
-        )
-
-
 def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401
     """Validates that q(z | x) has the rows of x, where x has one number of rows."""
-    rows = {len(leaf) for leaf in _tensors(x) if leaf.ndim > 0}
+    rows = {len(leaf) for leaf in tensors_of(x) if leaf.ndim > 0}
     if len(rows) == 1 and q.batch_shape[0] not in rows:
         raise ValueError(
             f"posterior(x) must return one row per row of x; got {q.batch_shape[0]} rows for "

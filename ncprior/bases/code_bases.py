@@ -1,4 +1,4 @@
-"""Bases for all groups of codes of a source, each given the codes of the groups before it."""
+"""Bases for all groups of codes of a source, each given its context."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from ncprior.bases.code_network import CodeNetwork, fit_code_network
 from ncprior.bases.codes import CodeFrequencies, fit_code_frequencies
 from ncprior.bases.groups import group_data
 from ncprior.bases.rebase import without_bases
+from ncprior.data.stream import first_batch
 from ncprior.distributions import num_categories_of
-from ncprior.source import LatentSource, require_source
+from ncprior.source import (
+    Group,
+    LatentSource,
+    device_of,
+    num_rows,
+    posterior_of,
+    require_source,
+    visit,
+)
+from ncprior.utils.batches import own_batch
 from ncprior.utils.require import require_choice
 
 _KINDS = ("network", "frequencies")
@@ -27,7 +37,7 @@ def fit_code_bases(
     """Bases for all groups of codes of a VAE, such as the two grids of a VQ-VAE-2.
 
     The network of a group sees the group's context, a function of the codes of the groups before
-    it; frequencies do not.
+    it and of the condition; frequencies do not.
 
     Arguments:
         source: The VAE; the latents of all its groups are codes.
@@ -55,7 +65,7 @@ def fit_code_bases(
     if kind == "frequencies" and options:
         raise TypeError(f"Frequencies have no options; got {', '.join(sorted(options))}.")
     groups = group_data(source, data)
-    counts = categories_of(source, [z for z, _ in groups])
+    counts = _categories_of(source, data)
     pairs = zip(groups, counts, strict=True)
     if kind == "frequencies":
         return [fit_code_frequencies(z, num_categories=count) for (z, _), count in pairs]
@@ -65,11 +75,14 @@ def fit_code_bases(
     ]
 
 
-def categories_of(source: LatentSource[Any, Any], codes: list[Tensor]) -> list[int | None]:
+def _categories_of(source: LatentSource[Any, Any], data: Any) -> list[int | None]:  # noqa: ANN401
     """Returns the numbers of values of the codes of every group, as far as the source tells."""
-    below = without_bases(source)
-    state, counts = below.start(1), []
-    for z in codes:
-        counts.append(num_categories_of(below.group(state).prior))
-        state = below.advance(state, z[:1])
+    below, counts = without_bases(source), []
+    encoding = below.encode(own_batch(first_batch(data, 1), device_of(source)))
+
+    def of_posterior(_k: int, group: Group) -> Tensor:
+        counts.append(num_categories_of(group.prior))
+        return posterior_of(group).sample()
+
+    visit(below, below.start(num_rows(encoding), encoding), of_posterior)
     return counts

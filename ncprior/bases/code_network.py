@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from numpy.typing import ArrayLike
@@ -53,6 +53,8 @@ class CodeNetwork(ConditionalBase):
         >>> z.shape, base.log_prob(z).shape
         (torch.Size([5, 3, 4, 4]), torch.Size([5, 3]))
     """
+
+    is_autoregressive: ClassVar[bool] = True  # slow to draw: one code after another
 
     def __init__(self, network: MaskedConvNet) -> None:
         remedy = "Make one by fit_code_network(codes)."

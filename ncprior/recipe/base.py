@@ -12,6 +12,8 @@ from torch.distributions import Distribution
 
 from ncprior.bases.code_network import fit_code_network
 from ncprior.bases.codes import fit_code_frequencies
+from ncprior.bases.conditional import ConditionalBase
+from ncprior.bases.groups import group_data
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
@@ -19,7 +21,7 @@ from ncprior.bases.rebase import rebase
 from ncprior.data.stream import one_pass
 from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.parts import Parts, first_group, has_condition
+from ncprior.recipe.parts import Parts, first_group
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.supports import support_of
@@ -49,9 +51,10 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     two standard errors of the paired difference. With little data, larger mixtures are candidates,
     too, and the average of several mixtures of the best size. With much data, heads on ten components
     end up with a higher likelihood than larger mixtures, with heads or alone. For a grid of codes,
-    candidates are the frequencies of the codes and a network over them. For a VAE with a condition,
-    log p(z | c) of each held-out row is compared with mixtures, which do not see c. The prior of
-    several groups, of codes with a condition, or of other latents that do not fill R^n stays the VAE's own.
+    candidates are the frequencies of the codes and a network over them, which sees the condition. For
+    real latents of a VAE with a condition, log p(z | c) of each held-out row is compared with mixtures,
+    which do not see c. The prior of several groups, a conditional prior of codes, and that of other
+    latents that do not fill R^n stays the VAE's own.
     """
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
@@ -89,15 +92,11 @@ class _Search:
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
         self.own = source.shared_prior()
-        self.z, log_p = self._encodings(source, parts), None
-        if self.own is None:  # p(z | c) of every row
-            self.held_out, log_p = _latents_and_log_p(source, parts.choose)
-        else:
-            self.held_out = latents_of(source, parts.choose)
         self.is_small = parts.is_small
         self.best: Any = None
         self.name = _OWN
         self.candidates: list[Candidate] = []
+        log_p = self._read(source, parts)
         if isinstance(self.own, Distribution):
             log_p = self.own.log_prob(self.held_out)
         self.log_p: Tensor | None = log_p  # of the best base, (N,)
@@ -126,12 +125,16 @@ class _Search:
         self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
         return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
 
-    @staticmethod
-    def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
-        """Encodings of the training data, with several draws per row of small data."""
+    def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
+        """Keeps encodings, several draws per row of small data; returns log p(z | c) of held-out ones."""
         z = latents_of(source, parts.train)
         passes = min(10, math.ceil(_FEW_DRAWS / len(z)))
-        return torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
+        self.z = torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
+        if self.own is None:  # p(z | c) of every row
+            self.held_out, log_p = _latents_and_log_p(source, parts.choose)
+            return log_p
+        self.held_out = latents_of(source, parts.choose)
+        return None
 
     def _keep_if_better(self, name: str, base: Distribution) -> bool:
         new = self._score(name, base)
@@ -142,8 +145,12 @@ class _Search:
 
     def _score(self, name: str, base: Distribution) -> Tensor:
         """Adds a candidate, and returns the log p of held-out encodings."""
-        log_p = base.log_prob(self.held_out)
+        log_p = self._log_p(base)
         self._note(name, log_p)
+        return log_p
+
+    def _log_p(self, base: Any) -> Tensor:  # noqa: ANN401
+        log_p: Tensor = base.log_prob(self.held_out)
         return log_p
 
     def _note(self, name: str, log_p: Tensor) -> None:
@@ -155,7 +162,7 @@ class _Search:
 
 
 class _CodeSearch(_Search):
-    """Search of the base for a grid of codes."""
+    """Search of the base for a grid of codes, with a network that sees the condition."""
 
     larger = "network"
 
@@ -169,13 +176,24 @@ class _CodeSearch(_Search):
         self.record.begin("fits a network over the codes")
         left = None if self.end is None else max(1.0, self.end - self.seconds())
         network = fit_code_network(
-            self.z, num_categories=count, max_seconds=left, progress=self.record.progress
+            self.z,
+            context=self.context,
+            num_categories=count,
+            max_seconds=left,
+            progress=self.record.progress,
         )
         self._keep_if_better("network over codes", network)
 
-    @staticmethod
-    def _encodings(source: LatentSource[Any, Any], parts: Parts) -> Tensor:
-        return latents_of(source, parts.train)
+    def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
+        self.z, self.context = group_data(source, parts.train)[0]
+        self.held_out, self.held_out_context = group_data(source, parts.choose)[0]
+        return None
+
+    def _log_p(self, base: Any) -> Tensor:  # noqa: ANN401
+        if self.held_out_context is not None and isinstance(base, ConditionalBase):
+            rows = torch.arange(len(self.held_out), device=self.held_out.device)
+            base = base.given(self.held_out_context(rows))
+        return super()._log_p(base)
 
 
 _OWN = "the VAE's own prior"
@@ -195,7 +213,7 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     if source.shared_prior() is None and not isinstance(group.prior, Distribution):
         return "the prior depends on a condition, and has no density"
     if not posterior_of(group).sample().is_floating_point():
-        return "the prior of the codes depends on a condition" * has_condition(source, parts)
+        return "the prior of the codes depends on a condition" * (source.shared_prior() is None)
     support = support_of(posterior_of(group)) or support_of(group.prior)
     return f"the latents are {support}, and a mixture of Gaussians is not" if support else ""
 

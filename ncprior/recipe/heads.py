@@ -8,11 +8,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ncprior.bases.code_network import CodeNetwork
 from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.parts import Parts
+from ncprior.recipe.parts import Parts, draws_slowly, has_condition
 from ncprior.recipe.record import Record
 from ncprior.recipe.scores import has_scores
 from ncprior.source import LatentSource, device_of
@@ -84,8 +83,8 @@ def train_heads(
             settings=FitSettings(
                 weight_decay=kind.weight_decay,
                 score_weight=score_weight,
-                num_cached_proposals=_num_cached(source, parts),
                 precision=precision,
+                **_caches(source, parts),
             ),
         )
         found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
@@ -111,11 +110,13 @@ def train_heads(
     return prior
 
 
-def _num_cached(source: LatentSource[Any, Any], parts: Parts) -> int | None:
-    """Number of draws of a base that is slow to sample, to be reused."""
-    if not isinstance(source.shared_prior(), CodeNetwork):
-        return None
-    return cache_size(parts.num_train, _PER_ROW, _CACHED)
+def _caches(source: LatentSource[Any, Any], parts: Parts) -> dict[str, Any]:
+    """Settings under which draws of a base that is slow to sample are reused."""
+    if not draws_slowly(source):
+        return {}
+    if has_condition(source, parts) or source.num_groups > 1:  # a draw of its own for each row
+        return {"cache_epochs": math.inf}
+    return {"num_cached_proposals": cache_size(parts.num_train, _PER_ROW, _CACHED)}
 
 
 def _default_width(prior: NCPrior) -> int:

@@ -19,7 +19,7 @@ from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, NEW, OLD, Score
-from ncprior.recipe.parts import Parts, has_condition
+from ncprior.recipe.parts import Parts, draws_slowly, has_condition
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.sir import sir
@@ -114,7 +114,7 @@ def remaining_gap(
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
         source: LatentSource[Any, Any] = nested(prior, sampler)
-        if source.num_groups > 1:
+        if source.num_groups > 1 or (draws_slowly(prior.source) and not single):
             source, parts = _with_draws(source, parts, None if left is None else left / 2)
         if left is not None:
             left = max(_FEWEST_SECONDS, left - (time.monotonic() - started))
@@ -142,8 +142,8 @@ def _with_draws(
 ) -> tuple[LatentSource[Any, Any], Parts]:
     """Source and data with one walk, and one draw of every group, per row.
 
-    Later groups are drawn given z_<k of an encoding. At every step of a training, such draws would
-    take most of its time.
+    Later groups are drawn given z_<k of an encoding, and slow bases given a condition. At every step of a
+    training, such draws would take most of its time.
     """
     device, budget = device_of(source), FitSettings().cache_memory * 2**30
     count = cache_size(parts.num_train, _PER_ROW, _CACHED)

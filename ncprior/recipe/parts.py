@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ncprior.bases.rebase import Rebased
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
 from ncprior.source import Group, LatentSource, device_of, num_rows
@@ -108,6 +109,12 @@ def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # n
 def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
     """Returns whether the prior of a source with one group differs from row to row."""
     return first_group(source, parts).context is not None or source.shared_prior() is None
+
+
+def draws_slowly(source: LatentSource[Any, Any]) -> bool:
+    """Returns whether a base of a source says that it draws one latent after another."""
+    bases = (source.bases if isinstance(source, Rebased) else None) or ()
+    return any(getattr(base, "is_autoregressive", False) for base in bases)
 
 
 def first_group(source: LatentSource[Any, Any], parts: Parts) -> Group:

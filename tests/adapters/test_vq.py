@@ -17,6 +17,7 @@ from helpers.toys import everything
 from helpers.vqvae2_standin import TwoLevels
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent
+from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.vq import VQModelSource, VQSource, VQVAE2Source
@@ -205,12 +206,97 @@ def test_encoders_that_return_something_else_are_refused() -> None:
         source(lambda x: x.long() + 3).encode(x)
     with pytest.raises(ValueError, match="codes of 1 levels; got 2"):
         source(lambda x: (x.long(), x.long())).encode(x)
-    with pytest.raises(ValueError, match="2 levels and no context"):
+    with pytest.raises(ValueError, match="2 levels, no condition and no context"):
         source(lambda x: (x.long(), x.long()), num_categories=[3, 3])
-    with pytest.raises(ValueError, match="1 levels and a context"):
+    with pytest.raises(ValueError, match="1 levels, no condition and a context"):
         source(lambda x: x.long(), context=lambda z: z)
+    with pytest.raises(ValueError, match="1 levels, a condition and no context"):
+        source(lambda x: x.long(), condition=lambda batch: batch[1])
     with pytest.raises(ValueError, match="takes no condition"):
         source(lambda x: x.long()).start(4, condition=x)
+
+
+PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # p(z | label)
+
+
+def labelled(rows: int) -> tuple[Tensor, Tensor]:
+    """Codes of shape (1,), and labels that they depend on."""
+    label = torch.randint(2, (rows,))
+    return torch.multinomial(PROBS[label], 1), label
+
+
+def of_label(label: Tensor) -> Tensor:
+    return nn.functional.one_hot(label, 2).float()
+
+
+def given_label(**options: Any) -> VQSource:
+    parts: dict[str, Any] = {"condition": lambda batch: batch[1], "context": of_label}
+    return VQSource(lambda x: x, lambda z: z.float(), num_categories=3, **parts | options)
+
+
+def shares(z: Tensor) -> Tensor:
+    return nn.functional.one_hot(z.flatten(), 3).float().mean(0)
+
+
+def test_bases_and_heads_see_a_label() -> None:
+    """p(z | label) is a table: the network learns it, and so do heads on frequencies without it."""
+    torch.manual_seed(0)
+    data = TensorDataset(*labelled(4000))
+    source = given_label()
+    (network,) = fit_code_bases(source, data, width=8, depth=1, steps=400, progress=False)
+    (frequencies,) = fit_code_bases(source, data, kind="frequencies")
+    assert isinstance(network, CodeNetwork)
+    log_p = network.given(of_label(torch.arange(2))).log_prob(
+        torch.arange(3).view(3, 1, 1).expand(3, 2, 1)
+    )
+    noise = 4 * (PROBS * (1 - PROBS) / 2000).sqrt()  # of the shares in the data
+    assert ((log_p.exp().T - PROBS).abs() < noise + 0.02).all()
+    batch = next(iter(DataLoader(data, 256)))
+    for base in (network, frequencies):
+        based = rebase(source, base)
+        check_source(based, batch, condition=batch[1])
+        prior = NCPrior.for_source(based, batch, width=16, depth=1)
+        cache = {"cache_epochs": float("inf")} if base is network else {}
+        fit(prior, data, steps=300, progress=False, settings=FitSettings(**cache))
+        for label in range(2):
+            c = torch.full((4000,), label)
+            drawn = prior.sample(4000, partial(sir, num_proposals=20), condition=c)
+            error = 4 * (PROBS[label] * (1 - PROBS[label]) / 2000).sqrt()  # of data and draws
+            assert ((shares(drawn.latents[0]) - PROBS[label]).abs() < error + 0.03).all()
+
+
+def test_all_levels_see_a_condition_and_the_levels_before() -> None:
+    seen: list[tuple[Tensor, ...]] = []
+
+    def context(label: Tensor, *before: Tensor) -> Tensor:
+        seen.append((label, *before))
+        return torch.cat([of_label(label), *(z.float() for z in before)], 1)
+
+    source = given_label(context=context)
+    two = VQSource(
+        lambda x: (x, 2 - x),
+        lambda top, bottom: (top + bottom).float(),
+        num_categories=[3, 3],
+        condition=lambda batch: batch[1],
+        context=context,
+    )
+    z, label = labelled(6)
+    bases = fit_code_bases(two, [(z, label)], width=8, depth=1, steps=2, progress=False)
+    assert [base.context_shape for base in bases if isinstance(base, CodeNetwork)] == [(2,), (3,)]
+    check_source(rebase(two, bases), (z, label), condition=label)
+    seen.clear()
+    sample_posterior(two, (z, label))
+    assert [len(arguments) for arguments in seen] == [1, 2]
+    assert torch.equal(seen[1][0], label)
+    assert torch.equal(seen[1][1], z)
+    with pytest.raises(ValueError, match="needs a condition; got none"):
+        source.start(4)
+    with pytest.raises(ValueError, match="walk has 4 rows; got 6 rows of condition"):
+        source.start(4, condition=label)
+    with pytest.raises(ValueError, match="one row per row of x; got 5 rows for 6 of x"):
+        source.encode((z, label[:5]))
+    with pytest.raises(TypeError, match="A condition must be a tensor"):
+        given_label(condition=lambda batch: "label").encode((z, label))
 
 
 def test_bases_of_all_levels_see_the_levels_before() -> None:

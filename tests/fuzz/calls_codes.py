@@ -221,11 +221,18 @@ def _(w: World) -> Built:
     decode=NETWORK,
     num_categories=unsure(count()),
     module=OPTIONAL_MODULE,
+    condition=unsure(OPTIONAL_NETWORK),
     context=unsure(OPTIONAL_NETWORK),
 )
 def _(w: World) -> Built:
     parts = {"encode": lambda x: (x > 0).long(), "decode": lambda z: z.float()}
-    return vq.VQSource, {**parts, "num_categories": 2, "module": None, "context": None}
+    return vq.VQSource, {
+        **parts,
+        "num_categories": 2,
+        "module": None,
+        "condition": None,
+        "context": None,
+    }
 
 
 @call("ncprior.adapters.vq.VQSource.encode", x=X)

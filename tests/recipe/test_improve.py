@@ -15,17 +15,26 @@ from helpers.tables import Frame
 from helpers.toys import flat
 from torch import Tensor
 from torch.distributions import Independent, Normal
+from torch.utils.data import TensorDataset
 
 from ncprior import NCPrior, SingleGroup, fit, improve, sir
 from ncprior.adapters.vq import VQSource
-from ncprior.bases import GaussianMixture, NoPrior, Rebased, fit_code_network
+from ncprior.bases import (
+    CodeNetwork,
+    GaussianMixture,
+    NoPrior,
+    Rebased,
+    fit_code_bases,
+    fit_code_network,
+    rebase,
+)
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
-from ncprior.recipe import Choice, base, heads
+from ncprior.recipe import Choice, base, heads, judge
 from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
-from ncprior.recipe.judge import Gap, in_words, share_closed
+from ncprior.recipe.judge import OWN_DRAW, Gap, in_words, remaining_gap, share_closed
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
@@ -208,7 +217,60 @@ def test_a_grid_of_codes_gets_a_network_if_it_is_more_likely(
         names.append(type(based.prior).__name__)
         assert len(record.choices[0].candidates) == 2
     assert names == ["CodeFrequencies", "CodeNetwork"]
-    assert heads._num_cached(based, parts_of(x, None, seed=0)) == 3000
+    assert heads._caches(based, parts_of(x, None, seed=0)) == {"num_cached_proposals": 3000}
+
+
+def labelled_codes() -> VQSource:
+    """x are codes themselves, with a label of three."""
+    return VQSource(
+        lambda x: x,
+        lambda z: z.float(),
+        num_categories=4,
+        condition=lambda batch: batch[1],
+        context=lambda c: torch.nn.functional.one_hot(c, 3).float(),
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_codes_get_a_network_that_sees_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All codes of a row are its label, or all of them are the next number."""
+    small = partial(fit_code_network, width=16, depth=1, steps=400)
+    monkeypatch.setattr(base, "fit_code_network", small)
+    torch.manual_seed(0)
+    label = torch.randint(3, (2000,))
+    x = (label + (torch.rand(2000) < 0.2)).view(-1, 1, 1).repeat(1, 2, 2)
+    source, data = labelled_codes(), TensorDataset(x, label)
+    prior = improve(source, data, budget=4, seed=0, progress=False)
+    assert chosen(prior)["base"] == "network over codes"
+    assert isinstance(prior.source, Rebased)
+    assert heads._caches(prior.source, parts_of(data, None, seed=0)) == {"cache_epochs": math.inf}
+    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    found = {it.name: it.score for it in prior.report.choices[0].candidates}
+    assert -entropy - 0.2 < found["network over codes"] < -entropy + 0.1
+    c = torch.arange(3).repeat_interleave(1000)
+    z = prior.sample(3000, condition=c).latents[0]
+    assert ((z == c.view(-1, 1, 1)).all((1, 2)).float().mean() - 0.8).abs() < 0.08
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_longer_training_draws_no_more_from_a_slow_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = TensorDataset(torch.randint(4, (400, 2, 2)), torch.randint(3, (400,)))
+    source = labelled_codes()
+    source = rebase(source, fit_code_bases(source, data, width=8, steps=2, progress=False))
+    prior = NCPrior.for_source(source, data[:64], width=8).eval()
+    parts, record = parts_of(data, None, seed=0), Record(progress=False, max_seconds=None)
+    draw, draws = CodeNetwork.sample, [0]
+
+    def counted(network: CodeNetwork, *shape: Any) -> Tensor:
+        draws[-1] += 1
+        return draw(network, *shape)
+
+    monkeypatch.setattr(CodeNetwork, "sample", counted)
+    for steps in (20, 60):
+        monkeypatch.setattr(judge, "_STEPS", steps)
+        remaining_gap(prior, OWN_DRAW, parts, record, name="new prior")
+        draws.append(0)
+    assert draws[0] == draws[1] > 0
 
 
 @pytest.mark.usefixtures("quick")
