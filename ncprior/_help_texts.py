@@ -4,7 +4,7 @@ DESCRIPTION = """\
 Better priors for pretrained VAEs by noise contrastive estimation.
 
 Examples:
-  ncprior demo                            train and improve a small VAE of digits, about a minute
+  ncprior demo                            train and improve a small VAE of digits, a minute or two
   ncprior demo --data mnist               the same on MNIST, some minutes
   ncprior improve my_vae.py:source --data my_vae.py:data --out my-prior
                                           find a better prior for your VAE
