@@ -231,10 +231,13 @@ class VQModelSource(VQSource):
 
     Arguments:
         model: The model, in evaluation mode, on the device where it is to stay.
+        condition: Returns the condition of a batch, as in :class:`VQSource`.
+        context: Maps a condition to the context of base and ratio head, ``(B, ...)``.
 
     Raises:
         TypeError: If the model is no VQ-VAE with the interface of ``VQModel``.
-        ValueError: If it is in training mode, or its codes are remapped.
+        ValueError: If it is in training mode, its codes are remapped, or one of ``condition`` and
+            ``context`` is missing.
 
     Example:
         >>> from diffusers import VQModel
@@ -246,13 +249,25 @@ class VQModelSource(VQSource):
 
     module: Any
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        *,
+        condition: Callable[[Any], Any] | None = None,
+        context: Callable[[Any], Tensor] | None = None,
+    ) -> None:
         parts = ("encode", "decode", "quantize", "post_quant_conv")
         _require_parts(model, parts, "a VQModel of diffusers: VQModel.from_pretrained(...)")
         if getattr(model.quantize, "remap", None) is not None:
             raise ValueError("A VQModel with remapped codes cannot be wrapped; use VQSource.")
         count = model.quantize.embedding.num_embeddings
-        super().__init__(self._codes, self._image, num_categories=count, module=model)
+        super().__init__(
+            *(self._codes, self._image),
+            num_categories=count,
+            module=model,
+            condition=condition,
+            context=context,
+        )
         require_eval(model)
 
     def _codes(self, x: Any) -> Tensor:  # noqa: ANN401

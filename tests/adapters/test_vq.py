@@ -265,6 +265,16 @@ def test_bases_and_heads_see_a_label() -> None:
             assert ((shares(drawn.latents[0]) - PROBS[label]).abs() < error + 0.03).all()
 
 
+def test_a_vq_model_takes_a_condition() -> None:
+    options: dict[str, Any] = {"condition": lambda batch: batch[1], "context": of_label}
+    source, batch = VQModelSource(vq_model(), **options), (images(), torch.arange(6) % 2)
+    based = rebase(source, fit_code_bases(source, [batch], width=8, steps=2, progress=False))
+    check_source(based, batch, condition=batch[1])
+    prior = NCPrior.for_source(based, batch, width=8)
+    sample = prior.sample(2, partial(sir, num_proposals=2), condition=torch.arange(2))
+    assert sample.x.shape == (2, 3, 8, 8)
+
+
 def test_all_levels_see_a_condition_and_the_levels_before() -> None:
     seen: list[tuple[Tensor, ...]] = []
 
