@@ -179,6 +179,16 @@ def test_a_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert "--quick" in done.stdout
 
 
+def test_seeds_with_other_verdicts_share_a_line(tables: ModuleType) -> None:
+    verdicts = ["good", "good", "too flat"]
+    rows = [
+        {"pair": "shift", "seed": seed, "rmse": 0.5, "verdict": verdict}
+        for seed, verdict in enumerate(verdicts)
+    ]
+    assert tables.domain(rows)[2:] == ["| shift | 3 | 0.500 ± 0.000 | 2 × good; 1 × too flat |"]
+    assert tables.domain(rows[:2])[2:] == ["| shift | 2 | 0.500 ± 0.000 | good |"]
+
+
 def run_tables(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
     status: int = tables.main()

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -211,13 +212,16 @@ def domain(rows: list[Row]) -> list[str]:
     """Table of a domain: one line for all seeds of the same words, one column per number.
 
     Words are the method and, if there are several, the data or the condition. A number such as
-    `auc` whose row has `auc_low` and `auc_high` has its interval in parentheses.
+    `auc` whose row has `auc_low` and `auc_high` has its interval in parentheses. The last column, if
+    there is one, has the verdicts of the seeds.
     """
     known = {key: row[key] for row in rows for key in row if row[key] is not None}
-    words = [key for key, value in known.items() if isinstance(value, str | int) and key != "seed"]
+    words = [key for key, value in known.items() if isinstance(value, str | int)]
+    words = [key for key in words if key not in ("seed", "verdict")]
     numbers = [key.removesuffix("_low") for key, value in known.items() if type(value) is float]
     numbers = [key for key in dict.fromkeys(numbers) if not key.endswith("_high")]
-    titles = [key.replace("_", " ") for key in (*words, "seeds", *numbers)]
+    last = [key for key in ("verdict",) if key in known]
+    titles = [key.replace("_", " ") for key in (*words, "seeds", *numbers, *last)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -226,8 +230,15 @@ def domain(rows: list[Row]) -> list[str]:
         ).append(row)
     for labels, group in groups.items():
         cells = [*labels, str(len(group)), *(number(group, key) for key in numbers)]
+        cells += [counted([row[key] for row in group]) for key in last]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def counted(words: list[str]) -> str:
+    """Different words, each with how often it occurs if there are several."""
+    counts = Counter(words)
+    return "; ".join(word if len(counts) == 1 else f"{n} × {word}" for word, n in counts.items())
 
 
 def number(group: list[Row], key: str) -> str:
