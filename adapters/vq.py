@@ -22,7 +22,12 @@ from torch.distributions import Distribution
 from ncprior.bases.codes import NoCodePrior
 from ncprior.distributions import PointMass, Sampleable, expand
 from ncprior.source import Group, LatentSource, require_eval
-from ncprior.utils.conditions import require_condition, require_rows_of_x, require_tensors
+from ncprior.utils.conditions import (
+    context_of,
+    require_condition,
+    require_rows_of_x,
+    require_tensors,
+)
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import (
     described,
@@ -197,8 +202,11 @@ class VQSource(LatentSource[Any, Any]):
 
     def _seen(self, state: State) -> Tensor | None:
         """Returns the context of the next level, or ``None``."""
-        before = state.chosen if self._condition is None else (state.condition, *state.chosen)
-        return None if self._context is None or not before else self._context(*before)
+        if self._context is None:
+            return None
+        if self._condition is not None:
+            return context_of(self._context, state.condition, *state.chosen, rows=len(state.rows))
+        return self._context(*state.chosen) if state.chosen else None
 
     def _checked(self, k: int, codes: Any) -> Tensor:  # noqa: ANN401
         """Returns the codes of a level after a check of their type and, waiting for a GPU, range."""

@@ -1,7 +1,7 @@
 """Single cells: priors of scVI and SCANVI, judged by a classifier that tells drawn cells from real.
 
     pip install 'ncprior[cells,demo]'
-    python examples/scvi_cells.py --quick                        # pbmc68k, without `improve`: a minute
+    python examples/scvi_cells.py --quick                        # pbmc68k, without `improve`: 2 or 3 minutes
     python examples/scvi_cells.py --seed 0 1 2 --json cells.json
     python examples/scvi_cells.py --h5ad cells.h5ad --batch-key donor --layer counts
 

@@ -19,6 +19,8 @@ from ncprior.distributions import (
 )
 from ncprior.source import Group, LatentSource, num_rows, require_eval
 from ncprior.utils.conditions import (
+    called,
+    context_of,
     require_condition,
     require_rows_of_x,
     require_tensors,
@@ -161,7 +163,11 @@ class SingleGroup(LatentSource[Any, Any]):
         require_eval(*self._watched)
         if isinstance(x, tuple | list) and not x:
             raise ValueError("x must be one batch; got an empty list. Pass rows of data.")
-        c = None if self._condition is None else self._checked_condition(self._condition(x))
+        c = None
+        if self._condition is not None:
+            c = self._condition(x)
+            require_tensors(c)
+            self._require_visible(c)
         x = x[0] if isinstance(x, tuple | list) else x
         require_rows_of_x(c, x)
         distribution = self._checked_posterior(x, c)
@@ -180,7 +186,8 @@ class SingleGroup(LatentSource[Any, Any]):
         require_eval(*self._watched)
         q, c = (None, condition) if encoding is None else encoding
         require_condition(c, batch_size, is_taken=self._condition is not None)
-        c = None if c is None else self._checked_condition(c)
+        if c is not None:
+            self._require_visible(c)
         if q is not None and num_rows(q) != batch_size:
             raise ValueError(
                 f"The walk has {batch_size} rows; got {num_rows(q)} rows of encoding."
@@ -256,7 +263,7 @@ class SingleGroup(LatentSource[Any, Any]):
 
     def _prior_given(self, c: Any, rows: int, q: Distribution | None) -> Sampleable:  # noqa: ANN401
         """Returns p(z | c), after a check of its rows and of the shape of z."""
-        p = _called("prior(c)", self._given_c, c)
+        p = called("prior(c)", self._given_c, c)
         if not is_prior(p):
             raise TypeError(
                 f"prior(c) must return a distribution p(z | c); got {described(p)}. From a mean and a "
@@ -278,17 +285,10 @@ class SingleGroup(LatentSource[Any, Any]):
         if self._context is None:
             seen: Tensor | None = c
             return seen
-        seen = _called("context(c)", self._context, c)
-        if not isinstance(seen, Tensor) or seen.is_complex() or seen.shape[:1] != (rows,):
-            raise ValueError(
-                f"context(c) must return one tensor of real numbers, with one row for each of the "
-                f"{rows} rows of c; got {described(seen)}."
-            )
-        return seen
+        return context_of(self._context, c, rows=rows)
 
-    def _checked_condition(self, c: Any) -> Any:  # noqa: ANN401
-        """Returns a condition after a check that it has rows, and that a head can see it."""
-        require_tensors(c)
+    def _require_visible(self, c: Any) -> None:  # noqa: ANN401
+        """Validates that a head can see a condition."""
         if self._context is None and (not isinstance(c, Tensor) or c.ndim < 2):
             raise ValueError(
                 f"The ratio head sees a condition of shape (B, C), a vector per row; got "
@@ -296,7 +296,6 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"of c that returns what the head sees: of labels "
                 f"lambda c: torch.nn.functional.one_hot(c, num_classes).float()."
             )
-        return c
 
     def _checked_posterior(self, x: Any, c: Any) -> Distribution:  # noqa: ANN401
         if self._posterior is None:
@@ -340,20 +339,6 @@ def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | No
     if not isinstance(module, list | tuple) or not module:
         return require_instance("module", module, nn.Module, remedy)
     return nn.ModuleList([require_instance("module", part, nn.Module, remedy) for part in module])
-
-
-def _called(name: str, function: Callable[[Any], Any], c: Any) -> Any:  # noqa: ANN401
-    """Returns a function of the condition; its error names the condition."""
-    try:
-        return function(c)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        got = ", ".join(map(described, tensors_of(c)[:2]))
-        raise ValueError(
-            f"{name} failed on a condition, {got}. Check its values, shape and dtype: classes are "
-            f"whole numbers from 0, as in labels.long(). {str(error).partition(chr(10))[0]}"
-        ) from error
 
 
 def _require_rows_of(x: Any, q: Distribution) -> None:  # noqa: ANN401

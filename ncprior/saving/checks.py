@@ -152,7 +152,7 @@ class SavedFile:
             whose = "The file" if stored["vae"] is None else "The source"
             warnings.warn(
                 f"{whose} has no fingerprint of the VAE, so that {self.path} cannot be checked to "
-                f"be trained on this one. Give SingleGroup module=vae, or a source of your own a "
+                f"be trained on this one. Give the source module=vae, or a source of your own a "
                 f"method fingerprint().",
                 stacklevel=4,  # the caller of from_pretrained
             )

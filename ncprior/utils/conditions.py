@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -63,3 +65,36 @@ def require_rows_of_x(c: Any, x: Any) -> None:  # noqa: ANN401
             f"condition(batch) must return one row per row of x; got {max(found)} rows for "
             f"{rows.pop()} of x. Batches must hold the condition, as those of TensorDataset(x, c) do."
         )
+
+
+def called(name: str, function: Callable[..., Any], c: Any, *before: Tensor) -> Any:  # noqa: ANN401
+    """Returns a function of a condition, and of the latents before; its error names the condition.
+
+    Raises:
+        ValueError: If the function fails.
+    """
+    try:
+        return function(c, *before)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        got = ", ".join(map(described, tensors_of(c)[:2]))
+        raise ValueError(
+            f"{name} failed on a condition, {got}. Check its values, shape and dtype: classes are "
+            f"whole numbers from 0, as in labels.long(). {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def context_of(function: Callable[..., Any], c: Any, *before: Tensor, rows: int) -> Tensor:  # noqa: ANN401
+    """Returns the context of a head, with shape ``(B, ...)``, from a condition and the latents before.
+
+    Raises:
+        ValueError: If the function fails, or returns something else.
+    """
+    seen = called("context(c)", function, c, *before)
+    if not isinstance(seen, Tensor) or seen.is_complex() or seen.shape[:1] != (rows,):
+        raise ValueError(
+            f"context(c) must return one tensor of real numbers, with one row for each of the "
+            f"{rows} rows of c; got {described(seen)}."
+        )
+    return seen

@@ -305,6 +305,12 @@ def test_all_levels_see_a_condition_and_the_levels_before() -> None:
         source.start(4, condition=label)
     with pytest.raises(ValueError, match="one row per row of x; got 5 rows for 6 of x"):
         source.encode((z, label[:5]))
+    for wrong, message in ((label + 7, "failed on a condition"), (label.float(), "labels.long")):
+        with pytest.raises(ValueError, match=message):
+            source.group(source.start(6, condition=wrong))
+    short = given_label(context=lambda c: of_label(c)[:5])
+    with pytest.raises(ValueError, match=r"one row for each of the 6 rows of c; got .*\(5, 2\)"):
+        short.group(short.start(6, condition=label))
     with pytest.raises(TypeError, match="A condition must be a tensor"):
         given_label(condition=lambda batch: "label").encode((z, label))
 
