@@ -59,7 +59,7 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     if reason := _why_not(source, parts):
         record.add(Choice("base", "the VAE's own prior", reason))
         return source
-    z = posterior_of(first_group(source, parts)).sample()
+    z = posterior_of(first_group(source, parts.choose)).sample()
     search = (_Search if z.is_floating_point() else _CodeSearch)(source, parts, record)
     search.run()
     record.add(
@@ -209,7 +209,7 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     """Reason why no base can be fitted, or an empty text."""
     if source.num_groups > 1:
         return f"the VAE has {source.num_groups} groups of latents, each with its own prior"
-    group = first_group(source, parts)
+    group = first_group(source, parts.choose)
     if source.shared_prior() is None and not isinstance(group.prior, Distribution):
         return "the prior depends on a condition, and has no density"
     if not posterior_of(group).sample().is_floating_point():

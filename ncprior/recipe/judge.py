@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import without_bases
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream, one_pass
@@ -19,7 +18,7 @@ from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, NEW, OLD, Score
-from ncprior.recipe.parts import Parts, draws_slowly, has_condition
+from ncprior.recipe.parts import Parts, draws_slowly, has_condition, has_prior
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.sir import sir
@@ -81,7 +80,7 @@ def measure_gaps(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record)
     """
     gaps: dict[str, Gap] = {}
     source = without_bases(prior.source)
-    if not isinstance(source.shared_prior(), NoPrior):
+    if has_prior(source, parts.choose):
         old = NCPrior(source, prior.heads).eval()
         old.active = [False] * source.num_groups
         gaps[OLD] = remaining_gap(old, OWN_DRAW, parts, record, name=OLD)

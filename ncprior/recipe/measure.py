@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ncprior._version import __version__
-from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import without_bases
 from ncprior.data.rows import column_names
 from ncprior.data.stream import one_pass
@@ -21,7 +20,7 @@ from ncprior.diagnostics.walks import evaluating
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, DATA, NEW, OLD, POSTERIOR
 from ncprior.recipe.judge import Gap, measure_gaps, verdict
-from ncprior.recipe.parts import FEWEST, parts_for_report
+from ncprior.recipe.parts import FEWEST, has_prior, parts_for_report
 from ncprior.recipe.pictures import is_narrow
 from ncprior.recipe.record import Record
 from ncprior.recipe.report import Improvement
@@ -131,7 +130,7 @@ def evidence_of(
     if diagnosis is None:
         proposals = (max(1, budget // 10), budget)
         diagnosis = diagnose(prior, held_out, num_proposals=proposals)
-    arms = _arms(prior, sampler)
+    arms = _arms(prior, sampler, held_out)
     latents, samples = _draw(prior.source, arms, held_out, num_rows)
     return Improvement(
         verdict=verdict(gaps) if gaps else _TOO_FEW,
@@ -151,11 +150,11 @@ _TOO_FEW = (
 )
 
 
-def _arms(prior: NCPrior, sampler: Sampler) -> dict[str, Arm]:
+def _arms(prior: NCPrior, sampler: Sampler, held_out: Any) -> dict[str, Arm]:  # noqa: ANN401
     """The source and the choice of z_k of each arm; a fitted base alone is the new prior itself."""
     own = without_bases(prior.source)
     arms: dict[str, Arm] = {}
-    if not isinstance(own.shared_prior(), NoPrior):
+    if has_prior(own, held_out):
         arms[OLD] = (own, lambda k, group: group.prior.sample())
     if own is not prior.source and any(prior.active):
         arms[BASE] = (prior.source, lambda k, group: group.prior.sample())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import Rebased
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
@@ -108,7 +109,7 @@ def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # n
 
 def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
     """Returns whether the prior of a source with one group differs from row to row."""
-    return first_group(source, parts).context is not None or source.shared_prior() is None
+    return first_group(source, parts.choose).context is not None or source.shared_prior() is None
 
 
 def draws_slowly(source: LatentSource[Any, Any]) -> bool:
@@ -117,9 +118,15 @@ def draws_slowly(source: LatentSource[Any, Any]) -> bool:
     return any(getattr(base, "is_autoregressive", False) for base in bases)
 
 
-def first_group(source: LatentSource[Any, Any], parts: Parts) -> Group:
+def has_prior(source: LatentSource[Any, Any], data: Any) -> bool:  # noqa: ANN401
+    """Returns whether a VAE has a prior to draw from, unlike a VQ-VAE to which no base is fitted yet."""
+    prior = first_group(source, data).prior
+    return not isinstance(getattr(prior, "prior", prior), NoPrior)  # of rows of one prior
+
+
+def first_group(source: LatentSource[Any, Any], data: Any) -> Group:  # noqa: ANN401
     """Returns the first group of a source, for a few rows of data."""
-    batch = own_batch(first_batch(parts.choose, _PROBED), device_of(source))
+    batch = own_batch(first_batch(data, _PROBED), device_of(source))
     encoding = source.encode(batch)
     return source.group(source.start(num_rows(encoding), encoding))
 

@@ -253,6 +253,24 @@ def test_codes_get_a_network_that_sees_the_label(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("quick")
+def test_two_levels_of_codes_are_improved_on_their_fitted_bases() -> None:
+    """The VQ-VAE itself has no prior to compare with; the fine codes are copies of the coarse one."""
+    torch.manual_seed(0)
+    x = torch.randint(3, (600, 1)).repeat(1, 2)
+    source: Any = VQSource(
+        lambda x: (x[:, :1], x),
+        lambda coarse, fine: fine.float(),
+        num_categories=[3, 3],
+        context=lambda coarse: torch.nn.functional.one_hot(coarse[:, 0], 3).float(),
+    )
+    source = rebase(source, fit_code_bases(source, x, kind="frequencies"))
+    prior = improve(source, x, budget=20, seed=0, progress=False)
+    assert "old prior" not in prior.report.scores
+    coarse, fine = prior.sample(2000).latents
+    assert (fine == coarse).float().mean() > 0.8  # 1/3 on frequencies alone
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_longer_training_draws_no_more_from_a_slow_base(monkeypatch: pytest.MonkeyPatch) -> None:
     data = TensorDataset(torch.randint(4, (400, 2, 2)), torch.randint(3, (400,)))
     source = labelled_codes()
