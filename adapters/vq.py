@@ -251,7 +251,7 @@ class VQModelSource(VQSource):
         >>> from diffusers import VQModel
         >>> model = VQModel(latent_channels=2, norm_num_groups=8, block_out_channels=(8,))
         >>> source = VQModelSource(model.eval())
-        >>> [z.shape for z in source.encode(2 * torch.rand(5, 3, 4, 4) - 1)]
+        >>> [z.shape for z in source.encode(2 * torch.rand(5, 3, 4, 4) - 1).codes]
         [torch.Size([5, 4, 4])]
     """
 
@@ -315,7 +315,7 @@ class VQVAE2Source(VQSource):
     Example:
         >>> from helpers.vqvae2_standin import TwoLevels  # a small model of that kind, in the tests
         >>> source = VQVAE2Source(TwoLevels().eval())
-        >>> [z.shape for z in source.encode(torch.rand(5, 3, 8, 8))]
+        >>> [z.shape for z in source.encode(torch.rand(5, 3, 8, 8)).codes]
         [torch.Size([5, 2, 2]), torch.Size([5, 4, 4])]
     """
 
