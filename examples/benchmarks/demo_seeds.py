@@ -4,7 +4,8 @@
     python examples/benchmarks/demo_seeds.py --data mnist --seeds 0 1 2
 
 Every seed draws its own split, VAE, classifier and prior, in a process of its own, as `ncprior demo`
-does. Expected: digits, median at least 0.90, under 90 s each on two cores; mnist, at least 0.92.
+does. Expected: digits, median at least 0.90, about a minute each on two cores with AVX-512, and two without;
+mnist, at least 0.92.
 """
 
 import argparse

@@ -17,11 +17,11 @@ from ncprior.bases.groups import group_data
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
-from ncprior.bases.rebase import rebase
+from ncprior.bases.rebase import Rebased, rebase
 from ncprior.data.stream import one_pass
 from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import Candidate, Choice
-from ncprior.recipe.parts import Parts, first_group
+from ncprior.recipe.parts import Parts, first_group, has_prior
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.supports import support_of
@@ -54,10 +54,11 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     candidates are the frequencies of the codes and a network over them, which sees the condition. For
     real latents of a VAE with a condition, log p(z | c) of each held-out row is compared with mixtures,
     which do not see c. The prior of several groups, a conditional prior of codes, and that of other
-    latents that do not fill R^n stays the VAE's own.
+    latents that do not fill R^n stays the VAE's own. A source that the user has rebased has the given
+    base in its place.
     """
     if reason := _why_not(source, parts):
-        record.add(Choice("base", "the VAE's own prior", reason))
+        record.add(Choice("base", _own_name(source), reason))
         return source
     z = posterior_of(first_group(source, parts.choose)).sample()
     search = (_Search if z.is_floating_point() else _CodeSearch)(source, parts, record)
@@ -70,7 +71,7 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
                 f"encodings of held-out data are most likely; a {search.larger} must gain two standard errors",
             ),
             candidates=tuple(search.candidates),
-            criterion="held-out log p",
+            criterion=search.criterion,
             unit="nats",
             seconds=search.seconds(),
         )
@@ -82,31 +83,34 @@ class _Search:
     """Search of the base under which encodings of held-out data are most likely.
 
     Attributes:
-        best: The best base so far, or ``None`` for the VAE's own prior.
+        best: The best base so far, or ``None`` for that of the source.
         name: Name of the best base so far.
         candidates: All bases so far, with their held-out log p.
     """
 
     larger = "larger mixture"
+    criterion = "held-out log p"
 
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
         self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
         self.own = source.shared_prior()
         self.is_small = parts.is_small
         self.best: Any = None
-        self.name = _OWN
+        self.name = _own_name(source)
         self.candidates: list[Candidate] = []
         log_p = self._read(source, parts)
         if isinstance(self.own, Distribution):
             log_p = self.own.log_prob(self.held_out)
         self.log_p: Tensor | None = log_p  # of the best base, (N,)
         if log_p is not None:
-            self._note(_OWN, log_p)
+            self._note(self.name, log_p)
+        elif has_prior(source, parts.choose):
+            self.criterion += f", which {self.name} does not have,"
 
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
         for size in _SIZES_OF_FEW if self.is_small else _SIZES:
-            if self.candidates and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
+            if self.log_p is not None and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
                 break
             mixture = self._fit(size)
             if not self._keep_if_better(_name(mixture), mixture) and size > 1:
@@ -196,7 +200,8 @@ class _CodeSearch(_Search):
         return super()._log_p(base)
 
 
-_OWN = "the VAE's own prior"
+def _own_name(source: LatentSource[Any, Any]) -> str:
+    return "the given base" if isinstance(source, Rebased) else "the VAE's own prior"
 
 
 def _name(mixture: GaussianMixture) -> str:
@@ -208,7 +213,7 @@ def _name(mixture: GaussianMixture) -> str:
 def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     """Reason why no base can be fitted, or an empty text."""
     if source.num_groups > 1:
-        return f"the VAE has {source.num_groups} groups of latents, each with its own prior"
+        return f"the VAE has {source.num_groups} groups of latents, each with a prior of its own"
     group = first_group(source, parts.choose)
     if source.shared_prior() is None and not isinstance(group.prior, Distribution):
         return "the prior depends on a condition, and has no density"

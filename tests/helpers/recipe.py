@@ -10,5 +10,6 @@ def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
     patch.setattr(heads, "_SMALL", ())
     patch.setattr(heads, "_LARGE", heads._Kind(8, 0.0, 1e-2))
     patch.setattr(heads, "_MOST_STEPS", steps)
+    patch.setattr(heads, "_MOST_WITH_SCORES", steps)
     patch.setattr(judge, "_STEPS", 60)
     patch.setattr(judge, "_CACHED", (500, 3000))
