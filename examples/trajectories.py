@@ -53,6 +53,7 @@ from torch.utils.data import TensorDataset
 from ncprior import NCPrior, SingleGroup, improve
 from ncprior.bases import fit_mixture, latents_of
 from ncprior.evaluation import near_copies
+from ncprior.saving import write_atomically
 from ncprior.utils import train
 
 URL = (
@@ -92,14 +93,16 @@ def read(file: str, folder: Path) -> Path:
     path = folder / f"{file}.txt"
     if not path.is_file():
         print(f"downloads {URL}{path.name} to {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            urllib.request.urlretrieve(f"{URL}{path.name}", path)
+            with urllib.request.urlopen(f"{URL}{path.name}") as answer:
+                recording = answer.read()
         except OSError as error:
             raise SystemExit(
                 f"{path} is missing and cannot be downloaded ({error}). Put the files "
                 f"{', '.join(f'{name}.txt' for name in FILES)} of {URL} into $NCPRIOR_DATA/eth_ucy."
             ) from None
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(recording)
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.problems import GaussianPair
@@ -38,6 +39,7 @@ SCRIPTS = [
     "table8.py",
     "wide_gaps.py",
     "best_prior.py",
+    "judges.py",
 ]
 
 
@@ -530,3 +532,41 @@ def test_the_table_of_areas_has_a_column_per_set(monkeypatch: pytest.MonkeyPatch
     numbers = "0.500 (0.400 to 0.600) 0.700 (0.600 to 0.800) 0.600 0.100 (-0.100 to 0.300)"
     assert lines[1].split() == ["VAE", "0", *numbers.split()]
     assert len(lines) == 2
+
+
+def test_the_resnet_of_the_judges_has_the_published_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """He et al., table 6: 0.85 million parameters; a shortcut halves the map and pads channels."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    net = load("judges").ResNet56().eval()
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == 0.85
+    assert net.features(torch.rand(2, 3, 32, 32)).shape == (2, 64)
+    block = net.layer2[0]
+    for conv in (block.conv1, block.conv2):
+        nn.init.zeros_(conv.weight)
+    x = torch.rand(1, 16, 4, 4)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert out[:, :8].abs().sum() + out[:, 24:].abs().sum() == 0
+
+
+def test_judges_agree_where_the_order_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    judges = load("judges")
+    rows = [
+        {"method": name, "classifier": 0.1 * i, "resnet": 0.2 * i**2, "efficientnet": -0.3 * i}
+        for i, name in enumerate("abcd")
+    ]
+    ends = {"classifier": 9.0, "resnet": -9.0, "efficientnet": 9.0}  # would change every order
+    found = judges.agreement([*rows, {"method": "posterior", **ends}])
+    assert found["classifier and resnet"] == pytest.approx(1)
+    assert found["classifier and efficientnet"] == pytest.approx(-1)
+
+
+def test_judges_read_the_first_images_of_each_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    stored = torch.arange(2 * 3 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 3, 4, 4)
+    np.save(tmp_path / "cifar10-ncp-on-x--sir-50--1.npy", stored.numpy())
+    found = load("judges").drawn(tmp_path, "NCP on x, SIR(50)", 1, 2)
+    assert torch.equal(torch.stack(found), stored[:, :2] / 255)

@@ -110,7 +110,9 @@ class _Search:
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
         for size in _SIZES_OF_FEW if self.is_small else _SIZES:
-            if self.log_p is not None and (self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)):
+            if self.log_p is not None and (
+                self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)
+            ):
                 break
             mixture = self._fit(size)
             if not self._keep_if_better(_name(mixture), mixture) and size > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import math
 import sys
@@ -18,6 +19,20 @@ from helpers.recipe import make_quick
 from torch.distributions import MultivariateNormal
 
 from ncprior.testing import check_source
+
+
+class Answer(io.BytesIO):
+    """An answer of a server that breaks off, or not."""
+
+    def __init__(self, text: bytes, *, breaks: bool) -> None:
+        super().__init__(text)
+        self.breaks = breaks
+
+    def read(self, *size: int) -> bytes:
+        if self.breaks:
+            raise ConnectionResetError("broken off")
+        return super().read(*size)
+
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -145,3 +160,18 @@ def test_data_are_found_where_the_user_says(
     assert options.data == tmp_path / "eth_ucy"
     monkeypatch.setenv("NCPRIOR_DATA", "/data")
     assert script.options_of([]).data == Path("/data/eth_ucy")
+
+
+def test_a_download_that_breaks_off_leaves_nothing(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, breaks = tmp_path / "eth_ucy", True
+    monkeypatch.setattr(
+        script.urllib.request, "urlopen", lambda url: Answer(b"0 1 2 3\n", breaks=breaks)
+    )
+    with pytest.raises(SystemExit, match=r"cannot be downloaded \(broken off\)"):
+        script.read("biwi_eth", folder)
+    assert not folder.exists()
+    breaks = False
+    assert script.read("biwi_eth", folder).read_bytes() == b"0 1 2 3\n"
+    assert [path.name for path in folder.iterdir()] == ["biwi_eth.txt"]

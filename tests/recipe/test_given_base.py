@@ -38,7 +38,7 @@ def improved(base: object) -> tuple[NCPrior, Choice]:
 def test_the_given_base_is_kept_where_nothing_is_more_likely() -> None:
     prior, choice = improved(Independent(Normal(torch.zeros(2), math.sqrt(1.01)), 1))
     assert choice.chosen == "the given base"
-    assert [it.name for it in choice.candidates][0] == "the given base"
+    assert next(it.name for it in choice.candidates) == "the given base"
     assert isinstance(prior.source, Rebased)
 
 
