@@ -141,6 +141,7 @@ def test_heads_have_fractions_of_their_default_width(
 ) -> None:
     """Of feature maps, 256 channels at every position would take seconds per step."""
     monkeypatch.setattr(heads, "_MOST_STEPS", 1)
+    monkeypatch.setattr(heads, "_MOST_WITH_SCORES", 1)
     prior = Independent(Normal(torch.zeros(event), 1.0), len(event))
     source = SingleGroup(prior, lambda x: Independent(Normal(x, 0.1), len(event)), lambda z: z)
     parts, record = (
