@@ -85,10 +85,10 @@ def test_windows_have_no_gaps_and_one_frame_of_reference(script: ModuleType, fol
 def test_a_missing_file_is_named(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def offline(url: str, path: Path) -> None:
+    def offline(url: str) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(script.urllib.request, "urlretrieve", offline)
+    monkeypatch.setattr(script.urllib.request, "urlopen", offline)
     with pytest.raises(SystemExit, match=r"biwi_eth.txt is missing.*no network.*NCPRIOR_DATA/eth"):
         script.load(("biwi_eth",), tmp_path / "none")
 
