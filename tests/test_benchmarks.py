@@ -560,6 +560,7 @@ def test_judges_agree_where_the_order_is_the_same(monkeypatch: pytest.MonkeyPatc
     found = judges.agreement([*rows, {"method": "posterior", **ends}])
     assert found["classifier and resnet"] == pytest.approx(1)
     assert found["classifier and efficientnet"] == pytest.approx(-1)
+    assert judges.agreement(rows[:2]) == {}
 
 
 def test_judges_read_the_first_images_of_each_generation(

@@ -176,8 +176,13 @@ def ranks(values: list[float]) -> Tensor:
 
 
 def agreement(rows: list[Row]) -> Mapping[str, float]:
-    """Rank correlations of two judges each, over all methods and seeds but base and posterior."""
+    """Rank correlations of two judges each, over all methods and seeds but base and posterior.
+
+    There are none with fewer than three rows.
+    """
     compared = [row for row in rows if row["method"] not in (BASE, POSTERIOR)]
+    if len(compared) < 3:
+        return {}
     order = {judge: ranks([row[judge] for row in compared]) for judge in JUDGES}
     pairs = [(a, b) for i, a in enumerate(JUDGES) for b in JUDGES[i + 1 :]]
     return {
