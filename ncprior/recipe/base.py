@@ -105,7 +105,7 @@ class _Search:
         if log_p is not None:
             self._note(self.name, log_p)
         elif has_prior(source, parts.choose):
-            self.criterion += f", which {self.name} does not have,"
+            self.criterion += f" (unknown for {self.name})"
 
     def run(self) -> None:
         """Fits larger and larger mixtures, and averages of the best size."""
