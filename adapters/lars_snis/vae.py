@@ -1,8 +1,6 @@
-"""The MNIST VAEs of LARS and SNIS, with N(0, I) or either prior, and their walks: NCP's Table 2.
+"""The MNIST VAEs of LARS and SNIS, with N(0, I) or either prior: the networks of NCP's Table 2.
 
     vae = EIMVAE(images.mean(0), SNISPrior())       # or LARSPrior(), or none for N(0, I)
-    train_vae(vae, images, epochs=150)
-    source = EIMSource(vae)
 
 Images are binary: each pixel is drawn anew, in every epoch, with its grey value as probability.
 Grey images raise an error, since the posterior of a grey image is not that of its binary draws.
@@ -13,9 +11,6 @@ References:
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +26,8 @@ from ncprior.adapters.lars_snis.priors import (
     mlp,
     standard_normal,
 )
-from ncprior.distributions import Sampleable, expand
-from ncprior.single_group import SingleGroup
-from ncprior.source import Group, LatentSource, require_eval
-from ncprior.utils.require import (
-    floats_of_batch,
-    real_tensor,
-    require_counts,
-    require_instance,
-    require_numbers,
-    tensor_of_batch,
-)
+from ncprior.distributions import Sampleable
+from ncprior.utils.require import real_tensor, require_instance, tensor_of_batch
 
 _PIXELS = (1, 28, 28)
 
@@ -223,221 +209,6 @@ class ConvEIMVAE(_BinaryVAE):
             q_1, diagonal_normal(*self.prior_of_z_1(z_2))
         )
         return kl - self.likelihood(z_2, z_1).log_prob(x.to(self.mean))
-
-
-class EIMSource(SingleGroup):
-    """An :class:`EIMVAE` as a latent source, with any of its priors.
-
-    Arguments:
-        model: The VAE, in evaluation mode when it is used.
-
-    Raises:
-        TypeError: If it is no :class:`EIMVAE`.
-
-    Example:
-        >>> from ncprior.source import sample_posterior
-        >>> vae = EIMVAE(torch.full((1, 28, 28), 0.5)).eval()
-        >>> latents, state = sample_posterior(EIMSource(vae), torch.ones(4, 1, 28, 28))
-        >>> latents[0].shape
-        torch.Size([4, 50])
-    """
-
-    def __init__(self, model: EIMVAE) -> None:
-        require_instance("model", model, EIMVAE, "Two groups: ConvEIMSource(ConvEIMVAE(...)).")
-        super().__init__(
-            *(model.prior_distribution(), model.posterior, model.decode),
-            module=model,
-            likelihood=model.likelihood,
-        )
-
-
-class ConvEIMSource(LatentSource[Any, Any]):
-    """A :class:`ConvEIMVAE` as a latent source: z_2, then z_1 with context z_2.
-
-    Arguments:
-        model: The VAE, in evaluation mode when it is used.
-
-    Raises:
-        TypeError: If it is no :class:`ConvEIMVAE`.
-
-    Example:
-        >>> from ncprior.source import sample_posterior
-        >>> source = ConvEIMSource(ConvEIMVAE(torch.full((1, 28, 28), 0.5)).eval())
-        >>> (z_2, z_1), state = sample_posterior(source, torch.ones(4, 1, 28, 28))
-        >>> source.decode(state).shape
-        torch.Size([4, 1, 28, 28])
-    """
-
-    num_groups = 2
-
-    def __init__(self, model: ConvEIMVAE) -> None:
-        remedy = "One group: EIMSource(EIMVAE(...))."
-        self.module: ConvEIMVAE = require_instance("model", model, ConvEIMVAE, remedy)
-
-    class Encoding(NamedTuple):
-        """Loc and scale of q(z_2 | x), and features of x."""
-
-        loc: Tensor
-        scale: Tensor
-        features: Tensor
-
-    class State(NamedTuple):
-        """The latents so far, and loc and scale of the next posterior and, if Gaussian, prior."""
-
-        rows: Tensor  # (B, 0): carries the batch size
-        latents: tuple[Tensor, ...]
-        prior: tuple[Tensor, Tensor] | None
-        posterior: tuple[Tensor, Tensor] | None
-        features: Tensor | None
-
-    def encode(self, x: Any) -> Encoding:  # noqa: ANN401
-        """Encodes binary images, ``(B, 1, 28, 28)``, the first item of a batch that is a tuple."""
-        require_eval(self.module)
-        return self.Encoding(*self.module.encode(x))
-
-    def start(
-        self, batch_size: int, encoding: Encoding | None = None, condition: None = None
-    ) -> State:
-        """Returns the state before z_2, for ``batch_size`` rows."""
-        require_eval(self.module)
-        if condition is not None:
-            raise ValueError("This source takes no condition; got one.")
-        require_counts(batch_size=batch_size)
-        rows = self.module.mean.new_empty(batch_size, 0)
-        if encoding is None:
-            return self.State(rows, (), None, None, None)
-        if len(encoding.loc) != batch_size:
-            raise ValueError(
-                f"The walk has {batch_size} rows; got {len(encoding.loc)} rows of encoding."
-            )
-        return self.State(rows, (), None, (encoding.loc, encoding.scale), encoding.features)
-
-    def group(self, state: State) -> Group:
-        """Returns p(z_2), or p(z_1 | z_2) with context z_2, and, given an x, the posterior."""
-        q = None if state.posterior is None else diagonal_normal(*state.posterior)
-        if state.prior is None:
-            return Group(expand(self.module.prior_distribution(), len(state.rows)), q)
-        return Group(diagonal_normal(*state.prior), q, state.latents[0])
-
-    def advance(self, state: State, z: Tensor) -> State:
-        """Returns the state with z_2, then z_1, each with shape ``(B, 50)``."""
-        if len(z) != len(state.rows):
-            raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
-        latents = (*state.latents, z)
-        if state.latents:
-            return state._replace(latents=latents)
-        prior, posterior = self.module.prior_of_z_1(z), None
-        if state.features is not None:
-            posterior = self.module.posterior_of_z_1(z, state.features)
-        return state._replace(latents=latents, prior=prior, posterior=posterior)
-
-    def decode(self, state: State) -> Tensor:
-        """Returns the mean of p(x | z_1, z_2), ``(B, 1, 28, 28)``."""
-        return self.likelihood(state).mean
-
-    def likelihood(self, state: State) -> Distribution:
-        """Returns p(x | z_1, z_2), over binary images.
-
-        Raises:
-            ValueError: If the state does not hold both.
-        """
-        if len(state.latents) != 2:
-            raise ValueError(
-                f"Decoding needs z_2 and z_1; this walk has {len(state.latents)} of 2 latents. "
-                f"Call advance(state, z)."
-            )
-        return self.module.likelihood(*state.latents)
-
-
-class Binarised:
-    """Shuffled batches of binary images, drawn anew from grey ones at every pass.
-
-    Arguments:
-        images: Grey images in [0, 1], with shape ``(N, ...)``: a pixel's probability of being 1.
-        batch_size: Rows per batch; the last, smaller batch is left out.
-
-    Raises:
-        ValueError: If there is not one full batch.
-
-    Example:
-        >>> batches = Binarised(torch.rand(100, 1, 28, 28), batch_size=30)
-        >>> [len(x) for x in batches]
-        [30, 30, 30]
-    """
-
-    def __init__(self, images: Tensor, batch_size: int) -> None:
-        images = floats_of_batch("Binarised", images, "Divide bytes by 255.", (0, 1))
-        require_counts(f"[1, {len(images)}]", batch_size=batch_size)
-        self.images, self.batch_size = images, batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yields binary images, ``(batch_size, ...)``."""
-        rows = torch.randperm(len(self.images)).to(self.images.device)
-        for batch in rows[: len(rows) - len(rows) % self.batch_size].split(self.batch_size):
-            yield torch.bernoulli(self.images[batch])
-
-
-def train_vae(
-    vae: EIMVAE | ConvEIMVAE,
-    images: Tensor,
-    *,
-    epochs: int,
-    batch_size: int = 128,
-    learning_rate: float = 3e-3,
-    progress: bool = True,
-) -> None:
-    """Trains a VAE together with its prior on the ELBO of binary images, drawn anew every epoch.
-
-    Adam with a cosine schedule; the VAE ends up in evaluation mode, and LARS's normaliser
-    estimated.
-
-    Arguments:
-        vae: The VAE, with any prior.
-        images: Grey images in [0, 1], with shape ``(N, 1, 28, 28)``.
-        epochs: Passes over the images.
-        batch_size: Rows per batch.
-        learning_rate: The first learning rate.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        FloatingPointError: If the ELBO is not finite.
-        TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of range.
-
-    Example:
-        >>> images = torch.rand(64, 1, 28, 28)
-        >>> vae = EIMVAE(images.mean(0), LARSPrior())
-        >>> train_vae(vae, images, epochs=2, batch_size=32, progress=False)
-        >>> vae.training, bool(vae.prior.normaliser > 0)
-        (False, True)
-    """
-    from ncprior.utils.optimise import train
-
-    require_instance("vae", vae, (EIMVAE, ConvEIMVAE), "Make one: EIMVAE(images.mean(0)).")
-    require_counts(epochs=epochs, batch_size=batch_size)
-    require_numbers("(0, inf)", learning_rate=learning_rate)
-    images = floats_of_batch("train_vae", images, "Divide bytes by 255.", (0, 1)).to(vae.mean)
-
-    def negative_elbo(rows: Tensor) -> Tensor:
-        loss = vae.negative_elbo(torch.bernoulli(images[rows])).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The negative ELBO is {loss.item()}. Take a smaller learning_rate, or look for "
-                f"NaN in the images."
-            )
-        return loss
-
-    batch_size = min(batch_size, len(images))
-    train(
-        *(vae, negative_elbo, len(images)),
-        steps=epochs * (len(images) // batch_size),
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        name="VAE" if vae.prior is None else f"VAE + {type(vae.prior).__name__}",
-        progress=progress,
-    )
-    if isinstance(vae.prior, LARSPrior):
-        vae.prior.estimate_normaliser()
 
 
 class _Crop(nn.Module):

@@ -18,13 +18,15 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.utils._pytree import tree_leaves
 
 from ncprior import NCPrior, fit, langevin, sir
-from ncprior.adapters.lars_snis.priors import EnergyNet, LARSPrior, SNISPrior
-from ncprior.adapters.lars_snis.vae import (
+from ncprior.adapters.lars_snis import (
     EIMVAE,
     Binarised,
     ConvEIMSource,
     ConvEIMVAE,
     EIMSource,
+    EnergyNet,
+    LARSPrior,
+    SNISPrior,
     train_vae,
 )
 from ncprior.heads.networks import MLPHead

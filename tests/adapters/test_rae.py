@@ -15,8 +15,7 @@ from torch.nn.functional import conv2d, pad
 from torch.utils._pytree import tree_leaves
 
 from ncprior import NCPrior, fit, sir
-from ncprior.adapters import rae
-from ncprior.adapters.rae import RAE, VAE, RAESource, pad_to_32, settle
+from ncprior.adapters.rae import RAE, VAE, RAESource, networks, pad_to_32, settle
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_mixture
 from ncprior.bases.rebase import rebase
@@ -103,7 +102,7 @@ def test_transposed_layers_are_adjoint_to_convolutions_with_the_same_padding(
     """
     total = kernel - stride
     padding = (total // 2, total - total // 2)
-    layer, crop = rae._transposed(3, 2, kernel, stride=stride)
+    layer, crop = networks._transposed(3, 2, kernel, stride=stride)
     x, y = torch.randn(1, 2, 8, 8).double(), torch.randn(1, 3, 8 // stride, 8 // stride).double()
     weight = layer.weight.detach().double()
     forward = conv2d(pad(x, padding * 2), weight, stride=stride)
