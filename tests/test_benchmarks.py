@@ -427,6 +427,19 @@ def test_measurements_are_counted_in_evaluations(monkeypatch: pytest.MonkeyPatch
     assert not head._forward_hooks  # of which the next call, which is timed, would be slower
 
 
+def test_methods_are_chosen_by_their_name_or_a_text_in_it(hole: ModuleType) -> None:
+    names = ("mixture of 10", "mixture of 100", "NCP on mixture of 10, SIR(50)", "flow")
+    everything = [hole.Method(name, "peer", hole.base) for name in names]
+
+    def chosen(*only: str) -> list[str]:
+        return [method.name for method in load("prior_hole").chosen(everything, list(only))]
+
+    assert chosen() == list(names)
+    assert chosen("mixture of 10") == ["mixture of 10"]
+    assert chosen("mixture of", "flow") == list(names)
+    assert chosen("NCP on") == [names[2]]
+
+
 def test_evaluations_of_heads_are_counted_with_gradients_twice(hole: ModuleType) -> None:
     problem = GaussianPair()
     prior = NCPrior(problem.source(), problem.head())
@@ -556,8 +569,7 @@ def test_judges_agree_where_the_order_is_the_same(monkeypatch: pytest.MonkeyPatc
         {"method": name, "classifier": 0.1 * i, "resnet": 0.2 * i**2, "efficientnet": -0.3 * i}
         for i, name in enumerate("abcd")
     ]
-    ends = {"classifier": 9.0, "resnet": -9.0, "efficientnet": 9.0}  # would change every order
-    found = judges.agreement([*rows, {"method": "posterior", **ends}])
+    found = judges.agreement(rows)
     assert found["classifier and resnet"] == pytest.approx(1)
     assert found["classifier and efficientnet"] == pytest.approx(-1)
     assert judges.agreement(rows[:2]) == {}

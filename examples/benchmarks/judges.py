@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
 from hole_cases import slug
+from hole_methods import OTHERS
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu
 
@@ -176,14 +177,10 @@ def ranks(values: list[float]) -> Tensor:
 
 
 def agreement(rows: list[Row]) -> Mapping[str, float]:
-    """Rank correlations of two judges each, over all methods and seeds but base and posterior.
-
-    There are none with fewer than three rows.
-    """
-    compared = [row for row in rows if row["method"] not in (BASE, POSTERIOR)]
-    if len(compared) < 3:
+    """Rank correlations of two judges each, over all rows; none with fewer than three rows."""
+    if len(rows) < 3:
         return {}
-    order = {judge: ranks([row[judge] for row in compared]) for judge in JUDGES}
+    order = {judge: ranks([row[judge] for row in rows]) for judge in JUDGES}
     pairs = [(a, b) for i, a in enumerate(JUDGES) for b in JUDGES[i + 1 :]]
     return {
         f"{a} and {b}": torch.corrcoef(torch.stack([order[a], order[b]]))[0, 1].item()
@@ -206,7 +203,7 @@ def main() -> None:
     test = read_images("uoft-cs/cifar10", "test")
     panel = Panel(test.rows(slice(1000)) if options.quick else test, options.samples, count)
     for row in found:
-        if row["seed"] in options.seed and "other images" not in row["method"]:
+        if row["seed"] in options.seed and row["method"] not in (BASE, POSTERIOR, OTHERS):
             key = {"method": row["method"], "seed": row["seed"]}
             bench.add(partial(panel.measured, classifier=row["gap_closed"], **key), **key)
     print(f"\n{table(bench.rows, COLUMNS)}\n")

@@ -70,8 +70,18 @@ GENERATIONS = 5
 Drawn = Mapping[str, Tensor]
 
 
+def chosen(everything: list[Method], only: list[str]) -> list[Method]:
+    """Methods with one of the names, or with a text in their name that is no name itself."""
+    names = {method.name for method in everything}
+
+    def is_chosen(name: str) -> bool:
+        return any(name == text if text in names else text in name for text in only)
+
+    return [method for method in everything if not only or is_chosen(method.name)]
+
+
 class Comparison:
-    """All methods on one case and one seed, or base, posterior and those with a text in their name."""
+    """All methods on one case and one seed, or the references and the chosen ones."""
 
     def __init__(
         self, bench: Bench, case: Case, seed: int, samples: Path | None, only: list[str]
@@ -79,8 +89,7 @@ class Comparison:
         self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
         self.heads = Heads(bench)
         everything = methods(case, self.heads)
-        chosen = [m for m in everything[3:] if not only or any(text in m.name for text in only)]
-        self.methods = [*everything[:3], *chosen]
+        self.methods = [*everything[:3], *chosen(everything[3:], only)]
         self.count: int = bench.settings["count"]
         self.drawn: dict[str, Drawn] = {}
 
@@ -225,7 +234,11 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--data", choices=["mnist", "cifar10", "digits"], default="mnist")
     made.add_argument("--model", choices=["flat", "hierarchical"], default="flat")
     made.add_argument(
-        "--methods", nargs="+", default=[], metavar="TEXT", help="only methods with such a name"
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="only methods of such a name, or with such a text in it",
     )
     made.add_argument(
         "--samples", type=Path, metavar="DIR", help="write every method's images, (5, N, C, H, W)"
