@@ -4,13 +4,15 @@
     python examples/benchmarks/equal_budget.py --data digits --quick     # some minutes
 
 Every fit has a budget of seconds: the number of steps follows from the measured time of one. Every
-method has several sizes, each with the whole budget; the size is chosen with the first seed, and
-what the other sizes took is not counted. It is chosen by the log-likelihood of held-out
-latents, or, for methods without one, by the Fréchet distance of draws to held-out latents. No choice
-sees images. `improve` is told the budget as max_seconds, the seed, and 50 evaluations per sample.
+method has several sizes, each with the whole budget, and, of the best of them, several learning
+rates. They are chosen with the first seed, and what the others took is not counted. The criterion is
+the log-likelihood of held-out latents, or, for methods without one, the Fréchet distance of draws to
+held-out latents. No choice sees images. `improve` is told the budget as max_seconds, the seed, and
+50 evaluations per sample; nothing of it is tuned.
 
-`gap_closed` is that of prior_hole.py. `over_improve` is the paired difference to `improve(50)`:
-below 0, `improve` is better. Seconds are of the core where there is one thread (OMP_NUM_THREADS=1).
+`gap_closed` and `near_copies` are those of prior_hole.py. `over_improve` is the paired difference to
+`improve(50)`: below 0, `improve` is better. Seconds are of the core where there is one thread
+(OMP_NUM_THREADS=1).
 """
 
 import math
@@ -28,11 +30,17 @@ from torch import Tensor
 from ncprior import improve
 from ncprior.bases import fit_flow, fit_flow_matching, fit_mixture
 from ncprior.demo import in_batches
-from ncprior.evaluation import GapClosed, frechet_distance, gap_closed, gap_difference
+from ncprior.evaluation import (
+    GapClosed,
+    frechet_distance,
+    gap_closed,
+    gap_difference,
+    near_copies,
+)
 
 COLUMNS = {
     "method": "<26",
-    "size": "<34",
+    "size": "<46",
     "seed": ">4",
     "gap_closed": ">10.3f",
     "gap_closed_low": ">9.3f",
@@ -40,13 +48,17 @@ COLUMNS = {
     "over_improve": ">12.3f",
     "over_improve_low": ">9.3f",
     "over_improve_high": ">9.3f",
+    "near_copies": ">11.3f",
     "fit_seconds": ">11.0f",
     "seconds_per_10k": ">15.1f",
 }
 GENERATIONS, BATCH = 5, 1000
 FEW = 50  # steps that measure the time of one
+RATES = (1e-3, 3e-4, 3e-3)  # learning rates; the first one is that of the sizes
 Draws = Callable[[int], Tensor]
-Fit = Callable[..., Any]  # fit(z, steps=…) returns a base or a function of a count
+Fit = Callable[
+    ..., Any
+]  # fit(z, steps=…, learning_rate=…) returns a base, or a function of a count
 
 
 class Peer(NamedTuple):
@@ -61,20 +73,22 @@ def peers(latents: int) -> list[Peer]:
     """All peers, each with several sizes."""
     import zuko
 
-    def spline(z: Tensor, *, steps: int, transforms: int, width: int) -> Any:  # noqa: ANN401
+    fixed = {"patience": None, "progress": False}
+
+    def spline(z: Tensor, *, transforms: int, width: int, **loop: Any) -> Any:  # noqa: ANN401
         sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": 8}
         flow = zuko.flows.NSF(latents, passes=2, randperm=True, **sizes)
-        return fit_flow(z, flow, steps=steps, patience=None, progress=False)
+        return fit_flow(z, flow, **loop, **fixed)
 
-    def masked(z: Tensor, *, steps: int, transforms: int, width: int) -> Any:  # noqa: ANN401
+    def masked(z: Tensor, *, transforms: int, width: int, **loop: Any) -> Any:  # noqa: ANN401
         flow = zuko.flows.MAF(latents, transforms=transforms, hidden_features=(width, width))
-        return fit_flow(z, flow, steps=steps, patience=None, progress=False)
+        return fit_flow(z, flow, **loop, **fixed)
 
     def mixture(z: Tensor, *, components: int) -> Any:  # noqa: ANN401
         return fit_mixture(z, components)
 
-    def matching(z: Tensor, *, steps: int, width: int) -> Any:  # noqa: ANN401
-        return fit_flow_matching(z, width=width, steps=steps, patience=None, progress=False)
+    def matching(z: Tensor, *, width: int, **loop: Any) -> Any:  # noqa: ANN401
+        return fit_flow_matching(z, width=width, **loop, **fixed)
 
     def sized(fit: Fit, **options: tuple[int, ...]) -> dict[str, Fit]:
         choices = zip(*options.values(), strict=True)
@@ -126,12 +140,22 @@ def criterion(found: Any, fresh: Tensor) -> float:  # noqa: ANN401
     return -frechet_distance(drawn, fresh.flatten(1), strict=False).item()
 
 
+class Chosen(NamedTuple):
+    """A method at its best."""
+
+    name: str
+    size: str
+    fit: Fit
+    has_steps: bool
+
+
 class Comparison:
     """The arms that every method is measured against, on one case and seed."""
 
     def __init__(self, case: Case, seed: int, count: int) -> None:
         self.case, self.seed, self.count = case, seed, count
         self.event = self._prior(1).shape[1:]
+        self.training = in_batches(case.features, case.images)
         self.arms = {
             "base": self._features(lambda count: self._decoded(self._prior(count))),
             "posterior": self._features(lambda count: case.posterior(count)[0]),
@@ -156,12 +180,14 @@ class Comparison:
         state = source.advance(source.start(len(z)), z.reshape(len(z), *self.event))
         return source.decode(state)
 
-    def measured(self, draw: Draws, *, images: bool = False) -> tuple[GapClosed, float]:
-        """The gap closed by a method, and its seconds per 10,000 samples."""
+    def measured(self, draw: Draws, *, images: bool = False) -> tuple[GapClosed, Row]:
+        """The gap closed by a method, its seconds per 10,000 samples and its share of near copies."""
         started = now()
         features = self._features(draw if images else lambda n: self._decoded(draw(n)))
         seconds = (now() - started) * 10_000 / (GENERATIONS * self.count)
-        return gap_closed(self.case.reference, ours=features, **self.arms), seconds
+        copies = near_copies(self.training, self.case.reference, features[0]).share
+        gap = gap_closed(self.case.reference, ours=features, **self.arms)
+        return gap, {"seconds_per_10k": seconds, "near_copies": copies}
 
 
 def row(gap: GapClosed, ours: GapClosed, **numbers: Any) -> Row:  # noqa: ANN401
@@ -177,30 +203,50 @@ def row(gap: GapClosed, ours: GapClosed, **numbers: Any) -> Row:  # noqa: ANN401
     }
 
 
-def chosen_sizes(bench: Bench, case: Case, budget: float) -> Iterator[tuple[Peer, str]]:
-    """The best size of every peer, by held-out latents, with the first seed."""
+def at_their_best(bench: Bench, case: Case, budget: float) -> Iterator[Chosen]:
+    """Every peer with the size and then the rate that are best by held-out latents, first seed."""
     z, fresh = case.encodings.flatten(1), case.fresh_encodings.flatten(1)
-    for peer in peers(z.shape[1]):
+
+    def score(fit: Fit, *, has_steps: bool) -> list[Row]:
+        torch.manual_seed(0)
+        try:
+            found, seconds = within(fit, z, budget, has_steps=has_steps)
+        except FloatingPointError:
+            return [{"score": -math.inf, "seconds": 0.0}]
+        return [{"score": criterion(found, fresh), "seconds": seconds}]
+
+    def best(peer: Peer, sizes: Mapping[str, Fit]) -> str:
         scores = {}
-        for size, fit in list(peer.sizes.items())[: 1 if bench.settings["quick"] else None]:
+        for size, fit in sizes.items():
             print(f"{peer.name}, {size}", flush=True)
-            torch.manual_seed(0)
-
-            def score(fit: Fit = fit, peer: Peer = peer) -> list[Row]:
-                try:
-                    found, seconds = within(fit, z, budget, has_steps=peer.has_steps)
-                except FloatingPointError:
-                    return [{"score": -math.inf, "seconds": 0.0}]
-                return [{"score": criterion(found, fresh), "seconds": seconds}]
-
-            (kept,) = bench.add(score, kind="choice", name=f"{peer.name}, {size}", seed=0)
+            make = partial(score, fit, has_steps=peer.has_steps)
+            (kept,) = bench.add(make, kind="choice", name=f"{peer.name}, {size}", seed=0)
             if peer.has_steps or kept["seconds"] < budget:
                 scores[size] = kept["score"]
-        yield peer, max(scores, key=scores.__getitem__)
+        return max(scores, key=scores.__getitem__)
+
+    for peer in peers(z.shape[1]):
+        tried = 1 if bench.settings["quick"] else None
+        if not peer.has_steps:
+            size = best(peer, dict(list(peer.sizes.items())[:tried]))
+            yield Chosen(peer.name, size, peer.sizes[size], has_steps=False)
+            continue
+        first = f"rate {RATES[0]:g}"
+        sizes = {
+            f"{size}, {first}": partial(fit, learning_rate=RATES[0])
+            for size, fit in list(peer.sizes.items())[:tried]
+        }
+        size = best(peer, sizes).removesuffix(f", {first}")
+        rates = {
+            f"{size}, rate {rate:g}": partial(peer.sizes[size], learning_rate=rate)
+            for rate in RATES[:tried]
+        }
+        name = best(peer, rates)
+        yield Chosen(peer.name, name, rates[name], has_steps=True)
 
 
 def rows_of_seed(
-    case: Case, seed: int, budget: float, sizes: list[tuple[Peer, str]], count: int
+    case: Case, seed: int, budget: float, methods: list[Chosen], count: int
 ) -> list[Row]:
     """All methods under one seed."""
     compared = Comparison(case, seed, count)
@@ -208,17 +254,15 @@ def rows_of_seed(
     prior = improve(case.source, case.rows, budget=50, max_seconds=budget, seed=seed)
     seconds = now() - started
     print(prior.report, flush=True)
-    ours, spent = compared.measured(lambda n: prior.sample(n).x, images=True)
-    numbers = {"fit_seconds": seconds, "seconds_per_10k": spent}
-    found = [row(ours, ours, method="improve(50)", size="", **numbers)]
+    ours, numbers = compared.measured(lambda n: prior.sample(n).x, images=True)
+    found = [row(ours, ours, method="improve(50)", size="", fit_seconds=seconds, **numbers)]
     z = case.encodings.flatten(1)
-    for peer, size in sizes:
+    for name, size, fit, has_steps in methods:
         torch.manual_seed(seed)
-        base, seconds = within(peer.sizes[size], z, budget, has_steps=peer.has_steps)
-        gap, spent = compared.measured(drawer(base))
-        numbers = {"fit_seconds": seconds, "seconds_per_10k": spent}
-        found.append(row(gap, ours, method=peer.name, size=size, **numbers))
-        print(f"{peer.name}, {size}, seed {seed}: {gap.gap_closed:.3f}", flush=True)
+        base, seconds = within(fit, z, budget, has_steps=has_steps)
+        gap, numbers = compared.measured(drawer(base))
+        found.append(row(gap, ours, method=name, size=size, fit_seconds=seconds, **numbers))
+        print(f"{name}, {size}, seed {seed}: {gap.gap_closed:.3f}", flush=True)
     return found
 
 
@@ -236,9 +280,9 @@ def main() -> None:
     bench = Bench(options, {"data": options.data, "budget": budget, "count": count})
     case = make_case(bench, options.data, "flat")
     print(f"{machine()}; {case.facts}", flush=True)
-    sizes = list(chosen_sizes(bench, case, budget))
+    methods = list(at_their_best(bench, case, budget))
     for seed in options.seed:
-        make = partial(rows_of_seed, case, seed, budget, sizes, count)
+        make = partial(rows_of_seed, case, seed, budget, methods, count)
         bench.add(make, kind="method", name="", seed=seed)
     print(table([kept for kept in bench.rows if kept["kind"] == "method"], COLUMNS))
 

@@ -36,7 +36,9 @@ def averaged(network: nn.Module) -> AveragedModel:
     return AveragedModel(network, avg_fn=move)
 
 
-def fit_diffusion(z: Tensor, *, width: int, steps: int, num_steps: int = 25) -> Draws:
+def fit_diffusion(
+    z: Tensor, *, width: int, steps: int, learning_rate: float = 1e-3, num_steps: int = 25
+) -> Draws:
     """A diffusion prior: with z_φ = cos φ z + sin φ ε, the network predicts v = cos φ ε - sin φ z."""
     loc, scale = z.mean(0), z.std(0)
     white = (z - loc) / scale
@@ -51,7 +53,8 @@ def fit_diffusion(z: Tensor, *, width: int, steps: int, num_steps: int = 25) -> 
         average.update_parameters(network)
         return error.square().mean()
 
-    train(network, loss, len(z), steps=steps, batch_size=256, learning_rate=1e-3, name="diffusion")
+    options = {"learning_rate": learning_rate, "name": "diffusion"}
+    train(network, loss, len(z), steps=steps, batch_size=256, **options)
     found = average.module.eval().requires_grad_(False)
 
     def draw(count: int) -> Tensor:
@@ -68,7 +71,13 @@ def fit_diffusion(z: Tensor, *, width: int, steps: int, num_steps: int = 25) -> 
 
 
 def fit_energy(
-    z: Tensor, *, width: int, steps: int, persistent: bool = False, num_steps: int = 20
+    z: Tensor,
+    *,
+    width: int,
+    steps: int,
+    learning_rate: float = 1e-3,
+    persistent: bool = False,
+    num_steps: int = 20,
 ) -> Draws:
     """An energy prior r·N(0, I) on whitened latents, log r by maximum likelihood with Langevin dynamics."""
     loc, scale = z.mean(0), z.std(0)
@@ -94,9 +103,8 @@ def fit_energy(
         average.update_parameters(head)
         return head(drawn).mean() - head(white[rows]).mean()
 
-    name = "energy by MCMC"
-    options = {"learning_rate": 1e-3, "max_grad_norm": 1.0}
-    train(head, loss, len(z), steps=steps, batch_size=256, name=name, **options)
+    options = {"learning_rate": learning_rate, "max_grad_norm": 1.0, "name": "energy by MCMC"}
+    train(head, loss, len(z), steps=steps, batch_size=256, **options)
     found = average.module.eval()
     length = 10 * num_steps if persistent else num_steps  # chains of 200 steps reach r·p
     return lambda count: loc + scale * run(found, torch.randn(count, z.shape[1]), length)
