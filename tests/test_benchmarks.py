@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.problems import GaussianPair
-from torch import nn
+from torch import Tensor, nn
 
 from ncprior import NCPrior, SingleGroup, langevin, sir
 from ncprior.demo.networks import VAE
@@ -545,6 +545,45 @@ def test_the_table_of_areas_has_a_column_per_set(monkeypatch: pytest.MonkeyPatch
     numbers = "0.500 (0.400 to 0.600) 0.700 (0.600 to 0.800) 0.600 0.100 (-0.100 to 0.300)"
     assert lines[1].split() == ["VAE", "0", *numbers.split()]
     assert len(lines) == 2
+
+
+def test_peers_get_the_size_and_the_rate_that_are_best_by_held_out_latents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    budget = load("equal_budget")
+    tried = []
+
+    def fitted(scores: dict[float, float]) -> Any:
+        def fit(z: Tensor, *, steps: int, learning_rate: float) -> Any:
+            tried.append((steps > budget.FEW, learning_rate))
+            score = z.new_full((7,), scores.get(learning_rate, -9.0))
+            return SimpleNamespace(log_prob=lambda _: score)
+
+        return fit
+
+    small, large = fitted({1e-3: 1.0, 3e-4: 5.0}), fitted({1e-3: 2.0, 3e-3: 3.0})
+    mixture = {
+        f"components {n}": lambda z, score=score: SimpleNamespace(
+            log_prob=lambda _: z.new_full((7,), score)
+        )
+        for n, score in ((10, 1.0), (100, 0.5))
+    }
+    peers = [
+        budget.Peer("mixture", mixture, has_steps=False),
+        budget.Peer("flow", {"width 8": small, "width 16": large}),
+    ]
+    monkeypatch.setattr(budget, "peers", lambda _: peers)
+    options = argparse.Namespace(json=None, cache=Path(), quick=False)
+    z = torch.zeros(7, 2)
+    case = SimpleNamespace(encodings=z, fresh_encodings=z)
+    found = list(budget.at_their_best(budget.Bench(options, {}), case, 0.1))
+    assert [(one.name, one.size) for one in found] == [
+        ("mixture", "components 10"),
+        ("flow", "width 16, rate 0.003"),  # rates are tried at the best size alone
+    ]
+    assert {rate for _, rate in tried} == set(budget.RATES)
+    assert found[1].fit(z, steps=1).log_prob(z)[0] == 3.0
 
 
 def test_the_resnet_of_the_judges_has_the_published_shape(monkeypatch: pytest.MonkeyPatch) -> None:
