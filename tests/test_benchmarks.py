@@ -427,17 +427,13 @@ def test_measurements_are_counted_in_evaluations(monkeypatch: pytest.MonkeyPatch
     assert not head._forward_hooks  # of which the next call, which is timed, would be slower
 
 
-def test_methods_are_chosen_by_their_name_or_a_text_in_it(hole: ModuleType) -> None:
-    names = ("mixture of 10", "mixture of 100", "NCP on mixture of 10, SIR(50)", "flow")
-    everything = [hole.Method(name, "peer", hole.base) for name in names]
-
-    def chosen(*only: str) -> list[str]:
-        return [method.name for method in load("prior_hole").chosen(everything, list(only))]
-
-    assert chosen() == list(names)
-    assert chosen("mixture of 10") == ["mixture of 10"]
-    assert chosen("mixture of", "flow") == list(names)
-    assert chosen("NCP on") == [names[2]]
+def test_methods_are_chosen_by_their_name_or_a_text_in_it() -> None:
+    chosen = load("bench").chosen
+    names = ["mixture of 10", "mixture of 100", "NCP on mixture of 10, SIR(50)", "flow"]
+    assert chosen(names, []) == names
+    assert chosen(names, ["mixture of 10"]) == ["mixture of 10"]
+    assert chosen(names, ["mixture of", "flow"]) == names
+    assert chosen(names, ["NCP on"]) == [names[2]]
 
 
 def test_evaluations_of_heads_are_counted_with_gradients_twice(hole: ModuleType) -> None:

@@ -129,6 +129,27 @@ class Bench:
         return seconds
 
 
+def with_methods(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds --methods to the options, see :func:`chosen`."""
+    made.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="only methods of such a name, or with such a text in it",
+    )
+    return made
+
+
+def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    """Those that are in `only` or contain one of its texts that is no name itself; all if it is empty."""
+
+    def is_chosen(name: str) -> bool:
+        return any(name == text if text in names else text in name for text in only)
+
+    return [name for name in names if not only or is_chosen(name)]
+
+
 def _known(value: Any) -> Any:  # noqa: ANN401
     """A value as JSON has it, which knows no NaN: None stands for what was not measured."""
     return None if isinstance(value, float) and math.isnan(value) else value

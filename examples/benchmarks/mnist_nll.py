@@ -18,7 +18,6 @@ FitSettings(importance_samples=16), and on q(z|x) as before (`longer`), which sh
 steps alone bring. --methods picks rows.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -26,7 +25,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from bench import Bench, BinaryMNIST, Row, machine, parser, table
+from bench import Bench, BinaryMNIST, Row, chosen, machine, parser, table, with_methods
 from tables import PAPER
 from torch import Tensor
 from torch.distributions import Independent, Normal
@@ -222,15 +221,8 @@ class Table2:
         return self.bench.network(f"eim-{name}", prior, train, steps=loop["steps"])
 
 
-def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    made.add_argument(
-        "--methods", nargs="+", default=[""], metavar="TEXT", help="only methods with such a name"
-    )
-    return made
-
-
 def main() -> None:
-    options = with_options(parser(__doc__)).parse_args()
+    options = with_methods(parser(__doc__)).parse_args()
     quick = options.quick
     settings = {"epochs": 12, "head_steps": 1000, "samples": 100, "test": 500, "particles": 50_000}
     if not quick:
@@ -249,11 +241,12 @@ def main() -> None:
     methods = {name: partial(table_2.ncp, name=name, make=make) for name, make in heads.items()}
     methods["mixture of 10"] = table_2.mixture
     jointly = {"VAE + SNIS": table_2.snis, "VAE + LARS": table_2.lars}
+    everything = methods | jointly
+    names = chosen(list(everything), options.methods)
     for group in (methods, jointly):
         for seed in options.seed:
-            for name, make in group.items():
-                if any(text in name for text in options.methods):
-                    bench.add(partial(make, seed), method=name, seed=seed)
+            for name in (name for name in group if name in names):
+                bench.add(partial(group[name], seed), method=name, seed=seed)
     print(f"{machine()}; {settings}\n")
     print(table([{**row, "paper": PAPER.get(row["method"])} for row in bench.rows], COLUMNS))
 

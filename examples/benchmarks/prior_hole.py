@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import Bench, Row, machine, parser, table
+from bench import Bench, Row, chosen, machine, parser, table, with_methods
 from clock import now, peak_growth
 from hole_cases import Case, make_case, slug
 from hole_methods import BATCH, OTHERS, Fitted, Heads, Method, evaluations, methods
@@ -70,16 +70,6 @@ GENERATIONS = 5
 Drawn = Mapping[str, Tensor]
 
 
-def chosen(everything: list[Method], only: list[str]) -> list[Method]:
-    """Methods with one of the names, or with a text in their name that is no name itself."""
-    names = {method.name for method in everything}
-
-    def is_chosen(name: str) -> bool:
-        return any(name == text if text in names else text in name for text in only)
-
-    return [method for method in everything if not only or is_chosen(method.name)]
-
-
 class Comparison:
     """All methods on one case and one seed, or the references and the chosen ones."""
 
@@ -89,7 +79,8 @@ class Comparison:
         self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
         self.heads = Heads(bench)
         everything = methods(case, self.heads)
-        self.methods = [*everything[:3], *chosen(everything[3:], only)]
+        names = chosen([method.name for method in everything[3:]], only)
+        self.methods = [*everything[:3], *(m for m in everything if m.name in names)]
         self.count: int = bench.settings["count"]
         self.drawn: dict[str, Drawn] = {}
 
@@ -234,20 +225,13 @@ def with_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--data", choices=["mnist", "cifar10", "digits"], default="mnist")
     made.add_argument("--model", choices=["flat", "hierarchical"], default="flat")
     made.add_argument(
-        "--methods",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="only methods of such a name, or with such a text in it",
-    )
-    made.add_argument(
         "--samples", type=Path, metavar="DIR", help="write every method's images, (5, N, C, H, W)"
     )
     return made
 
 
 def main() -> None:
-    options = with_options(parser(__doc__)).parse_args()
+    options = with_options(with_methods(parser(__doc__))).parse_args()
     counts = {"mnist": 10_000, "cifar10": 10_000, "digits": 2000}
     few = {"mnist": 1000, "cifar10": 350, "digits": 1000}
     settings = {
