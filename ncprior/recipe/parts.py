@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.rebase import Rebased
@@ -88,7 +90,7 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
             raise ValueError(
                 f"Choices and report need {FEWEST} or more held-out rows each; got {rows}. {remedy}"
             )
-    return Parts(data, choose, judge, _length(data))
+    return Parts(data, choose, judge, _num_rows(data))
 
 
 def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # noqa: ANN401
@@ -104,7 +106,7 @@ def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # n
     train, rest = _halves(held_out, seed) if train is None else (as_data(train), held_out)
     choose, judge = _halves(rest, seed + 1)
     enough = all(_count(part) >= FEWEST for part in (choose, judge))
-    return Parts(train, choose, judge, _length(train)) if enough else None
+    return Parts(train, choose, judge, _num_rows(train)) if enough else None
 
 
 def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
@@ -159,3 +161,13 @@ def _count(part: Any) -> int:  # noqa: ANN401
 def _length(data: Any) -> int | None:  # noqa: ANN401
     """Number of rows of data with an index, else ``None``."""
     return len(data) if isinstance(data, Tensor | RowData) or is_map_style(data) else None
+
+
+def _num_rows(data: Any) -> int | None:  # noqa: ANN401
+    """Number of rows of data, as far as it is known without a pass over them."""
+    if isinstance(data, list | tuple):
+        return sum(map(num_rows, data))
+    if not isinstance(data, DataLoader):
+        return _length(data)
+    draws_rows = data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset)
+    return len(data.sampler) if draws_rows and isinstance(data.sampler, Sized) else None

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,13 @@ from helpers.tables import Frame
 from helpers.toys import flat
 from torch import Tensor
 from torch.distributions import Independent, Normal
-from torch.utils.data import TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from ncprior import NCPrior, SingleGroup, fit, improve, sir
 from ncprior.adapters.vq import VQSource
@@ -394,6 +401,31 @@ def test_held_out_data_of_batches_is_halved() -> None:
     halves = torch.cat([torch.cat(list(part)) for part in parts[1:3]])
     assert torch.equal(halves.sort().values, torch.arange(30))
     assert parts.num_train == 50
+
+
+class _Endless(IterableDataset[Tensor]):
+    """Rows whose number is not known."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(99.0))
+
+
+def test_rows_of_batches_are_counted_where_they_can_be() -> None:
+    """Few rows are few however they come."""
+    held_out, rows = torch.arange(50), TensorDataset(torch.randn(70, 2))
+    chosen = SubsetRandomSampler(range(30))
+    counts = [
+        ([torch.randn(9, 2), torch.randn(8, 2)], 17),
+        (DataLoader(rows, batch_size=8, shuffle=True), 70),
+        (DataLoader(rows, batch_size=8, sampler=chosen), 30),
+        (DataLoader(rows, batch_sampler=BatchSampler(chosen, 8, drop_last=False)), 70),
+        (DataLoader(rows, batch_size=None), None),  # each row may be a batch
+        (DataLoader(_Endless(), batch_size=8), None),
+    ]
+    for data, count in counts:
+        parts = parts_of(data, held_out, seed=0)
+        assert parts.num_train == count
+        assert parts.is_small == (count is not None)
 
 
 def test_batches_whose_rows_take_turns_are_halved_at_random() -> None:
