@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from ncprior import NCPrior, improve
+from ncprior import NCPrior, fit, sir
 from ncprior.adapters.nvae import (
     NVAESource,
     load_checkpoint,
@@ -41,7 +41,10 @@ from ncprior.adapters.nvae import (
     without_cuda,
 )
 from ncprior.demo import ARMS, Classifier, Labelled, draw_arms, in_batches, read_images
+from ncprior.diagnostics import diagnose
 from ncprior.evaluation import frechet_distance, gap_closed
+from ncprior.heads import ConvHead, MLPHead
+from ncprior.training import FitSettings
 from ncprior.utils import train
 
 SMALL = {
@@ -145,7 +148,8 @@ def measure(
     def features(images: Tensor) -> Tensor:
         return classifier.features(images[..., 2:30, 2:30].cpu())
 
-    arms = partial(draw_arms, prior, prior.sampler, x, features=features)
+    sampler = partial(sir, num_proposals=options.num_proposals)
+    arms = partial(draw_arms, prior, sampler, x, features=features)
     reference = in_batches(classifier.features, test)
     drawn, first = arms(num_samples=700 if options.quick else 2000, generations=5)
     base, ours, posterior = (drawn[arm] for arm in ARMS)
@@ -157,12 +161,12 @@ def measure(
     print(gap)
     print(f"D: base {gap.d_base:.1f}, NCP {gap.d_ours:.1f}, posterior {gap.d_post:.1f}")
     ess = first["NCP"].ess.mean(0)
-    print(f"ESS of {options.budget} proposals, by group: {ess.round().int().tolist()}")
+    print(f"ESS of {options.num_proposals} proposals, by group: {ess.round().int().tolist()}")
     for name, disabled in (("base", prior.disabled()), ("NCP", contextlib.nullcontext())):
         with disabled, torch.no_grad():
-            draw = partial(prior.sample, 64)
+            draw = partial(prior.sample, 64, sampler)
             with readjust_batchnorm(prior.source, draw, iterations=5 if options.quick else 100):
-                images = torch.cat([prior.sample(500).x for _ in range(4)])
+                images = torch.cat([prior.sample(500, sampler).x for _ in range(4)])
         distance = frechet_distance(in_batches(features, images), reference)
         print(f"D of {name} with BatchNorm readjusted to it: {distance:.1f}")
 
@@ -178,9 +182,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="where to save the NVAE that is trained here")
     parser.add_argument("--vae-steps", type=int, default=2500, help="steps of training of it")
     parser.add_argument("--trust-pickle", action="store_true", help="the checkpoint may run code")
-    parser.add_argument("--heads", type=Path, help="folder in which training of heads is saved")
-    parser.add_argument("--budget", type=int, default=50, help="evaluations per head and sample")
-    parser.add_argument("--max-seconds", type=float, help="time for the new prior")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of training of the heads")
+    parser.add_argument("--num-proposals", type=int, default=50, help="M of SIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="hardly any training: to see it run")
     options = parser.parse_args()
@@ -207,18 +210,20 @@ def main() -> None:
             torch.save({**contents, "state_dict": vae.state_dict()}, options.save)
     source = NVAESource(vae)
     device = next(vae.parameters()).device
-    x = as_taken(data.images, vae).to(device)
+    x, x_test = (as_taken(part.images, vae).to(device) for part in (data, test))
     difference = source.self_check(x[:8], tolerance=1e-6 if device.type == "cpu" else 1e-3)
     print(f"{source.num_groups} groups; from the model's own forward by {difference:.3g}")
 
-    prior = improve(
-        *(source, x),
-        budget=options.budget,
-        max_seconds=60 if options.quick else options.max_seconds,
-        seed=options.seed,
-        checkpoint=options.heads,
+    # On maps of 4×4 perceptrons do, and a walk costs more than they: several draws of every z_k.
+    kind = MLPHead if dataset == "mnist" else ConvHead
+    prior = NCPrior.for_source(source, x[:256], kind=kind, width=128).to(device)
+    steps = 10 if options.quick else options.steps
+    settings = FitSettings(num_draws=4)
+    history = fit(
+        prior, x, held_out=x_test[:500], steps=steps, learning_rate=2e-3, settings=settings
     )
-    print(prior.report)
+    print(f"held-out loss, summed over groups: {sum(history.best_loss):.3f} nats")
+    print(diagnose(prior, x_test[500:1500], train=x[:1000], num_draws=2000, fresh_steps=0))
     if dataset == "mnist":
         measure(prior, x, data, test.images, options)
 
