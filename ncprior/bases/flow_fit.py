@@ -16,6 +16,7 @@ from ncprior.data.stream import Stream, split
 from ncprior.source import LatentSource, require_source
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
+    described,
     real_tensor,
     require_finite,
     require_numbers,
@@ -137,6 +138,7 @@ def fit_flow(
 def fit_flows(
     source: LatentSource[Any, Any],
     data: Any,  # noqa: ANN401
+    flow: Callable[[int, int], nn.Module] | None = None,
     **options: Any,  # noqa: ANN401
 ) -> list[Flow]:
     """Normalizing flows p'(z_k | c_k) for all groups of a VAE, each given the context of its group.
@@ -147,6 +149,8 @@ def fit_flows(
     Arguments:
         source: The VAE.
         data: Training data, as for :func:`ncprior.bases.latents_of`.
+        flow: Makes a flow of your own for a group, from its numbers of latents and of context, such
+            as ``lambda d, c: zuko.mixtures.GMM(d, c, components=10)``; see :func:`fit_flow`.
         options: Further arguments of :func:`fit_flow`, such as ``steps``.
 
     Returns:
@@ -164,7 +168,21 @@ def fit_flows(
         torch.Size([4, 2])
     """
     require_source(source)
-    return [fit_flow(z, context=context, **options) for z, context in group_data(source, data)]
+    if flow is not None and (isinstance(flow, nn.Module) or not callable(flow)):
+        raise TypeError(
+            f"Every group needs a flow of its own: flow must be a function of the numbers of latents "
+            f"and of context; got {described(flow)}. Pass lambda d, c: {type(flow).__name__}(...)."
+        )
+    if "context" in options:
+        raise TypeError("fit_flows takes the contexts from the source. Leave out context.")
+
+    def fitted(z: Tensor, context: Callable[[Tensor], Tensor] | None) -> Flow:
+        rows = torch.arange(1, device=z.device)
+        count = 0 if context is None else context(rows)[0].numel()
+        own = None if flow is None else flow(z[0].numel(), count)
+        return fit_flow(z, own, context=context, **options)
+
+    return [fitted(z, context) for z, context in group_data(source, data)]
 
 
 def _check_flow(flow: nn.Module, white: Tensor, context: Tensor | None) -> None:

@@ -128,6 +128,33 @@ def test_flows_of_all_groups() -> None:
     assert (z2 - z1).std() < 0.36
 
 
+def test_every_group_gets_a_flow_of_its_own() -> None:
+    """A mixture given z_1, as exact as the spline flow."""
+    torch.manual_seed(0)
+    sizes = []
+
+    def mixture(d: int, c: int) -> zuko.mixtures.GMM:
+        sizes.append((d, c))
+        return zuko.mixtures.GMM(d, c, components=2)
+
+    options = {"steps": 200, "learning_rate": 5e-3, "progress": False}
+    bases = fit_flows(Chain(), torch.randn(2000, 1), mixture, **options)
+    assert sizes == [(1, 1), (1, 1)]
+    assert len({id(base.flow) for base in bases}) == 2
+    context = 0.3 * torch.randn(1000, 1)
+    truth = Normal(context, 0.3)
+    z = truth.sample()
+    missed = truth.log_prob(z)[:, 0] - bases[1].given(context).log_prob(z)
+    assert -0.02 < missed.mean() < 0.1
+    free = SingleGroup(
+        Independent(Normal(torch.zeros(2), torch.ones(2)), 1),
+        lambda x: Independent(Normal(x, 0.1), 1),
+        lambda z: z,
+    )
+    fit_flows(free, torch.randn(40, 2), mixture, steps=1, progress=False)
+    assert sizes[2:] == [(2, 0)]
+
+
 @pytest.mark.filterwarnings("ignore:Reconstructions of a row")  # of a VAE that is not trained
 def test_it_is_a_base_with_a_density() -> None:
     source = rebase(Ladder(2), fit_flows(Ladder(2), torch.randn(60, 3), steps=1, progress=False))
@@ -196,6 +223,16 @@ def test_a_vae_with_a_condition_has_one_flow() -> None:
             "context must be finite",
         ),
         (lambda: fit_flows(Ladder(2), torch.zeros(0, 3)), ValueError, "The data have no rows"),
+        (
+            lambda: fit_flows(Ladder(2), torch.randn(9, 3), zuko.flows.NSF(2, 8)),
+            TypeError,
+            "Every group needs a flow of its own.*Pass lambda d, c: NSF",
+        ),
+        (
+            lambda: fit_flows(Ladder(2), torch.randn(9, 3), context=torch.randn(9, 3)),
+            TypeError,
+            "takes the contexts from the source",
+        ),
     ],
 )
 def test_errors(make: Any, error: Any, match: str) -> None:

@@ -253,7 +253,7 @@ def _(w: World) -> Built:
     return bases.fit_flow, {"latents": w.z, "steps": 2, "batch_size": 8, "progress": False}
 
 
-@call("ncprior.bases.fit_flows", options=SLOW, source=SOURCE, data=DATA)
+@call("ncprior.bases.fit_flows", options=SLOW, source=SOURCE, data=DATA, flow=function(none=True))
 def _(w: World) -> Built:
     arguments = {"source": w.source, "data": w.x, "steps": 1, "batch_size": 8}
     return bases.fit_flows, {**arguments, "progress": False}
