@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.problems import GaussianPair
-from torch import Tensor, nn
+from torch import nn
 
 from ncprior import NCPrior, SingleGroup, langevin, sir
+from ncprior.bases import rebase
 from ncprior.demo.networks import VAE
 from ncprior.distributions import PointMass
 from ncprior.heads import MLPHead
@@ -546,24 +548,29 @@ def test_the_table_of_areas_has_a_column_per_set(monkeypatch: pytest.MonkeyPatch
 def test_peers_get_the_size_and_the_rate_that_are_best_by_held_out_latents(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """q(z) = N(1, 1): the nearer the mean of a base, the better."""
+    pytest.importorskip("zuko")
     monkeypatch.syspath_prepend(str(FOLDER))
     budget = load("equal_budget")
     tried = []
 
-    def fitted(scores: dict[float, float]) -> Any:
-        def fit(z: Tensor, *, steps: int, learning_rate: float) -> Any:
-            tried.append((steps > budget.FEW, learning_rate))
-            score = z.new_full((7,), scores.get(learning_rate, -9.0))
-            return SimpleNamespace(log_prob=lambda _: score)
+    def normal(mean: float) -> torch.distributions.Distribution:
+        return torch.distributions.Normal(torch.full((1,), mean), 1.0)
+
+    def base(mean: float) -> Any:
+        return torch.distributions.Independent(normal(mean), 1)
+
+    def fitted(means: dict[float, float]) -> Any:
+        def fit(case: Any, *, steps: int, learning_rate: float) -> Any:
+            tried.append(learning_rate)
+            return rebase(case.source, base(means.get(learning_rate, 9.0)))
 
         return fit
 
-    small, large = fitted({1e-3: 1.0, 3e-4: 5.0}), fitted({1e-3: 2.0, 3e-3: 3.0})
+    small, large = fitted({1e-3: 4.0, 3e-4: 1.0}), fitted({1e-3: 3.0, 3e-3: 2.0})
     mixture = {
-        f"components {n}": lambda z, score=score: SimpleNamespace(
-            log_prob=lambda _: z.new_full((7,), score)
-        )
-        for n, score in ((10, 1.0), (100, 0.5))
+        f"components {n}": lambda case, mean=mean: rebase(case.source, base(mean))
+        for n, mean in ((10, 1.5), (100, 2.0))
     }
     peers = [
         budget.Peer("mixture", mixture, has_steps=False),
@@ -571,15 +578,37 @@ def test_peers_get_the_size_and_the_rate_that_are_best_by_held_out_latents(
     ]
     monkeypatch.setattr(budget, "peers", lambda _: peers)
     options = argparse.Namespace(json=None, cache=Path(), quick=False)
-    z = torch.zeros(7, 2)
-    case = SimpleNamespace(encodings=z, fresh_encodings=z)
+    source = SingleGroup(base(0.0), lambda x: PointMass(x), lambda z: z)
+    x = 1 + torch.randn(500, 1)
+    case = SimpleNamespace(source=source, held_out=x, fresh_encodings=x)
     found = list(budget.at_their_best(budget.Bench(options, {}), case, 0.1))
     assert [(one.name, one.size) for one in found] == [
         ("mixture", "components 10"),
         ("flow", "width 16, rate 0.003"),  # rates are tried at the best size alone
     ]
-    assert {rate for _, rate in tried} == set(budget.RATES)
-    assert found[1].fit(z, steps=1).log_prob(z)[0] == 3.0
+    assert set(tried) == set(budget.RATES)
+    assert budget.criterion(found[1].fit(case, steps=1), case) == pytest.approx(
+        -0.5 * math.log(2 * math.pi) - 0.5 * ((x - 2) ** 2).mean().item(), abs=1e-5
+    )
+
+
+def test_bases_without_a_density_are_compared_by_their_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    budget, peers = load("equal_budget"), load("hole_peers")
+    p = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
+    source = SingleGroup(p, lambda x: PointMass(x), lambda z: z)
+    x = torch.randn(2000, 2)
+    case = SimpleNamespace(source=source, held_out=x, fresh_encodings=x)
+
+    def score(mean: float) -> float:
+        drawn = peers.Drawn(lambda count: mean + torch.randn(count, 2))
+        return budget.criterion(rebase(source, drawn), case)
+
+    assert score(0.0) == pytest.approx(0, abs=0.02)
+    assert score(1.0) == pytest.approx(-2, abs=0.2)  # the squared distance of the means
 
 
 def test_the_resnet_of_the_judges_has_the_published_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ method has several sizes, each with the whole budget, and, of the best of them, 
 rates. They are chosen with the first seed, and what the others took is not counted. The criterion is
 the log-likelihood of held-out latents, or, for methods without one, the Fréchet distance of draws to
 held-out latents. No choice sees images. `improve` is told the budget as max_seconds, the seed, and
-50 evaluations per sample; nothing of it is tuned.
+50 evaluations per sample; nothing of it is tuned. With --model hierarchical, the peers are given the
+earlier groups.
 
 `gap_closed` and `near_copies` are those of prior_hole.py. `over_improve` is the paired difference to
 `improve(50)`: below 0, `improve` is better. Seconds are of the core where there is one thread
@@ -24,11 +25,12 @@ import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now
 from hole_cases import Case, make_case
-from hole_peers import fit_diffusion, fit_energy
+from hole_methods import from_source
+from hole_peers import Fit, Peer, peers
 from torch import Tensor
+from torch.distributions import Distribution
 
-from ncprior import improve
-from ncprior.bases import fit_flow, fit_flow_matching, fit_mixture
+from ncprior import LatentSource, improve
 from ncprior.demo import in_batches
 from ncprior.evaluation import (
     GapClosed,
@@ -37,6 +39,7 @@ from ncprior.evaluation import (
     gap_difference,
     near_copies,
 )
+from ncprior.source import visit
 
 COLUMNS = {
     "method": "<26",
@@ -55,89 +58,53 @@ COLUMNS = {
 GENERATIONS, BATCH = 5, 1000
 FEW = 50  # steps that measure the time of one
 RATES = (1e-3, 3e-4, 3e-3)  # learning rates; the first one is that of the sizes
-Draws = Callable[[int], Tensor]
-Fit = Callable[
-    ..., Any
-]  # fit(z, steps=…, learning_rate=…) returns a base, or a function of a count
+Images = Callable[[int], Tensor]
 
 
-class Peer(NamedTuple):
-    """A method, and its sizes by name; `steps` tells whether the number of steps is free."""
-
-    name: str
-    sizes: Mapping[str, Fit]
-    has_steps: bool = True
-
-
-def peers(latents: int) -> list[Peer]:
-    """All peers, each with several sizes."""
-    import zuko
-
-    fixed = {"patience": None, "progress": False}
-
-    def spline(z: Tensor, *, transforms: int, width: int, **loop: Any) -> Any:  # noqa: ANN401
-        sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": 8}
-        flow = zuko.flows.NSF(latents, passes=2, randperm=True, **sizes)
-        return fit_flow(z, flow, **loop, **fixed)
-
-    def masked(z: Tensor, *, transforms: int, width: int, **loop: Any) -> Any:  # noqa: ANN401
-        flow = zuko.flows.MAF(latents, transforms=transforms, hidden_features=(width, width))
-        return fit_flow(z, flow, **loop, **fixed)
-
-    def mixture(z: Tensor, *, components: int) -> Any:  # noqa: ANN401
-        return fit_mixture(z, components)
-
-    def matching(z: Tensor, *, width: int, **loop: Any) -> Any:  # noqa: ANN401
-        return fit_flow_matching(z, width=width, **loop, **fixed)
-
-    def sized(fit: Fit, **options: tuple[int, ...]) -> dict[str, Fit]:
-        choices = zip(*options.values(), strict=True)
-        named = [dict(zip(options, choice, strict=True)) for choice in choices]
-        return {
-            ", ".join(f"{k} {v}" for k, v in one.items()): partial(fit, **one) for one in named
-        }
-
-    flows = {"transforms": (4, 8, 6), "width": (128, 128, 256)}
-    widths = {"width": (128, 256, 512)}
-    persistent = partial(fit_energy, persistent=True)
-    return [
-        Peer("mixture", sized(mixture, components=(10, 30, 100, 300, 1000)), has_steps=False),
-        Peer("spline flow", sized(spline, **flows)),
-        Peer("masked autoregressive flow", sized(masked, **flows)),
-        Peer("flow matching", sized(matching, **widths)),
-        Peer("diffusion", sized(fit_diffusion, **widths)),
-        Peer("energy, short-run MCMC", sized(fit_energy, **widths)),
-        Peer("energy, persistent MCMC", sized(persistent, **widths)),
-    ]
-
-
-def within(fit: Fit, z: Tensor, budget: float, *, has_steps: bool) -> tuple[Any, float]:
-    """Fits for a budget of seconds; returns the result and the seconds."""
+def within(fit: Fit, case: Case, budget: float, *, has_steps: bool) -> tuple[LatentSource, float]:
+    """Fits for a budget of seconds; returns the VAE with the new prior, and the seconds."""
     started = now()
     if not has_steps:
-        return fit(z), now() - started
-    fit(z, steps=1)  # what is done once
-    once, started = now() - started, now()
-    fit(z, steps=FEW)
+        return fit(case), now() - started
+    fit(case, steps=1)
+    once, started = now() - started, now()  # what is done once, such as encoding
+    fit(case, steps=FEW)
     spent = now() - started
     each = max(spent - once, spent / 3) / FEW
     started = now()
-    return fit(z, steps=max(FEW, int(0.95 * budget / each))), now() - started
+    return fit(case, steps=max(FEW, int((0.95 * budget - once) / each))), now() - started
 
 
-def drawer(found: Any) -> Draws:  # noqa: ANN401
-    """Draws of flat latents from a base or a function."""
-    if hasattr(found, "sample"):
-        return lambda count: found.sample((count,)).flatten(1)
-    return found  # type: ignore[no-any-return]
+def criterion(source: LatentSource, case: Case) -> float:
+    """The larger the better: log p'(z) of held-out latents, or minus the Fréchet distance of draws."""
+    torch.manual_seed(1)
+    log_p = torch.cat([held_out_log_p(source, x) for x in case.held_out.split(BATCH)])
+    if not log_p.isnan().any():
+        return log_p.mean().item()
+    drawn = torch.cat([from_source(source)(BATCH)[1] for _ in range(5)])
+    return -frechet_distance(drawn, case.fresh_encodings.flatten(1), strict=False).item()
 
 
-def criterion(found: Any, fresh: Tensor) -> float:  # noqa: ANN401
-    """The larger the better, on held-out latents."""
-    if hasattr(found, "log_prob"):
-        return found.log_prob(fresh).mean().item()  # type: ignore[no-any-return]
-    drawn = torch.cat([drawer(found)(BATCH) for _ in range(5)])
-    return -frechet_distance(drawn, fresh.flatten(1), strict=False).item()
+@torch.no_grad()
+def held_out_log_p(source: LatentSource, x: Tensor) -> Tensor:
+    """log p'(z) = Σ_k log p'(z_k | z_<k) of z ~ q(z | x), ``(B,)``; NaN where there is no density."""
+    total = torch.zeros(len(x))
+
+    def take(k: int, group: Any) -> Tensor:  # noqa: ANN401
+        nonlocal total
+        z = group.posterior.sample()
+        has_density = isinstance(group.prior, Distribution) or hasattr(group.prior, "log_prob")
+        total = total + (group.prior.log_prob(z) if has_density else math.nan)
+        return z
+
+    visit(source, source.start(len(x), source.encode(x)), take)
+    return total
+
+
+def images_of(source: LatentSource) -> Images:
+    """Decoded draws of the prior of a source."""
+    draw = from_source(source)
+    return lambda count: draw(count)[0]
 
 
 class Chosen(NamedTuple):
@@ -154,15 +121,14 @@ class Comparison:
 
     def __init__(self, case: Case, seed: int, count: int) -> None:
         self.case, self.seed, self.count = case, seed, count
-        self.event = self._prior(1).shape[1:]
         self.training = in_batches(case.features, case.images)
         self.arms = {
-            "base": self._features(lambda count: self._decoded(self._prior(count))),
+            "base": self._features(images_of(case.source)),
             "posterior": self._features(lambda count: case.posterior(count)[0]),
         }
 
     @torch.no_grad()
-    def _features(self, draw: Draws) -> list[Tensor]:
+    def _features(self, draw: Images) -> list[Tensor]:
         """Features of the images of every generation."""
         found = []
         for generation in range(GENERATIONS):
@@ -171,19 +137,10 @@ class Comparison:
             found.append(in_batches(self.case.features, torch.cat(images)))
         return found
 
-    def _prior(self, count: int) -> Tensor:
-        source = self.case.source
-        return source.group(source.start(count)).prior.sample()
-
-    def _decoded(self, z: Tensor) -> Tensor:
-        source = self.case.source
-        state = source.advance(source.start(len(z)), z.reshape(len(z), *self.event))
-        return source.decode(state)
-
-    def measured(self, draw: Draws, *, images: bool = False) -> tuple[GapClosed, Row]:
+    def measured(self, draw: Images) -> tuple[GapClosed, Row]:
         """The gap closed by a method, its seconds per 10,000 samples and its share of near copies."""
         started = now()
-        features = self._features(draw if images else lambda n: self._decoded(draw(n)))
+        features = self._features(draw)
         seconds = (now() - started) * 10_000 / (GENERATIONS * self.count)
         copies = near_copies(self.training, self.case.reference, features[0]).share
         gap = gap_closed(self.case.reference, ours=features, **self.arms)
@@ -205,15 +162,14 @@ def row(gap: GapClosed, ours: GapClosed, **numbers: Any) -> Row:  # noqa: ANN401
 
 def at_their_best(bench: Bench, case: Case, budget: float) -> Iterator[Chosen]:
     """Every peer with the size and then the rate that are best by held-out latents, first seed."""
-    z, fresh = case.encodings.flatten(1), case.fresh_encodings.flatten(1)
 
     def score(fit: Fit, *, has_steps: bool) -> list[Row]:
         torch.manual_seed(0)
         try:
-            found, seconds = within(fit, z, budget, has_steps=has_steps)
+            found, seconds = within(fit, case, budget, has_steps=has_steps)
         except FloatingPointError:
             return [{"score": -math.inf, "seconds": 0.0}]
-        return [{"score": criterion(found, fresh), "seconds": seconds}]
+        return [{"score": criterion(found, case), "seconds": seconds}]
 
     def best(peer: Peer, sizes: Mapping[str, Fit]) -> str:
         scores = {}
@@ -225,7 +181,7 @@ def at_their_best(bench: Bench, case: Case, budget: float) -> Iterator[Chosen]:
                 scores[size] = kept["score"]
         return max(scores, key=scores.__getitem__)
 
-    for peer in peers(z.shape[1]):
+    for peer in peers(case):
         tried = 1 if bench.settings["quick"] else None
         if not peer.has_steps:
             size = best(peer, dict(list(peer.sizes.items())[:tried]))
@@ -251,16 +207,17 @@ def rows_of_seed(
     """All methods under one seed."""
     compared = Comparison(case, seed, count)
     started = now()
-    prior = improve(case.source, case.rows, budget=50, max_seconds=budget, seed=seed)
+    data, held_out = case.all_data
+    limits = {"budget": 50, "max_seconds": budget}
+    prior = improve(case.source, data, held_out=held_out, seed=seed, **limits)
     seconds = now() - started
     print(prior.report, flush=True)
-    ours, numbers = compared.measured(lambda n: prior.sample(n).x, images=True)
+    ours, numbers = compared.measured(lambda n: prior.sample(n).x)
     found = [row(ours, ours, method="improve(50)", size="", fit_seconds=seconds, **numbers)]
-    z = case.encodings.flatten(1)
     for name, size, fit, has_steps in methods:
         torch.manual_seed(seed)
-        base, seconds = within(fit, z, budget, has_steps=has_steps)
-        gap, numbers = compared.measured(drawer(base))
+        source, seconds = within(fit, case, budget, has_steps=has_steps)
+        gap, numbers = compared.measured(images_of(source))
         found.append(row(gap, ours, method=name, size=size, fit_seconds=seconds, **numbers))
         print(f"{name}, {size}, seed {seed}: {gap.gap_closed:.3f}", flush=True)
     return found
@@ -269,6 +226,7 @@ def rows_of_seed(
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--data", choices=["mnist", "cifar10", "digits"], default="mnist")
+    made.add_argument("--model", choices=["flat", "hierarchical"], default="flat")
     made.add_argument("--budget", type=float, default=300.0, metavar="SECONDS")
     options = made.parse_args()
     budget = options.budget / (100 if options.quick else 1)
@@ -277,8 +235,9 @@ def main() -> None:
         if options.quick
         else {"mnist": 10_000, "cifar10": 10_000, "digits": 2000}[options.data]
     )
-    bench = Bench(options, {"data": options.data, "budget": budget, "count": count})
-    case = make_case(bench, options.data, "flat")
+    names = {"data": options.data, "model": options.model}
+    bench = Bench(options, {**names, "budget": budget, "count": count})
+    case = make_case(bench, options.data, options.model)
     print(f"{machine()}; {case.facts}", flush=True)
     methods = list(at_their_best(bench, case, budget))
     for seed in options.seed:

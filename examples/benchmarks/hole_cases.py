@@ -84,6 +84,11 @@ class Case:
         batch = self.fit.get("batch_size", 256)
         return Binarised(self.train, batch) if self.binarise else self.train
 
+    @property
+    def all_data(self) -> tuple[Any, Tensor | None]:
+        """What `improve` gets: all rows, or, if they are drawn anew, held-out rows besides."""
+        return (self.data, self.held_out) if self.binarise else (self.rows, None)
+
     @torch.no_grad()
     def posterior(self, count: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Decoded posterior samples, of training data or the first half of the test images, and their latents."""

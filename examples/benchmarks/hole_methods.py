@@ -132,15 +132,17 @@ def alone(heads: Heads, name: str) -> Callable[[Case, int], Fitted]:
 def colder(temperature: float) -> Callable[[Case, int], Fitted]:
     """The VAE's own prior with its scale reduced, the usual remedy for hierarchical models."""
 
-    def tempered(k: int, group: Group) -> Distribution:
-        p: Any = group.prior
-        normal = Normal(p.mean, temperature * p.stddev, validate_args=False)
-        return Independent(normal, len(p.event_shape), validate_args=False)
-
     def run(case: Case, seed: int) -> Fitted:
-        return Fitted(from_source(rebase(case.source, tempered)), stored=1)
+        return Fitted(from_source(rebase(case.source, partial(tempered, temperature))), stored=1)
 
     return run
+
+
+def tempered(temperature: float, k: int, group: Group) -> Distribution:
+    """The VAE's own prior with its scale multiplied by the temperature, as a base."""
+    p: Any = group.prior
+    normal = Normal(p.mean, temperature * p.stddev, validate_args=False)
+    return Independent(normal, len(p.event_shape), validate_args=False)
 
 
 def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
@@ -388,7 +390,7 @@ def improved(bench: Bench, budget: int) -> Callable[[Case, int], Fitted]:
     """
 
     def run(case: Case, seed: int) -> Fitted:
-        data, held_out = (case.data, case.held_out) if case.binarise else (case.rows, None)
+        data, held_out = case.all_data
         quick = "-quick" if bench.settings["quick"] else ""
         folder = bench.cache / f"improve-{slug(case.name)}-{seed}{quick}"
         started = now()

@@ -1,4 +1,4 @@
-"""Peers of equal_budget.py that the package does not have: latent diffusion and an energy by MCMC.
+"""Peers of equal_budget.py, each in several sizes; latent diffusion and an energy by MCMC are here.
 
 Not a benchmark itself. `fit_diffusion` is LSGM's way on frozen latents: a variance-preserving
 diffusion with a network that predicts v, drawn by Heun's method along the probability flow.
@@ -7,20 +7,33 @@ whose gradient needs samples of r·p at every step, by short-run or persistent L
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from hole_cases import Case
+from hole_methods import tempered
+from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.optim.swa_utils import AveragedModel
 
-from ncprior.bases import VelocityNet
+from ncprior import LatentSource
+from ncprior.bases import (
+    VelocityNet,
+    fit_flow,
+    fit_flow_matching,
+    fit_flows,
+    fit_mixture,
+    rebase,
+)
 from ncprior.heads import MLPHead
 from ncprior.samplers import langevin
 from ncprior.utils import train
 
 Draws = Callable[[int], Tensor]
+Fit = Callable[..., LatentSource]  # fit(case, steps=…, learning_rate=…): the VAE with a new prior
+LOOP = {"patience": None, "progress": False}
 DECAY = 0.999  # of the moving average of weights, per step
 STEP = 0.16  # of the Langevin dynamics, λ, as in Pang et al.
 CHAINS = 10_000  # that are kept, if they persist
@@ -108,3 +121,101 @@ def fit_energy(
     found = average.module.eval()
     length = 10 * num_steps if persistent else num_steps  # chains of 200 steps reach r·p
     return lambda count: loc + scale * run(found, torch.randn(count, z.shape[1]), length)
+
+
+class Peer(NamedTuple):
+    """A method, and its sizes by name; `has_steps` tells whether the number of steps is free."""
+
+    name: str
+    sizes: Mapping[str, Fit]
+    has_steps: bool = True
+
+
+class Drawn:
+    """A base that is a function from a count to as many latents."""
+
+    def __init__(self, draw: Draws) -> None:
+        self.draw = draw
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        return self.draw(sample_shape.numel()).unflatten(0, sample_shape)
+
+
+def sized(fit: Fit, **options: tuple[float, ...]) -> dict[str, Fit]:
+    """A fit in several sizes, by name."""
+    choices = zip(*options.values(), strict=True)
+    named = [dict(zip(options, choice, strict=True)) for choice in choices]
+    return {", ".join(f"{k} {v}" for k, v in one.items()): partial(fit, **one) for one in named}
+
+
+def peers(case: Case) -> list[Peer]:
+    """All peers of a case."""
+    return flat_peers() if case.source.num_groups == 1 else conditional_peers()
+
+
+def flat_peers() -> list[Peer]:
+    """Peers that are fitted to the encodings."""
+    import zuko
+
+    def spline(z: Tensor, *, transforms: int, width: int, **loop: Any) -> Any:  # noqa: ANN401
+        sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": 8}
+        flow = zuko.flows.NSF(z.shape[1], passes=2, randperm=True, **sizes)
+        return fit_flow(z, flow, **loop, **LOOP)
+
+    def masked(z: Tensor, *, transforms: int, width: int, **loop: Any) -> Any:  # noqa: ANN401
+        flow = zuko.flows.MAF(z.shape[1], transforms=transforms, hidden_features=(width, width))
+        return fit_flow(z, flow, **loop, **LOOP)
+
+    def mixture(z: Tensor, *, components: int) -> Any:  # noqa: ANN401
+        return fit_mixture(z, components)
+
+    def matching(z: Tensor, *, width: int, **loop: Any) -> Any:  # noqa: ANN401
+        return fit_flow_matching(z, width=width, **loop, **LOOP)
+
+    def on_encodings(fit: Callable[..., Any]) -> Fit:
+        def fitted(case: Case, **options: Any) -> LatentSource:  # noqa: ANN401
+            found = fit(case.encodings, **options)
+            return rebase(case.source, found if hasattr(found, "sample") else Drawn(found))
+
+        return fitted
+
+    flows = {"transforms": (4, 8, 6), "width": (128, 128, 256)}
+    widths = {"width": (128, 256, 512)}
+    components = {"components": (10, 30, 100, 300, 1000)}
+    persistent = partial(fit_energy, persistent=True)
+    return [
+        Peer("mixture", sized(on_encodings(mixture), **components), has_steps=False),
+        Peer("spline flow", sized(on_encodings(spline), **flows)),
+        Peer("masked autoregressive flow", sized(on_encodings(masked), **flows)),
+        Peer("flow matching", sized(on_encodings(matching), **widths)),
+        Peer("diffusion", sized(on_encodings(fit_diffusion), **widths)),
+        Peer("energy, short-run MCMC", sized(on_encodings(fit_energy), **widths)),
+        Peer("energy, persistent MCMC", sized(on_encodings(persistent), **widths)),
+    ]
+
+
+def conditional_peers() -> list[Peer]:
+    """Peers for several groups: p'(z_k | c_k), and lower or higher temperatures."""
+    import zuko
+
+    def flows(case: Case, flow: Callable[[int, int], nn.Module], loop: Any) -> LatentSource:  # noqa: ANN401
+        return rebase(case.source, fit_flows(case.source, case.data, flow, **loop, **LOOP))
+
+    def spline(case: Case, *, transforms: int, width: int, **loop: Any) -> LatentSource:  # noqa: ANN401
+        sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": 8}
+        make = partial(zuko.flows.NSF, passes=2, randperm=True, **sizes)
+        return flows(case, make, loop)
+
+    def mixture(case: Case, *, components: int, width: int, **loop: Any) -> LatentSource:  # noqa: ANN401
+        sizes = {"components": components, "hidden_features": (width, width)}
+        make = partial(zuko.mixtures.GMM, covariance_type="diagonal", **sizes)
+        return flows(case, make, loop)
+
+    def temperature(case: Case, *, of: float) -> LatentSource:
+        return rebase(case.source, partial(tempered, of))
+
+    return [
+        Peer("temperature", sized(temperature, of=(0.8, 0.9, 0.95, 1.05)), has_steps=False),
+        Peer("mixture given z_<k", sized(mixture, components=(10, 50), width=(256, 256))),
+        Peer("spline flow given z_<k", sized(spline, transforms=(2, 4), width=(128, 128))),
+    ]
