@@ -68,10 +68,10 @@ def fit_code_bases(
     counts = _categories_of(source, data)
     pairs = zip(groups, counts, strict=True)
     if kind == "frequencies":
-        return [fit_code_frequencies(z, num_categories=count) for (z, _), count in pairs]
+        return [fit_code_frequencies(z, num_categories=count) for (z, _, _), count in pairs]
     return [
         fit_code_network(z, context=context, num_categories=count, **options)
-        for (z, context), count in pairs
+        for (z, context, _), count in pairs
     ]
 
 

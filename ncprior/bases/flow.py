@@ -25,9 +25,11 @@ from torch.distributions import constraints
 
 from ncprior.bases.checks import flattened, own_floats, size_of
 from ncprior.bases.conditional import ConditionalBase
+from ncprior.bases.groups import frame_of
 from ncprior.utils.require import (
     described,
     require_finite,
+    require_flags,
     require_instance,
     require_positive,
 )
@@ -50,6 +52,8 @@ class Flow(ConditionalBase):
             many numbers: a conditional distribution, whose ``given(context)`` is that of B rows.
         spline: Sizes of the neural spline flow that :func:`fit_flow` makes; ``None`` for any other
             flow, which is not saved with the heads.
+        is_relative: Whether it is a flow of (z - μ) / σ, with the VAE's own prior N(μ, σ²) of each
+            row, which :meth:`given` then needs; only with contexts.
 
     Raises:
         TypeError: If ``flow`` is not a flow, or ``loc`` or ``scale`` are not real numbers.
@@ -72,6 +76,7 @@ class Flow(ConditionalBase):
         event_shape: Sequence[int] | None = None,
         context_shape: Sequence[int] | None = None,
         spline: Mapping[str, int] | None = None,
+        is_relative: bool = False,
     ) -> None:
         require_instance("flow", flow, nn.Module, "Pass a flow of zuko or normflows.")
         loc, scale = own_floats("loc", loc), own_floats("scale", scale)
@@ -90,7 +95,12 @@ class Flow(ConditionalBase):
                 f"log_prob(z) and sample(n); got {described(flow)} and context_shape="
                 f"{None if shape is None else tuple(shape)}."
             )
+        require_flags(is_relative=is_relative)
+        if is_relative and shape is None:
+            raise ValueError("A flow relative to a prior of each row needs contexts; got none.")
         self.flow = flow.eval().requires_grad_(False)
+        self.is_relative = is_relative
+        self.frame: tuple[Tensor, Tensor] | None = None  # μ and σ of the rows
         self.loc, self.scale = loc, scale
         self.spline = None if spline is None else dict(spline)
         super().__init__(event, shape)
@@ -100,22 +110,62 @@ class Flow(ConditionalBase):
         """All of R^D."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    def relative(self) -> Flow:
+        """Returns the same flow, of (z - μ) / σ instead of z."""
+        new = copy.copy(self)
+        new.is_relative = True
+        return new
+
+    def given(self, context: Tensor | None, prior: Any = None) -> Flow:  # noqa: ANN401
+        """Returns the distribution of B rows with contexts of shape ``(B, ...)``.
+
+        Arguments:
+            context: The contexts.
+            prior: The VAE's own prior of these rows, if the flow is relative to it.
+
+        Raises:
+            TypeError: If the context is no tensor of real numbers, or the flow is relative and the
+                prior is no Gaussian with independent latents.
+            ValueError: If the flow takes no context, or one of another shape, or the prior has
+                other rows.
+        """
+        new = super().given(context)
+        if not self.is_relative:
+            return new
+        frame = frame_of(prior)
+        if frame is None:
+            raise TypeError(
+                f"This flow is relative to the VAE's own prior, a Gaussian with independent latents; "
+                f"got {described(prior)}. Pass group.prior of the VAE that it was fitted on."
+            )
+        if frame[0].shape != new.batch_shape + new.event_shape:
+            raise ValueError(
+                f"The prior must have the shape of z, {tuple(new.batch_shape + new.event_shape)}; got "
+                f"{tuple(frame[0].shape)}."
+            )
+        new.frame = (frame[0].to(self.loc), frame[1].to(self.loc))
+        return new
+
     @torch.no_grad()
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: ANN401, B008
         """Draws z, with shape ``(*sample_shape, *batch, *event)``."""
         shape = self._extended_shape(size_of(sample_shape))
         lead = shape[: len(shape) - len(self.event_shape)]
         white = draw(self.flow, lead.numel(), self._contexts(lead))
-        return (self.loc + self.scale * white).reshape(shape)
+        z = (self.loc + self.scale * white).reshape(shape)
+        return z if self.frame is None else self.frame[0] + self.frame[1] * z
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
+        if self.frame is not None:
+            value = (value - self.frame[0]) / self.frame[1]
         flat, lead = flattened(value, self.event_shape, self.loc.device)
         context = self._contexts(lead)
         if len(flat) == 0:  # which flows cannot reshape
             return self.loc.new_empty(lead)
         log_p = log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale, context)
-        return (log_p - self.scale.log().sum()).reshape(lead)
+        log_p = (log_p - self.scale.log().sum()).reshape(lead)
+        return log_p if self.frame is None else log_p - self.frame[1].flatten(1).log().sum(1)
 
     def _contexts(self, lead: Size) -> Tensor | None:
         """The context of every latent of z with shape ``(*lead, *event)``, flat."""
@@ -127,9 +177,15 @@ class Flow(ConditionalBase):
         """Returns the configuration to save, ready for JSON; ``None`` for a flow of your own."""
         if self.spline is None:
             return None
-        config = {"event_shape": list(self.event_shape), "spline": self.spline}
+        config: dict[str, Any] = {
+            "event_shape": list(self.event_shape),
+            "spline": self.spline,
+        }
         if self.context_shape is not None:
-            config["context_shape"] = list(self.context_shape)
+            config |= {
+                "context_shape": list(self.context_shape),
+                "is_relative": self.is_relative,
+            }
         return config
 
     def tensors(self) -> dict[str, Tensor]:
@@ -164,6 +220,8 @@ class Flow(ConditionalBase):
         new.flow = copy.deepcopy(self.flow).to(device)
         new.loc, new.scale = self.loc.to(device), self.scale.to(device)
         new.context = None if self.context is None else self.context.to(device)
+        if self.frame is not None:
+            new.frame = (self.frame[0].to(device), self.frame[1].to(device))
         return new
 
 

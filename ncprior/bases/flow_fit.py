@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ncprior.bases.checks import contexts_by_row, require_fit
 from ncprior.bases.flow import Conditional, Flow, flat_context, log_prob, spline_flow
-from ncprior.bases.groups import group_data
+from ncprior.bases.groups import GroupData, group_data
 from ncprior.data.stream import Stream, split
 from ncprior.source import LatentSource, require_source
 from ncprior.utils.optimise import minimise, standardise
@@ -144,7 +144,9 @@ def fit_flows(
     """Normalizing flows p'(z_k | c_k) for all groups of a VAE, each given the context of its group.
 
     A flow is fitted to one draw of z_k ~ q(z_k | z_<k, x) and its context per row of the data. For a
-    VAE with one group and a condition, the flow is p'(z | c).
+    VAE with one group and a condition, the flow is p'(z | c). Where the VAE's own prior of a group
+    with a context is N(μ, σ²), the flow is one of (z_k - μ) / σ: it starts from the own prior, and
+    does not have to learn μ and σ again.
 
     Arguments:
         source: The VAE.
@@ -176,13 +178,16 @@ def fit_flows(
     if "context" in options:
         raise TypeError("fit_flows takes the contexts from the source. Leave out context.")
 
-    def fitted(z: Tensor, context: Callable[[Tensor], Tensor] | None) -> Flow:
+    def fitted(group: GroupData) -> Flow:
+        z, context, frame = group
         rows = torch.arange(1, device=z.device)
         count = 0 if context is None else context(rows)[0].numel()
         own = None if flow is None else flow(z[0].numel(), count)
-        return fit_flow(z, own, context=context, **options)
+        if frame is None:
+            return fit_flow(z, own, context=context, **options)
+        return fit_flow((z - frame[0]) / frame[1], own, context=context, **options).relative()
 
-    return [fitted(z, context) for z, context in group_data(source, data)]
+    return [fitted(group) for group in group_data(source, data)]
 
 
 def _check_flow(flow: nn.Module, white: Tensor, context: Tensor | None) -> None:

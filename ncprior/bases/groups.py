@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Independent, Normal
 
 from ncprior.data.row_store import RowStore
 from ncprior.data.stream import one_pass
@@ -27,10 +28,13 @@ class GroupData(NamedTuple):
         z: One draw z_k ~ q(z_k | z_<k, x) per row, with shape ``(N, *event)``.
         context: Returns c(z_<k) of rows, with shape ``(n, ...)``, from their numbers; ``None``
             without a context.
+        frame: Means and standard deviations of the VAE's own prior N(μ, σ²) for each row, given its
+            context, with shape ``(N, *event)``; ``None`` for another prior, or without a context.
     """
 
     z: Tensor
     context: Callable[[Tensor], Tensor] | None
+    frame: tuple[Tensor, Tensor] | None
 
 
 def group_data(source: LatentSource[Any, Any], data: Any) -> list[GroupData]:  # noqa: ANN401
@@ -50,21 +54,34 @@ def group_data(source: LatentSource[Any, Any], data: Any) -> list[GroupData]:  #
         raise ValueError("The data have no rows. Pass one row of x or more.")
     rows = RowStore(chain([first], walks), budget=_MEMORY)[:]
     return [
-        GroupData(z.to(device), None if context is None else partial(_read, context, device))
-        for z, context in rows
+        GroupData(
+            z.to(device),
+            None if context is None else partial(_read, context, device),
+            None if frame is None else (frame[0].to(device), frame[1].to(device)),
+        )
+        for z, context, frame in rows
     ]
 
 
+def frame_of(prior: Any) -> tuple[Tensor, Tensor] | None:  # noqa: ANN401
+    """Returns mean and standard deviation of a Gaussian with independent latents, else ``None``."""
+    normal = prior.base_dist if isinstance(prior, Independent) else prior
+    if type(normal) is not Normal:
+        return None
+    shape = prior.batch_shape + prior.event_shape
+    return normal.loc.expand(shape), normal.scale.expand(shape)
+
+
 @torch.no_grad()
-def _walk(source: LatentSource[Any, Any], x: Any) -> Iterator[tuple[Tensor, Tensor | None]]:  # noqa: ANN401
-    """Draws of z_k from the posterior and contexts of all groups, for one batch."""
+def _walk(source: LatentSource[Any, Any], x: Any) -> Iterator[tuple[Any, ...]]:  # noqa: ANN401
+    """Draws of z_k from the posterior, contexts and frames of all groups, for one batch."""
     encoding = source.encode(x)
     state = source.start(num_rows(encoding), encoding)
     for k in range(source.num_groups):
         group = source.group(state)
         z = posterior_of(group).sample()
         require_finite(f"Group {k}: z drawn from q(z | x)", z)
-        yield z, group.context
+        yield z, group.context, None if group.context is None else frame_of(group.prior)
         if k + 1 < source.num_groups:
             state = source.advance(state, z)
 

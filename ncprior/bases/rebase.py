@@ -151,7 +151,7 @@ class Rebased(WrappedSource):
             prior: Sampleable = self._base(state.k, group)
         else:
             base = self.bases[state.k]
-            prior = base.given(group.context) if _is_conditional(base) else base
+            prior = _given(base, group) if _is_conditional(base) else base
         if not is_prior(prior):
             whose = "base(k, group)" if self.bases is None else "given(context)"
             raise TypeError(
@@ -178,6 +178,13 @@ def _is_conditional(base: Any) -> bool:  # noqa: ANN401
     """Whether a base is a prior only given a context."""
     has = not isinstance(base, type) and callable(getattr(base, "given", None))
     return has and bool(getattr(base, "needs_context", True))
+
+
+def _given(base: Any, group: Group) -> Any:  # noqa: ANN401
+    """The prior of B rows, of a base that is conditional."""
+    if getattr(base, "is_relative", False):
+        return base.given(group.context, group.prior)
+    return base.given(group.context)
 
 
 def _checked(base: Any) -> Any:  # noqa: ANN401

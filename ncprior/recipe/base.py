@@ -191,8 +191,8 @@ class _CodeSearch(_Search):
         self._keep_if_better("network over codes", network)
 
     def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
-        self.z, self.context = group_data(source, parts.train)[0]
-        self.held_out, self.held_out_context = group_data(source, parts.choose)[0]
+        self.z, self.context, _ = group_data(source, parts.train)[0]
+        self.held_out, self.held_out_context, _ = group_data(source, parts.choose)[0]
         return None
 
     def _log_p(self, base: Any) -> Tensor:  # noqa: ANN401

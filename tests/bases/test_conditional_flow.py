@@ -10,6 +10,7 @@ import torch
 import zuko
 from helpers.hub_problems import equal_draws, trained
 from helpers.toys import Ladder
+from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, SingleGroup, langevin, sir
@@ -112,6 +113,11 @@ class Chain(Ladder):
         )
 
 
+def own_prior(z: Tensor) -> Independent:
+    """The second group's own prior in Chain."""
+    return Independent(Normal(torch.zeros_like(z), 1.0), 1)
+
+
 def test_flows_of_all_groups() -> None:
     """q(z_2 | z_1) = N(z_1, 0.3²), which a flow given z_1 finds within 0.1 nats."""
     torch.manual_seed(0)
@@ -120,12 +126,51 @@ def test_flows_of_all_groups() -> None:
     context = 0.3 * torch.randn(1000, 1)
     truth = Normal(context, 0.3)
     z = truth.sample()
-    missed = truth.log_prob(z)[:, 0] - bases[1].given(context).log_prob(z)
+    missed = truth.log_prob(z)[:, 0] - bases[1].given(context, own_prior(context)).log_prob(z)
     assert -0.02 < missed.mean() < 0.1
     closer = rebase(source, bases)
     prior = NCPrior(closer, [MLPHead((1,), context_shape=(1,), width=8, depth=1) for _ in bases])
     z1, z2 = prior.eval().sample(2000, partial(sir, num_proposals=1)).latents
     assert (z2 - z1).std() < 0.36
+
+
+class Narrow(Chain):
+    """The own prior N(20 z_1, (0.01 exp(z_1))²) is right, and a flow of z would have to learn it."""
+
+    def group(self, state: Any) -> Any:
+        group = super().group(state)
+        z = group.context
+        if not state.latents:
+            return group
+        p = Independent(Normal(20 * z, 0.01 * z.exp()), 1)
+        return group._replace(prior=p, posterior=p if group.posterior else None)
+
+
+def test_flows_start_from_the_own_prior_of_each_row() -> None:
+    """After five steps, log p' is that of a narrow own prior but for the flow's random start.
+
+    The spread of z over all rows is 600 times that of the prior of one: a flow of z would be
+    wrong by log 600 = 6.4 nats.
+    """
+    torch.manual_seed(0)
+    source = Narrow()
+    bases = fit_flows(source, torch.randn(2000, 1), steps=5, progress=False)
+    assert bases[1].is_relative
+    c = 0.3 * torch.randn(1000, 1)
+    p = Independent(Normal(20 * c, 0.01 * c.exp()), 1)
+    z = p.sample()
+    ours = bases[1].given(c, p)
+    missed = p.log_prob(z) - ours.log_prob(z)
+    assert missed.abs().mean() < 0.6
+    u = (ours.sample((50,)) - 20 * c) / (0.01 * c.exp())
+    assert abs(u.mean()) < 0.5 and abs(u.std() - 1) < 0.5
+    assert ours.to("cpu").log_prob(z).equal(ours.log_prob(z))
+    closer = rebase(source, bases)
+    state = closer.start(50, source.encode(torch.randn(50, 1)))
+    state = closer.advance(state, closer.group(state).posterior.sample())
+    group = closer.group(state)
+    z = group.posterior.sample()
+    assert (group.prior.log_prob(z) - group.posterior.log_prob(z)).abs().mean() < 0.6
 
 
 def test_every_group_gets_a_flow_of_its_own() -> None:
@@ -144,7 +189,7 @@ def test_every_group_gets_a_flow_of_its_own() -> None:
     context = 0.3 * torch.randn(1000, 1)
     truth = Normal(context, 0.3)
     z = truth.sample()
-    missed = truth.log_prob(z)[:, 0] - bases[1].given(context).log_prob(z)
+    missed = truth.log_prob(z)[:, 0] - bases[1].given(context, own_prior(context)).log_prob(z)
     assert -0.02 < missed.mean() < 0.1
     free = SingleGroup(
         Independent(Normal(torch.zeros(2), torch.ones(2)), 1),
@@ -223,6 +268,21 @@ def test_a_vae_with_a_condition_has_one_flow() -> None:
             "context must be finite",
         ),
         (lambda: fit_flows(Ladder(2), torch.zeros(0, 3)), ValueError, "The data have no rows"),
+        (
+            lambda: bent().relative().given(torch.zeros(4, 1)),
+            TypeError,
+            r"relative to the VAE's own prior.*got None. Pass group.prior",
+        ),
+        (
+            lambda: bent().relative().given(torch.zeros(4, 1), own_prior(torch.zeros(4, 2))),
+            ValueError,
+            r"must have the shape of z, \(4, 1\); got \(4, 2\)",
+        ),
+        (
+            lambda: Flow(zuko.flows.NSF(2), torch.zeros(2), torch.ones(2), is_relative=True),
+            ValueError,
+            "needs contexts; got none",
+        ),
         (
             lambda: fit_flows(Ladder(2), torch.randn(9, 3), zuko.flows.NSF(2, 8)),
             TypeError,

@@ -199,7 +199,7 @@ LOC_AND_SCALE = {
 }
 
 
-@call("ncprior.bases.Flow", flow=MODULE, **LOC_AND_SCALE)
+@call("ncprior.bases.Flow", flow=MODULE, **LOC_AND_SCALE, is_relative=FLAG)
 def _(w: World) -> Built:
     import zuko
 
@@ -266,6 +266,14 @@ def _(w: World) -> Built:
     flow = zuko.flows.NSF(2, 3, hidden_features=(4,))
     base = bases.Flow(flow, torch.zeros(2), torch.ones(2), context_shape=(3,))
     return base.given, {"context": torch.randn(4, 3)}
+
+
+@call("ncprior.bases.Flow.relative")
+def _(w: World) -> Built:
+    import zuko
+
+    flow = zuko.flows.NSF(2, 3, hidden_features=(4,))
+    return bases.Flow(flow, torch.zeros(2), torch.ones(2), context_shape=(3,)).relative, {}
 
 
 @call(
