@@ -28,7 +28,6 @@ from hole_cases import Case, make_case
 from hole_methods import from_source
 from hole_peers import Fit, Peer, peers
 from torch import Tensor
-from torch.distributions import Distribution
 
 from ncprior import LatentSource, improve
 from ncprior.demo import in_batches
@@ -93,7 +92,7 @@ def held_out_log_p(source: LatentSource, x: Tensor) -> Tensor:
     def take(k: int, group: Any) -> Tensor:  # noqa: ANN401
         nonlocal total
         z = group.posterior.sample()
-        has_density = isinstance(group.prior, Distribution) or hasattr(group.prior, "log_prob")
+        has_density = hasattr(group.prior, "log_prob")
         total = total + (group.prior.log_prob(z) if has_density else math.nan)
         return z
 

@@ -211,11 +211,11 @@ def conditional_peers() -> list[Peer]:
         make = partial(zuko.mixtures.GMM, covariance_type="diagonal", **sizes)
         return flows(case, make, loop)
 
-    def temperature(case: Case, *, of: float) -> LatentSource:
-        return rebase(case.source, partial(tempered, of))
+    def colder(case: Case, *, temperature: float) -> LatentSource:
+        return rebase(case.source, partial(tempered, temperature))
 
     return [
-        Peer("temperature", sized(temperature, of=(0.8, 0.9, 0.95, 1.05)), has_steps=False),
+        Peer("own prior", sized(colder, temperature=(0.8, 0.9, 0.95, 1.05)), has_steps=False),
         Peer("mixture given z_<k", sized(mixture, components=(10, 50), width=(256, 256))),
         Peer("spline flow given z_<k", sized(spline, transforms=(2, 4), width=(128, 128))),
     ]

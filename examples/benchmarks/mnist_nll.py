@@ -241,8 +241,7 @@ def main() -> None:
     methods = {name: partial(table_2.ncp, name=name, make=make) for name, make in heads.items()}
     methods["mixture of 10"] = table_2.mixture
     jointly = {"VAE + SNIS": table_2.snis, "VAE + LARS": table_2.lars}
-    everything = methods | jointly
-    names = chosen(list(everything), options.methods)
+    names = chosen([*methods, *jointly], options.methods)
     for group in (methods, jointly):
         for seed in options.seed:
             for name in (name for name in group if name in names):

@@ -79,8 +79,9 @@ class Comparison:
         self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
         self.heads = Heads(bench)
         everything = methods(case, self.heads)
-        names = chosen([method.name for method in everything[3:]], only)
-        self.methods = [*everything[:3], *(m for m in everything if m.name in names)]
+        references, rest = everything[:3], everything[3:]
+        names = chosen([method.name for method in rest], only)
+        self.methods = [*references, *(method for method in rest if method.name in names)]
         self.count: int = bench.settings["count"]
         self.drawn: dict[str, Drawn] = {}
 

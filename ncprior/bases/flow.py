@@ -100,7 +100,7 @@ class Flow(ConditionalBase):
             raise ValueError("A flow relative to a prior of each row needs contexts; got none.")
         self.flow = flow.eval().requires_grad_(False)
         self.is_relative = is_relative
-        self.frame: tuple[Tensor, Tensor] | None = None  # μ and σ of the rows
+        self.frame: tuple[Tensor, Tensor] | None = None  # μ and σ of the rows, (B, D) each
         self.loc, self.scale = loc, scale
         self.spline = None if spline is None else dict(spline)
         super().__init__(event, shape)
@@ -109,12 +109,6 @@ class Flow(ConditionalBase):
     def support(self) -> constraints.Constraint:
         """All of R^D."""
         return constraints.independent(constraints.real, len(self.event_shape))
-
-    def relative(self) -> Flow:
-        """Returns the same flow, of (z - μ) / σ instead of z."""
-        new = copy.copy(self)
-        new.is_relative = True
-        return new
 
     def given(self, context: Tensor | None, prior: Any = None) -> Flow:  # noqa: ANN401
         """Returns the distribution of B rows with contexts of shape ``(B, ...)``.
@@ -143,7 +137,7 @@ class Flow(ConditionalBase):
                 f"The prior must have the shape of z, {tuple(new.batch_shape + new.event_shape)}; got "
                 f"{tuple(frame[0].shape)}."
             )
-        new.frame = (frame[0].to(self.loc), frame[1].to(self.loc))
+        new.frame = (frame[0].flatten(1).to(self.loc), frame[1].flatten(1).to(self.loc))
         return new
 
     @torch.no_grad()
@@ -152,20 +146,26 @@ class Flow(ConditionalBase):
         shape = self._extended_shape(size_of(sample_shape))
         lead = shape[: len(shape) - len(self.event_shape)]
         white = draw(self.flow, lead.numel(), self._contexts(lead))
-        z = (self.loc + self.scale * white).reshape(shape)
-        return z if self.frame is None else self.frame[0] + self.frame[1] * z
+        loc, scale = self._affine()
+        return (loc + scale * white.reshape(*lead, len(self.loc))).reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(z) in nats, in the flow's dtype, with shape ``(*sample_shape, *batch)``."""
-        if self.frame is not None:
-            value = (value - self.frame[0]) / self.frame[1]
         flat, lead = flattened(value, self.event_shape, self.loc.device)
         context = self._contexts(lead)
         if len(flat) == 0:  # which flows cannot reshape
             return self.loc.new_empty(lead)
-        log_p = log_prob(self.flow, (flat.to(self.loc.dtype) - self.loc) / self.scale, context)
-        log_p = (log_p - self.scale.log().sum()).reshape(lead)
-        return log_p if self.frame is None else log_p - self.frame[1].flatten(1).log().sum(1)
+        loc, scale = self._affine()
+        white = (flat.to(loc.dtype).reshape(*lead, len(self.loc)) - loc) / scale
+        log_p = log_prob(self.flow, white.reshape(flat.shape), context)
+        return log_p.reshape(lead) - scale.log().sum(-1)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """Loc and scale of z = loc + scale · w, ``(D,)``, or ``(B, D)`` relative to a prior."""
+        if self.frame is None:
+            return self.loc, self.scale
+        mean, sd = self.frame
+        return mean + sd * self.loc, sd * self.scale
 
     def _contexts(self, lead: Size) -> Tensor | None:
         """The context of every latent of z with shape ``(*lead, *event)``, flat."""

@@ -185,7 +185,15 @@ def fit_flows(
         own = None if flow is None else flow(z[0].numel(), count)
         if frame is None:
             return fit_flow(z, own, context=context, **options)
-        return fit_flow((z - frame[0]) / frame[1], own, context=context, **options).relative()
+        mean, sd = frame
+        found = fit_flow((z - mean) / sd, own, context=context, **options)
+        return Flow(
+            *(found.flow, found.loc, found.scale),
+            event_shape=found.event_shape,
+            context_shape=found.context_shape,
+            spline=found.spline,
+            is_relative=True,
+        )
 
     return [fitted(group) for group in group_data(source, data)]
 

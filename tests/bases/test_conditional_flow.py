@@ -113,6 +113,12 @@ class Chain(Ladder):
         )
 
 
+def relative() -> Flow:
+    """A flow of (z - μ) / σ, with one latent and one number of context."""
+    p = bent()
+    return Flow(p.flow, p.loc, p.scale, context_shape=(1,), is_relative=True)
+
+
 def own_prior(z: Tensor) -> Independent:
     """The second group's own prior in Chain."""
     return Independent(Normal(torch.zeros_like(z), 1.0), 1)
@@ -269,14 +275,30 @@ def test_a_vae_with_a_condition_has_one_flow() -> None:
         ),
         (lambda: fit_flows(Ladder(2), torch.zeros(0, 3)), ValueError, "The data have no rows"),
         (
-            lambda: bent().relative().given(torch.zeros(4, 1)),
+            lambda: relative().given(torch.zeros(4, 1)),
             TypeError,
             r"relative to the VAE's own prior.*got None. Pass group.prior",
         ),
         (
-            lambda: bent().relative().given(torch.zeros(4, 1), own_prior(torch.zeros(4, 2))),
+            lambda: relative().given(torch.zeros(4, 1), own_prior(torch.zeros(4, 2))),
             ValueError,
             r"must have the shape of z, \(4, 1\); got \(4, 2\)",
+        ),
+        (
+            lambda: (
+                relative()
+                .given(torch.zeros(4, 1), own_prior(torch.zeros(4, 1)))
+                .log_prob(torch.zeros(5, 1))
+            ),
+            ValueError,
+            "z must have a row for each of the 4 contexts",
+        ),
+        (
+            lambda: (
+                relative().given(torch.zeros(4, 1), own_prior(torch.zeros(4, 1))).log_prob([0.0])
+            ),
+            TypeError,
+            "z must be a tensor of real numbers; got an object of type list",
         ),
         (
             lambda: Flow(zuko.flows.NSF(2), torch.zeros(2), torch.ones(2), is_relative=True),

@@ -268,14 +268,6 @@ def _(w: World) -> Built:
     return base.given, {"context": torch.randn(4, 3)}
 
 
-@call("ncprior.bases.Flow.relative")
-def _(w: World) -> Built:
-    import zuko
-
-    flow = zuko.flows.NSF(2, 3, hidden_features=(4,))
-    return bases.Flow(flow, torch.zeros(2), torch.ones(2), context_shape=(3,)).relative, {}
-
-
 @call(
     "ncprior.bases.fit_flow_matching",
     options=SLOW,
