@@ -264,6 +264,22 @@ class CachedGroupsSource(EncodedSource):
         raise NotImplementedError("Cached groups are for training. Decode with the VAE's source.")
 
 
+@torch.no_grad()
+def walk_bytes(source: LatentSource[Any, Any], x: Any) -> float:  # noqa: ANN401
+    """Returns the bytes per row of cached groups; infinite if they cannot be cached.
+
+    Arguments:
+        source: The VAE.
+        x: A batch of data, on the VAE's device.
+    """
+    encoding = source.encode(x)
+    groups = tuple(_groups(source, encoding, strict=False))
+    if any(isinstance(group["posterior"], Tensor) for group in groups):
+        return math.inf
+    tensors = (leaf for leaf in tree_leaves(groups) if isinstance(leaf, Tensor))
+    return sum(t.nbytes for t in tensors) / num_rows(encoding)
+
+
 def epochs_to_cache(
     source: LatentSource[Any, Any],
     data: Any,  # noqa: ANN401

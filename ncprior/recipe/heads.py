@@ -8,6 +8,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from ncprior.data.encodings import walk_bytes
+from ncprior.data.rows import Rows
 from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
@@ -20,7 +24,9 @@ from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import cache_size
+from ncprior.utils.batches import own_batch
 from ncprior.utils.precision import fast_precision
+from ncprior.utils.random_state import seeded
 
 _PROBED = 512  # rows for the shapes and scales of a head
 
@@ -35,6 +41,8 @@ _SHARE = 0.6  # of the time that is left
 _PER_ROW = 2  # cached draws of a base that is slow to sample, per row of training data
 
 _CACHED = (2000, 50_000)  # of them, at least and at most
+
+_WALK_EPOCHS = 2  # for which a walk through several groups is cached
 
 
 class _Kind(NamedTuple):
@@ -84,7 +92,7 @@ def train_heads(
                 weight_decay=kind.weight_decay,
                 score_weight=score_weight,
                 precision=precision,
-                **_caches(source, parts),
+                **_caches(source, parts, record),
             ),
         )
         found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
@@ -110,13 +118,23 @@ def train_heads(
     return prior
 
 
-def _caches(source: LatentSource[Any, Any], parts: Parts) -> dict[str, Any]:
-    """Settings under which draws of a base that is slow to sample are reused."""
+def _caches(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dict[str, Any]:
+    """Settings under which walks, and draws of a base that is slow to sample, are reused."""
     if not draws_slowly(source):
-        return {}
+        return {"cache_epochs": _WALK_EPOCHS} if _caches_walks(source, parts, record) else {}
     if has_condition(source, parts) or source.num_groups > 1:  # a draw of its own for each row
         return {"cache_epochs": math.inf}
     return {"num_cached_proposals": cache_size(parts.num_train, _PER_ROW, _CACHED)}
+
+
+def _caches_walks(source: LatentSource[Any, Any], parts: Parts, record: Record) -> bool:
+    """Whether walks through several groups fit in memory; a time limit may end before the first."""
+    train = parts.train
+    if source.num_groups == 1 or record.left() is not None or not isinstance(train, Tensor | Rows):
+        return False
+    with seeded(0):
+        row = walk_bytes(source, own_batch(first_batch(train, 2), device_of(source)))
+    return row * len(train) <= FitSettings().cache_memory * 2**30
 
 
 def _default_width(prior: NCPrior) -> int:

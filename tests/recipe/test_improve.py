@@ -35,6 +35,8 @@ from ncprior.bases import (
     fit_code_network,
     rebase,
 )
+from ncprior.data.encodings import walk_bytes
+from ncprior.data.rows import Rows
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
 from ncprior.recipe import Choice, base, heads, judge
@@ -42,7 +44,7 @@ from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
 from ncprior.recipe.judge import OWN_DRAW, Gap, in_words, remaining_gap, share_closed
-from ncprior.recipe.parts import parts_of
+from ncprior.recipe.parts import Parts, parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
 from ncprior.samplers import describe
@@ -198,6 +200,31 @@ def test_hierarchies_keep_their_base() -> None:
     assert len(prior.sample(64).x) == 64
 
 
+def test_walks_through_several_groups_are_cached_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nine numbers per row: loc and scale of prior and posterior twice, and a context of one."""
+    problem = CorrelatedPair()
+    source, data = source_of(problem), problem.data(1000)
+
+    def cached(source: Any, data: Any, seconds: float | None = None) -> dict[str, Any]:
+        record = Record(progress=False, max_seconds=seconds)
+        return heads._caches(source, parts_of(data, None, seed=0), record)
+
+    assert cached(source, data) == {"cache_epochs": 2}
+    assert cached(source, data, seconds=60) == {}  # that a pass over all rows may take
+    assert cached(source, TensorDataset(data)) == {}  # rows that may differ from time to time
+    assert cached(flat(), data) == {}
+    row = walk_bytes(source, data[:5])
+    assert row == 9 * 4
+    rows = Rows(data).take(torch.arange(750))
+    for memory, fits in ((750 * row, True), (750 * row - 1, False)):
+        settings = FitSettings(cache_memory=memory / 2**30)
+        monkeypatch.setattr(heads, "FitSettings", lambda kept=settings: kept)
+        record = Record(progress=False, max_seconds=None)
+        assert heads._caches_walks(source, Parts(rows, rows, rows, 750), record) is fits
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_code_gets_its_frequencies() -> None:
     """The target's own table: nothing is left for heads."""
@@ -225,7 +252,9 @@ def test_a_grid_of_codes_gets_a_network_if_it_is_more_likely(
         names.append(type(based.prior).__name__)
         assert len(record.choices[0].candidates) == 2
     assert names == ["CodeFrequencies", "CodeNetwork"]
-    assert heads._caches(based, parts_of(x, None, seed=0)) == {"num_cached_proposals": 3000}
+    record = Record(progress=False, max_seconds=None)
+    cached = heads._caches(based, parts_of(x, None, seed=0), record)
+    assert cached == {"num_cached_proposals": 3000}
 
 
 def labelled_codes() -> VQSource:
@@ -251,7 +280,9 @@ def test_codes_get_a_network_that_sees_the_label(monkeypatch: pytest.MonkeyPatch
     prior = improve(source, data, budget=4, seed=0, progress=False)
     assert chosen(prior)["base"] == "network over codes"
     assert isinstance(prior.source, Rebased)
-    assert heads._caches(prior.source, parts_of(data, None, seed=0)) == {"cache_epochs": math.inf}
+    record = Record(progress=False, max_seconds=None)
+    cached = heads._caches(prior.source, parts_of(data, None, seed=0), record)
+    assert cached == {"cache_epochs": math.inf}
     entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
     found = {it.name: it.score for it in prior.report.choices[0].candidates}
     assert -entropy - 0.2 < found["network over codes"] < -entropy + 0.1
