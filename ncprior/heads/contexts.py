@@ -13,6 +13,8 @@ from ncprior.utils.require import described
 
 _IGNORED = 1e30  # the sd of an input that is left out: divided by it, all numbers are about 0
 
+_LARGEST = 8  # height and width of the maps that heads work on
+
 
 class Standardise(nn.Module):
     """Standardisation (z - mean) / sd of an input, with fixed buffers."""
@@ -61,6 +63,22 @@ class VectorContext(nn.Module):
         return rearrange(h, "b c -> b c 1 1") if self.spatial else h
 
 
+def map_stem(shape: Sequence[int], width: int) -> nn.Sequential:
+    """Returns the first layers for a feature map: 3×3, or strided 5×5 convolutions down to 8×8.
+
+    Arguments:
+        shape: Shape ``(C, H, W)`` of the map without batch.
+        width: Channels of the result.
+    """
+    channels, size = shape[0], max(shape[1:])
+    if size <= _LARGEST:
+        return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1))
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 5, stride=2, padding=2)]
+    while (size := -(-size // 2)) > _LARGEST:
+        layers += [nn.SiLU(), nn.Conv2d(width, width, 5, stride=2, padding=2)]
+    return nn.Sequential(*layers)
+
+
 class MapContext(nn.Module):
     """Embedding of a context as one feature map per row."""
 
@@ -68,11 +86,11 @@ class MapContext(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.scale = Standardise((shape[0], 1, 1))
-        self.conv = nn.Conv2d(shape[0], width, 3, padding=1)
+        self.stem = map_stem(self.shape, width)
 
     def forward(self, context: Tensor | None) -> Tensor:
         _checked_context(context, self.shape)
-        h: Tensor = self.conv(self.scale(context))
+        h: Tensor = self.stem(self.scale(context))
         return h
 
 

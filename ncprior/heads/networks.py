@@ -17,7 +17,13 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ncprior.heads.contexts import MapContext, Standardise, VectorContext, check_rows
+from ncprior.heads.contexts import (
+    MapContext,
+    Standardise,
+    VectorContext,
+    check_rows,
+    map_stem,
+)
 from ncprior.utils.precision import in_full
 from ncprior.utils.require import (
     described,
@@ -155,8 +161,8 @@ class MLPHead(Head):
 class ConvHead(Head):
     """Residual convolutional network with squeeze-and-excitation, for log r of a feature map.
 
-    A cell has two 3×3 convolutions with group normalisation and SiLU. Average pooling in front of a
-    cell halves maps larger than 8×8. Any spatial size from 1×1 is supported.
+    A cell has two 3×3 convolutions with group normalisation and SiLU. Strided convolutions in front of
+    the cells reduce maps larger than 8×8. Any spatial size from 1×1 is supported.
 
     Arguments:
         event_shape: Shape ``(C, H, W)`` of z without batch.
@@ -197,18 +203,13 @@ class ConvHead(Head):
                 f"ConvHead needs an event shape (C, H, W) and a width that is a multiple of 8; "
                 f"got {self.event_shape} and {width}."
             )
-        channels, height, side = self.event_shape
-        self.scale = Standardise((channels, 1, 1))
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        if context_shape is not None and tuple(context_shape[1:]) == (height, side):
+        self.scale = Standardise((self.event_shape[0], 1, 1))
+        self.stem = map_stem(self.event_shape, width)
+        if context_shape is not None and tuple(context_shape[1:]) == self.event_shape[1:]:
             self.context = MapContext(context_shape, width)
         else:
             self.context = VectorContext(context_shape, width, spatial=True)
-        cells, size = [], max(height, side)
-        for _ in range(depth):
-            cells.append(_ConvCell(width, dropout, pool=size > 8))
-            size = -(-size // 2) if size > 8 else size
-        self.blocks = nn.Sequential(*cells)
+        self.blocks = nn.Sequential(*(_ConvCell(width, dropout) for _ in range(depth)))
         self.norm = nn.GroupNorm(width // 8, width)
         self.out = _zero(nn.Linear(width, 1))
 
@@ -243,9 +244,8 @@ class _MLPBlock(nn.Module):
 
 
 class _ConvCell(nn.Module):
-    def __init__(self, width: int, dropout: float, *, pool: bool) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.pool = pool
         self.layers = nn.Sequential(
             nn.GroupNorm(width // 8, width),  # 8 channels each: one alone would be 0 on 1×1
             nn.SiLU(),
@@ -260,8 +260,6 @@ class _ConvCell(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.pool:
-            h = nn.functional.avg_pool2d(h, 2, ceil_mode=True)
         update = self.layers(h)
         gate = self.excite(reduce(update, "n c h w -> n c", "mean"))
         h = h + update * rearrange(gate, "n c -> n c 1 1")
