@@ -204,7 +204,7 @@ TRAINING = {
 VAES = {
     "hole_mnist": "MNIST, 16 latents",
     "hole_cifar10": "CIFAR-10, 128 latents",
-    "hole_hierarchical": "MNIST, ten groups of 16",
+    "hole_hierarchical": "MNIST, ten groups of 32",
 }
 
 

@@ -63,7 +63,7 @@ class VectorContext(nn.Module):
         return rearrange(h, "b c -> b c 1 1") if self.spatial else h
 
 
-def map_stem(shape: Sequence[int], width: int) -> nn.Sequential:
+def map_stem(shape: Sequence[int], width: int) -> nn.Module:
     """Returns the first layers for a feature map: 3×3, or strided 5×5 convolutions down to 8×8.
 
     Arguments:
@@ -72,7 +72,7 @@ def map_stem(shape: Sequence[int], width: int) -> nn.Sequential:
     """
     channels, size = shape[0], max(shape[1:])
     if size <= _LARGEST:
-        return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1))
+        return nn.Conv2d(channels, width, 3, padding=1)
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 5, stride=2, padding=2)]
     while (size := -(-size // 2)) > _LARGEST:
         layers += [nn.SiLU(), nn.Conv2d(width, width, 5, stride=2, padding=2)]

@@ -91,7 +91,7 @@ class InBlocks(Whole):
         return log_r
 
     def _block_size(self, count: int, rows: int) -> Size:
-        weight = self.head.stem.weight
+        weight = next(self.head.stem.parameters())
         if weight.device.type != "cpu":
             return Size((count, rows))
         places = self.head.event_shape[1:] if weight.ndim == 4 else ()

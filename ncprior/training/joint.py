@@ -24,7 +24,7 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import Group, LatentSource, num_rows, sample_posterior, visit
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import require_callable, require_instance
+from ncprior.utils.require import require_callable, require_counts, require_instance
 
 
 class JointSource(LatentSource[Any, Any]):
@@ -94,6 +94,7 @@ class JointSource(LatentSource[Any, Any]):
         Raises:
             ValueError: If there is a condition, which the joint head would not see.
         """
+        require_counts(batch_size=batch_size)
         if condition is not None:
             raise ValueError("A joint head does not see conditions. Pass condition=None.")
         return self.State(batch_size, encoding, None)
