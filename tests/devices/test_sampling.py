@@ -22,7 +22,7 @@ from ncprior.samplers import (
     sequence,
     tempered_smc,
 )
-from ncprior.training import nested
+from ncprior.training import JointSource, nested
 
 SIR = partial(sir, num_proposals=20)
 
@@ -81,6 +81,7 @@ def test_stages_of_one_anothers_draws(
     prior: NCPrior, new: Callable[..., NCPrior], on: torch.device
 ) -> None:
     assert not strays(new(nested(prior, SIR)).sample(8, SIR), on)
+    assert not strays(new(JointSource(prior, SIR)).sample(8, SIR), on)
 
 
 def test_jobs_write_what_a_draw_returns(prior: NCPrior, tmp_path: Path) -> None:
