@@ -12,17 +12,19 @@ Few proposals are enough, as little is left for it; each of them is a walk of it
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ncprior.distributions import PointMass
 from ncprior.prior import NCPrior
-from ncprior.samplers.base import Sampler
+from ncprior.samplers.base import Draw, Sampler
 from ncprior.source import Group, LatentSource, num_rows, sample_posterior, visit
+from ncprior.training.stages import Drawn
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_callable, require_counts, require_instance
 
@@ -102,7 +104,7 @@ class JointSource(LatentSource[Any, Any]):
     def group(self, state: State) -> Group:
         """Returns what the trained prior draws, and the walk of the encoding."""
         posterior = None if state.encoding is None else PointMass(state.encoding)
-        return Group(_Walks(self, state.batch_size), posterior)
+        return Group(Drawn(partial(self._walk, state.batch_size)), posterior)
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state behind the group."""
@@ -123,23 +125,15 @@ class JointSource(LatentSource[Any, Any]):
         """Returns the decoded means in z, with shape ``(*, B, *x_shape)``."""
         return z[..., sum(self._sizes) :].reshape(*z.shape[:-1], *self._x_shape)
 
+    def _walk(self, batch_size: int) -> Draw:
+        """Walks along the trained prior, one per row."""
+        found = self.prior.sample(batch_size, self.sampler)
+        return Draw(_row(found.latents, found.x))
+
     def latents(self, z: Tensor) -> tuple[Tensor, ...]:
         """Returns z_1, …, z_K of joint latents of shape ``(B, D)``."""
         parts = z[:, : sum(self._sizes)].split(self._sizes, dim=1)
         return tuple(part.reshape(-1, *s) for part, s in zip(parts, self._shapes, strict=True))
-
-
-class _Walks(NamedTuple):
-    """Base of whole walks along a trained prior."""
-
-    source: JointSource
-    batch_size: int
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
-        draws = math.prod(sample_shape)
-        found = self.source.prior.sample(draws * self.batch_size, self.source.sampler)
-        return _row(found.latents, found.x).reshape(*sample_shape, self.batch_size, -1)
 
 
 def _row(latents: tuple[Tensor, ...], x: Tensor) -> Tensor:

@@ -141,6 +141,8 @@ def test_maps_above_8_are_halved_until_they_are_not() -> None:
         cell.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[-2:])))
     head(torch.randn(1, 2, 17, 9))
     assert seen == [(5, 3), (5, 3), (5, 3)]
+    mapped = ConvHead((2, 17, 9), context_shape=(4, 17, 9), width=8)
+    assert mapped(torch.randn(3, 5, 2, 17, 9), torch.randn(5, 4, 17, 9)).shape == (3, 5)
     seen.clear()
     small = ConvHead((2, 8, 8), width=8, depth=1)
     small.blocks[0].register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape[-2:])))

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def test_a_joint_latent_is_a_walk_with_its_mean() -> None:
     assert proposals.shape == (2, 5, 3 * 2 * 4 * 4 + 28 * 28)
     assert joint.features(0, proposals).shape == (2, 5, 1, 28, 28)
     assert len(proposals.flatten(0, 1).unique(dim=0)) == 10  # a walk for each proposal and row
+
+
+def test_proposals_are_walked_one_after_another_so_that_memory_does_not_grow() -> None:
+    sizes = []
+
+    def counted(prior: Any, log_ratio: Any) -> Any:
+        sizes.append(prior.batch_shape[0])
+        return ONE(prior, log_ratio)
+
+    first = untrained()
+    joint = JointSource(first, counted)
+    sizes.clear()
+    joint.group(joint.start(5)).prior.sample((3,))
+    assert sizes == [5] * 6  # three walks through two groups
 
 
 def test_the_exact_joint_ratio_correlates_the_groups() -> None:
