@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -29,6 +28,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior import Group, LatentSource, NCPrior, SingleGroup, fit, improve, sir
 from ncprior.bases import (
     Empirical,
+    JointSource,
     Rebased,
     fit_flow,
     fit_flow_matching,
@@ -52,7 +52,7 @@ from ncprior.samplers import (
 )
 from ncprior.saving import write_atomically
 from ncprior.source import visit
-from ncprior.training import FitSettings, JointSource, calibrate_heads, gate, nested
+from ncprior.training import FitSettings, calibrate_heads, gate, nested
 
 BATCH = 1000  # samples drawn at once
 AFTER = ("gate", "stages", "calibrate")  # what acts on trained heads
@@ -99,7 +99,9 @@ def from_ncp(prior: NCPrior, sampler: Sampler) -> Callable[[int], Images]:
 
     def draw(count: int) -> Images:
         sample = prior.sample(count, sampler)
-        return sample.x, torch.cat([z.flatten(1) for z in sample.latents], 1)
+        latents, source = sample.latents, prior.source
+        groups = source.latents(latents[0]) if isinstance(source, JointSource) else latents
+        return sample.x, torch.cat([z.flatten(1) for z in groups], 1)
 
     return draw
 
@@ -338,9 +340,12 @@ class Trained(NamedTuple):
 
     @property
     def stored(self) -> int:
-        source = self.prior.source
-        bases = source.bases if isinstance(source, Rebased) else None
         heads = sum(p.numel() for p in self.prior.parameters())
+        source = self.prior.source
+        if isinstance(source, JointSource):
+            heads += sum(p.numel() for p in source.prior.heads.parameters())
+            source = source.prior.source
+        bases = source.bases if isinstance(source, Rebased) else None
         return heads + sum(map(stored_numbers, bases or ()))
 
 
@@ -390,7 +395,9 @@ def improved(bench: Bench, budget: int) -> Callable[[Case, int], Fitted]:
     def run(case: Case, seed: int) -> Fitted:
         prior, seconds = found = _improved(bench, case, seed, budget)
         assert prior.sampler is not None
-        return Fitted(from_ncp(prior, prior.sampler), seconds, found.stored, (prior,))
+        below = prior.source.prior if isinstance(prior.source, JointSource) else None
+        priors = (below, prior) if isinstance(below, NCPrior) else (prior,)
+        return Fitted(from_ncp(prior, prior.sampler), seconds, found.stored, priors)
 
     return run
 
@@ -421,35 +428,6 @@ def _improved(bench: Bench, case: Case, seed: int, budget: int) -> Trained:
         with write_atomically(took) as temporary:
             temporary.write_text(json.dumps(seconds))
     return Trained(prior, seconds)
-
-
-def joint_head(bench: Bench, budget: int, num_walks: int) -> Callable[[Case, int], Fitted]:
-    """One more head for all groups together, which chooses among walks of the prior of `improve`."""
-
-    def run(case: Case, seed: int) -> Fitted:
-        prior, seconds = found = _improved(bench, case, seed, budget)
-        source = JointSource(prior)
-        whole = NCPrior.for_source(source, case.held_out[:512], width=32, dropout=0.1)
-        settings = FitSettings(
-            num_cached_proposals=2000 if case.quick else 50_000,
-            cache_epochs=math.inf,
-            weight_decay=0.05,
-        )
-        options = {"steps": 100 if case.quick else 4000, "learning_rate": 2e-3}
-        started = now()
-        history = fit(whole, case.data, held_out=case.held_out, **options, settings=settings)
-        seconds += now() - started
-        print(f"{case.name}, seed {seed}, joint head: {history}", flush=True)
-
-        def draw(count: int) -> Images:
-            sample = whole.sample(count, partial(sir, num_proposals=num_walks))
-            groups = source.latents(sample.latents[0])
-            return sample.x, torch.cat([z.flatten(1) for z in groups], 1)
-
-        stored = found.stored + sum(p.numel() for p in whole.parameters())
-        return Fitted(draw, seconds, stored, (prior, whole))
-
-    return run
 
 
 def _trained_before(report: Improvement) -> float:
@@ -538,8 +516,6 @@ def methods(case: Case, heads: Heads) -> list[Method]:
             )
             for name in CONDITIONAL
         ]
-        joint = joint_head(heads.bench, 50, num_walks=4)
-        found.append(Method("improve(50), 4 walks by a joint head", "ours", joint))
         return found + automatic(heads.bench)
     for name in BASES:
         if name == "mixture of 100" and name not in case.bases:

@@ -8,6 +8,7 @@ from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
 from ncprior.bases.flow import Flow
 from ncprior.bases.flow_fit import fit_flow, fit_flows
 from ncprior.bases.flow_matching import FlowMatching, VelocityNet, fit_flow_matching
+from ncprior.bases.joint import JointSource
 from ncprior.bases.latents import latents_of
 from ncprior.bases.masked_conv import MaskedConvNet
 from ncprior.bases.mixture import GaussianMixture
@@ -23,6 +24,7 @@ __all__ = [
     "Flow",
     "FlowMatching",
     "GaussianMixture",
+    "JointSource",
     "MaskedConvNet",
     "NoCodePrior",
     "NoPrior",

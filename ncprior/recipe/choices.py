@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # The arms of a report, by the names that the page shows.
-DATA, OLD, BASE, NEW, POSTERIOR = (
+DATA, OLD, BASE, GROUPS, NEW, POSTERIOR = (
     "held-out data",
     "old prior",
     "fitted base",
+    "heads of the groups",  # without the joint head
     "new prior",
     "posterior",
 )

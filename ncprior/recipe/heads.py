@@ -121,20 +121,21 @@ def train_heads(
 def _caches(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dict[str, Any]:
     """Settings under which walks, and draws of a base that is slow to sample, are reused."""
     if not draws_slowly(source):
-        return {"cache_epochs": _WALK_EPOCHS} if _caches_walks(source, parts, record) else {}
+        return walk_cache(source, parts, record) if source.num_groups > 1 else {}
     if has_condition(source, parts) or source.num_groups > 1:  # a draw of its own for each row
         return {"cache_epochs": math.inf}
     return {"num_cached_proposals": cache_size(parts.num_train, _PER_ROW, _CACHED)}
 
 
-def _caches_walks(source: LatentSource[Any, Any], parts: Parts, record: Record) -> bool:
-    """Whether walks through several groups fit in memory; a time limit may end before the first."""
+def walk_cache(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dict[str, Any]:
+    """Settings under which walks are reused, if they fit in memory and no time limit may end before."""
     train = parts.train
-    if source.num_groups == 1 or record.left() is not None or not isinstance(train, Tensor | Rows):
-        return False
+    if record.left() is not None or not isinstance(train, Tensor | Rows):
+        return {}
     with seeded(0):
         row = walk_bytes(source, own_batch(first_batch(train, 2), device_of(source)))
-    return row * len(train) <= FitSettings().cache_memory * 2**30
+    fits = row * len(train) <= FitSettings().cache_memory * 2**30
+    return {"cache_epochs": _WALK_EPOCHS} if fits else {}
 
 
 def _default_width(prior: NCPrior) -> int:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from ncprior.bases.joint import JointSource
 from ncprior.data.rows import column_names
 from ncprior.data.stream import first_batch
 from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.heads import train_heads
+from ncprior.recipe.joint import join_groups
 from ncprior.recipe.measure import evidence_of
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
@@ -54,8 +56,12 @@ def improve(
       by :func:`ncprior.diagnostics.match_strength`.
     * Heads are kept for groups where they bring draws closer to held-out encodings; elsewhere the
       base alone is used.
+    * With several groups, one more head for all of them, see :class:`ncprior.bases.JointSource`,
+      which chooses among four draws with a quarter of the budget each. It is kept where it brings
+      draws closer to held-out encodings than the whole budget without it.
 
-    Each of these functions can be called on its own instead. No choice looks at decoded samples.
+    Each of these functions can be called on its own instead. No choice looks at decoded samples,
+    but for the joint head, which sees the decoder's means.
 
     Arguments:
         source: The VAE.
@@ -108,6 +114,7 @@ def improve(
         prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
         gaps = keep_what_helps(prior, parts, record)
+        prior, gaps = join_groups(prior, gaps, parts, budget, record, folder)
         sampler = prior.chosen(None)
         report = evidence_of(
             prior, parts.judge, gaps, sampler=sampler, diagnosis=None, budget=max(2, budget)
@@ -140,6 +147,8 @@ def _require_seed(file: Path, seed: str) -> None:
 def _summary(prior: NCPrior, record: Record) -> str:
     """The new prior in a sentence."""
     base = next(choice.chosen for choice in record.choices if choice.part == "base")
+    if isinstance(prior.source, JointSource):
+        return f"The new prior: {base}, ratio heads on it, and one for all groups together."
     if any(prior.active):
         return f"The new prior: {base}, and ratio heads on it."
     limited = "" if record.left() is None else " in the time that they had"

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from ncprior.bases.rebase import without_bases
+from ncprior.bases.joint import JointSource
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream, one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, NEW, OLD, Score
-from ncprior.recipe.parts import Parts, draws_slowly, has_condition, has_prior
+from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Score
+from ncprior.recipe.parts import (
+    OWN_DRAW,
+    Parts,
+    draws_slowly,
+    has_condition,
+    has_prior,
+    old_source,
+    vae_of,
+)
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.sir import sir
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.training.fit import fit
 from ncprior.training.held_out import HeldOut, mean_and_error
@@ -69,28 +75,49 @@ class Gap(NamedTuple):
         return Score(value, max(0.0, value - 1.96 * error), value + 1.96 * error)
 
 
-OWN_DRAW = partial(sir, num_proposals=1)  # of the base
+def base_of(source: LatentSource[Any, Any]) -> str | None:
+    """Returns the name of the base that the heads of a source are on, ``None`` for the VAE's own."""
+    if isinstance(source, JointSource):
+        return GROUPS
+    return None if vae_of(source) is source else BASE
 
 
-def measure_gaps(prior: NCPrior, sampler: Sampler, parts: Parts, record: Record) -> dict[str, Gap]:
+def measure_gaps(
+    prior: NCPrior,
+    sampler: Sampler,
+    parts: Parts,
+    record: Record,
+    *,
+    base: LatentSource[Any, Any] | None = None,
+) -> dict[str, Gap]:
     """Returns the gaps of the VAE's own prior, of a fitted base and of the new prior, by their names.
 
     A prior without heads that are on has the gap of its base. The VAE's own prior has none if it
     cannot be drawn from.
+
+    Arguments:
+        prior: The new prior.
+        sampler: Its sampler.
+        parts: The data.
+        record: The record of the recipe.
+        base: The source whose base the heads must beat; by default that of the prior.
     """
+
+    def alone(source: LatentSource[Any, Any], name: str) -> Gap:
+        own = NCPrior(source, prior.heads).eval()
+        own.active = [False] * source.num_groups
+        return remaining_gap(own, OWN_DRAW, parts, record, name=name)
+
     gaps: dict[str, Gap] = {}
-    source = without_bases(prior.source)
+    source, name = old_source(prior.source), base_of(prior.source)
     if has_prior(source, parts.choose):
-        old = NCPrior(source, prior.heads).eval()
-        old.active = [False] * source.num_groups
-        gaps[OLD] = remaining_gap(old, OWN_DRAW, parts, record, name=OLD)
-    if source is not prior.source:
-        with prior.disabled():
-            gaps[BASE] = remaining_gap(prior, OWN_DRAW, parts, record, name=BASE)
+        gaps[OLD] = alone(source, OLD)
+    if name is not None:
+        gaps[name] = alone(prior.source if base is None else base, name)
     if any(prior.active):
         gaps[NEW] = remaining_gap(prior, sampler, parts, record, name=NEW)
     else:
-        gaps[NEW] = gaps[BASE] if BASE in gaps else gaps[OLD]
+        gaps[NEW] = gaps[OLD if name is None else name]
     return gaps
 
 
@@ -195,7 +222,7 @@ def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
 
 def verdict(gaps: Mapping[str, Gap]) -> str:
     """The result in one or two sentences that need no knowledge of the method."""
-    before, after = gaps.get(OLD, gaps.get(BASE, gaps[NEW])), gaps[NEW]
+    before, after = next(gaps[arm] for arm in (OLD, BASE, GROUPS, NEW) if arm in gaps), gaps[NEW]
     steps = min(before.num_steps, after.num_steps)
     if not (before.is_measured and after.is_measured):
         return (

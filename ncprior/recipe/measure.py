@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from ncprior._version import __version__
-from ncprior.bases.rebase import without_bases
+from ncprior.bases.joint import JointSource
 from ncprior.data.rows import column_names
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.walks import evaluating
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, DATA, NEW, OLD, POSTERIOR
-from ncprior.recipe.judge import Gap, measure_gaps, verdict
-from ncprior.recipe.parts import FEWEST, has_prior, parts_for_report
+from ncprior.recipe.choices import DATA, NEW, OLD, POSTERIOR
+from ncprior.recipe.joint import WALKS
+from ncprior.recipe.judge import Gap, base_of, measure_gaps, verdict
+from ncprior.recipe.parts import FEWEST, has_prior, old_source, parts_for_report, vae_of
 from ncprior.recipe.pictures import is_narrow
 from ncprior.recipe.record import Record
 from ncprior.recipe.report import Improvement
@@ -128,8 +129,7 @@ def evidence_of(
 ) -> Improvement:
     """Returns the report of :func:`report_on` on a prior whose gaps are known, or none of them."""
     if diagnosis is None:
-        proposals = (max(1, budget // 10), budget)
-        diagnosis = diagnose(prior, held_out, num_proposals=proposals)
+        diagnosis = _diagnosis(prior, held_out, budget)
     arms = _arms(prior, sampler, held_out)
     latents, samples = _draw(prior.source, arms, held_out, num_rows)
     return Improvement(
@@ -144,6 +144,13 @@ def evidence_of(
     )
 
 
+def _diagnosis(prior: NCPrior, held_out: Any, budget: int) -> Report:  # noqa: ANN401
+    """The diagnosis for a budget; of a joint head, whose every proposal is a walk, with few of them."""
+    if isinstance(prior.source, JointSource):
+        return diagnose(prior, held_out, num_proposals=(1, WALKS), fresh_steps=0)
+    return diagnose(prior, held_out, num_proposals=(max(1, budget // 10), budget))
+
+
 _TOO_FEW = (
     f"The held-out rows are too few for a verdict. Pass {4 * FEWEST} or more, or {2 * FEWEST} or more "
     f"and train=."
@@ -152,12 +159,12 @@ _TOO_FEW = (
 
 def _arms(prior: NCPrior, sampler: Sampler, held_out: Any) -> dict[str, Arm]:  # noqa: ANN401
     """The source and the choice of z_k of each arm; a fitted base alone is the new prior itself."""
-    own = without_bases(prior.source)
+    own, base = old_source(prior.source), base_of(prior.source)
     arms: dict[str, Arm] = {}
     if has_prior(own, held_out):
         arms[OLD] = (own, lambda k, group: group.prior.sample())
-    if own is not prior.source and any(prior.active):
-        arms[BASE] = (prior.source, lambda k, group: group.prior.sample())
+    if base is not None and any(prior.active):
+        arms[base] = (prior.source, lambda k, group: group.prior.sample())
     arms[NEW] = (prior.source, lambda k, group: prior.draw(k, group, sampler).z)
     arms[POSTERIOR] = (own, lambda k, group: posterior_of(group).sample())
     return arms
@@ -241,7 +248,7 @@ def _thinned(z: Tensor, num_groups: int) -> Tensor:
 
 
 def _details(prior: NCPrior, rows: int, encodings: Tensor) -> dict[str, str]:
-    source = without_bases(prior.source)
+    source = vae_of(prior.source)
     return {
         "VAE": type(source).__name__,
         "Groups": str(source.num_groups),

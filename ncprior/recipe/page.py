@@ -9,6 +9,7 @@ from ncprior.recipe.charts import interval_bar
 from ncprior.recipe.choices import (
     BASE,
     DATA,
+    GROUPS,
     NEW,
     OLD,
     POSTERIOR,
@@ -23,7 +24,8 @@ from ncprior.recipe.markup import Html, element, join
 from ncprior.recipe.style import STYLE
 
 # The CSS class of each arm, which sets its colour.
-_STYLES = {DATA: "data", OLD: "old", BASE: "base", NEW: "new", POSTERIOR: "posterior"}
+_STYLES = {DATA: "data", OLD: "old", BASE: "base", GROUPS: "base", NEW: "new"}
+_STYLES[POSTERIOR] = "posterior"
 
 # Nothing is fetched and no script runs, whatever a text in the page says.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

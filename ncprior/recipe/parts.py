@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ncprior.bases.empirical import NoPrior
-from ncprior.bases.rebase import Rebased
+from ncprior.bases.joint import JointSource
+from ncprior.bases.rebase import Rebased, without_bases
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
+from ncprior.prior import NCPrior
+from ncprior.samplers.sir import sir
 from ncprior.source import Group, LatentSource, device_of, num_rows
 from ncprior.utils.batches import own_batch, shuffle_rows, take_rows
 
@@ -23,6 +27,8 @@ _PLENTY = 20_000  # training rows; fewer are few
 _PATIENCE, _PATIENCE_OF_FEW = 10, 5  # evaluations
 _BATCH = 256
 _PROBED = 8  # rows
+
+OWN_DRAW = partial(sir, num_proposals=1)  # of the base
 
 
 class Parts(NamedTuple):
@@ -124,6 +130,21 @@ def has_prior(source: LatentSource[Any, Any], data: Any) -> bool:  # noqa: ANN40
     """Returns whether a VAE has a prior to draw from, unlike a VQ-VAE to which no base is fitted yet."""
     prior = first_group(source, data).prior
     return not isinstance(getattr(prior, "prior", prior), NoPrior)  # of rows of one prior
+
+
+def vae_of(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
+    """Returns the VAE with its own prior, below a joint head and below fitted bases."""
+    return without_bases(source.prior.source if isinstance(source, JointSource) else source)
+
+
+def old_source(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
+    """Returns the source with the VAE's own prior; below a joint head, with all groups as one."""
+    vae = vae_of(source)
+    if not isinstance(source, JointSource):
+        return vae
+    old = NCPrior(vae, source.prior.heads)
+    old.active, old.sampler = [False] * vae.num_groups, OWN_DRAW
+    return JointSource(old.eval())
 
 
 def first_group(source: LatentSource[Any, Any], data: Any) -> Group:  # noqa: ANN401

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from functools import partial
+from typing import Any
 
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
@@ -15,23 +16,29 @@ from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, NEW, OLD, Candidate, Choice
-from ncprior.recipe.judge import OWN_DRAW, Gap, measure_gaps, remaining_gap, total
-from ncprior.recipe.parts import Parts
+from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice
+from ncprior.recipe.judge import Gap, base_of, measure_gaps, remaining_gap, total
+from ncprior.recipe.parts import OWN_DRAW, Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
+from ncprior.source import LatentSource
 
 _BATCH = 256
 _MATCHED = 2048  # rows for the strength
 
 
-def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) -> None:
-    """Sets the prior's sampler and strength for a number of evaluations per sample and head."""
+def choose_sampler(
+    prior: NCPrior, parts: Parts, budget: int, record: Record, *, name: str = ""
+) -> None:
+    """Sets the prior's sampler and strength for a number of evaluations per sample and head.
+
+    The name stands in front of both choices in the record.
+    """
     started = time.monotonic()
     if not any(prior.active):
         prior.sampler = OWN_DRAW
-        record.add(Choice("sampler", describe(prior.sampler), "the base's own draw"))
+        record.add(Choice(f"{name}sampler", describe(prior.sampler), "the base's own draw"))
         return
     proposals = (max(1, budget // 10), max(2, budget))
     report = diagnose(prior, parts.choose, num_proposals=proposals, fresh_steps=0)
@@ -43,7 +50,7 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
     prior.sampler = sampler
     record.add(
         Choice(
-            *("sampler", describe(sampler), reason),
+            *(f"{name}sampler", describe(sampler), reason),
             seconds=time.monotonic() - started,
         )
     )
@@ -55,23 +62,29 @@ def choose_sampler(prior: NCPrior, parts: Parts, budget: int, record: Record) ->
     reason = "the mean log r of the draws is that of held-out encodings"
     if caught:
         reason = str(caught[0].message)
-    record.add(
-        Choice("strength", f"{prior.strength:.2f}", reason, seconds=time.monotonic() - started)
-    )
+    took = time.monotonic() - started
+    record.add(Choice(f"{name}strength", f"{prior.strength:.2f}", reason, seconds=took))
 
 
-def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:
+def keep_what_helps(
+    prior: NCPrior,
+    parts: Parts,
+    record: Record,
+    *,
+    base: LatentSource[Any, Any] | None = None,
+) -> dict[str, Gap]:
     """Switches off the heads of groups whose draws are further from the encodings than the base's.
 
     Returns:
-        The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`.
+        The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`, which takes
+        the same arguments.
     """
     started, had_heads = time.monotonic(), any(prior.active)
-    gaps = measure_gaps(prior, prior.chosen(None), parts, record)
-    base = BASE if BASE in gaps else OLD
-    alone = gaps[base]
-    shown = [arm for arm in _ARMS if arm in gaps and (had_heads or arm != NEW)]
-    candidates = [_candidate(_ARMS[arm], gaps[arm]) for arm in shown if gaps[arm].is_measured]
+    gaps = measure_gaps(prior, prior.chosen(None), parts, record, base=base)
+    below = base_of(prior.source) or OLD
+    alone, names = gaps[below], {**_ARMS, NEW: "joint head" if below == GROUPS else "heads"}
+    shown = [arm for arm in names if arm in gaps and (had_heads or arm != NEW)]
+    candidates = [_candidate(names[arm], gaps[arm]) for arm in shown if gaps[arm].is_measured]
     reason = "a new classifier finds the least between draws and held-out encodings"
     if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
         reason = "there was too little time to compare draws with encodings"
@@ -85,7 +98,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
             gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
     record.add(
         Choice(
-            *("keep", _ARMS[NEW] if any(prior.active) else _ARMS[base], reason),
+            *("keep", names[NEW if any(prior.active) else below], reason),
             candidates=tuple(candidates),
             criterion="remaining gap (JSD)",
             unit="nats",
@@ -96,7 +109,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     return gaps
 
 
-_ARMS = {OLD: "the VAE's own prior", BASE: "base alone", NEW: "heads"}  # as candidates
+_ARMS = {OLD: "the VAE's own prior", BASE: "base alone", GROUPS: GROUPS}  # as candidates
 
 
 def _is_worse(after: Mean, before: Mean) -> bool:

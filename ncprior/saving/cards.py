@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ncprior.saving.hub import is_repository
-from ncprior.saving.kinds import base_kinds, is_custom
+from ncprior.saving.kinds import base_kinds, is_custom, is_joint
 from ncprior.utils.require import described
 from ncprior.utils.texts import printable
 
@@ -60,6 +60,9 @@ _BASE_ALONE = {
 _BASE = (
     " The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
 )
+
+_FIRST = """ The head sees all groups of the VAE together. It chooses among the draws of a first prior, with a
+head for each of the {count} groups, which comes with it."""
 
 _OWN_BASE = (
     " The base prior is not in here: put it on the VAE's source, by `rebase`, before loading."
@@ -178,7 +181,8 @@ def prior_text(
     on_mixture = base is not None and base["kind"] == "GaussianMixture" and len(sizes) == 1
     sampler, num_proposals = names.pop("sampler"), names.pop("num_proposals")
     example = _sampling(sampler, num_proposals, on_mixture) if is_on else _BASE_ALONE
-    alone = "its base" if base is None or is_custom(base) else "the fitted base"
+    fitted = base is not None and not is_custom(base) and not is_joint(base)
+    alone = "the fitted base" if fitted else "its base"
     groups = zip(sizes, config["heads"], config["active"], strict=True)
     rows = [
         f"| {k} | {entry['kind']} | {size:,} | {'yes' if on else 'no'} |"
@@ -193,15 +197,22 @@ def prior_text(
         on_ratio=f"The ratio is used to the power of {strength:g}."
         if is_on
         else "No head is used.",
-        on_base=""
-        if base is None
-        else _OWN_BASE
-        if is_custom(base)
-        else _BASE.format(kind=base_kinds(base)),
+        on_base=_on_base(base),
         ncprior=config["ncprior"],
         **example,
         **names,
     )
+
+
+def _on_base(base: Mapping[str, Any] | None) -> str:
+    """The sentence on the saved base, if there is one."""
+    if base is None:
+        return ""
+    if is_custom(base):
+        return _OWN_BASE
+    if is_joint(base):
+        return _FIRST.format(count=base["config"]["num_groups"])
+    return _BASE.format(kind=base_kinds(base))
 
 
 def _sampling(sampler: str | None, num_proposals: int, on_mixture: bool) -> dict[str, str]:

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ncprior.bases.joint import JointSource
 from ncprior.bases.rebase import Rebased, rebase
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
 from ncprior.saving.cards import prior_text
 from ncprior.saving.checks import (
+    FORMAT,
     SavedFile,
     Validators,
     fingerprints,
@@ -24,12 +26,14 @@ from ncprior.saving.checks import (
 )
 from ncprior.saving.hub import locate
 from ncprior.saving.kinds import (
+    JOINT,
     base_entry,
     base_tensors,
     build_base,
     build_head,
     head_entry,
     is_custom,
+    is_joint,
 )
 from ncprior.saving.mixin import Pretrained
 from ncprior.saving.samplers import build_sampler, sampler_entry
@@ -61,15 +65,18 @@ class PretrainedHeads(Pretrained):
     }
 
     def _tensors(self) -> dict[str, Tensor]:
-        of_base = base_tensors(self.source)
+        first = _first_of(self.source)
+        of_base = base_tensors(self.source) if first is None else first._tensors()
         return {**self.state_dict(), **{f"base.{name}": t for name, t in of_base.items()}}
 
     def _configuration(self) -> dict[str, Any]:
         require_numbers("[0, inf)", strength=self.strength)
+        first = _first_of(self.source)
+        base = None if first is None else {"kind": JOINT, "config": first._configuration()}
         return {
             "num_groups": len(self.heads),
             "heads": [head_entry(head) for head in self.heads],
-            "base": base_entry(self.source),
+            "base": base or base_entry(self.source),
             "strength": float(self.strength),
             "active": [bool(on) for on in self.active],
             "fingerprint": fingerprints(self.source),
@@ -84,8 +91,10 @@ class PretrainedHeads(Pretrained):
     @classmethod
     def _check(cls, saved: SavedFile) -> None:
         _check_counts(saved)
-        of_base = saved.take("base.")
-        if saved.config["base"] is not None and not is_custom(saved.config["base"]):
+        first, of_base = cls._first(saved), saved.take("base.")
+        if first is not None:
+            cls._check(first)
+        elif saved.config["base"] is not None and not is_custom(saved.config["base"]):
             build_base(saved, of_base)
         for k, entry in enumerate(saved.config["heads"]):
             if not is_custom(entry):
@@ -103,6 +112,9 @@ class PretrainedHeads(Pretrained):
         require_source(source)
         config = saved.config
         _check_counts(saved)
+        first = cls._first(saved)
+        if first is not None and not isinstance(source, JointSource):
+            source = _joint(first, cls._build(first, source, check_fingerprint).eval())
         if config["num_groups"] != source.num_groups:
             saved.fail(
                 f"it has heads for {config['num_groups']} latent groups, and the source has "
@@ -124,6 +136,19 @@ class PretrainedHeads(Pretrained):
         if heads is not None:
             prior.load_state_dict(saved.tensors)
         return prior
+
+    @classmethod
+    def _first(cls, saved: SavedFile) -> SavedFile | None:
+        """Returns the part of the file that holds the first prior of a joint head, if there is one."""
+        if not is_joint(saved.config["base"]):
+            return None
+        own = {"format": FORMAT, "ncprior": saved.config["ncprior"]}
+        config = {**saved.config["base"]["config"], **own}
+        if is_joint(config.get("base")):
+            saved.fail("its first prior is of a joint head, too")
+        of_base = {name: t for name, t in saved.tensors.items() if name.startswith("base.")}
+        tensors = {name.removeprefix("base."): t for name, t in of_base.items()}
+        return SavedFile(saved.path, tensors, config, cls._validators)
 
 
 def inspect(
@@ -180,9 +205,24 @@ def _loaded_sampler(saved: SavedFile) -> Sampler | None:
     return None if entry is None else build_sampler(saved, entry)
 
 
+def _first_of(source: LatentSource[Any, Any]) -> PretrainedHeads | None:
+    """Returns the first prior under a joint head, ``None`` if there is no joint head."""
+    first = source.prior if isinstance(source, JointSource) else None
+    return first if isinstance(first, PretrainedHeads) else None
+
+
+def _joint(saved: SavedFile, first: Any) -> JointSource:  # noqa: ANN401
+    """Returns all groups as one, with the first prior of a file as the base."""
+    if first.sampler is None:
+        saved.fail("its first prior has no sampler", "Pass JointSource(first prior) as the source")
+    return JointSource(first)
+
+
 def _with_base(saved: SavedFile, source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
     """Returns the source with the saved base on it, unless another base is on it already."""
     of_base, entry = saved.take("base."), saved.config["base"]
+    if isinstance(source, JointSource):
+        return source
     if of_base and (entry is None or is_custom(entry)):
         saved.fail("it has tensors of a base, and its configuration names no such base")
     if entry is None or isinstance(source, Rebased):

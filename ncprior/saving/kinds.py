@@ -34,6 +34,8 @@ BASES = {
 
 _SEVERAL = "several"  # the kind of a list of bases, one for each group
 
+JOINT = "NCPrior"  # the kind of the base of a JointSource: a prior, by its whole configuration
+
 
 def entry_of(module: Any, table: Mapping[str, type[Any]]) -> dict[str, Any]:  # noqa: ANN401
     """Returns the entry of a module: its kind and its constructor's arguments."""
@@ -69,6 +71,14 @@ def is_custom(entry: Any) -> bool:  # noqa: ANN401
             return True
         case {"kind": "ProductHead", "config": {"heads": list(factors)}}:
             return any(isinstance(f, dict) and f.get("kind") == "custom" for f in factors)
+    return False
+
+
+def is_joint(entry: Any) -> bool:  # noqa: ANN401
+    """Whether an entry is the base of a joint head: a prior with a head for each group."""
+    match entry:
+        case {"kind": kind, "config": dict()}:
+            return bool(kind == JOINT)
     return False
 
 

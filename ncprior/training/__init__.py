@@ -5,7 +5,6 @@ from ncprior.training.encoder import AmortisedSource, fit_encoder
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.history import History, Row
-from ncprior.training.joint import JointSource
 from ncprior.training.loggers import log_to_json, log_to_tensorboard, log_to_wandb
 from ncprior.training.particles import ResampledPosterior
 from ncprior.training.settings import FitSettings
@@ -15,7 +14,6 @@ __all__ = [
     "AmortisedSource",
     "FitSettings",
     "History",
-    "JointSource",
     "ResampledPosterior",
     "Row",
     "calibrate_heads",

@@ -23,19 +23,18 @@ References:
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
+from ncprior.bases.drawn import Drawn
 from ncprior.bases.empirical import Empirical
 from ncprior.bases.rebase import Rebased, rebase
 from ncprior.prior import NCPrior
-from ncprior.samplers.base import Draw, Sampler
+from ncprior.samplers.base import Sampler
 from ncprior.samplers.smc import tempered_smc
 from ncprior.source import Group, LatentSource
 from ncprior.utils.random_state import seeded
@@ -48,31 +47,6 @@ _POPULATION = 2048  # particles that share one target
 _MOVES = 4  # per temperature: with fewer, particles stay close to their siblings
 
 _SCATTER = 0.5  # largest standard deviation of log Z between populations, in nats
-
-
-class Drawn:
-    """Base that is drawn by a sampler: it can be sampled, and has no density.
-
-    Arguments:
-        draw: Returns one draw per row.
-
-    Attributes:
-        log_mean_weights: Mean log Ẑ of every draw so far, in nats, if the sampler returns it; on
-            the device of the draws.
-    """
-
-    def __init__(self, draw: Callable[[], Draw]) -> None:
-        self.draw = draw
-        self.log_mean_weights: list[Tensor] = []
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
-        """Draws z, with shape ``(*sample_shape, B, *event)``."""
-        draws = [self.draw() for _ in range(math.prod(sample_shape))]
-        weights = (draw.log_mean_weight for draw in draws)
-        self.log_mean_weights += [weight.mean() for weight in weights if weight is not None]
-        z = torch.stack([draw.z for draw in draws])
-        return z.reshape(*sample_shape, *z.shape[1:])
 
 
 def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
@@ -101,7 +75,7 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
     require_callable("sampler", sampler, "Pass one such as partial(sir, num_proposals=20).")
 
     def base(k: int, group: Group) -> Drawn:
-        return Drawn(lambda: Draw(prior.draw(k, group, sampler).z))
+        return Drawn(lambda: (prior.draw(k, group, sampler).z, None))
 
     return rebase(prior.source, base)
 
@@ -126,7 +100,12 @@ def reweighted(prior: NCPrior, source: LatentSource[Any, Any] | None = None) -> 
         smc = partial(
             tempered_smc, share_particles=share, num_particles=particles, num_moves=_MOVES
         )
-        return Drawn(partial(prior.draw, k, group, smc))
+
+        def draw() -> tuple[Tensor, Tensor | None]:
+            found = prior.draw(k, group, smc)
+            return found.z, found.log_mean_weight
+
+        return Drawn(draw)
 
     return rebase(prior.source if source is None else source, base)
 

@@ -57,6 +57,53 @@ PROGRESS = only_invalid(FLAG)
 # --- bases
 
 
+@call("ncprior.bases.JointSource", prior=PRIOR)
+def _(w: World) -> Built:
+    def use(**arguments: Any) -> None:
+        source = bases.JointSource(**arguments)
+        source.group(source.start(3)).prior.sample()
+
+    w.prior.sampler = w.sampler
+    return use, {"prior": w.prior}
+
+
+def _joint(w: World) -> bases.JointSource:
+    w.prior.sampler = w.sampler
+    return bases.JointSource(w.prior)
+
+
+@call("ncprior.bases.JointSource.encode", x=opened(X))
+def _(w: World) -> Built:
+    return _joint(w).encode, {"x": w.x}
+
+
+@call("ncprior.bases.JointSource.start", batch_size=count())
+def _(w: World) -> Built:
+    return _joint(w).start, {"batch_size": 3}
+
+
+@call("ncprior.bases.JointSource.latents")
+def _(w: World) -> Built:
+    source = _joint(w)
+    return source.latents, {"z": source.encode(w.x)}
+
+
+@call("ncprior.bases.JointSource.features")
+def _(w: World) -> Built:
+    source = _joint(w)
+    return source.features, {"k": 0, "z": source.encode(w.x)}
+
+
+for _name in ("group", "advance", "decode", "likelihood"):
+
+    @call(f"ncprior.bases.JointSource.{_name}")
+    def _(w: World, name: str = _name) -> Built:
+        source = _joint(w)
+        z = source.encode(w.x)
+        state = source.advance(source.start(24), z)
+        return getattr(source, name), {"state": state, **({"z": z} if name == "advance" else {})}
+
+
 @call("ncprior.bases.Empirical", z=FITTED)
 def _(w: World) -> Built:
     return bases.Empirical, {"z": w.z}

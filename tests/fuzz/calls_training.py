@@ -185,15 +185,6 @@ def _(w: World) -> Built:
     return training.calibrate_heads, {"prior": w.prior, "held_out": w.x}
 
 
-@call("ncprior.training.JointSource", prior=PRIOR, sampler=SAMPLER)
-def _(w: World) -> Built:
-    def use(**arguments: Any) -> None:
-        source = training.JointSource(**arguments)
-        source.group(source.start(3)).prior.sample()
-
-    return use, {"prior": w.prior, "sampler": w.sampler}
-
-
 @call("ncprior.training.nested", prior=PRIOR, sampler=SAMPLER)
 def _(w: World) -> Built:
     def use(**arguments: Any) -> None:
@@ -524,42 +515,6 @@ for _name in ("group", "decode", "likelihood"):
     def _(w: World, name: str = _name) -> Built:
         source = _amortised(w)
         return getattr(source, name), {"state": source.advance(source.start(24), w.z)}
-
-
-def _joint(w: World) -> training.JointSource:
-    return training.JointSource(w.prior, w.sampler)
-
-
-@call("ncprior.training.JointSource.encode", x=opened(X))
-def _(w: World) -> Built:
-    return _joint(w).encode, {"x": w.x}
-
-
-@call("ncprior.training.JointSource.start", batch_size=count())
-def _(w: World) -> Built:
-    return _joint(w).start, {"batch_size": 3}
-
-
-@call("ncprior.training.JointSource.latents")
-def _(w: World) -> Built:
-    source = _joint(w)
-    return source.latents, {"z": source.encode(w.x)}
-
-
-@call("ncprior.training.JointSource.features")
-def _(w: World) -> Built:
-    source = _joint(w)
-    return source.features, {"k": 0, "z": source.encode(w.x)}
-
-
-for _name in ("group", "advance", "decode", "likelihood"):
-
-    @call(f"ncprior.training.JointSource.{_name}")
-    def _(w: World, name: str = _name) -> Built:
-        source = _joint(w)
-        z = source.encode(w.x)
-        state = source.advance(source.start(24), z)
-        return getattr(source, name), {"state": state, **({"z": z} if name == "advance" else {})}
 
 
 # --- data

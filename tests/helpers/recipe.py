@@ -2,7 +2,7 @@
 
 import pytest
 
-from ncprior.recipe import heads, judge
+from ncprior.recipe import heads, joint, judge
 
 
 def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
@@ -11,5 +11,6 @@ def make_quick(patch: pytest.MonkeyPatch, *, steps: int = 300) -> None:
     patch.setattr(heads, "_LARGE", heads._Kind(8, 0.0, 1e-2))
     patch.setattr(heads, "_MOST_STEPS", steps)
     patch.setattr(heads, "_MOST_WITH_SCORES", steps)
+    patch.setattr(joint, "_MOST_STEPS", steps)
     patch.setattr(judge, "_STEPS", 60)
     patch.setattr(judge, "_CACHED", (500, 3000))

@@ -43,8 +43,8 @@ from ncprior.recipe import Choice, base, heads, judge
 from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
-from ncprior.recipe.judge import OWN_DRAW, Gap, in_words, remaining_gap, share_closed
-from ncprior.recipe.parts import Parts, parts_of
+from ncprior.recipe.judge import Gap, in_words, remaining_gap, share_closed
+from ncprior.recipe.parts import OWN_DRAW, Parts, parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
 from ncprior.samplers import describe
@@ -219,10 +219,11 @@ def test_walks_through_several_groups_are_cached_where_they_fit(
     assert row == 9 * 4
     rows = Rows(data).take(torch.arange(750))
     for memory, fits in ((750 * row, True), (750 * row - 1, False)):
-        settings = FitSettings(cache_memory=memory / 2**30)
-        monkeypatch.setattr(heads, "FitSettings", lambda kept=settings: kept)
+        kept = FitSettings(cache_memory=memory / 2**30)
+        monkeypatch.setattr(heads, "FitSettings", lambda kept=kept: kept)
         record = Record(progress=False, max_seconds=None)
-        assert heads._caches_walks(source, Parts(rows, rows, rows, 750), record) is fits
+        settings = heads.walk_cache(source, Parts(rows, rows, rows, 750), record)
+        assert settings == ({"cache_epochs": 2} if fits else {})
 
 
 @pytest.mark.usefixtures("quick")
@@ -359,7 +360,7 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
 def test_a_gap_that_was_not_measured_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"old prior": Gap([Mean(0.2, 0.01)], [Mean(0.2, 0.01)], 1000)}
     known["new prior"] = Gap([Mean(0.0, 0.0)], [Mean(0.0, 0.0)], 1)
-    monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_: known)
+    monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_, base: known)
     prior = NCPrior(flat(), MLPHead((2,), width=8)).eval()
     prior.sampler = partial(sir, num_proposals=20)
     record = Record(progress=False, max_seconds=None)

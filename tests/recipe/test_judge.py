@@ -13,8 +13,8 @@ from ncprior import Group, LatentSource, NCPrior, sir
 from ncprior.bases import rebase
 from ncprior.heads import MLPHead
 from ncprior.recipe import judge
-from ncprior.recipe.judge import OWN_DRAW, remaining_gap
-from ncprior.recipe.parts import Parts
+from ncprior.recipe.judge import remaining_gap
+from ncprior.recipe.parts import OWN_DRAW, Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers import Draw
 

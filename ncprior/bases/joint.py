@@ -12,44 +12,57 @@ Few proposals are enough, as little is left for it; each of them is a walk of it
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ncprior.bases.drawn import Drawn
 from ncprior.distributions import PointMass
-from ncprior.prior import NCPrior
-from ncprior.samplers.base import Draw, Sampler
 from ncprior.source import Group, LatentSource, num_rows, sample_posterior, visit
-from ncprior.training.stages import Drawn
 from ncprior.utils.random_state import seeded
-from ncprior.utils.require import require_callable, require_counts, require_instance
+from ncprior.utils.require import require_counts, require_instance
+
+_BATCH = 256  # rows
+
+
+@runtime_checkable
+class NCPrior(Protocol):
+    """The part of :class:`ncprior.NCPrior` that is needed here."""
+
+    @property
+    def heads(self) -> nn.Module:
+        """The heads of the groups."""
+
+    @property
+    def source(self) -> LatentSource[Any, Any]:
+        """The VAE."""
+
+    def sample(self, batch_size: int) -> Any:  # noqa: ANN401
+        """Draws latents of all groups and the mean of x."""
 
 
 class JointSource(LatentSource[Any, Any]):
     """All groups of a VAE as one group, whose base is the distribution that a trained prior draws.
 
     A latent of it is one row of numbers: z_1, …, z_K and the decoder's mean of x, which is all that
-    the head sees. Samplers that need log p raise ``TypeError`` on it. Its heads are saved without the
-    first prior, whose heads are a part of the fingerprint: to load them, load the first prior and make
-    the source again.
+    the head sees. Samplers that need log p raise ``TypeError`` on it. Its head is saved with the
+    trained prior, and loaded with the VAE as the source.
 
     Arguments:
-        prior: The trained prior of a VAE without conditions.
-        sampler: The sampler of its draws; ``None`` takes the prior's own, ``sampler``.
+        prior: The trained prior of a VAE without conditions, with a sampler, ``prior.sampler``.
 
     Raises:
         TypeError: If the latents or the means of x are not real numbers.
-        ValueError: If there is no sampler.
+        ValueError: If the prior has no sampler.
 
     Example:
         >>> from functools import partial
-        >>> from ncprior import sir
-        >>> joint = JointSource(prior, partial(sir, num_proposals=7))
-        >>> whole = NCPrior.for_source(joint, x)
+        >>> from ncprior import NCPrior, sir
+        >>> prior.sampler = partial(sir, num_proposals=7)
+        >>> whole = NCPrior.for_source(JointSource(prior), x)
         >>> whole.sample(4, partial(sir, num_proposals=3)).x.shape  # 3 walks of 7 evaluations each
         torch.Size([4, 3])
     """
@@ -64,17 +77,13 @@ class JointSource(LatentSource[Any, Any]):
     num_groups = 1
 
     @torch.no_grad()
-    def __init__(self, prior: NCPrior, sampler: Sampler | None = None) -> None:
+    def __init__(self, prior: NCPrior) -> None:
         require_instance("prior", prior, NCPrior, "Pass a trained NCPrior.")
-        if sampler is not None:
-            require_callable(
-                "sampler", sampler, "Pass one such as partial(sir, num_proposals=20)."
-            )
-        self.prior, self.sampler = prior, sampler
+        self.prior = prior
         vae = prior.source.module
         self.module = nn.ModuleList([prior.heads] if vae is None else [prior.heads, vae])
         with seeded(0):
-            one = prior.sample(1, sampler)
+            one = prior.sample(1)
         for t in (*one.latents, one.x):
             if not t.is_floating_point():
                 raise TypeError(
@@ -104,7 +113,7 @@ class JointSource(LatentSource[Any, Any]):
     def group(self, state: State) -> Group:
         """Returns what the trained prior draws, and the walk of the encoding."""
         posterior = None if state.encoding is None else PointMass(state.encoding)
-        return Group(Drawn(partial(self._walk, state.batch_size)), posterior)
+        return Group(Drawn(lambda: (self._walk(state.batch_size), None)), posterior)
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state behind the group."""
@@ -125,10 +134,11 @@ class JointSource(LatentSource[Any, Any]):
         """Returns the decoded means in z, with shape ``(*, B, *x_shape)``."""
         return z[..., sum(self._sizes) :].reshape(*z.shape[:-1], *self._x_shape)
 
-    def _walk(self, batch_size: int) -> Draw:
-        """Walks along the trained prior, one per row."""
-        found = self.prior.sample(batch_size, self.sampler)
-        return Draw(_row(found.latents, found.x))
+    def _walk(self, batch_size: int) -> Tensor:
+        """Walks along the trained prior, one per row; the decoder sees a batch at a time."""
+        counts = [min(_BATCH, batch_size - first) for first in range(0, batch_size, _BATCH)]
+        found = [self.prior.sample(count) for count in counts]
+        return torch.cat([_row(one.latents, one.x) for one in found])
 
     def latents(self, z: Tensor) -> tuple[Tensor, ...]:
         """Returns z_1, …, z_K of joint latents of shape ``(B, D)``."""
