@@ -142,7 +142,12 @@ def as_taken(images: Tensor, model: nn.Module) -> Tensor:
 
 
 def measure(
-    prior: NCPrior, x: Tensor, data: Labelled, test: Tensor, options: argparse.Namespace
+    source: NVAESource,
+    prior: NCPrior,
+    x: Tensor,
+    data: Labelled,
+    test: Tensor,
+    options: argparse.Namespace,
 ) -> None:
     """Prints the gap closed, and what readjusted BatchNorm statistics would do by themselves."""
     classifier = Classifier(28, num_features=64)
@@ -156,9 +161,9 @@ def measure(
     def features(images: Tensor) -> Tensor:
         return classifier.features(images[..., 2:30, 2:30].cpu())
 
-    arms = partial(draw_arms, prior, prior.sampler, x, features=features)
+    arms = partial(draw_arms, prior, prior.sampler, x, features=features, base=source)
     reference = in_batches(classifier.features, test)
-    drawn, first = arms(num_samples=700 if options.quick else 2000, generations=5)
+    drawn, _ = arms(num_samples=700 if options.quick else 2000, generations=5)
     base, ours, posterior = (drawn[arm] for arm in ARMS)
     try:
         gap = gap_closed(reference, base=base, ours=ours, posterior=posterior)
@@ -167,14 +172,13 @@ def measure(
         return
     print(gap)
     print(f"D: base {gap.d_base:.1f}, NCP {gap.d_ours:.1f}, posterior {gap.d_post:.1f}")
-    ess = first["NCP"].ess.mean(0).tolist()  # NaN: the head is off, as it has learnt nothing
-    shown = ["off" if math.isnan(group) else f"{group:.0f}" for group in ess]
-    print(f"ESS of {options.budget} proposals, by group: {', '.join(shown)}")
-    for name, disabled in (("base", prior.disabled()), ("NCP", contextlib.nullcontext())):
-        with disabled, torch.no_grad():
-            draw = partial(prior.sample, 64)
-            with readjust_batchnorm(prior.source, draw, iterations=5 if options.quick else 100):
-                images = torch.cat([prior.sample(500).x for _ in range(4)])
+    own = NCPrior.for_source(source, x[:256])  # equals the base prior, as it is not trained
+    own.sampler = prior.sampler
+    for name, one in (("base", own), ("NCP", prior)):
+        with own.disabled(), torch.no_grad():
+            draw = partial(one.sample, 64)
+            with readjust_batchnorm(source, draw, iterations=5 if options.quick else 100):
+                images = torch.cat([one.sample(500).x for _ in range(4)])
         distance = frechet_distance(in_batches(features, images), reference)
         print(f"D of {name} with BatchNorm readjusted to it: {distance:.1f}")
 
@@ -232,7 +236,7 @@ def main() -> None:
     )
     print(prior.report)
     if dataset == "mnist":
-        measure(prior, x, data, test.images, options)
+        measure(source, prior, x, data, test.images, options)
 
 
 if __name__ == "__main__":

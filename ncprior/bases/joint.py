@@ -54,6 +54,9 @@ class JointSource(LatentSource[Any, Any]):
     Arguments:
         prior: The trained prior of a VAE without conditions, with a sampler, ``prior.sampler``.
 
+    Attributes:
+        bytes_per_row: Bytes of a latent.
+
     Raises:
         TypeError: If the latents or the means of x are not real numbers.
         ValueError: If the prior has no sampler.
@@ -92,6 +95,7 @@ class JointSource(LatentSource[Any, Any]):
         self._shapes = [tuple(z.shape[1:]) for z in one.latents]
         self._sizes = [math.prod(shape) for shape in self._shapes]
         self._x_shape = tuple(one.x.shape[1:])
+        self.bytes_per_row = _row(one.latents, one.x).nbytes
 
     def encode(self, x: Any) -> Tensor:  # noqa: ANN401
         """Draws a walk z ~ q(z | x) for each row of x, with its decoded mean."""

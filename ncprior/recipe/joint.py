@@ -14,7 +14,7 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.choices import GROUPS, NEW, OLD, Choice
 from ncprior.recipe.heads import walk_cache
 from ncprior.recipe.judge import Gap
-from ncprior.recipe.parts import Parts, first_group
+from ncprior.recipe.parts import Parts, draws_to_store, first_group
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, keep_what_helps
 from ncprior.samplers.sir import sir
@@ -94,7 +94,7 @@ def _trained(
     """A joint head, or ``None`` if it has learnt nothing, with the reason."""
     count = _num_walks(source, parts, record)
     if count < _DRAWN[0]:
-        return None, "there was too little time to draw walks"
+        return None, "there was too little time or memory to draw walks"
     record.begin(f"trains a head for all groups together, on {count:,} walks")
     whole = NCPrior.for_source(source, first_batch(parts.train, _PROBED), dropout=0.1)
     history = fit(
@@ -127,10 +127,9 @@ def _trained(
 
 def _num_walks(source: JointSource, parts: Parts, record: Record) -> int:
     """Number of walks to draw once: in proportion to the rows of data, to memory and to time."""
-    started, base = time.monotonic(), source.group(source.start(_TIMED)).prior
-    bytes_per_walk = base.sample().nbytes / _TIMED
-    each = (time.monotonic() - started) / _TIMED
-    count = cache_size(parts.num_train, _PER_ROW, _DRAWN)
-    count = min(count, int(FitSettings().cache_memory * 2**30 / bytes_per_walk))
-    left = record.left(_SHARE / 2)
-    return count if left is None else min(count, int(left / each))
+    count = draws_to_store(source, cache_size(parts.num_train, _PER_ROW, _DRAWN))
+    left, started = record.left(_SHARE / 2), time.monotonic()
+    if left is None:
+        return count
+    source.group(source.start(_TIMED)).prior.sample()
+    return min(count, int(left * _TIMED / (time.monotonic() - started)))

@@ -21,6 +21,7 @@ from ncprior.recipe.parts import (
     OWN_DRAW,
     Parts,
     draws_slowly,
+    draws_to_store,
     has_condition,
     has_prior,
     old_source,
@@ -132,8 +133,9 @@ def remaining_gap(
     """
     device = device_of(prior.source)
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
+    count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, _CACHED))
     settings = FitSettings(
-        num_cached_proposals=cache_size(parts.num_train, _PER_ROW, _CACHED) if single else None,
+        num_cached_proposals=count if single else None,
         precision=fast_precision(device),
     )
     left, started = record.left(_SHARE), time.monotonic()

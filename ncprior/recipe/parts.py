@@ -18,6 +18,7 @@ from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, spl
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, LatentSource, device_of, num_rows
+from ncprior.training.settings import FitSettings
 from ncprior.utils.batches import own_batch, shuffle_rows, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
@@ -145,6 +146,13 @@ def old_source(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
     old = NCPrior(vae, source.prior.heads)
     old.active, old.sampler = [False] * vae.num_groups, OWN_DRAW
     return JointSource(old.eval())
+
+
+def draws_to_store(source: LatentSource[Any, Any], count: int) -> int:
+    """Returns the number of draws of a base to make once and reuse: below a joint head, few large ones."""
+    if not isinstance(source, JointSource):
+        return count
+    return min(count, int(FitSettings().cache_memory * 2**30 / source.bytes_per_row))
 
 
 def first_group(source: LatentSource[Any, Any], data: Any) -> Group:  # noqa: ANN401

@@ -75,7 +75,8 @@ class Pretrained(nn.Module):
         An :class:`~ncprior.NCPrior` saves its heads, strength, active groups, sampler and a fitted
         base: a ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
         ``fit_flow`` builds by default. Put any other base, such as your own flow, on the source
-        again before loading. Samplers are those of :mod:`ncprior.samplers`, also composed. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
+        again before loading. A joint head is saved with its first prior. Samplers are those of
+        :mod:`ncprior.samplers`, also composed. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
         its chains, without the ratio heads.
 
         Arguments:

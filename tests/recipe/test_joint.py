@@ -15,10 +15,12 @@ from ncprior import Group, NCPrior, improve, sir
 from ncprior.bases import JointSource
 from ncprior.heads import MLPHead
 from ncprior.recipe import joint, report_on
+from ncprior.recipe import parts as recipe_parts
 from ncprior.recipe.choices import GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, old_source, parts_of, vae_of
+from ncprior.recipe.parts import OWN_DRAW, Parts, draws_to_store, old_source, parts_of, vae_of
 from ncprior.recipe.record import Record
+from ncprior.training import FitSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (file|source) has no fingerprint of the VAE")
 
@@ -135,9 +137,10 @@ def test_walks_are_as_many_as_memory_and_time_allow(monkeypatch: pytest.MonkeyPa
     source = JointSource(prior)
     record = Record(progress=False, max_seconds=None)
     assert joint._num_walks(source, parts, record) == 2 * parts.num_train
-    kept = joint.FitSettings(cache_memory=100 * 4 * 4 / 2**30)  # two latents and two means each
-    monkeypatch.setattr(joint, "FitSettings", lambda: kept)
+    kept = FitSettings(cache_memory=100 * 4 * 4 / 2**30)  # two latents and two means each
+    monkeypatch.setattr(recipe_parts, "FitSettings", lambda: kept)
     assert joint._num_walks(source, parts, record) == 100
+    assert draws_to_store(prior.source, 500) == 500
 
 
 def test_the_old_prior_below_a_joint_head_is_that_of_the_vae() -> None:
