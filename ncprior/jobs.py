@@ -20,6 +20,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from ncprior.bases.joint import JointSource
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sample, Sampler
 from ncprior.samplers.compose import describe
@@ -299,11 +300,19 @@ def _seed(seed: int, i: int) -> int:
     return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 
 
+def _description(prior: NCPrior) -> tuple[Any, ...]:
+    """Returns everything that determines the draws, besides sampler, seed and condition."""
+    used = (prior.strength, prior.active, str(prior.precision))
+    own = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
+    first = prior.source.prior if isinstance(prior.source, JointSource) else None
+    if not isinstance(first, NCPrior):
+        return own
+    return (*own, describe(first.chosen(None)), *_description(first))
+
+
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
     """Returns a digest of everything that determines the draws, besides sampler and seed."""
-    used = (prior.strength, prior.active, str(prior.precision))
-    description = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
-    digest = hashlib.sha256(str(description).encode())
+    digest = hashlib.sha256(str(_description(prior)).encode())
 
     def update(tensor: Tensor) -> Tensor:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)

@@ -12,6 +12,7 @@ Few proposals are enough, as little is left for it; each of them is a walk of it
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -39,6 +40,14 @@ class NCPrior(Protocol):
     @property
     def source(self) -> LatentSource[Any, Any]:
         """The VAE."""
+
+    @property
+    def sampler(self) -> Any:  # noqa: ANN401
+        """The sampler of its draws."""
+
+    @property
+    def active(self) -> Sequence[bool]:
+        """Whether the head of each group is used."""
 
     def sample(self, batch_size: int) -> Any:  # noqa: ANN401
         """Draws latents of all groups and the mean of x."""

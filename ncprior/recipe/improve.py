@@ -148,7 +148,10 @@ def _summary(prior: NCPrior, record: Record) -> str:
     """The new prior in a sentence."""
     base = next(choice.chosen for choice in record.choices if choice.part == "base")
     if isinstance(prior.source, JointSource):
-        return f"The new prior: {base}, ratio heads on it, and one for all groups together."
+        heads = (
+            "ratio heads on it, and one" if any(prior.source.prior.active) else "and a ratio head"
+        )
+        return f"The new prior: {base}, {heads} for all groups together."
     if any(prior.active):
         return f"The new prior: {base}, and ratio heads on it."
     limited = "" if record.left() is None else " in the time that they had"

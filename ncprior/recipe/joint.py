@@ -11,7 +11,7 @@ from pathlib import Path
 from ncprior.bases.joint import JointSource
 from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import GROUPS, NEW, OLD, Choice
+from ncprior.recipe.choices import NEW, OLD, Choice
 from ncprior.recipe.heads import walk_cache
 from ncprior.recipe.judge import Gap
 from ncprior.recipe.parts import Parts, draws_to_store, first_group
@@ -85,7 +85,7 @@ def join_groups(
     joint = keep_what_helps(whole, parts, record, base=alone)
     if any(whole.active):
         return whole, joint
-    return prior, {arm: joint[GROUPS if arm == NEW else arm] for arm in (OLD, NEW) if arm in joint}
+    return prior, {arm: joint[arm] for arm in (OLD, NEW) if arm in joint}
 
 
 def _trained(

@@ -79,7 +79,8 @@ class Gap(NamedTuple):
 def base_of(source: LatentSource[Any, Any]) -> str | None:
     """Returns the name of the base that the heads of a source are on, ``None`` for the VAE's own."""
     if isinstance(source, JointSource):
-        return GROUPS
+        first = source.prior
+        return GROUPS if any(first.active) or base_of(first.source) is not None else None
     return None if vae_of(source) is source else BASE
 
 

@@ -136,12 +136,18 @@ def evidence_of(
         verdict=verdict(gaps) if gaps else _TOO_FEW,
         scores={arm: gap.score() for arm, gap in gaps.items() if arm in arms and gap.is_measured},
         diagnosis=diagnosis,
-        sampler=describe(sampler),
+        sampler=_described(prior.source, sampler),
         budget=int(budget),
         details=_details(prior, diagnosis.num_rows, latents[POSTERIOR]),
         latents=latents,
         samples=samples,
     )
+
+
+def _described(source: LatentSource[Any, Any], sampler: Sampler) -> str:
+    """The sampler, and below a joint head that of every walk."""
+    below = source.prior.sampler if isinstance(source, JointSource) else None
+    return describe(sampler) + ("" if below is None else f" of walks by {describe(below)}")
 
 
 def _diagnosis(prior: NCPrior, held_out: Any, budget: int) -> Report:  # noqa: ANN401

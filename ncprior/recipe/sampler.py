@@ -9,6 +9,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+from ncprior.bases.joint import JointSource
 from ncprior.data.stream import one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
@@ -82,7 +83,8 @@ def keep_what_helps(
     started, had_heads = time.monotonic(), any(prior.active)
     gaps = measure_gaps(prior, prior.chosen(None), parts, record, base=base)
     below = base_of(prior.source) or OLD
-    alone, names = gaps[below], {**_ARMS, NEW: "joint head" if below == GROUPS else "heads"}
+    is_joint = isinstance(prior.source, JointSource)
+    alone, names = gaps[below], {**_ARMS, NEW: "joint head" if is_joint else "heads"}
     shown = [arm for arm in names if arm in gaps and (had_heads or arm != NEW)]
     candidates = [_candidate(names[arm], gaps[arm]) for arm in shown if gaps[arm].is_measured]
     reason = "a new classifier finds the least between draws and held-out encodings"

@@ -15,6 +15,7 @@ from ncprior import NCPrior, fit, sir
 from ncprior.adapters.hvae import HVAE, HVAESource
 from ncprior.bases import JointSource
 from ncprior.heads import MLPHead
+from ncprior.jobs import sample_parts
 from ncprior.saving import inspect
 from ncprior.saving.tensors import load_tensors, to_bytes
 from ncprior.source import sample_posterior
@@ -146,6 +147,20 @@ def test_the_first_prior_is_saved_with_the_joint_head(tmp_path: Path) -> None:
     first.heads[0].load_state_dict({n: 2 * t for n, t in first.heads[0].state_dict().items()})
     with pytest.raises(ValueError, match="fingerprint"):
         NCPrior.from_pretrained(JointSource(first), tmp_path)
+
+
+def test_a_job_of_another_first_prior_is_another_job(tmp_path: Path) -> None:
+    whole, first, _ = saved(tmp_path)
+    job = {"num_samples": 4, "part_size": 2, "progress": False}
+    sample_parts(whole, tmp_path / "job", **job)
+    before = draws(whole)
+    first.strength = 0.4
+    assert not torch.equal(draws(whole), before)
+    with pytest.raises(ValueError, match="another job"):
+        sample_parts(whole, tmp_path / "job", **job)
+    first.strength, first.sampler = 0.5, ONE
+    with pytest.raises(ValueError, match="another job"):
+        sample_parts(whole, tmp_path / "job", **job)
 
 
 @UNKNOWN
