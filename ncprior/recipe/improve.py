@@ -16,7 +16,7 @@ from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.heads import train_heads
-from ncprior.recipe.joint import join_groups
+from ncprior.recipe.joint import join_groups, joint_source
 from ncprior.recipe.measure import evidence_of
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
@@ -54,10 +54,10 @@ def improve(
       20,000 rows, the best of three sizes. Groups whose heads have learnt nothing keep the base.
     * The sampler for the budget, by :func:`ncprior.diagnostics.recommend_sampler`, and its strength,
       by :func:`ncprior.diagnostics.match_strength`.
-    * Heads are kept for groups where they bring draws closer to held-out encodings; elsewhere the
-      base alone is used.
+    * Heads are kept where they bring draws closer to held-out encodings; elsewhere the base alone
+      is used.
     * With several groups, one more head for all of them, see :class:`ncprior.bases.JointSource`,
-      which chooses among four draws with a quarter of the budget each. It is kept where it brings
+      which chooses among four draws with a quarter of the budget each. It is kept if that brings
       draws closer to held-out encodings than the whole budget without it.
 
     Each of these functions can be called on its own instead. No choice looks at decoded samples,
@@ -113,8 +113,10 @@ def improve(
         probe_source(source, first_batch(parts.train, _PROBED))
         prior = train_heads(choose_base(source, parts, record), parts, record, folder)
         choose_sampler(prior, parts, budget, record)
-        gaps = keep_what_helps(prior, parts, record)
-        prior, gaps = join_groups(prior, gaps, parts, budget, record, folder)
+        if (alone := joint_source(prior, parts)) is None:
+            gaps = keep_what_helps(prior, parts, record)
+        else:
+            prior, gaps = join_groups(alone, prior, parts, budget, record, folder)
         sampler = prior.chosen(None)
         report = evidence_of(
             prior, parts.judge, gaps, sampler=sampler, diagnosis=None, budget=max(2, budget)

@@ -7,18 +7,19 @@ import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ncprior.bases.joint import JointSource
 from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import NEW, OLD, Choice
+from ncprior.recipe.choices import GROUPS, NEW, OLD, Choice
 from ncprior.recipe.heads import walk_cache
-from ncprior.recipe.judge import Gap
+from ncprior.recipe.judge import Gap, kept, measure_gaps
 from ncprior.recipe.parts import Parts, draws_to_store, first_group
 from ncprior.recipe.record import Record
-from ncprior.recipe.sampler import choose_sampler, keep_what_helps
+from ncprior.recipe.sampler import choose_sampler, switch_off
 from ncprior.samplers.sir import sir
-from ncprior.source import device_of
+from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.settings import FitSettings
@@ -26,8 +27,6 @@ from ncprior.training.stages import cache_size
 from ncprior.utils.precision import fast_precision
 
 WALKS = 4  # that the joint head chooses among: each has its part of the budget
-
-_FEWEST_EACH = 2  # evaluations per walk
 
 _PROBED = 512  # rows for the shapes and scales of the head
 
@@ -41,10 +40,23 @@ _PER_ROW, _DRAWN = 2, (2000, 50_000)  # walks per row of training data, at least
 
 _TIMED = 256  # walks
 
+_NAMES = {OLD: "the VAE's own prior", GROUPS: GROUPS, NEW: "joint head"}
+
+
+def joint_source(prior: NCPrior, parts: Parts) -> JointSource | None:
+    """Returns all groups of a prior as one; ``None`` for one group, with a condition or with codes."""
+    one = prior.source.num_groups == 1
+    if one or first_group(prior.source, parts.choose).context is not None:
+        return None
+    try:
+        return JointSource(prior)
+    except TypeError:  # codes
+        return None
+
 
 def join_groups(
+    alone: JointSource,
     prior: NCPrior,
-    gaps: dict[str, Gap],
     parts: Parts,
     budget: int,
     record: Record,
@@ -52,51 +64,64 @@ def join_groups(
 ) -> tuple[NCPrior, dict[str, Gap]]:
     """Returns a prior with one more head for all groups, if it brings draws closer to the encodings.
 
-    Each of its draws is chosen among four walks, which share the budget. It is compared with a prior
-    whose every walk has the whole budget.
+    Each of its draws is chosen among four walks, which share the budget. It is compared with the
+    heads of the groups alone, whose every walk has the whole budget, and these with the VAE's own
+    prior: the classifiers see walks as the decoder shows them.
 
     Arguments:
-        prior: A prior with a head for each of several groups.
-        gaps: Its gaps.
+        alone: All groups of the prior as one.
+        prior: The prior, with a head for each group.
         parts: The data.
         budget: Evaluations per sample of the head of each group.
         record: The record of the recipe.
         folder: A folder for the training, or ``None``.
 
     Returns:
-        The prior to use and its gaps. The given ones, if the joint head does not help, or if there
-        can be none: with one group, with a condition, with codes, or with a small budget.
+        The prior to use, and the gaps of all priors.
     """
-    several, enough = prior.source.num_groups > 1, budget >= WALKS * _FEWEST_EACH
-    if not (several and enough) or first_group(prior.source, parts.choose).context is not None:
-        return prior, gaps
     started, first = time.monotonic(), deepcopy(prior)
-    choose_sampler(first, parts, budget // WALKS, record, name="walk ")
-    try:
-        source, alone = JointSource(first), JointSource(prior)
-    except TypeError:  # codes
-        return prior, gaps
-    saved = None if folder is None else folder / f"joint-{budget}"
-    whole, reason = _trained(source, parts, record, saved)
-    chosen = "none" if whole is None else f"one of {WALKS} walks"
-    record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
-    if whole is None:
-        return prior, gaps
-    joint = keep_what_helps(whole, parts, record, base=alone)
+    choose_sampler(first, parts, max(1, budget // WALKS), record, name="walk ")
+    whole = NCPrior.for_source(JointSource(first), first_batch(parts.train, _PROBED), dropout=0.1)
+    whole.sampler, whole.active = partial(sir, num_proposals=WALKS), [budget >= 2 * WALKS]
+    reason = f"the budget is too small for {WALKS} walks"
     if any(whole.active):
-        return whole, joint
-    return prior, {arm: joint[arm] for arm in (OLD, NEW) if arm in joint}
+        checkpoint = None if folder is None else folder / f"joint-{budget}"
+        reason = _train(whole, parts, record, checkpoint)
+    chosen = f"one of {WALKS} walks" if any(whole.active) else "none"
+    record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
+    return _keep(whole, alone, prior, parts, record)
 
 
-def _trained(
-    source: JointSource, parts: Parts, record: Record, checkpoint: Path | None
-) -> tuple[NCPrior | None, str]:
-    """A joint head, or ``None`` if it has learnt nothing, with the reason."""
-    count = _num_walks(source, parts, record)
+def _keep(
+    whole: NCPrior, alone: JointSource, prior: NCPrior, parts: Parts, record: Record
+) -> tuple[NCPrior, dict[str, Gap]]:
+    """Keeps the heads of the groups if they are not worse than the old prior, the joint head if better."""
+    started = time.monotonic()
+    gaps = measure_gaps(whole, whole.chosen(None), parts, record, base=alone)
+    arms = [arm for arm in (OLD, GROUPS, NEW) if arm in gaps and (arm != NEW or any(whole.active))]
+    best, reason = arms[0], "a new classifier finds the least between draws and held-out encodings"
+    for arm in arms[1:]:
+        helps = gaps[arm].is_less_than if arm == NEW else gaps[arm].is_not_worse_than
+        if helps(gaps[best]):
+            best = arm
+    if not all(gaps[arm].is_measured for arm in arms):
+        reason = "there was too little time to compare draws with encodings"
+    measured = {_NAMES[arm]: gaps[arm] for arm in arms}
+    record.add(kept(_NAMES[best], reason, measured, time.monotonic() - started))
+    if best == NEW:
+        return whole, gaps
+    if best == OLD:
+        switch_off(prior)
+    return prior, {arm: gaps[best if arm == NEW else arm] for arm in (OLD, NEW) if arm in gaps}
+
+
+def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None) -> str:
+    """Trains the joint head, and switches it off if it has learnt nothing; returns the reason."""
+    count = _num_walks(whole.source, parts, record)
     if count < _DRAWN[0]:
-        return None, "there was too little time or memory to draw walks"
+        whole.active = [False]
+        return "there was too little time or memory to draw walks"
     record.begin(f"trains a head for all groups together, on {count:,} walks")
-    whole = NCPrior.for_source(source, first_batch(parts.train, _PROBED), dropout=0.1)
     history = fit(
         whole,
         parts.train,
@@ -110,22 +135,18 @@ def _trained(
         settings=FitSettings(
             weight_decay=0.05,
             num_cached_proposals=count,
-            precision=fast_precision(device_of(source)),
-            **walk_cache(source, parts, record),
+            precision=fast_precision(device_of(whole.source)),
+            **walk_cache(whole.source, parts, record),
         ),
     )
     record.histories.append(history)
-    whole.sampler = partial(sir, num_proposals=WALKS)
     if gate(whole, history):
-        return None, f"it has learnt nothing for sure; {history.stopped}"
+        return f"it has learnt nothing for sure; {history.stopped}"
     loss = sum(history.best_loss or [])
-    return (
-        whole,
-        f"held-out NCE loss {loss:.4f} nats ({2 * math.log(2):.4f} without); {history.stopped}",
-    )
+    return f"held-out NCE loss {loss:.4f} nats ({2 * math.log(2):.4f} without); {history.stopped}"
 
 
-def _num_walks(source: JointSource, parts: Parts, record: Record) -> int:
+def _num_walks(source: LatentSource[Any, Any], parts: Parts, record: Record) -> int:
     """Number of walks to draw once: in proportion to the rows of data, to memory and to time."""
     count = draws_to_store(source, cache_size(parts.num_train, _PER_ROW, _DRAWN))
     left, started = record.left(_SHARE / 2), time.monotonic()

@@ -16,7 +16,7 @@ from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Score
+from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice, Score
 from ncprior.recipe.parts import (
     OWN_DRAW,
     Parts,
@@ -70,10 +70,43 @@ class Gap(NamedTuple):
         """Whether there was time to train the classifiers."""
         return self.num_steps >= _FEWEST * _STEPS
 
+    def is_not_worse_than(self, other: Gap) -> bool:
+        """Whether it is not surely larger than another one on the data for choices."""
+        measured = self.is_measured and other.is_measured
+        return not (measured and is_worse(total(self.choose), total(other.choose)))
+
+    def is_less_than(self, other: Gap) -> bool:
+        """Whether both are measured, and it is less on the data for choices."""
+        measured = self.is_measured and other.is_measured
+        return measured and total(self.choose).value < total(other.choose).value
+
     def score(self) -> Score:
         """The sum over groups on the data for the report, with its 95 % interval; at least 0."""
         value, error = total(self.judge)
         return Score(value, max(0.0, value - 1.96 * error), value + 1.96 * error)
+
+
+def is_worse(after: Mean, before: Mean) -> bool:
+    """Whether a divergence is larger than another one by two standard errors."""
+    return after.value - before.value > 2 * math.hypot(after.error, before.error)
+
+
+def kept(chosen: str, reason: str, gaps: Mapping[str, Gap], seconds: float) -> Choice:
+    """Returns the choice of the prior to keep, by the gaps of the candidates that were measured."""
+    candidates = []
+    for name, gap in gaps.items():
+        if gap.is_measured:
+            value, error = total(gap.choose)
+            half = 1.96 * error
+            candidates.append(Candidate(name, value, value - half, value + half))
+    return Choice(
+        *("keep", chosen, reason),
+        candidates=tuple(candidates),
+        criterion="remaining gap (JSD)",
+        unit="nats",
+        higher_is_better=False,
+        seconds=seconds,
+    )
 
 
 def base_of(source: LatentSource[Any, Any]) -> str | None:
@@ -111,9 +144,9 @@ def measure_gaps(
         return remaining_gap(own, OWN_DRAW, parts, record, name=name)
 
     gaps: dict[str, Gap] = {}
-    source, name = old_source(prior.source), base_of(prior.source)
-    if has_prior(source, parts.choose):
-        gaps[OLD] = alone(source, OLD)
+    name = base_of(prior.source)
+    if has_prior(vae_of(prior.source), parts.choose):
+        gaps[OLD] = alone(old_source(prior.source), OLD)
     if name is not None:
         gaps[name] = alone(prior.source if base is None else base, name)
     if any(prior.active):

@@ -165,14 +165,13 @@ _TOO_FEW = (
 
 def _arms(prior: NCPrior, sampler: Sampler, held_out: Any) -> dict[str, Arm]:  # noqa: ANN401
     """The source and the choice of z_k of each arm; a fitted base alone is the new prior itself."""
-    own, base = old_source(prior.source), base_of(prior.source)
-    arms: dict[str, Arm] = {}
-    if has_prior(own, held_out):
-        arms[OLD] = (own, lambda k, group: group.prior.sample())
+    base, arms = base_of(prior.source), dict[str, Arm]()
+    if has_prior(vae_of(prior.source), held_out):
+        arms[OLD] = (old_source(prior.source), lambda k, group: group.prior.sample())
     if base is not None and any(prior.active):
         arms[base] = (prior.source, lambda k, group: group.prior.sample())
     arms[NEW] = (prior.source, lambda k, group: prior.draw(k, group, sampler).z)
-    arms[POSTERIOR] = (own, lambda k, group: posterior_of(group).sample())
+    arms[POSTERIOR] = (prior.source, lambda k, group: posterior_of(group).sample())
     return arms
 
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 import warnings
 from functools import partial
-from typing import Any
 
-from ncprior.bases.joint import JointSource
 from ncprior.data.stream import one_pass
-from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice
-from ncprior.recipe.judge import Gap, base_of, measure_gaps, remaining_gap, total
+from ncprior.recipe.choices import BASE, NEW, OLD, Choice
+from ncprior.recipe.judge import Gap, is_worse, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
-from ncprior.source import LatentSource
 
 _BATCH = 256
 _MATCHED = 2048  # rows for the strength
@@ -67,57 +62,39 @@ def choose_sampler(
     record.add(Choice(f"{name}strength", f"{prior.strength:.2f}", reason, seconds=took))
 
 
-def keep_what_helps(
-    prior: NCPrior,
-    parts: Parts,
-    record: Record,
-    *,
-    base: LatentSource[Any, Any] | None = None,
-) -> dict[str, Gap]:
+def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:
     """Switches off the heads of groups whose draws are further from the encodings than the base's.
 
     Returns:
-        The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`, which takes
-        the same arguments.
+        The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`.
     """
     started, had_heads = time.monotonic(), any(prior.active)
-    gaps = measure_gaps(prior, prior.chosen(None), parts, record, base=base)
-    below = base_of(prior.source) or OLD
-    is_joint = isinstance(prior.source, JointSource)
-    alone, names = gaps[below], {**_ARMS, NEW: "joint head" if is_joint else "heads"}
-    shown = [arm for arm in names if arm in gaps and (had_heads or arm != NEW)]
-    candidates = [_candidate(names[arm], gaps[arm]) for arm in shown if gaps[arm].is_measured]
+    gaps = measure_gaps(prior, prior.chosen(None), parts, record)
+    base = BASE if BASE in gaps else OLD
+    alone = gaps[base]
+    shown = [arm for arm in _ARMS if arm in gaps and (had_heads or arm != NEW)]
+    measured = {_ARMS[arm]: gaps[arm] for arm in shown}
     reason = "a new classifier finds the least between draws and held-out encodings"
     if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
         reason = "there was too little time to compare draws with encodings"
     elif had_heads:
         pairs = zip(gaps[NEW].choose, alone.choose, strict=True)
-        helps = [not _is_worse(*pair) for pair in pairs]
+        helps = [not is_worse(*pair) for pair in pairs]
         prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
         if not any(prior.active):
-            gaps[NEW], prior.sampler, prior.strength = alone, OWN_DRAW, 1.0
+            gaps[NEW] = alone
+            switch_off(prior)
         elif not all(helps):
             gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
-    record.add(
-        Choice(
-            *("keep", names[NEW if any(prior.active) else below], reason),
-            candidates=tuple(candidates),
-            criterion="remaining gap (JSD)",
-            unit="nats",
-            higher_is_better=False,
-            seconds=time.monotonic() - started,
-        )
-    )
+    chosen = _ARMS[NEW if any(prior.active) else base]
+    record.add(kept(chosen, reason, measured, time.monotonic() - started))
     return gaps
 
 
-_ARMS = {OLD: "the VAE's own prior", BASE: "base alone", GROUPS: GROUPS}  # as candidates
+def switch_off(prior: NCPrior) -> None:
+    """Leaves the base of a prior alone, with its own draw."""
+    prior.active = [False] * prior.source.num_groups
+    prior.sampler, prior.strength = OWN_DRAW, 1.0
 
 
-def _is_worse(after: Mean, before: Mean) -> bool:
-    return after.value - before.value > 2 * math.hypot(after.error, before.error)
-
-
-def _candidate(name: str, gap: Gap) -> Candidate:
-    value, error = total(gap.choose)
-    return Candidate(name, value, value - 1.96 * error, value + 1.96 * error)
+_ARMS = {OLD: "the VAE's own prior", BASE: "base alone", NEW: "heads"}  # as candidates

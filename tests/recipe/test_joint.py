@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.problems import CorrelatedPair
+from helpers.problems import CorrelatedPair, ExactRatio
 from helpers.recipe import make_quick
 from torch import Tensor, nn
 
@@ -49,11 +49,13 @@ def blind(seed: int = 0) -> tuple[NCPrior, Parts]:
     return prior, parts_of(BlindPair().data(3000), None, seed)
 
 
-def joined(prior: NCPrior, parts: Parts, **options: Any) -> tuple[NCPrior, dict[str, Gap], Record]:
-    record = Record(progress=False, max_seconds=options.pop("max_seconds", None))
-    given = {"budget": 40, "folder": None, **options}
-    folder = given.pop("folder")
-    return *joint.join_groups(prior, {}, parts, given["budget"], record, folder), record
+def joined(
+    prior: NCPrior, parts: Parts, budget: int = 40, max_seconds: float | None = None
+) -> tuple[NCPrior, dict[str, Gap], Record]:
+    record = Record(progress=False, max_seconds=max_seconds)
+    alone = joint.joint_source(prior, parts)
+    assert alone is not None
+    return *joint.join_groups(alone, prior, parts, budget, record, None), record
 
 
 @pytest.mark.usefixtures("quick")
@@ -72,7 +74,7 @@ def test_a_joint_head_finds_what_the_heads_of_groups_cannot_see(tmp_path: Path) 
     assert report.scores.keys() == {OLD, NEW}  # no head of a group is on
     assert report.scores[NEW].value < report.scores[OLD].low
     made = [choice.part for choice in report.choices]
-    assert made == ["base", "heads", "sampler", "keep", "walk sampler", "joint head", "keep"]
+    assert made == ["base", "heads", "sampler", "walk sampler", "joint head", "keep"]
     assert report.choices[-1].chosen == "joint head"
     assert report.details["VAE"] == "BlindPair"
     assert report.details["Groups"] == "2"
@@ -96,10 +98,11 @@ def test_where_nothing_is_left_the_prior_stays() -> None:
     prior.source = problem
     kept, gaps, record = joined(prior, parts_of(problem.data(3000), None, 0))
     assert kept is prior
-    assert gaps == {}
-    assert record.choices[-1].part == "joint head"
-    assert record.choices[-1].chosen == "none"
-    assert "learnt nothing" in record.choices[-1].reason
+    assert gaps[OLD] == gaps[NEW]
+    head, keep = record.choices[-2:]
+    assert (head.part, head.chosen) == ("joint head", "none")
+    assert "learnt nothing" in head.reason
+    assert keep.chosen == "the VAE's own prior"
 
 
 @pytest.mark.usefixtures("quick")
@@ -107,15 +110,15 @@ def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch
     """Its draws are those of the smallest ratio; the gaps are those of all groups together."""
     prior, parts = blind()
     prior.active, prior.sampler = [True, True], partial(sir, num_proposals=40)
-    trained = joint._trained
+    train = joint._train
 
-    def spoiled(*arguments: Any) -> Any:
-        whole, reason = trained(*arguments)
+    def spoil(whole: NCPrior, *arguments: Any) -> str:
+        reason = train(whole, *arguments)
         last = [m for m in whole.heads[0].modules() if isinstance(m, nn.Linear)][-1]
         last.weight.data.neg_()
-        return whole, reason
+        return reason
 
-    monkeypatch.setattr(joint, "_trained", spoiled)
+    monkeypatch.setattr(joint, "_train", spoil)
     kept, gaps, record = joined(prior, parts)
     assert kept is prior
     assert gaps.keys() == {OLD, NEW}
@@ -125,13 +128,27 @@ def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("quick")
-def test_where_a_joint_head_cannot_be_the_prior_stays() -> None:
+def test_heads_of_groups_that_do_harm_are_switched_off() -> None:
+    torch.manual_seed(0)
     prior, parts = blind()
-    assert joined(prior, parts, budget=7)[0] is prior
-    assert joined(prior, parts, max_seconds=1e-3)[2].choices[-1].reason.startswith("there was too")
+    prior.heads = nn.ModuleList(ExactRatio(lambda z, c=None: 3 * z[..., 0]) for _ in range(2)).eval()
+    prior.active, prior.sampler = [True, True], partial(sir, num_proposals=7)
+    kept, _, record = joined(prior, parts, budget=7)
+    assert kept is prior
+    assert prior.active == [False, False]
+    head, keep = record.choices[-2:]
+    assert head.reason == "the budget is too small for 4 walks"
+    assert keep.chosen == "the VAE's own prior"
+
+
+def test_a_joint_head_needs_several_groups_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "_DRAWN", (10**7, 10**7))
+    prior, parts = blind()
     one = NCPrior(JointSource(prior), MLPHead((4,))).eval()
     one.sampler = OWN_DRAW
-    assert joined(one, parts)[0] is one
+    assert joint.joint_source(one, parts) is None
+    record = joined(prior, parts, max_seconds=1e-3)[2]
+    assert record.choices[-2].reason == "there was too little time or memory to draw walks"
 
 
 def test_walks_are_as_many_as_memory_and_time_allow(monkeypatch: pytest.MonkeyPatch) -> None:
