@@ -101,6 +101,7 @@ class JointSource(LatentSource[Any, Any]):
                 raise TypeError(
                     f"A joint head needs latents and means of x that are real numbers; got {t.dtype}."
                 )
+        self._dtypes, self._x_dtype = [z.dtype for z in one.latents], one.x.dtype
         self._shapes = [tuple(z.shape[1:]) for z in one.latents]
         self._sizes = [math.prod(shape) for shape in self._shapes]
         self._x_shape = tuple(one.x.shape[1:])
@@ -145,7 +146,8 @@ class JointSource(LatentSource[Any, Any]):
 
     def features(self, k: int, z: Tensor) -> Tensor:
         """Returns the decoded means in z, with shape ``(*, B, *x_shape)``."""
-        return z[..., sum(self._sizes) :].reshape(*z.shape[:-1], *self._x_shape)
+        x = z[..., sum(self._sizes) :].to(self._x_dtype)
+        return x.reshape(*z.shape[:-1], *self._x_shape)
 
     def _walk(self, batch_size: int) -> Tensor:
         """Walks along the trained prior, one per row; the decoder sees a batch at a time."""
@@ -156,7 +158,8 @@ class JointSource(LatentSource[Any, Any]):
     def latents(self, z: Tensor) -> tuple[Tensor, ...]:
         """Returns z_1, …, z_K of joint latents of shape ``(B, D)``."""
         parts = z[:, : sum(self._sizes)].split(self._sizes, dim=1)
-        return tuple(part.reshape(-1, *s) for part, s in zip(parts, self._shapes, strict=True))
+        kinds = zip(parts, self._shapes, self._dtypes, strict=True)
+        return tuple(part.reshape(-1, *shape).to(dtype) for part, shape, dtype in kinds)
 
 
 def _row(latents: tuple[Tensor, ...], x: Tensor) -> Tensor:

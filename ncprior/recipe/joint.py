@@ -30,6 +30,8 @@ WALKS = 4  # that the joint head chooses among: each has its part of the budget
 
 _PROBED = 512  # rows for the shapes and scales of the head
 
+_HEAD = {"width": 32, "dropout": 0.1}  # on maps as large as images, wide heads are slow
+
 _MOST_STEPS = 4000
 
 _RATE = 2e-3
@@ -81,7 +83,7 @@ def join_groups(
     """
     started, first = time.monotonic(), deepcopy(prior)
     choose_sampler(first, parts, max(1, budget // WALKS), record, name="walk ")
-    whole = NCPrior.for_source(JointSource(first), first_batch(parts.train, _PROBED), dropout=0.1)
+    whole = NCPrior.for_source(JointSource(first), first_batch(parts.train, _PROBED), **_HEAD)
     whole.sampler, whole.active = partial(sir, num_proposals=WALKS), [budget >= 2 * WALKS]
     reason = f"the budget is too small for {WALKS} walks"
     if any(whole.active):

@@ -70,6 +70,23 @@ def test_a_joint_latent_is_a_walk_with_its_mean() -> None:
     assert len(proposals.flatten(0, 1).unique(dim=0)) == 10  # a walk for each proposal and row
 
 
+class DoublePair(CorrelatedPair):
+    """A pair whose decoder computes in double precision."""
+
+    def decode(self, state: Any) -> Tensor:
+        return super().decode(state).double() / 3
+
+
+def test_latents_and_means_keep_their_types() -> None:
+    joint = JointSource(with_sampler(NCPrior(DoublePair(), CorrelatedPair().heads())))
+    z = joint.group(joint.start(5)).prior.sample()
+    mean = joint.decode(joint.advance(joint.start(5), z))
+    assert (z.dtype, mean.dtype) == (torch.float64, torch.float64)
+    latents = joint.latents(z)
+    assert [part.dtype for part in latents] == [torch.float32] * 2
+    assert torch.equal(mean, torch.cat(latents, 1).double() / 3)
+
+
 def test_proposals_are_walked_one_after_another_so_that_memory_does_not_grow() -> None:
     sizes = []
 

@@ -360,7 +360,7 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
 def test_a_gap_that_was_not_measured_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"old prior": Gap([Mean(0.2, 0.01)], [Mean(0.2, 0.01)], 1000)}
     known["new prior"] = Gap([Mean(0.0, 0.0)], [Mean(0.0, 0.0)], 1)
-    monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_, base: known)
+    monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_: known)
     prior = NCPrior(flat(), MLPHead((2,), width=8)).eval()
     prior.sampler = partial(sir, num_proposals=20)
     record = Record(progress=False, max_seconds=None)

@@ -131,7 +131,9 @@ def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch
 def test_heads_of_groups_that_do_harm_are_switched_off() -> None:
     torch.manual_seed(0)
     prior, parts = blind()
-    prior.heads = nn.ModuleList(ExactRatio(lambda z, c=None: 3 * z[..., 0]) for _ in range(2)).eval()
+    prior.heads = nn.ModuleList(
+        ExactRatio(lambda z, c=None: 3 * z[..., 0]) for _ in range(2)
+    ).eval()
     prior.active, prior.sampler = [True, True], partial(sir, num_proposals=7)
     kept, _, record = joined(prior, parts, budget=7)
     assert kept is prior
