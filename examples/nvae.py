@@ -172,10 +172,10 @@ def measure(
         return
     print(gap)
     print(f"D: base {gap.d_base:.1f}, NCP {gap.d_ours:.1f}, posterior {gap.d_post:.1f}")
-    own = NCPrior.for_source(source, x[:256])  # equals the base prior, as it is not trained
-    own.sampler = prior.sampler
+    own = NCPrior.for_source(source, x[:256])
+    own.active, own.sampler = [False] * source.num_groups, prior.sampler  # the NVAE's own prior
     for name, one in (("base", own), ("NCP", prior)):
-        with own.disabled(), torch.no_grad():
+        with torch.no_grad():
             draw = partial(one.sample, 64)
             with readjust_batchnorm(source, draw, iterations=5 if options.quick else 100):
                 images = torch.cat([one.sample(500).x for _ in range(4)])

@@ -31,7 +31,7 @@ _BATCH = 256  # rows
 
 @runtime_checkable
 class NCPrior(Protocol):
-    """The part of :class:`ncprior.NCPrior` that is needed here."""
+    """The part of :class:`ncprior.NCPrior` that is needed here, under the name that errors show."""
 
     @property
     def heads(self) -> nn.Module:

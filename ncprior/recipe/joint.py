@@ -12,12 +12,12 @@ from typing import Any
 from ncprior.bases.joint import JointSource
 from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
-from ncprior.recipe.choices import GROUPS, NEW, OLD, Choice
+from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
 from ncprior.recipe.heads import walk_cache
 from ncprior.recipe.judge import Gap, kept, measure_gaps
-from ncprior.recipe.parts import Parts, draws_to_store, first_group
+from ncprior.recipe.parts import Parts, bases_of, draws_to_store, first_group, off
 from ncprior.recipe.record import Record
-from ncprior.recipe.sampler import choose_sampler, switch_off
+from ncprior.recipe.sampler import choose_sampler
 from ncprior.samplers.sir import sir
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
@@ -42,7 +42,7 @@ _PER_ROW, _DRAWN = 2, (2000, 50_000)  # walks per row of training data, at least
 
 _TIMED = 256  # walks
 
-_NAMES = {OLD: "the VAE's own prior", GROUPS: GROUPS, NEW: "joint head"}
+_NAMES = {OLD: "the VAE's own prior", BASE: "base alone", GROUPS: GROUPS, NEW: "joint head"}
 
 
 def joint_source(prior: NCPrior, parts: Parts) -> JointSource | None:
@@ -67,8 +67,8 @@ def join_groups(
     """Returns a prior with one more head for all groups, if it brings draws closer to the encodings.
 
     Each of its draws is chosen among four walks, which share the budget. It is compared with the
-    heads of the groups alone, whose every walk has the whole budget, and these with the VAE's own
-    prior: the classifiers see walks as the decoder shows them.
+    heads of the groups alone, whose every walk has the whole budget, and these with their base: the
+    classifiers see walks as the decoder shows them.
 
     Arguments:
         alone: All groups of the prior as one.
@@ -81,48 +81,56 @@ def join_groups(
     Returns:
         The prior to use, and the gaps of all priors.
     """
-    started, first = time.monotonic(), deepcopy(prior)
-    choose_sampler(first, parts, max(1, budget // WALKS), record, name="walk ")
-    whole = NCPrior.for_source(JointSource(first), first_batch(parts.train, _PROBED), **_HEAD)
-    whole.sampler, whole.active = partial(sir, num_proposals=WALKS), [budget >= 2 * WALKS]
+    started, whole = time.monotonic(), _untrained(alone, parts)
     reason = f"the budget is too small for {WALKS} walks"
-    if any(whole.active):
-        checkpoint = None if folder is None else folder / f"joint-{budget}"
-        reason = _train(whole, parts, record, checkpoint)
+    if budget >= 2 * WALKS:
+        first = deepcopy(prior)
+        choose_sampler(first, parts, budget // WALKS, record, name="walk ")
+        whole = _untrained(JointSource(first), parts)
+        reason = _train(whole, parts, record, folder and folder / f"joint-{budget}")
     chosen = f"one of {WALKS} walks" if any(whole.active) else "none"
     record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
     return _keep(whole, alone, prior, parts, record)
 
 
+def _untrained(source: JointSource, parts: Parts) -> NCPrior:
+    """A joint head that is off until it is trained."""
+    whole = NCPrior.for_source(source, first_batch(parts.train, _PROBED), **_HEAD)
+    whole.sampler, whole.active = partial(sir, num_proposals=WALKS), [False]
+    return whole
+
+
 def _keep(
     whole: NCPrior, alone: JointSource, prior: NCPrior, parts: Parts, record: Record
 ) -> tuple[NCPrior, dict[str, Gap]]:
-    """Keeps the heads of the groups if they are not worse than the old prior, the joint head if better."""
+    """Keeps the heads of the groups unless they are worse than their base, the joint head if better."""
     started = time.monotonic()
-    gaps = measure_gaps(whole, whole.chosen(None), parts, record, base=alone)
-    arms = [arm for arm in (OLD, GROUPS, NEW) if arm in gaps and (arm != NEW or any(whole.active))]
-    best, reason = arms[0], "a new classifier finds the least between draws and held-out encodings"
-    for arm in arms[1:]:
-        helps = gaps[arm].is_less_than if arm == NEW else gaps[arm].is_not_worse_than
-        if helps(gaps[best]):
-            best = arm
-    if not all(gaps[arm].is_measured for arm in arms):
+    bases = bases_of(alone, parts.choose)
+    gaps = measure_gaps(whole, whole.chosen(None), bases, parts, record)
+    best = BASE if BASE in gaps else OLD
+    if GROUPS in gaps and not gaps[GROUPS].is_worse_than(gaps[best]):
+        best = GROUPS
+    if any(whole.active) and gaps[NEW].is_less_than(gaps[best]):
+        best = NEW
+    compared = [*bases, NEW] if any(whole.active) else [*bases]
+    reason = "a new classifier finds the least between draws and held-out encodings"
+    if not all(gaps[arm].is_measured for arm in compared):
         reason = "there was too little time to compare draws with encodings"
-    measured = {_NAMES[arm]: gaps[arm] for arm in arms}
+    measured = {_NAMES[arm]: gaps[arm] for arm in compared}
     record.add(kept(_NAMES[best], reason, measured, time.monotonic() - started))
     if best == NEW:
         return whole, gaps
-    if best == OLD:
-        switch_off(prior)
-    return prior, {arm: gaps[best if arm == NEW else arm] for arm in (OLD, NEW) if arm in gaps}
+    if best != GROUPS:
+        off(prior)
+    return prior, {arm: gaps[best if arm == NEW else arm] for arm in gaps if arm != GROUPS}
 
 
 def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None) -> str:
-    """Trains the joint head, and switches it off if it has learnt nothing; returns the reason."""
+    """Trains the joint head, and switches it on if it has learnt something; returns the reason."""
     count = _num_walks(whole.source, parts, record)
     if count < _DRAWN[0]:
-        whole.active = [False]
         return "there was too little time or memory to draw walks"
+    whole.active = [True]
     record.begin(f"trains a head for all groups together, on {count:,} walks")
     history = fit(
         whole,

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ncprior.bases.joint import JointSource
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream, one_pass
 from ncprior.diagnostics.calibration import Mean
@@ -23,9 +22,7 @@ from ncprior.recipe.parts import (
     draws_slowly,
     draws_to_store,
     has_condition,
-    has_prior,
-    old_source,
-    vae_of,
+    off,
 )
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
@@ -70,10 +67,10 @@ class Gap(NamedTuple):
         """Whether there was time to train the classifiers."""
         return self.num_steps >= _FEWEST * _STEPS
 
-    def is_not_worse_than(self, other: Gap) -> bool:
-        """Whether it is not surely larger than another one on the data for choices."""
+    def is_worse_than(self, other: Gap) -> bool:
+        """Whether both are measured, and it is surely larger on the data for choices."""
         measured = self.is_measured and other.is_measured
-        return not (measured and is_worse(total(self.choose), total(other.choose)))
+        return measured and is_worse(total(self.choose), total(other.choose))
 
     def is_less_than(self, other: Gap) -> bool:
         """Whether both are measured, and it is less on the data for choices."""
@@ -109,50 +106,32 @@ def kept(chosen: str, reason: str, gaps: Mapping[str, Gap], seconds: float) -> C
     )
 
 
-def base_of(source: LatentSource[Any, Any]) -> str | None:
-    """Returns the name of the base that the heads of a source are on, ``None`` for the VAE's own."""
-    if isinstance(source, JointSource):
-        first = source.prior
-        return GROUPS if any(first.active) or base_of(first.source) is not None else None
-    return None if vae_of(source) is source else BASE
-
-
 def measure_gaps(
     prior: NCPrior,
     sampler: Sampler,
+    bases: Mapping[str, LatentSource[Any, Any]],
     parts: Parts,
     record: Record,
-    *,
-    base: LatentSource[Any, Any] | None = None,
 ) -> dict[str, Gap]:
-    """Returns the gaps of the VAE's own prior, of a fitted base and of the new prior, by their names.
+    """Returns the gaps of the bases' own draws and of the new prior, by their names.
 
-    A prior without heads that are on has the gap of its base. The VAE's own prior has none if it
-    cannot be drawn from.
+    A prior without heads that are on has the gap of its base.
 
     Arguments:
         prior: The new prior.
         sampler: Its sampler.
+        bases: The sources that it must beat, the closest last, see :func:`bases_of`.
         parts: The data.
         record: The record of the recipe.
-        base: The source whose base the heads must beat; by default that of the prior.
     """
-
-    def alone(source: LatentSource[Any, Any], name: str) -> Gap:
-        own = NCPrior(source, prior.heads).eval()
-        own.active = [False] * source.num_groups
-        return remaining_gap(own, OWN_DRAW, parts, record, name=name)
-
-    gaps: dict[str, Gap] = {}
-    name = base_of(prior.source)
-    if has_prior(vae_of(prior.source), parts.choose):
-        gaps[OLD] = alone(old_source(prior.source), OLD)
-    if name is not None:
-        gaps[name] = alone(prior.source if base is None else base, name)
+    gaps = {}
+    for name, source in bases.items():
+        alone = off(NCPrior(source, prior.heads))
+        gaps[name] = remaining_gap(alone, OWN_DRAW, parts, record, name=name)
     if any(prior.active):
         gaps[NEW] = remaining_gap(prior, sampler, parts, record, name=NEW)
     else:
-        gaps[NEW] = gaps[OLD if name is None else name]
+        gaps[NEW] = gaps[[*bases][-1]]
     return gaps
 
 

@@ -20,8 +20,8 @@ from ncprior.diagnostics.walks import evaluating
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import DATA, NEW, OLD, POSTERIOR
 from ncprior.recipe.joint import WALKS
-from ncprior.recipe.judge import Gap, base_of, measure_gaps, verdict
-from ncprior.recipe.parts import FEWEST, has_prior, old_source, parts_for_report, vae_of
+from ncprior.recipe.judge import Gap, measure_gaps, verdict
+from ncprior.recipe.parts import FEWEST, Parts, bases_of, parts_for_report, vae_of
 from ncprior.recipe.pictures import is_narrow
 from ncprior.recipe.record import Record
 from ncprior.recipe.report import Improvement
@@ -107,8 +107,7 @@ def report_on(
         require_instance("diagnosis", diagnosis, Report, "Pass the result of diagnose.")
     with seeded(seed), evaluating(prior):
         parts = parts_for_report(train, held_out, seed)
-        record = Record(progress=False, max_seconds=None)
-        gaps = {} if parts is None else measure_gaps(prior, sampler, parts, record)
+        gaps = {} if parts is None else _gaps(prior, sampler, parts)
         report = evidence_of(
             *(prior, held_out, gaps), sampler=sampler, diagnosis=diagnosis, budget=budget,
             num_rows=num_rows,
@@ -144,6 +143,12 @@ def evidence_of(
     )
 
 
+def _gaps(prior: NCPrior, sampler: Sampler, parts: Parts) -> dict[str, Gap]:
+    """The gaps of the prior and of all that it must beat."""
+    record = Record(progress=False, max_seconds=None)
+    return measure_gaps(prior, sampler, bases_of(prior.source, parts.choose), parts, record)
+
+
 def _described(source: LatentSource[Any, Any], sampler: Sampler) -> str:
     """The sampler, and below a joint head that of every walk."""
     below = source.prior.sampler if isinstance(source, JointSource) else None
@@ -165,11 +170,11 @@ _TOO_FEW = (
 
 def _arms(prior: NCPrior, sampler: Sampler, held_out: Any) -> dict[str, Arm]:  # noqa: ANN401
     """The source and the choice of z_k of each arm; a fitted base alone is the new prior itself."""
-    base, arms = base_of(prior.source), dict[str, Arm]()
-    if has_prior(vae_of(prior.source), held_out):
-        arms[OLD] = (old_source(prior.source), lambda k, group: group.prior.sample())
-    if base is not None and any(prior.active):
-        arms[base] = (prior.source, lambda k, group: group.prior.sample())
+    arms: dict[str, Arm] = {
+        arm: (source, lambda k, group: group.prior.sample())
+        for arm, source in bases_of(prior.source, held_out).items()
+        if arm == OLD or any(prior.active)
+    }
     arms[NEW] = (prior.source, lambda k, group: prior.draw(k, group, sampler).z)
     arms[POSTERIOR] = (prior.source, lambda k, group: posterior_of(group).sample())
     return arms

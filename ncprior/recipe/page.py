@@ -24,8 +24,14 @@ from ncprior.recipe.markup import Html, element, join
 from ncprior.recipe.style import STYLE
 
 # The CSS class of each arm, which sets its colour.
-_STYLES = {DATA: "data", OLD: "old", BASE: "base", GROUPS: "base", NEW: "new"}
-_STYLES[POSTERIOR] = "posterior"
+_STYLES = {
+    DATA: "data",
+    OLD: "old",
+    BASE: "base",
+    GROUPS: "base",
+    NEW: "new",
+    POSTERIOR: "posterior",
+}
 
 # Nothing is fetched and no script runs, whatever a text in the page says.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

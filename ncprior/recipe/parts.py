@@ -16,6 +16,7 @@ from ncprior.bases.rebase import Rebased, without_bases
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
 from ncprior.prior import NCPrior
+from ncprior.recipe.choices import BASE, GROUPS, OLD
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, LatentSource, device_of, num_rows
 from ncprior.training.settings import FitSettings
@@ -138,14 +139,30 @@ def vae_of(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
     return without_bases(source.prior.source if isinstance(source, JointSource) else source)
 
 
-def old_source(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
-    """Returns the source with the VAE's own prior; below a joint head, with all groups as one."""
+def bases_of(source: LatentSource[Any, Any], data: Any) -> dict[str, LatentSource[Any, Any]]:  # noqa: ANN401
+    """Returns the sources whose own draws heads on a source must beat, by arm, the closest last.
+
+    They are the VAE with its own prior, unless it has none; with a fitted base, if there is one; and
+    below a joint head with the heads of the groups, if any is on. Below a joint head, all groups of
+    each are one.
+    """
     vae = vae_of(source)
-    if not isinstance(source, JointSource):
-        return vae
-    old = NCPrior(vae, source.prior.heads)
-    old.active, old.sampler = [False] * vae.num_groups, OWN_DRAW
-    return JointSource(old.eval())
+    first = source.prior if isinstance(source, JointSource) else None
+    based = source if first is None else first.source
+    found: dict[str, LatentSource[Any, Any]] = {OLD: vae} if has_prior(vae, data) else {}
+    if based is not vae:
+        found[BASE] = based
+    if first is None:
+        return found
+    found = {arm: JointSource(off(NCPrior(one, first.heads))) for arm, one in found.items()}
+    return {**found, GROUPS: source} if any(first.active) else found
+
+
+def off(prior: NCPrior) -> NCPrior:
+    """Leaves the base of a prior alone, with its own draw; returns the prior."""
+    prior.active = [False] * prior.source.num_groups
+    prior.sampler, prior.strength = OWN_DRAW, 1.0
+    return prior.eval()
 
 
 def draws_to_store(source: LatentSource[Any, Any], count: int) -> int:

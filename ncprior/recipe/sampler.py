@@ -15,7 +15,7 @@ from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, NEW, OLD, Choice
 from ncprior.recipe.judge import Gap, is_worse, kept, measure_gaps, remaining_gap
-from ncprior.recipe.parts import OWN_DRAW, Parts
+from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
@@ -69,7 +69,8 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
         The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`.
     """
     started, had_heads = time.monotonic(), any(prior.active)
-    gaps = measure_gaps(prior, prior.chosen(None), parts, record)
+    bases = bases_of(prior.source, parts.choose)
+    gaps = measure_gaps(prior, prior.chosen(None), bases, parts, record)
     base = BASE if BASE in gaps else OLD
     alone = gaps[base]
     shown = [arm for arm in _ARMS if arm in gaps and (had_heads or arm != NEW)]
@@ -83,18 +84,12 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
         prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
         if not any(prior.active):
             gaps[NEW] = alone
-            switch_off(prior)
+            off(prior)
         elif not all(helps):
             gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
     chosen = _ARMS[NEW if any(prior.active) else base]
     record.add(kept(chosen, reason, measured, time.monotonic() - started))
     return gaps
-
-
-def switch_off(prior: NCPrior) -> None:
-    """Leaves the base of a prior alone, with its own draw."""
-    prior.active = [False] * prior.source.num_groups
-    prior.sampler, prior.strength = OWN_DRAW, 1.0
 
 
 _ARMS = {OLD: "the VAE's own prior", BASE: "base alone", NEW: "heads"}  # as candidates

@@ -61,8 +61,10 @@ _BASE = (
     " The base prior is a fitted {kind}, which comes with the heads and is put on when loading."
 )
 
-_FIRST = """ The head sees all groups of the VAE together. It chooses among the draws of a first prior, with a
-head for each of the {count} groups, which comes with it."""
+_FIRST = (
+    " The head sees all groups of the VAE together. It chooses among the draws of a first prior, "
+    "with a head for each of the {count} groups, which comes with it."
+)
 
 _OWN_BASE = (
     " The base prior is not in here: put it on the VAE's source, by `rebase`, before loading."

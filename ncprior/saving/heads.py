@@ -114,7 +114,7 @@ class PretrainedHeads(Pretrained):
         _check_counts(saved)
         first = cls._first(saved)
         if first is not None and not isinstance(source, JointSource):
-            source = _joint(first, cls._build(first, source, check_fingerprint).eval())
+            source = cls._joint(first, source, check_fingerprint)
         if config["num_groups"] != source.num_groups:
             saved.fail(
                 f"it has heads for {config['num_groups']} latent groups, and the source has "
@@ -136,6 +136,19 @@ class PretrainedHeads(Pretrained):
         if heads is not None:
             prior.load_state_dict(saved.tensors)
         return prior
+
+    @classmethod
+    def _joint(
+        cls, first: SavedFile, source: LatentSource[Any, Any], check_fingerprint: bool
+    ) -> JointSource:
+        """Builds the first prior of a joint head on the VAE, and returns all its groups as one."""
+        remedy = "Pass JointSource(first prior) as the source"
+        if any(map(is_custom, first.config["heads"])):
+            first.fail("its first prior has heads that ncprior cannot build", remedy)
+        if "sampler" not in first.config:
+            first.fail("its first prior has no sampler", remedy)
+        prior: Any = cls._build(first, source, check_fingerprint).eval()
+        return JointSource(prior)
 
     @classmethod
     def _first(cls, saved: SavedFile) -> SavedFile | None:
@@ -209,13 +222,6 @@ def _first_of(source: LatentSource[Any, Any]) -> PretrainedHeads | None:
     """Returns the first prior under a joint head, ``None`` if there is no joint head."""
     first = source.prior if isinstance(source, JointSource) else None
     return first if isinstance(first, PretrainedHeads) else None
-
-
-def _joint(saved: SavedFile, first: Any) -> JointSource:  # noqa: ANN401
-    """Returns all groups as one, with the first prior of a file as the base."""
-    if first.sampler is None:
-        saved.fail("its first prior has no sampler", "Pass JointSource(first prior) as the source")
-    return JointSource(first)
 
 
 def _with_base(saved: SavedFile, source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:

@@ -70,21 +70,28 @@ def test_a_joint_latent_is_a_walk_with_its_mean() -> None:
     assert len(proposals.flatten(0, 1).unique(dim=0)) == 10  # a walk for each proposal and row
 
 
-class DoublePair(CorrelatedPair):
-    """A pair whose decoder computes in double precision."""
+class OtherPair(CorrelatedPair):
+    """A pair whose decoder returns another type of numbers."""
+
+    dtype = torch.float64
 
     def decode(self, state: Any) -> Tensor:
-        return super().decode(state).double() / 3
+        return super().decode(state).to(self.dtype) / 3
 
 
-def test_latents_and_means_keep_their_types() -> None:
-    joint = JointSource(with_sampler(NCPrior(DoublePair(), CorrelatedPair().heads())))
+@pytest.mark.parametrize(
+    ("dtype", "row"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)]
+)
+def test_latents_and_means_keep_their_types(dtype: torch.dtype, row: torch.dtype) -> None:
+    source = OtherPair()
+    source.dtype = dtype
+    joint = JointSource(with_sampler(NCPrior(source, CorrelatedPair().heads())))
     z = joint.group(joint.start(5)).prior.sample()
     mean = joint.decode(joint.advance(joint.start(5), z))
-    assert (z.dtype, mean.dtype) == (torch.float64, torch.float64)
+    assert (z.dtype, mean.dtype) == (row, dtype)
     latents = joint.latents(z)
     assert [part.dtype for part in latents] == [torch.float32] * 2
-    assert torch.equal(mean, torch.cat(latents, 1).double() / 3)
+    assert torch.equal(mean, torch.cat(latents, 1).to(dtype) / 3)
 
 
 def test_proposals_are_walked_one_after_another_so_that_memory_does_not_grow() -> None:
@@ -206,6 +213,9 @@ def test_a_damaged_first_prior_is_not_loaded(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=wrong):
             load(given, base)
+    own = {"heads": [{"kind": "custom", "config": {"class": "Mine"}}] * 2}
+    with pytest.raises(ValueError, match=r"cannot build. Pass JointSource\(first prior\)"):
+        load(tensors, changed(**own))
     del config["base"]["config"]["sampler"]
     with pytest.raises(ValueError, match=r"no sampler. Pass JointSource\(first prior\)"):
         load(tensors, config["base"])

@@ -10,15 +10,16 @@ import torch
 from helpers.problems import CorrelatedPair, ExactRatio
 from helpers.recipe import make_quick
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from ncprior import Group, NCPrior, improve, sir
-from ncprior.bases import JointSource
+from ncprior.bases import JointSource, rebase
 from ncprior.heads import MLPHead
 from ncprior.recipe import joint, report_on
 from ncprior.recipe import parts as recipe_parts
-from ncprior.recipe.choices import GROUPS, NEW, OLD
+from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, draws_to_store, old_source, parts_of, vae_of
+from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, draws_to_store, parts_of, vae_of
 from ncprior.recipe.record import Record
 from ncprior.training import FitSettings
 
@@ -30,6 +31,19 @@ class BlindPair(CorrelatedPair):
 
     def group(self, state: Any) -> Group:
         return super().group(state)._replace(context=None)
+
+
+class WidePair(BlindPair):
+    """The same with priors that are twice as wide as the encodings."""
+
+    def group(self, state: Any) -> Group:
+        wide = Independent(Normal(torch.zeros(1), 2 * torch.ones(1)), 1)
+        return super().group(state)._replace(prior=wide.expand((len(state.z),)))
+
+
+def narrower(z: Tensor, context: Any = None) -> Tensor:
+    """log N(z; 0, 1) - log N(z; 0, 2²): the exact ratio of each group of a wide pair."""
+    return (math.log(2) - 0.375 * z**2)[..., 0]
 
 
 @pytest.fixture
@@ -109,6 +123,8 @@ def test_where_nothing_is_left_the_prior_stays() -> None:
 def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its draws are those of the smallest ratio; the gaps are those of all groups together."""
     prior, parts = blind()
+    prior.source = WidePair()
+    prior.heads = nn.ModuleList(ExactRatio(narrower) for _ in range(2)).eval()
     prior.active, prior.sampler = [True, True], partial(sir, num_proposals=40)
     train = joint._train
 
@@ -122,7 +138,7 @@ def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch
     kept, gaps, record = joined(prior, parts)
     assert kept is prior
     assert gaps.keys() == {OLD, NEW}
-    assert gaps[NEW].judge[0].value > 0.05
+    assert 0.05 < gaps[NEW].judge[0].value < gaps[OLD].judge[0].value
     assert [one.name for one in record.choices[-1].candidates][1:] == [GROUPS, "joint head"]
     assert record.choices[-1].chosen == GROUPS
 
@@ -164,16 +180,42 @@ def test_walks_are_as_many_as_memory_and_time_allow(monkeypatch: pytest.MonkeyPa
     assert draws_to_store(prior.source, 500) == 500
 
 
-def test_the_old_prior_below_a_joint_head_is_that_of_the_vae() -> None:
-    prior, _ = blind()
-    for p in prior.parameters():
-        p.data.normal_()
+def test_heads_must_beat_all_that_is_below_them() -> None:
+    """The VAE's own prior has a spread of 1, the fitted base one of 2; all are drawn as walks."""
+    prior, parts = blind()
     prior.active, prior.sampler = [True, True], partial(sir, num_proposals=50)
+    vae, wide = prior.source, Independent(Normal(torch.zeros(1), 2 * torch.ones(1)), 1)
+    prior.source = rebase(vae, lambda k, group: wide.expand(group.prior.batch_shape))
     source = JointSource(prior)
-    assert vae_of(source) is prior.source
-    old = old_source(source)
+    assert vae_of(source) is vae
+    assert [*bases_of(vae, parts.choose)] == [OLD]
+    assert bases_of(prior.source, parts.choose) == {OLD: vae, BASE: prior.source}
+    found = bases_of(source, parts.choose)
+    assert [*found] == [OLD, BASE, GROUPS]
+    assert found[GROUPS] is source
     torch.manual_seed(0)
-    z = old.group(old.start(20_000)).prior.sample()
-    assert z.shape == (20_000, 4)
-    assert z.mean().abs() < 4 / math.sqrt(20_000)
+    for arm, spread in ((OLD, 1.0), (BASE, 2.0)):
+        z = found[arm].group(found[arm].start(20_000)).prior.sample()
+        assert z.shape == (20_000, 4)
+        assert z.std() == pytest.approx(spread, abs=4 * spread / math.sqrt(2 * 40_000))
     assert prior.active == [True, True]
+    prior.active = [False, False]
+    assert [*bases_of(source, parts.choose)] == [OLD, BASE]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_fitted_base_stays_where_heads_of_the_groups_do_harm() -> None:
+    torch.manual_seed(0)
+    prior, parts = blind()
+    narrow = Independent(Normal(torch.zeros(1), 0.9 * torch.ones(1)), 1)
+    prior.source = rebase(prior.source, lambda k, group: narrow.expand(group.prior.batch_shape))
+    prior.heads = nn.ModuleList(
+        ExactRatio(lambda z, c=None: 3 * z[..., 0]) for _ in range(2)
+    ).eval()
+    prior.active, prior.sampler = [True, True], partial(sir, num_proposals=7)
+    kept, gaps, record = joined(prior, parts, budget=7)
+    assert kept is prior
+    assert prior.active == [False, False]
+    assert record.choices[-1].chosen == "base alone"
+    assert gaps[NEW] == gaps[BASE]
+    assert gaps.keys() == {OLD, BASE, NEW}

@@ -17,7 +17,8 @@ from ncprior.diagnostics.calibration import Mean
 from ncprior.heads.networks import MLPHead
 from ncprior.recipe import judge, measure, report_on
 from ncprior.recipe.judge import Gap
-from ncprior.recipe.parts import parts_for_report
+from ncprior.recipe.parts import bases_of, parts_for_report
+from ncprior.recipe.record import Record
 
 SAMPLER = partial(sir, num_proposals=20)
 MADE = Report((GroupReport(0, Verdict.OFF),), 100, 8192, (5, 50))  # spares a diagnosis
@@ -87,14 +88,21 @@ def test_without_a_fitted_base_or_heads_there_are_fewer_priors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(judge, "remaining_gap", lambda *_, name: gap(len(name)))
-    parts, record = parts_for_report(None, torch.randn(60, 2), 0), None
+    x = torch.randn(60, 2)
+    parts = parts_for_report(None, x, 0)
+    assert parts is not None
+
+    def measured(prior: NCPrior) -> dict[str, Gap]:
+        record = Record(progress=False, max_seconds=None)
+        return judge.measure_gaps(prior, SAMPLER, bases_of(prior.source, x), parts, record)
+
     prior = NCPrior(Identity(), MLPHead((2,)))
-    assert list(judge.measure_gaps(prior, SAMPLER, parts, record)) == ["old prior", "new prior"]  # type: ignore[arg-type]
+    assert list(measured(prior)) == ["old prior", "new prior"]
     prior = NCPrior(rebase(Identity(), fit_gaussian(torch.randn(99, 2))), MLPHead((2,)))
-    gaps = judge.measure_gaps(prior, SAMPLER, parts, record)  # type: ignore[arg-type]
+    gaps = measured(prior)
     assert list(gaps) == ["old prior", "fitted base", "new prior"]
     prior.active = [False]
-    gaps = judge.measure_gaps(prior, SAMPLER, parts, record)  # type: ignore[arg-type]
+    gaps = measured(prior)
     assert gaps["new prior"] is gaps["fitted base"]
     report = report_on(prior, torch.randn(60, 2), sampler=SAMPLER, diagnosis=MADE)
     assert list(report.scores) == ["old prior", "new prior"] == [*report.latents][:2]
