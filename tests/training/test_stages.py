@@ -283,9 +283,7 @@ def test_draws_of_a_sampler_that_does_not_settle_are_warned_of() -> None:
     log_z = itertools.cycle([0.0, 3.0])
 
     def base(k: int, group: Group) -> Drawn:
-        return Drawn(
-            lambda: Draw(group.prior.sample(), log_mean_weight=torch.tensor([next(log_z)]))
-        )
+        return Drawn(lambda: (group.prior.sample(), torch.tensor([next(log_z)])))
 
     source = rebase(problem.source(), base)
     with pytest.warns(UserWarning, match="are unreliable: log Z has a standard deviation"):
@@ -440,9 +438,9 @@ def test_smc_draws_of_a_product_are_those_of_its_density() -> None:
 
 
 def test_drawn_tells_log_z_only_where_the_sampler_does() -> None:
-    base = Drawn(lambda: Draw(torch.zeros(2, 1), log_mean_weight=torch.tensor([1.0, 3.0])))
+    base = Drawn(lambda: (torch.zeros(2, 1), torch.tensor([1.0, 3.0])))
     assert base.sample((2, 3)).shape == (2, 3, 2, 1)
     assert base.log_mean_weights == [2.0] * 6
-    silent = Drawn(lambda: Draw(torch.zeros(2, 1)))
+    silent = Drawn(lambda: (torch.zeros(2, 1), None))
     silent.sample()
     assert silent.log_mean_weights == []
