@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ncprior.bases.joint import JointSource
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream, one_pass
 from ncprior.diagnostics.calibration import Mean
@@ -43,6 +44,8 @@ _SHARE = 0.25  # of the time that is left, for the classifiers of one prior
 _FEWEST_SECONDS = 2.0  # for them
 
 _CACHED = (2000, 20_000)  # draws that are made once, at least and at most
+
+_CACHED_WALKS = (2000, 10_000)  # through all groups, which take long
 
 _PER_ROW = 10  # of them per row of training data
 
@@ -146,7 +149,8 @@ def remaining_gap(
     """
     device = device_of(prior.source)
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
-    count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, _CACHED))
+    limits = _CACHED_WALKS if isinstance(prior.source, JointSource) else _CACHED
+    count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, limits))
     settings = FitSettings(
         num_cached_proposals=count if single else None,
         precision=fast_precision(device),
