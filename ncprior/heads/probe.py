@@ -18,8 +18,6 @@ from ncprior.utils.errors import naming_group
 from ncprior.utils.require import described
 
 
-@torch.inference_mode(False)  # parameters made in inference mode could never be trained
-@torch.no_grad()
 def probe_heads(
     source: LatentSource[Any, Any],
     x: Any,  # noqa: ANN401
@@ -41,6 +39,23 @@ def probe_heads(
         UserWarning: If reconstructions of a row are no closer to it than to other rows, or are not
             finite; or if one row is to give the scales of a context.
     """
+    return _heads(source, x, options, stacklevel=8)
+
+
+def more_heads(source: LatentSource[Any, Any], x: Any, **options: Any) -> list[nn.Module]:  # noqa: ANN401
+    """Returns heads as :func:`probe_heads` does, for a source whose decoder was probed before."""
+    return _heads(source, x, options, stacklevel=None)
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
+@torch.no_grad()
+def _heads(
+    source: LatentSource[Any, Any],
+    x: Any,  # noqa: ANN401
+    options: dict[str, Any],
+    *,
+    stacklevel: int | None,
+) -> list[nn.Module]:
     require_options(**options)
     heads: list[nn.Module] = []
 
@@ -50,7 +65,7 @@ def probe_heads(
             heads.append(make_head(with_head_inputs(source, k, group, z), **options))
         return z
 
-    _probe(source, x, make, stacklevel=7)
+    _probe(source, x, make, stacklevel=stacklevel)
     return heads
 
 
@@ -65,8 +80,9 @@ def _probe(
     x: Any,  # noqa: ANN401
     choose: Callable[[int, Group], Tensor],
     *,
-    stacklevel: int,
+    stacklevel: int | None,
 ) -> None:
+    """Visits all groups; then decodes, with warnings at this stacklevel, unless it is ``None``."""
     x = own_batch(x, device_of(source))
     with naming_parts(source):
         encoding = source.encode(x)
@@ -76,6 +92,8 @@ def _probe(
                 "x must have 1 or more rows; got an encoding of none. Pass more data."
             )
         _, state = visit(source, source.start(rows, encoding), choose)
+        if stacklevel is None:
+            return
         x_hat = source.decode(state)
     if not isinstance(x_hat, Tensor) or x_hat.shape[:1] != (rows,):
         raise TypeError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ncprior.data.encodings import walk_bytes
 from ncprior.data.rows import Rows
 from ncprior.data.stream import first_batch
+from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, draws_slowly, has_condition
@@ -68,7 +69,7 @@ def train_heads(
     """
     batch = first_batch(parts.train, _PROBED)
     kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
-    untrained = NCPrior.for_source(source, batch)
+    untrained = NCPrior(source, more_heads(source, batch)).eval()
     widest = _default_width(untrained)
     score_weight = _SCORE_WEIGHT if has_scores(untrained, batch) else 0.0
     precision = fast_precision(device_of(source))
@@ -78,7 +79,8 @@ def train_heads(
         width = widest // kind.fraction
         name = f"width {width}, dropout {kind.dropout:g}, weight decay {kind.weight_decay:g}"
         record.begin(f"trains heads: {name} ({number + 1} of {len(kinds)})")
-        prior = NCPrior.for_source(source, batch, width=width, dropout=kind.dropout)
+        heads = more_heads(source, batch, width=width, dropout=kind.dropout)
+        prior = NCPrior(source, heads).eval()
         history = fit(
             prior,
             parts.train,

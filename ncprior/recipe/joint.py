@@ -11,6 +11,7 @@ from typing import Any
 
 from ncprior.bases.joint import JointSource
 from ncprior.data.stream import first_batch
+from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
 from ncprior.recipe.heads import walk_cache
@@ -95,7 +96,8 @@ def join_groups(
 
 def _untrained(source: JointSource, parts: Parts) -> NCPrior:
     """A joint head that is off until it is trained."""
-    whole = NCPrior.for_source(source, first_batch(parts.train, _PROBED), **_HEAD)
+    heads = more_heads(source, first_batch(parts.train, _PROBED), **_HEAD)
+    whole = NCPrior(source, heads).eval()
     whole.sampler, whole.active = partial(sir, num_proposals=WALKS), [False]
     return whole
 

@@ -105,6 +105,19 @@ def test_a_joint_head_finds_what_the_heads_of_groups_cannot_see(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_decoder_that_takes_rows_for_others_is_warned_of_once() -> None:
+    class Reversed(BlindPair):
+        def decode(self, state: Any) -> Tensor:
+            return super().decode(state).flip(0)
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="Reconstructions of a row") as caught:
+        improve(Reversed(), BlindPair().data(3000), budget=40, seed=0, progress=False)
+    found = [one for one in caught if "Reconstructions" in str(one.message)]
+    assert [one.filename for one in found] == [__file__]
+
+
+@pytest.mark.usefixtures("quick")
 def test_where_nothing_is_left_the_prior_stays() -> None:
     torch.manual_seed(0)
     problem = BlindPair(correlation=0.0)
