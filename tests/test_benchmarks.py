@@ -12,11 +12,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.problems import GaussianPair
-from torch import nn
+from torch import Tensor, nn
 
 from ncprior import NCPrior, SingleGroup, langevin, sir
 from ncprior.bases import rebase
@@ -643,7 +642,42 @@ def test_judges_read_the_first_images_of_each_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    stored = torch.arange(2 * 3 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 3, 4, 4)
-    np.save(tmp_path / "cifar10-ncp-on-x--sir-50--1.npy", stored.numpy())
-    found = load("judges").drawn(tmp_path, "NCP on x, SIR(50)", 1, 2)
-    assert torch.equal(torch.stack(found), stored[:, :2] / 255)
+    images = torch.arange(2 * 3 * 3 * 4 * 4).reshape(2, 3, 3, 4, 4) / 255 % 1
+    cases = load("hole_cases")
+    file = cases.image_file(tmp_path / "new", "CIFAR-10".replace("-", ""), "NCP on x, SIR(50)", 1)
+    assert file.name == "cifar10-ncp-on-x--sir-50--1.npy"
+    cases.save_images(file, [*images])
+    found = load("judges").drawn(tmp_path / "new", "NCP on x, SIR(50)", 1, 2)
+    assert torch.allclose(torch.stack(found), images[:, :2], atol=1e-6)
+
+
+def test_methods_of_equal_budget_are_drawn_from_once_for_all_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base, posterior and a method have a file of images each, in generations of their own seeds."""
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    budget, judges = load("equal_budget"), load("judges")
+    monkeypatch.setattr(budget, "BATCH", 200)
+
+    def images(brightness: float, count: int) -> Tensor:
+        return (brightness * torch.rand(count, 1, 2, 2)).clamp(0, 1)
+
+    case = SimpleNamespace(
+        name="cifar10",
+        features=lambda x: x.flatten(1),
+        images=images(1.0, 1000),
+        reference=images(1.0, 1000).flatten(1),
+        posterior=lambda count: (images(0.95, count), None),
+    )
+    monkeypatch.setattr(budget, "images_of", lambda _: partial(images, 0.3))
+    case.source = None
+    compared = budget.Comparison(case, 0, 400, tmp_path)
+    gap, numbers = compared.measured("flow", partial(images, 0.8))
+    assert 0.5 < gap.gap_closed < 1
+    assert numbers["near_copies"] >= 0
+    for method, mean in ((judges.BASE, 0.15), (judges.POSTERIOR, 0.475), ("flow", 0.4)):
+        found = judges.drawn(tmp_path, method, 0, 400)
+        assert len(found) == budget.GENERATIONS
+        assert torch.stack(found).mean().item() == pytest.approx(mean, abs=0.02)
+        assert not torch.equal(found[0], found[1])

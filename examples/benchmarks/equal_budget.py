@@ -19,12 +19,13 @@ earlier groups.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now
-from hole_cases import Case, make_case
+from hole_cases import Case, image_file, make_case, save_images
 from hole_methods import from_source
 from hole_peers import Fit, Peer, peers
 from torch import Tensor
@@ -55,6 +56,7 @@ COLUMNS = {
     "seconds_per_10k": ">15.1f",
 }
 GENERATIONS, BATCH = 5, 1000
+BASE, POSTERIOR, OURS = "N(0, I)", "posterior", "improve(50)"
 FEW = 50  # steps that measure the time of one
 RATES = (1e-3, 3e-4, 3e-3)  # learning rates; the first one is that of the sizes
 Images = Callable[[int], Tensor]
@@ -118,28 +120,32 @@ class Chosen(NamedTuple):
 class Comparison:
     """The arms that every method is measured against, on one case and seed."""
 
-    def __init__(self, case: Case, seed: int, count: int) -> None:
-        self.case, self.seed, self.count = case, seed, count
+    def __init__(self, case: Case, seed: int, count: int, samples: Path | None) -> None:
+        self.case, self.seed, self.count, self.samples = case, seed, count, samples
         self.training = in_batches(case.features, case.images)
         self.arms = {
-            "base": self._features(images_of(case.source)),
-            "posterior": self._features(lambda count: case.posterior(count)[0]),
+            "base": self._features(BASE, images_of(case.source)),
+            "posterior": self._features(POSTERIOR, lambda count: case.posterior(count)[0]),
         }
 
     @torch.no_grad()
-    def _features(self, draw: Images) -> list[Tensor]:
+    def _features(self, method: str, draw: Images) -> list[Tensor]:
         """Features of the images of every generation."""
-        found = []
+        found, kept = [], []
         for generation in range(GENERATIONS):
             torch.manual_seed(1000 * self.seed + generation)
-            images = [draw(BATCH) for _ in range(self.count // BATCH)]
-            found.append(in_batches(self.case.features, torch.cat(images)))
+            images = torch.cat([draw(BATCH) for _ in range(self.count // BATCH)])
+            found.append(in_batches(self.case.features, images))
+            if self.samples is not None:
+                kept.append(images)
+        if self.samples is not None:
+            save_images(image_file(self.samples, self.case.name, method, self.seed), kept)
         return found
 
-    def measured(self, draw: Images) -> tuple[GapClosed, Row]:
+    def measured(self, method: str, draw: Images) -> tuple[GapClosed, Row]:
         """The gap closed by a method, its seconds per 10,000 samples and its share of near copies."""
         started = now()
-        features = self._features(draw)
+        features = self._features(method, draw)
         seconds = (now() - started) * 10_000 / (GENERATIONS * self.count)
         copies = near_copies(self.training, self.case.reference, features[0]).share
         gap = gap_closed(self.case.reference, ours=features, **self.arms)
@@ -200,23 +206,21 @@ def at_their_best(bench: Bench, case: Case, budget: float) -> Iterator[Chosen]:
         yield Chosen(peer.name, name, rates[name], has_steps=True)
 
 
-def rows_of_seed(
-    case: Case, seed: int, budget: float, methods: list[Chosen], count: int
-) -> list[Row]:
+def rows_of_seed(compared: Comparison, budget: float, methods: list[Chosen]) -> list[Row]:
     """All methods under one seed."""
-    compared = Comparison(case, seed, count)
+    case, seed = compared.case, compared.seed
     started = now()
     data, held_out = case.all_data
     limits = {"budget": 50, "max_seconds": budget}
     prior = improve(case.source, data, held_out=held_out, seed=seed, **limits)
     seconds = now() - started
     print(prior.report, flush=True)
-    ours, numbers = compared.measured(lambda n: prior.sample(n).x)
-    found = [row(ours, ours, method="improve(50)", size="", fit_seconds=seconds, **numbers)]
+    ours, numbers = compared.measured(OURS, lambda n: prior.sample(n).x)
+    found = [row(ours, ours, method=OURS, size="", fit_seconds=seconds, **numbers)]
     for name, size, fit, has_steps in methods:
         torch.manual_seed(seed)
         source, seconds = within(fit, case, budget, has_steps=has_steps)
-        gap, numbers = compared.measured(images_of(source))
+        gap, numbers = compared.measured(name, images_of(source))
         found.append(row(gap, ours, method=name, size=size, fit_seconds=seconds, **numbers))
         print(f"{name}, {size}, seed {seed}: {gap.gap_closed:.3f}", flush=True)
     return found
@@ -227,6 +231,9 @@ def main() -> None:
     made.add_argument("--data", choices=["mnist", "cifar10", "digits"], default="mnist")
     made.add_argument("--model", choices=["flat", "hierarchical"], default="flat")
     made.add_argument("--budget", type=float, default=300.0, metavar="SECONDS")
+    made.add_argument(
+        "--samples", type=Path, metavar="DIR", help="write every method's images, for judges.py"
+    )
     options = made.parse_args()
     budget = options.budget / (100 if options.quick else 1)
     count = (
@@ -240,7 +247,11 @@ def main() -> None:
     print(f"{machine()}; {case.facts}", flush=True)
     methods = list(at_their_best(bench, case, budget))
     for seed in options.seed:
-        make = partial(rows_of_seed, case, seed, budget, methods, count)
+
+        def make(seed: int = seed) -> list[Row]:
+            compared = Comparison(case, seed, count, options.samples)
+            return rows_of_seed(compared, budget, methods)
+
         bench.add(make, kind="method", name="", seed=seed)
     print(table([kept for kept in bench.rows if kept["kind"] == "method"], COLUMNS))
 

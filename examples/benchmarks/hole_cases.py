@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench import Bench
 from torch import Tensor, nn
@@ -316,3 +318,14 @@ def _hierarchical(bench: Bench) -> Case:
 def slug(name: str) -> str:
     """A name as a part of a file's name."""
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def image_file(samples: Path, case: str, method: str, seed: int) -> Path:
+    """The file of a method's images, (generations, N, C, H, W) in bytes, which judges.py reads."""
+    return samples / f"{slug(f'{case}-{method}-{seed}')}.npy"
+
+
+def save_images(file: Path, generations: list[Tensor]) -> None:
+    """Writes the images in [0, 1] of all generations."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, (torch.stack(generations).clamp(0, 1) * 255).round().byte().numpy())

@@ -3,7 +3,7 @@
     NCPRIOR_DATA=... python examples/benchmarks/prior_hole.py --data cifar10 --samples images --json hole.json
     NCPRIOR_DATA=... python examples/benchmarks/judges.py --hole hole.json --samples images --json judges.json
 
-`classifier` is the gap closed that prior_hole.py measured, on 64 features of a classifier that it trained
+The same with equal_budget.py. `classifier` is the gap closed that the benchmark measured, on 64 features of a classifier that it trained
 itself. `resnet` is on 64 features of a ResNet-56 for CIFAR-10, whose weights are read from
 $NCPRIOR_DATA/resnet56-cifar10. `efficientnet` is on the 64 largest principal components of 1,280
 features of EfficientNet-Lite0 for ImageNet, on images of 128 pixels; it comes with the packages
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
-from hole_cases import slug
+from hole_cases import image_file
 from hole_methods import OTHERS
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu
@@ -133,8 +133,8 @@ def efficientnet(reference: Tensor) -> Judge:
 
 
 def drawn(samples: Path, method: str, seed: int, count: int) -> list[Tensor]:
-    """The first images of each generation of a method, as prior_hole.py has written them."""
-    file = samples / f"{slug(f'cifar10-{method}-{seed}')}.npy"
+    """The first images of each generation of a method, as its benchmark has written them."""
+    file = image_file(samples, "cifar10", method, seed)
     stored = np.load(file, mmap_mode="r", allow_pickle=False)
     return [torch.from_numpy(np.array(part[:count])) / 255 for part in stored]
 
@@ -203,7 +203,11 @@ def main() -> None:
     test = read_images("uoft-cs/cifar10", "test")
     panel = Panel(test.rows(slice(1000)) if options.quick else test, options.samples, count)
     for row in found:
-        if row["seed"] in options.seed and row["method"] not in (BASE, POSTERIOR, OTHERS):
+        if (
+            row.get("kind") != "choice"
+            and row["seed"] in options.seed
+            and row["method"] not in (BASE, POSTERIOR, OTHERS)
+        ):
             key = {"method": row["method"], "seed": row["seed"]}
             bench.add(partial(panel.measured, classifier=row["gap_closed"], **key), **key)
     print(f"\n{table(bench.rows, COLUMNS)}\n")

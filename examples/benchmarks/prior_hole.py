@@ -28,11 +28,10 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from bench import Bench, Row, chosen, machine, parser, table, with_methods
 from clock import now, peak_growth
-from hole_cases import Case, make_case, slug
+from hole_cases import Case, image_file, make_case, save_images, slug
 from hole_methods import BATCH, OTHERS, Fitted, Heads, Method, evaluations, methods
 from torch import Tensor
 
@@ -178,7 +177,7 @@ class Comparison:
                 images.append(x)
         total = GENERATIONS * self.count
         if self.samples is not None:
-            self._save(method, images)
+            save_images(self._file(method), images)
         costs = {
             "fit_seconds": fitted.seconds,
             "sample_seconds_per_10k": took * 10_000 / total,
@@ -206,14 +205,7 @@ class Comparison:
         return (nearest(z[:2000]).mean() / nearest(self.case.fresh_encodings[:2000]).mean()).item()
 
     def _file(self, method: Method) -> Path:
-        folder = Path(".") if self.samples is None else self.samples
-        return folder / f"{slug(f'{self.case.name}-{method.name}-{self.seed}')}.npy"
-
-    def _save(self, method: Method, images: list[Tensor]) -> None:
-        file = self._file(method)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (torch.stack(images).clamp(0, 1) * 255).round().byte()
-        np.save(file, pixels.numpy())
+        return image_file(self.samples or Path(), self.case.name, method.name, self.seed)
 
 
 COSTS = (

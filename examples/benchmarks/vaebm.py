@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table, with_settings
 from clock import now
-from hole_cases import Case, make_case, slug
+from hole_cases import Case, image_file, make_case, save_images, slug
 from hole_methods import BATCH, Heads, Stopwatch, on_images
 from ood_sets import outside
 from torch import Tensor
@@ -285,7 +285,7 @@ class Comparison:
             for steps in lengths:
                 features[steps].append(torch.cat(parts[steps]))
         if self.samples is not None:
-            self._save(name, images)
+            save_images(self._file(name), list(torch.cat(images).chunk(GENERATIONS)))
         print(f"{name}, seed {self.seed}: drawn in {sum(seconds.values()):.0f} s", flush=True)
         found = {f"features{steps}": torch.stack(features[steps]) for steps in lengths}
         spent = np.cumsum([seconds[steps] for steps in lengths]) * 1000 / (GENERATIONS * count)
@@ -355,14 +355,7 @@ class Comparison:
         }
 
     def _file(self, name: str) -> Path:
-        folder = Path(".") if self.samples is None else self.samples
-        return folder / f"{slug(f'{self.case.name}-{name}-{self.seed}')}.npy"
-
-    def _save(self, name: str, images: list[Tensor]) -> None:
-        file = self._file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (torch.cat(images).clamp(0, 1) * 255).round().byte()
-        np.save(file, pixels.unflatten(0, (GENERATIONS, -1)).numpy())
+        return image_file(self.samples or Path(), self.case.name, name, self.seed)
 
 
 def _pixels(vae: Any, z: Tensor) -> Distribution:  # noqa: ANN401
