@@ -8,13 +8,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from ncprior.data.encodings import walk_bytes
-from ncprior.data.rows import Rows
 from ncprior.data.stream import first_batch
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
+from ncprior.recipe.caches import walk_cache
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, draws_slowly, has_condition
 from ncprior.recipe.record import Record
@@ -25,9 +22,7 @@ from ncprior.training.gating import gate
 from ncprior.training.history import History
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import cache_size
-from ncprior.utils.batches import own_batch
 from ncprior.utils.precision import fast_precision
-from ncprior.utils.random_state import seeded
 
 _PROBED = 512  # rows for the shapes and scales of a head
 
@@ -123,21 +118,11 @@ def train_heads(
 def _caches(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dict[str, Any]:
     """Settings under which walks, and draws of a base that is slow to sample, are reused."""
     if not draws_slowly(source):
-        return walk_cache(source, parts, record) if source.num_groups > 1 else {}
+        several = source.num_groups > 1
+        return walk_cache(source, parts, record, _WALK_EPOCHS) if several else {}
     if has_condition(source, parts) or source.num_groups > 1:  # a draw of its own for each row
         return {"cache_epochs": math.inf}
     return {"num_cached_proposals": cache_size(parts.num_train, _PER_ROW, _CACHED)}
-
-
-def walk_cache(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dict[str, Any]:
-    """Settings under which walks are reused, if they fit in memory and no time limit may end before."""
-    train = parts.train
-    if record.left() is not None or not isinstance(train, Tensor | Rows):
-        return {}
-    with seeded(0):
-        row = walk_bytes(source, own_batch(first_batch(train, 2), device_of(source)))
-    fits = row * len(train) <= FitSettings().cache_memory * 2**30
-    return {"cache_epochs": _WALK_EPOCHS} if fits else {}
 
 
 def _default_width(prior: NCPrior) -> int:

@@ -13,10 +13,10 @@ from ncprior.bases.joint import JointSource
 from ncprior.data.stream import first_batch
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
+from ncprior.recipe.caches import draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
-from ncprior.recipe.heads import walk_cache
 from ncprior.recipe.judge import Gap, kept, measure_gaps
-from ncprior.recipe.parts import Parts, bases_of, draws_to_store, first_group, off
+from ncprior.recipe.parts import Parts, bases_of, first_group, off
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler
 from ncprior.samplers.sir import sir
@@ -148,7 +148,7 @@ def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None
             weight_decay=0.05,
             num_cached_proposals=count,
             precision=fast_precision(device_of(whole.source)),
-            **walk_cache(whole.source, parts, record),
+            **walk_cache(whole.source, parts, record, math.inf),
         ),
     )
     record.histories.append(history)

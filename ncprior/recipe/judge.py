@@ -16,12 +16,12 @@ from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
+from ncprior.recipe.caches import draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice, Score
 from ncprior.recipe.parts import (
     OWN_DRAW,
     Parts,
     draws_slowly,
-    draws_to_store,
     has_condition,
     off,
 )
@@ -149,11 +149,13 @@ def remaining_gap(
     """
     device = device_of(prior.source)
     single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
-    limits = _CACHED_WALKS if isinstance(prior.source, JointSource) else _CACHED
+    of_walks = isinstance(prior.source, JointSource)
+    limits = _CACHED_WALKS if of_walks else _CACHED
     count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, limits))
     settings = FitSettings(
         num_cached_proposals=count if single else None,
         precision=fast_precision(device),
+        **(walk_cache(prior.source, parts, record, math.inf) if of_walks else {}),
     )
     left, started = record.left(_SHARE), time.monotonic()
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")

@@ -19,7 +19,6 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, GROUPS, OLD
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, LatentSource, device_of, num_rows
-from ncprior.training.settings import FitSettings
 from ncprior.utils.batches import own_batch, shuffle_rows, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
@@ -119,6 +118,8 @@ def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # n
 
 def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
     """Returns whether the prior of a source with one group differs from row to row."""
+    if isinstance(source, JointSource):
+        return False
     return first_group(source, parts.choose).context is not None or source.shared_prior() is None
 
 
@@ -163,13 +164,6 @@ def off(prior: NCPrior) -> NCPrior:
     prior.active = [False] * prior.source.num_groups
     prior.sampler, prior.strength = OWN_DRAW, 1.0
     return prior.eval()
-
-
-def draws_to_store(source: LatentSource[Any, Any], count: int) -> int:
-    """Returns the number of draws of a base to make once and reuse: below a joint head, few large ones."""
-    if not isinstance(source, JointSource):
-        return count
-    return min(count, int(FitSettings().cache_memory * 2**30 / source.bytes_per_row))
 
 
 def first_group(source: LatentSource[Any, Any], data: Any) -> Group:  # noqa: ANN401

@@ -39,7 +39,7 @@ from ncprior.data.encodings import walk_bytes
 from ncprior.data.rows import Rows
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
-from ncprior.recipe import Choice, base, heads, judge
+from ncprior.recipe import Choice, base, caches, heads, judge
 from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
@@ -220,9 +220,9 @@ def test_walks_through_several_groups_are_cached_where_they_fit(
     rows = Rows(data).take(torch.arange(750))
     for memory, fits in ((750 * row, True), (750 * row - 1, False)):
         kept = FitSettings(cache_memory=memory / 2**30)
-        monkeypatch.setattr(heads, "FitSettings", lambda kept=kept: kept)
+        monkeypatch.setattr(caches, "FitSettings", lambda kept=kept: kept)
         record = Record(progress=False, max_seconds=None)
-        settings = heads.walk_cache(source, Parts(rows, rows, rows, 750), record)
+        settings = caches.walk_cache(source, Parts(rows, rows, rows, 750), record, 2)
         assert settings == ({"cache_epochs": 2} if fits else {})
 
 

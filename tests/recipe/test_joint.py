@@ -12,14 +12,14 @@ from helpers.recipe import make_quick
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ncprior import Group, NCPrior, improve, sir
+from ncprior import Group, NCPrior, fit, improve, sir
 from ncprior.bases import JointSource, rebase
 from ncprior.heads import MLPHead
-from ncprior.recipe import joint, report_on
-from ncprior.recipe import parts as recipe_parts
+from ncprior.recipe import caches, joint, judge, report_on
+from ncprior.recipe.caches import draws_to_store
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, draws_to_store, parts_of, vae_of
+from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, parts_of, vae_of
 from ncprior.recipe.record import Record
 from ncprior.training import FitSettings
 
@@ -133,6 +133,21 @@ def test_where_nothing_is_left_the_prior_stays() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_every_training_draws_walks_and_encodes_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def recorded(*args: Any, settings: FitSettings, **options: Any) -> Any:
+        found.append((settings.num_cached_proposals, settings.cache_epochs))
+        return fit(*args, settings=settings, **options)
+
+    for module in (joint, judge):
+        monkeypatch.setattr(module, "fit", recorded)
+    joined(*blind())
+    # 2,250 rows of training data; two classifiers, of the old prior and of the new
+    assert found == [(4500, math.inf), (10_000, math.inf), (10_000, math.inf)]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its draws are those of the smallest ratio; the gaps are those of all groups together."""
     prior, parts = blind()
@@ -188,7 +203,7 @@ def test_walks_are_as_many_as_memory_and_time_allow(monkeypatch: pytest.MonkeyPa
     record = Record(progress=False, max_seconds=None)
     assert joint._num_walks(source, parts, record) == 2 * parts.num_train
     kept = FitSettings(cache_memory=100 * 4 * 4 / 2**30)  # two latents and two means each
-    monkeypatch.setattr(recipe_parts, "FitSettings", lambda: kept)
+    monkeypatch.setattr(caches, "FitSettings", lambda: kept)
     assert joint._num_walks(source, parts, record) == 100
     assert draws_to_store(prior.source, 500) == 500
 

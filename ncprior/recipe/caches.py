@@ -1,0 +1,46 @@
+"""Walks and draws that are made once and reused, as far as memory and time allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ncprior.bases.joint import JointSource
+from ncprior.data.encodings import walk_bytes
+from ncprior.data.rows import Rows
+from ncprior.data.stream import first_batch
+from ncprior.recipe.parts import Parts
+from ncprior.recipe.record import Record
+from ncprior.source import LatentSource, device_of
+from ncprior.training.settings import FitSettings
+from ncprior.utils.batches import own_batch
+from ncprior.utils.random_state import seeded
+
+
+def draws_to_store(source: LatentSource[Any, Any], count: int) -> int:
+    """Returns the number of draws of a base to make once and reuse: below a joint head, few large ones."""
+    if not isinstance(source, JointSource):
+        return count
+    return min(count, int(_memory() / source.bytes_per_row))
+
+
+def walk_cache(
+    source: LatentSource[Any, Any], parts: Parts, record: Record, epochs: float
+) -> dict[str, Any]:
+    """Returns settings under which walks of rows are reused for some epochs.
+
+    They are empty if the walks do not fit in memory, if rows may differ from time to time, or if
+    there is a limit of time, which may end before all walks are made.
+    """
+    train = parts.train
+    if record.left() is not None or not isinstance(train, Tensor | Rows):
+        return {}
+    with seeded(0):
+        row = walk_bytes(source, own_batch(first_batch(train, 2), device_of(source)))
+    return {"cache_epochs": epochs} if row * len(train) <= _memory() else {}
+
+
+def _memory() -> float:
+    """Bytes for draws or walks."""
+    return FitSettings().cache_memory * 2**30
