@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 
+from ncprior.bases.joint import JointSource
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import LatentSource, num_rows, require_source, sample_posterior
@@ -103,8 +104,7 @@ def draw_arms(
     require_flags(progress=progress)
     total = num_rows(x)
     require_counts(**{"The number of rows of x": total})
-    old = NCPrior(prior.source if base is None else base, prior.heads)
-    old.active = [False] * len(old.heads)
+    old = _off(prior, prior.source if base is None else base)
     arms = {"base prior": old, "NCP": prior, "posterior": prior}
     kept: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
     first: dict[str, Generation] = {}
@@ -119,6 +119,16 @@ def draw_arms(
         kept[arm].append(in_batches(features, generation.x))
         first.setdefault(arm, generation)
     return kept, first
+
+
+def _off(prior: NCPrior, source: LatentSource[Any, Any]) -> NCPrior:
+    """The source's own prior; below a joint head, the VAE has the heads of its groups."""
+    heads: nn.Module = prior.heads
+    if isinstance(prior.source, JointSource) and not isinstance(source, JointSource):
+        heads = prior.source.prior.heads
+    old = NCPrior(source, heads)
+    old.active = [False] * source.num_groups
+    return old
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.problems import CorrelatedPair
 from helpers.recipe import make_quick
 from helpers.toys import Ladder, ladder_prior
 from PIL import Image
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Binomial, Independent, Normal, kl_divergence
 
 from ncprior import NCPrior, SingleGroup, improve, sir
+from ncprior.bases import JointSource
 from ncprior.demo import run as demo
 from ncprior.demo.arms import draw_arms, log_z
 from ncprior.demo.datasets import digits
@@ -320,6 +322,34 @@ def test_the_arms_are_what_they_are_called(tilted: NCPrior) -> None:
         assert torch.equal(features[arm][0], first[arm].x)
         assert not torch.equal(features[arm][1], features[arm][0])
         assert bool(first[arm].ess.isnan().all()) is (arm != "NCP")
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions of a row")  # two latents of ten
+def test_the_base_below_a_joint_head_is_the_prior_of_the_vae() -> None:
+    """One draw from each arm: without the heads below, a joint head would draw from the aggregate."""
+    problem = CorrelatedPair()
+    first = NCPrior(problem, problem.heads())
+    first.sampler = partial(sir, num_proposals=50)
+    x = problem.data(2000)
+    whole = NCPrior.for_source(JointSource(first), x, width=8)
+
+    def correlations(base: Any) -> dict[str, float]:
+        _, arms = draw_arms(
+            *(whole, partial(sir, num_proposals=2), x),
+            features=lambda x: x,
+            num_samples=2000,
+            generations=1,
+            base=base,
+            progress=False,
+        )
+        return {arm: torch.corrcoef(one.x.T)[0, 1].item() for arm, one in arms.items()}
+
+    for vae, old in ((problem, 0.0), (None, 0.8), (JointSource(first), 0.8)):
+        assert correlations(vae) == {
+            "base prior": pytest.approx(old, abs=0.1),
+            "NCP": pytest.approx(0.8, abs=0.05),
+            "posterior": pytest.approx(0.8, abs=0.05),
+        }
 
 
 def test_the_posterior_arm_takes_every_training_image_as_often(tilted: NCPrior) -> None:
