@@ -642,13 +642,13 @@ def test_judges_read_the_first_images_of_each_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
-    images = torch.arange(2 * 3 * 3 * 4 * 4).reshape(2, 3, 3, 4, 4) / 255 % 1
+    images = (torch.arange(2 * 3 * 3 * 4 * 4) % 256).reshape(2, 3, 3, 4, 4) / 255
     cases = load("hole_cases")
-    file = cases.image_file(tmp_path / "new", "CIFAR-10".replace("-", ""), "NCP on x, SIR(50)", 1)
+    file = cases.image_file(tmp_path / "new", "cifar10", "NCP on x, SIR(50)", 1)
     assert file.name == "cifar10-ncp-on-x--sir-50--1.npy"
     cases.save_images(file, [*images])
     found = load("judges").drawn(tmp_path / "new", "NCP on x, SIR(50)", 1, 2)
-    assert torch.allclose(torch.stack(found), images[:, :2], atol=1e-6)
+    assert torch.equal(torch.stack(found), images[:, :2])
 
 
 def test_methods_of_equal_budget_are_drawn_from_once_for_all_judges(
@@ -681,3 +681,16 @@ def test_methods_of_equal_budget_are_drawn_from_once_for_all_judges(
         assert len(found) == budget.GENERATIONS
         assert torch.stack(found).mean().item() == pytest.approx(mean, abs=0.02)
         assert not torch.equal(found[0], found[1])
+
+
+def test_a_training_of_this_run_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads for 10 s and a joint head for 20 s: all of now, or the joint head resumed in 1 s."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = load("hole_methods")._trained_before
+    histories = [SimpleNamespace(rows=[SimpleNamespace(seconds=s)]) for s in (10.0, 20.0)]
+    for joint, expected in ((20.0, 0.0), (1.0, 19.0)):
+        choices = [
+            SimpleNamespace(part=part, seconds=seconds)
+            for part, seconds in (("heads", 10.0), ("joint head", joint), ("keep", 5.0))
+        ]
+        assert before(SimpleNamespace(choices=choices, histories=histories)) == expected

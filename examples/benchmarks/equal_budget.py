@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now
-from hole_cases import Case, image_file, make_case, save_images
+from hole_cases import BASE, POSTERIOR, Case, image_file, make_case, save_images
 from hole_methods import from_source
 from hole_peers import Fit, Peer, peers
 from torch import Tensor
@@ -56,7 +56,7 @@ COLUMNS = {
     "seconds_per_10k": ">15.1f",
 }
 GENERATIONS, BATCH = 5, 1000
-BASE, POSTERIOR, OURS = "N(0, I)", "posterior", "improve(50)"
+OURS = "improve(50)"
 FEW = 50  # steps that measure the time of one
 RATES = (1e-3, 3e-4, 3e-3)  # learning rates; the first one is that of the sizes
 Images = Callable[[int], Tensor]

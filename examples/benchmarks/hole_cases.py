@@ -320,6 +320,9 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
+BASE, POSTERIOR = "N(0, I)", "posterior"  # the methods that all others are judged against
+
+
 def image_file(samples: Path, case: str, method: str, seed: int) -> Path:
     """The file of a method's images, (generations, N, C, H, W) in bytes, which judges.py reads."""
     return samples / f"{slug(f'{case}-{method}-{seed}')}.npy"

@@ -431,8 +431,9 @@ def _improved(bench: Bench, case: Case, seed: int, budget: int) -> Trained:
 
 
 def _trained_before(report: Improvement) -> float:
-    """Seconds of the heads' training in earlier runs, which a checkpoint has saved."""
-    now_spent = sum(it.seconds or 0.0 for it in report.choices if it.part == "heads")
+    """Seconds of the training of all heads in earlier runs, which checkpoints have saved."""
+    trained = ("heads", "joint head")
+    now_spent = sum(it.seconds or 0.0 for it in report.choices if it.part in trained)
     spent: float = sum(history.rows[-1].seconds for history in report.histories)
     return max(0.0, spent - now_spent)
 

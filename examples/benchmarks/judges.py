@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
-from hole_cases import image_file
+from hole_cases import BASE, POSTERIOR, image_file
 from hole_methods import OTHERS
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu
@@ -38,7 +38,6 @@ COLUMNS = {
     **{key: ">17.3f" for key in ("efficientnet", "efficientnet_low", "efficientnet_high")},
 }
 JUDGES = ("classifier", "resnet", "efficientnet")
-BASE, POSTERIOR = "N(0, I)", "posterior"
 COMPONENTS = 64  # of EfficientNet's features
 DOGS = range(151, 269)  # breeds among the classes of ImageNet
 DOG = 5  # the class of CIFAR-10

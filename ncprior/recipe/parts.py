@@ -119,7 +119,7 @@ def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # n
 def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
     """Returns whether the prior of a source with one group differs from row to row."""
     if isinstance(source, JointSource):
-        return False
+        return False  # it takes no condition, and its prior, drawn as a batch, is never "shared"
     return first_group(source, parts.choose).context is not None or source.shared_prior() is None
 
 
