@@ -5,11 +5,12 @@
 
 Every fit has a budget of seconds: the number of steps follows from the measured time of one. Every
 method has several sizes, each with the whole budget, and, of the best of them, several learning
-rates. They are chosen with the first seed, and what the others took is not counted. The criterion is
-the log-likelihood of held-out latents, or, for methods without one, the Fréchet distance of draws to
+rates. What has no steps, such as a mixture, has the sizes that are done within the budget. They are
+chosen with the first seed, and what the others took is not counted. The criterion is the
+log-likelihood of held-out latents, or, for methods without one, the Fréchet distance of draws to
 held-out latents. No choice sees images. `improve` is told the budget as max_seconds, the seed, and
-50 evaluations per sample; nothing of it is tuned. With --model hierarchical, the peers are given the
-earlier groups.
+50 evaluations per sample; nothing of it is tuned. With --model hierarchical, the peers are given
+the earlier groups.
 
 `gap_closed` and `near_copies` are those of prior_hole.py. `over_improve` is the paired difference to
 `improve(50)`: below 0, `improve` is better. Seconds are of the core where there is one thread
@@ -182,8 +183,9 @@ def at_their_best(bench: Bench, case: Case, budget: float) -> Iterator[Chosen]:
             print(f"{peer.name}, {size}", flush=True)
             make = partial(score, fit, has_steps=peer.has_steps)
             (kept,) = bench.add(make, kind="choice", name=f"{peer.name}, {size}", seed=0)
-            if peer.has_steps or kept["seconds"] < budget:
-                scores[size] = kept["score"]
+            if not peer.has_steps and kept["seconds"] >= budget:
+                break  # larger ones take longer still
+            scores[size] = kept["score"]
         return max(scores, key=scores.__getitem__)
 
     for peer in peers(case):

@@ -168,7 +168,7 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
             model, getattr(samplers, f"{kind}SamplerConfig")(**config)
         )
         options = {}
-        images, held_out = _images_of(case)
+        images, held_out = images_of_rows(case)
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
             if kind != "GaussianMixture":
                 options = {"eval_data": held_out}
@@ -206,7 +206,7 @@ def pythaes(kind: str, **config: object) -> Callable[[Case, int], Fitted]:
     return run
 
 
-def _images_of(case: Case) -> tuple[Tensor, Tensor]:
+def images_of_rows(case: Case) -> tuple[Tensor, Tensor]:
     """Training and held-out images."""
     return case.images[: -case.num_held_out], case.images[-case.num_held_out :]
 
@@ -467,10 +467,10 @@ BASES: dict[str, Callable[[Case], Any]] = {
         case.encodings, steps=case.base_steps if case.quick else 5000
     ),
     "VampPrior": lambda case: fit_vamp(  # each step encodes all 500
-        on_images(case), _images_of(case)[0], 500, steps=case.base_steps // 4
+        on_images(case), images_of_rows(case)[0], 500, steps=case.base_steps // 4
     ),
     "VampPrior, not trained": lambda case: fit_vamp(  # 500 random images as they are
-        on_images(case), _images_of(case)[0], 500, steps=0
+        on_images(case), images_of_rows(case)[0], 500, steps=0
     ),
     "training encodings": lambda case: Empirical(case.encodings),
 }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hole_cases import Case
-from hole_methods import tempered
+from hole_methods import images_of_rows, on_images, tempered
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.optim.swa_utils import AveragedModel
@@ -25,6 +25,7 @@ from ncprior.bases import (
     fit_flow_matching,
     fit_flows,
     fit_mixture,
+    fit_vamp,
     rebase,
 )
 from ncprior.heads import MLPHead
@@ -124,7 +125,7 @@ def fit_energy(
 
 
 class Peer(NamedTuple):
-    """A method, and its sizes by name; `has_steps` tells whether the number of steps is free."""
+    """A method, and its sizes by name, the least first; `has_steps`: the number of steps is free."""
 
     name: str
     sizes: Mapping[str, Fit]
@@ -172,6 +173,11 @@ def flat_peers() -> list[Peer]:
     def matching(z: Tensor, *, width: int, **loop: Any) -> Any:  # noqa: ANN401
         return fit_flow_matching(z, width=width, **loop, **LOOP)
 
+    def vamp(case: Case, *, components: int, **loop: Any) -> LatentSource:  # noqa: ANN401
+        images, _ = images_of_rows(case)
+        found = fit_vamp(on_images(case), images, components, **loop, **LOOP)
+        return rebase(case.source, found)
+
     def on_encodings(fit: Callable[..., Any]) -> Fit:
         def fitted(case: Case, **options: Any) -> LatentSource:  # noqa: ANN401
             found = fit(case.encodings, **options)
@@ -180,17 +186,20 @@ def flat_peers() -> list[Peer]:
         return fitted
 
     flows = {"transforms": (4, 8, 6), "width": (128, 128, 256)}
-    widths = {"width": (128, 256, 512)}
-    components = {"components": (10, 30, 100, 300, 1000)}
+    widths, narrow = {"width": (256, 512)}, {"width": (128, 256)}
+    components, inputs = (
+        {"components": numbers} for numbers in ((10, 30, 100, 300, 1000), (100, 500))
+    )
     persistent = partial(fit_energy, persistent=True)
     return [
         Peer("mixture", sized(on_encodings(mixture), **components), has_steps=False),
+        Peer("VampPrior", sized(vamp, **inputs)),
         Peer("spline flow", sized(on_encodings(spline), **flows)),
         Peer("masked autoregressive flow", sized(on_encodings(masked), **flows)),
         Peer("flow matching", sized(on_encodings(matching), **widths)),
         Peer("diffusion", sized(on_encodings(fit_diffusion), **widths)),
-        Peer("energy, short-run MCMC", sized(on_encodings(fit_energy), **widths)),
-        Peer("energy, persistent MCMC", sized(on_encodings(persistent), **widths)),
+        Peer("energy, short-run MCMC", sized(on_encodings(fit_energy), **narrow)),
+        Peer("energy, persistent MCMC", sized(on_encodings(persistent), **narrow)),
     ]
 
 
