@@ -301,6 +301,19 @@ def test_a_table_of_a_domain_has_its_own_columns(tables: ModuleType, tmp_path: P
     ]
 
 
+def test_a_table_of_equal_budgets_has_no_choices(tables: ModuleType) -> None:
+    rows = [{"kind": "choice", "name": "flow, width 8", "seed": 0, "score": -3.0, "seconds": 9.0}]
+    for seed, over in ((0, -0.1), (1, -0.3)):
+        ends = {"over_improve_low": over - 0.1, "over_improve_high": over + 0.1}
+        row = {"kind": "method", "name": "", "seed": seed, "method": "flow", "size": "width 8"}
+        rows.append({**row, "over_improve": over, **ends})
+    assert tables.equal(rows) == [
+        "| method | size | seeds | over improve |",
+        "|---|---|---|---|",
+        "| flow | width 8 | 2 | -0.200 ± 0.141 (-0.300 to -0.100) |",
+    ]
+
+
 def test_a_table_of_energies_has_a_line_per_length_and_the_areas_of_one(
     tables: ModuleType, tmp_path: Path
 ) -> None:

@@ -235,6 +235,12 @@ def domain(rows: list[Row]) -> list[str]:
     return lines
 
 
+def equal(rows: list[Row]) -> list[str]:
+    """Table of equal_budget.py: every method at its best, without the choices."""
+    kept = [row for row in rows if row["kind"] == "method"]
+    return domain([{key: row[key] for key in row if key not in ("kind", "name")} for row in kept])
+
+
 def counted(words: list[str]) -> str:
     """Different words, each with how often it occurs if there are several."""
     counts = Counter(words)
@@ -288,6 +294,10 @@ TABLES = {
     "vaebm_mnist_50": Table(energies, "vaebm.py --data mnist --proposals 50"),
     "vaebm_cifar10": Table(energies, "vaebm.py --data cifar10"),
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
+    "equal_mnist": Table(equal, "equal_budget.py --data mnist --budget 120"),
+    "equal_hierarchical": Table(
+        equal, "equal_budget.py --data mnist --model hierarchical --budget 240"
+    ),
     "any_vae": Table(domain, "any_vae.py"),
     "wide_gaps": Table(domain, "wide_gaps.py"),
     "best_prior": Table(domain, "best_prior.py"),

@@ -173,7 +173,7 @@ def remaining_gap(
             steps=_STEPS,
             patience=parts.patience,
             max_seconds=left,
-            progress=False,
+            progress=record.progress,
             settings=settings,
         )
         measured = HeldOut(parts.judge, fresh, _BATCH, int(torch.randint(2**31, ())))(device)

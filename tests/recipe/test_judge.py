@@ -134,3 +134,13 @@ def test_the_gap_of_a_better_prior_is_smaller(monkeypatch: pytest.MonkeyPatch) -
     gap = remaining_gap(prior, OWN_DRAW, parts(), record, name="fitted base")
     for mean in gap.judge:
         assert abs(mean.value) < 4 * mean.error + 0.002
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_the_classifiers_show_how_far_they_are(
+    progress: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judge, "_STEPS", 20)
+    record = Record(progress=progress, max_seconds=None)
+    remaining_gap(prior_of(Pair()), OWN_DRAW, parts(400), record, name="prior")
+    assert ("20/20" in capfd.readouterr().err) == progress
