@@ -696,6 +696,22 @@ def test_methods_of_equal_budget_are_drawn_from_once_for_all_judges(
         assert not torch.equal(found[0], found[1])
 
 
+def test_the_vae_s_own_prior_is_a_rival_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lower temperature may be worse than no change at all."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    best_rival = load("prior_hole").best_rival
+    families = {"base prior": "reference", "temperature 0.9": "peer", "NCP": "ours"}
+    methods = [SimpleNamespace(name=name, family=family) for name, family in families.items()]
+
+    def gaps(colder: float) -> dict[str, Any]:
+        values = zip(families, (0.0, colder, 0.9), strict=True)
+        return {name: SimpleNamespace(gap_closed=value) for name, value in values}
+
+    assert best_rival(methods, gaps(-0.3)) == "base prior"
+    assert best_rival(methods, gaps(0.2)) == "temperature 0.9"
+    assert best_rival(methods[::2], gaps(0.2)) is None
+
+
 def test_a_training_of_this_run_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads for 10 s and a joint head for 20 s: all of now, or the joint head resumed in 1 s."""
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -9,8 +9,9 @@ samples under the same seeds, and is judged by Fréchet distance on the features
 classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior
 samples of training images, with an interval over 5 generations and a resampled reference. `posterior of
 other images` decodes half of the test images, with the other half as the reference of that row: a ceiling without copying.
-`over_rival` is the paired difference to the best fitted prior of that seed that uses no ratio head,
-of whatever size. `matched`: at the strength that ncprior.diagnostics finds for the sampler.
+`over_rival` is the paired difference to the best of that seed among the peers and the VAE's own
+prior; a run without peers does not have it. `matched`: at the strength that ncprior.diagnostics finds
+for the sampler.
 
 `family`: ours uses a trained ratio head; a reference is the base, the posterior, or what stores
 more than a tenth as many numbers as the training encodings; the rest are peers. pythae's samplers
@@ -24,7 +25,7 @@ growth of resident memory in a batch of 1,000.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,13 @@ COLUMNS = {
 }
 GENERATIONS = 5
 Drawn = Mapping[str, Tensor]
+
+
+def best_rival(methods: Sequence[Method], gaps: Mapping[str, GapClosed]) -> str | None:
+    """The best of the peers and of the VAE's own prior, the first method; none without peers."""
+    peers = [method.name for method in methods if method.family == "peer" and method.name in gaps]
+    rivals = [methods[0].name, *peers] if peers else []
+    return max(rivals, key=lambda name: gaps[name].gap_closed, default=None)
 
 
 class Comparison:
@@ -113,8 +121,7 @@ class Comparison:
         """The rows of the table."""
         gaps = {name: self._gap(name) for name in self.drawn}
         family = {method.name: self._family(method) for method in self.methods}
-        rivals = [m.name for m in self.methods if m.family == "peer" and m.name in gaps]
-        best = max(rivals, key=lambda name: gaps[name].gap_closed, default=None)
+        best = best_rival(self.methods, gaps)
         train = in_batches(self.case.features, self.case.images)
         rows = []
         for name, drawn in self.drawn.items():

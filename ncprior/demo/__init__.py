@@ -1,4 +1,4 @@
-"""Demonstration: the prior hole of a small VAE, closed by a ratio head."""
+"""Demonstration: the prior hole of a small VAE, closed by `improve`."""
 
 from ncprior.demo.arms import ARMS, Generation, draw_arms, in_batches
 from ncprior.demo.datasets import Labelled, digits, read_images, split
