@@ -593,15 +593,30 @@ def test_peers_get_the_size_and_the_rate_that_are_best_by_held_out_latents(
     source = SingleGroup(base(0.0), lambda x: PointMass(x), lambda z: z)
     x = 1 + torch.randn(500, 1)
     case = SimpleNamespace(source=source, held_out=x, fresh_encodings=x)
-    found = list(budget.at_their_best(budget.Bench(options, {}), case, 0.1))
+    found = budget.Choices(budget.Bench(options, {}), case, 0.1).all()
     assert [(one.name, one.size) for one in found] == [
         ("mixture", "components 10"),
         ("flow", "width 16, rate 0.003"),  # rates are tried at the best size alone
     ]
     assert set(tried) == set(budget.RATES)
-    assert budget.criterion(found[1].fit(case, steps=1), case) == pytest.approx(
+    assert budget.criterion(found[1].fit(case), case) == pytest.approx(
         -0.5 * math.log(2 * math.pi) - 0.5 * ((x - 2) ** 2).mean().item(), abs=1e-5
     )
+
+
+@pytest.mark.parametrize("once", [0.0, 5.0, 60.0])
+def test_the_steps_of_a_fit_fill_its_budget(once: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 10 ms; whatever is done once, such as encoding, may take most of a few steps."""
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    budget, clock = load("equal_budget"), [0.0]
+    monkeypatch.setattr(budget, "now", lambda: clock[0])
+
+    def fit(case: Any, *, steps: int) -> None:
+        clock[0] += once + 0.01 * steps
+
+    assert once + 0.01 * budget.steps_within(fit, None, 100.0) == pytest.approx(95, abs=0.1)
+    assert budget.steps_within(fit, None, 0.1) == budget.FEW  # too little time for more
 
 
 def test_bases_without_a_density_are_compared_by_their_draws(

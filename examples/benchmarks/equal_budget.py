@@ -18,7 +18,7 @@ the earlier groups.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,23 +58,29 @@ COLUMNS = {
 }
 GENERATIONS, BATCH = 5, 1000
 OURS = "improve(50)"
-FEW = 50  # steps that measure the time of one
+FEW, MANY = 50, 10**6  # steps that measure the time of one
 RATES = (1e-3, 3e-4, 3e-3)  # learning rates; the first one is that of the sizes
 Images = Callable[[int], Tensor]
 
 
-def within(fit: Fit, case: Case, budget: float, *, has_steps: bool) -> tuple[LatentSource, float]:
-    """Fits for a budget of seconds; returns the VAE with the new prior, and the seconds."""
+def timed(fit: Fit, case: Case) -> tuple[LatentSource, float]:
+    """The VAE with the new prior, and the seconds of its fit."""
     started = now()
-    if not has_steps:
-        return fit(case), now() - started
-    fit(case, steps=1)
-    once, started = now() - started, now()  # what is done once, such as encoding
-    fit(case, steps=FEW)
-    spent = now() - started
-    each = max(spent - once, spent / 3) / FEW
-    started = now()
-    return fit(case, steps=max(FEW, int((0.95 * budget - once) / each))), now() - started
+    found = fit(case)
+    return found, now() - started
+
+
+def steps_within(fit: Fit, case: Case, budget: float) -> int:
+    """The number of steps that take so many seconds, with what is done once, such as encoding."""
+    _, once = timed(partial(fit, steps=1), case)
+    steps = FEW
+    while True:
+        _, spent = timed(partial(fit, steps=steps), case)
+        share = (spent - once) / spent  # of the time, spent in steps
+        found = 1 + int((0.95 * budget - once) * (steps - 1) / (max(share, 1 / 3) * spent))
+        if share >= 1 / 3 or not steps < found < MANY:
+            return max(FEW, found)
+        steps = found
 
 
 def criterion(source: LatentSource, case: Case) -> float:
@@ -110,12 +116,11 @@ def images_of(source: LatentSource) -> Images:
 
 
 class Chosen(NamedTuple):
-    """A method at its best."""
+    """A method at its best; the fit has all its options."""
 
     name: str
     size: str
     fit: Fit
-    has_steps: bool
 
 
 class Comparison:
@@ -166,46 +171,72 @@ def row(gap: GapClosed, ours: GapClosed, **numbers: Any) -> Row:  # noqa: ANN401
     }
 
 
-def at_their_best(bench: Bench, case: Case, budget: float) -> Iterator[Chosen]:
-    """Every peer with the size and then the rate that are best by held-out latents, first seed."""
+class Choices:
+    """The size and then the rate of every peer that are best by held-out latents, first seed."""
 
-    def score(fit: Fit, *, has_steps: bool) -> list[Row]:
-        torch.manual_seed(0)
-        try:
-            found, seconds = within(fit, case, budget, has_steps=has_steps)
-        except FloatingPointError:
-            return [{"score": -math.inf, "seconds": 0.0}]
-        return [{"score": criterion(found, case), "seconds": seconds}]
+    def __init__(self, bench: Bench, case: Case, budget: float) -> None:
+        self.bench, self.case, self.budget = bench, case, budget
+        self.most = 1 if bench.settings["quick"] else None  # sizes and rates to try
 
-    def best(peer: Peer, sizes: Mapping[str, Fit]) -> str:
+    def all(self) -> list[Chosen]:
+        """Every peer at its best."""
+        return [
+            self.best_fit(peer) if peer.has_steps else self.best_in_time(peer)
+            for peer in peers(self.case)
+        ]
+
+    def best_in_time(self, peer: Peer) -> Chosen:
+        """Of a peer without steps, the best size that is done within the budget."""
         scores = {}
-        for size, fit in sizes.items():
-            print(f"{peer.name}, {size}", flush=True)
-            make = partial(score, fit, has_steps=peer.has_steps)
-            (kept,) = bench.add(make, kind="choice", name=f"{peer.name}, {size}", seed=0)
-            if not peer.has_steps and kept["seconds"] >= budget:
+        for size, fit in list(peer.sizes.items())[: self.most]:
+            found = self._kept(f"{peer.name}, {size}", partial(self._scored, fit))
+            if found["seconds"] >= self.budget:
                 break  # larger ones take longer still
-            scores[size] = kept["score"]
-        return max(scores, key=scores.__getitem__)
+            scores[size] = found["score"]
+        best = max(scores, key=scores.__getitem__)
+        return Chosen(peer.name, best, peer.sizes[best])
 
-    for peer in peers(case):
-        tried = 1 if bench.settings["quick"] else None
-        if not peer.has_steps:
-            size = best(peer, dict(list(peer.sizes.items())[:tried]))
-            yield Chosen(peer.name, size, peer.sizes[size], has_steps=False)
-            continue
-        first = f"rate {RATES[0]:g}"
-        sizes = {
-            f"{size}, {first}": partial(fit, learning_rate=RATES[0])
-            for size, fit in list(peer.sizes.items())[:tried]
-        }
-        size = best(peer, sizes).removesuffix(f", {first}")
-        rates = {
-            f"{size}, rate {rate:g}": partial(peer.sizes[size], learning_rate=rate)
-            for rate in RATES[:tried]
-        }
-        name = best(peer, rates)
-        yield Chosen(peer.name, name, rates[name], has_steps=True)
+    def best_fit(self, peer: Peer) -> Chosen:
+        """The best size at the first rate, and its best rate; all take the whole budget."""
+        fits = {size: self._whole(peer, size) for size in list(peer.sizes)[: self.most]}
+
+        def score(size: str, rate: float) -> float:
+            fit = partial(fits[size], learning_rate=rate)
+            name = f"{peer.name}, {size}, rate {rate:g}"
+            found: float = self._kept(name, partial(self._scored, fit))["score"]
+            return found
+
+        size = max(fits, key=lambda size: score(size, RATES[0]))
+        rate = max(RATES[: self.most], key=lambda rate: score(size, rate))
+        return Chosen(peer.name, f"{size}, rate {rate:g}", partial(fits[size], learning_rate=rate))
+
+    def _whole(self, peer: Peer, size: str) -> Fit:
+        """A fit with as many steps as there is time for."""
+        first = partial(peer.sizes[size], learning_rate=RATES[0])
+
+        def count() -> Row:
+            return {"steps": steps_within(first, self.case, self.budget)}
+
+        return partial(
+            peer.sizes[size], steps=self._kept(f"{peer.name}, {size}, steps", count)["steps"]
+        )
+
+    def _scored(self, fit: Fit) -> Row:
+        try:
+            found, seconds = timed(fit, self.case)
+        except FloatingPointError:
+            return {"score": -math.inf, "seconds": 0.0}
+        return {"score": criterion(found, self.case), "seconds": seconds}
+
+    def _kept(self, name: str, make: Callable[[], Row]) -> Row:
+        """A row of the file, made if it is not there."""
+
+        def rows() -> list[Row]:
+            print(name, flush=True)
+            torch.manual_seed(0)
+            return [make()]
+
+        return self.bench.add(rows, kind="choice", name=name, seed=0)[0]
 
 
 def rows_of_seed(compared: Comparison, budget: float, methods: list[Chosen]) -> list[Row]:
@@ -219,9 +250,9 @@ def rows_of_seed(compared: Comparison, budget: float, methods: list[Chosen]) -> 
     print(prior.report, flush=True)
     ours, numbers = compared.measured(OURS, lambda n: prior.sample(n).x)
     found = [row(ours, ours, method=OURS, size="", fit_seconds=seconds, **numbers)]
-    for name, size, fit, has_steps in methods:
+    for name, size, fit in methods:
         torch.manual_seed(seed)
-        source, seconds = within(fit, case, budget, has_steps=has_steps)
+        source, seconds = timed(fit, case)
         gap, numbers = compared.measured(name, images_of(source))
         found.append(row(gap, ours, method=name, size=size, fit_seconds=seconds, **numbers))
         print(f"{name}, {size}, seed {seed}: {gap.gap_closed:.3f}", flush=True)
@@ -247,7 +278,7 @@ def main() -> None:
     bench = Bench(options, {**names, "budget": budget, "count": count})
     case = make_case(bench, options.data, options.model)
     print(f"{machine()}; {case.facts}", flush=True)
-    methods = list(at_their_best(bench, case, budget))
+    methods = Choices(bench, case, budget).all()
     for seed in options.seed:
 
         def make(seed: int = seed) -> list[Row]:
