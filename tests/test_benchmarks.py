@@ -418,6 +418,18 @@ def test_other_images_are_not_their_own_reference(monkeypatch: pytest.MonkeyPatc
     assert len(compared._reference("posterior")) == 10
 
 
+def test_training_images_come_with_their_own_encodings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out rows, the last three of ten, are left out."""
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(FOLDER)
+    images = torch.arange(10.0)[:, None]
+    case: Any = SimpleNamespace(images=images, encodings=-images[:7])
+    x, z = load("hole_methods").training_images(case, 0).draw(5)
+    assert torch.equal(z, -x)
+    assert len(x.unique()) == 5
+    assert x.max() < 7
+
+
 def test_all_ways_of_training_are_ways_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark of training takes its settings apart from those of `fit`: each must exist."""
     monkeypatch.syspath_prepend(FOLDER)

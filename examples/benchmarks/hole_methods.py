@@ -61,9 +61,9 @@ MUCH = 20_000  # rows, of which trainings are worth keeping
 Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
 
-OTHERS = (
-    "posterior of other images"  # decodes half of the test images; the reference is the other half
-)
+OTHERS = "posterior of other images"  # half of the test images; the other half is the reference
+TRAINING_IMAGES = "training images"
+REFERENCES = 4  # methods that every run has
 
 
 class Fitted(NamedTuple):
@@ -119,6 +119,16 @@ def posterior(case: Case, seed: int) -> Fitted:
 
 def posterior_of_others(case: Case, seed: int) -> Fitted:
     return Fitted(partial(case.posterior, held_out=True))
+
+
+def training_images(case: Case, seed: int) -> Fitted:
+    """No prior: data as they are, which show what the measure gives to images without a VAE."""
+
+    def draw(count: int) -> Images:
+        rows = torch.randperm(len(case.encodings))[:count]
+        return case.images[rows], case.encodings[rows]
+
+    return Fitted(draw, stored=case.images.numel())
 
 
 def alone(heads: Heads, name: str) -> Callable[[Case, int], Fitted]:
@@ -493,6 +503,7 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         Method("N(0, I)", "reference", base),
         Method("posterior", "reference", posterior),
         Method(OTHERS, "reference", posterior_of_others),
+        Method(TRAINING_IMAGES, "reference", training_images),
     ]
     if case.source.num_groups > 1:
         found[0] = found[0]._replace(name="base prior")

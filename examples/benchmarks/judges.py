@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
 from hole_cases import BASE, POSTERIOR, image_file
-from hole_methods import OTHERS
+from hole_methods import OTHERS, TRAINING_IMAGES
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu
 
@@ -205,7 +205,7 @@ def main() -> None:
         if (
             row.get("kind") != "choice"
             and row["seed"] in options.seed
-            and row["method"] not in (BASE, POSTERIOR, OTHERS)
+            and row["method"] not in (BASE, POSTERIOR, OTHERS, TRAINING_IMAGES)
         ):
             key = {"method": row["method"], "seed": row["seed"]}
             bench.add(partial(panel.measured, classifier=row["gap_closed"], **key), **key)
