@@ -59,7 +59,6 @@ COLUMNS = {
 GENERATIONS, BATCH = 5, 1000
 OURS = "improve(50)"
 FEW, MANY = 50, 10**6  # steps that measure the time of one
-RATES = (1e-3, 3e-4, 3e-3)  # learning rates; the first one is that of the sizes
 Images = Callable[[int], Tensor]
 
 
@@ -206,13 +205,13 @@ class Choices:
             found: float = self._kept(name, partial(self._scored, fit))["score"]
             return found
 
-        size = max(fits, key=lambda size: score(size, RATES[0]))
-        rate = max(RATES[: self.most], key=lambda rate: score(size, rate))
+        size = max(fits, key=lambda size: score(size, peer.rates[0]))
+        rate = max(peer.rates[: self.most], key=lambda rate: score(size, rate))
         return Chosen(peer.name, f"{size}, rate {rate:g}", partial(fits[size], learning_rate=rate))
 
     def _whole(self, peer: Peer, size: str) -> Fit:
         """A fit with as many steps as there is time for."""
-        first = partial(peer.sizes[size], learning_rate=RATES[0])
+        first = partial(peer.sizes[size], learning_rate=peer.rates[0])
 
         def count() -> Row:
             return {"steps": steps_within(first, self.case, self.budget)}

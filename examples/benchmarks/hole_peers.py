@@ -39,6 +39,7 @@ DECAY = 0.999  # of the moving average of weights, per step
 STEP = 0.16  # of the Langevin dynamics, λ, as in Pang et al.
 CHAINS = 10_000  # that are kept, if they persist
 RENEWED = 0.05  # of them, at every step
+SMALL = (1e-4, 3e-5, 3e-4)  # learning rates; with larger ones, chains diverge
 
 
 def averaged(network: nn.Module) -> AveragedModel:
@@ -130,6 +131,11 @@ class Peer(NamedTuple):
     name: str
     sizes: Mapping[str, Fit]
     has_steps: bool = True
+    rates: tuple[float, ...] = (
+        1e-3,
+        3e-4,
+        3e-3,
+    )  # of learning; the first one is that of the sizes
 
 
 class Drawn:
@@ -198,8 +204,8 @@ def flat_peers() -> list[Peer]:
         Peer("masked autoregressive flow", sized(on_encodings(masked), **flows)),
         Peer("flow matching", sized(on_encodings(matching), **widths)),
         Peer("diffusion", sized(on_encodings(fit_diffusion), **widths)),
-        Peer("energy, short-run MCMC", sized(on_encodings(fit_energy), **narrow)),
-        Peer("energy, persistent MCMC", sized(on_encodings(persistent), **narrow)),
+        Peer("energy, short-run MCMC", sized(on_encodings(fit_energy), **narrow), rates=SMALL),
+        Peer("energy, persistent MCMC", sized(on_encodings(persistent), **narrow), rates=SMALL),
     ]
 
 
