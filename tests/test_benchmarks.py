@@ -650,6 +650,28 @@ def test_bases_without_a_density_are_compared_by_their_draws(
     assert score(1.0) == pytest.approx(-2, abs=0.2)  # the squared distance of the means
 
 
+@pytest.mark.parametrize("name", ["flow matching", "diffusion"])
+def test_a_longer_fit_without_a_density_has_a_lower_held_out_loss(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two narrow modes."""
+    pytest.importorskip("zuko")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    budget, peers = load("equal_budget"), load("hole_peers")
+    p = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(1), 1.0), 1)
+    torch.manual_seed(0)
+    x = torch.randn(2000, 1).sign() + 0.1 * torch.randn(2000, 1)
+    source = SingleGroup(p, lambda x: PointMass(x), lambda z: z)
+    case = SimpleNamespace(source=source, encodings=x, held_out=x[:500], fresh_encodings=x[:500])
+    (peer,) = (one for one in peers.flat_peers() if one.name == name)
+    fit = peer.sizes["width 256"]
+    short, long = (
+        budget.criterion(fit(case, steps=steps, learning_rate=1e-3), case) for steps in (1, 200)
+    )
+    assert short < long - 0.2
+    assert long < 0
+
+
 def test_the_resnet_of_the_judges_has_the_published_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """He et al., table 6: 0.85 million parameters; a shortcut halves the map and pads channels."""
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -7,10 +7,10 @@ Every fit has a budget of seconds: the number of steps follows from the measured
 method has several sizes, each with the whole budget, and, of the best of them, several learning
 rates. What has no steps, such as a mixture, has the sizes that are done within the budget. They are
 chosen with the first seed, and what the others took is not counted. The criterion is the
-log-likelihood of held-out latents, or, for methods without one, the Fréchet distance of draws to
-held-out latents. No choice sees images. `improve` is told the budget as max_seconds, the seed, and
-50 evaluations per sample; nothing of it is tuned. With --model hierarchical, the peers are given
-the earlier groups.
+log-likelihood of held-out latents; of flow matching and diffusion, their loss of the same; of
+energies, the Fréchet distance of draws to them. No choice sees images. `improve` is told the budget
+as max_seconds, the seed, and 50 evaluations per sample; nothing of it is tuned. With --model
+hierarchical, the peers are given the earlier groups.
 
 `gap_closed` and `near_copies` are those of prior_hole.py. `over_improve` is the paired difference to
 `improve(50)`: below 0, `improve` is better. Seconds are of the core where there is one thread
@@ -32,6 +32,7 @@ from hole_peers import Fit, Peer, peers
 from torch import Tensor
 
 from ncprior import LatentSource, improve
+from ncprior.bases import Rebased
 from ncprior.demo import in_batches
 from ncprior.evaluation import (
     GapClosed,
@@ -58,6 +59,7 @@ COLUMNS = {
 }
 GENERATIONS, BATCH = 5, 1000
 OURS = "improve(50)"
+REPEATS = 20  # of held-out latents in a loss, each with noise of its own
 FEW, MANY = 50, 10**6  # steps that measure the time of one
 Images = Callable[[int], Tensor]
 
@@ -82,12 +84,17 @@ def steps_within(fit: Fit, case: Case, budget: float) -> int:
         steps = found
 
 
+@torch.no_grad()
 def criterion(source: LatentSource, case: Case) -> float:
-    """The larger the better: log p'(z) of held-out latents, or minus the Fréchet distance of draws."""
+    """The larger the better: log p'(z) of held-out latents, minus their loss, or minus a distance."""
     torch.manual_seed(1)
     log_p = torch.cat([held_out_log_p(source, x) for x in case.held_out.split(BATCH)])
     if not log_p.isnan().any():
         return log_p.mean().item()
+    assert isinstance(source, Rebased)
+    (base,) = source.bases or ()
+    if base.loss is not None:
+        return -base.loss(case.fresh_encodings.flatten(1).repeat(REPEATS, 1)).item()
     drawn = torch.cat([from_source(source)(BATCH)[1] for _ in range(5)])
     return -frechet_distance(drawn, case.fresh_encodings.flatten(1), strict=False).item()
 

@@ -51,22 +51,34 @@ def averaged(network: nn.Module) -> AveragedModel:
     return AveragedModel(network, avg_fn=move)
 
 
+class Drawn:
+    """A base that is a function from a count to as many latents; its loss, if any, is comparable."""
+
+    def __init__(self, draw: Draws, loss: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.draw, self.loss = draw, loss
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        return self.draw(sample_shape.numel()).unflatten(0, sample_shape)
+
+
 def fit_diffusion(
     z: Tensor, *, width: int, steps: int, learning_rate: float = 1e-3, num_steps: int = 25
-) -> Draws:
+) -> Drawn:
     """A diffusion prior: with z_φ = cos φ z + sin φ ε, the network predicts v = cos φ ε - sin φ z."""
     loc, scale = z.mean(0), z.std(0)
     white = (z - loc) / scale
     network = VelocityNet(z.shape[1], width=width)
     average = averaged(network)
 
-    def loss(rows: Tensor) -> Tensor:
-        data, noise = white[rows], torch.randn(len(rows), z.shape[1])
-        t = torch.rand(len(rows), 1)
+    def misfit(net: nn.Module, data: Tensor) -> Tensor:
+        noise, t = torch.randn_like(data), torch.rand(len(data), 1)
         cos, sin = (t * math.pi / 2).cos(), (t * math.pi / 2).sin()
-        error = network(cos * data + sin * noise, t) - (cos * noise - sin * data)
-        average.update_parameters(network)
+        error: Tensor = net(cos * data + sin * noise, t) - (cos * noise - sin * data)
         return error.square().mean()
+
+    def loss(rows: Tensor) -> Tensor:
+        average.update_parameters(network)
+        return misfit(network, white[rows])
 
     options = {"learning_rate": learning_rate, "name": "diffusion"}
     train(network, loss, len(z), steps=steps, batch_size=256, **options)
@@ -82,7 +94,7 @@ def fit_diffusion(
             u = u - step * (first + then) / 2
         return loc + scale * u
 
-    return draw
+    return Drawn(draw, lambda z: misfit(found, (z - loc) / scale))
 
 
 def fit_energy(
@@ -93,7 +105,7 @@ def fit_energy(
     learning_rate: float = 1e-3,
     persistent: bool = False,
     num_steps: int = 20,
-) -> Draws:
+) -> Drawn:
     """An energy prior r·N(0, I) on whitened latents, log r by maximum likelihood with Langevin dynamics."""
     loc, scale = z.mean(0), z.std(0)
     white = (z - loc) / scale
@@ -122,7 +134,7 @@ def fit_energy(
     train(head, loss, len(z), steps=steps, batch_size=256, **options)
     found = average.module.eval()
     length = 10 * num_steps if persistent else num_steps  # chains of 200 steps reach r·p
-    return lambda count: loc + scale * run(found, torch.randn(count, z.shape[1]), length)
+    return Drawn(lambda count: loc + scale * run(found, torch.randn(count, z.shape[1]), length))
 
 
 class Peer(NamedTuple):
@@ -136,16 +148,6 @@ class Peer(NamedTuple):
         3e-4,
         3e-3,
     )  # of learning; the first one is that of the sizes
-
-
-class Drawn:
-    """A base that is a function from a count to as many latents."""
-
-    def __init__(self, draw: Draws) -> None:
-        self.draw = draw
-
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
-        return self.draw(sample_shape.numel()).unflatten(0, sample_shape)
 
 
 def sized(fit: Fit, **options: tuple[float, ...]) -> dict[str, Fit]:
@@ -177,7 +179,14 @@ def flat_peers() -> list[Peer]:
         return fit_mixture(z, components)
 
     def matching(z: Tensor, *, width: int, **loop: Any) -> Any:  # noqa: ANN401
-        return fit_flow_matching(z, width=width, **loop, **LOOP)
+        flow = fit_flow_matching(z, width=width, **loop, **LOOP)
+
+        def loss(z: Tensor) -> Tensor:
+            end, start, t = (z - flow.loc) / flow.scale, torch.randn_like(z), torch.rand(len(z), 1)
+            error = flow.network((1 - t) * start + t * end, t) - (end - start)
+            return error.square().mean()
+
+        return Drawn(lambda count: flow.sample(Size((count,))), loss)
 
     def vamp(case: Case, *, components: int, **loop: Any) -> LatentSource:  # noqa: ANN401
         images, _ = images_of_rows(case)
@@ -186,8 +195,7 @@ def flat_peers() -> list[Peer]:
 
     def on_encodings(fit: Callable[..., Any]) -> Fit:
         def fitted(case: Case, **options: Any) -> LatentSource:  # noqa: ANN401
-            found = fit(case.encodings, **options)
-            return rebase(case.source, found if hasattr(found, "sample") else Drawn(found))
+            return rebase(case.source, fit(case.encodings, **options))
 
         return fitted
 

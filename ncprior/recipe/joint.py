@@ -15,8 +15,8 @@ from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
-from ncprior.recipe.judge import Gap, kept, measure_gaps
-from ncprior.recipe.parts import Parts, bases_of, first_group, off
+from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
+from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler
 from ncprior.samplers.sir import sir
@@ -67,7 +67,7 @@ def join_groups(
 ) -> tuple[NCPrior, dict[str, Gap]]:
     """Returns a prior with one more head for all groups, if it brings draws closer to the encodings.
 
-    Each of its draws is chosen among four walks, which share the budget. It is compared with the
+    It is trained only where a classifier finds what the heads of the groups leave. Each of its draws is chosen among four walks, which share the budget. It is compared with the
     heads of the groups alone, whose every walk has the whole budget, and these with their base: the
     classifiers see walks as the decoder shows them.
 
@@ -82,16 +82,26 @@ def join_groups(
     Returns:
         The prior to use, and the gaps of all priors.
     """
-    started, whole = time.monotonic(), _untrained(alone, parts)
-    reason = f"the budget is too small for {WALKS} walks"
-    if budget >= 2 * WALKS:
+    bases = bases_of(alone, parts.choose)
+    whole = _untrained(alone, parts)
+    gaps = measure_gaps(whole, OWN_DRAW, bases, parts, record)
+    before, started = gaps[NEW], time.monotonic()  # of the heads of the groups, or of their base
+    if budget < 2 * WALKS:
+        reason = f"the budget is too small for {WALKS} walks"
+    elif not before.is_measured:
+        reason = NO_TIME
+    elif not before.is_sure:
+        reason = "a new classifier finds nothing for sure between draws and held-out encodings"
+    else:
         first = deepcopy(prior)
         choose_sampler(first, parts, budget // WALKS, record, name="walk ")
         whole = _untrained(JointSource(first), parts)
         reason = _train(whole, parts, record, folder and folder / f"joint-{budget}")
     chosen = f"one of {WALKS} walks" if any(whole.active) else "none"
     record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
-    return _keep(whole, alone, prior, parts, record)
+    if any(whole.active):
+        gaps[NEW] = remaining_gap(whole, whole.chosen(None), parts, record, name=NEW)
+    return _keep(whole, prior, gaps, list(bases), record)
 
 
 def _untrained(source: JointSource, parts: Parts) -> NCPrior:
@@ -103,12 +113,9 @@ def _untrained(source: JointSource, parts: Parts) -> NCPrior:
 
 
 def _keep(
-    whole: NCPrior, alone: JointSource, prior: NCPrior, parts: Parts, record: Record
+    whole: NCPrior, prior: NCPrior, gaps: dict[str, Gap], bases: list[str], record: Record
 ) -> tuple[NCPrior, dict[str, Gap]]:
     """Keeps the heads of the groups unless they are worse than their base, the joint head if better."""
-    started = time.monotonic()
-    bases = bases_of(alone, parts.choose)
-    gaps = measure_gaps(whole, whole.chosen(None), bases, parts, record)
     best = BASE if BASE in gaps else OLD
     if GROUPS in gaps and not gaps[GROUPS].is_worse_than(gaps[best]):
         best = GROUPS
@@ -117,9 +124,9 @@ def _keep(
     compared = [*bases, NEW] if any(whole.active) else [*bases]
     reason = "a new classifier finds the least between draws and held-out encodings"
     if not all(gaps[arm].is_measured for arm in compared):
-        reason = "there was too little time to compare draws with encodings"
+        reason = NO_TIME
     measured = {_NAMES[arm]: gaps[arm] for arm in compared}
-    record.add(kept(_NAMES[best], reason, measured, time.monotonic() - started))
+    record.add(kept(_NAMES[best], reason, measured, sum(gaps[arm].seconds for arm in compared)))
     if best == NEW:
         return whole, gaps
     if best != GROUPS:

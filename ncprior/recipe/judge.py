@@ -51,6 +51,8 @@ _PER_ROW = 10  # of them per row of training data
 
 _BATCH = 256
 
+NO_TIME = "there was too little time to compare draws with encodings"
+
 
 class Gap(NamedTuple):
     """Jensen-Shannon divergence of encodings and draws, for every group.
@@ -59,16 +61,23 @@ class Gap(NamedTuple):
         choose: In nats, with standard errors, on the data for choices.
         judge: In nats, with standard errors, on the data for the report.
         num_steps: Steps that the classifiers were trained for.
+        seconds: What it took to train and measure them.
     """
 
     choose: list[Mean]
     judge: list[Mean]
     num_steps: int
+    seconds: float = 0.0
 
     @property
     def is_measured(self) -> bool:
         """Whether there was time to train the classifiers."""
         return self.num_steps >= _FEWEST * _STEPS
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is surely more than nothing on the data for choices."""
+        return is_worse(total(self.choose), Mean(0.0, 0.0))
 
     def is_worse_than(self, other: Gap) -> bool:
         """Whether both are measured, and it is surely larger on the data for choices."""
@@ -181,6 +190,7 @@ def remaining_gap(
         _divergences(history.best_loss or [], history.best_error or []),
         _divergences(*mean_and_error(measured)),
         history.rows[-1].step if history.rows else 0,
+        time.monotonic() - started,
     )
 
 

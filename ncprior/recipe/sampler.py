@@ -14,7 +14,7 @@ from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, NEW, OLD, Choice
-from ncprior.recipe.judge import Gap, is_worse, kept, measure_gaps, remaining_gap
+from ncprior.recipe.judge import NO_TIME, Gap, is_worse, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
@@ -77,7 +77,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     measured = {_ARMS[arm]: gaps[arm] for arm in shown}
     reason = "a new classifier finds the least between draws and held-out encodings"
     if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
-        reason = "there was too little time to compare draws with encodings"
+        reason = NO_TIME
     elif had_heads:
         pairs = zip(gaps[NEW].choose, alone.choose, strict=True)
         helps = [not is_worse(*pair) for pair in pairs]

@@ -128,7 +128,7 @@ def test_where_nothing_is_left_the_prior_stays() -> None:
     assert gaps[OLD] == gaps[NEW]
     head, keep = record.choices[-2:]
     assert (head.part, head.chosen) == ("joint head", "none")
-    assert "learnt nothing" in head.reason
+    assert "finds nothing for sure" in head.reason
     assert keep.chosen == "the VAE's own prior"
 
 
@@ -143,8 +143,8 @@ def test_every_training_draws_walks_and_encodes_data_once(monkeypatch: pytest.Mo
     for module in (joint, judge):
         monkeypatch.setattr(module, "fit", recorded)
     joined(*blind())
-    # 2,250 rows of training data; two classifiers, of the old prior and of the new
-    assert found == [(4500, math.inf), (10_000, math.inf), (10_000, math.inf)]
+    # A classifier of the old prior, the joint head on 2,250 rows of data, one of the new prior.
+    assert found == [(10_000, math.inf), (4500, math.inf), (10_000, math.inf)]
 
 
 @pytest.mark.usefixtures("quick")
@@ -187,13 +187,30 @@ def test_heads_of_groups_that_do_harm_are_switched_off() -> None:
     assert keep.chosen == "the VAE's own prior"
 
 
-def test_a_joint_head_needs_several_groups_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "_DRAWN", (10**7, 10**7))
+def test_a_joint_head_needs_several_groups() -> None:
     prior, parts = blind()
     one = NCPrior(JointSource(prior), MLPHead((4,))).eval()
     one.sampler = OWN_DRAW
     assert joint.joint_source(one, parts) is None
-    record = joined(prior, parts, max_seconds=1e-3)[2]
+
+
+def test_without_time_to_compare_draws_no_joint_head_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would not be kept."""
+    monkeypatch.setattr(joint, "_train", None)
+    kept, gaps, record = joined(*blind(), max_seconds=1e-3)
+    assert not any(gap.is_measured for gap in gaps.values())
+    assert [one.reason for one in record.choices] == 2 * [judge.NO_TIME]
+    assert isinstance(kept.source, BlindPair)
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_memory_for_walks_there_is_no_joint_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "_DRAWN", (10**7, 10**7))
+    prior, parts = blind()
+    monkeypatch.setattr(joint, "draws_to_store", lambda source, count: 100)
+    record = joined(prior, parts)[2]
     assert record.choices[-2].reason == "there was too little time or memory to draw walks"
 
 
