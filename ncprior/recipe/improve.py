@@ -56,8 +56,8 @@ def improve(
       by :func:`ncprior.diagnostics.match_strength`.
     * Heads are kept where they bring draws closer to held-out encodings; elsewhere the base alone
       is used.
-    * With several groups, where a new classifier finds what their heads leave, one more head for all
-      of them, see :class:`ncprior.bases.JointSource`, which chooses among four draws with a quarter
+    * With several groups, where a new classifier tells draws of their heads from encodings, one more
+      head for all of them, see :class:`ncprior.bases.JointSource`, which chooses among four draws with a quarter
       of the budget each. It is kept if that brings draws closer to held-out encodings than the whole
       budget without it.
 

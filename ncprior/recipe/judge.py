@@ -61,7 +61,7 @@ class Gap(NamedTuple):
         choose: In nats, with standard errors, on the data for choices.
         judge: In nats, with standard errors, on the data for the report.
         num_steps: Steps that the classifiers were trained for.
-        seconds: What it took to train and measure them.
+        seconds: Time that they took.
     """
 
     choose: list[Mean]
