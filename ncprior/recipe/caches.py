@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -17,12 +18,29 @@ from ncprior.training.settings import FitSettings
 from ncprior.utils.batches import own_batch
 from ncprior.utils.random_state import seeded
 
+_TIMED = 256  # draws
+
 
 def draws_to_store(source: LatentSource[Any, Any], count: int) -> int:
     """Returns the number of draws of a base to make once and reuse: below a joint head, few large ones."""
     if not isinstance(source, JointSource):
         return count
     return min(count, int(_memory() / source.bytes_per_row))
+
+
+def draws_in_time(source: LatentSource[Any, Any], count: int, seconds: float | None) -> int:
+    """Returns the number of draws of a base that there is time for, at most so many.
+
+    Arguments:
+        source: The VAE, with one group and no condition.
+        count: The largest number.
+        seconds: The time, or ``None`` for no limit.
+    """
+    if seconds is None:
+        return count
+    started = time.monotonic()
+    source.group(source.start(_TIMED)).prior.sample()
+    return min(count, int(seconds * _TIMED / (time.monotonic() - started)))
 
 
 def walk_cache(

@@ -13,7 +13,7 @@ from ncprior.bases.joint import JointSource
 from ncprior.data.stream import first_batch
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
-from ncprior.recipe.caches import draws_to_store, walk_cache
+from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
@@ -40,8 +40,6 @@ _RATE = 2e-3
 _SHARE = 0.5  # of the time that is left
 
 _PER_ROW, _DRAWN = 2, (2000, 50_000)  # walks per row of training data, at least and at most
-
-_TIMED = 256  # walks
 
 _NAMES = {OLD: "the VAE's own prior", BASE: "base alone", GROUPS: GROUPS, NEW: "joint head"}
 
@@ -168,8 +166,4 @@ def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None
 def _num_walks(source: LatentSource[Any, Any], parts: Parts, record: Record) -> int:
     """Number of walks to draw once: in proportion to the rows of data, to memory and to time."""
     count = draws_to_store(source, cache_size(parts.num_train, _PER_ROW, _DRAWN))
-    left, started = record.left(_SHARE / 2), time.monotonic()
-    if left is None:
-        return count
-    source.group(source.start(_TIMED)).prior.sample()
-    return min(count, int(left * _TIMED / (time.monotonic() - started)))
+    return draws_in_time(source, count, record.left(_SHARE / 2))

@@ -16,7 +16,7 @@ from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.recipe.caches import draws_to_store, walk_cache
+from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice, Score
 from ncprior.recipe.parts import (
     OWN_DRAW,
@@ -127,7 +127,8 @@ def measure_gaps(
 ) -> dict[str, Gap]:
     """Returns the gaps of the bases' own draws and of the new prior, by their names.
 
-    A prior without heads that are on has the gap of its base.
+    A prior without heads that are on has the gap of its base. Where there is too little time to
+    measure one gap, the further ones are not measured either.
 
     Arguments:
         prior: The new prior.
@@ -136,15 +137,19 @@ def measure_gaps(
         parts: The data.
         record: The record of the recipe.
     """
-    gaps = {}
-    for name, source in bases.items():
-        alone = off(NCPrior(source, prior.heads))
-        gaps[name] = remaining_gap(alone, OWN_DRAW, parts, record, name=name)
+    gaps: dict[str, Gap] = {}
+    arms: list[tuple[str, NCPrior, Sampler]] = [
+        (name, off(NCPrior(source, prior.heads)), OWN_DRAW) for name, source in bases.items()
+    ]
     if any(prior.active):
-        gaps[NEW] = remaining_gap(prior, sampler, parts, record, name=NEW)
-    else:
-        gaps[NEW] = gaps[[*bases][-1]]
-    return gaps
+        arms.append((NEW, prior, sampler))
+    for name, arm, draw in arms:
+        last = next(reversed(gaps.values()), None)
+        if last is None or last.is_measured:
+            gaps[name] = remaining_gap(arm, draw, parts, record, name=name)
+        else:
+            gaps[name] = Gap([], [], last.num_steps)
+    return {**gaps, NEW: next(reversed(gaps.values()))}
 
 
 def remaining_gap(
@@ -161,15 +166,14 @@ def remaining_gap(
     of_walks = isinstance(prior.source, JointSource)
     limits = _CACHED_WALKS if of_walks else _CACHED
     count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, limits))
-    settings = FitSettings(
-        num_cached_proposals=count if single else None,
-        precision=fast_precision(device),
-        **(walk_cache(prior.source, parts, record, math.inf) if of_walks else {}),
-    )
     left, started = record.left(_SHARE), time.monotonic()
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
         source: LatentSource[Any, Any] = nested(prior, sampler)
+        if single and left is not None:
+            least, count = min(count, limits[0]), draws_in_time(source, count, left / 2)
+            if count < least:
+                return Gap([], [], 0, time.monotonic() - started)
         if source.num_groups > 1 or (draws_slowly(prior.source) and not single):
             source, parts = _with_draws(source, parts, None if left is None else left / 2)
         if left is not None:
@@ -183,7 +187,11 @@ def remaining_gap(
             patience=parts.patience,
             max_seconds=left,
             progress=record.progress,
-            settings=settings,
+            settings=FitSettings(
+                num_cached_proposals=count if single else None,
+                precision=fast_precision(device),
+                **(walk_cache(prior.source, parts, record, math.inf) if of_walks else {}),
+            ),
         )
         measured = HeldOut(parts.judge, fresh, _BATCH, int(torch.randint(2**31, ())))(device)
     return Gap(

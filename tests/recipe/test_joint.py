@@ -1,6 +1,7 @@
 """`improve` on several groups whose heads miss something: a head for all of them together."""
 
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,30 @@ def test_a_fitted_base_stays_where_heads_of_the_groups_do_harm() -> None:
     assert record.choices[-1].chosen == "base alone"
     assert gaps[NEW] == gaps[BASE]
     assert gaps.keys() == {OLD, BASE, NEW}
+
+
+@pytest.mark.usefixtures("quick")
+def test_slow_walks_do_not_take_more_than_the_time_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """256 walks take 0.1 s: a quarter of 4 s has no time for 2,000 of them, one of 60 s has."""
+    prior, parts = blind()
+    drawn: list[int] = []
+
+    def slow(source: JointSource, batch_size: int) -> Tensor:
+        drawn.append(batch_size)
+        time.sleep(0.1 * batch_size / 256)
+        return torch.randn(batch_size, 4)
+
+    monkeypatch.setattr(JointSource, "_walk", slow)
+    whole = joint._untrained(JointSource(prior), parts)
+    for seconds, is_measured in ((4.0, False), (60.0, True)):
+        drawn.clear()
+        record = Record(progress=False, max_seconds=seconds)
+        arms = {OLD: whole.source, BASE: whole.source}
+        gaps = judge.measure_gaps(whole, OWN_DRAW, arms, parts, record)
+        assert [gap.is_measured for gap in gaps.values()] == 3 * [is_measured]
+        assert gaps[NEW] is gaps[BASE]
+        if not is_measured:
+            assert sum(drawn) <= 256 + 2  # of the first prior alone; one more finds the device
+            assert record.seconds() < 1
