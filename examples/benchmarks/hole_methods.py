@@ -63,7 +63,6 @@ Images = tuple[Tensor, Tensor]  # decoded images and flat latents
 
 OTHERS = "posterior of other images"  # half of the test images; the other half is the reference
 TRAINING_IMAGES = "training images"
-REFERENCES = 4  # methods that every run has
 
 
 class Fitted(NamedTuple):
@@ -496,17 +495,22 @@ def on_images(case: Case, **options: Any) -> SingleGroup:  # noqa: ANN401
     return SingleGroup(*parts, module=vae, features=case.maps, **options)
 
 
-def methods(case: Case, heads: Heads) -> list[Method]:
-    """All that is compared on a case, references first."""
-    few, many = (partial(sir, num_proposals=m) for m in (50, 500))
-    found = [
-        Method("N(0, I)", "reference", base),
+def references(case: Case) -> list[Method]:
+    """Methods that every run has, the VAE's own prior and the posterior first."""
+    own = "N(0, I)" if case.source.num_groups == 1 else "base prior"
+    return [
+        Method(own, "reference", base),
         Method("posterior", "reference", posterior),
         Method(OTHERS, "reference", posterior_of_others),
         Method(TRAINING_IMAGES, "reference", training_images),
     ]
+
+
+def methods(case: Case, heads: Heads) -> list[Method]:
+    """All that is compared on a case with its references."""
+    few, many = (partial(sir, num_proposals=m) for m in (50, 500))
+    found: list[Method] = []
     if case.source.num_groups > 1:
-        found[0] = found[0]._replace(name="base prior")
         found += [Method(f"temperature {t}", "peer", colder(t)) for t in (0.7, 0.8, 0.9)]
         found += [Method(name, "peer", alone(heads, name)) for name in CONDITIONAL]
         own: list[tuple[str, Sampler, dict[str, Any]]] = [

@@ -9,7 +9,7 @@ samples under the same seeds, and is judged by Fréchet distance on the features
 classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior
 samples of training images, with an interval over 5 generations and a resampled reference. `posterior of
 other images` decodes half of the test images, with the other half as the reference of that row: a ceiling without copying.
-`training images` are not decoded at all: the most that this measure gives to any prior and decoder.
+`training images` are not decoded at all: about the most that this measure gives to anything.
 `over_rival` is the paired difference to the best of that seed among the peers and the VAE's own
 prior; a run without peers does not have it. `matched`: at the strength that ncprior.diagnostics finds
 for the sampler.
@@ -34,7 +34,7 @@ import torch
 from bench import Bench, Row, chosen, machine, parser, table, with_methods
 from clock import now, peak_growth
 from hole_cases import Case, image_file, make_case, save_images, slug
-from hole_methods import BATCH, OTHERS, REFERENCES, Fitted, Heads, Method, evaluations, methods
+from hole_methods import BATCH, OTHERS, Fitted, Heads, Method, evaluations, methods, references
 from torch import Tensor
 
 from ncprior.demo import in_batches
@@ -86,10 +86,9 @@ class Comparison:
     ) -> None:
         self.bench, self.case, self.seed, self.samples = bench, case, seed, samples
         self.heads = Heads(bench)
-        everything = methods(case, self.heads)
-        references, rest = everything[:REFERENCES], everything[REFERENCES:]
+        rest = methods(case, self.heads)
         names = chosen([method.name for method in rest], only)
-        self.methods = [*references, *(method for method in rest if method.name in names)]
+        self.methods = [*references(case), *(method for method in rest if method.name in names)]
         self.count: int = bench.settings["count"]
         self.drawn: dict[str, Drawn] = {}
 

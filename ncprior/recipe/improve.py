@@ -57,9 +57,9 @@ def improve(
     * Heads are kept where they bring draws closer to held-out encodings; elsewhere the base alone
       is used.
     * With several groups, where a new classifier tells draws of their heads from encodings, one more
-      head for all of them, see :class:`ncprior.bases.JointSource`, which chooses among four draws with a quarter
-      of the budget each. It is kept if that brings draws closer to held-out encodings than the whole
-      budget without it.
+      head for all of them, see :class:`ncprior.bases.JointSource`, which chooses among four draws
+      with a quarter of the budget each. It is kept if that brings draws closer to held-out encodings
+      than the whole budget without it.
 
     Each of these functions can be called on its own instead. No choice looks at decoded samples,
     but for the joint head, which sees the decoder's means.

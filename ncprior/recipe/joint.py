@@ -65,7 +65,8 @@ def join_groups(
 ) -> tuple[NCPrior, dict[str, Gap]]:
     """Returns a prior with one more head for all groups, if it brings draws closer to the encodings.
 
-    It is trained only where a classifier tells draws of the heads of the groups from encodings. Each of its draws is chosen among four walks, which share the budget. It is compared with the
+    It is trained only where a classifier tells draws of the heads of the groups from encodings.
+    Each of its draws is chosen among four walks, which share the budget. It is compared with the
     heads of the groups alone, whose every walk has the whole budget, and these with their base: the
     classifiers see walks as the decoder shows them.
 
