@@ -9,7 +9,7 @@ samples under the same seeds, and is judged by Fréchet distance on the features
 classifier trained here: `gap_closed` is 0 for the VAE's own prior and 1 for decoded posterior
 samples of training images, with an interval over 5 generations and a resampled reference. `posterior of
 other images` decodes half of the test images, with the other half as the reference of that row: a ceiling without copying.
-`training images` are not decoded at all: about the most that this measure gives to anything.
+`training images` are not decoded at all: about the most for what has seen no other images.
 `over_rival` is the paired difference to the best of that seed among the peers and the VAE's own
 prior; a run without peers does not have it. `matched`: at the strength that ncprior.diagnostics finds
 for the sampler.

@@ -38,9 +38,9 @@ def draws_in_time(source: LatentSource[Any, Any], count: int, seconds: float | N
     """
     if seconds is None:
         return count
-    started = time.monotonic()
+    started = time.perf_counter()  # a coarser clock may not move
     source.group(source.start(_TIMED)).prior.sample()
-    return min(count, int(seconds * _TIMED / (time.monotonic() - started)))
+    return min(count, int(seconds * _TIMED / (time.perf_counter() - started)))
 
 
 def walk_cache(

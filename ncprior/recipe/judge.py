@@ -137,19 +137,19 @@ def measure_gaps(
         parts: The data.
         record: The record of the recipe.
     """
-    gaps: dict[str, Gap] = {}
     arms: list[tuple[str, NCPrior, Sampler]] = [
         (name, off(NCPrior(source, prior.heads)), OWN_DRAW) for name, source in bases.items()
     ]
     if any(prior.active):
         arms.append((NEW, prior, sampler))
+    gaps: list[Gap] = []
     for name, arm, draw in arms:
-        last = next(reversed(gaps.values()), None)
-        if last is None or last.is_measured:
-            gaps[name] = remaining_gap(arm, draw, parts, record, name=name)
+        if gaps and not gaps[-1].is_measured:
+            gaps.append(Gap([], [], gaps[-1].num_steps))
         else:
-            gaps[name] = Gap([], [], last.num_steps)
-    return {**gaps, NEW: next(reversed(gaps.values()))}
+            gaps.append(remaining_gap(arm, draw, parts, record, name=name))
+    names = [name for name, _, _ in arms]
+    return {**dict(zip(names, gaps, strict=True)), NEW: gaps[-1]}
 
 
 def remaining_gap(

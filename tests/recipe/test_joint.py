@@ -17,7 +17,7 @@ from ncprior import Group, NCPrior, fit, improve, sir
 from ncprior.bases import JointSource, rebase
 from ncprior.heads import MLPHead
 from ncprior.recipe import caches, joint, judge, report_on
-from ncprior.recipe.caches import draws_to_store
+from ncprior.recipe.caches import draws_in_time, draws_to_store
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, parts_of, vae_of
@@ -292,3 +292,12 @@ def test_slow_walks_do_not_take_more_than_the_time_for_them(
         if not is_measured:
             assert sum(drawn) <= 256 + 2  # of the first prior alone; one more finds the device
             assert record.seconds() < 1
+
+
+def test_draws_that_take_no_time_on_a_coarse_clock_are_not_limited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The monotonic clock of some systems moves every 16 ms."""
+    prior, _ = blind()
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    assert draws_in_time(JointSource(prior), 1000, 1e6) == 1000
