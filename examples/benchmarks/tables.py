@@ -100,10 +100,15 @@ def hole(rows: list[Row]) -> list[str]:
         lines.append(
             f"| {first['method']} | {first['family']} | {len(group)} | "
             f"{interval(group, 'gap_closed', 'gap_low', 'gap_high')} | {over} | "
-            + " | ".join(f"{cost:{'.2f' if 0 < cost < 2 else ',.0f'}}" for cost in costs.values())
+            + " | ".join(f"{cost:{decimals(key, cost)}}" for key, cost in costs.items())
             + " |"
         )
     return lines
+
+
+def decimals(cost: str, value: float) -> str:
+    """Format of a cost: counts are whole, and small numbers have two decimals."""
+    return ".2f" if 0 < value < 2 and cost not in COUNTS else ",.0f"
 
 
 def energies(rows: list[Row]) -> list[str]:
@@ -161,6 +166,7 @@ COSTS = {
     "latent_nn_copy": "copy ratio",
     "near_copies": "near copies",  # in files of newer runs
 }
+COUNTS = ("head_evaluations", "stored_numbers")
 
 
 def columns(rows: list[Row], titles: dict[str, tuple[str, str]]) -> list[str]:
