@@ -21,7 +21,7 @@ from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
 
 _BATCH = 256
-_MATCHED = 2048  # rows for the strength
+MATCHED = 2048  # rows for the strength
 
 
 def choose_sampler(
@@ -50,11 +50,21 @@ def choose_sampler(
             seconds=time.monotonic() - started,
         )
     )
+    choose_strength(prior, parts, record, name=name)
+
+
+def choose_strength(
+    prior: NCPrior, parts: Parts, record: Record, *, rows: int = MATCHED, name: str = ""
+) -> None:
+    """Sets the prior's strength for its sampler, by at most so many rows of held-out data."""
     started = time.monotonic()
-    rows = list(itertools.islice(one_pass(parts.choose, _BATCH), _MATCHED // _BATCH))
+    size = min(_BATCH, rows)
+    batches = list(itertools.islice(one_pass(parts.choose, size), rows // size))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        prior.strength = match_strength(prior, rows, prior.sampler, progress=record.progress)
+        prior.strength = match_strength(
+            prior, batches, prior.chosen(None), progress=record.progress
+        )
     reason = "the mean log r of the draws is that of held-out encodings"
     if caught:
         reason = str(caught[0].message)
