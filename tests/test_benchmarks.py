@@ -192,6 +192,11 @@ def test_seeds_with_other_verdicts_share_a_line(tables: ModuleType) -> None:
     assert tables.domain(rows[:2])[2:] == ["| shift | 2 | 0.500 ± 0.000 | good |"]
 
 
+def test_counts_are_printed_whole(tables: ModuleType) -> None:
+    assert f"{1.0:{tables.decimals('stored_numbers', 1.0)}}" == "1"
+    assert f"{1.0:{tables.decimals('latent_nn_copy', 1.0)}}" == "1.00"
+
+
 def run_tables(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
     status: int = tables.main()

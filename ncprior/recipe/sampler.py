@@ -56,7 +56,10 @@ def choose_sampler(
 def choose_strength(
     prior: NCPrior, parts: Parts, record: Record, *, rows: int = MATCHED, name: str = ""
 ) -> None:
-    """Sets the prior's strength for its sampler, by at most so many rows of held-out data."""
+    """Sets the prior's strength for its sampler, by some rows of held-out data.
+
+    There are at most that many rows, unless the data are batches already: these stay whole.
+    """
     started = time.monotonic()
     size = min(_BATCH, rows)
     batches = list(itertools.islice(one_pass(parts.choose, size), rows // size))
