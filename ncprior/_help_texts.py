@@ -95,7 +95,7 @@ Examples:
   ncprior sample my-prior --source my_vae.py:source --proposals 500 --batch-size 100
   ncprior sample my-prior --source my_vae.py:source -n 64 --condition my_vae.py:labels
   ncprior sample my-prior --source my_vae.py:source --out s3://bucket/samples
-  ncprior sample my-prior --source my_vae.py:source --parts $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+  ncprior sample my-prior --source my_vae.py:source -n 100000 --parts $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 """
 
 INSPECT = """\

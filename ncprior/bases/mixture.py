@@ -4,7 +4,7 @@ r"""Gaussian mixtures on latents; :func:`ncprior.bases.fit_mixture` fits them.
     p(z) = \sum_j \pi_j \, N(z; \mu_j, \Sigma_j)
 
 With one component this is a Gaussian. A mixture fitted to the aggregate posterior leaves a smaller
-gap to the heads, and SIR with M proposals corrects about log M nats.
+gap to the heads, and SIR with M proposals corrects at most log M nats.
 """
 
 from __future__ import annotations

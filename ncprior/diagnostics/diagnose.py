@@ -69,7 +69,8 @@ def diagnose(
             each; each row is used several times if there are fewer rows. 8,192 draws give a
             standard error of the JSD of about 0.005 nats.
         fresh_steps: Optimizer steps of a fresh head per group, trained on one half of the held-out
-            data to find the part that log r misses, and measured on the other half; 0 leaves this out.
+            data to find the part that log r misses. A quarter chooses its best step, and a quarter
+            measures it. 0 leaves this out.
         batch_size: Rows per batch, where batches are made here.
 
     Returns:

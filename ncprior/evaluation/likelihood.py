@@ -91,7 +91,8 @@ class Likelihood(NamedTuple):
     Attributes:
         model: ``"base"``, ``"SIR(M)"`` with its M, or ``"NCP"``.
         normalisation: ``"local"``, group by group, or ``"global"``.
-        lower: The lower bound, on average at most log p(x), in nats, with shape ``(N,)``.
+        lower: The lower bound, on average at most log p(x), in nats, with shape ``(N,)``. Under NCP
+            it is one only if log Z comes from exact draws, see :func:`ncprior.evaluation.log_normaliser`.
         estimate: The jackknife estimate, in nats, with shape ``(N,)``.
         upper: The upper estimate, in nats, with shape ``(N,)``.
         num_samples: S, the draws of z per row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class HeadSettings:
         """A context manager inside which this prior equals the base prior.
 
         The base prior is the VAE's own prior, unless ``improve`` or ``rebase`` has put a fitted one
-        in its place.
+        in its place. Below a joint head, the heads of the groups are off as well.
 
         Like ``torch.no_grad``, it holds for the thread or task that entered it: other threads, and
         threads that are started inside, go on with the trained prior.
@@ -78,5 +78,7 @@ class HeadSettings:
             tensor([[0.],
                     [0.]])
         """
-        with switched_off(self):
+        trained = getattr(self.source, "prior", None)  # that a joint head chooses draws of
+        below = trained.disabled() if isinstance(trained, HeadSettings) else nullcontext()
+        with switched_off(self), below:
             yield

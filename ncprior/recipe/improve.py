@@ -54,8 +54,8 @@ def improve(
       20,000 rows, the best of three sizes. Groups whose heads have learnt nothing keep the base.
     * The sampler for the budget, by :func:`ncprior.diagnostics.recommend_sampler`, and its strength,
       by :func:`ncprior.diagnostics.match_strength`.
-    * Heads are kept where they bring draws closer to held-out encodings; elsewhere the base alone
-      is used.
+    * Heads are kept unless they bring draws surely further from held-out encodings, by two standard
+      errors; then the base alone is used. Without time for this comparison they are kept.
     * With several groups, where a new classifier tells draws of their heads from encodings, one more
       head for all of them, see :class:`ncprior.bases.JointSource`, which chooses among four draws
       with a quarter of the budget each. It is kept if that brings draws closer to held-out encodings

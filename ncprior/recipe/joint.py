@@ -126,7 +126,7 @@ def _keep(
     if any(whole.active) and gaps[NEW].is_less_than(gaps[best]):
         best = NEW
     compared = [*bases, NEW] if any(whole.active) else [*bases]
-    reason = "a new classifier finds the least between draws and held-out encodings"
+    reason = "a new classifier tells its draws from held-out encodings the least"
     if not all(gaps[arm].is_measured for arm in compared):
         reason = NO_TIME
     measured = {_NAMES[arm]: gaps[arm] for arm in compared}

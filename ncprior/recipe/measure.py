@@ -73,7 +73,7 @@ def report_on(
         sampler: The sampler; that of the prior by default.
         diagnosis: Report of :func:`ncprior.diagnostics.diagnose` on the prior; made here if
             ``None``, without training data.
-        budget: Evaluations of heads per sample: the number of proposals in the diagnosis.
+        budget: Evaluations of each head per sample: the number of proposals in the diagnosis.
         num_rows: Most rows of held-out data whose encodings are compared, and as many draws of each
             prior.
         seed: Seed of all random numbers.

@@ -33,7 +33,7 @@ class Improvement(NamedTuple):
         diagnosis: Report of :func:`ncprior.diagnostics.diagnose` on held-out data, or ``None``.
         histories: Histories of the trainings.
         sampler: Description of the sampler.
-        budget: Evaluations of heads per sample that the sampler may use, or ``None``.
+        budget: Evaluations of each head per sample that the sampler may use, or ``None``.
         seed: Seed of the measurements, or ``None``.
         seconds: Time of all choices and measurements, in seconds, or NaN.
         details: Further facts by name, such as versions.
@@ -143,7 +143,9 @@ class Improvement(NamedTuple):
             file.write_text(text, encoding="utf-8")
 
     def _facts(self) -> dict[str, str]:
-        budget = "" if self.budget is None else f"{self.budget:,} evaluations per sample"
+        budget = (
+            "" if self.budget is None else f"{self.budget:,} evaluations of each head per sample"
+        )
         return {
             "Sampler": self.sampler,
             "Budget": budget,

@@ -88,7 +88,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     alone = gaps[base]
     shown = [arm for arm in _ARMS if arm in gaps and (had_heads or arm != NEW)]
     measured = {_ARMS[arm]: gaps[arm] for arm in shown}
-    reason = "a new classifier finds the least between draws and held-out encodings"
+    reason = "heads stay unless a new classifier tells their draws from encodings better than the base's"
     if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
         reason = NO_TIME
     elif had_heads:

@@ -40,7 +40,7 @@ def sir(
     Resampling is one pass of Gumbel-max over chunks of proposals: with g ~ Gumbel(0, 1), the
     proposal of the largest log r(z) + g is a draw from the categorical distribution of weights
     r(z). Memory does not grow with M. The distribution of the draw tends to r·p / Z as M → ∞; M
-    proposals correct about log M nats.
+    proposals correct at most log M nats.
 
     With ``share_proposals``, all B rows of a batch choose among the same M proposals, at 1/B of
     the cost. The distribution of each row does not change, and rows are independent given the

@@ -1,6 +1,6 @@
 r"""Tempered sequential Monte Carlo (SMC): particles move from p to r·p over r^β·p, β from 0 to 1.
 
-SIR weights its proposals once and corrects about log M nats. Tempered SMC alternates small
+SIR weights its proposals once and corrects at most log M nats. Tempered SMC alternates small
 increments of β, resampling and MALA moves: the nats that it can correct grow with the number of
 temperatures. If all rows have the same target, they can share their particles: 12 nats of a
 Gaussian then cost about a dozen gradients of log r per sample.

@@ -73,11 +73,12 @@ class Pretrained(nn.Module):
         full disk, the earlier files stay as they were.
 
         An :class:`~ncprior.NCPrior` saves its heads, strength, active groups, sampler and a fitted
-        base: a ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, or the ``Flow`` that
-        ``fit_flow`` builds by default. Put any other base, such as your own flow, on the source
-        again before loading. A joint head is saved with its first prior. Samplers are those of
-        :mod:`ncprior.samplers`, also composed. A :class:`~ncprior.vaebm.VAEBM` saves its energy and the settings of
-        its chains, without the ratio heads.
+        base: a ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, the flows that
+        ``fit_flow`` and ``fit_flows`` build by default, and those of ``fit_code_frequencies``,
+        ``fit_code_network`` and ``fit_code_bases``. Put any other base, such as your own flow, on
+        the source again before loading. A joint head is saved with its first prior. Samplers are
+        those of :mod:`ncprior.samplers`, also composed. A :class:`~ncprior.vaebm.VAEBM` saves its
+        energy and the settings of its chains, without the ratio heads.
 
         Arguments:
             directory: Directory of the files, made if missing: one safetensors file, which is all

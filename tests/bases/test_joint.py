@@ -70,6 +70,23 @@ def test_a_joint_latent_is_a_walk_with_its_mean() -> None:
     assert len(proposals.flatten(0, 1).unique(dim=0)) == 10  # a walk for each proposal and row
 
 
+def test_a_disabled_joint_head_draws_the_base_prior() -> None:
+    """The heads of the groups, which move z_1 to the right, are off as well."""
+    pair = CorrelatedPair()
+    heads = [ExactRatio(lambda z, c=None: 3 * z[..., 0]) for _ in range(2)]
+    first = NCPrior(pair, torch.nn.ModuleList(heads)).eval()
+    first.sampler = partial(sir, num_proposals=50)
+    whole = with_sampler(NCPrior(JointSource(first), MLPHead((2,))).eval())
+    torch.manual_seed(0)
+    with first.disabled():
+        base = first.sample(100)
+    torch.manual_seed(0)
+    with whole.disabled():
+        drawn = whole.sample(100)
+    assert torch.equal(drawn.x, base.x)
+    assert whole.sample(100).x.mean() > base.x.mean() + 1
+
+
 class OtherPair(CorrelatedPair):
     """A pair whose decoder returns another type of numbers."""
 
