@@ -37,7 +37,7 @@ from ncprior.distributions import Sampleable
 from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
-from ncprior.samplers.langevin import Target, mala_step
+from ncprior.samplers.langevin import Target, hmc_step
 from ncprior.source import device_of, num_rows, require_eval
 from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.draws import drawn
@@ -258,7 +258,7 @@ def anneal(
     log_w, accepted = at.log_r / num_temperatures, torch.zeros_like(at.log_r)
     between = range(1, num_temperatures)
     for t in between if backwards_from is None else reversed(between):
-        at, accept = mala_step(target, at, step_size, t / num_temperatures)
+        at, accept = hmc_step(target, at, step_size, t / num_temperatures)
         log_w, accepted = log_w + at.log_r / num_temperatures, accepted + accept
     target.raise_if_bad(int(target.first_bad_step(at.z)))
     return Annealed(at.z, finite(log_w), accepted / len(between))

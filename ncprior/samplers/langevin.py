@@ -1,4 +1,4 @@
-r"""Langevin dynamics on the energy E(z) = -log r(z) - log p(z): unadjusted (ULA) and MALA.
+r"""Langevin dynamics on the energy E(z) = -log r(z) - log p(z): ULA, MALA, and steps of HMC.
 
 References:
     | A Contrastive Learning Approach for Training Variational Autoencoder Priors
@@ -127,31 +127,48 @@ def _mala(target: Target, z: Tensor, num_steps: int, step_size: float) -> tuple[
     point = target(z)
     accepted = torch.zeros_like(point.log_r)
     for _ in range(num_steps):
-        point, accept = mala_step(target, point, step_size)
+        point, accept = hmc_step(target, point, step_size)
         accepted += accept
     return point.z, accepted / max(1, num_steps)
 
 
-def mala_step(
-    target: Target, here: Point, step_size: float | Tensor, beta: float = 1.0
+def hmc_step(
+    target: Target,
+    here: Point,
+    step_size: float | Tensor,
+    beta: float = 1.0,
+    num_leapfrogs: int = 1,
 ) -> tuple[Point, Tensor]:
-    """One step of MALA on r^β·p.
+    r"""One step of Hamiltonian Monte Carlo (HMC) on r^β·p, which is one of MALA for one leapfrog:
+
+    .. math::
+        v \leftarrow v + \tfrac{1}{2} \sqrt{\lambda}\, \nabla \log r^\beta p(z), \quad
+        z \leftarrow z + \sqrt{\lambda}\, v, \quad
+        v \leftarrow v + \tfrac{1}{2} \sqrt{\lambda}\, \nabla \log r^\beta p(z),
+        \qquad v \sim N(0, I).
 
     Arguments:
         target: r·p.
         here: The current points of the chains.
         step_size: λ, in squared units of z.
         beta: β, the inverse temperature of r.
+        num_leapfrogs: Leapfrogs between two Metropolis-Hastings corrections; each is a gradient.
 
     Returns:
         The next points, and whether each proposal was accepted, with shape ``(*, B)``.
+
+    References:
+        | MCMC Using Hamiltonian Dynamics (Neal, 2011)
     """
-    noise = torch.randn_like(here.z)
-    there = target(here.z + 0.5 * step_size * here.score(beta) + step_size**0.5 * noise)
-    # log q(z | z') - log q(z' | z), both Gaussian of variance λ.
-    back = (here.z - there.z - 0.5 * step_size * there.score(beta)) / step_size**0.5
-    log_q_ratio = 0.5 * (noise.square() - back.square()).reshape(*here.log_r.shape, -1).sum(-1)
-    log_a = there.log_density(beta) - here.log_density(beta) + log_q_ratio
+    length = step_size**0.5
+    start = torch.randn_like(here.z)
+    there, momentum = here, start
+    for _ in range(num_leapfrogs):
+        momentum = momentum + 0.5 * length * there.score(beta)
+        there = target(there.z + length * momentum)
+        momentum = momentum + 0.5 * length * there.score(beta)
+    gained = (start.square() - momentum.square()).reshape(*here.log_r.shape, -1).sum(-1)
+    log_a = there.log_density(beta) - here.log_density(beta) + 0.5 * gained
     accept = torch.rand_like(log_a).log() < log_a
     pairs = zip(there, here, strict=True)
     return Point(*(torch.where(like_event(accept, new), new, old) for new, old in pairs)), accept

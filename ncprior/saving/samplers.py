@@ -45,6 +45,7 @@ _ARGUMENTS: Validators = {
     "step_size": lambda value: is_number(value, 0) and value > 0,
     "num_particles": lambda value: is_count(value, 1, 10**5),
     "num_moves": lambda value: is_count(value, 1, 10**4),
+    "num_leapfrogs": lambda value: is_count(value, 1, 10**4),
     "max_temperatures": lambda value: is_count(value, 1, 10**4),
     "ess_fraction": lambda value: is_number(value, 0, 1) and 0 < value < 1,
     "log_bound": lambda value: is_number(value, -1e300),

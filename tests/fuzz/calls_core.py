@@ -541,6 +541,7 @@ def _(w: World) -> Built:
     **BASE_AND_RATIO,
     num_particles=count(),
     num_moves=count(huge=False),
+    num_leapfrogs=count(huge=False),
     step_size=number(0, open_low=True),
     ess_fraction=number(0, 1, open_low=True, open_high=True),
     share_particles=FLAG,

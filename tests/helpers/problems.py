@@ -491,3 +491,15 @@ def mala_acceptance(step_size: float) -> float:
     # min(1, x'/x) x = min(x, x'): no division.
     flow = np.exp(np.minimum(log_flow(here, there), log_flow(there, here))).sum()
     return float(flow * (z[1] - z[0]) ** 2 / (2 * math.pi * math.sqrt(step_size)))
+
+
+def hmc_acceptance(step_size: float, num_leapfrogs: int) -> float:
+    """Mean acceptance of HMC's steps on N(0, 1) in equilibrium, exactly.
+
+    Leapfrogs are a linear map M of (z, v) ~ N(0, I), of singular values s and 1/s. A reversible map
+    that keeps the volume is accepted with 2 P(H falls), and H falls where |a/b| < 1/s for a Cauchy a/b.
+    """
+    length = math.sqrt(step_size)
+    kick, drift = np.array([[1, 0], [-length / 2, 1]]), np.array([[1, length], [0, 1]])
+    leap = np.linalg.matrix_power(kick @ drift @ kick, num_leapfrogs)
+    return float(4 / math.pi * math.atan(1 / np.linalg.svd(leap)[1][0]))

@@ -13,6 +13,7 @@ from helpers.problems import (
     GaussianPair,
     SampleOnly,
     TwoBumps,
+    hmc_acceptance,
     mala_acceptance,
     standard_normal,
     ula_variance,
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, OneHotCategorical
 
 from ncprior import langevin
+from ncprior.samplers.langevin import Target, hmc_step
 
 
 @pytest.mark.parametrize(("variance", "step_size"), [(1.0, 0.4), (2.0, 1.0), (0.5, 0.2)])
@@ -110,6 +112,30 @@ def test_mala_accepts_as_often_as_it_should(step_size: float) -> None:
     # Shares of two steps, maybe correlated: the variance of a share is at most a (1 - a).
     tolerance = 4 * math.sqrt(expected * (1 - expected) / n)
     assert abs(draw.acceptance.double().mean() - expected) < tolerance
+
+
+@pytest.mark.parametrize(("step_size", "num_leapfrogs"), [(0.5, 1), (1.5, 1), (0.5, 3), (1.0, 5)])
+def test_hmc_accepts_as_often_as_it_should(step_size: float, num_leapfrogs: int) -> None:
+    n = 100_000
+    target = Target(rows(standard_normal(1), n), flat)
+    _, accept = hmc_step(target, target(torch.randn(n, 1)), step_size, num_leapfrogs=num_leapfrogs)
+    expected = hmc_acceptance(step_size, num_leapfrogs)
+    if num_leapfrogs == 1:
+        assert expected == pytest.approx(mala_acceptance(step_size), abs=1e-4)
+    assert abs(accept.double().mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
+
+
+@pytest.mark.parametrize("num_leapfrogs", [1, 4])
+def test_hmc_leaves_the_target_invariant(num_leapfrogs: int) -> None:
+    bumps, n = TwoBumps(), 50_000
+    init = bumps.target.sample((n, 1))
+    target = Target(rows(bumps.prior, n), bumps.log_r)
+    at = target(init)
+    for _ in range(5):
+        at, accept = hmc_step(target, at, 0.25, num_leapfrogs=num_leapfrogs)
+    assert 0.3 < accept.float().mean() < 0.95
+    cdf = bumps.target.cdf(at.z[:, 0])
+    assert stats.kstest(cdf.numpy(), "uniform").pvalue > RARE
 
 
 def test_mala_finds_the_target_from_the_base() -> None:

@@ -145,7 +145,10 @@ COUNTS: list[tuple[Any, str]] = [
     (partial(independence, num_steps=4), "chunk_size"),
     (partial(rejection, log_bound=0.0), "max_tries"),
     (partial(langevin, num_steps=1, step_size=0.1), "num_steps"),
-    *[(GRADIENTS[-1], name) for name in ("num_particles", "num_moves", "max_temperatures")],
+    *[
+        (GRADIENTS[-1], name)
+        for name in ("num_particles", "num_moves", "num_leapfrogs", "max_temperatures")
+    ],
 ]
 
 

@@ -8,6 +8,7 @@ import torch
 from helpers.problems import Codes, GaussianPair, SampleOnly, TwoBumps
 from scipy import stats
 from torch import Tensor
+from torch.distributions import Independent, Normal
 
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import _systematic, tempered_smc
@@ -44,6 +45,35 @@ def test_both_modes_are_found_in_their_shares(share: bool) -> None:
 
     uniform = 2 * problem.target.cdf(z.abs()) - 1
     assert stats.kstest(uniform.numpy(), "uniform").pvalue > 0.001
+
+
+def test_hmc_goes_further_than_mala_with_as_many_gradients() -> None:
+    """64 narrow latents keep steps short, and one that is wide has a long way to go.
+
+    After 24 gradients, in theory, 0.4 of the way are left to HMC and 0.7 to MALA.
+    """
+    calls = []
+
+    def log_r(z: Tensor) -> Tensor:
+        calls.append(1)
+        return 3 * z[..., 0] - 5 * z[..., 1:].square().sum(-1)  # r·p: N(3, 1), and 64 N(0, 1/11)
+
+    left = []
+    for moves, leapfrogs in ((24, 1), (8, 3)):
+        torch.manual_seed(0)
+        prior = Independent(Normal(torch.zeros(2000, 65), 1.0), 1)
+        draw = tempered_smc(
+            prior,
+            log_r,
+            num_particles=1,
+            num_moves=moves,
+            num_leapfrogs=leapfrogs,
+            step_size=0.05,
+        )
+        left.append(1 - draw.z[:, 0].mean().item() / 3)
+        assert len(calls) == 25
+        calls.clear()
+    assert left[1] < left[0] - 0.15
 
 
 def test_a_flat_ratio_takes_one_temperature_and_keeps_the_base() -> None:

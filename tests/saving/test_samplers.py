@@ -40,7 +40,9 @@ MALA = partial(langevin, num_steps=2, step_size=0.1, adjusted=True)
 SAMPLERS: dict[str, Sampler] = {
     "sir": partial(sir, num_proposals=20, chunk_size=30, share_proposals=True),
     "langevin": MALA,
-    "tempered_smc": partial(tempered_smc, num_particles=5, num_moves=1, ess_fraction=0.3),
+    "tempered_smc": partial(
+        tempered_smc, num_particles=5, num_moves=1, num_leapfrogs=2, ess_fraction=0.3
+    ),
     "pool": partial(budgeted_rejection, num_proposals=3, share_proposals=True),
     "rejection": partial(rejection, log_bound=-0.25, max_tries=7),
     "independence": partial(independence, num_steps=6),
