@@ -18,7 +18,7 @@ from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
 from ncprior.recipe.record import Record
-from ncprior.recipe.sampler import MATCHED, choose_sampler, choose_strength
+from ncprior.recipe.sampler import choose_sampler, choose_strength
 from ncprior.samplers.sir import sir
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
@@ -40,10 +40,6 @@ _RATE = 2e-3
 _SHARE = 0.5  # of the time that is left
 
 _PER_ROW, _DRAWN = 4, (2000, 200_000)  # walks per row of training data, at least and at most
-
-_PASSES = 10  # of a search for the strength over its rows
-
-_FEWEST_MATCHED = 64  # rows for the strength, however little time is left
 
 _NAMES = {OLD: "the VAE's own prior", BASE: "base alone", GROUPS: GROUPS, NEW: "joint head"}
 
@@ -103,7 +99,7 @@ def join_groups(
     chosen = f"one of {WALKS} walks" if any(whole.active) else "none"
     record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
     if any(whole.active):
-        choose_strength(whole, parts, record, rows=_rows_to_match(whole, record), name="joint ")
+        choose_strength(whole, parts, record, name="joint ")
         gaps[NEW] = remaining_gap(whole, whole.chosen(None), parts, record, name=NEW)
     return _keep(whole, prior, gaps, list(bases), record)
 
@@ -167,13 +163,6 @@ def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None
         return f"it has learnt nothing for sure; {history.stopped}"
     loss = sum(history.best_loss or [])
     return f"held-out NCE loss {loss:.4f} nats ({2 * math.log(2):.4f} without); {history.stopped}"
-
-
-def _rows_to_match(whole: NCPrior, record: Record) -> int:
-    """Number of rows for the strength of a joint head: each has several walks in every pass."""
-    left = record.left(_SHARE / 2)
-    walks = draws_in_time(whole.source, MATCHED * WALKS * _PASSES, left)
-    return max(_FEWEST_MATCHED, walks // (WALKS * _PASSES))
 
 
 def _num_walks(source: LatentSource[Any, Any], parts: Parts, record: Record) -> int:

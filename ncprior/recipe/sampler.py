@@ -7,7 +7,9 @@ import time
 import warnings
 from functools import partial
 
-from ncprior.data.stream import one_pass
+import torch
+
+from ncprior.data.stream import first_batch, one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.strength import match_strength
@@ -19,9 +21,18 @@ from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
+from ncprior.source import device_of, num_rows, visit
+from ncprior.utils.batches import own_batch
 
 _BATCH = 256
-MATCHED = 2048  # rows for the strength
+
+_TIMED = 64  # rows
+
+_MATCHED = (64, 2048)  # rows for the strength, at least and at most
+
+_PASSES = 10  # of a search for the strength over its rows
+
+_SHARE = 0.25  # of the time that is left, for the strength
 
 
 def choose_sampler(
@@ -53,14 +64,14 @@ def choose_sampler(
     choose_strength(prior, parts, record, name=name)
 
 
-def choose_strength(
-    prior: NCPrior, parts: Parts, record: Record, *, rows: int = MATCHED, name: str = ""
-) -> None:
-    """Sets the prior's strength for its sampler, by some rows of held-out data.
+@torch.no_grad()
+def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str = "") -> None:
+    """Sets the prior's strength for its sampler, by as many rows of held-out data as there is time for.
 
-    There are at most that many rows, unless the data are batches already: these stay whole.
+    Batches of data that are batches already stay whole.
     """
     started = time.monotonic()
+    rows = _rows_in_time(prior, parts, record.left(_SHARE))
     size = min(_BATCH, rows)
     batches = list(itertools.islice(one_pass(parts.choose, size), rows // size))
     with warnings.catch_warnings(record=True) as caught:
@@ -73,6 +84,21 @@ def choose_strength(
         reason = str(caught[0].message)
     took = time.monotonic() - started
     record.add(Choice(f"{name}strength", f"{prior.strength:.2f}", reason, seconds=took))
+
+
+def _rows_in_time(prior: NCPrior, parts: Parts, seconds: float | None) -> int:
+    """Number of rows for which there is time to draw in every pass of the search for the strength."""
+    least, most = _MATCHED
+    if seconds is None:
+        return most
+    batch = own_batch(first_batch(parts.choose, _TIMED), device_of(prior.source))
+    encoding = prior.source.encode(batch)
+    rows, sampler = num_rows(encoding), prior.chosen(None)
+    started = time.perf_counter()  # a coarser clock may not move
+    start = prior.source.start(rows, encoding)
+    visit(prior.source, start, lambda k, group: prior.draw(k, group, sampler).z)
+    took = time.perf_counter() - started
+    return min(most, max(least, int(seconds * rows / (_PASSES * took))))
 
 
 def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:

@@ -22,7 +22,6 @@ from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, parts_of, vae_of
 from ncprior.recipe.record import Record
-from ncprior.recipe.sampler import MATCHED
 from ncprior.training import FitSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (file|source) has no fingerprint of the VAE")
@@ -301,31 +300,30 @@ def test_slow_walks_do_not_take_more_than_the_time_for_them(
             assert record.seconds() < 1
 
 
-def test_the_strength_of_a_joint_head_is_matched_on_as_many_rows_as_there_is_time_for(
+def test_a_strength_is_matched_on_as_many_rows_as_there_is_time_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """256 walks take 0.5 s: a quarter of 80 s has time for 10,240, ten passes of four for 256 rows."""
+    """Four walks of 64 rows take 0.5 s: a quarter of 80 s has time for ten passes of 256 rows."""
     prior, parts = blind()
 
     def slow(source: JointSource, batch_size: int) -> Tensor:
         time.sleep(0.5 * batch_size / 256)
         return torch.randn(batch_size, 4)
 
-    monkeypatch.setattr(JointSource, "_walk", slow)
-    whole = joint._untrained(JointSource(prior), parts)
-    limits = {80.0: pytest.approx(256, rel=0.3), 0.1: 64, None: MATCHED}
-    for seconds, rows in limits.items():
-        record = Record(progress=False, max_seconds=seconds)
-        assert joint._rows_to_match(whole, record) == rows
     seen: list[int] = []
 
     def matched(prior: NCPrior, batches: list[Tensor], *args: Any, **options: Any) -> float:
-        seen.extend(map(len, batches))
+        seen.append(sum(map(len, batches)))
         return 1.0
 
+    monkeypatch.setattr(JointSource, "_walk", slow)
     monkeypatch.setattr(sampler, "match_strength", matched)
-    sampler.choose_strength(whole, parts, record, rows=100)
-    assert seen == [100]
+    whole = joint._untrained(JointSource(prior), parts)
+    whole.active = [True]
+    rows = Parts(parts.train, torch.randn(4000, 2), parts.judge, None)
+    for seconds in (80.0, 0.1, None):
+        sampler.choose_strength(whole, rows, Record(progress=False, max_seconds=seconds))
+    assert seen == [pytest.approx(256, rel=0.3), 64, 2048]
 
 
 def test_draws_that_take_no_time_on_a_coarse_clock_are_not_limited(
