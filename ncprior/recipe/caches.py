@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ncprior.bases.joint import JointSource
 from ncprior.data.encodings import walk_bytes
 from ncprior.data.rows import Rows
 from ncprior.data.stream import first_batch
+from ncprior.prior import NCPrior
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
-from ncprior.source import LatentSource, device_of
+from ncprior.source import LatentSource, device_of, num_rows, visit
 from ncprior.training.settings import FitSettings
 from ncprior.utils.batches import own_batch
 from ncprior.utils.random_state import seeded
@@ -41,6 +43,33 @@ def draws_in_time(source: LatentSource[Any, Any], count: int, seconds: float | N
     started = time.perf_counter()  # a coarser clock may not move
     source.group(source.start(_TIMED)).prior.sample()
     return min(count, int(seconds * _TIMED / (time.perf_counter() - started)))
+
+
+@torch.no_grad()
+def rows_in_time(
+    prior: NCPrior,
+    data: Any,  # noqa: ANN401
+    limits: tuple[int, int],
+    seconds: float | None,
+) -> int:
+    """Returns the number of rows of data for which the prior's sampler draws in some time.
+
+    Arguments:
+        prior: The prior, with its sampler.
+        data: Rows of data, whose encodings hold a condition if there is one.
+        limits: The smallest and the largest number.
+        seconds: The time, or ``None`` for no limit.
+    """
+    least, most = limits
+    if seconds is None:
+        return most
+    encoding = prior.source.encode(own_batch(first_batch(data, least), device_of(prior.source)))
+    rows, sampler = num_rows(encoding), prior.chosen(None)
+    started = time.perf_counter()  # a coarser clock may not move
+    start = prior.source.start(rows, encoding)
+    visit(prior.source, start, lambda k, group: prior.draw(k, group, sampler).z)
+    took = time.perf_counter() - started
+    return min(most, max(least, int(rows * seconds / took)))
 
 
 def walk_cache(

@@ -15,9 +15,10 @@ from ncprior.data.stream import first_batch
 from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
 from ncprior.recipe.base import choose_base
+from ncprior.recipe.caches import rows_in_time
 from ncprior.recipe.heads import train_heads
 from ncprior.recipe.joint import join_groups, joint_source
-from ncprior.recipe.measure import evidence_of
+from ncprior.recipe.measure import FRESH, SHOWN, evidence_of
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, keep_what_helps
@@ -27,6 +28,10 @@ from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
 
 _PROBED = 64  # rows
+
+_FEWEST_SHOWN = 64  # draws in the report
+
+_SHARE = 0.4  # of the time that is left, for the draws of the report, and for its fresh heads
 
 _LONGEST = 30  # digits of a seed
 
@@ -119,8 +124,14 @@ def improve(
         else:
             prior, gaps = join_groups(alone, prior, parts, budget, record, folder)
         sampler = prior.chosen(None)
+        limits = (_FEWEST_SHOWN, SHOWN)
         report = evidence_of(
-            prior, parts.judge, gaps, sampler=sampler, diagnosis=None, budget=max(2, budget)
+            *(prior, parts.judge, gaps),
+            sampler=sampler,
+            diagnosis=None,
+            budget=max(2, budget),
+            num_rows=rows_in_time(prior, parts.judge, limits, record.left(_SHARE)),
+            fresh_steps=FRESH if record.has_time_for(FRESH, _SHARE) else 0,
         )
     prior.report = report._replace(
         verdict=f"{report.verdict} {_summary(prior, record)}",

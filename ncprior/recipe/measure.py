@@ -43,6 +43,10 @@ _MOST_NUMBERS = 4096  # of the latents of a row that are kept; each group is thi
 
 _BATCH = 256
 
+SHOWN = 2000  # rows whose encodings are compared, and as many draws of each prior
+
+FRESH = 200  # steps of the diagnosis's fresh heads
+
 Arm = tuple[LatentSource[Any, Any], Callable[[int, Group], Tensor]]
 
 
@@ -55,7 +59,7 @@ def report_on(
     sampler: Sampler | None = None,
     diagnosis: Report | None = None,
     budget: int = 500,
-    num_rows: int = 2000,
+    num_rows: int = SHOWN,
     seed: int = 0,
 ) -> Improvement:
     """Report on a prior by measurements on held-out data, whichever way its heads were trained.
@@ -124,11 +128,15 @@ def evidence_of(
     sampler: Sampler,
     diagnosis: Report | None,
     budget: int,
-    num_rows: int = 2000,
+    num_rows: int = SHOWN,
+    fresh_steps: int = FRESH,
 ) -> Improvement:
-    """Returns the report of :func:`report_on` on a prior whose gaps are known, or none of them."""
+    """Returns the report of :func:`report_on` on a prior whose gaps are known, or none of them.
+
+    Without a diagnosis, one is made, with fresh heads of that many steps.
+    """
     if diagnosis is None:
-        diagnosis = _diagnosis(prior, held_out, budget)
+        diagnosis = _diagnosis(prior, held_out, budget, fresh_steps)
     arms = _arms(prior, sampler, held_out)
     latents, samples = _draw(prior.source, arms, held_out, num_rows)
     return Improvement(
@@ -155,11 +163,12 @@ def _described(source: LatentSource[Any, Any], sampler: Sampler) -> str:
     return describe(sampler) + ("" if below is None else f" of walks by {describe(below)}")
 
 
-def _diagnosis(prior: NCPrior, held_out: Any, budget: int) -> Report:  # noqa: ANN401
+def _diagnosis(prior: NCPrior, held_out: Any, budget: int, fresh_steps: int) -> Report:  # noqa: ANN401
     """The diagnosis for a budget; of a joint head, whose every proposal is a walk, with few of them."""
     if isinstance(prior.source, JointSource):
         return diagnose(prior, held_out, num_proposals=(1, WALKS), fresh_steps=0)
-    return diagnose(prior, held_out, num_proposals=(max(1, budget // 10), budget))
+    proposals = (max(1, budget // 10), budget)
+    return diagnose(prior, held_out, num_proposals=proposals, fresh_steps=fresh_steps)
 
 
 _TOO_FEW = (

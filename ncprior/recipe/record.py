@@ -48,3 +48,12 @@ class Record:
         if math.isinf(self.end):
             return None
         return share * max(0.1, self.end - time.monotonic())
+
+    def has_time_for(self, steps: int, share: float) -> bool:
+        """Returns whether a share of the time that is left is enough for so many steps of training.
+
+        They are taken to be as long as those of the first training.
+        """
+        left = self.left(share)
+        rows = self.histories[0].rows if self.histories else []
+        return left is None or not rows or steps * rows[-1].seconds <= left * rows[-1].step

@@ -7,26 +7,21 @@ import time
 import warnings
 from functools import partial
 
-import torch
-
-from ncprior.data.stream import first_batch, one_pass
+from ncprior.data.stream import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
+from ncprior.recipe.caches import rows_in_time
 from ncprior.recipe.choices import BASE, NEW, OLD, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, is_worse, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
-from ncprior.source import device_of, num_rows, visit
-from ncprior.utils.batches import own_batch
 
 _BATCH = 256
-
-_TIMED = 64  # rows
 
 _MATCHED = (64, 2048)  # rows for the strength, at least and at most
 
@@ -64,14 +59,13 @@ def choose_sampler(
     choose_strength(prior, parts, record, name=name)
 
 
-@torch.no_grad()
 def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str = "") -> None:
     """Sets the prior's strength for its sampler, by as many rows of held-out data as there is time for.
 
     Batches of data that are batches already stay whole.
     """
     started = time.monotonic()
-    rows = _rows_in_time(prior, parts, record.left(_SHARE))
+    rows = rows_in_time(prior, parts.choose, _MATCHED, record.left(_SHARE / _PASSES))
     size = min(_BATCH, rows)
     batches = list(itertools.islice(one_pass(parts.choose, size), rows // size))
     with warnings.catch_warnings(record=True) as caught:
@@ -84,21 +78,6 @@ def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str =
         reason = str(caught[0].message)
     took = time.monotonic() - started
     record.add(Choice(f"{name}strength", f"{prior.strength:.2f}", reason, seconds=took))
-
-
-def _rows_in_time(prior: NCPrior, parts: Parts, seconds: float | None) -> int:
-    """Number of rows for which there is time to draw in every pass of the search for the strength."""
-    least, most = _MATCHED
-    if seconds is None:
-        return most
-    batch = own_batch(first_batch(parts.choose, _TIMED), device_of(prior.source))
-    encoding = prior.source.encode(batch)
-    rows, sampler = num_rows(encoding), prior.chosen(None)
-    started = time.perf_counter()  # a coarser clock may not move
-    start = prior.source.start(rows, encoding)
-    visit(prior.source, start, lambda k, group: prior.draw(k, group, sampler).z)
-    took = time.perf_counter() - started
-    return min(most, max(least, int(seconds * rows / (_PASSES * took))))
 
 
 def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:
