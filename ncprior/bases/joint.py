@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +26,7 @@ from ncprior.distributions import PointMass
 from ncprior.source import Group, LatentSource, num_rows, sample_posterior, visit
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_instance
+from ncprior.utils.switches import is_switched_off
 
 _BATCH = 256  # rows
 
@@ -51,6 +53,9 @@ class NCPrior(Protocol):
 
     def sample(self, batch_size: int) -> Any:  # noqa: ANN401
         """Draws latents of all groups and the mean of x."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context manager inside which the heads are off."""
 
 
 class JointSource(LatentSource[Any, Any]):
@@ -152,7 +157,9 @@ class JointSource(LatentSource[Any, Any]):
     def _walk(self, batch_size: int) -> Tensor:
         """Walks along the trained prior, one per row; the decoder sees a batch at a time."""
         counts = [min(_BATCH, batch_size - first) for first in range(0, batch_size, _BATCH)]
-        found = [self.prior.sample(count) for count in counts]
+        off = self.prior.disabled() if is_switched_off(self) else nullcontext()
+        with off:
+            found = [self.prior.sample(count) for count in counts]
         return torch.cat([_row(one.latents, one.x) for one in found])
 
     def latents(self, z: Tensor) -> tuple[Tensor, ...]:

@@ -23,8 +23,9 @@ _MATCHING = (Verdict.MATCHES, Verdict.CONSTANT)
 
 _MOST_MOVES = 16  # per temperature; more moves do not improve the draws
 
-_LEAPFROGS, _FIRST_STEP = 3, 0.1  # of chains within components; on 128 latents, 24 gradients go
-# as far as 60 with a leapfrog each, and a larger first step is rejected for some moves
+_LEAPFROGS = 3  # of a move within components
+
+_FIRST_STEP = 0.1  # of these; the first moves of a larger one are rejected
 
 
 class Recommendation(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,7 +78,5 @@ class HeadSettings:
             tensor([[0.],
                     [0.]])
         """
-        trained = getattr(self.source, "prior", None)  # that a joint head chooses draws of
-        below = trained.disabled() if isinstance(trained, HeadSettings) else nullcontext()
-        with switched_off(self), below:
+        with switched_off(self), switched_off(self.source):  # a source may have heads of its own
             yield

@@ -1,4 +1,4 @@
-"""Walks and draws that are made once and reused, as far as memory and time allow."""
+"""Numbers of walks and draws, made once or at every use, that memory and time allow."""
 
 from __future__ import annotations
 

@@ -122,7 +122,9 @@ def _keep(
     if any(whole.active) and gaps[NEW].is_less_than(gaps[best]):
         best = NEW
     compared = [*bases, NEW] if any(whole.active) else [*bases]
-    reason = "a new classifier tells its draws from held-out encodings the least"
+    reason = (
+        "a joint head stays if a new classifier finds less with it, others unless it finds more"
+    )
     if not all(gaps[arm].is_measured for arm in compared):
         reason = NO_TIME
     measured = {_NAMES[arm]: gaps[arm] for arm in compared}

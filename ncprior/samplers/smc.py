@@ -30,9 +30,7 @@ _POPULATION = 512  # least number of shared particles
 
 _ACCEPTANCE = 0.574  # optimal for MALA in many dimensions (Roberts & Rosenthal, 1998)
 
-_ACCEPTANCE_OF_HMC = (
-    0.75  # more than the 0.65 of long chains (Beskos et al., 2013): there are few moves
-)
+_ACCEPTANCE_OF_HMC = 0.75  # 0.65 is optimal for long chains (Beskos et al., 2013)
 
 
 @torch.no_grad()

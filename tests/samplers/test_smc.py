@@ -50,7 +50,7 @@ def test_both_modes_are_found_in_their_shares(share: bool) -> None:
 def test_hmc_goes_further_than_mala_with_as_many_gradients() -> None:
     """64 narrow latents keep steps short, and one that is wide has a long way to go.
 
-    After 24 gradients, in theory, 0.4 of the way are left to HMC and 0.7 to MALA.
+    After 24 gradients, 0.03 of the way are left to HMC and 0.54 to MALA.
     """
     calls = []
 
@@ -73,7 +73,7 @@ def test_hmc_goes_further_than_mala_with_as_many_gradients() -> None:
         left.append(1 - draw.z[:, 0].mean().item() / 3)
         assert len(calls) == 25
         calls.clear()
-    assert left[1] < left[0] - 0.15
+    assert left[1] < 0.1 < 0.4 < left[0]
 
 
 def test_a_flat_ratio_takes_one_temperature_and_keeps_the_base() -> None:

@@ -74,6 +74,14 @@ def test_heads_and_strength_are_part_of_the_prior() -> None:
     assert is_under(0.0)
 
 
+def test_the_weights_keep_their_heads_where_those_that_they_train_are_disabled() -> None:
+    prior = stir(NCPrior.for_source(VAE.source(), torch.randn(9, 2)))
+    resampled = ResampledPosterior(prior, 20)
+    assert resampled.prior is not None
+    with NCPrior.for_source(resampled, torch.randn(9, 2)).disabled():
+        assert resampled.prior.is_on(0)
+
+
 def test_the_prior_is_that_of_the_beginning() -> None:
     """Heads that are trained later do not change the weights, nor does a change of the strength."""
     x = torch.randn(9, 2)
