@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ def draws_in_time(source: LatentSource[Any, Any], count: int, seconds: float | N
     """
     if seconds is None:
         return count
-    started = time.perf_counter()  # a coarser clock may not move
-    source.group(source.start(_TIMED)).prior.sample()
-    return min(count, int(seconds * _TIMED / (time.perf_counter() - started)))
+    draw = source.group(source.start(_TIMED)).prior.sample
+    return min(count, int(seconds * _TIMED / _seconds_of(draw)))
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def rows_in_time(
         return most
     encoding = prior.source.encode(own_batch(first_batch(data, least), device_of(prior.source)))
     rows, sampler = num_rows(encoding), prior.chosen(None)
-    started = time.perf_counter()  # a coarser clock may not move
     start = prior.source.start(rows, encoding)
-    visit(prior.source, start, lambda k, group: prior.draw(k, group, sampler).z)
-    took = time.perf_counter() - started
+    took = _seconds_of(
+        lambda: visit(prior.source, start, lambda k, group: prior.draw(k, group, sampler).z)
+    )
     return min(most, max(least, int(rows * seconds / took)))
 
 
@@ -86,6 +86,12 @@ def walk_cache(
     with seeded(0):
         row = walk_bytes(source, own_batch(first_batch(train, 2), device_of(source)))
     return {"cache_epochs": epochs} if row * len(train) <= _memory() else {}
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()  # a coarser clock may not move
+    work()
+    return time.perf_counter() - started
 
 
 def _memory() -> float:
