@@ -13,7 +13,7 @@ from ncprior.utils.require import described
 
 _IGNORED = 1e30  # the sd of an input that is left out: divided by it, all numbers are about 0
 
-_LARGEST = 8  # height and width of the maps that heads work on
+LARGEST = 8  # height and width of the maps that heads work on
 
 
 class Standardise(nn.Module):
@@ -71,10 +71,10 @@ def map_stem(shape: Sequence[int], width: int) -> nn.Module:
         width: Channels of the result.
     """
     channels, size = shape[0], max(shape[1:])
-    if size <= _LARGEST:
+    if size <= LARGEST:
         return nn.Conv2d(channels, width, 3, padding=1)
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 5, stride=2, padding=2)]
-    while (size := -(-size // 2)) > _LARGEST:
+    while (size := -(-size // 2)) > LARGEST:
         layers += [nn.SiLU(), nn.Conv2d(width, width, 5, stride=2, padding=2)]
     return nn.Sequential(*layers)
 

@@ -25,14 +25,14 @@ from torch import Size, Tensor, nn
 from torch.nn.functional import silu
 
 from ncprior.heads.codes import CategoricalHead
-from ncprior.heads.contexts import require_context
+from ncprior.heads.contexts import LARGEST, require_context
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead, factors
 from ncprior.heads.unmodified import is_unmodified
 from ncprior.utils.precision import at_precision, check_precision
 from ncprior.utils.require import require_instance
 
-_CACHE = 2**18  # features of a block per thread: two buffers of 1 MiB, as much as a core caches
+_CACHE = 2**19  # features of a block per thread: two buffers of 2 MiB, as much as a core caches
 
 
 class Whole:
@@ -94,8 +94,10 @@ class InBlocks(Whole):
         weight = next(self.head.stem.parameters())
         if weight.device.type != "cpu":
             return Size((count, rows))
-        places = self.head.event_shape[1:] if weight.ndim == 4 else ()
-        features = max(weight.shape[:2]) * Size(places).numel()
+        features = max(weight.shape)
+        if weight.ndim == 4:
+            places = Size(min(size, LARGEST) for size in self.head.event_shape[1:]).numel()
+            features = len(weight) * places
         most = max(1, _CACHE * torch.get_num_threads() // features)
         return Size((min(count, max(1, most // max(1, rows))), min(max(1, rows), most)))
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from ncprior import sir
-from ncprior.heads import fast as blocks_module
-from ncprior.heads import fast as inference_module
-from ncprior.heads.fast import prepare_head
+from ncprior.heads import fast
+from ncprior.heads.fast import InBlocks, prepare_head
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead
 from ncprior.utils.precision import at_precision
@@ -30,7 +29,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.mark.parametrize("cache", [1, 2**9, 2**19])
 def test_it_is_the_head_itself(case: Case, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of one latent, of parts of the proposals, and in one."""
-    monkeypatch.setattr(blocks_module, "_CACHE", cache)
+    monkeypatch.setattr(fast, "_CACHE", cache)
     head, c = trained(case.make()), case.c()
     with torch.no_grad():
         log_r = prepare_head(head, c)
@@ -38,6 +37,15 @@ def test_it_is_the_head_itself(case: Case, cache: int, monkeypatch: pytest.Monke
             expected = head(z, c)
             torch.testing.assert_close(log_r(z), expected, rtol=2e-5, atol=2e-5)
             assert log_r(z).dtype == torch.float32
+
+
+def test_blocks_of_large_maps_hold_as_many_as_of_small_ones() -> None:
+    """The first layers reduce maps of any size and of any number of channels to 64 maps of 8×8."""
+    sizes = [
+        math.prod(InBlocks(ConvHead(shape), None, torch.float32)._block_size(10**6, 1))
+        for shape in ((20, 8, 8), (256, 8, 8), (3, 32, 32))
+    ]
+    assert sizes == [2**19 // (64 * 8 * 8) * torch.get_num_threads()] * 3
 
 
 def test_selections_are_those_of_the_head_itself() -> None:
@@ -58,10 +66,8 @@ def test_a_product_is_as_fast_as_its_factors(monkeypatch: pytest.MonkeyPatch) ->
     product = ProductHead([trained(MLPHead((5,), context_shape=(3,), width=w)) for w in (64, 32)])
     z, c = torch.randn(40, 8, 5), torch.randn(8, 3)
     folded = []
-    block = inference_module._Folded.block
-    monkeypatch.setattr(
-        inference_module._Folded, "block", lambda *args: folded.append(1) or block(*args)
-    )
+    block = fast._Folded.block
+    monkeypatch.setattr(fast._Folded, "block", lambda *args: folded.append(1) or block(*args))
     with torch.no_grad():
         torch.testing.assert_close(
             prepare_head(product, c)(z), product(z, c), rtol=2e-5, atol=2e-5
