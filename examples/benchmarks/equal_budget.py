@@ -9,8 +9,9 @@ rates. What has no steps, such as a mixture, has the sizes that are done within 
 chosen with the first seed, and what the others took is not counted. The criterion is the
 log-likelihood of held-out latents; of flow matching and diffusion, their loss of the same; of
 energies, the Fréchet distance of draws to them. No choice sees images. `improve` is told the budget
-as max_seconds, the seed, and 50 evaluations per sample; nothing of it is tuned. With --model
-hierarchical, the peers are given the earlier groups.
+as max_seconds, the seed, and 50 evaluations per sample; nothing of it is tuned. Its heads see z itself,
+also where those of prior_hole.py see feature maps: there is time for few steps with them. With
+--model hierarchical, the peers are given the earlier groups.
 
 `gap_closed` and `near_copies` are those of prior_hole.py. `over_improve` is the paired difference to
 `improve(50)`: below 0, `improve` is better. Seconds are of the core where there is one thread
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from bench import Bench, Row, machine, parser, table
 from clock import now
-from hole_cases import BASE, POSTERIOR, Case, image_file, make_case, save_images
+from hole_cases import BASE, POSTERIOR, Case, flat_source, image_file, make_case, save_images
 from hole_methods import from_source
 from hole_peers import Fit, Peer, peers
 from torch import Tensor
@@ -283,6 +284,8 @@ def main() -> None:
     names = {"data": options.data, "model": options.model}
     bench = Bench(options, {**names, "budget": budget, "count": count})
     case = make_case(bench, options.data, options.model)
+    if case.maps is not None:
+        case.source = flat_source(case.vae)
     print(f"{machine()}; {case.facts}", flush=True)
     methods = Choices(bench, case, budget).all()
     for seed in options.seed:

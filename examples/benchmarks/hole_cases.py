@@ -7,7 +7,7 @@ kept in --cache; so is the classifier whose features the Fréchet distances are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,18 @@ def _classifier(bench: Bench, name: str, net: Classifier, data: Labelled, steps:
     bench.network(f"classifier-{name}", net, partial(do, name="classifier"), steps=steps)
 
 
-def _flat_source(vae: Any, features: Any = None) -> SingleGroup:  # noqa: ANN401
+def flat_source(vae: Any, features: Any = None) -> SingleGroup:  # noqa: ANN401
+    """The source of a VAE with one group, whose rows are mean and σ of q(z | x)."""
+
     def posterior(h: Tensor) -> Independent:
         return Independent(Normal(*h.chunk(2, -1), validate_args=False), 1, validate_args=False)
 
     return SingleGroup(vae.prior(), posterior, vae.decode, module=vae, features=features)
+
+
+def on_latents(case: Case) -> Case:
+    """The case with heads that see z itself, not feature maps."""
+    return replace(case, name=f"{case.name}-z", source=flat_source(case.vae), maps=None)
 
 
 def _encoded(vae: Any, images: Tensor) -> Tensor:  # noqa: ANN401
@@ -176,7 +183,7 @@ def _flat(
     return Case(
         name=name,
         vae=vae,
-        source=_flat_source(vae),
+        source=flat_source(vae),
         rows=_encoded(vae, data.images),
         test_rows=_encoded(vae, test.images),
         images=data.images,
@@ -248,7 +255,7 @@ def _cifar10(bench: Bench) -> Case:
     return Case(
         name="cifar10",
         vae=vae,
-        source=_flat_source(vae, vae.decoder[:2]),
+        source=flat_source(vae, vae.decoder[:2]),
         maps=vae.decoder[:2],
         rows=_encoded(vae, data.images[:count]),
         test_rows=_encoded(vae, test.images),

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from bench import Bench, with_settings
 from clock import now
-from hole_cases import Case, slug
+from hole_cases import Case, on_latents, slug
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
@@ -398,10 +398,13 @@ def recommended(
     return run
 
 
-def improved(bench: Bench, budget: int) -> Callable[[Case, int], Fitted]:
+def improved(
+    bench: Bench, budget: int, of: Callable[[Case], Case] = lambda case: case
+) -> Callable[[Case, int], Fitted]:
     """The prior of `improve`, which is told the budget and the seed alone."""
 
     def run(case: Case, seed: int) -> Fitted:
+        case = of(case)
         prior, seconds = found = _improved(bench, case, seed, budget)
         assert prior.sampler is not None
         below = prior.source.prior if isinstance(prior.source, JointSource) else None
@@ -567,12 +570,15 @@ def methods(case: Case, heads: Heads) -> list[Method]:
         Method(f"NCP on {last}, recommended({m}), matched", "ours", recommended(heads, last, m))
         for m in case.proposals
     ]
-    return found + automatic(heads.bench) + (variants(heads, last) if case.every_sampler else [])
+    found += automatic(heads.bench)
+    if case.maps is not None:
+        found += automatic(heads.bench, ", heads on z", on_latents)
+    return found + (variants(heads, last) if case.every_sampler else [])
 
 
-def automatic(bench: Bench) -> list[Method]:
+def automatic(bench: Bench, variant: str = "", *of: Callable[[Case], Case]) -> list[Method]:
     """`improve`, with no argument but the budget of evaluations per head."""
-    return [Method(f"improve({m})", "ours", improved(bench, m)) for m in (50, 500)]
+    return [Method(f"improve({m}){variant}", "ours", improved(bench, m, *of)) for m in (50, 500)]
 
 
 def variants(heads: Heads, last: str) -> list[Method]:
