@@ -258,8 +258,8 @@ def anneal(
     log_w, accepted = at.log_r / num_temperatures, torch.zeros_like(at.log_r)
     between = range(1, num_temperatures)
     for t in between if backwards_from is None else reversed(between):
-        at, accept = hmc_step(target, at, step_size, t / num_temperatures)
-        log_w, accepted = log_w + at.log_r / num_temperatures, accepted + accept
+        at, acceptance = hmc_step(target, at, step_size, t / num_temperatures)
+        log_w, accepted = log_w + at.log_r / num_temperatures, accepted + acceptance
     target.raise_if_bad(int(target.first_bad_step(at.z)))
     return Annealed(at.z, finite(log_w), accepted / len(between))
 

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -127,8 +128,8 @@ def _mala(target: Target, z: Tensor, num_steps: int, step_size: float) -> tuple[
     point = target(z)
     accepted = torch.zeros_like(point.log_r)
     for _ in range(num_steps):
-        point, accept = hmc_step(target, point, step_size)
-        accepted += accept
+        point, acceptance = hmc_step(target, point, step_size)
+        accepted += acceptance
     return point.z, accepted / max(1, num_steps)
 
 
@@ -155,7 +156,8 @@ def hmc_step(
         num_leapfrogs: Leapfrogs between two Metropolis-Hastings corrections; each is a gradient.
 
     Returns:
-        The next points, and whether each proposal was accepted, with shape ``(*, B)``.
+        The next points, and the probability with which each proposal was accepted, with shape
+        ``(*, B)``; 0 for one on whose way a value was not finite.
 
     References:
         | MCMC Using Hamiltonian Dynamics (Neal, 2011)
@@ -163,15 +165,21 @@ def hmc_step(
     length = step_size**0.5
     start = torch.randn_like(here.z)
     there, momentum = here, start
+    is_valid = torch.ones_like(here.log_r, dtype=torch.bool)
     for _ in range(num_leapfrogs):
         momentum = momentum + 0.5 * length * there.score(beta)
-        there = target(there.z + length * momentum)
+        there, is_finite = target.proposed(there.z + length * momentum, there)
         momentum = momentum + 0.5 * length * there.score(beta)
-    gained = (start.square() - momentum.square()).reshape(*here.log_r.shape, -1).sum(-1)
+        is_valid = is_valid & is_finite
+    gained = _over_event(start.square() - momentum.square(), here.log_r).sum(-1)
     log_a = there.log_density(beta) - here.log_density(beta) + 0.5 * gained
-    accept = torch.rand_like(log_a).log() < log_a
-    pairs = zip(there, here, strict=True)
-    return Point(*(torch.where(like_event(accept, new), new, old) for new, old in pairs)), accept
+    a = torch.where(is_valid & ~log_a.isnan(), log_a.clamp(max=0).exp(), 0.0)
+    return there.where(torch.rand_like(a) < a, here), a
+
+
+def _over_event(values: Tensor, rows: Tensor) -> Tensor:
+    """Values with shape (*, B, *event) as (*, B, D), for rows of shape (*, B)."""
+    return values.reshape(*rows.shape, math.prod(values.shape[rows.ndim :]))
 
 
 class Point(NamedTuple):
@@ -191,6 +199,15 @@ class Point(NamedTuple):
     grad_log_r: Tensor
     grad_log_p: Tensor
 
+    def where(self, mask: Tensor, other: Point) -> Point:
+        """The points of the chains in a mask of shape ``(*, B)``, and other points of the rest."""
+        pairs = zip(self, other, strict=True)
+        return Point(*(torch.where(like_event(mask, new), new, old) for new, old in pairs))
+
+    def is_finite(self) -> Tensor:
+        """Whether all values of each point are finite, with shape ``(*, B)``."""
+        return torch.stack([_over_event(it.isfinite(), self.log_r).all(-1) for it in self]).all(0)
+
     def log_density(self, beta: float) -> Tensor:
         """β log r(z) + log p(z) in nats, with shape ``(*, B)``."""
         return beta * self.log_r + self.log_p
@@ -202,6 +219,8 @@ class Point(NamedTuple):
 
 class Target:
     """Unnormalised target r·p of Langevin dynamics, which records the first non-finite evaluation.
+
+    A proposal that is not finite is not accepted. It is an error only if more than half of them are.
 
     Raises:
         TypeError: If the prior is discrete, bounded, or has no density.
@@ -215,33 +234,66 @@ class Target:
         self.prior, self.log_ratio = _continuous(prior), log_ratio
         self.calls = 0
         self.constants: set[str] = set()  # of log r and log p, those seen not to depend on z
-        self.first_bad: Tensor | None = None  # stays on the device: no synchronisation per step
+        # Stay on the device: no synchronisation per step.
+        self.first_bad: Tensor | None = None
+        self.first_lost: Tensor | None = None  # of the proposals
+        self.num_lost: Any = 0
+        self.num_proposed = 0
 
     def __call__(self, z: Tensor) -> Point:
         """Evaluates log r, log p and their gradients at z, with shape ``(*, B, *event)``."""
+        point = self._evaluated(z)
+        bad = ~point.is_finite().all()
+        self.first_bad = self._first(self.first_bad, bad)
+        self.calls += 1
+        # After a value that is not finite, all slopes are 0 here: z stays finite, and a prior that
+        # validates z does not raise its own error first.
+        return Point(*point[:3], *(torch.where(bad, 0.0, slope) for slope in point[3:]))
+
+    def proposed(self, z: Tensor, last: Point) -> tuple[Point, Tensor]:
+        """Evaluates proposals.
+
+        Arguments:
+            z: The proposals, with shape ``(*, B, *event)``.
+            last: Finite points, to return where a proposal is not finite.
+
+        Returns:
+            The points, and whether each proposal is finite, with shape ``(*, B)``.
+        """
+        is_finite = _over_event(z.isfinite(), last.log_r).all(-1)
+        point = self._evaluated(torch.where(like_event(is_finite, z), z, last.z))
+        is_finite = is_finite & point.is_finite()
+        self.first_lost = self._first(self.first_lost, ~is_finite.all())
+        self.num_lost = self.num_lost + (~is_finite).sum()
+        self.num_proposed += is_finite.numel()
+        self.calls += 1
+        return point.where(is_finite, last), is_finite
+
+    def first_bad_step(self, z: Tensor) -> Tensor:
+        """Returns the first step that was not finite, on the device; a large number if none counts.
+
+        The last z counts as the step after all evaluations, and proposals if more than half are lost.
+        """
+        first = torch.where(torch.isfinite(z).all(), _NEVER, self.calls)
+        if self.first_bad is not None:
+            first = torch.minimum(first, self.first_bad)
+        if self.first_lost is not None:
+            counts = 2 * self.num_lost > self.num_proposed
+            first = torch.minimum(first, torch.where(counts, self.first_lost, _NEVER))
+        return first
+
+    def _first(self, first: Tensor | None, bad: Tensor) -> Tensor:
+        call = torch.where(bad, self.calls, _NEVER)
+        return call if first is None else torch.minimum(first, call)
+
+    def _evaluated(self, z: Tensor) -> Point:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             log_p = self.prior.log_prob(z)
             log_r = checked(self.log_ratio(z), log_p.shape)
             slopes = [self._gradient("log_ratio", self.log_ratio, log_r, z)]
             slopes += [self._gradient("prior.log_prob", self.prior.log_prob, log_p, z)]
-        point = Point(z.detach(), log_r.detach(), log_p.detach(), *slopes)
-        bad = ~torch.stack([torch.isfinite(values).all() for values in point[1:]]).all()
-        call = torch.where(bad, self.calls, _NEVER)
-        self.first_bad = call if self.first_bad is None else torch.minimum(self.first_bad, call)
-        self.calls += 1
-        # After a value that is not finite, all slopes are 0 here: z stays finite, and a prior that
-        # validates z does not raise its own error first.
-        still = [torch.where(bad, 0.0, slope) for slope in slopes]
-        return Point(*point[:3], *still)
-
-    def first_bad_step(self, z: Tensor) -> Tensor:
-        """Returns the first step that was not finite, on the device; a large number if all were.
-
-        The last z counts as the step after all evaluations.
-        """
-        last = torch.where(torch.isfinite(z).all(), _NEVER, self.calls)
-        return last if self.first_bad is None else torch.minimum(self.first_bad, last)
+        return Point(z.detach(), log_r.detach(), log_p.detach(), *slopes)
 
     def raise_if_bad(self, first: int) -> None:
         """Raises an error if :meth:`first_bad_step` has found a step.

@@ -28,6 +28,8 @@ _BISECTIONS = 20
 
 _POPULATION = 512  # least number of shared particles
 
+_FEW = 16  # chains: with fewer, acceptance is mostly chance, and the step is adapted slowly
+
 _ACCEPTANCE = 0.574  # optimal for MALA in many dimensions (Roberts & Rosenthal, 1998)
 
 _ACCEPTANCE_OF_HMC = 0.75  # 0.65 is optimal for long chains (Beskos et al., 2013)
@@ -101,13 +103,16 @@ def tempered_smc(
     require_flags(share_particles=share_particles)
     particles = _Particles(Target(prior, log_ratio), num_particles, share_particles)
     accepted, wanted = [], _ACCEPTANCE if num_leapfrogs == 1 else _ACCEPTANCE_OF_HMC
-    step = particles.scalar(step_size)  # on the device, as all but one number per temperature
+    step = particles.scalar(
+        float(step_size)
+    )  # on the device, as all but one number per temperature
     for _ in range(max_temperatures):
         particles.heat(ess_fraction)
         for _ in range(num_moves):
-            accept = particles.move(step, num_leapfrogs)
-            step = step * (accept.mean().to(step.dtype) - wanted).exp()
-            accepted.append(accept.mean(0))
+            a = particles.move(step, num_leapfrogs)
+            gain = a.numel() / (a.numel() + _FEW)
+            step = step * (gain * (a.mean().to(step.dtype) - wanted)).exp()
+            accepted.append(a.mean(0))
         if particles.beta == 1:
             return particles.draw(torch.stack(accepted).mean(0))
     raise ValueError(
@@ -151,9 +156,9 @@ class _Particles:
         return torch.full((), value, dtype=dtype, device=log_r.device)
 
     def move(self, step_size: Tensor, num_leapfrogs: int) -> Tensor:
-        """Takes one step on r^β·p; returns 1 where it was accepted, else 0, (P, B)."""
-        self.at, accept = hmc_step(self.target, self.at, step_size, self.beta, num_leapfrogs)
-        return accept.float()
+        """Takes one step on r^β·p; returns the probabilities of its acceptance, (P, B)."""
+        self.at, a = hmc_step(self.target, self.at, step_size, self.beta, num_leapfrogs)
+        return a
 
     def draw(self, acceptance: Tensor) -> Draw:
         """Returns one particle per row, picked uniformly: resampling has made weights equal."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, OneHotCategorical
 
 from ncprior import langevin
+from ncprior.samplers.base import LogRatio
 from ncprior.samplers.langevin import Target, hmc_step
 
 
@@ -200,15 +201,39 @@ def test_langevin_says_why_not_in_inference_mode() -> None:
 def test_langevin_names_the_step_that_is_not_finite(
     bad: float, adjusted: bool, validate: bool
 ) -> None:
+    """Of adjusted chains, four of five proposals are lost."""
+    ratio, prior = _bad_from(3, bad), _pairs(validate)
+    with pytest.raises(FloatingPointError, match=r"step 2\b"):
+        langevin(prior, ratio, num_steps=5, step_size=0.1, adjusted=adjusted)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_proposal_that_is_not_finite_is_rejected(bad: float, validate: bool) -> None:
+    """Chains whose last two proposals are lost are where they were after the first two."""
+    draws = []
+    for ratio, steps in ((_bad_from(4, bad), 4), (_bad_from(99, bad), 2)):
+        torch.manual_seed(0)
+        draws.append(
+            langevin(_pairs(validate), ratio, num_steps=steps, step_size=0.1, adjusted=True)
+        )
+    assert torch.equal(draws[0].z, draws[1].z)
+    torch.testing.assert_close(draws[0].acceptance, draws[1].acceptance / 2)
+
+
+def _bad_from(first: int, bad: float) -> LogRatio:
+    """A log r that is not finite from some call on."""
     calls = 0
 
     def log_ratio(z: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         log_r = z.sum(-1)
-        return log_r * bad if calls == 3 else log_r
+        return log_r * bad if calls >= first else log_r
 
-    # A prior that validates what it is given says nothing of steps.
-    prior = Independent(Normal(torch.zeros(4, 2), 1.0, validate_args=validate), 1)
-    with pytest.raises(FloatingPointError, match=r"step 2\b"):
-        langevin(prior, log_ratio, num_steps=5, step_size=0.1, adjusted=adjusted)
+    return log_ratio
+
+
+def _pairs(validate: bool) -> Independent:
+    """A prior of two latents; one that validates them says nothing of steps."""
+    return Independent(Normal(torch.zeros(4, 2), 1.0, validate_args=validate), 1)

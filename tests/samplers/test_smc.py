@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from ncprior.samplers import smc as smc_module
+from ncprior.samplers.langevin import Point, Target, hmc_step
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import _systematic, tempered_smc
 
@@ -191,3 +194,47 @@ def test_shared_rows_without_a_finite_ratio_are_not_told_of_a_context() -> None:
             num_particles=1,
             share_particles=True,
         )
+
+
+def test_a_trajectory_that_overflows_is_rejected() -> None:
+    """The base is so narrow that the first steps are hundreds of times too long: r·p = N(σ, σ²)."""
+    sigma = 0.01
+    prior = Independent(Normal(torch.zeros(4000, 2), sigma), 1)
+    lost, evaluated = [], Target.proposed
+
+    def noted(target: Target, z: Tensor, last: Point) -> tuple[Point, Tensor]:
+        point, is_finite = evaluated(target, z, last)
+        lost.append(int((~is_finite).sum()))
+        return point, is_finite
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "proposed", noted)
+        draw = tempered_smc(
+            prior, lambda z: z.sum(-1) / sigma, num_particles=1, num_moves=60, num_leapfrogs=20
+        )
+    assert sum(lost) > 1000
+    z = draw.z.flatten() / sigma
+    assert abs(z.mean() - 1) < 4 / math.sqrt(len(z))
+    assert abs(z.std() - 1) < 4 / math.sqrt(2 * len(z))
+
+
+def test_one_chain_alone_hardly_adapts_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step must not follow from what has just happened to it, or its draws are biased.
+
+    It changes by a factor of exp(0.75 / 17) = exp(0.0441) at most.
+    """
+    steps: list[float] = []
+
+    def noted(target: Target, at: Point, step: Tensor, *rest: Any) -> tuple[Point, Tensor]:
+        steps.append(float(step))
+        return hmc_step(target, at, step, *rest)
+
+    monkeypatch.setattr(smc_module, "hmc_step", noted)
+    for rows, most in ((1, 0.0442), (4000, 0.75)):
+        steps.clear()
+        prior = Independent(Normal(torch.zeros(rows, 1), 1.0), 1)
+        tempered_smc(prior, lambda z: -8 * z.square().sum(-1), num_particles=1, num_leapfrogs=2)
+        change = abs(math.log(steps[1] / steps[0]))
+        assert 0 < change <= most
+    assert change > 0.1
