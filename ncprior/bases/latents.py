@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ncprior.source import LatentSource, device_of, num_rows, posterior_of, requ
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.require import require_choice, require_counts, require_finite
 
+_BATCH = 1000  # rows
+
 
 @torch.no_grad()
 def latents_of(
@@ -24,7 +27,7 @@ def latents_of(
     *,
     k: int = 0,
     of: str = "samples",
-    batch_size: int = 1000,
+    batch_size: int = _BATCH,
 ) -> Tensor:
     """Latents of data, encoded by a source: training data of a base.
 
@@ -53,20 +56,52 @@ def latents_of(
     require_counts(f"[0, {source.num_groups - 1}]", k=k)
     require_choice("of", of, ("samples", "means"))
     require_counts(batch_size=batch_size)
-    device, latents = device_of(source), []
-    for batch in one_pass(data, batch_size, device):
+    batches = one_pass(data, batch_size, device_of(source))
+    return torch.cat(_taken(source, batches, partial(_take, of=of), k=k, of=of))
+
+
+@torch.no_grad()
+def draws_of(source: LatentSource[Any, Any], data: Any, num_draws: int) -> Tensor:  # noqa: ANN401
+    """Returns several draws z ~ q(z | x) of the first group per row, each of which is encoded once.
+
+    Arguments:
+        source: The VAE.
+        data: Rows of x, as :func:`latents_of` takes them.
+        num_draws: Number of draws per row.
+
+    Returns:
+        The latents, with shape ``(num_draws * N, *event)``, one draw of all rows after the other.
+    """
+
+    def take(q: Distribution) -> Tensor:
+        return torch.stack([_take(q, "samples") for _ in range(num_draws)])
+
+    batches = one_pass(data, _BATCH, device_of(source))
+    return torch.cat(_taken(source, batches, take), 1).flatten(0, 1)
+
+
+def _taken(
+    source: LatentSource[Any, Any],
+    batches: Iterable[Any],
+    take: Callable[[Distribution], Tensor],
+    *,
+    k: int = 0,
+    of: str = "samples",
+) -> list[Tensor]:
+    """Takes something of q(z_k | z_<k, x) for every batch, where z_<k are samples or means."""
+    taken = []
+    for batch in batches:
         map_tensors(_require_no_infinity, batch)
         with _blaming_data(batch):
             encoding = source.encode(batch)
             state = source.start(num_rows(encoding), encoding)
             for _ in range(k):
                 state = source.advance(state, _take(posterior_of(source.group(state)), of))
-            latents.append(_take(posterior_of(source.group(state)), of))
-    if sum(map(len, latents)) == 0:
+            taken.append(take(posterior_of(source.group(state))))
+        require_finite("q(z | x)", taken[-1])
+    if sum(z.numel() for z in taken) == 0:
         raise ValueError("The data have no rows. Pass one row of x or more.")
-    z = torch.cat(latents)
-    require_finite("q(z | x)", z)
-    return z
+    return taken
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ncprior.bases.active import measure_kl
@@ -30,7 +31,7 @@ from ncprior.diagnostics.walks import evaluating, group_kinds, scaled_log_r, wal
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, device_of, num_rows, require_eval
-from ncprior.utils.batches import take_rows
+from ncprior.utils.batches import take_rows, tile_rows
 from ncprior.utils.draws import drawn
 from ncprior.utils.errors import naming_group
 from ncprior.utils.require import require_counts, require_instance
@@ -149,8 +150,7 @@ def _measure(
     log_r, pools, seen = [], [], 0
     for batch in one_pass(data, batch_size, device_of(prior.source)):
         encoding = prior.source.encode(batch)
-        walked = [walk_posterior(prior, encoding, _contrast, (2,)) for _ in range(walks)]
-        log_r.append(torch.stack(walked))
+        log_r.append(_log_r(prior, encoding, walks, batch_size))
         # Pools from every batch: data may be ordered.
         before, seen = seen, seen + num_rows(encoding)
         rows = _pools_of(seen, total) - _pools_of(before, total)
@@ -158,6 +158,15 @@ def _measure(
             weigh, size = partial(_weigh, num_proposals), 4 + sum(num_proposals)
             pools.append(walk_posterior(prior, take_rows(encoding, slice(rows)), weigh, (size,)))
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
+
+
+def _log_r(prior: NCPrior, encoding: Any, walks: int, batch_size: int) -> Tensor:  # noqa: ANN401
+    """α log r of several walks for each row, (walks, K, 2, rows); of few rows, many walks at once."""
+    rows = num_rows(encoding)
+    copies = max(1, min(walks, batch_size // rows))
+    tiled = tile_rows(encoding, copies)
+    walked = [walk_posterior(prior, tiled, _contrast, (2,)) for _ in range(-(-walks // copies))]
+    return rearrange(torch.stack(walked), "w k s (c n) -> (w c) k s n", c=copies)[:walks]
 
 
 def _contrast(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:

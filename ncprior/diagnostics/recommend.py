@@ -25,6 +25,8 @@ _MOST_MOVES = 16  # per temperature; more moves do not improve the draws
 
 _LEAPFROGS = 3  # of a move within components
 
+_FEWEST_MOVES = 3  # fewer take draws less far than SIR does
+
 _FIRST_STEP = 0.1  # of these; the first moves of a larger one are rejected
 
 
@@ -60,8 +62,8 @@ def recommend_sampler(report: Report, *, budget: int) -> Recommendation:
 
     * The base's own draw, if no head finds a difference.
     * SIR, if the budget allows many times the proposals needed, whose number grows as e^KL.
-    * On a Gaussian mixture base, SIR within components if the budget allows the proposals needed,
-      else Langevin chains within components.
+    * On a Gaussian mixture base, SIR within components if the budget allows the proposals needed, or
+      less than three moves of a chain; else Hamiltonian chains within components.
     * For several groups, a context, or a prior without gradient, SIR.
     * For one group without context, tempered sequential Monte Carlo with shared particles, whose
       cost grows with KL.
@@ -147,25 +149,24 @@ def _stated(group: GroupReport) -> str:
 def _within(group: GroupReport, each: int) -> Recommendation:
     """Recommendation for a group on a mixture base, with ``each`` evaluations of log r."""
     gradients = each // 2 - 1
-    if each >= group.proposals_needed or gradients < 1 or not group.has_gradient:
+    moves = gradients // _LEAPFROGS
+    if each >= group.proposals_needed or moves < _FEWEST_MOVES or not group.has_gradient:
         by_sir = within_components(partial(sir, num_proposals=each))
         cost = each * group.num_factors
         return Recommendation(
             by_sir, cost, f"{_stated(group)}, fewer within the components of the base."
         )
-    leapfrogs = min(_LEAPFROGS, gradients)
-    moves = gradients // leapfrogs
     # tempered_smc with one particle is a chain that adapts its step size.
     chain = partial(
         tempered_smc,
         num_particles=1,
         num_moves=moves,
-        num_leapfrogs=leapfrogs,
+        num_leapfrogs=_LEAPFROGS,
         step_size=_FIRST_STEP,
     )
     reason = (
         f"{_stated(group)}, beyond the budget: Hamiltonian chains move within the components of the "
         f"base."
     )
-    evaluations = 2 * (1 + moves * leapfrogs) * group.num_factors
+    evaluations = 2 * (1 + moves * _LEAPFROGS) * group.num_factors
     return Recommendation(within_components(chain), evaluations, reason)

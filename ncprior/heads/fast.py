@@ -64,7 +64,7 @@ class InBlocks(Whole):
         if torch.is_grad_enabled() or lead[:-1].numel() < self.least:
             return super().__call__(z)
         self.head.check(z, self.context)
-        z = z.reshape(-1, *z.shape[len(lead) - 1 :])
+        z = z.reshape(lead[:-1].numel(), *z.shape[len(lead) - 1 :])
         log_r = z.new_empty(z.shape[:2], dtype=self.head.out.weight.dtype)
         if self.embedded is None:
             with at_precision(z.device.type, torch.float32):

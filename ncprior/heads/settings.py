@@ -67,7 +67,8 @@ class HeadSettings:
         """A context manager inside which this prior equals the base prior.
 
         The base prior is the VAE's own prior, unless ``improve`` or ``rebase`` has put a fitted one
-        in its place. Below a joint head, the heads of the groups are off as well.
+        in its place. Below a joint head, the heads of the groups are off as well, for every prior on
+        the same source.
 
         Like ``torch.no_grad``, it holds for the thread or task that entered it: other threads, and
         threads that are started inside, go on with the trained prior.

@@ -14,7 +14,7 @@ from ncprior.bases.code_network import fit_code_network
 from ncprior.bases.codes import fit_code_frequencies
 from ncprior.bases.conditional import ConditionalBase
 from ncprior.bases.groups import group_data
-from ncprior.bases.latents import latents_of
+from ncprior.bases.latents import draws_of, latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import Rebased, rebase
@@ -32,7 +32,9 @@ _SIZES_OF_FEW = (*_SIZES, 30, 100)  # for data of which heads learn little
 
 _ROWS_PER_COMPONENT = 20  # at least
 
-_FEW_DRAWS = 20_000  # of smaller data, each row is drawn from several times
+_FEW_DRAWS = 20_000  # of smaller data, several draws are taken per row
+
+_MOST_DRAWS = 10  # per row
 
 _SURE = 2.0  # standard errors by which a larger mixture must be better
 
@@ -92,7 +94,8 @@ class _Search:
     criterion = "held-out log p"
 
     def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
-        self.started, self.end, self.record = time.monotonic(), record.left(_SHARE), record
+        self.started, self.record = time.monotonic(), record
+        self.took = 0.0  # seconds, for the last fit
         self.own = source.shared_prior()
         self.is_small = parts.is_small
         self.best: Any = None
@@ -129,13 +132,15 @@ class _Search:
     def _fit(self, size: int) -> GaussianMixture:
         covariance = "diagonal" if is_too_wide(size, self.z.shape[1:]) else "full"
         self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
-        return fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
+        started = time.monotonic()
+        mixture = fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
+        self.took = time.monotonic() - started
+        return mixture
 
     def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
         """Keeps encodings, several draws per row of small data; returns log p(z | c) of held-out ones."""
-        z = latents_of(source, parts.train)
-        passes = min(10, math.ceil(_FEW_DRAWS / len(z)))
-        self.z = torch.cat([z, *(latents_of(source, parts.train) for _ in range(passes - 1))])
+        num_draws = 1 if parts.num_train is None else math.ceil(_FEW_DRAWS / parts.num_train)
+        self.z = draws_of(source, parts.train, min(_MOST_DRAWS, num_draws))
         if self.own is None:  # p(z | c) of every row
             self.held_out, log_p = _latents_and_log_p(source, parts.choose)
             return log_p
@@ -164,7 +169,9 @@ class _Search:
         self.candidates.append(_candidate(name, log_p, seconds))
 
     def _is_late(self) -> bool:
-        return self.end is not None and 3 * self.seconds() > self.end
+        """Whether the next fit, which takes about three times as long, has too little time."""
+        left = self.record.left(_SHARE)
+        return left is not None and 3 * self.took > left
 
 
 class _CodeSearch(_Search):
@@ -180,12 +187,11 @@ class _CodeSearch(_Search):
         if self._is_late() or not 1 < self.z.ndim <= _MOST_AXES:
             return  # of a single code, the frequencies are all
         self.record.begin("fits a network over the codes")
-        left = None if self.end is None else max(1.0, self.end - self.seconds())
         network = fit_code_network(
             self.z,
             context=self.context,
             num_categories=count,
-            max_seconds=left,
+            max_seconds=self.record.left(_SHARE),
             progress=self.record.progress,
         )
         self._keep_if_better("network over codes", network)
@@ -219,8 +225,11 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     group = first_group(source, parts.choose)
     if source.shared_prior() is None and not isinstance(group.prior, Distribution):
         return "the prior depends on a condition, and has no density"
-    if not posterior_of(group).sample().is_floating_point():
+    z = posterior_of(group).sample()
+    if not z.is_floating_point():
         return "the prior of the codes depends on a condition" * (source.shared_prior() is None)
+    if z.ndim == 1:
+        return "a latent is a number, and a mixture of Gaussians needs an axis, such as (1,)"
     support = support_of(posterior_of(group)) or support_of(group.prior)
     return f"the latents are {support}, and a mixture of Gaussians is not" if support else ""
 

@@ -68,8 +68,11 @@ def train_heads(
     widest = _default_width(untrained)
     score_weight = _SCORE_WEIGHT if has_scores(untrained, batch) else 0.0
     precision = fast_precision(device_of(source))
-    started, found = time.monotonic(), []
+    started = time.monotonic()
+    found: list[tuple[NCPrior, History, Candidate]] = []
     for number, kind in enumerate(kinds):
+        if found and record.is_over():
+            break
         before = time.monotonic()
         width = widest // kind.fraction
         name = f"width {width}, dropout {kind.dropout:g}, weight decay {kind.weight_decay:g}"

@@ -74,7 +74,8 @@ def improve(
         data: Training data of the VAE, of any kind that :func:`ncprior.fit` takes.
         held_out: Data that the VAE was not trained on, for the choices and the report. By default
             a part of ``data`` is held out at random.
-        budget: Evaluations of each head per sample; more evaluations give better samples.
+        budget: Evaluations of each head per sample, 2 or more; more evaluations give better
+            samples.
         max_seconds: Time for all of it, in seconds, which is kept approximately; ``None`` trains
             until nothing improves.
         seed: Seed of all random numbers; ``None`` takes them from torch's generator.
@@ -100,7 +101,7 @@ def improve(
         torch.Size([64, 2])
     """
     require_source(source)
-    require_counts(budget=budget)
+    require_counts("[2, inf)", budget=budget)
     require_counts("(-1e18, 1e18) or None", seed=seed)
     require_numbers("(0, inf) or None", max_seconds=max_seconds)
     require_flags(progress=progress)
@@ -129,7 +130,7 @@ def improve(
             *(prior, parts.judge, gaps),
             sampler=sampler,
             diagnosis=None,
-            budget=max(2, budget),
+            budget=budget,
             num_rows=rows_in_time(prior, parts.judge, limits, record.left(_SHARE)),
             fresh_steps=FRESH if record.has_time_for(FRESH, _SHARE) else 0,
         )

@@ -49,6 +49,10 @@ class Record:
             return None
         return share * max(0.1, self.end - time.monotonic())
 
+    def is_over(self) -> bool:
+        """Returns whether no time is left."""
+        return time.monotonic() > self.end
+
     def has_time_for(self, steps: int, share: float) -> bool:
         """Returns whether a share of the time that is left is enough for so many steps of training.
 

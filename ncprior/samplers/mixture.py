@@ -95,7 +95,8 @@ class _Places:
     def __call__(self, noise: Tensor) -> Tensor:
         """Maps noise to z, both with shape ``(*, B, *event)``; differentiable."""
         mixture = self.mixture
-        flat = noise.flatten(noise.ndim - len(mixture.event_shape))
+        rows_of_noise = noise.shape[: noise.ndim - len(mixture.event_shape)]
+        flat = noise.reshape(*rows_of_noise, mixture.event_shape.numel())
         blocks = []
         for j, rows in self.rows:
             mean, factor, own = mixture.loc[j], mixture.scale[j], flat[..., rows, :]

@@ -32,6 +32,7 @@ from ncprior.diagnostics.diagnose import diagnose as diagnose_all
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.report import Report
 from ncprior.heads.networks import MLPHead
+from ncprior.source import num_rows
 
 Problem = GaussianPair | Ring | Codes
 diagnose = partial(diagnose_all, fresh_steps=0)  # fresh heads have a file of their own
@@ -441,6 +442,22 @@ def test_pools_come_from_all_of_the_data() -> None:
     seen = torch.cat(contexts).unique()
     assert len(seen) == 64
     assert seen.min() < 50 and seen.max() >= 450
+
+
+def test_few_rows_walk_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 draws of 8 rows are 125 walks, 12 of them in each batch of 100 rows."""
+    problem, sizes = Ring(), []
+    module = sys.modules["ncprior.diagnostics.diagnose"]
+    walk = module.walk_posterior
+
+    def noted(prior: NCPrior, encoding: Any, *rest: Any) -> Tensor:
+        sizes.append(num_rows(encoding))
+        return walk(prior, encoding, *rest)
+
+    monkeypatch.setattr(module, "walk_posterior", noted)
+    prior = NCPrior.for_source(problem.source(), problem.data(99))
+    diagnose_all(prior, problem.data(8), num_draws=1000, batch_size=100, fresh_steps=0)
+    assert sizes[:-1] == [96] * 11 and sizes[-1] == 8  # 11 x 12 walks, and the pools
 
 
 def test_same_seed_same_report() -> None:

@@ -60,8 +60,10 @@ def test_sir_within_the_components_of_a_mixture_base() -> None:
     few = recommend_sampler(report_of(mixture), budget=30)
     chain = "tempered_smc(num_leapfrogs=3, num_moves=4, num_particles=1, step_size=0.1)"
     assert str(few).startswith(f"within_components({chain}), about 26 eval")
-    least = recommend_sampler(report_of(mixture), budget=6)
-    assert "num_leapfrogs=2, num_moves=1" in str(least) and least.evaluations == 6
+    least = recommend_sampler(report_of(mixture), budget=20)
+    assert "num_leapfrogs=3, num_moves=3" in str(least) and least.evaluations == 20
+    too_few = recommend_sampler(report_of(mixture), budget=19)
+    assert str(too_few).startswith("within_components(sir(num_proposals=19)), about 19 eval")
     blind = recommend_sampler(report_of({**mixture, "has_gradient": False}), budget=30)
     assert str(blind).startswith("within_components(sir(num_proposals=30)), about 30 eval")
     plenty = recommend_sampler(report_of(mixture), budget=1200)  # sir is right at any base's rest

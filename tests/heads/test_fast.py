@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_it_is_the_head_itself(case: Case, cache: int, monkeypatch: pytest.Monke
     head, c = trained(case.make()), case.c()
     with torch.no_grad():
         log_r = prepare_head(head, c)
-        for z in (case.z(7, 3), case.z(5), case.z(1), case.z()):
+        for z in (case.z(7, 3), case.z(5), case.z(1), case.z(), case.z(0)):
             expected = head(z, c)
             torch.testing.assert_close(log_r(z), expected, rtol=2e-5, atol=2e-5)
             assert log_r(z).dtype == torch.float32
@@ -264,3 +265,10 @@ def test_the_mean_weight_of_draws_is_that_of_the_head() -> None:
     truth = log_r.exp()
     error = math.sqrt(float(mean.var() / n + truth.var() / len(truth)))
     assert abs(mean.mean() - truth.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("make", [lambda: MLPHead((3,), width=32), lambda: ConvHead((3, 8, 8))])
+def test_no_rows_have_no_log_r(make: Callable[[], Any]) -> None:
+    head = trained(make())
+    with torch.no_grad():
+        assert prepare_head(head)(torch.zeros(5, 0, *head.event_shape)).shape == (5, 0)

@@ -1,14 +1,17 @@
 """`improve` with little time: its report draws fewer rows, and leaves out the fresh heads."""
 
 import sys
+import time
 from typing import Any
 
 import pytest
 import torch
 from helpers.problems import Ring
 from helpers.recipe import make_quick
+from torch import Tensor
+from torch.distributions import Independent, Normal
 
-from ncprior import improve
+from ncprior import SingleGroup, improve
 from ncprior.diagnostics import Report, diagnose
 from ncprior.recipe import measure
 from ncprior.recipe.choices import NEW, POSTERIOR
@@ -55,3 +58,26 @@ def test_further_steps_take_as_long_as_those_of_the_first_training() -> None:
         assert record.has_time_for(200, 0.4)  # nothing was trained yet
         record.histories.append(history)
         assert record.has_time_for(200, 0.4) == enough
+
+
+def test_a_slow_encoder_sees_each_row_once_before_bases_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two modes, and an encoder of a millisecond per row: a mixture is found in spite of the limit."""
+    make_quick(monkeypatch, steps=10)
+    encoded: list[int] = []
+
+    def posterior(x: Tensor) -> Independent:
+        encoded.append(len(x))
+        time.sleep(1e-3 * len(x))
+        return Independent(Normal(x, 0.1), 1)
+
+    prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    torch.manual_seed(0)
+    x = 0.3 * torch.randn(2000, 2) + 2.0 * torch.randint(2, (2000, 1)) - 1
+    improved = improve(
+        SingleGroup(prior, posterior, lambda z: z), x, budget=20, max_seconds=4, progress=False
+    )
+    base = next(choice for choice in improved.report.choices if choice.part == "base")
+    assert base.chosen.startswith("mixture of 10") or "average of 4" in base.chosen
+    assert max(encoded) == 1000 and encoded.count(1000) <= 2  # training data in batches of 1,000

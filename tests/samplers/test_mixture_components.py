@@ -17,6 +17,7 @@ from torch.distributions import Independent, Normal
 from ncprior import Draw, langevin, sir
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture
+from ncprior.samplers.base import Sampler
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.smc import tempered_smc
 
@@ -159,3 +160,21 @@ def test_other_priors_are_refused() -> None:
             sampler(prior, log_r)
     with pytest.raises(ValueError, match=r"batch shape \(B,\)"):
         sampler(two_components(), log_r)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        partial(sir, num_proposals=500),
+        partial(tempered_smc, num_particles=1, num_moves=20, num_leapfrogs=3),
+    ],
+)
+def test_latents_that_are_numbers(sampler: Sampler) -> None:
+    """log r = z shifts both components by one."""
+    scalars = GaussianMixture(
+        torch.zeros(2), torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1), event_shape=()
+    )
+    torch.manual_seed(0)
+    z = within_components(sampler)(scalars.expand((4000,)), lambda z: z).z
+    assert z.shape == (4000,)
+    assert abs((z - 9 * z.sign()).mean() - 1) < 4 / math.sqrt(4000)
