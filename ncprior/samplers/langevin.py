@@ -75,6 +75,7 @@ def langevin(
         ValueError: If an argument is out of range, or log r or log p changes with z but its
             gradient is cut, as by ``torch.no_grad`` or ``detach``.
         FloatingPointError: If log r, log p or a gradient is not finite; take a smaller step size.
+            Adjusted chains reject such a proposal, unless more than half are.
         RuntimeError: Inside ``torch.inference_mode``.
 
     References:

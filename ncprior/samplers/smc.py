@@ -53,7 +53,8 @@ def tempered_smc(
     Each inverse temperature β is the largest at which the effective sample size of the particles
     is still ``ess_fraction`` of their number, on average over the rows. At each β the particles
     are resampled and take ``num_moves`` steps of MALA, or of Hamiltonian Monte Carlo (HMC), whose λ
-    is adapted to an acceptance rate of 0.57, or 0.75 for HMC. One sample costs
+    is adapted to an acceptance rate of 0.57, or 0.75 for HMC; slowly where there are few chains, as a
+    step that follows from the fate of a chain biases its draws. One sample costs
     P · (1 + temperatures · moves · leapfrogs) gradients of log r.
 
     Arguments:
@@ -80,7 +81,8 @@ def tempered_smc(
             temperatures.
         TypeError: If the prior is discrete, bounded, or has no density, or an argument has the
             wrong type.
-        FloatingPointError: If log r is not finite.
+        FloatingPointError: If log r is not finite at a draw from p, or at more than half of the
+            proposals; others are rejected.
         RuntimeError: Inside ``torch.inference_mode``.
 
     References:
