@@ -399,9 +399,9 @@ def recommended(
 
 
 def improved(
-    bench: Bench, budget: int, of: Callable[[Case], Case] = lambda case: case
+    bench: Bench, budget: int, of: Callable[[Case], Case]
 ) -> Callable[[Case, int], Fitted]:
-    """The prior of `improve`, which is told the budget and the seed alone."""
+    """The prior of `improve` on a variant `of` the case, which is told the budget and the seed alone."""
 
     def run(case: Case, seed: int) -> Fitted:
         case = of(case)
@@ -576,9 +576,11 @@ def methods(case: Case, heads: Heads) -> list[Method]:
     return found + (variants(heads, last) if case.every_sampler else [])
 
 
-def automatic(bench: Bench, variant: str = "", *of: Callable[[Case], Case]) -> list[Method]:
+def automatic(
+    bench: Bench, variant: str = "", of: Callable[[Case], Case] = lambda case: case
+) -> list[Method]:
     """`improve`, with no argument but the budget of evaluations per head."""
-    return [Method(f"improve({m}){variant}", "ours", improved(bench, m, *of)) for m in (50, 500)]
+    return [Method(f"improve({m}){variant}", "ours", improved(bench, m, of)) for m in (50, 500)]
 
 
 def variants(heads: Heads, last: str) -> list[Method]:

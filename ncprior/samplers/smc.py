@@ -105,9 +105,7 @@ def tempered_smc(
     require_flags(share_particles=share_particles)
     particles = _Particles(Target(prior, log_ratio), num_particles, share_particles)
     accepted, wanted = [], _ACCEPTANCE if num_leapfrogs == 1 else _ACCEPTANCE_OF_HMC
-    step = particles.scalar(
-        float(step_size)
-    )  # on the device, as all but one number per temperature
+    step = particles.scalar(step_size)  # on the device, as all but one number per temperature
     for _ in range(max_temperatures):
         particles.heat(ess_fraction)
         for _ in range(num_moves):
@@ -155,7 +153,7 @@ class _Particles:
         """A number on the device of the particles, in float64 if it has such numbers."""
         log_r = self.at.log_r
         dtype = torch.float32 if log_r.device.type == "mps" else torch.float64
-        return torch.full((), value, dtype=dtype, device=log_r.device)
+        return torch.full((), float(value), dtype=dtype, device=log_r.device)
 
     def move(self, step_size: Tensor, num_leapfrogs: int) -> Tensor:
         """Takes one step on r^β·p; returns the probabilities of its acceptance, (P, B)."""

@@ -66,10 +66,10 @@ def test_a_slow_encoder_sees_each_row_once_before_bases_are_tried(
     """Two modes, and an encoder of a millisecond per row: a mixture is found in spite of the limit."""
     make_quick(monkeypatch, steps=10)
     encoded: list[int] = []
+    monkeypatch.setattr(time, "monotonic", lambda: 1e-3 * sum(encoded))  # nothing else takes time
 
     def posterior(x: Tensor) -> Independent:
         encoded.append(len(x))
-        time.sleep(1e-3 * len(x))
         return Independent(Normal(x, 0.1), 1)
 
     prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
@@ -81,3 +81,22 @@ def test_a_slow_encoder_sees_each_row_once_before_bases_are_tried(
     base = next(choice for choice in improved.report.choices if choice.part == "base")
     assert base.chosen.startswith("mixture of 10") or "average of 4" in base.chosen
     assert max(encoded) == 1000 and encoded.count(1000) <= 2  # training data in batches of 1,000
+
+
+def test_a_latent_that_is_a_number_keeps_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch, steps=10)
+    source = SingleGroup(Normal(torch.tensor(0.0), 1.0), lambda x: Normal(x[:, 0], 0.1), _column)
+    torch.manual_seed(0)
+    improved = improve(source, torch.randn(300, 1) + 1, seed=0, progress=False)
+    assert "needs an axis" in improved.report.choices[0].reason
+    assert improved.sample(4).x.shape == (4, 1)
+
+
+def _column(z: Tensor) -> Tensor:
+    return z[..., None]
+
+
+def test_one_evaluation_is_no_budget() -> None:
+    ring = Ring()
+    with pytest.raises(ValueError, match=r"budget must be a whole number in \[2, inf\); got 1"):
+        improve(ring.source(), ring.data(300), budget=1, progress=False)

@@ -219,6 +219,13 @@ def test_a_trajectory_that_overflows_is_rejected() -> None:
     assert abs(z.std() - 1) < 4 / math.sqrt(2 * len(z))
 
 
+def test_a_step_may_be_a_large_whole_number() -> None:
+    """Every proposal of a first step of 10^30 is lost."""
+    prior = Independent(Normal(torch.zeros(4, 2), 1.0), 1)
+    with pytest.raises(FloatingPointError, match="smaller step_size"):
+        tempered_smc(prior, lambda z: -(z**4).sum(-1), num_particles=1, step_size=10**30)
+
+
 def test_one_chain_alone_hardly_adapts_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its step must not follow from what has just happened to it, or its draws are biased.
 
