@@ -36,7 +36,7 @@ from ncprior.recipe.base import choose_base
 from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.samplers import tempered_smc
-from ncprior.samplers.langevin import supports_langevin
+from ncprior.samplers.target import supports_langevin
 from ncprior.testing import check_source
 from ncprior.utils.supports import is_outside, shown_by, support_of
 

@@ -14,7 +14,7 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.heads.checks import naming_parts
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
-from ncprior.samplers.langevin import supports_langevin
+from ncprior.samplers.target import supports_langevin
 from ncprior.source import Group, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import to_device
 from ncprior.utils.draws import drawn

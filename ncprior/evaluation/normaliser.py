@@ -37,7 +37,8 @@ from ncprior.distributions import Sampleable
 from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
-from ncprior.samplers.langevin import Target, hmc_step
+from ncprior.samplers.langevin import hmc_step
+from ncprior.samplers.target import Target
 from ncprior.source import device_of, num_rows, require_eval
 from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.draws import drawn

@@ -3,11 +3,12 @@
 from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.samplers.budgeted import budgeted_rejection
 from ncprior.samplers.compose import at_temperature, describe, sequence
-from ncprior.samplers.langevin import langevin, supports_langevin
+from ncprior.samplers.langevin import langevin
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.rejection import independence, rejection
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import tempered_smc
+from ncprior.samplers.target import supports_langevin
 
 __all__ = [
     "Draw",

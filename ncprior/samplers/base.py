@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -217,3 +218,8 @@ def finite(log_r: Tensor) -> Tensor:
 def like_event(mask: Tensor, z: Tensor) -> Tensor:
     """Returns a mask of rows in a shape that broadcasts over the event of z."""
     return mask.reshape(mask.shape + (1,) * (z.ndim - mask.ndim))
+
+
+def over_event(values: Tensor, rows: Tensor) -> Tensor:
+    """Values with shape (*, B, *event) as (*, B, D), for rows of shape (*, B)."""
+    return values.reshape(*rows.shape, math.prod(values.shape[rows.ndim :]))

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, draw_from
-from ncprior.samplers.langevin import Point, Target, hmc_step
+from ncprior.samplers.langevin import hmc_step
 from ncprior.samplers.proposals import require_same_rows
+from ncprior.samplers.target import Point, Target
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 _BISECTIONS = 20

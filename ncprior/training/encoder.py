@@ -27,7 +27,7 @@ from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.parts import with_held_out
 from ncprior.data.stream import Stream, first_batch, one_pass
 from ncprior.distributions import build
-from ncprior.samplers.langevin import supports_langevin
+from ncprior.samplers.target import supports_langevin
 from ncprior.source import (
     Group,
     LatentSource,

@@ -31,8 +31,9 @@ from torch.distributions import Independent, Normal
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.langevin import Target, run_chains
+from ncprior.samplers.langevin import run_chains
 from ncprior.samplers.setting import require_sampler
+from ncprior.samplers.target import Target
 from ncprior.source import LatentSource, require_eval, require_source
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.random_state import random_state, set_random_state

@@ -41,7 +41,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.langevin import name_of, supports_langevin
+from ncprior.samplers.target import name_of, supports_langevin
 from ncprior.source import Group, LatentSource, visit
 from ncprior.utils.draws import drawn
 from ncprior.utils.precision import at_least_float32, at_precision

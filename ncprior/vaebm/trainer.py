@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.langevin import Target
+from ncprior.samplers.target import Target
 from ncprior.source import require_eval
 from ncprior.utils.distributed import average_over_ranks, fail_together
 from ncprior.utils.gradients import (

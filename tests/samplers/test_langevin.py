@@ -24,7 +24,8 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 
 from ncprior import langevin
 from ncprior.samplers.base import LogRatio
-from ncprior.samplers.langevin import Target, hmc_step
+from ncprior.samplers.langevin import hmc_step
+from ncprior.samplers.target import Target
 
 
 @pytest.mark.parametrize(("variance", "step_size"), [(1.0, 0.4), (2.0, 1.0), (0.5, 0.2)])

@@ -345,7 +345,7 @@ def test_W11_a_sphere_is_for_sir_and_the_docs_of_langevin_say_so() -> None:
 
 
 def test_GM2_the_mark_of_a_clean_run_is_an_integer_that_a_double_holds() -> None:
-    from ncprior.samplers.langevin import _NEVER, Target
+    from ncprior.samplers.target import _NEVER, Target
 
     target = Target(PRIOR, lambda z: z.sum(-1))
     target(torch.zeros(8, 2))

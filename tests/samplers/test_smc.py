@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior.samplers import smc as smc_module
-from ncprior.samplers.langevin import Point, Target, hmc_step
+from ncprior.samplers.langevin import hmc_step
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import _systematic, tempered_smc
+from ncprior.samplers.target import Point, Target
 
 
 @pytest.mark.parametrize("share", [False, True])
