@@ -250,7 +250,7 @@ def _add_improve(new: _New) -> None:
     improve.add_argument("source", metavar="WHERE:NAME", help="the VAE, a source")
     _add_object(improve, "--data", "training data of the VAE", required=True)
     _add_object(improve, "--held-out", "data that the VAE was not trained on")
-    words = "evaluations of each head per sample; default: %(default)s"
+    words = "evaluations of each head per sample, 2 or more; default: %(default)s"
     improve.add_argument("--budget", type=int, default=50, metavar="N", help=words)
     words = "time for all of it; default: until nothing improves"
     improve.add_argument("--max-seconds", type=float, metavar="S", help=words)

@@ -43,7 +43,7 @@ class NCPSampler:
     Arguments:
         model: The model.
         noise: The noise on deterministic codes, as for :class:`PythaeSource`.
-        budget: Evaluations of the head per sample.
+        budget: Evaluations of the head per sample, 2 or more.
         max_seconds: Largest time for :meth:`fit`, in seconds, or ``None``.
         progress: Whether to show progress.
 
@@ -84,7 +84,7 @@ class NCPSampler:
         progress: bool = True,
     ) -> None:
         check_noise(lineage_of(model), noise)
-        require_counts(budget=budget)
+        require_counts("[2, inf)", budget=budget)
         require_numbers("(0, inf) or None", max_seconds=max_seconds)
         require_flags(progress=progress)
         pythaes: Any = super()
