@@ -97,9 +97,21 @@ def indices_on_the_cpu(function: ast.AST) -> Iterator[str]:
             yield from (ast.unparse(names[it.id]) for it in held if it.id in names)
 
 
+def generators_without_a_device(function: ast.AST) -> Iterator[str]:
+    """Random numbers of a generator, which the CPU has here, on whatever the default device is."""
+    for name in ("randperm", "randint", "rand", "randn"):
+        for call in calls(function, name):
+            names = {k.arg for k in call.keywords}
+            if "generator" in names and "device" not in names:
+                yield ast.unparse(call)
+
+
 Rule = Callable[[ast.AST], Iterator[str]]
 
-RULES: Sequence[Rule] = (wide_copies, forked_seeds, indices_on_the_cpu)
+RULES: Sequence[Rule] = (
+    *(wide_copies, forked_seeds),
+    *(indices_on_the_cpu, generators_without_a_device),
+)
 
 
 def broken(code: str, rules: Sequence[Rule] = RULES) -> list[str]:
@@ -117,6 +129,7 @@ def broken(code: str, rules: Sequence[Rule] = RULES) -> list[str]:
         "with torch.random.fork_rng([device]):\n    torch.manual_seed(0)",
         "x[torch.randperm(len(x))[:3]]",
         "rows = torch.arange(3)\nx[rows]",
+        "torch.randperm(len(x), generator=torch.Generator().manual_seed(0))",
     ],
 )
 def test_GM1_GS2_GS3_the_rules_see_what_they_forbid(code: str) -> None:
@@ -133,7 +146,7 @@ def test_GM1_GS2_GS3_the_rules_see_what_they_forbid(code: str) -> None:
         "with seeded(0):\n    x = torch.randn(3)",
         "x[torch.randperm(len(x), device=x.device)]",
         "rows = torch.randperm(len(x)).to(x.device)\nx[rows]",
-        "rows = torch.randperm(len(x), generator=generator)\nx[rows]",
+        "rows = torch.randperm(len(x), generator=generator, device='cpu')\nx[rows]",
     ],
 )
 def test_GM1_GS2_GS3_the_rules_pass_what_works(code: str) -> None:

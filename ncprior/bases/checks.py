@@ -71,7 +71,8 @@ def own_floats(name: str, value: Any) -> Tensor:  # noqa: ANN401
     Raises:
         TypeError: If it holds no real numbers.
     """
-    return floats(name, value).clone(memory_format=torch.contiguous_format)
+    with torch.inference_mode(False):  # its tensors cannot be saved for a gradient
+        return floats(name, value).clone(memory_format=torch.contiguous_format)
 
 
 def require_fit(

@@ -85,9 +85,9 @@ class JointSource(LatentSource[Any, Any]):
     """
 
     class State(NamedTuple):
-        """The number of rows, an encoding or ``None``, and, behind the group, its latents."""
+        """An encoding or ``None`` and, behind the group, its latents."""
 
-        batch_size: int
+        rows: Tensor  # (B, 0): carries the batch size
         encoding: Tensor | None
         z: Tensor | None
 
@@ -127,12 +127,13 @@ class JointSource(LatentSource[Any, Any]):
         require_counts(batch_size=batch_size)
         if condition is not None:
             raise ValueError("A joint head does not see conditions. Pass condition=None.")
-        return self.State(batch_size, encoding, None)
+        rows = torch.empty(batch_size, 0, device=None if encoding is None else encoding.device)
+        return self.State(rows, encoding, None)
 
     def group(self, state: State) -> Group:
         """Returns what the trained prior draws, and the walk of the encoding."""
         posterior = None if state.encoding is None else PointMass(state.encoding)
-        return Group(Drawn(lambda: (self._walk(state.batch_size), None)), posterior)
+        return Group(Drawn(lambda: (self._walk(len(state.rows)), None)), posterior)
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state behind the group."""

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
-from torch.distributions.utils import lazy_property
 
 from ncprior.bases.checks import flattened, own_floats, size_of
 from ncprior.utils.require import described, require_instance
@@ -27,6 +26,20 @@ _Shape: TypeAlias = "Size | list[int] | tuple[int, ...]"
 _BLOCK = 2**24  # largest number of floats in memory for densities under many components
 
 _ROUNDING = 1e-5  # added fraction of the variances, against rounding in float32
+
+
+class _Derived:
+    """A property that is computed once for a mixture and all that it is expanded to."""
+
+    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
+        self.compute, self.name = compute, compute.__name__
+
+    @torch.inference_mode(False)  # a tensor of inference mode cannot be saved for a gradient
+    def __get__(self, mixture: Any, owner: type | None = None) -> Tensor:  # noqa: ANN401
+        if self.name not in mixture._kept:
+            mixture._kept[self.name] = self.compute(mixture)
+        found: Tensor = mixture._kept[self.name]
+        return found
 
 
 class GaussianMixture(Distribution):
@@ -75,7 +88,7 @@ class GaussianMixture(Distribution):
                 f"{tuple(scale.shape)} and event shape {tuple(event)}."
             )
         self.logits, self.loc, self.scale = logits, loc, scale
-        self._on_cpu: list[Tensor] = []  # the weights, once read; expanded mixtures share it
+        self._kept: dict[str, Tensor] = {}  # what is derived; expanded mixtures share it
         super().__init__(Size(), event, validate_args=False)
         if not (logits.is_meta or loc.is_meta or scale.is_meta):
             self._check_values()
@@ -226,9 +239,7 @@ class GaussianMixture(Distribution):
             return (self.loc[j] + self.scale[j] * noise).reshape(shape)
         # One block of noise per component, then a shuffle: the same distribution as labels drawn
         # one by one, with contiguous matrix products.
-        if not self._on_cpu:
-            self._on_cpu.append(self._weights.cpu())
-        labels = torch.multinomial(self._on_cpu[0], max(1, count), replacement=True)[:count]
+        labels = torch.multinomial(self._weights_on_cpu, max(1, count), replacement=True)[:count]
         blocks = noise.split(labels.bincount(minlength=len(self.loc)).tolist())
         components = zip(self.loc, blocks, self.scale, strict=True)
         z = torch.cat([mean + block @ factor.mT for mean, block, factor in components])
@@ -313,16 +324,20 @@ class GaussianMixture(Distribution):
                 "torch.linalg.cholesky(covariance) as scale."
             )
 
-    @lazy_property
+    @_Derived
     def _weights(self) -> Tensor:
         return self.logits.softmax(0)
 
-    @lazy_property
+    @_Derived
+    def _weights_on_cpu(self) -> Tensor:
+        return self._weights.cpu()
+
+    @_Derived
     def _centre(self) -> Tensor:
         """E[z], of event shape."""
         return (self._weights @ self.loc).reshape(self.event_shape)
 
-    @lazy_property
+    @_Derived
     def _spread(self) -> Tensor:
         """S of :meth:`whiten`: ``(D, D)``, or ``(D,)`` for diagonal covariances."""
         if not self.is_full:
@@ -333,7 +348,7 @@ class GaussianMixture(Distribution):
         factor: Tensor = torch.linalg.cholesky(covariance + more)
         return factor
 
-    @lazy_property
+    @_Derived
     def _whitening(self) -> Tensor:
         """W with W Wᵀ = Σ⁻¹ for full covariances, so that (z - μ) W is N(0, I)."""
         eye = torch.eye(self.loc.shape[1], dtype=self.loc.dtype, device=self.loc.device)
@@ -342,7 +357,7 @@ class GaussianMixture(Distribution):
         )
         return inverse.mT
 
-    @lazy_property
+    @_Derived
     def _log_det(self) -> Tensor:
         """log |Σ_j|^½, with shape ``(K,)``."""
         return self._standard_deviations.log().sum(-1)

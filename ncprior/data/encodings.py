@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ncprior.data.row_store import RowStore
 from ncprior.data.rows import RowData, Rows
-from ncprior.data.stream import one_pass, own_generators
+from ncprior.data.stream import one_pass, own_generators, own_generators_restored
 from ncprior.distributions import build, parameters
 from ncprior.source import (
     Group,
@@ -97,9 +97,9 @@ class CachedEncodings(RowData):
             return
         device = device_of(self.vae)
         self._rows: Any = None  # frees the old cache first
-        for generator, first in self._own:
-            generator.set_state(first)
-        with seeded(self.seed + number):
+        with own_generators_restored(self.data), seeded(self.seed + number):
+            for generator, first in self._own:
+                generator.set_state(first)
             self._rows = RowStore(self._walk(device), budget=self.budget, folder=self.folder)
         self.number, self.device = number, self._rows.device
 

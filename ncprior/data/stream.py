@@ -146,7 +146,8 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     data = as_data(data)
     if not isinstance(data, Tensor) and not is_map_style(data):
         return None
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(int(seed)))
+    generator = torch.Generator().manual_seed(int(seed))
+    rows = torch.randperm(len(data), generator=generator, device="cpu")
     count = max(1, round(fraction * len(data)))
     if count >= len(data):
         raise ValueError(f"{len(data)} rows cannot be split. Pass held_out= or more data.")
@@ -308,7 +309,7 @@ def require_rows_and_end(data: Any, batch_size: int) -> None:  # noqa: ANN401
     rows = length_hint(batches, -1)
     if rows < 0:
         rows = 0
-        with seeded(0), _own_generators_restored(batches):
+        with seeded(0), own_generators_restored(batches):
             for batch in batches:
                 rows += num_rows(batch)
                 if rows > _MOST_ROWS:
@@ -337,7 +338,7 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
     batches = one_pass(data, batch_size)
     outside = random_state()
     try:
-        with _own_generators_restored(batches):
+        with own_generators_restored(batches):
             batch = next(iter(batches), _END)
     finally:
         set_random_state(outside)
@@ -370,7 +371,7 @@ def _digest_of_probe(data: Any, batch_size: int) -> str:  # noqa: ANN401
         digest.update(raw.view(torch.uint8).numpy().data)
         return tensor
 
-    with seeded(0), _own_generators_restored(data) as generators:
+    with seeded(0), own_generators_restored(data) as generators:
         for generator in generators:
             generator.manual_seed(0)
         map_tensors(add, _probe(as_data(data), batch_size))
@@ -390,7 +391,8 @@ def _probe(data: Any, batch_size: int) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _own_generators_restored(loader: Any) -> Iterator[list[torch.Generator]]:  # noqa: ANN401
+def own_generators_restored(loader: Any) -> Iterator[list[torch.Generator]]:  # noqa: ANN401
+    """Context after which a loader's own generators, which it yields, are as they were."""
     own = [(generator, generator.get_state()) for generator in own_generators(loader)]
     try:
         yield [generator for generator, _ in own]

@@ -148,7 +148,8 @@ def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]
     total = len(data.labels)
     require_counts(f"[1, {total - 1}]", held_out=held_out)
     require_counts("(-1e18, 1e18)", seed=seed)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(int(seed)))
+    generator = torch.Generator().manual_seed(int(seed))
+    order = torch.randperm(total, generator=generator, device="cpu")
     labels = data.labels[order]
     place = torch.empty(total, dtype=torch.float64)
     for label in labels.unique():

@@ -113,7 +113,7 @@ def match_strength(
         """Mean log r of the draws minus that of the data."""
 
         def of_draw(prior: NCPrior, k: int, group: Group, z: Tensor) -> Tensor:
-            with _at(prior, strength):
+            with at_strength(prior, strength):
                 z = prior.draw(k, group, sampler).z
             return scaled_log_r(prior, k, z, group)
 
@@ -121,7 +121,11 @@ def match_strength(
         bar.update()
         return Mean.of((drawn - of_data)[None])
 
-    with evaluating(prior), _at(prior, 1.0), tqdm(desc="strength", disable=not progress) as bar:
+    with (
+        evaluating(prior),
+        at_strength(prior, 1.0),
+        tqdm(desc="strength", disable=not progress) as bar,
+    ):
         if not any(prior.is_on(k) for k in range(prior.source.num_groups)):
             raise ValueError("A strength acts on heads, and none is in use. Set prior.active.")
         of_data = along_data(lambda prior, k, group, z: scaled_log_r(prior, k, z, group))
@@ -165,8 +169,8 @@ def _is_close(found: Mean) -> bool:
 
 
 @contextmanager
-def _at(prior: NCPrior, strength: float) -> Iterator[None]:
-    """Context with another strength of the prior; its own is restored at the end."""
+def at_strength(prior: NCPrior, strength: float) -> Iterator[None]:
+    """Context with another strength of a prior; its own is restored at the end."""
     before, prior.strength = prior.strength, strength
     try:
         yield

@@ -232,7 +232,7 @@ def _checked_arms(reference: Tensor, arms: dict[str, Generations]) -> Moments:
 def _resampled_moments(x: Tensor, num_resamples: int, seed: int) -> Iterator[Moments]:
     generator = torch.Generator().manual_seed(int(seed))
     for _ in range(num_resamples):
-        rows = torch.randint(len(x), (len(x),), generator=generator)
+        rows = torch.randint(len(x), (len(x),), generator=generator, device="cpu")
         yield moments(x, rows.bincount(minlength=len(x)).to(x))
 
 

@@ -14,7 +14,7 @@ from ncprior.data.rows import column_names
 from ncprior.data.stream import first_batch
 from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
-from ncprior.recipe.base import choose_base
+from ncprior.recipe.base_file import saved_base
 from ncprior.recipe.caches import rows_in_time
 from ncprior.recipe.heads import train_heads
 from ncprior.recipe.joint import join_groups, joint_source
@@ -79,8 +79,8 @@ def improve(
         max_seconds: Time for all of it, in seconds, which is kept approximately; ``None`` trains
             until nothing improves.
         seed: Seed of all random numbers; ``None`` takes them from torch's generator.
-        checkpoint: A folder in which the training of heads is saved, and from which it goes on when
-            ``improve`` is called again with the same arguments; needs ``seed``.
+        checkpoint: A folder in which the base and the training of heads are saved, and from which it
+            goes on when ``improve`` is called again with the same arguments; needs ``seed``.
         progress: Whether to print the choices and to show progress bars, on standard error.
 
     Returns:
@@ -118,7 +118,9 @@ def improve(
         parts = parts_of(data, held_out, split_seed)
         # An error of posterior or decoder comes now, not in minutes.
         probe_source(source, first_batch(parts.train, _PROBED))
-        prior = train_heads(choose_base(source, parts, record), parts, record, folder)
+        with seeded(split_seed):  # a base from the checkpoint changes nothing of what follows
+            based = saved_base(folder, source, parts, record)
+        prior = train_heads(based, parts, record, folder)
         choose_sampler(prior, parts, budget, record)
         if (alone := joint_source(prior, parts)) is None:
             gaps = keep_what_helps(prior, parts, record)

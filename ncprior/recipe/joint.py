@@ -51,7 +51,7 @@ def joint_source(prior: NCPrior, parts: Parts) -> JointSource | None:
         return None
     try:
         return JointSource(prior)
-    except TypeError:  # codes
+    except (TypeError, ValueError):  # codes, or a condition that later groups see
         return None
 
 
@@ -100,6 +100,7 @@ def join_groups(
     record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
     if any(whole.active):
         choose_strength(whole, parts, record, name="joint ")
+    if any(whole.active):
         gaps[NEW] = remaining_gap(whole, whole.chosen(None), parts, record, name=NEW)
     return _keep(whole, prior, gaps, list(bases), record)
 

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ncprior.bases.joint import JointSource
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
-from ncprior.data.stream import Stream, one_pass
+from ncprior.data.stream import Stream, first_batch, one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
-from ncprior.heads.product import fresh_head
+from ncprior.heads.probe import more_heads
+from ncprior.heads.product import factors, fresh_head
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice, Score
@@ -50,6 +52,8 @@ _CACHED_WALKS = (2000, 10_000)  # through all groups, which take long
 _PER_ROW = 10  # of them per row of training data
 
 _BATCH = 256
+
+_PROBED = 512  # rows for the shapes and scales of new heads
 
 NO_TIME = "there was too little time to compare draws with encodings"
 
@@ -178,7 +182,7 @@ def remaining_gap(
             source, parts = _with_draws(source, parts, None if left is None else left / 2)
         if left is not None:
             left = max(_FEWEST_SECONDS, left - (time.monotonic() - started))
-        fresh = NCPrior(source, map(fresh_head, prior.heads)).eval()
+        fresh = NCPrior(source, _fresh_heads(prior, parts)).eval()
         history = fit(
             fresh,
             parts.train,
@@ -200,6 +204,13 @@ def remaining_gap(
         history.rows[-1].step if history.rows else 0,
         time.monotonic() - started,
     )
+
+
+def _fresh_heads(prior: NCPrior, parts: Parts) -> Iterable[nn.Module]:
+    """Untrained heads like those of a prior, or the package's own if theirs cannot be made anew."""
+    if all(hasattr(factors(head)[0], "config") for head in prior.heads):
+        return map(fresh_head, prior.heads)
+    return more_heads(prior.source, first_batch(parts.train, _PROBED))
 
 
 def _with_draws(

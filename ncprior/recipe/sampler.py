@@ -62,7 +62,7 @@ def choose_sampler(
 def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str = "") -> None:
     """Sets the prior's strength for its sampler, by as many rows of held-out data as there is time for.
 
-    Batches of data that are batches already stay whole.
+    Batches of data that are batches already stay whole. At strength 0, heads are switched off.
     """
     started = time.monotonic()
     rows = rows_in_time(prior, parts.choose, _MATCHED, record.left(_SHARE / _PASSES))
@@ -76,8 +76,11 @@ def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str =
     reason = "the mean log r of the draws is that of held-out encodings"
     if caught:
         reason = str(caught[0].message)
-    took = time.monotonic() - started
-    record.add(Choice(f"{name}strength", f"{prior.strength:.2f}", reason, seconds=took))
+    took, found = time.monotonic() - started, prior.strength
+    if found == 0:
+        off(prior)
+        reason = "any correction is further from held-out encodings than the base; heads are off"
+    record.add(Choice(f"{name}strength", f"{found:.2f}", reason, seconds=took))
 
 
 def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:

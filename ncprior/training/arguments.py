@@ -11,6 +11,7 @@ from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
+from ncprior.saving.checks import fingerprints
 from ncprior.training.particles import heads_on
 from ncprior.training.resumable import length_of
 from ncprior.training.settings import FitSettings, TrainingTerms
@@ -35,13 +36,14 @@ def training_facts(
     resumable: bool,
     weighs: bool,
 ) -> dict[str, Any]:
-    """Returns properties that a checkpoint compares: VAE, data, ranks, patience and time.
+    """Returns properties that a checkpoint compares: VAE, base, data, ranks, patience and time.
 
     Digests of data are read only for a checkpoint. If importance samples are weighted, it compares
     which heads are on, and their strength; their weights are in the checkpoint itself.
     """
     facts: dict[str, Any] = {
         "VAE": prior.source.fingerprint(),
+        "base": fingerprints(prior.source)["base"],
         "rows": length_of(data),
         "ranks": num_ranks(),
         "patience": patience,

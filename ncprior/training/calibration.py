@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ncprior.diagnostics.diagnose import diagnose
+from ncprior.diagnostics.strength import at_strength
 from ncprior.heads.product import rescale_head
 from ncprior.prior import NCPrior
 from ncprior.utils.require import require_counts, require_instance
@@ -16,6 +17,8 @@ def calibrate_heads(
     batch_size: int = 256,
 ) -> tuple[float, ...]:
     """Rescales each group's log r to a·log r + b, with the a and b that fit held-out data best.
+
+    The strength of the prior plays no part: it multiplies the calibrated log r.
 
     Arguments:
         prior: The prior; its heads are changed in place.
@@ -42,7 +45,9 @@ def calibrate_heads(
     for head in prior.heads:
         rescale_head(head, 1.0, 0.0)  # raises before the heads are measured
     slopes = []
-    for group in diagnose(prior, held_out, fresh_steps=0, batch_size=batch_size).groups:
+    with at_strength(prior, 1.0):
+        report = diagnose(prior, held_out, fresh_steps=0, batch_size=batch_size)
+    for group in report.groups:
         slope = group.slope if group.slope > 0 else 1.0
         if slope != 1:
             rescale_head(prior.heads[group.group], slope, group.offset)

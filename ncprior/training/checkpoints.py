@@ -104,10 +104,15 @@ def fits_stream(value: Any, stream: Stream, last: int) -> bool:  # noqa: ANN401
     """Returns whether a value is a place in data, with at most so many batches since its epoch."""
     match value:
         case {"epoch_start": {"generators": generators, "own": list(own)}, "taken": int(taken)}:
-            mine = [generator.get_state() for generator in own_generators(stream.loader)]
-            whole = is_like(own, mine) and all(map(is_generator_state, own))
-            return whole and 0 <= taken <= last and is_random_state(generators)
+            whole = fits_loader(own, stream) and 0 <= taken <= last
+            return whole and is_random_state(generators)
     return False
+
+
+def fits_loader(value: Any, stream: Stream) -> bool:  # noqa: ANN401
+    """Returns whether a value is a list of states of the own generators of a stream's loader."""
+    mine = [generator.get_state() for generator in own_generators(stream.loader)]
+    return is_like(value, mine) and all(map(is_generator_state, value))
 
 
 def are_generators(value: Any, ranks: int) -> bool:  # noqa: ANN401

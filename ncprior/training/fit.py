@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 from ncprior.data.rows import Rows, as_data, is_map_style
 from ncprior.data.stream import one_pass, require_rows_and_end, split
 from ncprior.heads.checks import naming_parts
+from ncprior.heads.product import ProductHead, factors
 from ncprior.prior import NCPrior
 from ncprior.trainer import require_trainable
 from ncprior.training.arguments import (
@@ -22,6 +23,7 @@ from ncprior.training.arguments import (
     validate_fit_arguments,
     validate_loop_arguments,
 )
+from ncprior.training.checkpoints import are_numbers
 from ncprior.training.history import History, Row
 from ncprior.training.importance import EStep, e_step
 from ncprior.training.resumable import length_of, load, unchanged
@@ -171,30 +173,31 @@ def fit(
     train, held_out = _parts(data, held_out, split_seed)
     if eval_every is None:
         terms = replace(terms, eval_every=_eval_every(held_out, batch_size))
-    posterior: EStep | None = None
-    if settings.importance_samples is not None:
-        first: dict[str, Any] = {"batch_size": batch_size, "seed": split_seed, "saved": saved}
-        posterior = e_step(prior, train, settings.importance_samples, **first)
-    runs = StageRuns(
-        *(train, held_out, terms, split_seed, posterior),
-        patience=patience,
-        max_seconds=terms.facts["max_seconds"],
-        callback=callback,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-    )
-    with (
-        naming_parts(prior.source, prior.heads),
-        gradients_enabled(),
-        unchanged(prior.source),
-        _evaluating_after(prior),
-    ):
-        _validate_parts(prior, runs, stages)
-        history = runs.first(prior, stages, checkpoint)
-        further = runs.further(prior, history, stages, checkpoint)
-        ess = None if posterior is None else posterior.ess
-        history = history._replace(stages=tuple(further), ess=ess)
-        align_generators()
+    with _without_later_factors(prior, saved):
+        posterior: EStep | None = None
+        if settings.importance_samples is not None:
+            first: dict[str, Any] = {"batch_size": batch_size, "seed": split_seed, "saved": saved}
+            posterior = e_step(prior, train, settings.importance_samples, **first)
+        runs = StageRuns(
+            *(train, held_out, terms, split_seed, posterior),
+            patience=patience,
+            max_seconds=terms.facts["max_seconds"],
+            callback=callback,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+        with (
+            naming_parts(prior.source, prior.heads),
+            gradients_enabled(),
+            unchanged(prior.source),
+            _evaluating_after(prior),
+        ):
+            _validate_parts(prior, runs, stages)
+            history = runs.first(prior, stages, checkpoint)
+            further = runs.further(prior, history, stages, checkpoint)
+            ess = None if posterior is None else posterior.ess
+            history = history._replace(stages=tuple(further), ess=ess)
+            align_generators()
     return history
 
 
@@ -231,6 +234,27 @@ def _validate_parts(prior: NCPrior, runs: StageRuns, stages: int | Literal["auto
             "num_cached_proposals caches draws of one prior for all rows: it needs a source with "
             "one group and without a context. Leave it out."
         )
+
+
+@contextmanager
+def _without_later_factors(prior: NCPrior, saved: Mapping[str, Any] | None) -> Iterator[None]:
+    """Context with the factors of heads that the first stage of a checkpoint trains.
+
+    A prior that `fit` returned has those of further stages, too, which are multiplied in again. If the
+    checkpoint cannot be used, the heads stay as they were.
+    """
+    heads, counts = list(prior.heads), (saved or {}).get("factors")
+    if counts is not None and are_numbers(counts, len(heads), (int,)):
+        for k, count in enumerate(counts):
+            first = factors(heads[k])[: max(1, count)]
+            if len(first) < len(factors(heads[k])):
+                prior.heads[k] = (ProductHead(first) if len(first) > 1 else first[0]).eval()
+    try:
+        yield
+    except ValueError:
+        for k, head in enumerate(heads):
+            prior.heads[k] = head
+        raise
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ncprior.data.stream import Stream
+from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.trainer import NCETrainer
 from ncprior.training.checkpoints import (
@@ -209,6 +210,7 @@ class HeadTraining(ResumableTraining):
             **super().state(),
             "stopped": None if str(self.stopped).startswith(BY_CALLBACK) else self.stopped,
             "split_seed": self.split_seed,
+            "factors": [len(factors(head)) for head in self.prior.heads],
             "begun": self.begun_with,
             "best": self.best,
             "best_loss": self.best_loss,
@@ -227,6 +229,7 @@ class HeadTraining(ResumableTraining):
             "rows": lambda value: are_rows(value, len(Row._fields)),
             "begun": lambda v: is_like(v, self.begun_with) and (v is None or is_finite(v)),
             "best": lambda v: v is None or (is_like(v, self.average) and is_finite(v)),
+            "factors": lambda value: are_numbers(value, k, (int,)),
             "best_loss": lambda value: are_numbers(value, k),
             "best_error": lambda value: are_numbers(value, k),
             "best_step": lambda v: are_numbers(v, k, (int,)) and all(is_step(s, last) for s in v),

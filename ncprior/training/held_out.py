@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ncprior.data.rows import RowData, is_map_style
-from ncprior.data.stream import one_pass, own_generators
+from ncprior.data.stream import one_pass, own_generators, own_generators_restored
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
 from ncprior.source import contrastive_pairs, num_rows
@@ -80,9 +80,9 @@ class HeldOut:
     @contextmanager
     def _seeded(self) -> Iterator[None]:
         """Context in which the same rows come in the same order, with the same noise."""
-        for generator, state in self.own:
-            generator.set_state(state)
-        with seeded(own_seed(self.seed, rank())):
+        with own_generators_restored(self.batches), seeded(own_seed(self.seed, rank())):
+            for generator, state in self.own:  # training data may have the same generators
+                generator.set_state(state)
             yield
 
     @property

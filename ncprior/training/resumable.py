@@ -16,12 +16,13 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from ncprior.data.device_loader import Loader
-from ncprior.data.stream import Stream
+from ncprior.data.stream import Stream, own_generators
 from ncprior.saving.codec import pack, unpack
 from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.training.checkpoints import (
     Validators,
     are_generators,
+    fits_loader,
     fits_optimizer,
     fits_stream,
     is_duration,
@@ -188,7 +189,8 @@ class ResumableTraining(ABC):
     def save(self, path: str | os.PathLike[str], batches: Loader) -> None:
         """Writes a checkpoint of all ranks' states, on rank 0."""
         self.collect()
-        place = {"stream": batches.state(), "generators": gather(random_state())}
+        loader = [generator.get_state() for generator in own_generators(batches.stream.loader)]
+        place = {"stream": batches.state(), "loader": loader, "generators": gather(random_state())}
         state = {**self.state(), **place}
         if rank() == 0:
             tree, tensors = pack(state)
@@ -215,6 +217,7 @@ class ResumableTraining(ABC):
             "average": lambda v: is_like(v, self.average) and (not trains or is_finite(v)),
             "optimizer": lambda v: not trains or fits_optimizer(v, optimizer, last),
             "stream": lambda v: not trains or fits_stream(v, stream, last),
+            "loader": lambda value: fits_loader(value, stream),
             "generators": lambda value: are_generators(value, num_ranks()),
         }
 
@@ -233,6 +236,8 @@ class ResumableTraining(ABC):
             raise ValueError(printable(str(error))) from None
         require_valid(saved, self.validators(saved, stream))
         self.stopped = None if saved["stopped"] is None else printable(saved["stopped"])
+        for generator, own in zip(own_generators(stream.loader), saved["loader"], strict=True):
+            generator.set_state(own)  # a further stage begins with it
         if self.stopped is None:
             stream.restore(saved["stream"])
             optimizer = self.stepper.optimizer

@@ -125,7 +125,7 @@ def shuffle_rows(batch: Any, count: int, generator: torch.Generator) -> Any:  # 
         >>> bool((mixed["x"] == mixed["label"]).all()), sorted(mixed["x"].tolist())
         (True, [0, 1, 2, 3])
     """
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     return map_tensors(lambda t: t[order.to(t.device)] if t.ndim > 0 else t, batch)
 
 

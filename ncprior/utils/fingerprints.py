@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from torch.distributions.transforms import Transform
 from torch.distributions.utils import lazy_property
 
 from ncprior.utils.require import require_instance
+
+
+@runtime_checkable
+class _HasTensors(Protocol):
+    """A base that is not a distribution of torch, such as a sampler of stored latents."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Returns the tensors by name."""
 
 
 def module_fingerprint(module: nn.Module) -> str | None:
@@ -56,16 +64,20 @@ def base_fingerprint(base: object) -> str | None:
 
     Arguments:
         base: A prior. Its parameters are its attributes, including those of nested distributions
-            and transforms.
+            and transforms; or, if it is not a ``Distribution``, its ``tensors()``.
 
     Returns:
-        The fingerprint, or ``None`` if ``base`` is not a ``Distribution``, or a tensor is on the
-        meta device, without values.
+        The fingerprint, or ``None`` if ``base`` has neither, or a tensor is on the meta device,
+        without values.
     """
-    if not isinstance(base, Distribution):
+    if isinstance(base, Distribution):
+        named = _named_tensors(base, "base")
+    elif isinstance(base, _HasTensors):
+        named = iter(sorted(base.tensors().items()))
+    else:
         return None
     digest = hashlib.sha256()
-    for name, value in _named_tensors(base, "base"):
+    for name, value in named:
         if value.is_meta:
             return None
         digest.update(f"{name}{tuple(value.shape)}".encode() + _bytes(value))

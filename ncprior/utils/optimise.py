@@ -291,6 +291,7 @@ def _shuffled_rows(num_rows: int, batch_size: int) -> Iterator[Tensor]:
     """Yields batches of row indices, epoch after epoch; an incomplete last batch is left out."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     while True:
-        for rows in torch.randperm(num_rows, generator=generator).split(batch_size):
+        order = torch.randperm(num_rows, generator=generator, device="cpu")
+        for rows in order.split(batch_size):
             if len(rows) == batch_size:
                 yield rows

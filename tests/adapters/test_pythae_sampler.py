@@ -170,7 +170,9 @@ def test_models_that_cannot_work_are_refused() -> None:
         NCPSampler(VQVAE(VQVAEConfig(input_dim=(1, 8, 8), latent_dim=3)))
 
 
-@pytest.mark.parametrize("options", [{"budget": 0}, {"budget": 1}, {"max_seconds": -1.0}, {"progress": 1}])
+@pytest.mark.parametrize(
+    "options", [{"budget": 0}, {"budget": 1}, {"max_seconds": -1.0}, {"progress": 1}]
+)
 def test_wrong_options_are_refused_before_the_model_changes(options: Any) -> None:
     vae = model()
     with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))} must be"):

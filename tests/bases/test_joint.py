@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ncprior import NCPrior, fit, sir
 from ncprior.adapters.hvae import HVAE, HVAESource
-from ncprior.bases import JointSource
+from ncprior.bases import Empirical, JointSource, rebase
 from ncprior.heads import MLPHead
 from ncprior.jobs import sample_parts
 from ncprior.saving import inspect
@@ -248,3 +248,11 @@ def test_what_a_joint_head_cannot_see_raises() -> None:
     state = JointSource(untrained()).start(2)
     with pytest.raises(ValueError, match="advance"):
         JointSource(untrained()).decode(state)
+
+
+def test_a_base_on_a_joint_source_is_drawn() -> None:
+    """The state has a tensor, of which a wrapped source reads the number of rows."""
+    joint = JointSource(untrained())
+    z = joint.group(joint.start(20)).prior.sample()
+    prior = NCPrior(rebase(joint, Empirical(z)), MLPHead((2,), width=8)).eval()
+    assert prior.sample(5, partial(sir, num_proposals=3)).x.shape == (5, 2)

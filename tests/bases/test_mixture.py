@@ -310,3 +310,30 @@ def test_the_fingerprint_is_of_the_parameters_alone(kind: str) -> None:
     assert base_fingerprint(p) == before == base_fingerprint(p.to("cpu"))
     other = GaussianMixture(p.logits, p.loc + 1e-3, p.scale)
     assert base_fingerprint(other) != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_that_was_used_in_inference_mode_has_gradients(kind: str) -> None:
+    """What it derived there was an inference tensor, which cannot be saved for a gradient."""
+    with torch.inference_mode():
+        made = KINDS[kind]()
+    for p in (KINDS[kind](), made):
+        z = p.sample((4,))
+        with torch.inference_mode():
+            p.log_prob(z)
+        draw = langevin(
+            p.expand((4,)), lambda z: 0.1 * z.flatten(1).sum(1), num_steps=1, step_size=0.1
+        )
+        assert draw.z.isfinite().all()
+
+
+def test_expanded_mixtures_derive_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = []
+    solve = torch.linalg.solve_triangular
+    monkeypatch.setattr(
+        torch.linalg, "solve_triangular", lambda *a, **k: solved.append(1) or solve(*a, **k)
+    )
+    p = GaussianMixture(torch.zeros(2), torch.randn(2, 3), torch.eye(3).repeat(2, 1, 1))
+    for _ in range(3):
+        p.expand((4,)).log_prob(torch.zeros(4, 3))
+    assert len(solved) == 1

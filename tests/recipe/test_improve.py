@@ -39,7 +39,7 @@ from ncprior.data.encodings import walk_bytes
 from ncprior.data.rows import Rows
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
-from ncprior.recipe import Choice, base, caches, heads, judge
+from ncprior.recipe import Choice, base, base_file, caches, heads, judge
 from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
@@ -48,7 +48,9 @@ from ncprior.recipe.parts import OWN_DRAW, Parts, parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
 from ncprior.samplers import describe
+from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.training import FitSettings, History
+from ncprior.utils.fingerprints import base_fingerprint
 from ncprior.utils.random_state import seeded
 
 
@@ -378,7 +380,8 @@ def test_a_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     x = Ring().data(400)
     whole = improve(Ring().source(), x, **options | {"checkpoint": tmp_path / "other"})
 
-    def broken_off(_: object, choice: Choice) -> None:
+    def broken_off(record: Record, choice: Choice) -> None:
+        record.choices.append(choice)
         if choice.part == "heads":
             raise KeyboardInterrupt
 
@@ -393,6 +396,37 @@ def test_a_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_run_goes_on_with_the_base_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device, or less time, would end in another base, to which the heads do not fit."""
+    options = {"budget": 5, "seed": 1, "progress": False, "checkpoint": tmp_path}
+    x = Ring().data(400)
+    whole = improve(Ring().source(), x, **options)
+    monkeypatch.setattr(base_file, "choose_base", lambda *_: pytest.fail("it is there"))
+    resumed = improve(Ring().source(), x, **options)
+    assert base_fingerprint(resumed.source.prior) == base_fingerprint(whole.source.prior)
+    assert str(resumed.report.choices[0]) == str(whole.report.choices[0])
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(
+        ValueError, match=r"it belongs to data=\w+; got data=\w+. Pass the same VAE"
+    ):
+        improve(Ring().source(), Ring().data(400), **options)
+    file = tmp_path / base_file.FILE
+    tensors, config = load_tensors(file)
+    for key, wrong in (
+        ("choice", {"part": "base"}),
+        ("choice", {**config["choice"], "chosen": 3}),
+        ("base", {"kind": "Pickle", "config": {}}),
+        ("belongs", None),
+    ):
+        save_tensors(file, tensors, {**config, key: wrong})
+        with pytest.raises(ValueError, match="Cannot load"):
+            improve(Ring().source(), x, **options)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_checkpoint_of_another_seed_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     (tmp_path / "seed.txt").write_text("7")
     with pytest.raises(ValueError, match=r"is of seed 7; got seed=8. Pass that seed"):
@@ -401,7 +435,7 @@ def test_a_checkpoint_of_another_seed_is_refused_before_anything_is_done(tmp_pat
 
 def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["ncprior.recipe.improve"]  # the name is that of the function, too
-    monkeypatch.setattr(module, "choose_base", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(module, "saved_base", lambda *_: pytest.fail("too late"))
     for prior in (flat().prior, NoPrior("It has none.")):
         source = SingleGroup(prior, flat()._posterior, lambda z: Normal(z, 1.0))
         with pytest.raises(TypeError, match="The decoder must return the mean"):
@@ -411,7 +445,7 @@ def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.Monke
 def test_a_warning_names_the_line_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SingleGroup(flat().prior, flat()._posterior, lambda z: z * torch.nan)
     module = sys.modules["ncprior.recipe.improve"]
-    monkeypatch.setattr(module, "choose_base", lambda *_: int("the rest is not of interest"))
+    monkeypatch.setattr(module, "saved_base", lambda *_: int("the rest is not of interest"))
     nan = pytest.warns(UserWarning, match="The decoder has returned NaN")
     with nan as caught, suppress(ValueError):
         improve(source, torch.randn(99, 3), progress=False)

@@ -170,6 +170,7 @@ def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch
         return reason
 
     monkeypatch.setattr(joint, "_train", spoil)
+    monkeypatch.setattr(joint, "choose_strength", lambda *_, **__: None)  # it would be 0
     kept, gaps, record = joined(prior, parts)
     assert kept is prior
     assert gaps.keys() == {OLD, NEW}
@@ -199,6 +200,32 @@ def test_a_joint_head_needs_several_groups() -> None:
     one = NCPrior(JointSource(prior), MLPHead((4,))).eval()
     one.sampler = OWN_DRAW
     assert joint.joint_source(one, parts) is None
+
+
+def test_a_joint_head_is_not_tried_where_a_later_group_sees_a_condition() -> None:
+    class Told(BlindPair):
+        def encode(self, x: Tensor) -> Any:
+            return super().encode(x)
+
+        def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> Any:
+            if encoding is None and condition is None:
+                raise ValueError("This source needs a condition.")
+            return super().start(batch_size, encoding)
+
+    prior, parts = blind()
+    prior = NCPrior(Told(), prior.heads).eval()
+    prior.sampler = OWN_DRAW
+    assert joint.joint_source(prior, parts) is None
+
+
+def test_a_strength_of_0_switches_the_heads_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "match_strength", lambda *_, **__: 0.0)
+    prior, parts = blind()
+    prior.active, prior.sampler = [True, True], partial(sir, num_proposals=4)
+    record = Record(progress=False, max_seconds=None)
+    sampler.choose_strength(prior, parts, record)
+    assert (prior.active, prior.strength, prior.sampler) == ([False, False], 1.0, OWN_DRAW)
+    assert (record.choices[0].chosen, record.choices[0].reason[-13:]) == ("0.00", "heads are off")
 
 
 def test_without_time_to_compare_draws_no_joint_head_is_trained(

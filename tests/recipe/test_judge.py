@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, LatentSource, NCPrior, sir
@@ -94,6 +94,25 @@ def test_the_divergence_of_every_group(monkeypatch: pytest.MonkeyPatch, unknown:
         assert abs(first.value - divergence()) < 4 * first.error + 0.005
         assert 0.003 < first.error < 0.012
         assert abs(second.value) < 4 * second.error + 0.002
+
+
+class NoConfig(nn.Module):
+    """A head that nothing can make anew."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return 0.0 * z[..., 0]
+
+
+def test_heads_that_cannot_be_made_anew_are_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier need not be like them."""
+    monkeypatch.setattr(judge, "_STEPS", 300)
+    monkeypatch.setattr(judge, "_CACHED", (500, 4000))
+    torch.manual_seed(0)
+    prior = NCPrior(Pair(), [NoConfig(), NoConfig()]).eval()
+    record = Record(progress=False, max_seconds=None)
+    first, second = remaining_gap(prior, OWN_DRAW, parts(), record, name="prior").judge
+    assert abs(first.value - divergence()) < 4 * first.error + 0.005
+    assert abs(second.value) < 4 * second.error + 0.002
 
 
 def test_every_row_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:

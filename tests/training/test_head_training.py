@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from helpers.problems import GaussianPair
 from helpers.toys import VAE, base, flat, ladder_prior, same, stir, weights
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
+from ncprior.bases import Empirical, GaussianMixture, rebase
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.codec import pack, unpack
 from ncprior.saving.tensors import load_tensors, save_tensors
@@ -260,3 +263,45 @@ def test_F4_a_checkpoint_beyond_its_last_step_ends_or_is_refused(tmp_path: Path)
     save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
     with suppress(ValueError):
         assert fit(small(), data(), checkpoint=path, **OPTIONS, **QUIET).rows[-1].step == 100
+
+
+BASES: dict[str, Callable[[Tensor], Any]] = {
+    "mixture": lambda z: GaussianMixture(torch.zeros(1), z[:1], torch.ones(1, 2)),
+    "stored latents": Empirical,
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_heads_are_not_resumed_on_another_base(kind: str, tmp_path: Path) -> None:
+    """Heads of one base are wrong on another; it has the same VAE and the same data."""
+    problem, path = GaussianPair(), tmp_path / "c"
+    x = problem.data(100)
+    first, second = (
+        NCPrior(rebase(problem.source(), BASES[kind](z)), MLPHead((2,), width=8))
+        for z in torch.randn(2, 9, 2)
+    )
+    fit(first, x, checkpoint=path, **OPTIONS, **QUIET)
+    before = weights(second)
+    with pytest.raises(ValueError, match=r"belongs to a training with base=\w+:.*; got base="):
+        fit(second, x, checkpoint=path, **OPTIONS, **QUIET)
+    assert same(weights(second), before)
+    fit(first, x, checkpoint=path, **OPTIONS, **QUIET)
+
+
+def test_held_out_losses_leave_the_generator_of_the_training_data_alone() -> None:
+    """With one generator for both loaders, every epoch began in the same order."""
+    generator, orders = torch.Generator().manual_seed(0), []
+
+    class Rows(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, i: int) -> Tensor:
+            orders.append(i)
+            return data()[i]
+
+    loader: Any = partial(DataLoader, batch_size=10, shuffle=True, generator=generator)
+    options = {"steps": 32, "eval_every": 4, **QUIET}
+    fit(small(), loader(Rows()), held_out=loader(data()[:40]), **options)
+    epochs = {tuple(orders[i : i + 40]) for i in range(0, 320, 40)}
+    assert len(epochs) == 8

@@ -16,6 +16,7 @@ from helpers.problems import CorrelatedPair, ExactRatio, GaussianPair, SIRLaw
 from helpers.toys import same, weights
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ncprior import Group, NCPrior, fit, langevin, sir
 from ncprior.bases.empirical import Empirical
@@ -341,6 +342,20 @@ def test_trained_heads_are_calibrated_on_held_out_data() -> None:
     assert again[0] == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+def test_heads_are_calibrated_whatever_their_strength(strength: float) -> None:
+    """An exact log r with 1 nat too much: 8,000 draws leave ±0.03 of both, in four standard errors."""
+    problem = GaussianPair()
+    head = Shifted(problem)
+    head.offset = 1.0
+    prior = NCPrior(problem.source(), head).eval()
+    prior.strength = strength
+    assert calibrate_heads(prior, problem.data(8000)) == pytest.approx((1.0,), abs=0.12)
+    assert head.offset == pytest.approx(0.0, abs=0.12)
+    assert head.factor.item() == pytest.approx(1.0, abs=0.12)
+    assert prior.strength == strength
+
+
 def test_heads_that_cannot_be_staged_or_calibrated_are_refused_before_they_are_called() -> None:
     problem = GaussianPair()
 
@@ -382,20 +397,27 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, 7])
-def test_training_in_stages_resumes_exactly(tmp_path: Path, at: int) -> None:
-    """Stopped in the first stage, and in the second, whose head is far above the noise."""
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("at", [3, 6, 7])
+def test_training_in_stages_resumes_exactly(tmp_path: Path, at: int, own_generator: bool) -> None:
+    """Stopped in the first stage, and in the second, whose head is far above the noise.
+
+    Row 6 is the first of the second stage, before its first checkpoint.
+    """
     problem = GaussianPair(kl=12.0)
-    data = problem.data(600)
+    x, held_out = problem.data(600), problem.data(60)
     options = {"steps": 40, "batch_size": 32, "eval_every": 8, "checkpoint_every": 8}
     options |= {"stages": 2, "learning_rate": 3e-3}
     options["settings"] = FitSettings(ema_decay=0.9, num_cached_proposals=300)
 
     def run(path: Path, seed: int, callback: Any = None) -> NCPrior:
         torch.manual_seed(0)
-        prior = mlp(problem, data, width=8)
+        prior = mlp(problem, x, width=8)
         torch.manual_seed(seed)
-        fit(prior, data, checkpoint=path, callback=callback, **options, **QUIET)
+        generator = torch.Generator().manual_seed(9)
+        data = DataLoader(x, 32, shuffle=True, generator=generator) if own_generator else x
+        given = {"checkpoint": path, "callback": callback, "held_out": held_out}
+        fit(prior, data, **given, **options, **QUIET)
         return prior
 
     expected = run(tmp_path / "whole", 5)
@@ -411,6 +433,33 @@ def test_training_in_stages_resumes_exactly(tmp_path: Path, at: int) -> None:
     resumed = run(tmp_path / "part", 99)
     assert isinstance(resumed.heads[0], ProductHead)
     assert same(weights(resumed), weights(expected))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_in_stages_that_a_callback_stopped_goes_on(tmp_path: Path, stage: int) -> None:
+    """With the same prior, which has the second factor already if it was stopped there."""
+    problem = GaussianPair(kl=12.0)
+    x, path = problem.data(600), tmp_path / "c"
+    options = {"steps": 40, "batch_size": 32, "eval_every": 8, "checkpoint_every": 8}
+    options |= {"stages": 2, "learning_rate": 3e-3}
+    priors = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        priors.append(mlp(problem, x, width=8))
+        if stop:
+            stops = {"callback": lambda row: row[-1] == stage and row.step == 24}
+            history = fit(priors[1], x, checkpoint=path, **stops, **options, **QUIET)
+            ends = [history, *history.stages]
+            assert ends[-1].stopped == "stopped by the callback at step 24"
+            assert isinstance(priors[1].heads[0], ProductHead) is (stage == 2)
+        fit(priors[-1], x, checkpoint=path if stop else None, **options, **QUIET)
+    assert same(weights(priors[0]), weights(priors[1]))
+    again = fit(priors[1], x, checkpoint=path, **options, **QUIET)  # all of it is there
+    assert [stage.kept for stage in again.stages] == [(True,)]
+    assert same(weights(priors[0]), weights(priors[1]))
+    with pytest.raises(ValueError, match="belongs to a training with steps=40"):
+        fit(priors[1], x, checkpoint=path, **options | {"steps": 41}, **QUIET)
+    assert same(weights(priors[0]), weights(priors[1]))
 
 
 def test_a_product_is_saved_and_loaded(tmp_path: Path) -> None:
