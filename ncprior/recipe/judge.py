@@ -170,7 +170,7 @@ def remaining_gap(
     of_walks = isinstance(prior.source, JointSource)
     limits = _CACHED_WALKS if of_walks else _CACHED
     count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, limits))
-    left, started = record.left(_SHARE), time.monotonic()
+    used, left, started = parts, record.left(_SHARE), time.monotonic()
     record.begin(f"trains a classifier to tell draws of the {name} from encodings")
     with evaluating(prior):
         source: LatentSource[Any, Any] = nested(prior, sampler)
@@ -179,14 +179,14 @@ def remaining_gap(
             if count < least:
                 return Gap([], [], 0, time.monotonic() - started)
         if source.num_groups > 1 or (draws_slowly(prior.source) and not single):
-            source, parts = _with_draws(source, parts, None if left is None else left / 2)
+            source, used = _with_draws(source, parts, None if left is None else left / 2)
         if left is not None:
             left = max(_FEWEST_SECONDS, left - (time.monotonic() - started))
         fresh = NCPrior(source, _fresh_heads(prior, parts)).eval()
         history = fit(
             fresh,
-            parts.train,
-            held_out=parts.choose,
+            used.train,
+            held_out=used.choose,
             steps=_STEPS,
             patience=parts.patience,
             max_seconds=left,
@@ -197,7 +197,7 @@ def remaining_gap(
                 **(walk_cache(prior.source, parts, record, math.inf) if of_walks else {}),
             ),
         )
-        measured = HeldOut(parts.judge, fresh, _BATCH, int(torch.randint(2**31, ())))(device)
+        measured = HeldOut(used.judge, fresh, _BATCH, int(torch.randint(2**31, ())))(device)
     return Gap(
         _divergences(history.best_loss or [], history.best_error or []),
         _divergences(*mean_and_error(measured)),
