@@ -44,6 +44,10 @@ class Standardise(nn.Module):
         """Sets some inputs, given as a mask of their shape, to 0 for every z."""
         self.sd.masked_fill_(inputs, _IGNORED)
 
+    def left_out(self) -> Tensor:
+        """Returns the mask of the inputs that are left out."""
+        return self.sd == _IGNORED
+
 
 class VectorContext(nn.Module):
     """Embedding of a context as one feature vector per row; 0 without a context."""

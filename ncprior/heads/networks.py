@@ -144,6 +144,10 @@ class MLPHead(Head):
         for weight in self.stem.parameters():
             weight.div_((~latents).float().mean().sqrt())
 
+    def left_out(self) -> Tensor:
+        """Returns the mask of the latents that are hidden from the head, of event shape."""
+        return self.scale.left_out()
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log r(z, c) in nats, with shape ``(*, B)``."""
         self.check(z, context)

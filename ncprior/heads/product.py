@@ -84,6 +84,9 @@ def fresh_head(head: nn.Module) -> nn.Module:
     new: nn.Module = type(model)(**config())
     for name, buffer in model.named_buffers():
         new.get_buffer(name).copy_(buffer)
+    left_out: Any = getattr(model, "left_out", None)
+    if left_out is not None and (hidden := left_out()).any():
+        new.leave_out(hidden)  # type: ignore[operator]
     first = next(model.parameters())
     return new.to(first.device, first.dtype)
 

@@ -638,6 +638,11 @@ HIDDEN = Kind(
 )
 
 
+@call("ncprior.heads.MLPHead.left_out")
+def _(w: World) -> Built:
+    return MLPHead((2,), width=4, depth=1).left_out, {}
+
+
 @call("ncprior.heads.MLPHead.leave_out", latents=HIDDEN)
 def _(w: World) -> Built:
     return MLPHead((2,), width=4, depth=1).leave_out, {"latents": torch.tensor([True, False])}

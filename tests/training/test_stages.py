@@ -101,6 +101,22 @@ def test_a_fresh_head_has_the_scales_of_the_other_and_has_learnt_nothing() -> No
         assert other.config() == head.config()  # type: ignore[operator]
 
 
+def test_a_fresh_head_does_not_see_latents_that_the_other_does_not_see() -> None:
+    """The weights of its first layer are as large as those of a head for the rest alone.
+
+    They are uniform, with an sd of 1/√(3D) in D latents: a sample of 1,200 is within 5 %.
+    """
+    head = MLPHead((16,), width=100)
+    hidden = torch.arange(16) >= 4
+    head.leave_out(hidden)
+    other = fresh_head(head)
+    assert torch.equal(other.left_out(), hidden)  # type: ignore[operator]
+    z = torch.randn(5, 16)
+    assert torch.equal(other(z), other(torch.where(hidden, 9.0, z)))
+    weight: Any = other.stem.weight  # type: ignore[union-attr]
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * 4), rel=0.05)
+
+
 def test_tilted_draws_are_those_of_r_p() -> None:
     """At KL 4, where SIR with 50 proposals gets 0.677 of the mean (design, section 6)."""
     problem = GaussianPair(kl=4.0)
