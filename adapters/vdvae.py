@@ -122,6 +122,10 @@ class VDVAESource(LatentSource[Any, Any]):
     def _model(self) -> Any:  # noqa: ANN401 (its attributes are checked)
         return self.module
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the temperature of the prior."""
+        return {"temperature": self.temperature}
+
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Returns the features of the encoder.
 

@@ -20,18 +20,16 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from ncprior.bases.joint import JointSource
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sample, Sampler
-from ncprior.samplers.compose import describe
-from ncprior.saving.checks import fingerprints
+from ncprior.samplers.compose import identity_of
 from ncprior.saving.folders import Folder, folder_at
 from ncprior.saving.header import read_header
+from ncprior.saving.identity import prior_facts
 from ncprior.saving.tensors import read_tensors, to_bytes
 from ncprior.source import LatentSource, device_of, num_rows
-from ncprior.utils.batches import map_tensors
+from ncprior.utils.batches import map_tensors, tensor_of
 from ncprior.utils.distributed import num_ranks, rank
-from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_flags, require_instance
 
@@ -109,7 +107,7 @@ def sample_parts(
     num_samples, part_size, seed = map(operator.index, (num_samples, part_size, seed))
     at_once = min(part_size, part_size if batch_size is None else operator.index(batch_size))
     if isinstance(condition, np.ndarray) and condition.dtype.kind in "fiub":
-        condition = torch.from_numpy(condition.copy())
+        condition = tensor_of(condition.copy())
     if condition is not None and num_rows(condition) != num_samples:
         raise ValueError(
             f"A condition needs one row per sample; got {num_rows(condition)} rows for "
@@ -118,7 +116,7 @@ def sample_parts(
     count = -(-num_samples // part_size)
     chosen = range(rank(), count, num_ranks()) if parts is None else _chosen(parts, count)
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
-    job |= {"sampler": describe(sampler), "prior": _digest(prior, condition)}
+    job |= {"sampler": identity_of(sampler), "prior": _digest(prior, condition)}
     job |= {"batch_size": at_once} if at_once < part_size else {}
     job |= {"draw_x": True} if draw_x else {}
     place, draw = folder_at(folder), partial(prior.sample, sampler=sampler, draw_x=draw_x)
@@ -300,19 +298,9 @@ def _seed(seed: int, i: int) -> int:
     return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 
 
-def _description(prior: NCPrior) -> tuple[Any, ...]:
-    """Returns everything that determines the draws, besides sampler, seed and condition."""
-    used = (prior.strength, prior.active, str(prior.precision))
-    own = (used, module_fingerprint(prior.heads), fingerprints(prior.source))
-    first = prior.source.prior if isinstance(prior.source, JointSource) else None
-    if not isinstance(first, NCPrior):
-        return own
-    return (*own, describe(first.chosen(None)), *_description(first))
-
-
 def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
     """Returns a digest of everything that determines the draws, besides sampler and seed."""
-    digest = hashlib.sha256(str(_description(prior)).encode())
+    digest = hashlib.sha256(json.dumps(prior_facts(prior, None)).encode())
 
     def update(tensor: Tensor) -> Tensor:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)

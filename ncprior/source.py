@@ -132,6 +132,14 @@ class LatentSource(Protocol[E, S]):
         """Returns :func:`~ncprior.utils.module_fingerprint` of ``module``, ``None`` without one."""
         return None if self.module is None else module_fingerprint(self.module)
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what determines encodings, draws or p(x | z) besides ``fingerprint``, by name.
+
+        Checkpoints and jobs of samples compare it: numbers, texts, lists and dicts, as JSON has
+        them. The default is none.
+        """
+        return {}
+
     def shared_prior(self) -> Sampleable | None:
         """Returns p(z) of a single group where all rows share it, with an empty batch shape.
 
@@ -209,6 +217,10 @@ class WrappedSource(LatentSource[Any, Any]):
     def fingerprint(self) -> str | None:
         """Returns the fingerprint of the wrapped source."""
         return self.source.fingerprint()
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the wrapped source."""
+        return self.source.facts()
 
     def shared_prior(self) -> Sampleable | None:
         """Returns the shared prior of the wrapped source."""

@@ -139,6 +139,10 @@ class NVAESource(LatentSource[Any, Any]):
     def _model(self) -> Any:  # noqa: ANN401 (its attributes are checked)
         return self.module
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the temperature of the prior."""
+        return {"temperature": self.temperature}
+
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Returns the features of the encoder.
 

@@ -106,6 +106,10 @@ class PythaeSource(SingleGroup):
         self.module = model
         super().__init__(self._prior(), self._q, self._reconstruct, module=model)
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the noise on codes."""
+        return {"noise": self.noise}
+
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
         """Encodes one batch: the parameters of q(z | x).
 

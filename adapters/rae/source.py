@@ -71,12 +71,17 @@ class RAESource(SingleGroup):
                 f"RAESource takes a VAE or a RAE of ncprior.adapters.rae; got {described(model)}. "
                 f"Wrap another VAE in SingleGroup."
             )
+        self.noise = noise
         super().__init__(
             *(prior, posterior, model.decode),
             module=model,
             likelihood=likelihood,
             features=model.decoder[:2] if maps else None,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the noise on codes."""
+        return {"noise": self.noise}
 
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
         """Encodes one batch of images in [0, 1]: the parameters of q(z | x)."""

@@ -105,7 +105,7 @@ def fit_flow(
     module = spline_flow(len(loc), count, **_MODEST) if flow is None else flow
     if flow is not None and count is not None:
         module = Conditional(flow, count)
-    module.to(white.device)
+    module.to(white if flow is None else white.device)
     numbers = flat_context(first, white)
     if numbers is not None:
         require_finite("context", numbers)
@@ -128,6 +128,7 @@ def fit_flow(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         patience=patience,
+        buffers=list(module.buffers()),
         name="flow",
         progress=progress,
     )

@@ -275,7 +275,7 @@ def fit_flow_matching(
     )
     latents = real_tensor("latents", latents, integers=False)
     white, loc, scale = standardise(latents)
-    network = VelocityNet(white.shape[1], width=width, depth=depth).to(white.device)
+    network = VelocityNet(white.shape[1], width=width, depth=depth).to(white)
     base = FlowMatching(network, loc, scale, event_shape=latents.shape[1:], num_steps=num_steps)
     network.requires_grad_(True)
     train, held_out = split(white, 0.05, seed=int(torch.randint(2**31, ())))

@@ -142,6 +142,11 @@ class Rebased(WrappedSource):
         """Returns p(x | z) of the wrapped source."""
         return self.source.likelihood(state.walk)
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the wrapped source, and those of the function that makes the base."""
+        of_base: Any = getattr(self._base, "facts", dict)
+        return {**super().facts(), **of_base()}
+
     def shared_prior(self) -> Sampleable | None:
         """Returns the prior itself if one was given for a single group, else ``None``."""
         return self.prior

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ncprior.utils.precision import in_float64
 from ncprior.utils.require import real_tensor
 
 BLOCKS = 4  # with two blocks, the upper estimate would be too small about half of the time
@@ -72,6 +73,7 @@ def bounds(log_w: Tensor) -> Bounds:
         raise ValueError(
             "log_w must be below infinity; got an infinite weight. Look at the density."
         )
+    log_w = in_float64(log_w)
     count = len(log_w)
     lower = _log_mean(log_w)
     if count < 2 * BLOCKS:

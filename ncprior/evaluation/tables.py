@@ -92,6 +92,8 @@ def _column(name: str, values: np.ndarray, num_first: int) -> np.ndarray:
         numbers = values.astype(np.float64)
     except (TypeError, ValueError):
         return _categories(name, values)
+    if any(isinstance(value, str) for value in values):  # such as zip codes
+        return _categories(name, values)
     if not np.isfinite(numbers).all():
         raise ValueError(
             f"{name} has missing values, NaN or infinity. Fill them, or remove these rows."

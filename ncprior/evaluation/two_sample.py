@@ -207,7 +207,7 @@ class _Classifier(nn.Module):
             *(layer for linear in hidden for layer in (linear, nn.SiLU(), nn.Dropout(dropout)))
         )
         self.out = nn.Linear(width, 1)
-        self.to(real.device)
+        self.to(real)
         with torch.no_grad():
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)

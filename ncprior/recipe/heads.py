@@ -20,6 +20,7 @@ from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
 from ncprior.training.history import History
+from ncprior.training.resumable import time_limit
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import cache_size
 from ncprior.utils.precision import fast_precision
@@ -79,14 +80,15 @@ def train_heads(
         record.begin(f"trains heads: {name} ({number + 1} of {len(kinds)})")
         heads = more_heads(source, batch, width=width, dropout=kind.dropout)
         prior = NCPrior(source, heads).eval()
+        file = None if folder is None else folder / f"heads-{number}"
         history = fit(
             prior,
             parts.train,
             held_out=parts.choose,
             steps=_MOST_WITH_SCORES if score_weight else _MOST_STEPS,
             patience=parts.patience,
-            max_seconds=record.left(_SHARE / (len(kinds) - number)),
-            checkpoint=None if folder is None else folder / f"heads-{number}",
+            max_seconds=time_limit(file, record.left(_SHARE / (len(kinds) - number))),
+            checkpoint=file,
             progress=record.progress,
             settings=FitSettings(
                 weight_decay=kind.weight_decay,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from copy import deepcopy
@@ -20,9 +22,11 @@ from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, choose_strength
 from ncprior.samplers.sir import sir
+from ncprior.saving.identity import source_facts
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
+from ncprior.training.resumable import time_limit
 from ncprior.training.settings import FitSettings
 from ncprior.training.stages import cache_size
 from ncprior.utils.precision import fast_precision
@@ -95,7 +99,7 @@ def join_groups(
         first = deepcopy(prior)
         choose_sampler(first, parts, budget // WALKS, record, name="walk ")
         whole = _untrained(JointSource(first), parts)
-        reason = _train(whole, parts, record, folder and folder / f"joint-{budget}")
+        reason = _train(whole, parts, record, folder)
     chosen = f"one of {WALKS} walks" if any(whole.active) else "none"
     record.add(Choice("joint head", chosen, reason, seconds=time.monotonic() - started))
     if any(whole.active):
@@ -137,12 +141,17 @@ def _keep(
     return prior, {arm: gaps[best if arm == NEW else arm] for arm in gaps if arm != GROUPS}
 
 
-def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None) -> str:
-    """Trains the joint head, and switches it on if it has learnt something; returns the reason."""
+def _train(whole: NCPrior, parts: Parts, record: Record, folder: Path | None) -> str:
+    """Trains the joint head, and switches it on if it has learnt something; returns the reason.
+
+    Its checkpoint is of the walks that it is trained on, whose number and strength may depend on time.
+    """
     count = _num_walks(whole.source, parts, record)
     if count < _DRAWN[0]:
         return "there was too little time or memory to draw walks"
     whole.active = [True]
+    facts = json.dumps([source_facts(whole.source), count]).encode()
+    file = folder and folder / f"joint-{hashlib.sha256(facts).hexdigest()[:16]}"
     record.begin(f"trains a head for all groups together, on {count:,} walks")
     history = fit(
         whole,
@@ -151,8 +160,8 @@ def _train(whole: NCPrior, parts: Parts, record: Record, checkpoint: Path | None
         steps=_MOST_STEPS,
         patience=parts.patience,
         learning_rate=_RATE,
-        max_seconds=record.left(_SHARE),
-        checkpoint=checkpoint,
+        max_seconds=time_limit(file, record.left(_SHARE)),
+        checkpoint=file,
         progress=record.progress,
         settings=FitSettings(
             weight_decay=0.05,

@@ -9,15 +9,18 @@ and therefore the ratio r = q/p: heads must be trained at that temperature.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from types import CodeType
 from typing import Any, ParamSpec
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler, checked_draw
+from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.require import require_callable, require_numbers
 
 P = ParamSpec("P")
@@ -183,14 +186,49 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
         >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
         'at_temperature(sir(num_proposals=50), 0.5)'
     """
-    return _described(sampler, ())
+    return _described(sampler, (), _name)
 
 
-def _described(sampler: Any, inside: tuple[int, ...]) -> str:  # noqa: ANN401
+def identity_of(sampler: Any) -> str:  # noqa: ANN401
+    """Description of a sampler that differs for functions of one name with another code.
+
+    Functions of this package are known by their names. A callable object is known by its type alone,
+    unless it is a module.
+    """
+    return _described(sampler, (), _name_with_code)
+
+
+def _name(function: Any) -> str:  # noqa: ANN401
+    name = str(getattr(function, "__qualname__", type(function).__qualname__))
+    return name.replace(".<locals>", "")
+
+
+def _name_with_code(function: Any) -> str:  # noqa: ANN401
+    if isinstance(function, nn.Module):
+        return f"{_name(function)}#{module_fingerprint(function)}"
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None or str(getattr(function, "__module__", "")).partition(".")[0] == "ncprior":
+        return _name(function)
+    defaults = (function.__defaults__, sorted((function.__kwdefaults__ or {}).items()))
+    text = "\n".join(map(repr, (*_parts(code), defaults)))
+    return f"{_name(function)}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _parts(code: CodeType) -> Iterator[Any]:
+    """What a function does, with the functions in it."""
+    yield from (code.co_code, code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts(constant)
+        else:
+            yield constant
+
+
+def _described(sampler: Any, inside: tuple[int, ...], name_of: Callable[[Any], str]) -> str:  # noqa: ANN401
     """Description of a sampler inside functions that are being described already."""
     if id(sampler) in inside:
         return "..."  # a function that calls itself
-    describe_inner = partial(_described, inside=(*inside, id(sampler)))
+    describe_inner = partial(_described, inside=(*inside, id(sampler)), name_of=name_of)
     if isinstance(sampler, Composition):
         sampler = sampler.made_by
     if isinstance(sampler, partial):
@@ -202,7 +240,6 @@ def _described(sampler: Any, inside: tuple[int, ...]) -> str:  # noqa: ANN401
     if not callable(sampler):
         return repr(sampler)
     sampler = inspect.unwrap(sampler)
-    name = str(getattr(sampler, "__qualname__", type(sampler).__qualname__))
     held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
-    name = name.replace(".<locals>", "")
+    name = name_of(sampler)
     return f"{name}({', '.join(map(describe_inner, held))})" if held else name

@@ -11,7 +11,7 @@ from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.saving.checks import fingerprints
+from ncprior.saving.identity import source_facts
 from ncprior.training.particles import heads_on
 from ncprior.training.resumable import length_of
 from ncprior.training.settings import FitSettings, TrainingTerms
@@ -41,9 +41,13 @@ def training_facts(
     Digests of data are read only for a checkpoint. If importance samples are weighted, it compares
     which heads are on, and their strength; their weights are in the checkpoint itself.
     """
+    of_source = source_facts(prior.source)
+    if not weighs:
+        of_source.pop("sigma", None)  # it weighs importance samples alone
     facts: dict[str, Any] = {
-        "VAE": prior.source.fingerprint(),
-        "base": fingerprints(prior.source)["base"],
+        "VAE": of_source.pop("vae"),
+        "base": of_source.pop("base"),
+        "source": of_source,
         "rows": length_of(data),
         "ranks": num_ranks(),
         "patience": patience,

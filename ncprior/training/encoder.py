@@ -37,6 +37,7 @@ from ncprior.source import (
     require_source,
 )
 from ncprior.utils.batches import own_batch
+from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.optimise import minimise
 from ncprior.utils.random_state import seeded
@@ -99,6 +100,10 @@ class AmortisedSource(WrappedSource):
 
         walk: Any
         encoding: AmortisedSource.Encoding | None
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the wrapped source, and the fingerprint of the encoder."""
+        return {**super().facts(), "encoder": module_fingerprint(self.encoder)}
 
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Returns the parameters of q(z | x), for one batch of x or a tuple that begins with it."""
@@ -258,7 +263,8 @@ class _Objective:
             return torch.cat(losses).mean()
 
         try:
-            return minimise(loss, held_out_loss, weights, name="encoder", **options)
+            options |= {"buffers": list(encoder.buffers()), "name": "encoder"}
+            return minimise(loss, held_out_loss, weights, **options)
         finally:
             encoder.eval()
 
@@ -339,7 +345,7 @@ class _MLP(nn.Module):
 @torch.no_grad()
 def _draws_of(source: LatentSource[Any, Any]) -> Tensor:
     """Draws of p(z), with shape ``(N, D)``."""
-    return source.group(source.start(_PROBED)).prior.sample().flatten(1)
+    return source.group(source.start(_PROBED)).prior.sample().reshape(_PROBED, -1)
 
 
 def _event_of(source: LatentSource[Any, Any]) -> torch.Size:

@@ -39,6 +39,7 @@ from torch.distributions import Distribution, constraints
 
 from ncprior.data.checked import log_prob_of_data
 from ncprior.prior import NCPrior
+from ncprior.saving.identity import prior_facts
 from ncprior.source import (
     Group,
     LatentSource,
@@ -152,6 +153,11 @@ class ResampledPosterior(WrappedSource):
         self.prior = _frozen(prior) if isinstance(prior, NCPrior) else None
         self.num_samples, self.chunk_size = int(num_samples), int(chunk_size)
         self._draws: bool | None = None  # whether the VAE's encode draws z; not known yet
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the VAE, the number of particles and the prior that weighs them."""
+        weighs = None if self.prior is None else prior_facts(self.prior, None)
+        return {**super().facts(), "importance_samples": self.num_samples, "weighed by": weighs}
 
     @torch.no_grad()
     def encode(self, x: Any) -> _Encoding:  # noqa: ANN401

@@ -38,6 +38,8 @@ from ncprior.utils.optimise import cosine_rate, update_average
 from ncprior.utils.random_state import random_state, set_random_state
 from ncprior.utils.texts import printable
 
+BY_CALLBACK = "stopped by the callback"  # and by nothing else: a checkpoint goes on
+
 
 class Stepper(Protocol):
     """A trainer that counts its steps."""
@@ -292,6 +294,18 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
             reason = f": {error}"
     reason = printable(f"{os.fspath(path)} is not a checkpoint of fit{reason}").rstrip(".")
     raise ValueError(f"{reason}. Pass another file.")
+
+
+def time_limit(path: str | os.PathLike[str] | None, limit: float | None) -> float | None:
+    """Returns the limit of a training in seconds: that of its checkpoint, if there is one, else another.
+
+    A checkpoint is resumed under its own limit, which includes the time before the interruption.
+    """
+    saved = load(path)
+    if saved is None:
+        return limit
+    own = saved["settings"].get("max_seconds")
+    return own if own is None or is_duration(own) else limit
 
 
 def length_of(data: Any) -> int | None:  # noqa: ANN401

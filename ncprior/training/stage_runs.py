@@ -18,11 +18,12 @@ from ncprior.heads.product import ProductHead, factors, fresh_head
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.trainer import NCETrainer
-from ncprior.training.head_training import BY_CALLBACK, HeadTraining
+from ncprior.training.head_training import HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
 from ncprior.training.importance import CachedParticles, EStep, epochs_of_particles
-from ncprior.training.resumable import length_of, load, weights_of
+from ncprior.training.particles import heads_on
+from ncprior.training.resumable import BY_CALLBACK, length_of, load, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import cache_size, reweighted, with_cached_proposals
 from ncprior.utils.batches import to_device
@@ -106,7 +107,7 @@ class StageRuns:
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
-            so_far = module_fingerprint(prior.heads)
+            so_far = f"{module_fingerprint(prior.heads)} {heads_on(prior)}"
             source = reweighted(prior, self._encodes(prior))
             history = self._train(new, source, path, cache, seconds, stage, so_far)
             spent += _seconds(history)

@@ -36,6 +36,7 @@ from ncprior.bases.rebase import Rebased, rebase
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.smc import tempered_smc
+from ncprior.saving.identity import prior_facts
 from ncprior.source import Group, LatentSource
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_callable, require_instance
@@ -73,11 +74,20 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
 
     require_instance("prior", prior, NCPrior, "Pass a trained NCPrior.")
     require_callable("sampler", sampler, "Pass one such as partial(sir, num_proposals=20).")
+    return rebase(prior.source, _Nested(prior, sampler))
 
-    def base(k: int, group: Group) -> Drawn:
-        return Drawn(lambda: (prior.draw(k, group, sampler).z, None))
 
-    return rebase(prior.source, base)
+class _Nested:
+    """The base of nested stages: what a sampler draws from a trained prior."""
+
+    def __init__(self, prior: NCPrior, sampler: Sampler) -> None:
+        self.prior, self.sampler = prior, sampler
+
+    def __call__(self, k: int, group: Group) -> Drawn:
+        return Drawn(lambda: (self.prior.draw(k, group, self.sampler).z, None))
+
+    def facts(self) -> dict[str, Any]:
+        return {"nested": prior_facts(self.prior, self.sampler)}
 
 
 def reweighted(prior: NCPrior, source: LatentSource[Any, Any] | None = None) -> Rebased:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -123,21 +126,62 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.to("cpu", torch.float32).contiguous().numpy().tobytes()
 
 
-def _named_tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors and numbers of a distribution's constructor arguments, sorted by name."""
+def _named_tensors(
+    value: object, name: str, inside: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors and numbers that a distribution holds, sorted by name.
+
+    They are found in nested distributions, transforms and modules, in lists and dicts, and in what
+    functions are bound to, or have been given. What is derived from them does not count.
+    """
+    if id(value) in inside:
+        return
+    inside = (*inside, id(value))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        value = torch.from_numpy(np.array(value))
     if isinstance(value, Tensor | int | float):
         yield name, torch.as_tensor(value)
     elif isinstance(value, nn.Module):
-        for key, tensor in sorted(value.state_dict().items()):
+        for key, tensor in sorted(_tensors_of(value).items()):
             yield f"{name}.{key}", tensor
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _named_tensors(item, f"{name}.{i}")
     elif isinstance(value, Distribution | Transform):
         name = f"{name}.{type(value).__name__}"
         yield f"{name}{tuple(getattr(value, 'event_shape', ()))}", torch.empty(0)
         for key, item in sorted(vars(value).items()):
             derived = isinstance(getattr(type(value), key, None), lazy_property)
-            cached = key.startswith("_") and not isinstance(item, Tensor | Distribution)
-            if not (derived or cached):
-                yield from _named_tensors(item, f"{name}.{key}")
+            other = key == "_inv" and type(value).__name__ not in _INVERSES
+            if not (derived or other or key in _NOT_ITS_OWN):
+                yield from _named_tensors(item, f"{name}.{key}", inside)
+    else:
+        for key, item in _parts(value):
+            yield from _named_tensors(item, f"{name}.{key}", inside)
+
+
+_INVERSES = ("_InverseTransform", "Inverse")  # of torch and zuko: `_inv` is what they invert
+
+# Attributes of distributions and transforms that are caches, or known otherwise.
+_NOT_ITS_OWN = ("_kept", "_cached_x_y", "_batch_shape", "_event_shape", "_validate_args")
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {n: value for n, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _parts(value: object) -> Iterable[tuple[str, object]]:
+    """What a container or a function holds, by name."""
+    if isinstance(value, list | tuple):
+        return ((str(i), item) for i, item in enumerate(value))
+    if isinstance(value, Mapping):
+        return sorted((repr(key), item) for key, item in value.items())
+    if isinstance(value, partial):
+        return [("func", value.func), *_parts(value.args), *_parts(value.keywords)]
+    if isinstance(value, MethodType):
+        return [("self", value.__self__)]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [
+            *_parts(cells),
+            *_parts(value.__defaults__ or ()),
+            *_parts(value.__kwdefaults__ or {}),
+        ]
+    return ()

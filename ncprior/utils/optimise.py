@@ -100,6 +100,7 @@ def minimise(
     weight_decay: float = 0.0,
     patience: int | None = 10,
     max_seconds: float | None = None,
+    buffers: Sequence[Tensor] = (),
     project: Callable[[], object] | None = None,
     name: str = "fit",
     progress: bool = False,
@@ -120,6 +121,8 @@ def minimise(
         patience: Held-out losses, one every 100 steps, without progress before training stops;
             ``None`` never stops early.
         max_seconds: Seconds after which training stops at the next held-out loss, or ``None``.
+        buffers: Tensors that the loss changes, such as statistics of batches; those of the lowest
+            held-out loss are kept with the parameters.
         project: Called after each step, to project the parameters onto a set. It must be convex,
             so that averages of parameters stay in it.
         name: Name of the fitted model, for the progress bar and for errors.
@@ -142,7 +145,7 @@ def minimise(
     require_flags(progress=progress)
     with gradients_enabled():
         optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
-        best = _Best(parameters, held_out, name)
+        best = _Best(parameters, buffers, held_out, name)
         with (
             gradients_enabled(),
             best.kept(),
@@ -179,24 +182,29 @@ class _Best:
     """Moving average of the parameters, and its values at the lowest held-out loss."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], held_out: Callable[[], Tensor], name: str
+        self,
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        held_out: Callable[[], Tensor],
+        name: str,
     ) -> None:
-        self.parameters, self.held_out, self.name = parameters, held_out, name
+        self.parameters, self.buffers = parameters, buffers
+        self.held_out, self.name = held_out, name
         # Evaluated before it is copied: some layers initialise themselves on their first batch.
         self.step, self.loss = 0, self._loss(0)
-        self.best, self.mean = self._copy(), self._copy()
+        self.best, self.mean = _copy([*parameters, *buffers]), _copy(parameters)
 
     def evaluate(self, step: int) -> int:
         """Evaluates the average; returns the number of steps since the best one."""
-        now = self._copy()
-        self._put(self.mean)
+        now = _copy(self.parameters)
+        _put(self.parameters, self.mean)
         try:
             loss = self._loss(step)
         finally:
-            self._put(now)
+            _put(self.parameters, now)
         if loss < self.loss:
             self.step, self.loss = step, loss
-            self.best = [mean.clone() for mean in self.mean]
+            self.best = _copy([*self.mean, *self.buffers])
         return step - self.step
 
     @contextmanager
@@ -205,7 +213,7 @@ class _Best:
         try:
             yield
         finally:
-            self._put(self.best)
+            _put([*self.parameters, *self.buffers], self.best)
             for parameter in self.parameters:
                 parameter.grad = None
 
@@ -219,13 +227,15 @@ class _Best:
             )
         return loss
 
-    def _copy(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters]
 
-    @torch.no_grad()
-    def _put(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+def _copy(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def train(

@@ -19,10 +19,17 @@ from ncprior.data.checked import checked_batches
 from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream, data_digest, one_pass, require_restartable
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.compose import describe
+from ncprior.samplers.compose import identity_of
 from ncprior.training.arguments import validate_loop_arguments
 from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step
-from ncprior.training.resumable import ResumableTraining, length_of, load, unchanged, weights_of
+from ncprior.training.resumable import (
+    BY_CALLBACK,
+    ResumableTraining,
+    length_of,
+    load,
+    unchanged,
+    weights_of,
+)
 from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import num_ranks
 from ncprior.utils.random_state import random_state, seeded, set_random_state
@@ -211,7 +218,7 @@ def _facts(
         "langevin": [model.num_steps, model.step_size, model.langevin_target],
         "data_noise": model.data_noise,
         "precision": str(model.precision),
-        "sampler": None if sampler is None else describe(sampler),
+        "sampler": None if sampler is None else identity_of(sampler),
         **trained_on(model.source, model.prior),
         "rows": length_of(data),
         **({"data": data_digest(data, batch_size)} if resumable else {}),
@@ -281,7 +288,7 @@ class EnergyTraining(ResumableTraining):
         elif not self.diverged:
             self.good, self.good_step = self._copied_average(), row.step
         if self.callback is not None and self.callback(row) is True and not self.diverged:
-            self.stopped = f"stopped by the callback at step {row.step}"
+            self.stopped = f"{BY_CALLBACK} at step {row.step}"
         return f"gap {row.gap:.2f}, E {row.energy:.1f}"
 
     def kept(self) -> Mapping[str, Tensor]:
@@ -294,10 +301,14 @@ class EnergyTraining(ResumableTraining):
         return self.good_step if self.diverged else self.trainer.steps
 
     def state(self) -> dict[str, Any]:
-        """Content of a checkpoint, with the weights of the last row and the replay buffer."""
+        """Content of a checkpoint, with the weights of the last row and the replay buffer.
+
+        A stop by the callback is none: the training goes on when it is called again.
+        """
         buffer = self.trainer.buffer
         return {
             **super().state(),
+            "stopped": None if str(self.stopped).startswith(BY_CALLBACK) else self.stopped,
             "good": self.good,
             "good_step": self.good_step,
             "diverged": self.diverged,

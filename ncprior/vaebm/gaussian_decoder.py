@@ -127,6 +127,10 @@ class GaussianDecoder(WrappedSource):
         kind = type(self.source).__name__
         return f"GaussianDecoder({kind}, decoder noise of one σ = {self.sigma:.4g}, {self.origin})"
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the wrapped source, and σ."""
+        return {**super().facts(), "sigma": self.sigma}
+
 
 def gaussian_decoder_of(source: LatentSource[Any, Any]) -> GaussianDecoder | None:
     """Returns the ``GaussianDecoder`` in a stack of wrapped sources, or ``None``."""

@@ -34,7 +34,8 @@ from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import run_chains
 from ncprior.samplers.setting import require_sampler
 from ncprior.samplers.target import Target
-from ncprior.source import LatentSource, require_eval, require_source
+from ncprior.source import LatentSource, device_of, require_eval, require_source
+from ncprior.utils.batches import own_batch
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.random_state import random_state, set_random_state
 from ncprior.utils.require import (
@@ -336,6 +337,8 @@ class VAEBM(PretrainedEnergy, nn.Module):
         precision: torch.dtype = torch.float32,
     ) -> NoiseMap:
         official = self.langevin_target == "official"
+        if condition is not None:
+            condition = own_batch(condition, device_of(self.source))
         return NoiseMap(self.source, self.prior, condition, official, precision)
 
     @torch.no_grad()

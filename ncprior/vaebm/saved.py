@@ -127,7 +127,7 @@ def _heads_fingerprint(prior: NCPrior | None) -> str | None:
     """Fingerprint of an NCP prior: its heads, their strength, and which of them are in use."""
     if prior is None:
         return None
-    on = "".join(str(int(active)) for active in prior.active)
+    on = "".join(str(int(prior.is_on(k))) for k in range(len(prior.heads)))
     return f"{module_fingerprint(prior.heads)}:{float(prior.strength)!r}:{on}"
 
 

@@ -50,7 +50,8 @@ class SpectralPenalty(nn.Module):
             u = self.get_buffer(f"u{i}")
             v = normalize(weight.detach().T @ u, dim=0)
             norms.append(u @ weight @ v)
-        return torch.stack(norms).sum() if norms else torch.zeros(())
+        net: nn.Module = self.net  # type: ignore[assignment]
+        return torch.stack(norms).sum() if norms else next(net.parameters()).new_zeros(())
 
     def _weights(self) -> Iterator[Tensor]:
         net: nn.Module = self.net  # type: ignore[assignment]

@@ -1,8 +1,11 @@
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import zuko
 from helpers.problems import SampleOnly, standard_normal
 from torch import Tensor, nn
 from torch.distributions import (
@@ -49,8 +52,55 @@ BASES: dict[str, Callable[[float], Distribution]] = {
     "shifted by a tensor": lambda a: shifted(torch.full((2,), a)),
     "shifted by an integer": lambda a: shifted(round(10 * a)),
     "one-hot": lambda a: OneHotCategorical(probs=torch.tensor([a, 1.0])),
+    "inverse": lambda a: TransformedDistribution(
+        standard_normal(2), [AffineTransform(a, 2.0).inv]
+    ),
     "flow": lambda a: TransformedDistribution(standard_normal(2), [Flow(a)]),
 }
+
+
+class Held(Independent):
+    """A distribution that holds a parameter in one of several ways."""
+
+    def __init__(self, way: str, value: float) -> None:
+        super().__init__(Normal(torch.zeros(2), torch.ones(2)), 1)
+        one, net = torch.full((1,), value), nn.Linear(1, 1)
+        nn.init.constant_(net.weight, value)
+        nn.init.zeros_(net.bias)
+        self._held: Any = {
+            "dict": {"a": [one]},
+            "array": one.numpy(),
+            "private network": net,
+            "partial": partial(torch.add, alpha=value),
+            "bound": net.forward,
+            "closure": lambda z: z + one,
+            "default": _with_default(one),
+        }[way]
+
+
+def _with_default(value: Tensor) -> Any:
+    def add(z: Tensor, to: Tensor = value) -> Tensor:
+        return z + to
+
+    return add
+
+
+WAYS = ("dict", "array", "private network", "partial", "bound", "closure", "default")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_are_found_wherever_a_distribution_holds_them(way: str) -> None:
+    assert base_fingerprint(Held(way, 0.5)) == base_fingerprint(Held(way, 0.5))
+    assert base_fingerprint(Held(way, 0.5)) != base_fingerprint(Held(way, 0.6))
+
+
+@pytest.mark.parametrize("kind", ["MAF", "NSF"])
+def test_a_flow_of_zuko_is_known_by_its_weights(kind: str) -> None:
+    """Its networks are bound to functions that its transforms call."""
+    first, second = (getattr(zuko.flows, kind)(2)() for _ in range(2))
+    before = base_fingerprint(first)
+    first.log_prob(first.sample((3,)))
+    assert base_fingerprint(first) == before != base_fingerprint(second)
 
 
 @pytest.mark.parametrize("kind", BASES)
