@@ -14,9 +14,9 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.single_group import SingleGroup
-from ncprior.source import require_eval
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import floats_of_batch, require_instance
+from ncprior.utils.visible import require_eval
 
 _REFUSED = {
     "VQModel": (

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
-from ncprior.source import Group, LatentSource, require_eval
+from ncprior.source import Group, LatentSource
 from ncprior.utils.require import (
     floats_of_batch,
     require_counts,
     require_instance,
     require_numbers,
 )
+from ncprior.utils.visible import require_eval
 
 _SIDE = 4  # of every group's map
 

@@ -94,6 +94,11 @@ class LogisticMixture(Distribution):
     @torch.no_grad()
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws images on the levels, with shape ``(*sample_shape, B, 3, H, W)``."""
+        return self.draw(Size(sample_shape), 1 / self.levels)
+
+    @torch.no_grad()
+    def draw(self, sample_shape: _Shape, spacing: float) -> Tensor:
+        """Draws images whose levels have another spacing: 0, spacing, 2 · spacing, …, all in [0, 1]."""
         log_weight = self.log_weight.expand(*sample_shape, *self.log_weight.shape)
         race = torch.empty_like(log_weight, memory_format=torch.contiguous_format).exponential_()
         chosen = (log_weight - race.log()).argmax(-3, keepdim=True).unsqueeze(-4)
@@ -106,9 +111,9 @@ class LogisticMixture(Distribution):
         u = torch.rand_like(loc)
         loc = loc + scale * (u.log() - torch.log1p(-u))
         (red, green, blue), (c0, c1, c2) = loc.unbind(-3), coefficient.unbind(-3)
-        red = self._on_level(red)
-        green = self._on_level(green + c0 * red)
-        blue = self._on_level(blue + c1 * red + c2 * green)
+        red = self._on_level(red, spacing)
+        green = self._on_level(green + c0 * red, spacing)
+        blue = self._on_level(blue + c1 * red + c2 * green, spacing)
         return (torch.stack([red, green, blue], dim=-3) + 1) / 2
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -138,9 +143,9 @@ class LogisticMixture(Distribution):
         mass = torch.where(y < -0.999, upper, torch.where(y > 0.999, lower, inside))
         return torch.logsumexp(mass.sum(-4) + self.log_weight, dim=-3).sum((-2, -1))
 
-    def _on_level(self, y: Tensor) -> Tensor:
-        level = ((y.clamp(-1, 1) + 1) / 2 * self.levels).round()
-        y = 2 * level / self.levels - 1
+    def _on_level(self, y: Tensor, spacing: float) -> Tensor:
+        level = ((y.clamp(-1, 1) + 1) / 2 / spacing).round().clamp(max=self.levels)
+        y = 2 * level * spacing - 1
         return y
 
 

@@ -29,9 +29,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, constraints
 
 from ncprior.single_group import SingleGroup
-from ncprior.source import require_eval
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import described, floats_of_batch, require_finite, require_instance
+from ncprior.utils.visible import require_eval
 
 _ROWS = "Pass rows as source.rows(table) returns them."
 

@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.nn.functional import interpolate
 
 from ncprior.adapters.logistics import LogisticMixture
-from ncprior.source import Group, LatentSource, num_rows, posterior_of, require_eval
+from ncprior.source import Group, LatentSource, num_rows, posterior_of
 from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
@@ -30,6 +30,7 @@ from ncprior.utils.require import (
     require_numbers,
     tensor_of_batch,
 )
+from ncprior.utils.visible import require_eval
 
 # Shift and scale of bytes, as the training of each data set's model normalised them.
 _NORMALISATION = {
@@ -316,9 +317,8 @@ class ByteImages(Distribution):
 
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws bytes, with shape ``(*sample_shape, B, H, W, 3)``."""
-        x: Tensor = 255 * self.mixture.sample(Size(sample_shape)).movedim(-3, -1)
-        x = ((x / self._step).round() * self._step).clamp(max=256 - self._step)
-        return x.to(torch.uint8)
+        x = 255 * self.mixture.draw(Size(sample_shape), self._step / 255).movedim(-3, -1)
+        return x.round().to(torch.uint8)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log-probability of whole images of bytes in nats, with shape ``(*, B)``."""

@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 
 from ncprior.bases.codes import NoCodePrior
 from ncprior.distributions import PointMass, Sampleable, expand
-from ncprior.source import Group, LatentSource, require_eval
+from ncprior.source import Group, LatentSource
 from ncprior.utils.conditions import (
     context_of,
     require_condition,
@@ -37,6 +37,7 @@ from ncprior.utils.require import (
     require_finite,
     require_instance,
 )
+from ncprior.utils.visible import require_eval
 
 _PIXELS = (-16.0, 16.0)  # pixels of any scaling are within; bytes are not
 

@@ -138,6 +138,8 @@ def _sample(options: argparse.Namespace) -> int:
 
     started, number = time.monotonic(), -(-options.num_samples // max(1, options.part_size))
     first, step = options.parts
+    condition = _data(options.condition)
+    condition = condition.to_numpy() if hasattr(condition, "to_numpy") else condition
     with _loaded(options) as prior:
         if options.proposals is not None:
             prior.sampler = partial(ncprior.sir, num_proposals=options.proposals)
@@ -154,7 +156,7 @@ def _sample(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             draw_x=options.draw_x,
             seed=options.seed,
-            condition=_data(options.condition),
+            condition=condition,
             parts=range(first, number, step),
         )
     samples, files = _counted(options.num_samples, "sample"), _counted(number, "part")

@@ -17,7 +17,7 @@ from ncprior.distributions import (
     is_prior,
     parameters,
 )
-from ncprior.source import Group, LatentSource, num_rows, require_eval
+from ncprior.source import Group, LatentSource, num_rows
 from ncprior.utils.conditions import (
     called,
     context_of,
@@ -28,6 +28,7 @@ from ncprior.utils.conditions import (
 )
 from ncprior.utils.precision import floating_dtype
 from ncprior.utils.require import described, require_callable, require_counts, require_instance
+from ncprior.utils.visible import require_eval
 
 
 class SingleGroup(LatentSource[Any, Any]):
@@ -133,7 +134,7 @@ class SingleGroup(LatentSource[Any, Any]):
         self._condition = condition
         self._context = context
         self._features = features
-        self._event_ndim = 1  # that of p(z | c) is known after the first walk
+        self._event_ndim: int | None = None  # that of p(z | c) is known after the first walk
         if features is not None and own is not None:
             shape = getattr(own, "event_shape", None)
             self._event_ndim = own.sample().ndim if shape is None else len(shape)
@@ -232,6 +233,11 @@ class SingleGroup(LatentSource[Any, Any]):
         """Returns the input of the ratio head for z of shape ``(*, B, *event)``: by default z."""
         if self._features is None:
             return z
+        if self._event_ndim is None:
+            raise ValueError(
+                "The shape of a latent of p(z | c) is known after the first walk. Call "
+                "source.group(source.start(batch_size, condition=c)) before features."
+            )
         lead = z.shape[: z.ndim - self._event_ndim]
         flat = z.reshape(-1, *z.shape[len(lead) :])
         h = self._features(self._for(self._features, flat))

@@ -33,7 +33,7 @@ from ncprior.utils.require import (
     require_finite,
     require_instance,
 )
-from ncprior.utils.visible import frozen_modules
+from ncprior.utils.visible import require_eval, visible_tensors
 
 E = TypeVar("E")
 S = TypeVar("S")
@@ -324,28 +324,6 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
     return rows[0]
 
 
-def require_eval(*parts: object) -> None:
-    """Raises an error for a VAE in training mode, as dropout and batch statistics change q(z | x).
-
-    Raises:
-        ValueError: If any submodule is in training mode, except for heads of a prior in it.
-
-    Example:
-        >>> require_eval(torch.nn.Linear(1, 1).eval())
-    """
-    for part in parts:
-        for name, submodule in frozen_modules(part) if isinstance(part, nn.Module) else ():
-            if submodule.training and type(submodule) not in _CONTAINERS:
-                raise ValueError(
-                    f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
-                    f"training mode. Call vae.eval(); leave out module= where that is impossible, "
-                    f"as for a module of torch.export."
-                )
-
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their own flag changes nothing
-
-
 @torch.no_grad()
 def device_of(source: LatentSource[Any, Any]) -> torch.device:
     """Returns the device on which a source draws latents, or else of its ``module``, or else the CPU.
@@ -366,7 +344,7 @@ def device_of(source: LatentSource[Any, Any]) -> torch.device:
                 base = source.group(source.start(1)).prior
             return base.sample().device
     except (AttributeError, TypeError, ValueError):  # it needs a condition, or has no prior
-        return device or torch.device("cpu")
+        return device or next((t.device for t in visible_tensors(source)), torch.device("cpu"))
 
 
 def contrastive_pairs(

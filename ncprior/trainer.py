@@ -175,8 +175,8 @@ class NCETrainer:
             return self._step(_usable(x))
 
     def _step(self, x: Any) -> StepMetrics:  # noqa: ANN401
-        for k in self.groups:
-            zero_gradients(self.prior.heads[k])
+        for k, head in enumerate(self.prior.heads):
+            zero_gradients(head) if k in self.groups else head.zero_grad()
         rows = num_rows(x) if num_ranks() > 1 and not self.group_parallel else 1
         losses = self._backward(x)
         if self.group_parallel:

@@ -428,3 +428,22 @@ def test_an_interrupt_is_said(
     words = "interrupted; no incomplete file is left"
     words += ". Run the same command again to go on" if kept else ""
     assert capsys.readouterr().err.splitlines()[-1] == f"ncprior: {words}"
+
+
+def test_a_condition_of_whole_numbers_stays_one(place: Path) -> None:
+    """Labels of NumPy became floats, of which there is no one-hot code."""
+    labelled = CONDITIONAL.replace("torch.arange(20.0).reshape(10, 2)", "np.arange(10)")
+    labelled = labelled.replace(
+        "lambda z, c: c, module", "lambda z, c: one_hot(c, 10).float(), module"
+    )
+    labelled = "import numpy as np\nfrom torch.nn.functional import one_hot\n" + labelled
+    context = "condition=lambda x: x, context=lambda c: one_hot(c, 10).float(),"
+    labelled = labelled.replace("condition=lambda x: x,", context)
+    Path("my_vae_of_test.py").write_text(MY_VAE + labelled)
+    names: dict[str, SingleGroup] = {}
+    exec(MY_VAE + labelled, names)  # noqa: S102
+    head = MLPHead((2,), context_shape=(10,), width=8)
+    NCPrior(names["source"], head).save_pretrained("c")
+    where = ["sample", "c", "--source", "my_vae_of_test.py:source", "-n", "10", "--proposals", "2"]
+    assert main([*where, "--condition", "my_vae_of_test.py:labels"]) == 0
+    assert torch.equal(next(iter(read_parts("samples")))["x"], torch.eye(10))

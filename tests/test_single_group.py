@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, SingleGroup
-from ncprior.source import require_eval, sample_posterior
+from ncprior.source import sample_posterior
+from ncprior.utils.visible import require_eval
 
 
 def posterior(x: Tensor) -> Independent:
@@ -198,3 +199,20 @@ def test_an_error_of_the_posterior_names_the_batch_and_the_remedy(
     with pytest.raises((ValueError, RuntimeError), match=found) as error:
         source.encode(x)
     assert "\n" not in str(error.value)
+
+
+def test_features_of_a_prior_given_c_wait_for_a_walk() -> None:
+    """A map of shape (2, 4, 4) was taken for rows of vectors."""
+    zeros = torch.zeros(2, 4, 4)
+    source = SingleGroup(
+        lambda c: Independent(Normal(zeros + c[:, :, None, None], 1.0), 3),
+        lambda x, c: Independent(Normal(x, 1.0), 3),
+        lambda z, c: z,
+        condition=lambda batch: batch[1],
+        features=nn.Conv2d(2, 3, 3),
+    )
+    z = torch.randn(7, 5, 2, 4, 4)
+    with pytest.raises(ValueError, match="known after the first walk. Call source.group"):
+        source.features(0, z)
+    source.group(source.start(5, condition=torch.zeros(5, 2)))
+    assert source.features(0, z).shape == (7, 5, 3, 2, 2)

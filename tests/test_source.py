@@ -973,3 +973,19 @@ def test_groups_hold_low_rank_normals_too() -> None:
         return LowRankMultivariateNormal(x, factor, torch.ones(len(x), 2), validate_args=False)
 
     check_source(SingleGroup(base(), posterior, lambda z: 2 * z), torch.randn(5, 2))
+
+
+def test_the_device_of_a_prior_given_c_is_that_of_its_parts() -> None:
+    """Without a condition there is no draw, and without module= no parameter of the VAE."""
+    net = nn.Linear(2, 4, device="meta")
+
+    def posterior(x: Tensor, c: Tensor) -> Distribution:
+        return Independent(Normal(x, 1.0), 1)
+
+    source = SingleGroup(
+        lambda c: Independent(Normal(net(c)[:, :2], 1.0), 1),
+        posterior,
+        net.forward,
+        condition=lambda batch: batch[1],
+    )
+    assert device_of(source).type == "meta"

@@ -410,6 +410,22 @@ def test_groups_are_divided_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     assert NCETrainer(prior, sgd(prior)).groups == [0, 1, 2, 3, 4]
 
 
+def test_heads_of_other_ranks_are_not_moved_by_old_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prior = ladder_prior(2)
+    x = torch.randn(20, 3)
+    NCETrainer(prior, sgd(prior)).step(x)
+    monkeypatch.setattr("ncprior.trainer.num_ranks", lambda: 2)
+    monkeypatch.setattr("ncprior.trainer.rank", lambda: 0)
+    monkeypatch.setattr("ncprior.trainer.sum_over_ranks", lambda t: t)
+    trainer = NCETrainer(prior, sgd(prior), group_parallel=True)
+    before = weights(prior.heads[1])
+    norms = trainer.step(x).grad_norm
+    assert trainer.groups == [0] and norms[0] > 0 and norms[1] == 0
+    assert same(weights(prior.heads[1]), before)
+
+
 def test_F26_an_empty_batch_is_refused() -> None:
     prior = ladder_prior()
     with pytest.raises(ValueError, match="A batch must have 1 or more rows; got 0"):

@@ -14,8 +14,9 @@ from ncprior.adapters.lars_snis.priors import diagonal_normal
 from ncprior.adapters.lars_snis.vae import EIMVAE, ConvEIMVAE
 from ncprior.distributions import expand
 from ncprior.single_group import SingleGroup
-from ncprior.source import Group, LatentSource, require_eval
+from ncprior.source import Group, LatentSource
 from ncprior.utils.require import require_counts, require_instance
+from ncprior.utils.visible import require_eval
 
 
 class EIMSource(SingleGroup):

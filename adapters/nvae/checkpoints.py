@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm, silu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ncprior.adapters.nvae.layout import checked_model, cuda_only_layers
-from ncprior.source import LatentSource, require_eval, require_source, visit
+from ncprior.source import LatentSource, require_source, visit
 from ncprior.utils.require import (
     described,
     require_callable,
@@ -24,6 +24,7 @@ from ncprior.utils.require import (
     require_flags,
     require_instance,
 )
+from ncprior.utils.visible import require_eval
 
 _OLDER_ARGS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 

@@ -44,7 +44,7 @@ from ncprior.adapters.nvae.layout import (
     image_shape,
     masked_layers,
 )
-from ncprior.source import Group, LatentSource, require_eval
+from ncprior.source import Group, LatentSource
 from ncprior.utils.precision import input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
@@ -53,6 +53,7 @@ from ncprior.utils.require import (
     require_numbers,
     tensor_of_batch,
 )
+from ncprior.utils.visible import require_eval
 
 _BORDER = 2  # around MNIST's 28×28 pixels
 

@@ -21,13 +21,13 @@ from ncprior.bases.empirical import NoPrior
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
-from ncprior.source import require_eval
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import (
     described,
     floats_of_batch,
     require_numbers,
 )
+from ncprior.utils.visible import require_eval
 
 _FLOWS = (
     "its z is a Gaussian draw pushed through flows, not the Gaussian of the encoder. Wrap it in "

@@ -188,12 +188,22 @@ def settle(model: VAE | RAE, images: Tensor) -> None:
     images = model.checked(images)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average
     model.train()
-    for batch in images.split(100):
-        model.loss(batch)
-    model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        for batch in images.tensor_split(max(1, len(images) // 100)):  # of equal weight
+            model.loss(batch)
+        model.eval()
+    except BaseException:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+        for module, mode in modes.items():
+            module.training = mode
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

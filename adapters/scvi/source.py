@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 
 from ncprior.adapters.scvi.conditions import Condition, Conditions
 from ncprior.adapters.scvi.families import Posterior, family_of
-from ncprior.source import Group, LatentSource, require_eval
+from ncprior.source import Group, LatentSource
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import (
     described,
     require_counts,
     require_flags,
 )
+from ncprior.utils.visible import require_eval
 
 
 class SCVISource(LatentSource[Any, Any]):

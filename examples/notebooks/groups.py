@@ -18,9 +18,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ncprior import Group, LatentSource, NCPrior, fit, sir
 from ncprior.demo import digits, plot_samples, split
 from ncprior.diagnostics import diagnose
-from ncprior.source import require_eval
 from ncprior.testing import check_source
-from ncprior.utils import train
+from ncprior.utils import require_eval, train
 
 torch.manual_seed(0)
 data, held_out = split(digits(), 300, seed=0)

@@ -36,6 +36,8 @@ class _Derived:
 
     @torch.inference_mode(False)  # a tensor of inference mode cannot be saved for a gradient
     def __get__(self, mixture: Any, owner: type | None = None) -> Tensor:  # noqa: ANN401
+        if mixture is None:
+            return self  # type: ignore[return-value]  # of the class
         if self.name not in mixture._kept:
             mixture._kept[self.name] = self.compute(mixture)
         found: Tensor = mixture._kept[self.name]

@@ -34,13 +34,13 @@ from ncprior.source import (
     device_of,
     num_rows,
     posterior_of,
-    require_eval,
     require_source,
 )
 from ncprior.utils.batches import to_device
 from ncprior.utils.draws import drawn
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_instance, require_numbers
+from ncprior.utils.visible import require_eval
 
 
 class CachedEncodings(RowData):

@@ -392,7 +392,6 @@ def _probe(data: Any, batch_size: int) -> Any:  # noqa: ANN401
 
 @contextmanager
 def own_generators_restored(loader: Any) -> Iterator[list[torch.Generator]]:  # noqa: ANN401
-    """Context after which a loader's own generators, which it yields, are as they were."""
     own = [(generator, generator.get_state()) for generator in own_generators(loader)]
     try:
         yield [generator for generator, _ in own]

@@ -33,6 +33,7 @@ from ncprior.recipe.improve import improve
 from ncprior.samplers.compose import describe
 from ncprior.saving.tensors import save_tensors, write_atomically
 from ncprior.utils.optimise import train
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_choice, require_counts, require_flags, require_instance
 
 
@@ -125,8 +126,7 @@ def run_demo(
         raise ImportError("The demonstration needs matplotlib: pip install 'ncprior[demo]'")
     settings = _SETTINGS[data]
     folder = Path(out)
-    with torch.random.fork_rng(devices=[]), _threads(settings.threads):
-        torch.manual_seed(seed)
+    with seeded(seed), _threads(settings.threads):
         result: dict[str, Any] = {"data": data, "seed": seed}
         result |= _run(*_read(data, settings.held_out, seed), folder, settings, progress)
         result["settings"], result["versions"] = asdict(settings), _versions()

@@ -30,11 +30,12 @@ from ncprior.diagnostics.verdict import with_verdict
 from ncprior.diagnostics.walks import evaluating, group_kinds, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
-from ncprior.source import Group, device_of, num_rows, require_eval
+from ncprior.source import Group, device_of, num_rows
 from ncprior.utils.batches import take_rows, tile_rows
 from ncprior.utils.draws import drawn
 from ncprior.utils.errors import naming_group
 from ncprior.utils.require import require_counts, require_instance
+from ncprior.utils.visible import require_eval
 
 # Pools of SIR: ESS and log Z vary little between pools, and pools cost most of the evaluations.
 _NUM_POOLS = 64

@@ -30,7 +30,7 @@ from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
-from ncprior.source import Group, device_of, require_eval
+from ncprior.source import Group, device_of
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     require_callable,
@@ -39,6 +39,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
+from ncprior.utils.visible import require_eval
 
 _STEPS = 12  # largest number of steps of the search; a smooth function takes about five
 

@@ -36,7 +36,8 @@ class Bounds(NamedTuple):
 
     Attributes:
         lower: The lower bound; on average at most log E w.
-        estimate: The jackknife estimate.
+        estimate: The jackknife estimate. Where one weight is nearly all, it means nothing, and can be
+            far above ``upper``.
         upper: The upper estimate.
 
     Example:

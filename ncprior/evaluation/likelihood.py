@@ -53,7 +53,6 @@ from ncprior.source import (
     device_of,
     num_rows,
     posterior_of,
-    require_eval,
     require_source,
     visit,
 )
@@ -63,6 +62,7 @@ from ncprior.utils.precision import in_float64
 from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_flags, require_instance
 from ncprior.utils.trees import same
+from ncprior.utils.visible import require_eval
 
 
 class Gain(NamedTuple):

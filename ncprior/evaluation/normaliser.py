@@ -39,7 +39,7 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio, finite
 from ncprior.samplers.langevin import hmc_step
 from ncprior.samplers.target import Target
-from ncprior.source import device_of, num_rows, require_eval
+from ncprior.source import device_of, num_rows
 from ncprior.utils.batches import map_tensors, to_device
 from ncprior.utils.draws import drawn
 from ncprior.utils.require import (
@@ -50,6 +50,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
+from ncprior.utils.visible import require_eval
 
 
 class LogZ(NamedTuple):

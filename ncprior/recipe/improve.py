@@ -23,9 +23,11 @@ from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, keep_what_helps
 from ncprior.saving.tensors import write_atomically
-from ncprior.source import LatentSource, require_eval, require_source
+from ncprior.source import LatentSource, require_source
+from ncprior.utils.distributed import num_ranks
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
+from ncprior.utils.visible import require_eval
 
 _PROBED = 64  # rows
 
@@ -88,8 +90,8 @@ def improve(
 
     Raises:
         TypeError: If an argument has the wrong type. The message names the remedy.
-        ValueError: If an argument is out of range, the checkpoint is of other arguments, or nothing
-            can be held out. Pass ``held_out``.
+        ValueError: If an argument is out of range, the checkpoint is of other arguments, there is a
+            process group, or nothing can be held out. Pass ``held_out``.
         FloatingPointError: If a loss is not finite; the message names group and step.
 
     Example:
@@ -110,6 +112,11 @@ def improve(
         raise ValueError("A checkpoint needs a seed; got seed=None. Pass one, such as seed=0.")
     folder = None if checkpoint is None else Path(checkpoint)
     require_eval(source, source.module)
+    if num_ranks() > 1:
+        raise ValueError(
+            f"improve makes its choices in one process; got a process group of {num_ranks()} ranks. "
+            f"Call it in one process, or train heads on all ranks by fit."
+        )
     if folder is not None and seed is not None:
         _require_seed(folder / "seed.txt", str(int(seed)))
     record = Record(progress=progress, max_seconds=max_seconds)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ncprior._version import __version__
 from ncprior.bases.joint import JointSource
 from ncprior.data.rows import column_names
-from ncprior.data.stream import one_pass
+from ncprior.data.stream import one_pass, own_generators_restored
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.walks import evaluating
@@ -109,7 +109,8 @@ def report_on(
     require_callable("sampler", sampler, "Pass one, such as partial(sir, num_proposals=500).")
     if diagnosis is not None:
         require_instance("diagnosis", diagnosis, Report, "Pass the result of diagnose.")
-    with seeded(seed), evaluating(prior):
+    own = own_generators_restored(held_out), own_generators_restored(train)
+    with seeded(seed), evaluating(prior), own[0], own[1]:
         parts = parts_for_report(train, held_out, seed)
         gaps = {} if parts is None else _gaps(prior, sampler, parts)
         report = evidence_of(

@@ -185,13 +185,15 @@ def _halves(held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
     if halves is not None and not isinstance(held_out, list | tuple):
         return halves
     generator = torch.Generator().manual_seed(seed)
-    batches = [
-        shuffle_rows(batch, num_rows(batch), generator)
-        for batch in one_pass(held_out, _BATCH)
-        if num_rows(batch) > 1
-    ]
-    first = [take_rows(batch, slice(0, None, 2)) for batch in batches]
-    return first, [take_rows(batch, slice(1, None, 2)) for batch in batches]
+    parts: tuple[list[Any], list[Any]] = [], []
+    ahead = 0  # rows that the first part has more
+    for batch in one_pass(held_out, _BATCH):
+        rows, first = num_rows(batch), int(ahead > 0)
+        ahead += (rows % 2) * (1 - 2 * first)
+        batch = shuffle_rows(batch, rows, generator)
+        for j in range(min(2, rows)):  # the first half may have one row more
+            parts[(first + j) % 2].append(take_rows(batch, slice(j, None, 2)))
+    return parts
 
 
 def _count(part: Any) -> int:  # noqa: ANN401

@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ncprior.saving.header import DTYPES, KEY, fail, read_header
-from ncprior.utils.leftovers import in_use, remove_unused
+from ncprior.utils.leftovers import new_in_use, remove_unused
 from ncprior.utils.require import described, require_instance
 
 
@@ -45,16 +46,15 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = _as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unused(path.parent, f".{path.name}.", ".tmp")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.touch()
-    try:
-        with in_use(temporary):
+    names = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in count())
+    with new_in_use(names) as temporary:
+        try:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(

@@ -28,14 +28,7 @@ from ncprior.data.parts import with_held_out
 from ncprior.data.stream import Stream, first_batch, one_pass
 from ncprior.distributions import build
 from ncprior.samplers.target import supports_langevin
-from ncprior.source import (
-    Group,
-    LatentSource,
-    WrappedSource,
-    device_of,
-    require_eval,
-    require_source,
-)
+from ncprior.source import Group, LatentSource, WrappedSource, device_of, require_source
 from ncprior.utils.batches import own_batch
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.gradients import gradients_enabled
@@ -48,7 +41,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
-from ncprior.utils.visible import naming_devices, require_apart
+from ncprior.utils.visible import naming_devices, require_apart, require_eval
 
 _WIDTH, _PROBED = 256, 1024
 

@@ -47,7 +47,6 @@ from ncprior.source import (
     device_of,
     num_rows,
     posterior_of,
-    require_eval,
     visit,
 )
 from ncprior.utils.batches import own_batch, tile_rows
@@ -56,6 +55,7 @@ from ncprior.utils.precision import at_least_float32
 from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_shape
 from ncprior.utils.trees import same
+from ncprior.utils.visible import require_eval
 
 
 class Particles(Distribution):

@@ -41,7 +41,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
         return _refilled(batch, {k: map_tensors(function, v) for k, v in batch.items()})
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         names = [field.name for field in dataclasses.fields(batch) if field.init]
-        values = {name: map_tensors(function, vars(batch)[name]) for name in names}
+        values = {name: map_tensors(function, getattr(batch, name)) for name in names}
         return dataclasses.replace(batch, **values)
     if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
         return type(batch)([map_tensors(function, item) for item in batch])

@@ -1,10 +1,9 @@
-"""Temporaries on disk: marked while in use, so that those of dead processes can be removed."""
+"""Temporary files: marked while in use, so that those of dead processes can be removed."""
 
 from __future__ import annotations
 
 import glob
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,31 +15,45 @@ except ImportError:  # Windows, where nothing is marked and nothing removed
 
 
 @contextmanager
-def in_use(path: Path) -> Iterator[None]:
-    """Context that marks a file or folder as in use, until its end or the death of the process.
+def new_in_use(names: Iterator[Path]) -> Iterator[Path]:
+    """Context with a new file that is marked as in use, until its end or the death of the process.
 
-    The mark is a lock of the operating system, which no killed process leaves behind.
+    The mark is a lock of the operating system, which no killed process leaves behind. Between a file's
+    creation and its lock, another process may take it for a leftover; then the next name is tried.
 
     Arguments:
-        path: The file or folder, which exists.
+        names: Names of files that do not exist, as many as are needed.
     """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    for path in names:
+        if fcntl is None:  # an open file could not be renamed
+            path.touch(exist_ok=False)
+            yield path
+            return
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try:
+            if _is_marked(descriptor):
+                yield path
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_marked(descriptor: int) -> bool:
+    """Locks a new file; returns whether it is still there and no other process has its lock."""
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def remove_unused(folder: Path, prefix: str, suffix: str = "") -> None:
-    """Removes temporaries that no living process has marked by :func:`in_use`.
+    """Removes temporary files that no living process has marked by :func:`new_in_use`.
 
     Arguments:
-        folder: The folder of the temporaries.
+        folder: The folder of the files.
         prefix: Start of their names.
         suffix: End of their names; between the two are eight characters.
     """
@@ -50,6 +63,6 @@ def remove_unused(folder: Path, prefix: str, suffix: str = "") -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
             finally:
                 os.close(descriptor)

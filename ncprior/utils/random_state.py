@@ -82,33 +82,51 @@ def is_generator_state(value: Any) -> bool:  # noqa: ANN401
 def seeded(seed: int) -> Iterator[None]:
     """Context with seeded generators of torch, NumPy and Python; they are restored at the end.
 
-    The generators of all devices are kept, since ``torch.manual_seed`` seeds all of them.
+    Devices that torch has not used yet stay as they are: ``torch.manual_seed`` would replace the seed
+    that they begin with. One that is used for the first time inside begins anew at the end.
 
     Arguments:
         seed: The seed, used modulo 2**32.
     """
     outside = random_state()
     seed = int(seed) % 2**32
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    for name in filter(_is_used, _ACCELERATORS):
+        _seed(name, seed)
     np.random.seed(seed)
     random.seed(seed)
     try:
         yield
     finally:
         set_random_state(outside)
+        for name in filter(_is_used, _ACCELERATORS):
+            if not outside[name]:
+                _seed(name, torch.initial_seed())
+
+
+def _is_used(name: str) -> bool:
+    """Whether torch has generators of a kind of device, which begin with its first use."""
+    if name == "mps":
+        return torch.backends.mps.is_available()
+    return bool(getattr(torch, name).is_initialized())
+
+
+def _seed(name: str, seed: int) -> None:
+    torch.mps.manual_seed(seed) if name == "mps" else getattr(torch, name).manual_seed_all(seed)
 
 
 def _get(name: str) -> list[Tensor]:
+    if not _is_used(name):
+        return []
     if name == "mps":
-        return [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
-    devices = getattr(torch, name)
-    states: list[Tensor] = devices.get_rng_state_all() if devices.is_initialized() else []
+        return [torch.mps.get_rng_state()]
+    states: list[Tensor] = getattr(torch, name).get_rng_state_all()
     return states
 
 
 def _set(name: str, states: list[Tensor]) -> None:
     if name == "mps":
-        if states and torch.backends.mps.is_available():
+        if states and _is_used(name):
             torch.mps.set_rng_state(states[0])
     elif states:
         devices = getattr(torch, name)

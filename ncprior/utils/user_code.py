@@ -34,10 +34,11 @@ def load_object(where: str) -> Any:  # noqa: ANN401
 
 
 def load_data(where: str) -> Any:  # noqa: ANN401
-    """Returns data as :func:`load_object` does; arrays and tables become tensors of float32."""
+    """Returns data as :func:`load_object` does."""
     data = load_object(where)
-    if isinstance(data, np.ndarray) or hasattr(data, "to_numpy"):
-        return real_tensor(where, data).float()
+    array = data.to_numpy() if hasattr(data, "to_numpy") else data
+    if isinstance(array, np.ndarray) and array.dtype.kind not in "fiub":
+        real_tensor(where, data)  # raises, unless they are numbers after all
     if isinstance(data, type) or not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
         raise TypeError(
             f"{where} must be data: a tensor, an array, a table, a dataset or a DataLoader; got "

@@ -141,3 +141,25 @@ def naming_devices(**parts: Any) -> Iterator[None]:  # noqa: ANN401
             f"Base, VAE and heads must be on one device; got {listed}. Move the others to the VAE's, "
             f"as by prior.to(device). torch says: {error}"
         ) from error
+
+
+def require_eval(*parts: object) -> None:
+    """Raises an error for a VAE in training mode, as dropout and batch statistics change q(z | x).
+
+    Raises:
+        ValueError: If any submodule is in training mode, except for heads of a prior in it.
+
+    Example:
+        >>> require_eval(torch.nn.Linear(1, 1).eval())
+    """
+    for part in parts:
+        for name, submodule in frozen_modules(part) if isinstance(part, nn.Module) else ():
+            if submodule.training and type(submodule) not in _CONTAINERS:
+                raise ValueError(
+                    f"The VAE must be in evaluation mode; {name or type(submodule).__name__} is in "
+                    f"training mode. Call vae.eval(); leave out module= where that is impossible, "
+                    f"as for a module of torch.export."
+                )
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their own flag changes nothing

@@ -12,15 +12,9 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.rebase import Rebased
 from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
-from ncprior.source import (
-    LatentSource,
-    WrappedSource,
-    device_of,
-    require_eval,
-    require_source,
-    sample_posterior,
-)
+from ncprior.source import LatentSource, WrappedSource, device_of, require_source, sample_posterior
 from ncprior.utils.require import described, require_counts, require_instance, require_numbers
+from ncprior.utils.visible import require_eval
 
 
 class GaussianDecoder(WrappedSource):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -34,7 +35,7 @@ from ncprior.samplers.base import Sampler
 from ncprior.samplers.langevin import run_chains
 from ncprior.samplers.setting import require_sampler
 from ncprior.samplers.target import Target
-from ncprior.source import LatentSource, device_of, require_eval, require_source
+from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.batches import own_batch
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.random_state import random_state, set_random_state
@@ -47,7 +48,7 @@ from ncprior.utils.require import (
     require_flags,
     require_numbers,
 )
-from ncprior.utils.visible import require_apart
+from ncprior.utils.visible import require_apart, require_eval
 from ncprior.vaebm.checks import require_gradients, require_one_device
 from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.noise import LangevinTarget, NoiseMap, shapes_of
@@ -325,8 +326,6 @@ class VAEBM(PretrainedEnergy, nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEBM:
         """Copies the energy; VAE and heads are shared."""
-        from copy import copy, deepcopy
-
         other = copy(self)
         other._modules = {name: deepcopy(m, memo) for name, m in self._modules.items()}
         return other
@@ -336,10 +335,8 @@ class VAEBM(PretrainedEnergy, nn.Module):
         condition: Any,  # noqa: ANN401
         precision: torch.dtype = torch.float32,
     ) -> NoiseMap:
-        official = self.langevin_target == "official"
-        if condition is not None:
-            condition = own_batch(condition, device_of(self.source))
-        return NoiseMap(self.source, self.prior, condition, official, precision)
+        c = None if condition is None else own_batch(condition, device_of(self.source))
+        return NoiseMap(self.source, self.prior, c, self.langevin_target == "official", precision)
 
     @torch.no_grad()
     def _probe(self) -> str:

@@ -50,8 +50,10 @@ class SpectralPenalty(nn.Module):
             u = self.get_buffer(f"u{i}")
             v = normalize(weight.detach().T @ u, dim=0)
             norms.append(u @ weight @ v)
+        if norms:
+            return torch.stack(norms).sum()
         net: nn.Module = self.net  # type: ignore[assignment]
-        return torch.stack(norms).sum() if norms else next(net.parameters()).new_zeros(())
+        return torch.zeros((), device=next((p.device for p in net.parameters()), None))
 
     def _weights(self) -> Iterator[Tensor]:
         net: nn.Module = self.net  # type: ignore[assignment]

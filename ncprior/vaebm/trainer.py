@@ -28,7 +28,6 @@ from torch import Tensor
 from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.target import Target
-from ncprior.source import require_eval
 from ncprior.utils.distributed import average_over_ranks, fail_together
 from ncprior.utils.gradients import (
     check_parameters,
@@ -43,6 +42,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
+from ncprior.utils.visible import require_eval
 from ncprior.vaebm.model import VAEBM, Chains, run_unread
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.spectral import SpectralPenalty

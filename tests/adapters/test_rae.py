@@ -422,3 +422,28 @@ def test_heads_may_see_the_maps_of_the_decoders_first_layer(
     head = NCPrior.for_source(closer, images(), width=8).heads[0]
     assert head.event_shape == maps.shape[2:]
     assert RAESource(networks, **options).features(0, z) is z
+
+
+def test_an_error_while_settling_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = VAE("mnist", width=0.05)
+    before = everything(model)
+    settle(VAE("mnist", width=0.05), torch.rand(150, 1, 32, 32))
+    loss, calls = type(model).loss, []
+
+    def fail(self: VAE, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 2:
+            raise MemoryError
+        found: Tensor = loss(self, x)
+        return found
+
+    monkeypatch.setattr(type(model), "loss", fail)
+    with pytest.raises(MemoryError):
+        settle(model, torch.rand(301, 1, 32, 32))
+    assert calls == [101, 100]  # of nearly equal weight
+    after = everything(model)
+    assert [name for name, _ in before] == [name for name, _ in after]
+    for (_, one), (_, other) in zip(before, after, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.01}

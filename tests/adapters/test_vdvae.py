@@ -1,6 +1,7 @@
 """VDVAE: the walk is the model's own to the last bit, wrong models and inputs are refused by name."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -189,6 +190,26 @@ def test_the_last_level_is_a_byte(num_bits: int, last: int) -> None:
     parameters[:, [1, 4, 7]] = 50.0  # every location far above the last level
     draws = ByteImages(LogisticMixture(parameters, num_bits=num_bits)).sample((5,))
     assert draws.unique().tolist() == [last]
+
+
+@pytest.mark.parametrize("num_bits", [5, 8])
+def test_draws_of_bytes_are_as_frequent_as_their_probability(num_bits: int) -> None:
+    """Around the byte 144: it is the most probable multiple of 8, and was never drawn.
+
+    Bins of 5 bits have a width of 2/31 in the published likelihood, and levels are 16/255 apart, so
+    that probabilities are up to 3 % too large.
+    """
+    step = 256 // 2**num_bits
+    parameters = torch.zeros(1, 10, 1, 1)
+    parameters[:, [1, 4, 7]] = 2 * 144 / 255 - 1
+    parameters[:, [2, 5, 8]] = -3.0 if num_bits == 5 else -5.0
+    law = ByteImages(LogisticMixture(parameters, num_bits=num_bits))
+    draws = law.sample((20_000,)).flatten()
+    for byte in (144 - step, 144, 144 + step):
+        x = torch.full((1, 1, 1, 3), byte, dtype=torch.uint8)
+        p = math.exp(law.log_prob(x).item() / 3)  # the channels are alike, and independent
+        error = math.sqrt(p / len(draws))
+        assert (draws == byte).double().mean().item() == pytest.approx(p, abs=4 * error, rel=0.04)
 
 
 def test_draws_of_bytes_have_the_mean() -> None:

@@ -369,3 +369,14 @@ def test_a_loaded_base_is_the_saved_one_bit_for_bit(base: Any, tmp_path: Path) -
         z = [p.sample((n,)) for n in (1, 2, 300)]  # products of one row are special
         draws.append(z + [p.log_prob(some) for some in z if hasattr(p, "log_prob")])
     assert all(torch.equal(*pair) for pair in zip(*draws, strict=True))
+
+
+@pytest.mark.parametrize("fit", [fit_flow, fit_flow_matching])
+def test_bases_are_fitted_in_float32_whatever_the_default_is(fit: Any) -> None:
+    z = torch.randn(100, 2, dtype=torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = fit(z, steps=2, progress=False).sample((3,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert drawn.dtype == torch.float32

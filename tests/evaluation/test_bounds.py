@@ -79,3 +79,11 @@ def test_weights_of_zero_are_weights_and_nan_raises() -> None:
     for wrong in (math.nan, math.inf):
         with pytest.raises(ValueError, match="log_w must be"):
             bounds(log_w.clone().fill_(wrong))
+
+
+def test_one_weight_in_float32_leaves_the_estimate_finite() -> None:
+    """1 - 1e-12 is 1 there."""
+    log_w = torch.zeros(16, 1)
+    log_w[3] = 20.0
+    assert all(found.isfinite().all() for found in bounds(log_w))
+    assert torch.equal(bounds(log_w).estimate, bounds(log_w.double()).estimate)

@@ -12,6 +12,7 @@ from helpers.tables import Frame
 from torch import Tensor
 
 from ncprior.evaluation import two_sample
+from ncprior.evaluation.tables import features_of
 from ncprior.evaluation.two_sample import TwoSampleTest, two_sample_test
 
 BOTH = pytest.mark.parametrize("classifier", ["network", "trees"])
@@ -156,3 +157,13 @@ def test_truth_values_lists_and_events_are_rows() -> None:
     assert two_sample_test(bits[:, :, None], bits, folds=2).auc <= 1
     found = two_sample_test(bits, bits.numpy(), folds=2)
     assert found == two_sample_test(bits.float(), bits.int().tolist(), folds=2)
+
+
+def test_texts_of_digits_are_categories() -> None:
+    """Such as zip codes, whose distances mean nothing."""
+    table = np.array([["1", 0.5], ["2", 0.1], ["30", 0.3]], dtype=object)
+    found = features_of(real=table, drawn=table)[0]
+    assert found.shape == (3, 4)  # three categories and a number
+    assert torch.cdist(found[:, :3], found[:, :3]).unique().numel() == 2
+    numbers = np.array([[1, 0.5], [2, 0.1], [30, 0.3]], dtype=object)
+    assert features_of(real=numbers, drawn=numbers)[0].shape == (3, 2)

@@ -375,8 +375,13 @@ def test_a_gap_that_was_not_measured_is_no_evidence(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_seconds", [None, 600.0])
+def test_a_training_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_seconds: float | None
+) -> None:
+    """With a limit, too: shares of the time that is left are never the same twice."""
     options = {"budget": 5, "seed": 1, "progress": False, "checkpoint": tmp_path / "run"}
+    options["max_seconds"] = max_seconds
     x = Ring().data(400)
     whole = improve(Ring().source(), x, **options | {"checkpoint": tmp_path / "other"})
 
@@ -539,3 +544,12 @@ def test_the_share_that_is_closed_has_the_error_of_a_ratio() -> None:
         "Prior hole closed: 75 % (70–80)."
     )
     assert in_words(Mean(0.001, 0.01), Mean(0.0, 0.0)).startswith("No prior hole was found.")
+
+
+def test_a_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank would choose by itself, with other rows."""
+    monkeypatch.setattr(sys.modules["ncprior.recipe.improve"], "num_ranks", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"got a process group of 2 ranks. Call it in one process"
+    ):
+        improve(flat(), torch.randn(99, 3), progress=False)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.bases import fit_gaussian, latents_of, rebase
+from ncprior.data.stream import own_generators_restored
 from ncprior.diagnostics import GroupReport, Report, Verdict, diagnose
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads.networks import MLPHead
@@ -106,6 +107,34 @@ def test_without_a_fitted_base_or_heads_there_are_fewer_priors(
     assert gaps["new prior"] is gaps["fitted base"]
     report = report_on(prior, torch.randn(60, 2), sampler=SAMPLER, diagnosis=MADE)
     assert list(report.scores) == ["old prior", "new prior"] == [*report.latents][:2]
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_halves_of_batches_have_all_rows_and_the_loader_is_as_it_was(size: int) -> None:
+    """Batches of one row were left out."""
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(torch.arange(100.0), size, shuffle=True, generator=generator)
+    before = generator.get_state()
+    with own_generators_restored(loader):
+        parts = parts_for_report(None, loader, 0)
+    assert torch.equal(generator.get_state(), before)
+    assert parts is not None
+    rows = [torch.cat(part) for part in (parts.train, parts.choose, parts.judge)]
+    assert torch.equal(torch.cat(rows).sort().values, torch.arange(100.0))
+    assert abs(len(rows[0]) - 50) <= 1 and abs(len(rows[1]) - 25) <= 2
+
+
+@pytest.mark.usefixtures("known")
+def test_a_report_repeats_itself_with_a_loader_that_shuffles() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(torch.randn(64, 3), 16, shuffle=True, generator=generator)
+    prior = stir(NCPrior(flat(), MLPHead((2,), width=4, depth=1))).eval()
+    first, second = (
+        report_on(prior, loader, sampler=SAMPLER, diagnosis=MADE, seed=3) for _ in range(2)
+    )
+    assert torch.equal(first.latents["posterior"], second.latents["posterior"])
+    assert generator.initial_seed() == 0
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
 
 
 def test_a_gap_that_there_was_no_time_to_measure_is_no_result() -> None:

@@ -273,3 +273,19 @@ def test_a_source_without_posterior_says_so() -> None:
     _, source = vae_without_encoder()
     with pytest.raises(ValueError, match="fit_encoder"):
         source.encode(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_an_encoder_is_made_for_latents_of_any_shape(shape: tuple[int, ...]) -> None:
+    prior = Normal(torch.zeros(shape), torch.ones(shape))
+    prior = Independent(prior, 1) if shape else prior
+    source = SingleGroup(
+        prior,
+        None,
+        lambda z: z.reshape(len(z), -1).mean(1, keepdim=True),
+        likelihood=lambda z: Independent(
+            Normal(z.reshape(len(z), -1).mean(1, keepdim=True), 1.0), 1
+        ),
+    )
+    found = fit_encoder(source, torch.randn(200, 1), steps=2, progress=False)
+    assert found.encode(torch.randn(5, 1)).loc.shape == (5, *shape)

@@ -49,6 +49,11 @@ class Row:
     name: str = "a name"
 
 
+@dataclass(slots=True)
+class Slots:
+    x: Tensor
+
+
 X = torch.zeros(3, 2)
 
 BATCHES: dict[str, tuple[Any, Any]] = {
@@ -61,6 +66,7 @@ BATCHES: dict[str, tuple[Any, Any]] = {
     "mapping": (Frozen(X), lambda batch: batch["x"]),
     "own mapping": (Output(x=X), lambda batch: batch.x),
     "dataclass": (Row(X), lambda batch: batch.x),
+    "dataclass with slots": (Slots(X), lambda batch: batch.x),
     "nested": ([UserDict(rows=(Row(X),))], lambda batch: batch[0]["rows"][0].x),
 }
 

@@ -86,6 +86,21 @@ def test_the_average_is_kept() -> None:
     assert held_out[-1] < 0.5
 
 
+def test_buffers_are_those_of_the_best() -> None:
+    """Such as the statistics of batch normalisation, which every step changes."""
+    w, count = torch.zeros(3, requires_grad=True), torch.zeros(())
+
+    def loss() -> Tensor:
+        count.add_(1)
+        return (w - 1).square().mean()
+
+    def held_out() -> Tensor:
+        return (count - 200).abs()
+
+    assert minimise(loss, held_out, [w], steps=400, learning_rate=0.1, buffers=[count]) == 0.0
+    assert count == 200
+
+
 def test_parameters_stay_where_they_are_put() -> None:
     w = torch.zeros(3, requires_grad=True)
 

@@ -65,6 +65,12 @@ class Device:
     def device_count(self) -> int:
         return len(self.states)
 
+    def manual_seed_all(self, seed: int) -> None:
+        for state in self.states:
+            state.fill_(seed % 256)
+
+    manual_seed = manual_seed_all
+
     def get_rng_state_all(self) -> list[Tensor]:
         return [state.clone() for state in self.states]
 
@@ -82,12 +88,37 @@ def test_GS2_GS3_generators_of_every_accelerator_are_kept(
     device = Device(1 if name == "mps" else 2)
     monkeypatch.setattr(torch, name, device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: [s.fill_(9) for s in device.states])
     before = device.get_rng_state_all()
     with seeded(3):
-        assert all((state == 9).all() for state in device.states)
+        assert all((state == 3).all() for state in device.states)
     assert all(map(torch.equal, device.states, before))
     assert is_random_state(random_state())
+
+
+def test_a_device_that_is_used_for_the_first_time_inside_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`torch.manual_seed` seeds it before, and a seed inside must not replace that one."""
+    monkeypatch.setattr(torch, "cuda", device := Device())
+    monkeypatch.setattr(device, "is_initialized", lambda: False)
+    torch.default_generator.manual_seed(7)
+    with seeded(3):
+        assert (device.states[1] == 1).all()
+        monkeypatch.setattr(device, "is_initialized", lambda: True)
+        device.states[0].fill_(5)  # drawn from
+    assert all((state == 7).all() for state in device.states)
+
+
+def test_the_seed_that_waits_for_cuda_stays() -> None:
+    """The last one that is queued is what its generators begin with."""
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is in use")
+    torch.manual_seed(11)
+    before = [str(call) for call in vars(torch.cuda._lazy_seed_tracker).values()]
+    with seeded(3):
+        pass
+    assert [str(call) for call in vars(torch.cuda._lazy_seed_tracker).values()] == before
+    assert torch.initial_seed() == 11
 
 
 def test_GC4_states_of_more_devices_than_there_are_are_left_out(

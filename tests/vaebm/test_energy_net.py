@@ -163,3 +163,8 @@ def test_what_was_pushed_may_be_changed_afterwards() -> None:
 def test_a_buffer_that_makes_no_sense_is_refused(size: int, fraction: float) -> None:
     with pytest.raises(ValueError, match="(size|fraction) must be"):
         ReplayBuffer(size, fraction)
+
+
+def test_a_penalty_of_no_matrices_is_on_the_device_of_the_energy() -> None:
+    net = nn.LayerNorm(3, device="meta")
+    assert SpectralPenalty(net)().device.type == "meta"

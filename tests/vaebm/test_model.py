@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.nvae_standin import nvae
@@ -452,6 +453,8 @@ def test_a_condition_reaches_the_walk() -> None:
         for c in (0.0, 5.0)
     )
     assert torch.allclose(low + 5, high, atol=1e-5)
+    array = np.full((9, 1), 5.0)  # of float64
+    assert torch.equal(seeded(lambda: model.sample(9, condition=array)).mean, high)
     with pytest.raises(ValueError, match="needs a condition"):
         model.sample(9)
 

@@ -538,6 +538,17 @@ def test_a_checkpoint_of_another_training_is_refused(
     assert same(weights(of), before)
 
 
+def test_a_training_that_a_callback_stopped_goes_on(tmp_path: Path) -> None:
+    path, of = tmp_path / "checkpoint", model()
+    stopped = fit_vaebm(
+        of, data(), checkpoint=path, callback=lambda row: row.step == 6, **SETTINGS, **QUIET
+    )
+    assert stopped.stopped == "stopped by the callback at step 6"
+    history = fit_vaebm(of, data(), checkpoint=path, **SETTINGS, **QUIET)
+    assert history.stopped == f"all {SETTINGS['steps']} steps taken"
+    assert history.rows[: len(stopped.rows)] == stopped.rows
+
+
 def test_checkpoints_of_heads_and_of_energies_are_not_mixed_up(tmp_path: Path) -> None:
     prior = NCPrior(PROBLEM.source(), MLPHead((2,), width=8))
     fit(prior, data(), steps=2, checkpoint=tmp_path / "heads", **QUIET)
