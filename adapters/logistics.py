@@ -94,10 +94,10 @@ class LogisticMixture(Distribution):
     @torch.no_grad()
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws images on the levels, with shape ``(*sample_shape, B, 3, H, W)``."""
-        return self.draw(Size(sample_shape), 1 / self.levels)
+        return self._draw(Size(sample_shape), 1 / self.levels)
 
     @torch.no_grad()
-    def draw(self, sample_shape: _Shape, spacing: float) -> Tensor:
+    def _draw(self, sample_shape: _Shape, spacing: float) -> Tensor:
         """Draws images whose levels have another spacing: 0, spacing, 2 · spacing, …, all in [0, 1]."""
         log_weight = self.log_weight.expand(*sample_shape, *self.log_weight.shape)
         race = torch.empty_like(log_weight, memory_format=torch.contiguous_format).exponential_()

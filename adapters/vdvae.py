@@ -317,7 +317,7 @@ class ByteImages(Distribution):
 
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws bytes, with shape ``(*sample_shape, B, H, W, 3)``."""
-        x = 255 * self.mixture.draw(Size(sample_shape), self._step / 255).movedim(-3, -1)
+        x = 255 * self.mixture._draw(Size(sample_shape), self._step / 255).movedim(-3, -1)
         return x.round().to(torch.uint8)
 
     def log_prob(self, value: Tensor) -> Tensor:

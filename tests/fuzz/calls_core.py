@@ -110,6 +110,7 @@ METHODS: dict[str, tuple[dict[str, Kind], Any]] = {
     "likelihood": ({}, lambda w: {"state": _state(w)}),
     "features": ({}, lambda w: {"k": 0, "z": w.z}),
     "shared_prior": ({}, lambda w: {}),
+    "facts": ({}, lambda w: {}),
 }
 
 
@@ -161,11 +162,6 @@ def _(w: World) -> Built:
 @call("ncprior.source.num_rows", tree=ANYTHING)
 def _(w: World) -> Built:
     return source.num_rows, {"tree": w.x}
-
-
-@call("ncprior.source.require_eval", **{"*parts": ANYTHING})
-def _(w: World) -> Built:
-    return source.require_eval, {"*parts": w.vae}
 
 
 @call("ncprior.source.device_of", source=SOURCE)

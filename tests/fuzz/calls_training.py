@@ -769,6 +769,13 @@ def _(w: World) -> Built:
     return fast_precision, {"device": "cpu"}
 
 
+@call("ncprior.utils.require_eval", **{"*parts": ANYTHING})
+def _(w: World) -> Built:
+    from ncprior.utils import require_eval
+
+    return require_eval, {"*parts": w.vae}
+
+
 @call("ncprior.utils.module_fingerprint", module=MODULE)
 def _(w: World) -> Built:
     from ncprior.utils import module_fingerprint
