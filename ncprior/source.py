@@ -133,9 +133,9 @@ class LatentSource(Protocol[E, S]):
         return None if self.module is None else module_fingerprint(self.module)
 
     def facts(self) -> dict[str, Any]:
-        """Returns what determines encodings, draws or p(x | z) besides ``fingerprint``, by name.
+        """Returns numbers and texts, besides the weights, on which encodings, draws or p(x | z) depend.
 
-        Checkpoints and jobs of samples compare it: numbers, texts, lists and dicts, as JSON has
+        Checkpoints and jobs of samples compare them, by name, also in lists and dicts, as JSON has
         them. The default is none.
         """
         return {}

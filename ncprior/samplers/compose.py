@@ -215,7 +215,7 @@ def _name_with_code(function: Any) -> str:  # noqa: ANN401
 
 
 def _parts(code: CodeType) -> Iterator[Any]:
-    """What a function does, with the functions in it."""
+    """The instructions, names and constants of a function and of the functions in it."""
     yield from (code.co_code, code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

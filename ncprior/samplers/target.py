@@ -1,4 +1,4 @@
-"""The unnormalised target r·p of Markov chains: its values and gradients at points, and what is not finite."""
+"""The unnormalised target r·p of Markov chains: its values and gradients at points."""
 
 from __future__ import annotations
 

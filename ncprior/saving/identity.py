@@ -22,7 +22,7 @@ def source_facts(source: LatentSource[Any, Any]) -> dict[str, Any]:
 
 
 def prior_facts(prior: Any, sampler: Sampler | None) -> dict[str, Any]:  # noqa: ANN401
-    """Returns what determines the draws of an :class:`~ncprior.NCPrior` by a sampler.
+    """Returns all facts on which the draws of an :class:`~ncprior.NCPrior` by a sampler depend.
 
     Arguments:
         prior: The prior.

@@ -78,7 +78,7 @@ def nested(prior: NCPrior, sampler: Sampler) -> Rebased:
 
 
 class _Nested:
-    """The base of nested stages: what a sampler draws from a trained prior."""
+    """The base of nested stages: draws of a trained prior by a sampler."""
 
     def __init__(self, prior: NCPrior, sampler: Sampler) -> None:
         self.prior, self.sampler = prior, sampler

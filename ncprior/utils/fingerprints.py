@@ -131,8 +131,8 @@ def _named_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields all tensors and numbers that a distribution holds, sorted by name.
 
-    They are found in nested distributions, transforms and modules, in lists and dicts, and in what
-    functions are bound to, or have been given. What is derived from them does not count.
+    They are found in nested distributions, transforms and modules, in lists and dicts, and in objects
+    and arguments of functions. Tensors derived from others do not count.
     """
     if id(value) in inside:
         return
@@ -168,7 +168,7 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _parts(value: object) -> Iterable[tuple[str, object]]:
-    """What a container or a function holds, by name."""
+    """The items of a container, or the object and arguments of a function, by name."""
     if isinstance(value, list | tuple):
         return ((str(i), item) for i, item in enumerate(value))
     if isinstance(value, Mapping):
