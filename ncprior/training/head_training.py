@@ -208,7 +208,7 @@ class HeadTraining(ResumableTraining):
             **super().state(),
             "stopped": None if str(self.stopped).startswith(BY_CALLBACK) else self.stopped,
             "split_seed": self.split_seed,
-            "factors": [len(factors(head)) for head in self.prior.heads],
+            "factors": self._factors(),
             "begun": self.begun_with,
             "best": self.best,
             "best_loss": self.best_loss,
@@ -227,7 +227,7 @@ class HeadTraining(ResumableTraining):
             "rows": lambda value: are_rows(value, len(Row._fields)),
             "begun": lambda v: is_like(v, self.begun_with) and (v is None or is_finite(v)),
             "best": lambda v: v is None or (is_like(v, self.average) and is_finite(v)),
-            "factors": lambda value: are_numbers(value, k, (int,)),
+            "factors": lambda v: are_numbers(v, k, (int,)) and v == self._factors(),
             "best_loss": lambda value: are_numbers(value, k),
             "best_error": lambda value: are_numbers(value, k),
             "best_step": lambda v: are_numbers(v, k, (int,)) and all(is_step(s, last) for s in v),
@@ -262,6 +262,9 @@ class HeadTraining(ResumableTraining):
         owners = [self.trainer.owner(k) or 0 for k, head in heads for _ in head.parameters()]
         merged = {i: by_rank[owner][i] for i, owner in enumerate(owners) if i in by_rank[owner]}
         return {**state, "state": merged}
+
+    def _factors(self) -> list[int]:
+        return [len(factors(head)) for head in self.prior.heads]
 
     def _names(self, k: int) -> list[str]:
         return [name for name in self.average if name.startswith(f"{k}.")]

@@ -197,6 +197,8 @@ def test_F16_a_checkpoint_with_a_wrong_entry_anywhere_changes_nothing(
         value = rng.choice([None, "x", -1, [], {}, torch.zeros(7), 10**12, True])
         if place[0] in ("best", "decay_from", "limit") and value is None:
             continue  # nothing was measured or decided
+        if place == ("loader",) and value == []:
+            continue  # there are no generators
         path.write_bytes(content)
         edited = with_value(state, place, value)
         tree, tensors = pack(edited)
