@@ -233,14 +233,18 @@ class SingleGroup(LatentSource[Any, Any]):
         """Returns the input of the ratio head for z of shape ``(*, B, *event)``: by default z."""
         if self._features is None:
             return z
-        if self._event_ndim is None:
-            raise ValueError(
-                "The shape of a latent of p(z | c) is known after the first walk. Call "
-                "source.group(source.start(batch_size, condition=c)) before features."
-            )
-        lead = z.shape[: z.ndim - self._event_ndim]
+        lead = z.shape[: z.ndim - (1 if self._event_ndim is None else self._event_ndim)]
         flat = z.reshape(-1, *z.shape[len(lead) :])
-        h = self._features(self._for(self._features, flat))
+        try:
+            h = self._features(self._for(self._features, flat))
+        except Exception as error:
+            if self._event_ndim is not None:
+                raise
+            raise ValueError(
+                f"A latent of p(z | c) is taken for a vector until its shape is known from the first "
+                f"walk, and features fails there: {error}. Call "
+                f"source.group(source.start(batch_size, condition=c)) before."
+            ) from error
         if not isinstance(h, Tensor) or h.shape[:1] != flat.shape[:1]:
             raise ValueError(
                 f"features must map z of shape (N, *event) to one tensor of N rows, here {len(flat)}; "
