@@ -115,7 +115,7 @@ class VDVAESource(LatentSource[Any, Any]):
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         require_numbers("(0, inf)", temperature=temperature)
         self.module: nn.Module = _checked(model)
-        self.temperature = temperature
+        self.temperature = float(temperature)
         self._blocks: list[Any] = list(self._model.decoder.dec_blocks)
         self.num_groups = len(self._blocks)
 

@@ -25,7 +25,7 @@ from ncprior.samplers.base import Sample, Sampler
 from ncprior.samplers.compose import identity_of
 from ncprior.saving.folders import Folder, folder_at
 from ncprior.saving.header import read_header
-from ncprior.saving.identity import prior_facts
+from ncprior.saving.identity import as_text, prior_facts
 from ncprior.saving.tensors import read_tensors, to_bytes
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.utils.batches import map_tensors, tensor_of
@@ -116,7 +116,7 @@ def sample_parts(
     count = -(-num_samples // part_size)
     chosen = range(rank(), count, num_ranks()) if parts is None else _chosen(parts, count)
     job: dict[str, Any] = {"num_samples": num_samples, "part_size": part_size, "seed": seed}
-    job |= {"sampler": identity_of(sampler), "prior": _digest(prior, condition)}
+    job |= {"sampler": identity_of(sampler), "prior": _digest(prior, condition, draw_x)}
     job |= {"batch_size": at_once} if at_once < part_size else {}
     job |= {"draw_x": True} if draw_x else {}
     place, draw = folder_at(folder), partial(prior.sample, sampler=sampler, draw_x=draw_x)
@@ -298,9 +298,9 @@ def _seed(seed: int, i: int) -> int:
     return (int.from_bytes(digest[:4], "big") + i) % 2**32  # the range of generators' seeds
 
 
-def _digest(prior: NCPrior, condition: Any) -> str:  # noqa: ANN401
+def _digest(prior: NCPrior, condition: Any, draw_x: bool) -> str:  # noqa: ANN401
     """Returns a digest of everything that determines the draws, besides sampler and seed."""
-    digest = hashlib.sha256(json.dumps(prior_facts(prior, None)).encode())
+    digest = hashlib.sha256(as_text(prior_facts(prior, None, draw_x=draw_x)).encode())
 
     def update(tensor: Tensor) -> Tensor:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)

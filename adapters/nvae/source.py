@@ -127,7 +127,7 @@ class NVAESource(LatentSource[Any, Any]):
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         require_numbers("(0, inf)", temperature=temperature)
         self.module: nn.Module = checked_model(model)
-        self.temperature = temperature
+        self.temperature = float(temperature)
         self.num_groups = len(self._model.enc_sampler)
         self._stairs = list(_stairs(self._model.dec_tower))
         joins = [cell for cell in self._model.enc_tower if cell.cell_type == "combiner_enc"]

@@ -102,13 +102,13 @@ class PythaeSource(SingleGroup):
         self._is_gaussian = "VAE" in self._lineage
         require_eval(model)
         check_noise(self._lineage, noise)
-        self.noise = noise
+        self.noise = None if noise is None else float(noise)
         self.module = model
         super().__init__(self._prior(), self._q, self._reconstruct, module=model)
 
     def facts(self) -> dict[str, Any]:
         """Returns the noise on codes."""
-        return {"noise": self.noise}
+        return {"PythaeSource.noise": self.noise}
 
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
         """Encodes one batch: the parameters of q(z | x).

@@ -71,7 +71,7 @@ class RAESource(SingleGroup):
                 f"RAESource takes a VAE or a RAE of ncprior.adapters.rae; got {described(model)}. "
                 f"Wrap another VAE in SingleGroup."
             )
-        self.noise = noise
+        self.noise = None if noise is None else float(noise)
         super().__init__(
             *(prior, posterior, model.decode),
             module=model,
@@ -81,7 +81,7 @@ class RAESource(SingleGroup):
 
     def facts(self) -> dict[str, Any]:
         """Returns the noise on codes."""
-        return {"noise": self.noise}
+        return {"RAESource.noise": self.noise}
 
     def encode(self, x: Any) -> SingleGroup.Encoding:  # noqa: ANN401
         """Encodes one batch of images in [0, 1]: the parameters of q(z | x)."""

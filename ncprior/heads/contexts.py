@@ -46,7 +46,7 @@ class Standardise(nn.Module):
 
     def left_out(self) -> Tensor:
         """Returns the mask of the inputs that are left out."""
-        return self.sd == _IGNORED
+        return self.sd > _IGNORED / 2  # also after a change of dtype
 
 
 class VectorContext(nn.Module):

@@ -12,7 +12,8 @@ from ncprior.recipe.base import choose_base
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
-from ncprior.saving.checks import FORMAT, SavedFile, Validators, fingerprints
+from ncprior.saving.checks import FORMAT, SavedFile, Validators
+from ncprior.saving.identity import SIGMA, source_facts
 from ncprior.saving.kinds import base_entry, base_tensors, build_base
 from ncprior.saving.tensors import save_tensors
 from ncprior.source import LatentSource, device_of
@@ -42,7 +43,10 @@ def saved_base(
     if folder is None:
         chosen: LatentSource[Any, Any] = choose_base(source, parts, record)
         return chosen
-    belongs = {**fingerprints(source), "data": data_digest(parts.train, _BATCH)}
+    of_source = source_facts(source)
+    of_source["facts"].pop(SIGMA, None)  # it plays no part in encodings
+    digests = [data_digest(part, _BATCH) for part in (parts.train, parts.choose)]
+    belongs = {**of_source, "data": digests}
     file = folder / FILE
     if file.is_file():
         return _read(file, belongs, source, record)
@@ -61,7 +65,7 @@ def saved_base(
 
 
 def _read(
-    file: Path, belongs: dict[str, str | None], source: LatentSource[Any, Any], record: Record
+    file: Path, belongs: dict[str, Any], source: LatentSource[Any, Any], record: Record
 ) -> LatentSource[Any, Any]:
     saved = SavedFile.read(file, _VALIDATORS)
     for name, now in belongs.items():

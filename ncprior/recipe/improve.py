@@ -118,7 +118,8 @@ def improve(
             f"Call it in one process, or train heads on all ranks by fit."
         )
     if folder is not None and seed is not None:
-        _require_seed(folder / "seed.txt", str(int(seed)))
+        limit = "" if max_seconds is None else f", max_seconds={float(max_seconds):g}"
+        _require_seed(folder / "seed.txt", f"{int(seed)}{limit}")
     record = Record(progress=progress, max_seconds=max_seconds)
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))
@@ -156,15 +157,15 @@ def improve(
 
 
 def _require_seed(file: Path, seed: str) -> None:
-    """Validates that a checkpoint, if there is one, is of the same seed."""
+    """Validates that a checkpoint, if there is one, is of the same seed and limit of time."""
     saved = file.read_text("utf-8", "replace")[:_LONGEST] if file.is_file() else None
     if saved is None:
         with write_atomically(file) as temporary:
             temporary.write_text(seed, encoding="utf-8")
     elif saved != seed:
         raise ValueError(
-            f"The checkpoint in {file.parent} is of seed {saved}; got seed={seed}. Pass that seed, "
-            f"or another folder."
+            f"The checkpoint in {file.parent} is of seed {saved}; got seed={seed}. Pass the same "
+            f"arguments, or another folder."
         )
 
 

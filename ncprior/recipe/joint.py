@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from copy import deepcopy
@@ -22,7 +21,7 @@ from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, choose_strength
 from ncprior.samplers.sir import sir
-from ncprior.saving.identity import source_facts
+from ncprior.saving.identity import as_text, source_facts
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
@@ -150,7 +149,7 @@ def _train(whole: NCPrior, parts: Parts, record: Record, folder: Path | None) ->
     if count < _DRAWN[0]:
         return "there was too little time or memory to draw walks"
     whole.active = [True]
-    facts = json.dumps([source_facts(whole.source), count]).encode()
+    facts = as_text([source_facts(whole.source), count]).encode()
     file = folder and folder / f"joint-{hashlib.sha256(facts).hexdigest()[:16]}"
     record.begin(f"trains a head for all groups together, on {count:,} walks")
     history = fit(

@@ -192,39 +192,42 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
 def identity_of(sampler: Any) -> str:  # noqa: ANN401
     """Description of a sampler that differs for functions of one name with another code.
 
-    Functions of this package are known by their names. A callable object is known by its type alone,
-    unless it is a module.
+    It is the same in every process of one version of Python. Functions of this package are known by
+    their names. A callable object is known by its type alone, unless it is a module.
     """
     return _described(sampler, (), _name_with_code)
 
 
-def _name(function: Any) -> str:  # noqa: ANN401
+def _name(function: Any, _: Any = None) -> str:  # noqa: ANN401
     name = str(getattr(function, "__qualname__", type(function).__qualname__))
     return name.replace(".<locals>", "")
 
 
-def _name_with_code(function: Any) -> str:  # noqa: ANN401
+def _name_with_code(function: Any, describe: Callable[[Any], str]) -> str:  # noqa: ANN401
     if isinstance(function, nn.Module):
         return f"{_name(function)}#{module_fingerprint(function)}"
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None or str(getattr(function, "__module__", "")).partition(".")[0] == "ncprior":
         return _name(function)
-    defaults = (function.__defaults__, sorted((function.__kwdefaults__ or {}).items()))
-    text = "\n".join(map(repr, (*_parts(code), defaults)))
+    given = [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    defaults = sorted(f"{name}={describe(value)}" for name, value in given)
+    text = "\n".join([*_parts(code, function.__doc__), *defaults])
     return f"{_name(function)}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _parts(code: CodeType) -> Iterator[Any]:
+def _parts(code: CodeType, doc: str | None = None) -> Iterator[str]:
     """The instructions, names and constants of a function and of the functions in it."""
-    yield from (code.co_code, code.co_names)
+    yield f"{code.co_code!r} {code.co_names}"
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _parts(constant)
-        else:
-            yield constant
+        elif isinstance(constant, frozenset):  # without an order of its own
+            yield str(sorted(map(repr, constant)))
+        elif constant != doc or doc is None:
+            yield repr(constant)
 
 
-def _described(sampler: Any, inside: tuple[int, ...], name_of: Callable[[Any], str]) -> str:  # noqa: ANN401
+def _described(sampler: Any, inside: tuple[int, ...], name_of: Callable[..., str]) -> str:  # noqa: ANN401
     """Description of a sampler inside functions that are being described already."""
     if id(sampler) in inside:
         return "..."  # a function that calls itself
@@ -241,5 +244,5 @@ def _described(sampler: Any, inside: tuple[int, ...], name_of: Callable[[Any], s
         return repr(sampler)
     sampler = inspect.unwrap(sampler)
     held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
-    name = name_of(sampler)
+    name = name_of(sampler, describe_inner)
     return f"{name}({', '.join(map(describe_inner, held))})" if held else name

@@ -11,7 +11,7 @@ from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.saving.identity import source_facts
+from ncprior.saving.identity import SIGMA, source_facts
 from ncprior.training.particles import heads_on
 from ncprior.training.resumable import length_of
 from ncprior.training.settings import FitSettings, TrainingTerms
@@ -43,11 +43,11 @@ def training_facts(
     """
     of_source = source_facts(prior.source)
     if not weighs:
-        of_source.pop("sigma", None)  # it weighs importance samples alone
+        of_source["facts"].pop(SIGMA, None)  # it weighs importance samples alone
     facts: dict[str, Any] = {
         "VAE": of_source.pop("vae"),
         "base": of_source.pop("base"),
-        "source": of_source,
+        "source": of_source["facts"],
         "rows": length_of(data),
         "ranks": num_ranks(),
         "patience": patience,

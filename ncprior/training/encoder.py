@@ -96,7 +96,7 @@ class AmortisedSource(WrappedSource):
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts of the wrapped source, and the fingerprint of the encoder."""
-        return {**super().facts(), "encoder": module_fingerprint(self.encoder)}
+        return {**super().facts(), "AmortisedSource.encoder": module_fingerprint(self.encoder)}
 
     def encode(self, x: Any) -> Encoding:  # noqa: ANN401
         """Returns the parameters of q(z | x), for one batch of x or a tuple that begins with it."""

@@ -240,8 +240,8 @@ def _validate_parts(prior: NCPrior, runs: StageRuns, stages: int | Literal["auto
 def _without_later_factors(prior: NCPrior, saved: Mapping[str, Any] | None) -> Iterator[None]:
     """Context with the factors of heads that the first stage of a checkpoint trains.
 
-    A prior that `fit` returned has those of further stages, too, which are multiplied in again. If the
-    checkpoint cannot be used, the heads stay as they were.
+    A prior that `fit` returned has those of further stages, too, which are multiplied in again. After
+    an error, those that were not are there as before.
     """
     heads, counts = list(prior.heads), (saved or {}).get("factors")
     if counts is not None and are_numbers(counts, len(heads), (int,)):
@@ -251,9 +251,10 @@ def _without_later_factors(prior: NCPrior, saved: Mapping[str, Any] | None) -> I
                 prior.heads[k] = (ProductHead(first) if len(first) > 1 else first[0]).eval()
     try:
         yield
-    except ValueError:
+    except BaseException:
         for k, head in enumerate(heads):
-            prior.heads[k] = head
+            if len(factors(prior.heads[k])) < len(factors(head)):
+                prior.heads[k] = head
         raise
 
 

@@ -157,7 +157,8 @@ class ResampledPosterior(WrappedSource):
     def facts(self) -> dict[str, Any]:
         """Returns the facts of the VAE, the number of particles and the prior that weighs them."""
         weighs = None if self.prior is None else prior_facts(self.prior, None)
-        return {**super().facts(), "importance_samples": self.num_samples, "weighed by": weighs}
+        own = {"num_samples": self.num_samples, "prior": weighs}
+        return {**super().facts(), "ResampledPosterior": own}
 
     @torch.no_grad()
     def encode(self, x: Any) -> _Encoding:  # noqa: ANN401

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from torch.distributions.utils import lazy_property
 from ncprior.utils.require import require_instance
 
 
-@runtime_checkable
-class _HasTensors(Protocol):
-    """A base that is not a distribution of torch, such as a sampler of stored latents."""
+def _has_tensors(base: object) -> bool:
+    """Whether a base is a fitted one without a density, such as flow matching.
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Returns the tensors by name."""
+    Stored latents have no configuration: they are drawn anew, from one distribution.
+    """
+    return all(callable(getattr(base, name, None)) for name in ("tensors", "config"))
 
 
 def module_fingerprint(module: nn.Module) -> str | None:
@@ -67,7 +67,7 @@ def base_fingerprint(base: object) -> str | None:
 
     Arguments:
         base: A prior. Its parameters are its attributes, including those of nested distributions
-            and transforms; or, if it is not a ``Distribution``, its ``tensors()``.
+            and transforms; or those of a fitted base that is not a ``Distribution``.
 
     Returns:
         The fingerprint, or ``None`` if ``base`` has neither, or a tensor is on the meta device,
@@ -75,8 +75,9 @@ def base_fingerprint(base: object) -> str | None:
     """
     if isinstance(base, Distribution):
         named = _named_tensors(base, "base")
-    elif isinstance(base, _HasTensors):
-        named = iter(sorted(base.tensors().items()))
+    elif _has_tensors(base):
+        fitted: Any = base
+        named = iter(sorted(fitted.tensors().items()))
     else:
         return None
     digest = hashlib.sha256()
@@ -149,8 +150,7 @@ def _named_tensors(
         yield f"{name}{tuple(getattr(value, 'event_shape', ()))}", torch.empty(0)
         for key, item in sorted(vars(value).items()):
             derived = isinstance(getattr(type(value), key, None), lazy_property)
-            other = key == "_inv" and type(value).__name__ not in _INVERSES
-            if not (derived or other or key in _NOT_ITS_OWN):
+            if not derived and _is_own(value, key, item):
                 yield from _named_tensors(item, f"{name}.{key}", inside)
     else:
         for key, item in _parts(value):
@@ -159,8 +159,28 @@ def _named_tensors(
 
 _INVERSES = ("_InverseTransform", "Inverse")  # of torch and zuko: `_inv` is what they invert
 
-# Attributes of distributions and transforms that are caches, or known otherwise.
-_NOT_ITS_OWN = ("_kept", "_cached_x_y", "_batch_shape", "_event_shape", "_validate_args")
+_PRIVATE = (
+    Tensor,
+    Distribution,
+    Transform,
+    nn.Module,
+    np.ndarray,
+    partial,
+    MethodType,
+    FunctionType,
+)
+
+
+def _is_own(value: object, key: str, item: object) -> bool:
+    """Whether an attribute of a distribution or transform counts, and is no cache or known otherwise.
+
+    Private numbers and containers may change with use.
+    """
+    if key == "_inv":
+        return type(value).__name__ in _INVERSES
+    if key.startswith("_"):
+        return isinstance(item, _PRIVATE)
+    return key != "spline"  # the sizes of a fitted flow, whose weights count
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

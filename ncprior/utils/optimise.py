@@ -235,7 +235,8 @@ def _copy(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+        if not torch.equal(tensor, value):  # an expanded buffer, which cannot be written to, stays
+            tensor.copy_(value)
 
 
 def train(

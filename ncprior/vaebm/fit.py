@@ -20,6 +20,7 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.stream import Stream, data_digest, one_pass, require_restartable
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import identity_of
+from ncprior.saving.identity import facts_of_draws
 from ncprior.training.arguments import validate_loop_arguments
 from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step
 from ncprior.training.resumable import (
@@ -220,6 +221,7 @@ def _facts(
         "precision": str(model.precision),
         "sampler": None if sampler is None else identity_of(sampler),
         **trained_on(model.source, model.prior),
+        "source": facts_of_draws(model.source, draw_x=True)["facts"],
         "rows": length_of(data),
         **({"data": data_digest(data, batch_size)} if resumable else {}),
     }
@@ -287,7 +289,8 @@ class EnergyTraining(ResumableTraining):
             self._diverge(f"the energy gap is {row.gap:.4g} nats")
         elif not self.diverged:
             self.good, self.good_step = self._copied_average(), row.step
-        if self.callback is not None and self.callback(row) is True and not self.diverged:
+        stops = self.callback is not None and self.callback(row) is True
+        if stops and self.stopped is None:
             self.stopped = f"{BY_CALLBACK} at step {row.step}"
         return f"gap {row.gap:.2f}, E {row.energy:.1f}"
 

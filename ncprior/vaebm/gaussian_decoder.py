@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ncprior.bases.rebase import Rebased
 from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.stream import one_pass
+from ncprior.saving.identity import SIGMA
 from ncprior.source import LatentSource, WrappedSource, device_of, require_source, sample_posterior
 from ncprior.utils.require import described, require_counts, require_instance, require_numbers
 from ncprior.utils.visible import require_eval
@@ -123,7 +124,7 @@ class GaussianDecoder(WrappedSource):
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts of the wrapped source, and σ."""
-        return {**super().facts(), "sigma": self.sigma}
+        return {**super().facts(), SIGMA: self.sigma}
 
 
 def gaussian_decoder_of(source: LatentSource[Any, Any]) -> GaussianDecoder | None:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
 from helpers.recipe import make_quick
 from helpers.tables import Frame
 from helpers.toys import flat
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.utils.data import (
     BatchSampler,
@@ -49,7 +49,7 @@ from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
 from ncprior.samplers import describe
 from ncprior.saving.tensors import load_tensors, save_tensors
-from ncprior.training import FitSettings, History
+from ncprior.training import AmortisedSource, FitSettings, History
 from ncprior.utils.fingerprints import base_fingerprint
 from ncprior.utils.random_state import seeded
 
@@ -414,9 +414,7 @@ def test_a_run_goes_on_with_the_base_of_its_checkpoint(
     assert str(resumed.report.choices[0]) == str(whole.report.choices[0])
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(
-        ValueError, match=r"it belongs to data=\w+; got data=\w+. Pass the same VAE"
-    ):
+    with pytest.raises(ValueError, match=r"it belongs to data=.*; got data=.*. Pass the same VAE"):
         improve(Ring().source(), Ring().data(400), **options)
     file = tmp_path / base_file.FILE
     tensors, config = load_tensors(file)
@@ -431,10 +429,32 @@ def test_a_run_goes_on_with_the_base_of_its_checkpoint(
             improve(Ring().source(), x, **options)
 
 
+def test_a_checkpoint_of_another_limit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "seed.txt").write_text("7")
+    options = {"seed": 7, "checkpoint": tmp_path, "progress": False}
+    with pytest.raises(
+        ValueError, match=r"is of seed 7; got seed=7, max_seconds=5. Pass the same"
+    ):
+        improve(flat(), torch.randn(99, 3), max_seconds=5, **options)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_base_of_another_encoder_is_refused(tmp_path: Path) -> None:
+    x, decoder = torch.randn(99, 2), SingleGroup(Ring().source().prior, None, lambda z: z)
+    record = Record(progress=False, max_seconds=None)
+    for bias in (0.0, 5.0):
+        encoder = nn.Linear(2, 4)
+        nn.init.constant_(encoder.bias, bias)
+        source = AmortisedSource(decoder, encoder.eval())
+        parts = parts_of(x, None, seed=0)
+        with pytest.raises(ValueError, match="belongs to facts=") if bias else nullcontext():
+            base_file.saved_base(tmp_path, source, parts, record)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_checkpoint_of_another_seed_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     (tmp_path / "seed.txt").write_text("7")
-    with pytest.raises(ValueError, match=r"is of seed 7; got seed=8. Pass that seed"):
+    with pytest.raises(ValueError, match=r"is of seed 7; got seed=8. Pass the same"):
         improve(flat(), torch.randn(99, 3), seed=8, checkpoint=tmp_path, progress=False)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.problems import CorrelatedPair, ExactRatio, GaussianPair
@@ -20,7 +26,8 @@ from ncprior.bases import JointSource
 from ncprior.heads import MLPHead
 from ncprior.jobs import sample_parts
 from ncprior.samplers.compose import describe, identity_of
-from ncprior.saving.identity import source_facts
+from ncprior.saving.identity import as_text, source_facts
+from ncprior.source import WrappedSource
 from ncprior.training import AmortisedSource, FitSettings, ResampledPosterior, nested
 from ncprior.vaebm import GaussianDecoder
 
@@ -68,8 +75,10 @@ def drawn_by(sampler: Any) -> NCPrior:
     return prior
 
 
+DECODER = decoder()
+
 OTHERS: dict[str, tuple[Any, Any]] = {
-    "encoder": tuple(AmortisedSource(decoder(), encoder(bias)) for bias in (0.0, 1.0)),
+    "encoder": tuple(AmortisedSource(DECODER, encoder(bias)) for bias in (0.0, 1.0)),
     "sampler of the first prior": (JointSource(first()), JointSource(drawn_by(TWO))),
     "strength of the first prior": (JointSource(first()), JointSource(weaker())),
     "groups of the first prior": (JointSource(first()), JointSource(off())),
@@ -77,7 +86,10 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "nested prior": (nested(first(), FIVE), nested(weaker(), FIVE)),
     "particles": tuple(ResampledPosterior(first(), n) for n in (4, 8)),
     "prior that weighs": (ResampledPosterior(first(), 4), ResampledPosterior(weaker(), 4)),
-    "sigma": tuple(GaussianDecoder(decoder(), s) for s in (0.1, 0.2)),
+    "sigma": tuple(GaussianDecoder(DECODER, s) for s in (0.1, 0.2)),
+    "below a wrapper": tuple(
+        WrappedSource(JointSource(drawn_by(sampler))) for sampler in (FIVE, TWO)
+    ),
 }
 
 
@@ -85,12 +97,13 @@ OTHERS: dict[str, tuple[Any, Any]] = {
 def test_facts_of_a_source_tell_it_from_another(name: str) -> None:
     one, other = OTHERS[name]
     assert source_facts(one) == source_facts(one) != source_facts(other)
+    assert source_facts(one)["vae"] == source_facts(other)["vae"]
+    assert json.loads(as_text(source_facts(one))) == source_facts(one)
 
 
 def test_a_training_is_not_resumed_on_another_source(tmp_path: Path) -> None:
     x, path = torch.randn(60, 2), tmp_path / "c"
     one, other = OTHERS["encoder"]
-    other.source = one.source
     fit(NCPrior(one, MLPHead((2,), width=8)), x, checkpoint=path, **QUIET)
     with pytest.raises(ValueError, match=r"belongs to a training with source=.*encoder"):
         fit(NCPrior(other, MLPHead((2,), width=8)), x, checkpoint=path, **QUIET)
@@ -177,3 +190,52 @@ def test_samplers_of_one_name_are_told_apart_by_their_code() -> None:
     assert identity_of(ExactRatio(lambda z: z)) == identity_of(ExactRatio(lambda z: z))
     one, other = nn.Linear(1, 1), nn.Linear(1, 1)
     assert identity_of(one) == identity_of(one) != identity_of(other)
+
+
+FUNCTION = """
+from ncprior import sir
+from ncprior.samplers.compose import identity_of
+
+def mine(prior, log_ratio, inner=sir):
+    {doc}
+    name = "alpha"
+    return inner(prior, log_ratio, num_proposals=3 if name in {{"alpha", "beta", "gamma"}} else 2)
+
+print(identity_of(mine))
+"""
+
+
+def test_the_identity_of_a_function_is_the_same_in_every_process() -> None:
+    """The order of a set and the address of a function are not; its docstring does not count."""
+    found = set()
+    for seed, doc in (("1", '"One."'), ("2", '"Another."'), ("3", '"One."')):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", FUNCTION.format(doc=doc)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+def test_facts_are_plain_or_named() -> None:
+    class Told(SingleGroup):
+        def __init__(self, fact: Any) -> None:
+            super().__init__(DECODER.prior, None, lambda z: z)
+            self.fact = fact
+
+        def facts(self) -> dict[str, Any]:
+            return {"vae": self.fact}  # a name that is taken, but not here
+
+    numbers = Told([np.float32(0.5), np.int64(3), (True, None), {"a": 0.25}])
+    assert source_facts(numbers)["facts"] == {"vae": [0.5, 3, [True, None], {"a": 0.25}]}
+    assert source_facts(numbers)["vae"] is None
+    for wrong in (torch.ones(2), torch.float32, math.nan, {"a": object()}):
+        with pytest.raises(TypeError, match=r"Facts of a source are .*; vae.* is "):
+            source_facts(Told(wrong))
+
+
+def test_sigma_and_encoders_play_no_part_in_means_of_x(tmp_path: Path) -> None:
+    head = MLPHead((2,), width=8)
+    job: dict[str, Any] = {"num_samples": 4, "part_size": 2, "sampler": FIVE, "progress": False}
+    for name, (one, other) in {name: OTHERS[name] for name in ("sigma", "encoder")}.items():
+        sample_parts(NCPrior(one, head).eval(), tmp_path / name, parts=[0], **job)
+        assert len(sample_parts(NCPrior(other, head).eval(), tmp_path / name, **job)) == 2

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit
-from ncprior.bases import Empirical, GaussianMixture, rebase
+from ncprior.bases import FlowMatching, GaussianMixture, VelocityNet, rebase
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.codec import pack, unpack
 from ncprior.saving.tensors import load_tensors, save_tensors
@@ -265,9 +265,15 @@ def test_F4_a_checkpoint_beyond_its_last_step_ends_or_is_refused(tmp_path: Path)
         assert fit(small(), data(), checkpoint=path, **OPTIONS, **QUIET).rows[-1].step == 100
 
 
+def velocity(bias: float) -> VelocityNet:
+    net = VelocityNet(2, width=4, depth=0)
+    nn.init.constant_(net.out.bias, bias)
+    return net
+
+
 BASES: dict[str, Callable[[Tensor], Any]] = {
     "mixture": lambda z: GaussianMixture(torch.zeros(1), z[:1], torch.ones(1, 2)),
-    "stored latents": Empirical,
+    "flow matching": lambda z: FlowMatching(velocity(z[0, 0].item()), z[0], torch.ones(2)),
 }
 
 

@@ -478,6 +478,22 @@ def test_a_training_in_stages_that_a_callback_stopped_goes_on(tmp_path: Path, st
     assert same(weights(priors[0]), weights(priors[1]))
 
 
+def test_an_error_in_a_later_stage_leaves_the_factors_of_before(tmp_path: Path) -> None:
+    problem = GaussianPair(kl=12.0)
+    x, path = problem.data(600), tmp_path / "c"
+    options = {"steps": 40, "batch_size": 32, "eval_every": 8, "checkpoint_every": 8}
+    options |= {"stages": 2, "learning_rate": 3e-3, "checkpoint": path, **QUIET}
+    prior = mlp(problem, x, width=8)
+    fit(prior, x, callback=lambda row: row.stage == 2 and row.step == 24, **options)
+
+    def fail(row: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(prior, x, callback=fail, **options)
+    assert isinstance(prior.heads[0], ProductHead)
+
+
 def test_a_product_is_saved_and_loaded(tmp_path: Path) -> None:
     vae = nn.Identity().eval()
     problem = GaussianPair()

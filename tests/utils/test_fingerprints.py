@@ -67,7 +67,7 @@ class Held(Independent):
         one, net = torch.full((1,), value), nn.Linear(1, 1)
         nn.init.constant_(net.weight, value)
         nn.init.zeros_(net.bias)
-        self._held: Any = {
+        held: Any = {
             "dict": {"a": [one]},
             "array": one.numpy(),
             "private network": net,
@@ -76,6 +76,7 @@ class Held(Independent):
             "closure": lambda z: z + one,
             "default": _with_default(one),
         }[way]
+        setattr(self, "_held" if way in PRIVATE else "held", held)
 
 
 def _with_default(value: Tensor) -> Any:
@@ -85,13 +86,22 @@ def _with_default(value: Tensor) -> Any:
     return add
 
 
-WAYS = ("dict", "array", "private network", "partial", "bound", "closure", "default")
+PRIVATE = ("array", "private network", "partial", "bound", "closure", "default")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["dict", *PRIVATE])
 def test_parameters_are_found_wherever_a_distribution_holds_them(way: str) -> None:
     assert base_fingerprint(Held(way, 0.5)) == base_fingerprint(Held(way, 0.5))
     assert base_fingerprint(Held(way, 0.5)) != base_fingerprint(Held(way, 0.6))
+
+
+def test_counters_and_memos_of_a_base_do_not_count() -> None:
+    base, before = standard_normal(2), base_fingerprint(standard_normal(2))
+    base._calls, base._memo = 3, {"z": torch.ones(2)}  # type: ignore[attr-defined]
+    assert base_fingerprint(base) == before
+    odd = SampleOnly(base)
+    odd.tensors = (torch.ones(2),)  # type: ignore[attr-defined]
+    assert base_fingerprint(odd) is None
 
 
 @pytest.mark.parametrize("kind", ["MAF", "NSF"])

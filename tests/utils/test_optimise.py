@@ -97,7 +97,8 @@ def test_buffers_are_those_of_the_best() -> None:
     def held_out() -> Tensor:
         return (count - 200).abs()
 
-    assert minimise(loss, held_out, [w], steps=400, learning_rate=0.1, buffers=[count]) == 0.0
+    buffers = [count, torch.ones(1).expand(2)]  # the second cannot be written to
+    assert minimise(loss, held_out, [w], steps=400, learning_rate=0.1, buffers=buffers) == 0.0
     assert count == 200
 
 

@@ -538,15 +538,19 @@ def test_a_checkpoint_of_another_training_is_refused(
     assert same(weights(of), before)
 
 
-def test_a_training_that_a_callback_stopped_goes_on(tmp_path: Path) -> None:
-    path, of = tmp_path / "checkpoint", model()
+@pytest.mark.parametrize("at", [6, SETTINGS["steps"]])
+def test_a_training_that_a_callback_stopped_goes_on(at: int, tmp_path: Path) -> None:
+    """A stop at the last step is its end."""
+    path, of, end = tmp_path / "checkpoint", model(), f"all {SETTINGS['steps']} steps taken"
     stopped = fit_vaebm(
-        of, data(), checkpoint=path, callback=lambda row: row.step == 6, **SETTINGS, **QUIET
+        of, data(), checkpoint=path, callback=lambda row: row.step == at, **SETTINGS, **QUIET
     )
-    assert stopped.stopped == "stopped by the callback at step 6"
-    history = fit_vaebm(of, data(), checkpoint=path, **SETTINGS, **QUIET)
-    assert history.stopped == f"all {SETTINGS['steps']} steps taken"
-    assert history.rows[: len(stopped.rows)] == stopped.rows
+    assert stopped.stopped == ("stopped by the callback at step 6" if at == 6 else end)
+    for _ in range(2):
+        history = fit_vaebm(of, data(), checkpoint=path, **SETTINGS, **QUIET)
+        assert history.stopped == end
+        assert history.rows[: len(stopped.rows)] == stopped.rows
+        assert history.rows[-1].step == SETTINGS["steps"]
 
 
 def test_checkpoints_of_heads_and_of_energies_are_not_mixed_up(tmp_path: Path) -> None:
