@@ -20,6 +20,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform
 
+from ncprior.bases.flow import Flow, spline_flow
 from ncprior.utils.fingerprints import base_fingerprint, module_fingerprint
 
 
@@ -123,6 +124,36 @@ def test_a_base_is_known_by_what_it_was_made_with(kind: str) -> None:
         getattr(base, name, None)  # what is derived, and then kept in the distribution
     assert base_fingerprint(base) == before == base_fingerprint(BASES[kind](0.5))
     assert base_fingerprint(BASES[kind](0.6)) != before
+
+
+# Fingerprints of version 0.2.0, which are in saved files: these bases can still be loaded.
+SAVED = {
+    "normal": "1351953fe349",
+    "independent": "bedd9ccb6d55",
+    "full": "d22a2ecdb33d",
+    "codes": "036067c84e9b",
+    "mixture": "c328c225321d",
+    "shifted": "b46a89437b24",
+    "shifted by a tensor": "820d0730ecd1",
+    "shifted by an integer": "ba6044c4794b",
+    "one-hot": "780ca802b637",
+    "flow": "0c5702d9c2b4",
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_saved_fingerprints_stay(kind: str) -> None:
+    found = base_fingerprint(BASES[kind](0.5))
+    assert found is not None and found.split(":")[1][:12] == SAVED[kind]
+
+
+def test_the_saved_fingerprint_of_a_fitted_flow_stays() -> None:
+    sizes = {"transforms": 1, "width": 2, "bins": 2}
+    flow = spline_flow(2, None, **sizes)
+    for parameter in flow.parameters():
+        nn.init.constant_(parameter, 0.5)
+    base = Flow(flow, torch.zeros(2), torch.ones(2), event_shape=(2,), spline=sizes)
+    assert base_fingerprint(base).split(":")[1][:12] == "5e177d109a63"  # type: ignore[union-attr]
 
 
 def test_all_kinds_of_bases_differ() -> None:
