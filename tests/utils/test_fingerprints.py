@@ -20,7 +20,8 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform
 
-from ncprior.bases.flow import Flow, spline_flow
+from ncprior.bases.flow import Flow as FittedFlow
+from ncprior.bases.flow import spline_flow
 from ncprior.utils.fingerprints import base_fingerprint, module_fingerprint
 
 
@@ -152,7 +153,7 @@ def test_the_saved_fingerprint_of_a_fitted_flow_stays() -> None:
     flow = spline_flow(2, None, **sizes)
     for parameter in flow.parameters():
         nn.init.constant_(parameter, 0.5)
-    base = Flow(flow, torch.zeros(2), torch.ones(2), event_shape=(2,), spline=sizes)
+    base = FittedFlow(flow, torch.zeros(2), torch.ones(2), event_shape=(2,), spline=sizes)
     assert base_fingerprint(base).split(":")[1][:12] == "5e177d109a63"  # type: ignore[union-attr]
 
 
