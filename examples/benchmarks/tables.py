@@ -94,7 +94,7 @@ def hole(rows: list[Row]) -> list[str]:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for group in by_method(rows):
         first, over = group[0], ""
-        if "over_rival" in first:
+        if all("over_rival" in row for row in group):  # in files of several runs, not of all seeds
             over = interval(group, "over_rival", "over_low", "over_high")
         costs = {key: mean(row[key] for row in group) for key in shown}
         lines.append(
