@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.source import num_rows
 from ncprior.utils.batches import map_tensors, moved, to_device
-from ncprior.utils.random_state import random_state, seeded, set_random_state
+from ncprior.utils.random_state import permutation, random_state, seeded, set_random_state
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 _END = object()
@@ -146,8 +146,7 @@ def split(data: Any, fraction: float, seed: int) -> tuple[Any, Any] | None:
     data = as_data(data)
     if not isinstance(data, Tensor) and not is_map_style(data):
         return None
-    generator = torch.Generator().manual_seed(int(seed))
-    rows = torch.randperm(len(data), generator=generator, device="cpu")
+    rows = permutation(len(data), seed)
     count = max(1, round(fraction * len(data)))
     if count >= len(data):
         raise ValueError(f"{len(data)} rows cannot be split. Pass held_out= or more data.")
@@ -392,6 +391,7 @@ def _probe(data: Any, batch_size: int) -> Any:  # noqa: ANN401
 
 @contextmanager
 def own_generators_restored(loader: Any) -> Iterator[list[torch.Generator]]:  # noqa: ANN401
+    """Context after which a loader's own generators, which it yields, are as they were."""
     own = [(generator, generator.get_state()) for generator in own_generators(loader)]
     try:
         yield [generator for generator, _ in own]

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError
 from torch import Tensor
 
+from ncprior.utils.random_state import permutation
 from ncprior.utils.require import require_counts, require_instance
 
 if TYPE_CHECKING:
@@ -148,8 +149,7 @@ def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]
     total = len(data.labels)
     require_counts(f"[1, {total - 1}]", held_out=held_out)
     require_counts("(-1e18, 1e18)", seed=seed)
-    generator = torch.Generator().manual_seed(int(seed))
-    order = torch.randperm(total, generator=generator, device="cpu")
+    order = permutation(total, seed)
     labels = data.labels[order]
     place = torch.empty(total, dtype=torch.float64)
     for label in labels.unique():

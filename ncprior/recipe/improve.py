@@ -119,7 +119,7 @@ def improve(
         )
     if folder is not None and seed is not None:
         limit = "" if max_seconds is None else f", max_seconds={float(max_seconds):g}"
-        _require_seed(folder / "seed.txt", f"{int(seed)}{limit}")
+        _require_arguments(folder / "seed.txt", f"{int(seed)}{limit}")
     record = Record(progress=progress, max_seconds=max_seconds)
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))
@@ -156,7 +156,7 @@ def improve(
     return prior
 
 
-def _require_seed(file: Path, seed: str) -> None:
+def _require_arguments(file: Path, seed: str) -> None:
     """Validates that a checkpoint, if there is one, is of the same seed and limit of time."""
     saved = file.read_text("utf-8", "replace")[:_LONGEST] if file.is_file() else None
     if saved is None:

@@ -63,12 +63,17 @@ def prior_facts(
     """
     return {
         "heads": module_fingerprint(prior.heads),
-        "on": [prior.is_on(k) for k in range(len(prior.heads))],
+        "on": heads_on(prior),
         "strength": float(prior.strength),
         "precision": str(prior.precision),
         "sampler": None if sampler is None else identity_of(sampler),
         "source": facts_of_draws(prior.source, draw_x=draw_x),
     }
+
+
+def heads_on(prior: Any) -> list[bool]:  # noqa: ANN401
+    """Returns for each head of an NCP prior whether it is used."""
+    return [prior.is_on(k) for k in range(len(prior.heads))]
 
 
 def as_text(facts: Any) -> str:  # noqa: ANN401

@@ -11,8 +11,7 @@ from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior
-from ncprior.saving.identity import SIGMA, source_facts
-from ncprior.training.particles import heads_on
+from ncprior.saving.identity import SIGMA, heads_on, source_facts
 from ncprior.training.resumable import length_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import gather, num_ranks, on_rank_zero

@@ -24,10 +24,11 @@ from ncprior.training.checkpoints import (
 )
 from ncprior.training.held_out import HeldOut, mean_and_error
 from ncprior.training.history import History, Row
-from ncprior.training.resumable import BY_CALLBACK, ResumableTraining, tensors_of, weights_of
+from ncprior.training.resumable import BY_CALLBACK, ResumableTraining, weights_of
 from ncprior.training.schedule import Schedule, decay_steps
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.utils.distributed import from_rank, gather, on_rank_zero
+from ncprior.utils.states import tensors_of
 
 
 class HeadTraining(ResumableTraining):

@@ -19,11 +19,11 @@ from ncprior.prior import NCPrior
 from ncprior.source import device_of
 from ncprior.training.checkpoints import is_finite, is_like
 from ncprior.training.particles import ResampledPosterior, ess_of
-from ncprior.training.resumable import tensors_of
 from ncprior.utils.batches import own_batch
 from ncprior.utils.distributed import rank
 from ncprior.utils.gradients import share_weights
 from ncprior.utils.random_state import seeded
+from ncprior.utils.states import tensors_of
 
 _FEWEST = 2.0  # effective particles; with fewer, most rows have one particle with all the weight
 

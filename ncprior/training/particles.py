@@ -39,7 +39,7 @@ from torch.distributions import Distribution, constraints
 
 from ncprior.data.checked import log_prob_of_data
 from ncprior.prior import NCPrior
-from ncprior.saving.identity import prior_facts
+from ncprior.saving.identity import heads_on, prior_facts
 from ncprior.source import (
     Group,
     LatentSource,
@@ -274,11 +274,6 @@ def _frozen(prior: NCPrior) -> NCPrior:
     copy = deepcopy(prior).eval().requires_grad_(False)
     copy.active = heads_on(prior)
     return copy
-
-
-def heads_on(prior: NCPrior) -> list[bool]:
-    """Returns for each head whether it is used."""
-    return [prior.is_on(k) for k in range(len(prior.heads))]
 
 
 def _with_densities(k: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:

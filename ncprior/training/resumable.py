@@ -36,6 +36,7 @@ from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import gather, num_ranks, rank
 from ncprior.utils.optimise import cosine_rate, update_average
 from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.states import tensors_of
 from ncprior.utils.texts import printable
 
 BY_CALLBACK = "stopped by the callback"  # and by nothing else: a checkpoint goes on
@@ -330,11 +331,6 @@ def unchanged(source: Any) -> Iterator[None]:  # noqa: ANN401
             "The VAE has changed during training, which itself does not change it. Look for an "
             "encoder or a callback that writes to parameters or buffers."
         )
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a module's state without extra state, such as that of ``get_extra_state``."""
-    return {n: value for n, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ from ncprior.data.encodings import CachedEncodings, epochs_to_cache
 from ncprior.data.stream import Stream, first_batch, one_pass
 from ncprior.heads.product import ProductHead, factors, fresh_head
 from ncprior.prior import NCPrior
+from ncprior.saving.identity import heads_on
 from ncprior.source import LatentSource, device_of, num_rows
 from ncprior.trainer import NCETrainer
 from ncprior.training.head_training import HeadTraining
 from ncprior.training.held_out import HeldOut
 from ncprior.training.history import History, Row
 from ncprior.training.importance import CachedParticles, EStep, epochs_of_particles
-from ncprior.training.particles import heads_on
 from ncprior.training.resumable import BY_CALLBACK, length_of, load, weights_of
 from ncprior.training.settings import FitSettings, TrainingTerms
 from ncprior.training.stages import cache_size, reweighted, with_cached_proposals

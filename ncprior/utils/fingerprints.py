@@ -16,6 +16,7 @@ from torch.distributions.transforms import Transform
 from torch.distributions.utils import lazy_property
 
 from ncprior.utils.require import require_instance
+from ncprior.utils.states import tensors_of
 
 
 def _has_tensors(base: object) -> bool:
@@ -143,7 +144,7 @@ def _named_tensors(
     if isinstance(value, Tensor | int | float):
         yield name, torch.as_tensor(value)
     elif isinstance(value, nn.Module):
-        for key, tensor in sorted(_tensors_of(value).items()):
+        for key, tensor in sorted(tensors_of(value).items()):
             yield f"{name}.{key}", tensor
     elif isinstance(value, Distribution | Transform):
         name = f"{name}.{type(value).__name__}"
@@ -181,10 +182,6 @@ def _is_own(value: object, key: str, item: object) -> bool:
     if key.startswith("_"):
         return isinstance(item, _PRIVATE)
     return key != "spline"  # the sizes of a fitted flow, whose weights count
-
-
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    return {n: value for n, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _parts(value: object) -> Iterable[tuple[str, object]]:

@@ -78,6 +78,12 @@ def is_generator_state(value: Any) -> bool:  # noqa: ANN401
     return left + position <= _NUMPY_WORDS + 1
 
 
+def permutation(count: int, seed: int) -> Tensor:
+    """Returns the numbers below a count in the order of a seed of their own, on the CPU."""
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.randperm(count, generator=generator, device="cpu")
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Context with seeded generators of torch, NumPy and Python; they are restored at the end.

@@ -82,6 +82,11 @@ def _kind(tensor: Tensor) -> str:
     return "floating" if tensor.dtype in _FLOATS else str(tensor.dtype)
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's state without extra state, such as that of ``get_extra_state``."""
+    return {n: value for n, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
 def state_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Returns copies of everything that training could change in modules, by name.
 

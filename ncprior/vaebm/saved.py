@@ -19,6 +19,7 @@ from ncprior.saving.checks import (
     is_fingerprint,
     is_number,
 )
+from ncprior.saving.identity import heads_on
 from ncprior.saving.kinds import entry_of, is_custom
 from ncprior.saving.mixin import Pretrained
 from ncprior.source import LatentSource, device_of, require_source
@@ -127,7 +128,7 @@ def _heads_fingerprint(prior: NCPrior | None) -> str | None:
     """Fingerprint of an NCP prior: its heads, their strength, and which of them are in use."""
     if prior is None:
         return None
-    on = "".join(str(int(prior.is_on(k))) for k in range(len(prior.heads)))
+    on = "".join(str(int(is_on)) for is_on in heads_on(prior))
     return f"{module_fingerprint(prior.heads)}:{float(prior.strength)!r}:{on}"
 
 
