@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.source import (
     Group,
     LatentSource,

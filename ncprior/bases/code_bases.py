@@ -10,7 +10,7 @@ from ncprior.bases.code_network import CodeNetwork, fit_code_network
 from ncprior.bases.codes import CodeFrequencies, fit_code_frequencies
 from ncprior.bases.groups import group_data
 from ncprior.bases.rebase import without_bases
-from ncprior.data.stream import first_batch
+from ncprior.data.batches import first_batch
 from ncprior.distributions import num_categories_of
 from ncprior.source import (
     Group,

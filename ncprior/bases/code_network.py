@@ -23,7 +23,8 @@ from ncprior.bases.checks import contexts_by_row, require_fit, size_of
 from ncprior.bases.codes import checked_codes, event_codes
 from ncprior.bases.conditional import ConditionalBase
 from ncprior.bases.masked_conv import MaskedConvNet
-from ncprior.data.stream import Stream, split
+from ncprior.data.parts import split
+from ncprior.data.stream import Stream
 from ncprior.utils.optimise import minimise
 from ncprior.utils.require import (
     require_instance,

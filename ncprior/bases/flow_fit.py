@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ncprior.bases.checks import contexts_by_row, require_fit
 from ncprior.bases.flow import Conditional, Flow, flat_context, log_prob, spline_flow
 from ncprior.bases.groups import GroupData, group_data
-from ncprior.data.stream import Stream, split
+from ncprior.data.parts import split
+from ncprior.data.stream import Stream
 from ncprior.source import LatentSource, require_source
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (

@@ -27,7 +27,8 @@ from numpy.typing import ArrayLike
 from torch import Size, Tensor, nn
 
 from ncprior.bases.checks import own_floats, require_fit, size_of
-from ncprior.data.stream import Stream, split
+from ncprior.data.parts import split
+from ncprior.data.stream import Stream
 from ncprior.utils.optimise import minimise, standardise
 from ncprior.utils.require import (
     real_tensor,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from ncprior.data.batches import one_pass
 from ncprior.data.row_store import RowStore
-from ncprior.data.stream import one_pass
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.require import require_finite
 

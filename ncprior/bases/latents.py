@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of, require_source
 from ncprior.utils.batches import map_tensors
 from ncprior.utils.require import require_choice, require_counts, require_finite

@@ -17,7 +17,7 @@ def checked_batches(batches: Iterable[Any], device: torch.device | None = None) 
     """Yields batches, each after a check of its x, at the price of a synchronisation.
 
     Arguments:
-        batches: Batches, as :func:`~ncprior.data.stream.one_pass` returns them.
+        batches: Batches, as :func:`~ncprior.data.one_pass` returns them.
         device: Device that batches are moved to, or ``None`` to leave them where they are.
 
     Raises:

@@ -23,9 +23,10 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
+from ncprior.data.batches import one_pass
+from ncprior.data.generators import own_generators, own_generators_restored
 from ncprior.data.row_store import RowStore
 from ncprior.data.rows import RowData, Rows
-from ncprior.data.stream import one_pass, own_generators, own_generators_restored
 from ncprior.distributions import build, parameters
 from ncprior.source import (
     Group,

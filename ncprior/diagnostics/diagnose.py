@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ncprior.bases.active import measure_kl
-from ncprior.data.stream import first_batch, one_pass
+from ncprior.data.batches import first_batch, one_pass
 from ncprior.diagnostics.calibration import Mean, losses, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.missing import missing_jsd

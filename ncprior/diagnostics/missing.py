@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.diagnostics.calibration import Mean, losses
 from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head

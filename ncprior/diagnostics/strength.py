@@ -25,7 +25,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior

@@ -40,8 +40,8 @@ from huggingface_hub.utils import tqdm
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, log_prob_of_data
-from ncprior.data.stream import one_pass
 from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.heads.checks import naming_parts

@@ -35,8 +35,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, data_of
-from ncprior.data.stream import one_pass
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior

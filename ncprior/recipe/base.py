@@ -18,7 +18,7 @@ from ncprior.bases.latents import draws_of, latents_of
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import Rebased, rebase
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, first_group, has_prior

@@ -7,7 +7,7 @@ from typing import Any
 
 from ncprior._version import __version__
 from ncprior.bases.rebase import rebase
-from ncprior.data.stream import data_digest
+from ncprior.data.digest import data_digest
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ncprior.bases.joint import JointSource
+from ncprior.data.batches import first_batch
 from ncprior.data.encodings import walk_bytes
 from ncprior.data.rows import Rows
-from ncprior.data.stream import first_batch
 from ncprior.prior import NCPrior
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record

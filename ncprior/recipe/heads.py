@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ncprior.data.stream import first_batch
+from ncprior.data.batches import first_batch
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import walk_cache

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ncprior.bases.joint import JointSource
+from ncprior.data.batches import first_batch
 from ncprior.data.rows import column_names
-from ncprior.data.stream import first_batch
 from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
 from ncprior.recipe.base_file import saved_base

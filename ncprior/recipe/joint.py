@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ncprior.bases.joint import JointSource
-from ncprior.data.stream import first_batch
+from ncprior.data.batches import first_batch
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache

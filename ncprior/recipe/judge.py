@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ncprior.bases.joint import JointSource
+from ncprior.data.batches import first_batch, one_pass
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
-from ncprior.data.stream import Stream, first_batch, one_pass
+from ncprior.data.stream import Stream
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating
 from ncprior.heads.probe import more_heads

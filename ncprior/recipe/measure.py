@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ncprior._version import __version__
 from ncprior.bases.joint import JointSource
+from ncprior.data.batches import one_pass
+from ncprior.data.generators import own_generators_restored
 from ncprior.data.rows import column_names
-from ncprior.data.stream import one_pass, own_generators_restored
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.report import Report
 from ncprior.diagnostics.walks import evaluating

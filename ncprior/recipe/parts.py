@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ncprior.bases.empirical import NoPrior
 from ncprior.bases.joint import JointSource
 from ncprior.bases.rebase import Rebased, without_bases
+from ncprior.data.batches import first_batch, one_pass, require_rows_and_end
+from ncprior.data.parts import split
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
-from ncprior.data.stream import first_batch, one_pass, require_rows_and_end, split
 from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, GROUPS, OLD
 from ncprior.samplers.sir import sir

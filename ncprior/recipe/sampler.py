@@ -7,7 +7,7 @@ import time
 import warnings
 from functools import partial
 
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
 from ncprior.diagnostics.strength import match_strength

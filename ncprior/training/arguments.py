@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from ncprior.data.stream import data_digest, first_batch, iter_is_self, require_restartable
+from ncprior.data.batches import first_batch, iter_is_self
+from ncprior.data.digest import data_digest
+from ncprior.data.stream import require_restartable
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
 from ncprior.prior import NCPrior

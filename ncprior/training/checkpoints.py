@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ncprior.data.stream import Stream, own_generators
+from ncprior.data.generators import own_generators
+from ncprior.data.stream import Stream
 from ncprior.utils.random_state import is_generator_state, is_random_state
 
 Validators: TypeAlias = Mapping[str, Callable[[Any], bool]]  # by key: is its value valid?

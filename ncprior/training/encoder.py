@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ncprior.data.batches import first_batch, one_pass
 from ncprior.data.checked import checked_batches, data_of
 from ncprior.data.parts import with_held_out
-from ncprior.data.stream import Stream, first_batch, one_pass
+from ncprior.data.stream import Stream
 from ncprior.distributions import build
 from ncprior.samplers.target import supports_langevin
 from ncprior.source import Group, LatentSource, WrappedSource, device_of, require_source

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ncprior.data.batches import one_pass, require_rows_and_end
+from ncprior.data.parts import split
 from ncprior.data.rows import Rows, as_data, is_map_style
-from ncprior.data.stream import one_pass, require_rows_and_end, split
 from ncprior.heads.checks import naming_parts
 from ncprior.heads.product import ProductHead, factors
 from ncprior.prior import NCPrior

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncprior.data.batches import one_pass
+from ncprior.data.generators import own_generators, own_generators_restored
 from ncprior.data.rows import RowData, is_map_style
-from ncprior.data.stream import one_pass, own_generators, own_generators_restored
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
 from ncprior.source import contrastive_pairs, num_rows

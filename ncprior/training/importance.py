@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from ncprior.data.batches import first_batch, one_pass
 from ncprior.data.encodings import CachedEncodings, EncodedSource
 from ncprior.data.rows import Rows
-from ncprior.data.stream import first_batch, one_pass
 from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.source import device_of

@@ -16,7 +16,8 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from ncprior.data.device_loader import Loader
-from ncprior.data.stream import Stream, own_generators
+from ncprior.data.generators import own_generators
+from ncprior.data.stream import Stream
 from ncprior.saving.codec import pack, unpack
 from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.training.checkpoints import (

@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ncprior.data.batches import first_batch, one_pass
 from ncprior.data.device_loader import Loader
 from ncprior.data.encodings import CachedEncodings, epochs_to_cache
-from ncprior.data.stream import Stream, first_batch, one_pass
+from ncprior.data.stream import Stream
 from ncprior.heads.product import ProductHead, factors, fresh_head
 from ncprior.prior import NCPrior
 from ncprior.saving.identity import heads_on

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches
 from ncprior.data.device_loader import Loader
-from ncprior.data.stream import Stream, data_digest, one_pass, require_restartable
+from ncprior.data.digest import data_digest
+from ncprior.data.stream import Stream, require_restartable
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import identity_of
 from ncprior.saving.identity import facts_of_draws

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.rebase import Rebased
+from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, data_of
-from ncprior.data.stream import one_pass
 from ncprior.saving.identity import SIGMA
 from ncprior.source import LatentSource, WrappedSource, device_of, require_source, sample_posterior
 from ncprior.utils.require import described, require_counts, require_instance, require_numbers

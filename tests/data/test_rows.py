@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ncprior.data import Loader, Stream, first_batch, one_pass, split
+from ncprior.data.digest import data_digest
 from ncprior.data.rows import Rows
-from ncprior.data.stream import data_digest
 
 X = torch.arange(24.0).reshape(12, 2)
 

@@ -20,7 +20,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ncprior.data.stream import Stream, one_pass, split
+from ncprior.data.batches import one_pass
+from ncprior.data.parts import split
+from ncprior.data.stream import Stream
 from ncprior.utils.random_state import random_state, set_random_state
 
 ROWS = 10

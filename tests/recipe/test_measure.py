@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.bases import fit_gaussian, latents_of, rebase
-from ncprior.data.stream import own_generators_restored
+from ncprior.data.generators import own_generators_restored
 from ncprior.diagnostics import GroupReport, Report, Verdict, diagnose
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads.networks import MLPHead

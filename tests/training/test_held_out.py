@@ -109,7 +109,7 @@ class Endless(IterableDataset[Tensor]):
 
 
 def test_M8_endless_held_out_data_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ncprior.data.stream._MOST_ROWS", 1000)
+    monkeypatch.setattr("ncprior.data.batches._MOST_ROWS", 1000)
     for data in (Endless(), DataLoader(Endless(), 50)):
         prior = NCPrior(flat(), MLPHead((2,), width=8))
         with pytest.raises(ValueError, match="must have an end and at most 1000 rows"):

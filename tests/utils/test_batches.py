@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncprior.data.stream import one_pass
+from ncprior.data.batches import one_pass
 from ncprior.source import num_rows
 from ncprior.utils.batches import map_tensors, tensor_of, to_device
 

@@ -1,0 +1,192 @@
+"""Batches of data: one pass in order, an epoch in a shuffled order, or the first."""
+
+import math
+from collections.abc import Iterable, Iterator
+from operator import length_hint
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from ncprior.data.generators import own_generators_restored
+from ncprior.data.rows import RowData, as_data, is_map_style
+from ncprior.source import num_rows
+from ncprior.utils.batches import moved, to_device
+from ncprior.utils.random_state import random_state, seeded, set_random_state
+from ncprior.utils.require import require_counts
+
+_END = object()
+
+_MOST_ROWS = 2**17  # of held-out data without a length, which may be endless
+
+_AHEAD = 2  # batches, which are read from the disk while another one is in use
+
+
+def one_pass(
+    data: Any,  # noqa: ANN401
+    batch_size: int,
+    device: torch.device | None = None,
+) -> Iterable[Any]:
+    """Returns the batches of one pass over ``data`` without shuffling, every row once.
+
+    Arguments:
+        data: A tensor or map-style dataset; or a ``DataLoader`` or list of batches, taken as they
+            come.
+        batch_size: Rows per batch, where batches are made.
+        device: Device that batches are moved to, or ``None`` to leave them where they are.
+
+    Returns:
+        The batches; the pass can be repeated.
+
+    Raises:
+        TypeError: If the data is a one-shot iterator, or none of these.
+
+    Example:
+        >>> [len(batch) for batch in one_pass(torch.arange(10), 4)]
+        [4, 4, 2]
+    """
+    if device is not None:
+        return _OnDevice(one_pass(data, batch_size), device)
+    require_counts(batch_size=batch_size)
+    data = as_data(data)
+    if isinstance(data, Tensor | RowData):
+        return _InOrder(data, batch_size)
+    if is_map_style(data):
+        return DataLoader(data, int(batch_size), collate_fn=_collate)
+    if iter_is_self(data):
+        raise TypeError(
+            f"Held-out data is read many times; got a one-shot {type(data).__name__}. "
+            f"Pass a tensor, a dataset, a DataLoader or a list of batches."
+        )
+    return shuffled(data, batch_size)
+
+
+def shuffled(data: Any, batch_size: int) -> Iterable[Any]:  # noqa: ANN401
+    """Returns the batches of an epoch; rows of data with an index are shuffled anew each time."""
+    require_counts(batch_size=batch_size)
+    data, batch_size = as_data(data), int(batch_size)
+    has_rows = isinstance(data, Tensor | RowData)
+    if (has_rows or is_map_style(data)) and len(data) == 0:
+        return []
+    if has_rows:
+        return _Shuffled(data, batch_size)
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size, collate_fn=_collate)
+    if is_map_style(data):
+        size = min(batch_size, len(data))
+        return DataLoader(data, size, shuffle=True, drop_last=True, collate_fn=_collate)
+    batches: Iterable[Any] = data
+    return batches
+
+
+def iter_is_self(data: Any) -> bool:  # noqa: ANN401
+    """Returns whether an iterable is a one-shot iterator."""
+    return isinstance(data, Iterator)
+
+
+def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
+    """Returns the first batch of data; all random generators are left unchanged.
+
+    Arguments:
+        data: As for :func:`one_pass`.
+        batch_size: Rows per batch, where batches are made.
+
+    Raises:
+        ValueError: If the data has no rows.
+
+    Example:
+        >>> first_batch(torch.arange(10), 4)
+        tensor([0, 1, 2, 3])
+    """
+    batches = one_pass(data, batch_size)
+    outside = random_state()
+    try:
+        with own_generators_restored(batches):
+            batch = next(iter(batches), _END)
+    finally:
+        set_random_state(outside)
+    if batch is _END:
+        raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
+    return batch
+
+
+def require_rows_and_end(data: Any, batch_size: int) -> None:  # noqa: ANN401
+    """Validates that held-out data has rows and an end, by reading it if it has no length.
+
+    Raises:
+        ValueError: If it has no rows, or no length and more than 131,072 rows.
+    """
+    batches = one_pass(data, batch_size)
+    rows = length_hint(batches, -1)
+    if rows < 0:
+        rows = 0
+        with seeded(0), own_generators_restored(batches):
+            for batch in batches:
+                rows += num_rows(batch)
+                if rows > _MOST_ROWS:
+                    raise ValueError(
+                        f"Held-out data without a length must have an end and at most "
+                        f"{_MOST_ROWS} rows; got more. Pass fewer rows, or data with a length."
+                    )
+    if rows == 0:
+        raise ValueError("The held-out data has no batches. Pass at least one row.")
+
+
+class _InOrder:
+    """Batches in order, taken when they are asked for."""
+
+    def __init__(self, data: Tensor | RowData, batch_size: int) -> None:
+        self.data, self.batch_size = data, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self.data), self.batch_size):
+            last = first + self.batch_size
+            if isinstance(self.data, RowData):
+                end = max(last, min(last + self.batch_size, len(self.data)))
+                self.data.prefetch(torch.arange(last, end, device="cpu"))
+            yield self.data[first:last]
+
+
+class _OnDevice:
+    """Batches on a device, moved there one at a time."""
+
+    def __init__(self, batches: Any, device: torch.device) -> None:  # noqa: ANN401
+        self.batches, self.device = batches, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (to_device(batch, self.device) for batch in self.batches)
+
+
+class _Shuffled:
+    """Shuffled batches of rows; the last, smaller one is left out unless it is the only."""
+
+    def __init__(self, data: Tensor | RowData, batch_size: int) -> None:
+        self.data, self.batch_size = data, min(batch_size, len(data))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = moved(torch.randperm(len(self.data), device="cpu"), self.data.device)
+        batches = rows[: len(rows) // self.batch_size * self.batch_size].split(self.batch_size)
+        for i, batch in enumerate(batches):
+            if isinstance(self.data, RowData):  # all that are ahead at first, then one at a time
+                for later in batches[i + _AHEAD if i else 1 : i + _AHEAD + 1]:
+                    self.data.prefetch(later)
+            yield self.data[batch]
+
+
+def _collate(rows: list[Any]) -> Any:  # noqa: ANN401
+    """Returns a batch of rows, as a ``DataLoader`` makes it by default."""
+    try:
+        return default_collate(rows)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"Rows of a dataset must be tensors, arrays or numbers of one shape; they make no "
+            f"batch: {error}. Pass a DataLoader with a collate_fn, or, for a dataset that yields "
+            f"whole batches, DataLoader(dataset, batch_size=None)."
+        ) from error
