@@ -178,7 +178,7 @@ def main() -> None:
         f"\npythae VAE on {name}, {settings.latents} latents; M = {options.proposals}; "
         f"{options.generations} generations of {settings.num_samples} samples, "
         f"{settings.num_features} features; 95 % intervals, for one training.\n"
-        f"\n{'prior':<16} {'distance':>8}   prior hole closed\n"
+        f"\n{'prior':<16} {'distance':>8}   gap closed\n"
         f"{'N(0, I)':<16} {first.d_base:>8.2f}   0 %"
     )
     for prior, result in results.items():

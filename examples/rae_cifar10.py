@@ -207,7 +207,7 @@ def main() -> None:
     print(
         f"\nRAE's VAE at width {options.width}, {vae_steps} steps; M = {proposals}; 5 generations "
         f"of {num_samples} samples, {num_features} features; 95 % intervals, for one training.\n"
-        f"\n{'prior':<15} {'distance':>8}   prior hole closed\n"
+        f"\n{'prior':<15} {'distance':>8}   gap closed\n"
         f"{'N(0, I)':<15} {first.d_base:>8.2f}   {percent(0, 0, 0).split('(')[0]}"
     )
     for name, result in results.items():

@@ -224,8 +224,8 @@ def _add_demo(new: _New) -> None:
     demo = new(
         "demo",
         help="train a small VAE on digits and close its prior hole",
-        description="Trains a small VAE on real digits, measures its prior hole, and trains a "
-        "ratio head on the frozen VAE. Writes pictures of samples, a report and the trained head.",
+        description="Trains a small VAE on real digits, measures its prior hole, and improves its "
+        "prior. Writes pictures of samples, a report, the VAE and the new prior.",
         epilog=_help_texts.DEMO,
     )
     demo.add_argument(
@@ -245,8 +245,8 @@ def _add_improve(new: _New) -> None:
     improve = new(
         "improve",
         help="find a better prior for your VAE, with a report",
-        description="Chooses a base, trains heads on it, chooses a sampler, and measures what it "
-        "brought. Every choice is printed with its numbers.",
+        description="Chooses a base, trains heads on it, chooses a sampler, and measures how much "
+        "better the new prior is. Every choice is printed with its numbers.",
         epilog=_help_texts.IMPROVE,
     )
     improve.add_argument("source", metavar="WHERE:NAME", help="the VAE, a source")
@@ -256,7 +256,7 @@ def _add_improve(new: _New) -> None:
     improve.add_argument("--budget", type=int, default=50, metavar="N", help=words)
     words = "time for all of it; default: until nothing improves"
     improve.add_argument("--max-seconds", type=float, metavar="S", help=words)
-    _add_out(improve, "ncprior")
+    _add_out(improve, "my-prior")
     _add_seed(improve, "all random numbers")
     improve.set_defaults(run=_improve, kept="checkpoints")
 
@@ -272,7 +272,7 @@ def _add_report(new: _New) -> None:
     _add_object(report, "--source", "the VAE, a source", required=True)
     _add_object(report, "--data", "held-out data", required=True)
     _add_object(report, "--train", "training data, to measure more of the gap")
-    words = "evaluations of each head per sample; default: %(default)s"
+    words = "proposals in the diagnosis, and of SIR if no sampler was saved; default: %(default)s"
     report.add_argument("--budget", type=int, default=500, metavar="N", help=words)
     words = "the page; default: %(default)s"
     report.add_argument("--out", type=Path, default=Path("report.html"), help=words)

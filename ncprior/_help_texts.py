@@ -6,13 +6,13 @@ Better priors for pretrained VAEs by noise contrastive estimation.
 Examples:
   ncprior demo                            train and improve a small VAE of digits, a minute or two
   ncprior demo --data mnist               the same on MNIST, some minutes
-  ncprior improve my_vae.py:source --data my_vae.py:data --out my-prior
+  ncprior improve my_vae.py:source --data my_vae.py:x_train
                                           find a better prior for your VAE
-  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
+  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:x_test
                                           measure the quality of the heads of a saved prior
   ncprior sample my-prior --source my_vae.py:source -n 1000 --out samples
                                           draw samples into files; run it again to go on
-  ncprior report my-prior --source my_vae.py:source --data my_vae.py:held_out
+  ncprior report my-prior --source my_vae.py:source --data my_vae.py:x_test
                                           write a page with pictures and measurements
   ncprior inspect user/my-prior           show the configuration of a saved prior
 
@@ -27,21 +27,20 @@ Examples:
 
 IMPROVE = """\
 The VAE and the data are your Python objects, given as FILE.py:NAME or MODULE:NAME. The VAE is a
-LatentSource. The data are a tensor, an array or table of numbers, a dataset or a DataLoader, or a
-function without arguments that returns one.
+LatentSource. The data are a tensor, an array or table of numbers, a dataset or a DataLoader. Both
+can also be functions without arguments that return the object.
 
-Example my_vae.py:
+Example my_vae.py, with vae, base and posterior as in the README:
 
-    source = SingleGroup(prior, posterior, vae.decode, module=vae)
-    def data():
-        return torch.load("train.pt", weights_only=True)
+    source = SingleGroup(base, posterior, vae.decode, module=vae)
+    x_train = torch.load("train.pt", weights_only=True)
 
 The folder gets the heads with their base and sampler, a model card, and report.html. If the command
 was interrupted, run it again: it goes on.
 
 Examples:
-  ncprior improve my_vae.py:source --data my_vae.py:data
-  ncprior improve my_vae.py:source --data my_vae.py:data --budget 500 --max-seconds 600 --out my-prior
+  ncprior improve my_vae.py:source --data my_vae.py:x_train
+  ncprior improve my_vae.py:source --data my_vae.py:x_train --budget 500 --max-seconds 600 --out best
   ncprior sample my-prior --source my_vae.py:source -n 1000
 """
 
@@ -49,9 +48,9 @@ REPORT = """\
 The VAE and the data are your Python objects, as for `ncprior diagnose`.
 
 Examples:
-  ncprior report my-prior --source my_vae.py:source --data my_vae.py:held_out
+  ncprior report my-prior --source my_vae.py:source --data my_vae.py:x_test
   ncprior report my-prior --source my_vae.py:source --data my_vae.py:x_test --train my_vae.py:x_train
-  ncprior report user/my-prior --source my_vae.py:source --data my_vae.py:held_out --out page.html
+  ncprior report user/my-prior --source my_vae.py:source --data my_vae.py:x_test --out page.html
 """
 
 DIAGNOSE = """\
@@ -61,15 +60,14 @@ dataset or a DataLoader. NAME can also be a function without arguments that retu
 file is imported, so its code runs as with `python FILE.py`; a module is also looked for in the
 working folder. No code from PATH_OR_REPO is run.
 
-Example my_vae.py:
+Example my_vae.py, with vae, base and posterior as in the README:
 
-    source = SingleGroup(prior, posterior, vae.decode, module=vae)
-    def held_out():
-        return torch.load("held_out.pt", weights_only=True)
+    source = SingleGroup(base, posterior, vae.decode, module=vae)
+    x_test = torch.load("test.pt", weights_only=True)
 
 Examples:
-  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:held_out
-  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:held_out \\
+  ncprior diagnose my-prior --source my_vae.py:source --data my_vae.py:x_test
+  ncprior diagnose user/my-prior --source my_vae.py:source --data my_vae.py:x_test \\
       --plot report.png
 """
 
@@ -80,7 +78,7 @@ No code from PATH_OR_REPO is run.
 
 Samples are drawn by the sampler that was saved with the prior:
 
-    prior.sampler = recommend_sampler(diagnose(prior, held_out), budget=50).sampler
+    prior.sampler = recommend_sampler(diagnose(prior, x_test), budget=50).sampler
     prior.save_pretrained("my-prior")
 
 The folder has one safetensors file per part, with the samples x and their latents z_0, z_1, …

@@ -14,7 +14,7 @@ import yaml
 from helpers.reports import improvement
 
 import ncprior
-from ncprior import fit
+from ncprior import fit, training
 from ncprior.diagnostics import Verdict
 from ncprior.recipe import judge
 
@@ -88,10 +88,38 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ncprior, "fit", briefly)
     monkeypatch.setattr(ncprior, "improve", improved_briefly)
     monkeypatch.setattr(judge, "_STEPS", 50)
+    monkeypatch.setattr(training, "fit_encoder", partial(training.fit_encoder, steps=20))
     namespace: dict[str, object] = {}
     if "<!-- test-after README.md -->" in text:
         namespace = run(first_snippets(README, 2), str(ROOT / "README.md"))
     run(text, str(ROOT / page), namespace)
+
+
+def hidden_imports(text: str) -> set[str]:
+    """Names that visible snippets use, and that only a hidden setup imports."""
+    found: dict[str, set[str]] = {"hidden": set(), "shown": set(), "used": set()}
+    hidden = {
+        above for above, _ in blocks(re.sub(r"^```python$", "```py", text, flags=re.MULTILINE))
+    }
+    for above, code in blocks(text):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+                found["hidden" if above in hidden else "shown"] |= names
+            elif isinstance(node, ast.Name) and above not in hidden:
+                found["used"].add(node.id)
+    return found["hidden"] & found["used"] - found["shown"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_readers_see_the_imports_that_snippets_need(page: str) -> None:
+    assert not hidden_imports(TEXTS[page])
+
+
+def test_hidden_imports_are_noticed() -> None:
+    page = "<!-- test-setup\nimport torch\nimport math\n-->\n```python\ntorch.ones(1)\n```\n"
+    assert hidden_imports(page) == {"torch"}
+    assert not hidden_imports(page.replace("torch.ones", "import torch\ntorch.ones"))
 
 
 def test_the_runner_of_snippets_runs_them() -> None:

@@ -113,7 +113,7 @@ def run_demo(
 
     Example:
         >>> run_demo(out="ncprior-demo")["summary"]  # doctest: +SKIP
-        'prior hole closed: 97 % (94–101), 64 s'
+        'gap in samples closed: 97 % (93–101), 114 s'
     """
     started = time.time() if started is None else started
     require_choice("data", data, _SETTINGS)

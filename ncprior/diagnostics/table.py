@@ -17,7 +17,7 @@ LEGEND = (
     "Calibrated: slope 1, and E_q[D] + E_p[D] = 1. E_p[r] and E_q[1/r] are followed by the shape k "
     "of their Pareto tail; in parentheses, where k is above 0.7, they are unreliable. KL is E_q[log r], "
     "or with ≥ a lower bound; needed with > is one too. JSD and KL measure what the head knows, so "
-    "JSD is a lower bound: missed is the part of the JSD that a fresh head still finds."
+    "JSD is a lower bound: missing is the part of the JSD that a fresh head still finds."
 )
 
 
@@ -102,7 +102,7 @@ def _columns(low: int, high: int) -> list[_Column]:
         _Column("ESS of", f"{low}/{high}", lambda g: _per(g.ess)),
         _Column("log Z", "nats", lambda g: _number(g.log_z, 2)),
         _Column("needed", "M", lambda g: ">" * g.needs_more + _number(g.proposals_needed, 0)),
-        _Column("missed", "JSD", lambda g: _number(g.missing, 3), optional=True),
+        _Column("missing", "JSD", lambda g: _number(g.missing, 3), optional=True),
         _Column("train", "gap", lambda g: _number(g.train_gap, 3), optional=True),
     ]
 

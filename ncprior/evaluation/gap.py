@@ -59,7 +59,7 @@ class GapClosed(NamedTuple):
 
     def __str__(self) -> str:
         value, low, high = (f"{100 * x:.0f}" for x in (self.gap_closed, self.low, self.high))
-        text = f"prior hole closed: {value} % ({low}–{high})"
+        text = f"gap in samples closed: {value} % ({low}–{high})"
         return f"{text}; {self.copies['ours']}" if self.copies else text
 
 

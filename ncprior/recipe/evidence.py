@@ -102,7 +102,7 @@ def groups(report: Report | None) -> Html:
         shown.sort(key=lambda g: (g.verdict in _IDLE, -g.proposals_needed))
     low, high = report.num_proposals
     titles = ["proposals needed", f"ESS of {low:,}", f"ESS of {high:,}", "JSD, nats", "KL, nats"]
-    titles += ["slope", "missed JSD", "train gap"]
+    titles += ["slope", "missing JSD", "train gap"]
     head = [element("th", title, scope="col") for title in ("group", "verdict")]
     head += [element("th", title, class_="number", scope="col") for title in titles]
     table = element(

@@ -68,8 +68,9 @@ def improve(
       with a quarter of the budget each. It is kept if that brings draws closer to held-out encodings
       than the whole budget without it.
 
-    Each of these functions can be called on its own instead. No choice looks at decoded samples,
-    but for the joint head, which sees the decoder's means.
+    Each of these functions can be called on its own instead. With several groups, and neither a
+    condition nor codes, the joint head and the last choice compare means of the decoder. All other
+    choices compare latents.
 
     Arguments:
         source: The VAE.

@@ -286,8 +286,8 @@ def verdict(gaps: Mapping[str, Gap]) -> str:
 def in_words(before: Mean, after: Mean) -> str:
     """The part of the divergence that is gone, in words; before and after in nats."""
     found = (
-        f"A classifier that tells draws from encodings of held-out data found {before.value:.3f} "
-        f"nats (Jensen-Shannon) before, and {after.value:.3f} nats now."
+        f"Between samples of the prior and encodings of held-out data, a classifier measured a "
+        f"Jensen-Shannon divergence of {before.value:.3f} nats before, and {after.value:.3f} nats now."
     )
     if before.value <= 2 * before.error:
         return f"No prior hole was found. {found}"

@@ -109,7 +109,7 @@ def test_the_result_is_whole_and_consistent(run: tuple[dict[str, Any], Path]) ->
     assert result["classifier_accuracy"] > 0.5
     low, value, high = (f"{100 * result[f'gap_closed{end}']:.0f}" for end in ("_low", "", "_high"))
     seconds = f"{result['seconds']:.0f} s"
-    assert result["summary"] == f"prior hole closed: {value} % ({low}–{high}), {seconds}"
+    assert result["summary"] == f"gap in samples closed: {value} % ({low}–{high}), {seconds}"
 
 
 def test_the_pictures_are_pictures(run: tuple[dict[str, Any], Path]) -> None:

@@ -48,7 +48,7 @@ def test_gap_closed_is_a_ratio_of_mean_distances_to_the_full_reference() -> None
 def test_gap_closed_in_words() -> None:
     none = torch.empty(0)
     result = GapClosed(0.934, 0.8751, 0.9702, 247.0, 17.7, 33.0, none, none)
-    assert str(result) == "prior hole closed: 93 % (88–97)"
+    assert str(result) == "gap in samples closed: 93 % (88–97)"
 
 
 def test_gap_closed_shows_near_copies_beside_the_gap() -> None:
