@@ -56,7 +56,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "ncprior demo --data mnist" in out  # an example of every command
-    assert "Example my_vae.py:" in out
+    assert "Example my_vae.py, with vae, base and posterior as in the README:" in out
     assert "ncprior sample my-prior --source my_vae.py:source -n 1000 --out samples" in out
     assert "run it again: it draws the missing parts only" in out
 

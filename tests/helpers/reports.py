@@ -71,7 +71,7 @@ def improvement(num_groups: int = 1, samples: dict[str, Tensor] | None = None) -
     clouds = (torch.randn(400, 5), near, near + 0.05, ring)
     first = history(num_groups)
     return Improvement(
-        verdict="Prior hole closed: 93 %. Between samples of the prior and encodings of held-out data, a classifier measured a Jensen-Shannon divergence of 0.410 nats before, and 0.030 nats now.",
+        verdict="Prior hole closed: 93 %. A classifier measured 0.41 nats before, and 0.03 nats now.",
         scores=dict(
             zip(ARMS, (Score(0.41, 0.39, 0.43), Score(0.1), Score(0.03, 0.01, 0.05)), strict=False)
         ),
