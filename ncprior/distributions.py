@@ -44,7 +44,8 @@ class PointMass(Distribution):
     Arguments:
         z: The point, with shape ``(B, *event)``.
         log_q: Log-density in nats of the distribution from which z was drawn, with shape ``(B,)``;
-            0 by default, the log-probability of a z that was not drawn.
+            by default 0 for codes, the log-probability of a z that was not drawn, and NaN for real
+            z, where a point has no density.
         validate_args: Changes nothing, as z and log_q are always validated.
 
     Raises:
@@ -70,7 +71,8 @@ class PointMass(Distribution):
         if validate_args is not None:
             require_flags(validate_args=validate_args)
         if log_q is None:
-            log_q = torch.zeros(z.shape[:1], device=z.device)
+            known = 0.0 if isinstance(z, Tensor) and not z.is_floating_point() else math.nan
+            log_q = torch.full(z.shape[:1], known, device=z.device)
         require_instance("log_q", log_q, Tensor, "Pass a log-density for each row of z.")
         if z.ndim < 1 or log_q.shape != z.shape[:1]:
             raise ValueError(
@@ -79,6 +81,11 @@ class PointMass(Distribution):
             )
         self.z, self.log_q = z, log_q
         super().__init__(z.shape[:1], z.shape[1:], validate_args=False)
+
+    @property
+    def has_density(self) -> bool:
+        """Whether log q is known: for codes, and where log_q was given."""
+        return not bool(self.log_q.isnan().any())
 
     @property
     def support(self) -> constraints.Constraint:
@@ -280,6 +287,11 @@ class _DistributionRows(Distribution):
     def __init__(self, prior: Distribution, batch_size: int) -> None:
         super().__init__(Size((batch_size,)), prior.event_shape, validate_args=False)
         self.prior = prior
+
+    @property
+    def has_density(self) -> bool:
+        """Whether log q is known: for codes, and where log_q was given."""
+        return not bool(self.log_q.isnan().any())
 
     @property
     def support(self) -> Any:  # noqa: ANN401

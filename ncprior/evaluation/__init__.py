@@ -3,8 +3,9 @@
 from ncprior.evaluation.auroc import AUROC, auroc, auroc_gain
 from ncprior.evaluation.bounds import Bounds, bounds
 from ncprior.evaluation.copies import NearCopies, near_copies
+from ncprior.evaluation.estimates import Gain, Likelihood
 from ncprior.evaluation.gap import GapClosed, GapDifference, gap_closed, gap_difference
-from ncprior.evaluation.likelihood import Gain, Likelihood, log_likelihood
+from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.metrics import (
     Features,
     PrecisionRecall,

@@ -8,7 +8,9 @@ r"""Two-sided estimates of log E w, in nats, from S importance weights w_s ≥ 0
   average. The distribution of such blocks is that of the given blocks, reweighted by :math:`\hat
   w_b`. Therefore :math:`\sum_b \hat w_b \log \hat w_b \,/\, \sum_b \hat w_b` is too large on
   average for many blocks; for four blocks its bias is about twice as large as that of the lower
-  bound.
+  bound. It is at least the lower bound, and at most log 4 above it. So it can be too large only where
+  the effective sample size is large: where few of the weights are nearly all, log E w can be any
+  number of nats above both.
 
 References:
     | Importance Weighted Autoencoders (Burda et al., ICLR 2016)
@@ -82,8 +84,9 @@ def bounds(log_w: Tensor) -> Bounds:
     # log-mean without w_s = log-mean + log(1 - w_s / Σ w) + log(S / (S - 1))
     fraction = (log_w - log_w.logsumexp(0)).exp().nan_to_num(0.0).clamp(max=1 - 1e-12)
     without = torch.log1p(-fraction) + math.log(count / (count - 1))
-    blocks = torch.stack([_log_mean(block) for block in log_w.tensor_split(BLOCKS)])
-    weights = blocks.softmax(0)
+    parts = log_w.tensor_split(BLOCKS)
+    blocks = torch.stack([_log_mean(part) for part in parts])
+    weights = torch.stack([part.logsumexp(0) for part in parts]).softmax(0)
     upper = torch.where(weights > 0, weights * blocks, 0.0).sum(0)  # 0 log 0 = 0
     upper = torch.where(lower.isneginf(), lower, upper)
     return Bounds(lower, lower - (count - 1) * without.mean(0), upper)

@@ -33,20 +33,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Size, Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, log_prob_of_data
-from ncprior.evaluation.bounds import BLOCKS, Bounds, bounds
+from ncprior.distributions import PointMass
+from ncprior.evaluation.bounds import BLOCKS, bounds
+from ncprior.evaluation.estimates import Likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.heads.checks import naming_parts
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
+from ncprior.samplers.proposals import is_same_density
 from ncprior.source import (
     Group,
     LatentSource,
@@ -56,6 +59,7 @@ from ncprior.source import (
     require_source,
     visit,
 )
+from ncprior.training.particles import ess_of
 from ncprior.utils.batches import tile_rows
 from ncprior.utils.draws import drawn, sample_and_log_prob
 from ncprior.utils.precision import in_float64
@@ -63,110 +67,6 @@ from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_flags, require_instance
 from ncprior.utils.trees import same
 from ncprior.utils.visible import require_eval
-
-
-class Gain(NamedTuple):
-    """Mean difference of log p(x) between two models, with its standard error over x, in nats.
-
-    Attributes:
-        value: The mean difference, in nats.
-        error: Its standard error, in nats.
-
-    Example:
-        >>> print(Gain(2.0, 0.05))
-        +2.00 ± 0.10 nats
-    """
-
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        """Shows the gain with its 95 % interval."""
-        return f"{self.value:+.2f} ± {1.96 * self.error:.2f} nats"
-
-
-class Likelihood(NamedTuple):
-    """Estimates of log p(x) under one model, one per row.
-
-    Attributes:
-        model: ``"base"``, ``"SIR(M)"`` with its M, or ``"NCP"``.
-        normalisation: ``"local"``, group by group, or ``"global"``.
-        lower: The lower bound, on average at most log p(x), in nats, with shape ``(N,)``. Under NCP
-            it is one only if log Z comes from exact draws, see :func:`ncprior.evaluation.log_normaliser`.
-        estimate: The jackknife estimate, in nats, with shape ``(N,)``.
-        upper: The upper estimate, in nats, with shape ``(N,)``.
-        num_samples: S, the draws of z per row.
-        num_pools: L, the pools of proposals; 0 if none are drawn.
-        seed: Seed of torch's generator in the run.
-
-    Example:
-        >>> x = torch.tensor([-85.0, -83.0])
-        >>> print(Likelihood("base", "local", x - 0.1, x, x + 0.1, 100, 0, 0))
-        base: NLL 83.90 to 84.10 nats (± 1.96 over 2 rows); S = 100, seed 0
-    """
-
-    model: str
-    normalisation: str
-    lower: Tensor
-    estimate: Tensor
-    upper: Tensor
-    num_samples: int
-    num_pools: int
-    seed: int
-
-    @property
-    def nll_lower(self) -> float:
-        """Mean negative log-likelihood over the rows, from below, in nats."""
-        return -self.upper.mean().item()
-
-    @property
-    def nll_upper(self) -> float:
-        """Mean negative log-likelihood over the rows, from above on average, in nats."""
-        return -self.lower.mean().item()
-
-    def bits_per_dim(self, num_dims: int) -> tuple[float, float]:
-        """Returns ``nll_lower`` and ``nll_upper`` in bits per dimension of x.
-
-        Example:
-            >>> x = torch.tensor([-8.0 * math.log(2.0)], dtype=torch.float64)
-            >>> Likelihood("base", "local", x, x, x, 8, 0, 0).bits_per_dim(8)
-            (1.0, 1.0)
-        """
-        require_counts(num_dims=num_dims)
-        unit = num_dims * math.log(2)
-        return self.nll_lower / unit, self.nll_upper / unit
-
-    def gain_over(self, other: Likelihood) -> Gain:
-        """Paired difference of the lower bounds to those of another model on the same rows.
-
-        Raises:
-            TypeError: If the other is not a :class:`Likelihood`.
-            ValueError: If it is of another number of rows.
-
-        Example:
-            >>> found = log_likelihood(prior, x, num_samples=8, num_proposals=5)
-            >>> print(found["sir"].gain_over(found["base"]))  # a new head: r = 1
-            +0.00 ± 0.00 nats
-        """
-        require_instance("other", other, Likelihood, "Pass a result of log_likelihood.")
-        if len(self.lower) != len(other.lower):
-            raise ValueError(
-                f"A paired difference needs estimates of the same rows; got {len(self.lower)} and "
-                f"{len(other.lower)} rows."
-            )
-        difference = self.lower - other.lower
-        return Gain(difference.mean().item(), _standard_error(difference))
-
-    def __str__(self) -> str:
-        """Shows the range of the negative log-likelihood and its settings in one line."""
-        error = 1.96 * _standard_error(self.estimate)
-        pools = f", L = {self.num_pools}" if self.num_pools else ""
-        kind = "" if self.model == "base" else f", {self.normalisation}ly normalised"
-        return (
-            f"{self.model}{kind}: NLL {self.nll_lower:.2f} to {self.nll_upper:.2f} nats "
-            f"(± {error:.2f} over {len(self.lower)} rows); S = {self.num_samples}{pools}, "
-            f"seed {self.seed}"
-        )
 
 
 @torch.no_grad()
@@ -209,9 +109,9 @@ def log_likelihood(
 
     Raises:
         ValueError: If the source has no method ``likelihood``, a number is out of range, the data
-            has no rows or NaN, the VAE is in training mode, or ``share_pools`` is set and a group
-            has a context.
-        TypeError: If a prior has no density, the data can be read only once, or an argument has
+            has no rows or NaN, the VAE is in training mode, or ``share_pools`` is set and p(z) of
+            a group differs between rows.
+        TypeError: If a prior or a posterior has no density, the data can be read only once, or an argument has
             the wrong type.
         FloatingPointError: If a weight is NaN or infinite.
 
@@ -246,26 +146,35 @@ def log_likelihood(
     log_weights = _Weights(source, heads, *pools, chunk_size, sums_on)
     batches = tqdm(one_pass(data, batch_size), desc="log p(x)", disable=not progress)
     seed = torch.initial_seed()
-    columns: list[list[Bounds]] = [[], [], []]
+    columns: list[list[Tensor]] = [[], [], []]
     with naming_parts(source, None if heads is None else heads.heads):
         for batch in checked_batches(batches, device):
             for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
-                column.append(bounds(log_w))
-    base, sir, ncp = (Bounds(*map(torch.cat, zip(*column, strict=True))) for column in columns)
-    found = {"base": Likelihood("base", "local", *base, num_samples, 0, seed)}
+                column.append(torch.stack([*bounds(log_w), ess_of(log_w.mT)]))
+    base, sir, ncp = (torch.cat(column, 1) for column in columns)
+    made = partial(_likelihood, num_samples=num_samples, seed=seed)
+    found = {"base": made("base", "local", base)}
     if num_proposals is not None:
-        model = f"SIR({num_proposals})"
-        found["sir"] = Likelihood(model, "local", *sir, num_samples, num_pools, seed)
+        found["sir"] = made(f"SIR({num_proposals})", "local", sir, num_pools=num_pools)
     if log_z is not None:
-        ncp = _normalised(ncp, log_z)
-        found["ncp"] = Likelihood("NCP", "global", *ncp, num_samples, 0, seed)
+        constants = (log_z.upper, 0.5 * (log_z.lower + log_z.upper), log_z.lower, 0.0)
+        ncp = ncp - ncp.new_tensor(constants)[:, None]  # the upper end from the lower bound
+        found["ncp"] = made("NCP", "global", ncp, log_z=log_z)
     return found
 
 
-def _normalised(of: Bounds, log_z: LogZ) -> Bounds:
-    """Subtracts log Z: its upper end from the lower bound, its lower from the upper estimate."""
-    middle = 0.5 * (log_z.lower + log_z.upper)
-    return Bounds(of.lower - log_z.upper, of.estimate - middle, of.upper - log_z.lower)
+def _likelihood(
+    model: str,
+    normalisation: str,
+    found: Tensor,
+    *,
+    num_pools: int = 0,
+    **numbers: Any,  # noqa: ANN401
+) -> Likelihood:
+    lower, estimate, upper, ess = found
+    return Likelihood(
+        model, normalisation, lower, estimate, upper, ess, num_pools=num_pools, **numbers
+    )
 
 
 @dataclass(frozen=True)
@@ -310,26 +219,35 @@ class _Weights:
                     f"The likelihood needs log p(z); the prior {type(group.prior).__name__} of "
                     f"group {k} can only be sampled."
                 )
-            z, log_q = sample_and_log_prob(posterior_of(group))
+            z, log_q = sample_and_log_prob(_with_density(k, posterior_of(group)))
             log_w.add_(in_float64(group.prior.log_prob(z) - log_q))
             if self.prior is not None and self.prior.is_on(k):
+                self._require_shareable(k, group, group.prior.log_prob, z)
                 log_r = partial(_log_r, self.prior, k, group.context)
                 own = log_r(z[None])[0]
                 log_w[2] += own
                 if self.num_proposals is not None:
-                    log_w[1] += self._sir(k, group, log_r, own, self.num_proposals)
+                    log_w[1] += self._sir(group, log_r, own, self.num_proposals)
             return z
 
         _, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
         return log_w + in_float64(log_prob_of_data(self.source.likelihood(state), x))
 
-    def _sir(self, k: int, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
+    def _require_shareable(self, k: int, group: Group, log_p: LogRatio, z: Tensor) -> None:
+        if not self.share_pools or self.num_proposals is None:
+            return
+        if group.context is not None:
+            reason = "has a context, on which its proposals may depend"
+        elif not is_same_density(log_p, z[None]):
+            reason = "has a prior that differs between rows"
+        else:
+            return
+        raise ValueError(
+            f"Group {k} {reason}: they cannot share proposals. Pass share_pools=False."
+        )
+
+    def _sir(self, group: Group, log_r: LogRatio, own: Tensor, m: int) -> Tensor:
         """Logarithm of an unbiased estimate of p_SIR / p at z with log-ratio ``own``, (B,)."""
-        if self.share_pools and group.context is not None:
-            raise ValueError(
-                f"Group {k} has a context, on which its proposals may depend: they cannot be "
-                f"shared. Pass share_pools=False."
-            )
         estimates = []
         for _ in range(self.num_pools):
             total = own
@@ -349,11 +267,16 @@ class _Weights:
             yield drawn(group.prior, Size((min(at_once, count - first),)))
 
 
+def _with_density(k: int, posterior: Distribution) -> Distribution:
+    inner = posterior.base_dist if isinstance(posterior, Independent) else posterior
+    if isinstance(inner, PointMass) and not inner.has_density:
+        raise TypeError(
+            f"The likelihood needs log q(z | x); the posterior of group {k} is a point without a "
+            f"density. Give the encoder noise, or pass PointMass(z, log_q)."
+        )
+    return posterior
+
+
 def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
     """α log r in nats, in float64."""
     return in_float64(prior.strength * prior.log_r(k, z, context))
-
-
-def _standard_error(values: Tensor) -> float:
-    """Standard error of the mean; NaN for one value."""
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -92,16 +92,21 @@ class LogZ(NamedTuple):
         return self.reverse.mean().item()
 
     @property
+    def upper_error(self) -> float:
+        """Standard error of ``upper``, in nats."""
+        return (self.reverse.std() / math.sqrt(len(self.reverse))).item()
+
+    @property
     def std(self) -> float:
         """Standard deviation of one forward estimate, in nats; at most 0.23 in the paper."""
         return self.forward.std().item()
 
     def __str__(self) -> str:
         """Shows the range of log Z in one line."""
-        error = [(t.std() / math.sqrt(len(t))).item() for t in (self.forward, self.reverse)]
+        error = self.std / math.sqrt(len(self.forward))
         return (
-            f"log Z between {self.lower:.3f} ± {error[0]:.3f} and {self.upper:.3f} ± "
-            f"{error[1]:.3f} nats (std {self.std:.3f} over {len(self.forward)} replicates)"
+            f"log Z between {self.lower:.3f} ± {error:.3f} and {self.upper:.3f} ± "
+            f"{self.upper_error:.3f} nats (std {self.std:.3f} over {len(self.forward)} replicates)"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -70,16 +71,26 @@ def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None
         ValueError: If rows differ, or a prior without density may differ between rows; let every
             row have its own proposals.
     """
-    points = z[0, :_POINTS, None].expand(-1, z.shape[1], *z.shape[2:])
+    points = _points(z)
     log_prob = getattr(prior, "log_prob", None)
     if log_prob is None and not is_expanded(prior):
         _raise_not_shareable(
             f"the prior {type(prior).__name__} can only be sampled: its rows cannot be compared"
         )
-    if log_prob is not None and not _equal_rows(log_prob(points)):
+    if log_prob is not None and not is_same_density(log_prob, z):
         _raise_not_shareable("p(z) differs between rows")
     if not _equal_rows(checked(log_ratio(points), points.shape[:2])):
         _raise_not_shareable("log r(z) differs between rows, as it depends on a context")
+
+
+def is_same_density(log_prob: Callable[[Tensor], Tensor], z: Tensor) -> bool:
+    """Returns whether log p is the same for all rows, at some z of shape ``(M, B, *event)``."""
+    return _equal_rows(log_prob(_points(z)))
+
+
+def _points(z: Tensor) -> Tensor:
+    """Some proposals, each given to all rows."""
+    return z[0, :_POINTS, None].expand(-1, z.shape[1], *z.shape[2:])
 
 
 def _equal_rows(values: Tensor) -> bool:

@@ -87,3 +87,18 @@ def test_one_weight_in_float32_leaves_the_estimate_finite() -> None:
     log_w[3] = 20.0
     assert all(found.isfinite().all() for found in bounds(log_w))
     assert torch.equal(bounds(log_w).estimate, bounds(log_w.double()).estimate)
+
+
+@pytest.mark.parametrize("count", [8, 9, 11, 50, 51])
+def test_the_upper_estimate_is_at_least_the_lower_bound(count: int) -> None:
+    """Blocks may differ in size; Jensen's inequality holds if they count by their size."""
+    torch.manual_seed(0)
+    lower, _, upper = bounds(0.5 * torch.randn(count, 2000, dtype=torch.float64))
+    assert (upper >= lower - 1e-12).all()
+
+
+def test_the_upper_estimate_is_at_most_log_4_above_the_lower_bound() -> None:
+    """Of weights exp(20 ε), log E w = 200, which no 100 draws can know."""
+    torch.manual_seed(0)
+    lower, _, upper = bounds(20 * torch.randn(100, 50, dtype=torch.float64))
+    assert (upper - lower <= math.log(4) + 1e-9).all() and (upper < 150).all()

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import NCPrior, SingleGroup
 from ncprior.adapters.hvae import HVAE, HVAESource
+from ncprior.distributions import PointMass
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import log_normaliser
-from ncprior.source import WrappedSource
+from ncprior.source import Group, WrappedSource
 
 NOISE = 0.7  # standard deviation of p(x | z) = N(z, NOISE²)
 
@@ -279,9 +280,9 @@ def test_the_line_names_model_numbers_and_seed() -> None:
     )
     assert list(found) == ["base", "sir", "ncp"]
     assert str(found["sir"]).startswith("SIR(4), locally normalised: NLL ")
-    assert str(found["sir"]).endswith("S = 9, L = 2, seed 7")
+    assert str(found["sir"]).endswith(f"S = 9, L = 2, ESS {found['sir'].ess.mean():.0f}, seed 7")
     assert str(found["ncp"]).startswith("NCP, globally normalised: NLL ")
-    assert str(found["base"]).endswith("S = 9, seed 7")
+    assert str(found["base"]).endswith("S = 9, ESS 8, seed 7")
 
 
 def test_what_has_no_likelihood_is_refused() -> None:
@@ -304,6 +305,83 @@ def test_pools_are_not_shared_where_there_is_a_context() -> None:
     prior = NCPrior(problem, problem.heads())
     with pytest.raises(ValueError, match="Group 1 has a context"):
         log_likelihood(prior, problem.data(3), num_samples=1, num_proposals=5, share_pools=True)
+
+
+def test_pools_are_not_shared_where_rows_have_priors_of_their_own() -> None:
+    class Blind(WrappedSource):
+        def group(self, state: Any) -> Group:
+            return super().group(state)._replace(context=None)
+
+    prior = NCPrior(Blind(conditional()), GaussianPair(kl=1.0, dim=1).head())
+    x = torch.randn(3, 1)
+    with pytest.raises(ValueError, match=r"Group 0 .*differs between rows.*share_pools=False"):
+        log_likelihood(prior, [(x, x)], num_samples=8, num_proposals=5, share_pools=True)
+    log_likelihood(prior, [(x, 0 * x)], num_samples=8, num_proposals=5, share_pools=True)
+
+
+def conditional() -> SingleGroup:
+    """A VAE with the prior N(c, 1)."""
+
+    def prior(c: Tensor) -> Independent:
+        return Independent(Normal(c, 1.0, validate_args=False), 1)
+
+    return SingleGroup(
+        prior,
+        lambda x, c: prior(x),
+        lambda z, c: z,
+        likelihood=lambda z, c: prior(z),
+        condition=lambda batch: batch[1],
+    )
+
+
+def test_rows_with_few_effective_samples_are_noticed() -> None:
+    """One of 100 draws has nearly all of the weight: log p(x) is 60 nats above both ends."""
+    torch.manual_seed(0)
+    wide = SingleGroup(
+        Independent(Normal(torch.zeros(20), 1.0), 1),
+        lambda x: Independent(Normal(0.9 * x, 0.5, validate_args=False), 1),
+        lambda z: z,
+        likelihood=lambda z: Independent(Normal(z, 0.1, validate_args=False), 1),
+    )
+    x = math.sqrt(1.01) * torch.randn(30, 20)
+    exact = Independent(Normal(torch.zeros(20), math.sqrt(1.01)), 1).log_prob(x).mean()
+    found = log_likelihood(wide, x, num_samples=100)["base"]
+    assert found.ess.max() < 10 and exact > found.upper.mean() + 20
+    assert not found.is_two_sided
+    assert str(found).startswith(f"base: NLL at most {found.nll_upper:.2f} nats")
+    assert log_likelihood(linear(2.0), x[:, :1], num_samples=100)["base"].is_two_sided
+
+
+def test_a_point_has_no_density() -> None:
+    """Its probability of 1 must not be divided into a density of z, which it was."""
+    source = SingleGroup(
+        Independent(Normal(torch.zeros(2), 1.0), 1),
+        lambda x: PointMass(x),
+        lambda z: z,
+        likelihood=lambda z: Independent(Normal(z, 0.05, validate_args=False), 1),
+    )
+    with pytest.raises(TypeError, match="posterior of group 0 is a point without a density"):
+        log_likelihood(source, torch.randn(5, 2), num_samples=4)
+
+
+def test_the_error_of_a_gain_covers_log_z() -> None:
+    """log Z is one number for all rows: its error does not fall with their number."""
+    torch.manual_seed(0)
+    problem = GaussianPair(kl=2.0, dim=1)
+    prior = NCPrior(linear(1.0, problem.prior), problem.head())
+    x, gains = torch.randn(2000, 1), []
+    for _ in range(30):
+        log_z = log_normaliser(prior, num_particles=50)
+        found = log_likelihood(prior, x, num_samples=8, log_z=log_z)
+        gains.append(found["ncp"].gain_over(found["base"]))
+    over_runs = torch.tensor([gain.value for gain in gains]).std().item()
+    of_rows = error(found["ncp"].lower - found["base"].lower)
+    told = math.sqrt(sum(gain.error**2 for gain in gains) / len(gains))
+    assert (
+        0.6 < told / over_runs < 1.6
+    )  # 4 standard errors of a deviation of 30 are a factor of 1.6
+    assert over_runs > 4 * of_rows  # which was told alone
+    assert found["ncp"].gain_over(found["ncp"]).error == 0  # the same log Z
 
 
 @pytest.mark.parametrize("name", ["num_samples", "num_proposals", "num_pools"])
