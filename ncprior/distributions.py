@@ -289,11 +289,6 @@ class _DistributionRows(Distribution):
         self.prior = prior
 
     @property
-    def has_density(self) -> bool:
-        """Whether log q is known: for codes, and where log_q was given."""
-        return not bool(self.log_q.isnan().any())
-
-    @property
     def support(self) -> Any:  # noqa: ANN401
         return self.prior.support
 

@@ -149,7 +149,7 @@ class HeadTraining(ResumableTraining):
         with self._averaged():
             losses = held_out(self.device)
         self.evaluation_seconds = self.elapsed() - begun
-        means, errors = mean_and_error(losses)
+        means, errors = mean_and_error(losses)[0], held_out.errors(losses)
         self._require_finite(means)
         if self.best is None:
             self.best = weights_of(self.prior.heads)

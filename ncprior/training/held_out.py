@@ -15,7 +15,8 @@ from ncprior.data.generators import own_generators, own_generators_restored
 from ncprior.data.rows import RowData, is_map_style
 from ncprior.nce import nce_terms
 from ncprior.prior import NCPrior
-from ncprior.source import contrastive_pairs, num_rows
+from ncprior.source import LatentSource, WrappedSource, contrastive_pairs, num_rows
+from ncprior.training.stages import Stored
 from ncprior.utils.batches import take_rows, to_device
 from ncprior.utils.distributed import (
     num_ranks,
@@ -55,11 +56,14 @@ class HeldOut:
         self.own = [(g, g.get_state()) for g in own_generators(self.batches)]
         has_rows = isinstance(data, Tensor | RowData) or is_map_style(data)
         self.rows = len(data) if has_rows else 0  # 0: not counted yet
+        self.stored = _stored(prior.source)  # draws of the base that all rows share
+        self.of_base = torch.zeros(3, dtype=torch.float64)  # number, sum and squares of losses
 
     @torch.no_grad()
     def __call__(self, device: torch.device) -> Tensor:
         """Returns the losses in nats, with shape ``(K, N)``, on the CPU and alike on all ranks."""
         draws = math.ceil(_HELD_OUT_DRAWS / self.count())
+        self.of_base.zero_()
         with self._seeded():
             parts = [self._losses(batch, device, draws) for batch in self.batches]
         own = torch.cat([part for part, _ in parts], dim=2).cpu().double().mean(1)  # one wait
@@ -70,6 +74,18 @@ class HeldOut:
             losses[:, first : first + count][:, self._share] = mine
             first += count
         return sum_over_ranks(losses)
+
+    def errors(self, losses: Tensor) -> list[float]:
+        """Returns the standard errors of the means of losses, the result of the last call.
+
+        Where rows share stored draws of the base, these are few, too: their error is added.
+        """
+        errors = mean_and_error(losses)[1]
+        if math.isinf(self.stored):
+            return errors
+        count, total, squares = sum_over_ranks(self.of_base).tolist()
+        variance = max(0.0, squares / count - (total / count) ** 2)
+        return [math.hypot(error, math.sqrt(variance / self.stored)) for error in errors]
 
     def count(self) -> int:
         """Returns the number N of rows, after a pass over data without a length."""
@@ -111,11 +127,25 @@ class HeldOut:
                     if losses.dtype != loss_q.dtype:  # of heads in float64
                         losses = losses.to(loss_q.dtype)
                     losses[k] = loss_q + loss_p
+                    if math.isfinite(self.stored):
+                        p = loss_p.cpu().double()
+                        self.of_base += torch.stack(
+                            [p.new_tensor(p.numel()), p.sum(), p.square().sum()]
+                        )
         return losses, num_rows(batch)
 
 
+def _stored(source: LatentSource[Any, Any]) -> float:
+    """Number of draws that stand for the base of a single group; infinity for the base itself."""
+    bases = getattr(source, "bases", None) or ()
+    for base in bases:
+        if isinstance(base, Stored):
+            return len(base.z)
+    return _stored(source.source) if isinstance(source, WrappedSource) else math.inf
+
+
 def mean_and_error(losses: Tensor) -> tuple[list[float], list[float]]:
-    """Returns the means over rows and their standard errors, one per group.
+    """Returns the means over rows and their standard errors, one per group; ∞ for a single row.
 
     Further draws for the same rows do not lower the standard error, as it is over rows.
 
@@ -124,5 +154,7 @@ def mean_and_error(losses: Tensor) -> tuple[list[float], list[float]]:
     """
     rows = losses.shape[1]
     mean = losses.sum(1) / rows
+    if rows == 1:
+        return mean.tolist(), [math.inf] * len(losses)
     spread = (losses - mean[:, None]).square().sum(1)
-    return mean.tolist(), (spread / (rows * max(1, rows - 1))).sqrt().tolist()
+    return mean.tolist(), (spread / (rows * (rows - 1))).sqrt().tolist()

@@ -30,7 +30,7 @@ from ncprior.training.stages import cache_size, reweighted, with_cached_proposal
 from ncprior.utils.batches import to_device
 from ncprior.utils.distributed import align_generators, num_ranks, on_rank_zero, own_seed, rank
 from ncprior.utils.fingerprints import module_fingerprint
-from ncprior.utils.random_state import random_state, set_random_state
+from ncprior.utils.random_state import random_state, seed_for, set_random_state
 
 _DRAWS_PER_ROW = 10  # cached draws of the prior so far, per row of data
 
@@ -222,15 +222,17 @@ class StageRuns:
         """Sources and data, cached where the settings say so."""
         held_out_source = source
         if cache is not None:
-            source, held_out_source = with_cached_proposals(source, cache, self.split_seed + stage)
+            source, held_out_source = with_cached_proposals(
+                source, cache, seed_for(f"proposals of stage {stage}", self.split_seed)
+            )
         inputs = _Inputs(source, self.data, held_out_source, self.held_out)
         epochs = self._epochs(source, stage)
         if epochs is not None:
-            walks = self._cached(source, self.data)
+            walks = self._cached("training rows", source, self.data)
             before = walks.renewal(epochs)
             inputs = inputs._replace(source=walks.source, data=walks, before=before)
         if self.held_out is not None and (epochs is not None or self.e_step is not None):
-            held_out = self._cached(held_out_source, self.held_out)
+            held_out = self._cached("held-out rows", held_out_source, self.held_out)
             inputs = inputs._replace(held_out_source=held_out.source, held_out=held_out)
         return inputs
 
@@ -244,12 +246,13 @@ class StageRuns:
 
     def _cached(
         self,
+        name: str,
         source: LatentSource[Any, Any],
         data: Any,  # noqa: ANN401
     ) -> CachedEncodings:
         options: dict[str, Any] = {
             "batch_size": self.terms.batch_size,
-            "seed": self.split_seed,
+            "seed": seed_for(name, self.split_seed),  # no z of one is noise of the other
             "budget": self.terms.settings.cache_memory * 2**30,
         }
         if self.e_step is None:

@@ -170,4 +170,8 @@ def with_cached_proposals(
             f"{log_z.std():.2f} nats between populations of {_POPULATION}. Fit a closer base.",
             stacklevel=2,
         )
-    return rebase(source, Empirical(z)), rebase(source, Empirical(apart))
+    return rebase(source, Stored(z)), rebase(source, Stored(apart))
+
+
+class Stored(Empirical):
+    """Some draws of a base, in its place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import UserDict
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ import pytest
 import torch
 from helpers.problems import CorrelatedPair, GaussianPair
 from helpers.toys import VAE, base, flat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ncprior import NCPrior, SingleGroup, fit
 from ncprior.heads.networks import MLPHead
+from ncprior.training import FitSettings
 from ncprior.training import held_out as module
-from ncprior.training.held_out import HeldOut
+from ncprior.training.held_out import HeldOut, mean_and_error
+from ncprior.training.importance import CachedParticles
+from ncprior.training.stages import with_cached_proposals
 
 CPU = torch.device("cpu")
 
@@ -124,3 +129,62 @@ def test_G_S2_G_S3_G_M1_seeds_and_float64_are_safe_on_every_device(folder: str) 
         text = path.read_text()
         assert "fork_rng" not in text, path
         assert '.to("cpu", torch.float64)' not in text, path
+
+
+class Tilted(nn.Module):
+    """log r = z_0 - 1/2, that of N(0, I) and N((1, 0), I)."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return z[..., 0] - 0.5
+
+
+def test_stored_draws_of_a_base_are_a_part_of_the_error() -> None:
+    """60 losses of 40,000 rows; all rows of one share 2,048 draws of the base."""
+    base = Independent(Normal(torch.zeros(2), 1.0), 1)
+    source = SingleGroup(
+        base, lambda x: Independent(Normal(x, 0.1, validate_args=False), 1), lambda z: z
+    )
+    torch.manual_seed(0)
+    x = torch.randn(40_000, 2) + torch.tensor([1.0, 0.0])
+    losses, told, of_rows = [], [], []
+    for seed in range(60):
+        _, stored = with_cached_proposals(source, 100, seed)
+        held_out = HeldOut(x, NCPrior(stored, Tilted()).eval(), 5000, seed)
+        found = held_out(CPU)
+        losses.append(found.mean().item())
+        told += held_out.errors(found)
+        of_rows += mean_and_error(found)[1]
+    over_draws = np.std(losses)  # x stays
+    assert 0.7 < np.mean(told) / over_draws < 1.5
+    assert np.mean(of_rows) < 0.6 * over_draws
+
+
+def test_one_row_knows_no_error() -> None:
+    losses, errors = mean_and_error(torch.tensor([[1.2], [0.8]]))
+    assert losses == pytest.approx([1.2, 0.8]) and errors == [math.inf] * 2
+
+
+def test_held_out_rows_share_no_noise_with_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents that x does not determine: a particle of one must not be a particle of the other."""
+    found: list[Tensor] = []
+
+    class Watched(CachedParticles):
+        def renew(self, number: int) -> None:
+            if number != self.number:
+                super().renew(number)
+                found.append(self._rows[torch.arange(len(self))].latents[0].flatten())
+
+    monkeypatch.setattr("ncprior.training.stage_runs.CachedParticles", Watched)
+    base = Independent(Normal(torch.zeros(2), 1.0), 1)
+
+    def same(x: Tensor) -> Independent:
+        return Independent(Normal(torch.zeros(len(x), 2), 1.0), 1)
+
+    source = SingleGroup(base, same, lambda z: z, likelihood=same)
+    torch.manual_seed(0)
+    prior = NCPrior(source, MLPHead((2,), width=8))
+    settings = FitSettings(importance_samples=4, cache_epochs=1)
+    data, held_out = torch.randn(40, 2), torch.randn(40, 2)
+    fit(prior, data, held_out=held_out, steps=6, batch_size=20, settings=settings, progress=False)
+    assert len(found) == 4  # two renewals more
+    assert len(torch.cat(found).unique()) == sum(map(len, found))
