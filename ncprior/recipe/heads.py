@@ -139,5 +139,5 @@ def _default_width(prior: NCPrior) -> int:
 
 def _candidate(name: str, history: History, seconds: float) -> Candidate:
     losses, errors = history.best_loss or [], history.best_error or []
-    loss, half = sum(losses), 1.96 * math.sqrt(sum(error**2 for error in errors))
+    loss, half = sum(losses), 1.96 * sum(errors)  # at most: all groups have the same rows
     return Candidate(name, loss, loss - half, loss + half, seconds)

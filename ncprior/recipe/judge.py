@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ncprior.bases.joint import JointSource
 from ncprior.data.batches import first_batch, one_pass
@@ -59,18 +60,45 @@ _PROBED = 512  # rows for the shapes and scales of new heads
 NO_TIME = "there was too little time to compare draws with encodings"
 
 
+class Divergences(NamedTuple):
+    """Jensen-Shannon divergences of encodings and draws, in nats, with standard errors.
+
+    Attributes:
+        groups: That of every group.
+        total: Their sum, at least 0. All groups have the same rows, which its error knows.
+    """
+
+    groups: list[Mean]
+    total: Mean
+
+    @classmethod
+    def of(cls, losses: Tensor) -> Divergences:
+        """Divergences log 2 - L/2, from NCE losses L with shape ``(K, N)``."""
+        groups = [cls._sum_of(loss) for loss in losses[:, None]]
+        value, error = cls._sum_of(losses[losses.isfinite().all(1)])
+        return cls(groups, Mean(max(0.0, value), error))
+
+    @staticmethod
+    def _sum_of(losses: Tensor) -> Mean:
+        (loss,), (error,) = mean_and_error(losses.sum(0, keepdim=True))
+        return Mean(len(losses) * math.log(2) - loss / 2, error / 2)
+
+
+_UNKNOWN = Divergences([], Mean(0.0, 0.0))
+
+
 class Gap(NamedTuple):
     """Jensen-Shannon divergence of encodings and draws, for every group.
 
     Attributes:
-        choose: In nats, with standard errors, on the data for choices.
-        judge: In nats, with standard errors, on the data for the report.
+        choose: On the data for choices.
+        judge: On the data for the report.
         num_steps: Steps that the classifiers were trained for.
         seconds: Time that they took.
     """
 
-    choose: list[Mean]
-    judge: list[Mean]
+    choose: Divergences
+    judge: Divergences
     num_steps: int
     seconds: float = 0.0
 
@@ -82,27 +110,32 @@ class Gap(NamedTuple):
     @property
     def is_sure(self) -> bool:
         """Whether it is surely more than nothing on the data for choices."""
-        return is_worse(total(self.choose), Mean(0.0, 0.0))
+        return is_worse(self.choose.total, Mean(0.0, 0.0))
 
     def is_worse_than(self, other: Gap) -> bool:
         """Whether both are measured, and it is surely larger on the data for choices."""
         measured = self.is_measured and other.is_measured
-        return measured and is_worse(total(self.choose), total(other.choose))
+        return measured and is_worse(self.choose.total, other.choose.total)
 
     def is_less_than(self, other: Gap) -> bool:
         """Whether both are measured, and it is less on the data for choices."""
         measured = self.is_measured and other.is_measured
-        return measured and total(self.choose).value < total(other.choose).value
+        return measured and self.choose.total.value < other.choose.total.value
 
     def score(self) -> Score:
         """The sum over groups on the data for the report, with its 95 % interval; at least 0."""
-        value, error = total(self.judge)
+        value, error = self.judge.total
         return Score(value, max(0.0, value - 1.96 * error), value + 1.96 * error)
 
 
-def is_worse(after: Mean, before: Mean) -> bool:
-    """Whether a divergence is larger than another one by two standard errors."""
-    return after.value - before.value > 2 * math.hypot(after.error, before.error)
+def is_worse(after: Mean, before: Mean, among: int = 1) -> bool:
+    """Whether a divergence is surely larger than another one; by more, among several such pairs.
+
+    One pair is sure from two standard errors on. Among several pairs, as many are taken as leave the
+    same chance that any of them is worse by chance alone.
+    """
+    sure = NormalDist().inv_cdf(1 - NormalDist().cdf(-2.0) / among)
+    return after.value - before.value > sure * math.hypot(after.error, before.error)
 
 
 def kept(chosen: str, reason: str, gaps: Mapping[str, Gap], seconds: float) -> Choice:
@@ -110,7 +143,7 @@ def kept(chosen: str, reason: str, gaps: Mapping[str, Gap], seconds: float) -> C
     candidates = []
     for name, gap in gaps.items():
         if gap.is_measured:
-            value, error = total(gap.choose)
+            value, error = gap.choose.total
             half = 1.96 * error
             candidates.append(Candidate(name, value, value - half, value + half))
     return Choice(
@@ -150,7 +183,7 @@ def measure_gaps(
     gaps: list[Gap] = []
     for name, arm, draw in arms:
         if gaps and not gaps[-1].is_measured:
-            gaps.append(Gap([], [], gaps[-1].num_steps))
+            gaps.append(Gap(_UNKNOWN, _UNKNOWN, gaps[-1].num_steps))
         else:
             gaps.append(remaining_gap(arm, draw, parts, record, name=name))
     names = [name for name, _, _ in arms]
@@ -178,7 +211,7 @@ def remaining_gap(
         if single and left is not None:
             least, count = min(count, limits[0]), draws_in_time(source, count, left / 2)
             if count < least:
-                return Gap([], [], 0, time.monotonic() - started)
+                return Gap(_UNKNOWN, _UNKNOWN, 0, time.monotonic() - started)
         if source.num_groups > 1 or (draws_slowly(prior.source) and not single):
             source, used = _with_draws(source, parts, None if left is None else left / 2)
         if left is not None:
@@ -198,10 +231,13 @@ def remaining_gap(
                 **(walk_cache(prior.source, parts, record, math.inf) if of_walks else {}),
             ),
         )
-        measured = HeldOut(used.judge, fresh, _BATCH, int(torch.randint(2**31, ())))(device)
+        choose, judge = (
+            Divergences.of(HeldOut(rows, fresh, _BATCH, int(torch.randint(2**31, ())))(device))
+            for rows in (used.choose, used.judge)
+        )
     return Gap(
-        _divergences(history.best_loss or [], history.best_error or []),
-        _divergences(*mean_and_error(measured)),
+        choose,
+        judge,
         history.rows[-1].step if history.rows else 0,
         time.monotonic() - started,
     )
@@ -245,19 +281,6 @@ def _some(batches: Iterable[Any], device: torch.device, count: int, end: float) 
             return
 
 
-def _divergences(losses: list[float], errors: list[float]) -> list[Mean]:
-    """Jensen-Shannon divergences log 2 - L/2, in nats, from NCE losses."""
-    pairs = zip(losses, errors, strict=True)
-    return [Mean(math.log(2) - loss / 2, error / 2) for loss, error in pairs]
-
-
-def total(means: list[Mean]) -> Mean:
-    """Sum over groups, at least 0, with its standard error."""
-    value = sum(mean.value for mean in means if math.isfinite(mean.value))
-    error = sum(mean.error**2 for mean in means if math.isfinite(mean.error))
-    return Mean(max(0.0, value), math.sqrt(error))
-
-
 def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
     """Part of a divergence that is gone, with its 95 % interval.
 
@@ -280,7 +303,7 @@ def verdict(gaps: Mapping[str, Gap]) -> str:
             f"The prior hole was not measured. There was time for {steps} of the {_STEPS:,} steps "
             f"of the classifiers that measure it. Allow more time."
         )
-    return in_words(total(before.judge), total(after.judge))
+    return in_words(before.judge.total, after.judge.total)
 
 
 def in_words(before: Mean, after: Mean) -> str:

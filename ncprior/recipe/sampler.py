@@ -100,8 +100,8 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     if had_heads and not (alone.is_measured and gaps[NEW].is_measured):
         reason = NO_TIME
     elif had_heads:
-        pairs = zip(gaps[NEW].choose, alone.choose, strict=True)
-        helps = [not is_worse(*pair) for pair in pairs]
+        pairs = zip(gaps[NEW].choose.groups, alone.choose.groups, strict=True)
+        helps = [not is_worse(*pair, among=len(prior.active)) for pair in pairs]
         prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
         if not any(prior.active):
             gaps[NEW] = alone

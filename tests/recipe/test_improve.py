@@ -43,7 +43,7 @@ from ncprior.recipe import Choice, base, base_file, caches, heads, judge
 from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
-from ncprior.recipe.judge import Gap, in_words, remaining_gap, share_closed
+from ncprior.recipe.judge import Divergences, Gap, in_words, remaining_gap, share_closed
 from ncprior.recipe.parts import OWN_DRAW, Parts, parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
@@ -360,8 +360,8 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
 
 
 def test_a_gap_that_was_not_measured_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"old prior": Gap([Mean(0.2, 0.01)], [Mean(0.2, 0.01)], 1000)}
-    known["new prior"] = Gap([Mean(0.0, 0.0)], [Mean(0.0, 0.0)], 1)
+    old, new = (Divergences([mean], mean) for mean in (Mean(0.2, 0.01), Mean(0.0, 0.0)))
+    known = {"old prior": Gap(old, old, 1000), "new prior": Gap(new, new, 1)}
     monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_: known)
     prior = NCPrior(flat(), MLPHead((2,), width=8)).eval()
     prior.sampler = partial(sir, num_proposals=20)

@@ -174,7 +174,7 @@ def test_a_joint_head_that_does_harm_is_rejected(monkeypatch: pytest.MonkeyPatch
     kept, gaps, record = joined(prior, parts)
     assert kept is prior
     assert gaps.keys() == {OLD, NEW}
-    assert 0.05 < gaps[NEW].judge[0].value < gaps[OLD].judge[0].value
+    assert 0.05 < gaps[NEW].judge.total.value < gaps[OLD].judge.total.value
     assert [one.name for one in record.choices[-1].candidates][1:] == [GROUPS, "joint head"]
     assert record.choices[-1].chosen == GROUPS
 

@@ -11,9 +11,10 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, LatentSource, NCPrior, sir
 from ncprior.bases import rebase
+from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
 from ncprior.recipe import judge
-from ncprior.recipe.judge import remaining_gap
+from ncprior.recipe.judge import Divergences, is_worse, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts
 from ncprior.recipe.record import Record
 from ncprior.samplers import Draw
@@ -90,7 +91,7 @@ def test_the_divergence_of_every_group(monkeypatch: pytest.MonkeyPatch, unknown:
     torch.manual_seed(0)
     record = Record(progress=False, max_seconds=None)
     gap = remaining_gap(prior_of(Pair(unknown)), OWN_DRAW, parts(), record, name="prior")
-    for first, second in (gap.judge, gap.choose):
+    for first, second in (gap.judge.groups, gap.choose.groups):
         assert abs(first.value - divergence()) < 4 * first.error + 0.005
         assert 0.003 < first.error < 0.012
         assert abs(second.value) < 4 * second.error + 0.002
@@ -110,7 +111,7 @@ def test_heads_that_cannot_be_made_anew_are_judged_too(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     prior = NCPrior(Pair(), [NoConfig(), NoConfig()]).eval()
     record = Record(progress=False, max_seconds=None)
-    first, second = remaining_gap(prior, OWN_DRAW, parts(), record, name="prior").judge
+    first, second = remaining_gap(prior, OWN_DRAW, parts(), record, name="prior").judge.groups
     assert abs(first.value - divergence()) < 4 * first.error + 0.005
     assert abs(second.value) < 4 * second.error + 0.002
 
@@ -141,7 +142,7 @@ def test_too_little_time_leaves_fewer_draws() -> None:
     record = Record(progress=False, max_seconds=1e-3)
     gap = remaining_gap(prior_of(Pair()), slow, parts(600), record, name="prior")
     assert [rows for rows in drawn if rows > 1] == [256] * 6  # one batch of each part and group
-    assert not gap.is_measured or all(math.isfinite(mean.value) for mean in gap.judge)
+    assert not gap.is_measured or all(math.isfinite(mean.value) for mean in gap.judge.groups)
 
 
 def test_the_gap_of_a_better_prior_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_the_gap_of_a_better_prior_is_smaller(monkeypatch: pytest.MonkeyPatch) -
     record = Record(progress=False, max_seconds=None)
     prior = prior_of(rebase(Pair(), bases))
     gap = remaining_gap(prior, OWN_DRAW, parts(), record, name="fitted base")
-    for mean in gap.judge:
+    for mean in gap.judge.groups:
         assert abs(mean.value) < 4 * mean.error + 0.002
 
 
@@ -163,3 +164,25 @@ def test_the_classifiers_show_how_far_they_are(
     record = Record(progress=progress, max_seconds=None)
     remaining_gap(prior_of(Pair()), OWN_DRAW, parts(400), record, name="prior")
     assert ("20/20" in capfd.readouterr().err) == progress
+
+
+def test_the_sum_over_groups_knows_that_they_have_the_same_rows() -> None:
+    """Ten groups whose losses have a correlation of 0.3 over rows; the spread of 400 sums."""
+    torch.manual_seed(0)
+    common, own = torch.randn(400, 1, 200), torch.randn(400, 10, 200)
+    losses = 1.2 + 0.3 * (0.3**0.5 * common + 0.7**0.5 * own)
+    found = [Divergences.of(one) for one in losses.double()]
+    spread = torch.tensor([one.total.value for one in found]).std().item()
+    told = sum(one.total.error for one in found) / 400
+    assert told == pytest.approx(spread, rel=0.15)  # 4 standard errors of a spread of 400
+    assert sum(mean.error**2 for mean in found[0].groups) ** 0.5 < 0.6 * spread
+    assert found[0].total.value == pytest.approx(sum(mean.value for mean in found[0].groups))
+
+
+def test_the_worst_of_many_pairs_is_surely_worse_as_seldom_as_one() -> None:
+    torch.manual_seed(0)
+    noise = (2 * torch.randn(20_000, 2)).tolist()
+    worse = [is_worse(Mean(a, 2.0), Mean(b, 2.0), among=10) for a, b in noise]
+    alone = [is_worse(Mean(a, 2.0), Mean(b, 2.0)) for a, b in noise]
+    assert sum(alone) / 20_000 == pytest.approx(0.0228, abs=0.0042)  # 4 standard errors
+    assert 10 * sum(worse) / 20_000 == pytest.approx(0.0228, abs=0.0135)

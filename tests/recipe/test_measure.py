@@ -17,7 +17,7 @@ from ncprior.diagnostics import GroupReport, Report, Verdict, diagnose
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads.networks import MLPHead
 from ncprior.recipe import judge, measure, report_on
-from ncprior.recipe.judge import Gap
+from ncprior.recipe.judge import Divergences, Gap
 from ncprior.recipe.parts import bases_of, parts_for_report
 from ncprior.recipe.record import Record
 
@@ -26,7 +26,8 @@ MADE = Report((GroupReport(0, Verdict.OFF),), 100, 8192, (5, 50))  # spares a di
 
 
 def gap(jsd: float, num_steps: int = 1000) -> Gap:
-    return Gap([Mean(jsd, 0.01)], [Mean(jsd, 0.01)], num_steps)
+    found = Divergences([Mean(jsd, 0.01)], Mean(jsd, 0.01))
+    return Gap(found, found, num_steps)
 
 
 @pytest.fixture
