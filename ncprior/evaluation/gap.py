@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import NormalDist
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -261,12 +260,21 @@ def _ratio(generations: Tensor, resamples: Tensor, level: float) -> tuple[float,
 
 
 def _student_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t, from that of the normal (Abramowitz and Stegun, 26.7.5)."""
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    """Quantile of Student's t above the median, by bisection of its distribution function."""
+    low, high = 0.0, 1.0
+    while _student_cdf(high, freedom) < probability:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        is_below = _student_cdf(middle, freedom) < probability
+        low, high = (middle, high) if is_below else (low, middle)
+    return 0.5 * (low + high)
+
+
+def _student_cdf(t: float, freedom: float) -> float:
+    """∫ of the density, which is that of cos(θ)^(freedom - 1) for t = √freedom tan(θ)."""
+    end = math.atan(t / math.sqrt(freedom))
+    theta = torch.linspace(0, end, 2001, dtype=torch.float64, device="cpu")
+    area = torch.trapezoid(theta.cos().pow(freedom - 1), theta).item()
+    log_whole = 0.5 * math.log(math.pi) + math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
+    return 0.5 + area / math.exp(log_whole)

@@ -322,8 +322,9 @@ def frechet(a: Moments, b: Moments) -> Tensor:
 
 
 def _distances(x: Tensor, y: Tensor, chunk_size: int) -> Iterator[Tensor]:
+    centre = y.mean(0)  # cdist takes differences of squares, which are large far from 0
     for rows in torch.split(x, chunk_size):
-        yield torch.cdist(rows, y)
+        yield torch.cdist(rows - centre, y - centre)
 
 
 def _fraction_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk_size: int) -> float:

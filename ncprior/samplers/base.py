@@ -56,7 +56,7 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Images, latents and quality of the draws of :meth:`ncprior.NCPrior.sample`.
+    """Decoded x, latents and diagnostics of the draws of :meth:`ncprior.NCPrior.sample`.
 
     Attributes:
         x: The decoder's mean, or with ``draw_x`` a draw of p(x | z), with shape ``(B, ...)``.

@@ -35,6 +35,8 @@ _ACCEPTANCE = 0.574  # optimal for MALA in many dimensions (Roberts & Rosenthal,
 
 _ACCEPTANCE_OF_HMC = 0.75  # 0.65 is optimal for long chains (Beskos et al., 2013)
 
+_JITTER = (0.6, 1.2)  # factors of the leapfrog size, drawn for each move (Neal, 2011, section 3.2)
+
 
 @torch.no_grad()
 def tempered_smc(
@@ -158,6 +160,8 @@ class _Particles:
 
     def move(self, step_size: Tensor, num_leapfrogs: int) -> Tensor:
         """Takes one step on r^β·p; returns the probabilities of its acceptance, (P, B)."""
+        if num_leapfrogs > 1:  # several leapfrogs of one size can lead back to their start
+            step_size = step_size * torch.empty_like(step_size).uniform_(*_JITTER).square()
         self.at, a = hmc_step(self.target, self.at, step_size, self.beta, num_leapfrogs)
         return a
 

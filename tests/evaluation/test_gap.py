@@ -9,7 +9,7 @@ from helpers.toys import exactly, within
 from scipy import stats
 from torch import Tensor
 
-from ncprior.evaluation.gap import GapClosed, gap_closed, gap_difference
+from ncprior.evaluation.gap import GapClosed, _student_quantile, gap_closed, gap_difference
 
 
 def arm(shifts: list[float], count: int = 100) -> list[Tensor]:
@@ -280,3 +280,12 @@ def test_F26_an_arm_that_is_no_list_of_features_is_said() -> None:
             gap_closed(torch.randn(200, 1), **{**arms, "base": wrong})
     with pytest.raises(TypeError, match="a must be of type GapClosed; got None"):
         gap_difference(None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", [0.95, 0.99, 0.999])
+@pytest.mark.parametrize("freedom", [1.0, 4.0, 9.5, 100.0])
+def test_the_quantile_is_that_of_student(level: float, freedom: float) -> None:
+    probability = 0.5 + level / 2
+    assert _student_quantile(probability, freedom) == pytest.approx(
+        stats.t.ppf(probability, freedom), rel=1e-4
+    )

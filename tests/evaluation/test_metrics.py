@@ -301,3 +301,10 @@ def test_torch_fidelity_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) 
     for dimension in (64, 2048):
         features = inception_features(dimension=dimension)(torch.rand(2, 1, 28, 28))
         assert features.shape == (2, dimension) and features.dtype == torch.float32
+
+
+def test_precision_and_recall_do_not_depend_on_the_origin() -> None:
+    torch.manual_seed(0)
+    real, generated = torch.randn(2, 500, 4, dtype=torch.float64)
+    near = precision_recall(real, generated)
+    assert precision_recall(real + 1e8, generated + 1e8) == pytest.approx(near, abs=0.01)

@@ -239,6 +239,7 @@ def test_one_chain_alone_hardly_adapts_its_step(monkeypatch: pytest.MonkeyPatch)
         return hmc_step(target, at, step, *rest)
 
     monkeypatch.setattr(smc_module, "hmc_step", noted)
+    monkeypatch.setattr(smc_module, "_JITTER", (1.0, 1.0))  # of what is adapted, in each move
     for rows, most in ((1, 0.0442), (4000, 0.75)):
         steps.clear()
         prior = Independent(Normal(torch.zeros(rows, 1), 1.0), 1)
@@ -246,3 +247,12 @@ def test_one_chain_alone_hardly_adapts_its_step(monkeypatch: pytest.MonkeyPatch)
         change = abs(math.log(steps[1] / steps[0]))
         assert 0 < change <= most
     assert change > 0.1
+
+
+def test_a_trajectory_of_one_length_does_not_lead_back_to_its_start() -> None:
+    """In one dimension three leapfrogs at the limit of stability are nearly a whole turn."""
+    torch.manual_seed(0)
+    prior = Normal(torch.zeros(4000), 1.0)
+    draw = tempered_smc(prior, lambda z: -2 * (z - 3) ** 2, num_particles=4, num_leapfrogs=3)
+    assert draw.z.mean().item() == pytest.approx(2.4, abs=0.06)  # N(2.4, 0.2)
+    assert draw.z.var().item() == pytest.approx(0.2, abs=0.03)  # 0.47 with one length
