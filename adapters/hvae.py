@@ -256,6 +256,20 @@ class HVAESource(LatentSource[Any, Any]):
         require_eval(self.module)
         return self.module.features(_images(x, self.module))
 
+    def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Returns the binary images of a batch, with shape ``(B, 1, 28, 28)``.
+
+        Raises:
+            ValueError: If they are grey, of which the Bernoulli likelihood is no density.
+        """
+        images = _images(batch, self.module)
+        if not ((images == 0) | (images == 1)).all():
+            raise ValueError(
+                "log p(x | z) of an HVAE is of binary images; got grey ones. Draw them: "
+                "torch.bernoulli(x)."
+            )
+        return images
+
     def start(
         self, batch_size: int, encoding: Tensor | None = None, condition: None = None
     ) -> State:

@@ -140,7 +140,8 @@ class LogisticMixture(Distribution):
         upper = logsigmoid((y - loc + 1 / self.levels) / self.scale)
         lower = logsigmoid((loc - y + 1 / self.levels) / self.scale)
         inside = upper + lower + torch.log(-torch.expm1(-2 / self.levels / self.scale))
-        mass = torch.where(y < -0.999, upper, torch.where(y > 0.999, lower, inside))
+        end = 1 - 1 / self.levels  # beyond are the lowest and the highest level
+        mass = torch.where(y < -end, upper, torch.where(y > end, lower, inside))
         return torch.logsumexp(mass.sum(-4) + self.log_weight, dim=-3).sum((-2, -1))
 
     def _on_level(self, y: Tensor, spacing: float) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, constraints
 
 from ncprior.single_group import SingleGroup
+from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import described, floats_of_batch, require_finite, require_instance
 from ncprior.utils.visible import require_eval
@@ -96,6 +97,11 @@ class TVAESource(SingleGroup):
             likelihood=self._rows_given,
             module=decoder,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the fingerprint of the encoder, which is no part of the module."""
+        encoder = None if self.encoder is None else module_fingerprint(self.encoder)
+        return {**super().facts(), "TVAESource.encoder": encoder}
 
     def rows(self, table: Any) -> Tensor:  # noqa: ANN401
         """Returns the rows of a table as the TVAE encodes them, for ``fit`` and ``improve``.

@@ -56,7 +56,7 @@ class VDVAESource(LatentSource[Any, Any]):
     """VDVAE's ``VAE``: K groups of Gaussian latents, one per block of the decoder.
 
     Images are bytes, ``(B, H, W, 3)``, as ``uint8``; or batches are the pair that VDVAE's own
-    loader makes, (normalised, target), of which the first item counts. A model has no BatchNorm:
+    loader makes, (normalised, target): the first is encoded, the second is the x of p(x | z). A model has no BatchNorm:
     there are no statistics to readjust.
 
     With ``temperature`` t, the scale of every prior is multiplied by t. Train the heads at 1; to
@@ -260,6 +260,16 @@ class VDVAESource(LatentSource[Any, Any]):
         final: Tensor = self._model.decoder.final_fn(state.features[self._model.H.image_size])
         return final
 
+    def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Returns the bytes of a batch, those of the target in VDVAE's own pair."""
+        self._normalised(batch)  # raises
+        first, *others = batch if isinstance(batch, tuple | list) else (batch,)
+        images = tensor_of_batch(first)
+        if images.dtype == torch.uint8:
+            return images
+        target: Tensor = others[0]
+        return (127.5 * target + 127.5).round().clamp(0, 255).to(torch.uint8)
+
     def _normalised(self, x: Any) -> Tensor:  # noqa: ANN401
         """Returns the encoder's input for bytes or for VDVAE's own pair."""
         first, *others = x if isinstance(x, tuple | list) and len(x) > 0 else (x,)
@@ -287,7 +297,8 @@ class VDVAESource(LatentSource[Any, Any]):
 class ByteImages(Distribution):
     """A mixture of logistics over images of bytes, channels last.
 
-    With 5 bits, bytes are rounded down to multiples of 8, as VDVAE does for FFHQ-256.
+    With 5 bits, bytes are rounded down to multiples of 8, as VDVAE does for FFHQ-256. The density is the
+    published one then, whose levels together do not have probability 1: it compares with the paper.
 
     Arguments:
         mixture: The distribution of the images in [0, 1], channels first.
@@ -311,9 +322,9 @@ class ByteImages(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """The mean of x, in [0, 255]."""
+        """The mean of x, in [0, 255], or [0, 248] with 5 bits."""
         mean: Tensor = 255 * self.mixture.mean.movedim(-3, -1)
-        return mean
+        return mean.clamp(max=self._step * self.mixture.levels)
 
     def sample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws bytes, with shape ``(*sample_shape, B, H, W, 3)``."""

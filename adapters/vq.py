@@ -27,6 +27,7 @@ from ncprior.utils.conditions import (
     require_condition,
     require_rows_of_x,
     require_tensors,
+    tensors_of,
 )
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import (
@@ -155,7 +156,7 @@ class VQSource(LatentSource[Any, Any]):
             raise ValueError(
                 f"encode(x) must return the codes of {self.num_groups} levels; got {len(found)}."
             )
-        codes = tuple(self._checked(k, z) for k, z in enumerate(found))
+        codes = tuple(self._checked(k, z, x) for k, z in enumerate(found))
         if self._condition is not None:
             require_tensors(c)
             require_rows_of_x(c, codes[0])
@@ -209,13 +210,19 @@ class VQSource(LatentSource[Any, Any]):
             return context_of(self._context, state.condition, *state.chosen, rows=len(state.rows))
         return self._context(*state.chosen) if state.chosen else None
 
-    def _checked(self, k: int, codes: Any) -> Tensor:  # noqa: ANN401
+    def _checked(self, k: int, codes: Any, x: Any) -> Tensor:  # noqa: ANN401
         """Returns the codes of a level after a check of their type and, waiting for a GPU, range."""
         whole = isinstance(codes, Tensor) and not (codes.is_floating_point() or codes.is_complex())
         if not whole or codes.ndim < 1 or codes.dtype == torch.bool:
             raise TypeError(
                 f"encode(x) must return codes, whole numbers of shape (B, *grid); got "
                 f"{described(codes)}. Return the indices of the codebook vectors."
+            )
+        rows = {len(leaf) for leaf in tensors_of(x) if leaf.ndim > 0}
+        if len(rows) == 1 and len(codes) not in rows:
+            raise ValueError(
+                f"encode(x) must return one row of codes per row of x; got {len(codes)} rows for "
+                f"{rows.pop()} of x. Flat indices: codes.view(len(x), *grid)."
             )
         count = self._priors[k].num_categories
         if codes.numel() > 0 and not ((codes >= 0) & (codes < count)).all():

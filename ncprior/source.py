@@ -22,7 +22,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable, naming_bad_rows
-from ncprior.utils.batches import map_tensors, own_batch
+from ncprior.utils.batches import data_of, map_tensors, own_batch
 from ncprior.utils.draws import drawn
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import seeded
@@ -115,6 +115,14 @@ class LatentSource(Protocol[E, S]):
             f"{type(self).__name__} does not know p(x | z). Give it a method likelihood(state); or, if "
             f"the decoder was trained by squared error, use GaussianDecoder.fitted(source, held_out)."
         )
+
+    def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Returns the x of a batch as p(x | z) has it: by default the batch, or its first item.
+
+        Raises:
+            TypeError: If there is no tensor x; a ValueError, if it has no rows.
+        """
+        return data_of(batch)
 
     def features(self, k: int, z: Tensor) -> Tensor:
         """Returns the input of ratio head k: by default z_k itself.
@@ -209,6 +217,10 @@ class WrappedSource(LatentSource[Any, Any]):
     def likelihood(self, state: Any) -> Distribution:  # noqa: ANN401
         """Returns p(x | z) of the wrapped source."""
         return self.source.likelihood(state)
+
+    def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Returns the x of a batch of the wrapped source."""
+        return self.source.observed(batch)
 
     def features(self, k: int, z: Tensor) -> Tensor:
         """Returns the input of ratio head k of the wrapped source."""

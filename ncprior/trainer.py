@@ -23,6 +23,7 @@ from ncprior.utils.distributed import (
     rank,
     require_own_device,
     sum_over_ranks,
+    warn_of_equal_noise,
 )
 from ncprior.utils.gradients import (
     check_parameters,
@@ -171,6 +172,8 @@ class NCETrainer:
             >>> trainer.step(x).loss  # 2 log 2 before the first step
             tensor([1.3863])
         """
+        if self.steps == 0 and not self.group_parallel:
+            warn_of_equal_noise(stacklevel=3)
         with gradients_enabled():
             return self._step(_usable(x))
 

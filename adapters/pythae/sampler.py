@@ -83,7 +83,7 @@ class NCPSampler:
         max_seconds: float | None = None,
         progress: bool = True,
     ) -> None:
-        check_noise(lineage_of(model), noise)
+        check_noise(model, noise)
         require_counts("[2, inf)", budget=budget)
         require_numbers("(0, inf) or None", max_seconds=max_seconds)
         require_flags(progress=progress)

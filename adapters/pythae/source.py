@@ -99,9 +99,9 @@ class PythaeSource(SingleGroup):
 
     def __init__(self, model: nn.Module, *, noise: float | None = None) -> None:
         self._lineage = lineage_of(model)
-        self._is_gaussian = "VAE" in self._lineage
+        self._is_gaussian = has_posterior(model)
         require_eval(model)
-        check_noise(self._lineage, noise)
+        check_noise(model, noise)
         self.noise = None if noise is None else float(noise)
         self.module = model
         super().__init__(self._prior(), self._q, self._reconstruct, module=model)
@@ -145,7 +145,7 @@ class PythaeSource(SingleGroup):
         return _normal(mean, torch.ones_like(mean))
 
     def _prior(self) -> Sampleable:
-        if not self._is_gaussian and "WAE_MMD" not in self._lineage:
+        if not {"VAE", "WAE_MMD"} & set(self._lineage):
             return NoPrior(f"{self._lineage[0]} has no prior.")
         if "VAMP" in self._lineage:
             return self._mixture()
@@ -190,14 +190,20 @@ class PythaeSource(SingleGroup):
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_noise(lineage: list[str], noise: float | None) -> None:
+def has_posterior(model: object) -> bool:
+    """Returns whether q(z | x) is Gaussian; an adversarial AE can be trained without its noise."""
+    return "VAE" in lineage_of(model) and not getattr(model, "deterministic_posterior", False)
+
+
+def check_noise(model: object, noise: float | None) -> None:
     """Validates that there is noise for deterministic codes, and none otherwise."""
     require_numbers("(0, inf) or None", noise=noise)
-    if "VAE" in lineage and noise is not None:
-        raise ValueError(f"{lineage[0]} has a posterior of its own: leave out noise={noise}.")
-    if "VAE" not in lineage and noise is None:
+    name = lineage_of(model)[0]
+    if has_posterior(model) and noise is not None:
+        raise ValueError(f"{name} has a posterior of its own: leave out noise={noise}.")
+    if not has_posterior(model) and noise is None:
         raise ValueError(
-            f"{lineage[0]} encodes x as one code without noise. Say how wide q(z | x) = "
+            f"This {name} encodes x as one code without noise. Say how wide q(z | x) = "
             f"N(code, noise² I) is to be: pass noise=..., a standard deviation above 0, say a "
             f"tenth of that of the codes."
         )

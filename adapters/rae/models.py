@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ncprior.adapters.rae.networks import SETTINGS, Networks
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import real_tensor, require_choice, require_instance, require_numbers
 
 
@@ -195,8 +196,9 @@ def settle(model: VAE | RAE, images: Tensor) -> None:
         norm.momentum = None  # a plain average
     model.train()
     try:
-        for batch in images.tensor_split(max(1, len(images) // 100)):  # of equal weight
-            model.loss(batch)
+        with seeded(0):
+            for batch in images.tensor_split(max(1, len(images) // 100)):  # of equal weight
+                model.loss(batch)
         model.eval()
     except BaseException:
         for name, buffer in model.named_buffers():

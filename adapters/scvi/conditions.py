@@ -41,7 +41,8 @@ class Conditions:
         covariates = [name for name in _COVARIATES if name in registered]
         needed = [*size, "batch", *labels, *covariates]
         known = [*needed, *(["labels"] if "labels" in registered and not labels else [])]
-        self.given = tuple(needed if given is None else _checked_names(given, known))
+        wanted = needed if given is None else _checked_names(given, known)
+        self.given = tuple(name for name in known if name in wanted)  # one order for all heads
         self.names = tuple(dict.fromkeys((*needed, *self.given)))
         self._codes = {"batch": int(self.model.summary_stats.n_batch), "labels": family.num_labels}
 

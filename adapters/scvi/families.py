@@ -71,6 +71,10 @@ class Genes:
         """Whether the decoder takes the label of a cell."""
         return bool(self.module.dispersion == "gene-label")
 
+    def observed(self, x: Tensors) -> Tensor:
+        """The counts of which the likelihood is."""
+        return x["X"]
+
     def measured(self, x: Tensors) -> Tensors:
         """Conditions that are computed from cells: their library sizes."""
         if self.size is None:
@@ -200,6 +204,10 @@ class GenesProteins(Genes):
     def columns(self) -> tuple[str, ...]:
         """Names of the tensors of a batch, beside the counts of genes."""
         return (*super().columns, *(() if self.is_minified else ("proteins",)))
+
+    def observed(self, x: Tensors) -> Tensor:
+        """The counts of genes, and then of proteins."""
+        return torch.cat([x["X"], x["proteins"].to(x["X"])], dim=1)
 
     @property
     def takes_counts(self) -> bool:

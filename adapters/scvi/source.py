@@ -169,6 +169,23 @@ class SCVISource(LatentSource[Any, Any]):
         condition = self.condition(x)
         return self.Encoding(self._family.encode(self._conditions.batch(x), condition), condition)
 
+    def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Returns the counts of a batch; for TOTALVI genes and proteins, one after the other.
+
+        Raises:
+            ValueError: If the model is minified, so that its cells have none.
+        """
+        if self._family.is_minified:
+            raise ValueError(
+                "A minified model has no counts, which log p(x | z) needs. Load the model with the "
+                "counts of its cells."
+            )
+        return self._family.observed(self._conditions.batch(batch))
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the names of the conditions that heads see."""
+        return {"SCVISource.given": list(self._conditions.given)}
+
     def start(
         self,
         batch_size: int,

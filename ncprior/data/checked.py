@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ncprior.utils.batches import to_device
-from ncprior.utils.require import described, require_finite
+from ncprior.utils.batches import data_of, to_device
+from ncprior.utils.require import require_finite
 
 
 def checked_batches(batches: Iterable[Any], device: torch.device | None = None) -> Iterator[Any]:
@@ -32,39 +32,16 @@ def checked_batches(batches: Iterable[Any], device: torch.device | None = None) 
         raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
 
 
-def data_of(batch: Any) -> Tensor:  # noqa: ANN401
-    """Returns the data x of a batch: the batch itself, or the first item of a tuple or a mapping.
-
-    Raises:
-        TypeError: If that is no tensor of real numbers.
-        ValueError: If it is empty.
-    """
-    x = batch
-    if isinstance(batch, Mapping):
-        x = next(iter(batch.values()), None)
-    elif isinstance(batch, tuple | list):
-        x = batch[0] if batch else None
-    if not isinstance(x, Tensor) or x.is_complex():
-        raise TypeError(
-            f"A batch must be a tensor x of real numbers, or a tuple or mapping whose first item is "
-            f"x; got {described(batch)} with {described(x)}. Pass such batches."
-        )
-    if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"A batch must have 1 or more rows of x; got {described(x)}.")
-    return x
-
-
-def log_prob_of_data(likelihood: Distribution, batch: Any) -> Tensor:  # noqa: ANN401
-    """Returns log p(x | z) in nats of the x of a batch, with shape ``(B,)``.
+def log_prob_of_data(likelihood: Distribution, x: Tensor) -> Tensor:
+    """Returns log p(x | z) in nats, with shape ``(B,)``.
 
     Arguments:
         likelihood: p(x | z), one z per row.
-        batch: The batch, as for :func:`data_of`.
+        x: The rows, as ``source.observed`` returns them.
 
     Raises:
         ValueError: If x or its log-density has another shape.
     """
-    x = data_of(batch)
     if isinstance(likelihood, Distribution):
         shape = likelihood.batch_shape + likelihood.event_shape
         if x.shape != shape:

@@ -39,8 +39,9 @@ from ncprior.source import (
 )
 from ncprior.utils.batches import to_device
 from ncprior.utils.draws import drawn
-from ncprior.utils.random_state import seeded
+from ncprior.utils.random_state import random_state, seeded
 from ncprior.utils.require import require_counts, require_instance, require_numbers
+from ncprior.utils.trees import same
 from ncprior.utils.visible import require_eval
 
 
@@ -88,7 +89,10 @@ class CachedEncodings(RowData):
         self.vae, self.data, self.batch_size, self.seed = source, data, batch_size, seed
         self.budget, self.folder = budget, folder
         self.source = self._kind()(source)
-        self.number = -1
+        self.number, self.draws = (
+            -1,
+            False,
+        )  # whether encode draws, as of a posterior in another order
         self._own = [(generator, generator.get_state()) for generator in own_generators(data)]
         self.renew(0)
 
@@ -106,7 +110,7 @@ class CachedEncodings(RowData):
 
     def renewal(self, epochs: float) -> Callable[[int], None] | None:
         """Returns a function of the batch index that renews the cache every ``epochs`` epochs."""
-        if math.isinf(epochs) or self.vae.num_groups == 1:
+        if math.isinf(epochs) or not (self.vae.num_groups > 1 or self.draws):
             return None
         return self._every(epochs)
 
@@ -131,8 +135,11 @@ class CachedEncodings(RowData):
     @torch.no_grad()
     def _walk(self, device: torch.device) -> Iterator[Any]:
         require_eval(self.vae, self.vae.module)
-        for x in one_pass(self.data, self.batch_size, device):
+        for i, x in enumerate(one_pass(self.data, self.batch_size, device)):
+            before = random_state() if i == 0 else None
             encoding = self.vae.encode(x)
+            if before is not None:
+                self.draws = not same(before, random_state())
             yield encoding if self.vae.num_groups == 1 else tuple(_groups(self.vae, encoding))
 
 

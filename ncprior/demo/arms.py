@@ -15,6 +15,7 @@ from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import LatentSource, num_rows, require_source, sample_posterior
 from ncprior.utils.batches import map_tensors
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     numbers,
     require_callable,
@@ -111,11 +112,11 @@ def draw_arms(
     seeds = torch.randint(2**31, (generations,)).tolist()
     work = [(seed, arm) for seed in seeds for arm in ARMS]
     for seed, arm in tqdm(work, desc="samples", disable=not progress):
-        torch.manual_seed(seed)
-        passes = -(-num_samples // total)
-        rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
-        batches = [_rows(x, some) for some in rows.split(_BATCH)]
-        generation = _generate(arms[arm], sampler, batches, arm, condition)
+        with seeded(seed):
+            passes = -(-num_samples // total)
+            rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
+            batches = [_rows(x, some) for some in rows.split(_BATCH)]
+            generation = _generate(arms[arm], sampler, batches, arm, condition)
         kept[arm].append(in_batches(features, generation.x))
         first.setdefault(arm, generation)
     return kept, first

@@ -231,7 +231,9 @@ class _Weights:
             return z
 
         _, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
-        return log_w + in_float64(log_prob_of_data(self.source.likelihood(state), x))
+        return log_w + in_float64(
+            log_prob_of_data(self.source.likelihood(state), self.source.observed(x))
+        )
 
     def _require_shareable(self, k: int, group: Group, log_p: LogRatio, z: Tensor) -> None:
         if not self.share_pools or self.num_proposals is None:

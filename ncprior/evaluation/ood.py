@@ -36,7 +36,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ncprior.data.batches import one_pass
-from ncprior.data.checked import checked_batches, data_of
+from ncprior.data.checked import checked_batches
 from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
@@ -128,7 +128,7 @@ def ood_score(
 
 def _energy(model: VAEBM, batch: Any, num_samples: int) -> Tensor:  # noqa: ANN401
     """Energy of a batch in nats, ``(B,)``, averaged over the noise on data."""
-    x = data_of(batch)
+    x = model.source.observed(batch)
     if model.data_noise:
         noisy = (x + model.data_noise * torch.randn_like(x) for _ in range(num_samples))
         energy = torch.stack([model(one) for one in noisy]).mean(0)

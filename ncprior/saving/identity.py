@@ -20,7 +20,7 @@ SIGMA = "GaussianDecoder.sigma"  # of draws of x alone
 
 # Of encodings, which play no part in draws.
 _OF_ENCODINGS = (
-    *("AmortisedSource.encoder", "ResampledPosterior"),
+    *("AmortisedSource.encoder", "TVAESource.encoder", "ResampledPosterior"),
     *("RAESource.noise", "PythaeSource.noise"),
 )
 

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ncprior.data.batches import first_batch, one_pass
-from ncprior.data.checked import checked_batches, data_of
+from ncprior.data.checked import checked_batches
 from ncprior.data.parts import with_held_out
 from ncprior.data.stream import Stream
 from ncprior.distributions import build
 from ncprior.samplers.target import supports_langevin
 from ncprior.source import Group, LatentSource, WrappedSource, device_of, require_source
-from ncprior.utils.batches import own_batch
+from ncprior.utils.batches import data_of, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.optimise import minimise

@@ -260,7 +260,11 @@ class ResampledPosterior(WrappedSource):
             return z
 
         latents, state = visit(self.source, self.source.start(num_rows(encoding), encoding), weigh)
-        terms.append(at_least_float32(log_prob_of_data(self.source.likelihood(state), x)))
+        terms.append(
+            at_least_float32(
+                log_prob_of_data(self.source.likelihood(state), self.source.observed(x))
+            )
+        )
         return latents, torch.stack(terms).sum(0)
 
 

@@ -162,3 +162,25 @@ def _refilled(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, 
     for key, value in values.items():
         new[key] = value
     return new
+
+
+def data_of(batch: Any) -> Tensor:  # noqa: ANN401
+    """Returns the data x of a batch: the batch itself, or the first item of a tuple or a mapping.
+
+    Raises:
+        TypeError: If that is no tensor of real numbers.
+        ValueError: If it is empty.
+    """
+    x = batch
+    if isinstance(batch, Mapping):
+        x = next(iter(batch.values()), None)
+    elif isinstance(batch, tuple | list):
+        x = batch[0] if batch else None
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise TypeError(
+            f"A batch must be a tensor x of real numbers, or a tuple or mapping whose first item is "
+            f"x; got {described(batch)} with {described(x)}. Pass such batches."
+        )
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"A batch must have 1 or more rows of x; got {described(x)}.")
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +23,24 @@ def num_ranks() -> int:
 def rank() -> int:
     """Returns the number of this process in the group, from 0."""
     return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def warn_of_equal_noise(stacklevel: int) -> None:
+    """Warns if all ranks draw the same random numbers, as after one seed for all.
+
+    Arguments:
+        stacklevel: As for ``warnings.warn``, from the caller on.
+    """
+    if num_ranks() == 1:
+        return
+    states: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(states, torch.get_rng_state().numpy().tobytes())
+    if len(set(states)) == 1:
+        warnings.warn(
+            "All ranks have the same random state, so that they draw the same z and the same chains. "
+            "Call torch.manual_seed(seed + rank) before the first step.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -286,16 +286,19 @@ def train(
     optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = islice(_shuffled_rows(int(num_rows), int(min(batch_size, num_rows))), steps)
+    bar = tqdm(batches, desc=name, total=steps, disable=not progress)
     module.train()
-    with gradients_enabled(), tqdm(batches, desc=name, total=steps, disable=not progress) as bar:
-        for rows in bar:
-            optimizer.zero_grad()
-            require_instance("loss(rows)", loss(rows), Tensor, "Return a scalar.").backward()
-            if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-            optimizer.step()
-            schedule.step()
-    module.eval()
+    try:
+        with gradients_enabled(), bar:
+            for rows in bar:
+                optimizer.zero_grad()
+                require_instance("loss(rows)", loss(rows), Tensor, "Return a scalar.").backward()
+                if max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+                optimizer.step()
+                schedule.step()
+    finally:
+        module.eval()
 
 
 def _shuffled_rows(num_rows: int, batch_size: int) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.rebase import Rebased
 from ncprior.data.batches import one_pass
-from ncprior.data.checked import checked_batches, data_of
+from ncprior.data.checked import checked_batches
 from ncprior.saving.identity import SIGMA
 from ncprior.source import LatentSource, WrappedSource, device_of, require_source, sample_posterior
 from ncprior.utils.require import described, require_counts, require_instance, require_numbers
@@ -89,7 +89,7 @@ class GaussianDecoder(WrappedSource):
         require_eval(source, source.module)
         device, total, count, rows = device_of(source), 0.0, 0, 0
         for batch in checked_batches(one_pass(held_out, batch_size), device):
-            x, x_hat = data_of(batch), source.decode(sample_posterior(source, batch)[1])
+            x, x_hat = source.observed(batch), source.decode(sample_posterior(source, batch)[1])
             if not isinstance(x_hat, Tensor) or x_hat.shape != x.shape:
                 raise ValueError(
                     f"Residuals need x and the decoder's mean of one shape; got {described(x)} and "

@@ -25,10 +25,9 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from ncprior.data.checked import data_of
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.target import Target
-from ncprior.utils.distributed import average_over_ranks, fail_together
+from ncprior.utils.distributed import average_over_ranks, fail_together, warn_of_equal_noise
 from ncprior.utils.gradients import (
     check_parameters,
     reduce_and_clip,
@@ -176,13 +175,21 @@ class VAEBMTrainer:
             >>> trainer.step(x).gap.item()  # a new net's energy is 0
             0.0
         """
-        data, (chains, target, end) = data_of(x), self._run(x)
+        if self.steps == 0:
+            warn_of_equal_noise(stacklevel=3)
+        data, (chains, target, end) = self.model.source.observed(x), self._run(x)
         drawn = chains.x if self.contrast == "x" else chains.mean
         if data.shape != drawn.shape:
             raise ValueError(
                 f"Data and images decoded by the VAE must have one shape; got "
                 f"{tuple(data.shape)} and {tuple(drawn.shape)}. Pass images as the VAE decodes "
                 f"them."
+            )
+        whole = not data.is_floating_point() and data.dtype != torch.bool
+        if whole and data.max() > 1 >= chains.mean.max():
+            raise ValueError(
+                f"Data must have the range of images decoded by the VAE, at most 1; got whole numbers "
+                f"up to {int(data.max())}. Pass them as the VAE was trained, such as x / 255."
             )
         data = data.to(drawn)
         if self.model.data_noise:
@@ -242,7 +249,7 @@ class VAEBMTrainer:
         """Chains of a batch, with their target and its last point, not read yet."""
         source = self.model.source
         require_eval(source, source.module)
-        rows = len(data_of(x))
+        rows = len(source.observed(x))
         condition = None if self.condition is None else self.condition(x)
         noise = self.model.draw_noise(rows, sampler=self.sampler, condition=condition)
         if self.buffer is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ncprior import NCETrainer, NCPrior
 from ncprior.adapters.hvae import HVAE, HVAESource, train_hvae
+from ncprior.evaluation import log_likelihood
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.testing import check_source
 
@@ -186,3 +187,9 @@ def test_a_tuple_of_a_loader_is_its_first_item(x: Tensor) -> None:
     assert torch.equal(source.encode((x, labels)), source.encode(x))
     latents, _ = sample_posterior(source, [x, labels])
     assert len(latents) == 3
+
+
+def test_grey_images_have_no_likelihood() -> None:
+    source = HVAESource(small())
+    with pytest.raises(ValueError, match=r"of binary images; got grey ones"):
+        log_likelihood(source, torch.full((2, 1, 28, 28), 0.5), num_samples=2)

@@ -136,3 +136,14 @@ def test_F26_parameters_and_bits() -> None:
         LogisticMixture(torch.zeros(1, 20, 4, 4), num_bits=8.0)
     with pytest.raises(ValueError, match="num_bits must be a whole number"):
         LogisticMixture(torch.zeros(1, 20, 4, 4), num_bits=0)
+
+
+@pytest.mark.parametrize("num_bits", [8, 10, 11, 14])
+def test_the_masses_of_all_levels_add_to_one_with_many_bits(num_bits: int) -> None:
+    """Levels near the ends were given the tails from 11 bits on."""
+    levels = torch.linspace(0, 1, 2**num_bits, dtype=torch.float64)
+    parameters = torch.zeros(1, 10, 1, 1, dtype=torch.float64)
+    law = LogisticMixture(parameters, num_bits=num_bits)
+    grey = levels.view(-1, 1, 1, 1, 1).expand(-1, 1, 3, 1, 1)  # all channels have one law
+    masses = (law.log_prob(grey) / 3).exp()
+    assert math.isclose(masses.sum().item(), 1.0, abs_tol=1e-9)

@@ -404,3 +404,17 @@ def test_gradients_reach_x_through_posterior_and_decoder() -> None:
     z = posterior_of(source.group(source.start(4, source.encode(x)))).rsample()
     loss = source.decode(source.advance(source.start(4), z)).sum()
     assert torch.autograd.grad(loss, x)[0].abs().sum() > 0
+
+
+def test_an_adversarial_autoencoder_without_its_noise_needs_one() -> None:
+    """Its log-variances were never trained."""
+    model = build("Adversarial_AE", deterministic_posterior=True)
+    with pytest.raises(ValueError, match="encodes x as one code without noise"):
+        PythaeSource(model)
+    source = PythaeSource(model, noise=0.2)
+    x = torch.rand(4, *SHAPE)
+    posterior = source.group(source.start(4, source.encode(x))).posterior
+    assert posterior is not None and torch.equal(posterior.stddev, torch.full((4, 3), 0.2))
+    assert source.prior.sample().shape == (3,)  # N(0, I), to which it was trained
+    with pytest.raises(ValueError, match="encoder is deterministic"):
+        source.likelihood(sample_posterior(source, x)[1])

@@ -23,9 +23,11 @@ from ncprior.adapters.scvi.likelihoods import Proteins, ZeroInflated, negative_b
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_gaussian
 from ncprior.bases.rebase import rebase
+from ncprior.evaluation import log_likelihood
 from ncprior.heads.networks import MLPHead
 from ncprior.source import posterior_of, sample_posterior, visit
 from ncprior.testing import check_source
+from ncprior.vaebm import GaussianDecoder
 
 
 def batch_of(source: Any, count: int = 5) -> dict[str, Tensor]:
@@ -88,7 +90,8 @@ def test_heads_see_the_conditions_that_they_are_given() -> None:
     }
     for given in (("batch",), ("labels", "batch"), ("library", "labels"), None):
         source = SCVISource(model, given=given)
-        seen = torch.cat([columns[name] for name in given or ("library", "batch")], -1)
+        named = [name for name in columns if name in (given or ("library", "batch"))]
+        seen = torch.cat([columns[name] for name in named], -1)
         condition = source.condition(x)
         for state in (source.start(5, source.encode(x)), source.start(5, condition=condition)):
             context = source.group(state).context
@@ -531,3 +534,34 @@ def test_decoding_needs_all_latents() -> None:
         source = SCVISource(model)
         with pytest.raises(ValueError, match=f"needs {name}; this walk"):
             source.decode(source.start(5, condition=source.condition(batch_of(source))))
+
+
+def test_minified_cells_have_no_likelihood() -> None:
+    """Their counts are stored as zeros, of which it was."""
+    source = SCVISource(minified(SCVI()))
+    x = batch_of(source)
+    with pytest.raises(ValueError, match="A minified model has no counts"):
+        log_likelihood(source, [x], num_samples=2)
+    with pytest.raises(ValueError, match="A minified model has no counts"):
+        GaussianDecoder.fitted(source, [x])
+
+
+def test_totalvi_has_a_likelihood_of_genes_and_proteins() -> None:
+    torch.manual_seed(0)
+    source = SCVISource(TOTALVI())
+    x = batch_of(source)
+    assert source.observed(x).shape == (5, 9)
+    found = log_likelihood(source, source.loader(batch_size=50), num_samples=2)["base"]
+    assert found.lower.isfinite().all()
+
+
+def test_the_order_of_given_conditions_is_one_for_all_heads() -> None:
+    """Heads that were trained with one order were loaded on another one, in silence."""
+    model = SCVI()
+    x = model.cells(5, 6, 2)
+    orders = (["library", "batch"], ["batch", "library"])
+    sources = [SCVISource(model, given=given) for given in orders]
+    first, second = (s.group(s.start(5, s.encode(x))).context for s in sources)
+    assert torch.equal(first, second)
+    assert sources[0].facts() == sources[1].facts() == {"SCVISource.given": orders[0]}
+    assert SCVISource(model, given=["batch"]).facts() != sources[0].facts()

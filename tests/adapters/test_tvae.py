@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Normal
 from ncprior import NCPrior, sir
 from ncprior.adapters.tvae import TVAESource, capture_encoder
 from ncprior.heads import MLPHead
+from ncprior.saving.identity import facts_of_draws, source_facts
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.testing import check_source
 from ncprior.training import fit_encoder
@@ -305,3 +306,13 @@ def test_an_encoder_is_trained_where_it_was_not_captured(real: tuple[Any, Any, A
     untrained = fit_encoder(source, x, **{**options, "steps": 0})
     assert fitted.elbo is not None and untrained.elbo is not None
     assert fitted.elbo > untrained.elbo
+
+
+def test_a_checkpoint_knows_the_encoder() -> None:
+    """Encodings of one and heads of another were taken for one training."""
+    model = standin.fitted()
+    torch.manual_seed(0)
+    first, second = (source_of(model) for _ in range(2))
+    assert source_facts(first) != source_facts(second)
+    assert source_facts(first) == source_facts(TVAESource(model, first.encoder))
+    assert facts_of_draws(first, draw_x=True) == facts_of_draws(second, draw_x=True)

@@ -22,6 +22,7 @@ from ncprior import NCETrainer, NCPrior, sir
 from ncprior.adapters import vdvae as adapter
 from ncprior.adapters.logistics import LogisticMixture
 from ncprior.adapters.vdvae import ByteImages, VDVAESource
+from ncprior.evaluation import log_likelihood
 from ncprior.source import posterior_of, sample_posterior
 from ncprior.testing import check_source
 from ncprior.utils.random_state import random_state
@@ -417,3 +418,22 @@ def test_the_walk_is_that_of_the_published_code() -> None:
         assert result["self_check"] == 0.0 and result["walk"] == 0.0, result
         ours, theirs = (torch.tensor(t) for t in result["log p(x|z)"])
         assert torch.allclose(ours, theirs, rtol=1e-5), result
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "ffhq_256"])
+def test_the_likelihood_of_the_models_own_pair_is_that_of_the_bytes(dataset: str) -> None:
+    """It was that of the normalised image, hundreds of nats away."""
+    source, x = VDVAESource(vdvae(dataset)), images()
+    pair = (source._normalised(x), (x.float() - 127.5) / 127.5)
+    assert torch.equal(source.observed(pair), x) and source.observed(x) is x
+    found = []
+    for batch in (x, pair):
+        torch.manual_seed(0)
+        found.append(log_likelihood(source, [batch], num_samples=2)["base"].lower)
+    assert torch.allclose(*found, rtol=1e-5)
+
+
+def test_the_mean_of_five_bits_is_no_higher_than_its_last_byte() -> None:
+    parameters = torch.zeros(1, 10, 2, 2)
+    parameters[:, [1, 4, 7]] = 50.0
+    assert ByteImages(LogisticMixture(parameters, num_bits=5)).mean.max() == 248

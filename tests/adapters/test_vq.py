@@ -373,3 +373,10 @@ def test_networks_of_ones_own_are_bases() -> None:
     prior = NCPrior.for_source(based, x, width=8)
     assert [head.config()["num_categories"] for head in prior.heads] == [8, 8]
     assert prior.sample(5, partial(sir, num_proposals=4)).x.shape == (5, 2, 3)
+
+
+def test_flat_indices_are_no_rows() -> None:
+    """Bases and heads of single codes were fitted, in silence."""
+    source = VQSource(lambda x: x.long().flatten(), lambda z: z.float(), num_categories=3)
+    with pytest.raises(ValueError, match=r"one row of codes per row of x; got 8 rows for 4"):
+        source.encode(torch.zeros(4, 2))

@@ -417,3 +417,22 @@ def test_fit_in_mixed_precision_reaches_the_loss() -> None:
         best.append(history.best_loss[0])
     assert best[0] != best[1]
     assert abs(best[0] - best[1]) < 0.01
+
+
+def test_a_cache_of_one_group_is_renewed_where_the_encoder_draws() -> None:
+    """As of a joint source: one draw per row was the only positive of a whole training."""
+
+    class Drawing(WrappedSource):
+        def encode(self, x: Tensor) -> Any:
+            return super().encode(x + torch.randn_like(x))
+
+    x, counts = torch.randn(40, 3), []
+    for source in (flat(VAE()), Drawing(flat(VAE()))):
+        cache = CachedEncodings(source, x, batch_size=20, seed=0)
+        before = cache.renewal(1)
+        counts.append(before is not None)
+    assert counts == [False, True]
+    first = cache[torch.arange(40)].posterior["Normal"]["loc"].clone()
+    assert before is not None
+    before(2)  # two batches are an epoch
+    assert not torch.equal(first, cache[torch.arange(40)].posterior["Normal"]["loc"])

@@ -462,3 +462,11 @@ def test_the_clouds_are_projected() -> None:
     assert [panel.get_title() for panel in figure.axes] == ["base prior", "NCP"]
     points = torch.from_numpy(figure.axes[1].collections[0].get_offsets().data).float()
     torch.testing.assert_close(points, z[:, [2, 0]] + 1)
+
+
+def test_arms_leave_the_generator_where_it_is(tilted: NCPrior) -> None:
+    """Its seed is a part of what is measured afterwards."""
+    torch.manual_seed(123)
+    options = {"features": torch.sin, "num_samples": 3, "generations": 2}
+    draw_arms(tilted, partial(sir, num_proposals=5), torch.ones(9, 1), **options)
+    assert torch.initial_seed() == 123

@@ -132,6 +132,19 @@ for _name, (_make, _batch) in SOURCES.items():
 
 TOLERANCE = number(0)
 RATE = number(0, open_low=True)
+
+
+def _observed(name: str) -> None:
+    make, images = SOURCES[name]
+
+    @call(f"ncprior.adapters.{name}.observed", batch=opened(X), options=SLOW)
+    def _(w: World) -> Built:
+        return make(w).observed, {"batch": images()}
+
+
+for _name in ("vdvae.VDVAESource", "hvae.HVAESource"):
+    _observed(_name)
+
 for _name in ("nvae.NVAESource", "vdvae.VDVAESource"):
 
     @call(f"ncprior.adapters.{_name}.self_check", x=opened(X), tolerance=TOLERANCE, options=SLOW)
@@ -421,6 +434,12 @@ def _(w: World) -> Built:
 def _(w: World) -> Built:
     source, x = _cells()
     return source.encode, {"x": x}
+
+
+@call("ncprior.adapters.scvi.SCVISource.observed", batch=opened(MAPPING))
+def _(w: World) -> Built:
+    source, x = _cells()
+    return source.observed, {"batch": x}
 
 
 @call("ncprior.adapters.scvi.SCVISource.start", batch_size=count(), condition=opened(MAPPING))

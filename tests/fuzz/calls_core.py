@@ -108,6 +108,7 @@ METHODS: dict[str, tuple[dict[str, Kind], Any]] = {
     "advance": ({}, lambda w: {"state": w.source.start(24), "z": w.z}),
     "decode": ({}, lambda w: {"state": _state(w)}),
     "likelihood": ({}, lambda w: {"state": _state(w)}),
+    "observed": ({"batch": opened(X)}, lambda w: {"batch": w.x}),
     "features": ({}, lambda w: {"k": 0, "z": w.z}),
     "shared_prior": ({}, lambda w: {}),
     "facts": ({}, lambda w: {}),

@@ -53,6 +53,8 @@ WITHOUT = {
     "ncprior.vaebm.VAEBM.push_to_hub": "as NCPrior.push_to_hub",
     "ncprior.adapters.nvae.NVAESource.facts": "takes no arguments",
     "ncprior.adapters.vdvae.VDVAESource.facts": "takes no arguments",
+    "ncprior.adapters.tvae.TVAESource.facts": "takes no arguments",
+    "ncprior.adapters.scvi.SCVISource.facts": "takes no arguments",
     "ncprior.bases.Rebased.facts": "takes no arguments",
     "ncprior.training.AmortisedSource.facts": "takes no arguments",
     "ncprior.training.ResampledPosterior.facts": "takes no arguments",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,16 @@ def rank_main(rank: int, folder: Path) -> None:
     energies = VAEBMTrainer(vaebm, torch.optim.SGD(energy.parameters(), 0.1))
     saved["own.energy"] = vaebm(x[:rows]).mean().detach()
     saved["energy"] = energies.step(x[:rows])[1]
-    save_tensors(folder / f"rank{rank}", saved, {"errors": errors, "steps": trainer.steps})
+    told: dict[str, list[str]] = {}
+    for name, seed_of_rank in {"equal": 0, "own": rank}.items():
+        torch.manual_seed(seed_of_rank)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            NCETrainer(prior, torch.optim.SGD(prior.parameters(), 0.0)).step(x)
+            VAEBMTrainer(vaebm, torch.optim.SGD(energy.parameters(), 0.0)).step(x)
+        told[name] = [str(one.message) for one in seen]
+    facts = {"errors": errors, "steps": trainer.steps, "told": told}
+    save_tensors(folder / f"rank{rank}", saved, facts)
     dist.destroy_process_group()
 
 
@@ -221,6 +231,16 @@ def test_gradients_are_clipped_after_they_are_averaged(ranks: Ranks) -> None:
         head = [g.norm() for name, g in gradients.items() if name.startswith(f"heads.{k}.")]
         torch.testing.assert_close(torch.stack(head).norm(), torch.tensor(1e-3), rtol=1e-3, atol=0)
     assert ranks[0][1]["steps"] == 2
+
+
+def test_ranks_with_the_same_noise_are_noticed(ranks: Ranks) -> None:
+    """Their chains would be copies; once for each of the two trainers."""
+    for rank in ranks:
+        told = rank[1]["told"]
+        assert [
+            text.startswith("All ranks have the same random state") for text in told["equal"]
+        ] == [True] * 2
+        assert told["own"] == []
 
 
 if __name__ == "__main__":

@@ -203,3 +203,14 @@ def test_a_learning_rate_beyond_float32_is_refused() -> None:
     w = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="learning_rate must be a number in"):
         minimise(lambda: w.sum(), lambda: w.sum(), [w], steps=1, learning_rate=1e60)
+
+
+def test_an_interrupt_leaves_a_network_in_evaluation_mode() -> None:
+    net = torch.nn.Linear(1, 1).eval()
+
+    def stop(rows: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(net, stop, 10, steps=5, batch_size=2, learning_rate=0.1, progress=False)
+    assert not net.training

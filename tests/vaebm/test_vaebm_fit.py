@@ -270,6 +270,25 @@ def test_bad_batches_and_optimizers_are_refused() -> None:
     assert trainer.steps == 0
 
 
+def test_bytes_are_no_images_of_a_decoder_in_0_to_1() -> None:
+    """They were set against images in [0, 1], and the energy learned the scale."""
+    base = Independent(Normal(torch.zeros(3), 1.0), 1)
+
+    def likelihood(z: Tensor) -> Independent:
+        return Independent(Normal(z.sigmoid(), 0.1, validate_args=False), 1)
+
+    source = SingleGroup(
+        base, lambda x: likelihood(x.float()), torch.sigmoid, likelihood=likelihood
+    )
+    of = VAEBM(source, MLPHead((3,), width=8))
+    trainer = VAEBMTrainer(of, adam(of))
+    x = torch.randint(256, (16, 3), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"at most 1; got whole numbers up to \d+\. .* x / 255"):
+        trainer.step(x)
+    trainer.step(x > 127)  # binary images
+    trainer.step(x / 255)
+
+
 @pytest.mark.parametrize("where", ["data", "chains"])
 def test_a_step_that_is_not_finite_changes_nothing(where: str) -> None:
     of, buffer = model(), ReplayBuffer(50, 0.5)
