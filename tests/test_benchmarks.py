@@ -616,6 +616,8 @@ def test_peers_get_the_size_and_the_rate_that_are_best_by_held_out_latents(
         ("flow", "width 16, rate 0.003"),  # rates are tried at the best size alone
     ]
     assert set(tried) == set(peers[1].rates)
+    none_in_time = budget.Choices(budget.Bench(options, {}), case, 0.0).best_in_time(peers[0])
+    assert none_in_time.size == "components 10"  # the least, whatever it takes
     assert budget.criterion(found[1].fit(case), case) == pytest.approx(
         -0.5 * math.log(2 * math.pi) - 0.5 * ((x - 2) ** 2).mean().item(), abs=1e-5
     )

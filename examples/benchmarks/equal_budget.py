@@ -193,11 +193,11 @@ class Choices:
         ]
 
     def best_in_time(self, peer: Peer) -> Chosen:
-        """Of a peer without steps, the best size that is done within the budget."""
+        """Of a peer without steps, the best size that is done within the budget, or the least one."""
         scores = {}
         for size, fit in list(peer.sizes.items())[: self.most]:
             found = self._kept(f"{peer.name}, {size}", partial(self._scored, fit))
-            if found["seconds"] >= self.budget:
+            if scores and found["seconds"] >= self.budget:
                 break  # larger ones take longer still
             scores[size] = found["score"]
         best = max(scores, key=scores.__getitem__)

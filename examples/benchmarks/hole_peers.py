@@ -208,6 +208,7 @@ def flat_peers() -> list[Peer]:
     return [
         Peer("mixture", sized(on_encodings(mixture), **components), has_steps=False),
         Peer("VampPrior", sized(vamp, **inputs)),
+        Peer("VampPrior, not trained", sized(partial(vamp, steps=0), **inputs), has_steps=False),
         Peer("spline flow", sized(on_encodings(spline), **flows)),
         Peer("masked autoregressive flow", sized(on_encodings(masked), **flows)),
         Peer("flow matching", sized(on_encodings(matching), **widths)),
@@ -238,7 +239,7 @@ def conditional_peers() -> list[Peer]:
         return rebase(case.source, partial(tempered, temperature))
 
     return [
-        Peer("own prior", sized(colder, temperature=(0.8, 0.9, 0.95, 1.05)), has_steps=False),
+        Peer("own prior", sized(colder, temperature=(0.8, 0.9, 0.95, 1.0, 1.05)), has_steps=False),
         Peer("mixture given z_<k", sized(mixture, components=(10, 50), width=(256, 256))),
         Peer("spline flow given z_<k", sized(spline, transforms=(2, 4), width=(128, 128))),
     ]

@@ -86,7 +86,7 @@ plot_latents(clouds, axes)
 # ## Digit by digit
 #
 # A classifier of the training images says which digit a sample shows. For each digit, the Fréchet distance compares the
-# features of such samples with those of real images. Decoded encodings are the best that this decoder can do.
+# features of such samples with those of the training images, which decoded encodings partly copy.
 
 # %%
 judge = Classifier(8, num_features=12)
@@ -104,7 +104,7 @@ def of_digit(images: Tensor, digit: int) -> Tensor:
 
 
 def distances(images: Tensor) -> list[float]:
-    """For each digit, the Fréchet distance of the images that show it to real ones."""
+    """For each digit, the Fréchet distance of the images that show it to those of the data."""
     real = [in_batches(judge.features, data.images[data.labels == d]) for d in range(10)]
     shown = [in_batches(judge.features, of_digit(images, d)) for d in range(10)]
     return [frechet_distance(*pair).item() for pair in zip(shown, real, strict=True)]

@@ -33,9 +33,12 @@ torch.manual_seed(0)
 folder = Path(os.environ.get("NCPRIOR_DISENTANGLING", "disentangling-vae"))
 file = folder / "results/VAE_mnist/model.pt"
 weights = torch.load(file, weights_only=True, map_location="cpu")
-mnist = read_images("ylecun/mnist", "train").rows(torch.randperm(60_000)[:24_000])
-images = interpolate(mnist.images, 32, mode="bilinear", antialias=True)  # their size
-x_train, x_test = images[:20_000], images[20_000:]
+mnist = read_images("ylecun/mnist", "train").rows(torch.randperm(60_000)[:20_000])
+others = read_images("ylecun/mnist", "test").images  # which they did not train on
+x_train, x_test = (
+    interpolate(x, 32, mode="bilinear", antialias=True)
+    for x in (mnist.images, others)  # their size
+)
 print(*(f"{name}: {tuple(weight.shape)}" for name, weight in weights.items()), sep="\n")
 
 # %% [markdown]
