@@ -103,6 +103,7 @@ def main() -> None:
     vae = EIMVAE(train.mean(0))
     train_vae(vae, train, epochs=epochs, batch_size=256)
     rows = [row("VAE, N(0, I)", "-log p(x), from above", vae, None)]
+    started = time.perf_counter()
 
     prior = NCPrior(EIMSource(vae), EnergyNet())
     history = fit(
