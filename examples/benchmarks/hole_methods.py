@@ -421,7 +421,8 @@ def _improved(bench: Bench, case: Case, seed: int, budget: int) -> Trained:
     """
     data, held_out = case.all_data
     quick = "-quick" if bench.settings["quick"] else ""
-    folder = bench.cache / f"improve-{slug(case.name)}-{seed}{quick}"
+    vae = str(case.source.fingerprint())[:8]
+    folder = bench.cache / f"improve-{slug(case.name)}-{vae}-{seed}{quick}"
     ready, took = folder / f"prior-{budget}", folder / f"seconds-{budget}.json"
     if took.exists():
         return Trained(NCPrior.from_pretrained(case.source, ready), json.loads(took.read_text()))

@@ -113,6 +113,7 @@ class Comparison:
             return self._drawn(method)
         name = slug(f"hole-{self.case.name}-{method.name}-{self.seed}-drawn")
         key: Row = {"count": self.count, "base_steps": self.case.base_steps}
+        key["vae"] = self.case.source.fingerprint()
         if method.family == "ours":
             key |= {"head": str(self.case.head), "fit": str(self.case.fit)}
         return self.bench.tensors(name, partial(self._drawn, method), **key)[0]
