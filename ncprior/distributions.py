@@ -83,11 +83,6 @@ class PointMass(Distribution):
         super().__init__(z.shape[:1], z.shape[1:], validate_args=False)
 
     @property
-    def has_density(self) -> bool:
-        """Whether log q is known: for codes, and where log_q was given."""
-        return not bool(self.log_q.isnan().any())
-
-    @property
     def support(self) -> constraints.Constraint:
         """Whole numbers for codes; not known for other z."""
         if self.z.is_floating_point():
@@ -256,6 +251,12 @@ def is_expanded(prior: Sampleable) -> bool:
         False
     """
     return isinstance(prior, _Rows)
+
+
+def is_point(q: Distribution) -> bool:
+    """Returns whether a distribution is a point of real z, which has no density."""
+    inner = q.base_dist if isinstance(q, Independent) else q
+    return isinstance(inner, PointMass) and bool(inner.log_q.isnan().any())
 
 
 def is_prior(value: object) -> TypeGuard[Sampleable]:

@@ -38,11 +38,11 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Size, Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, log_prob_of_data
-from ncprior.distributions import PointMass
+from ncprior.distributions import is_point
 from ncprior.evaluation.bounds import BLOCKS, bounds
 from ncprior.evaluation.estimates import Likelihood
 from ncprior.evaluation.normaliser import LogZ
@@ -270,8 +270,7 @@ class _Weights:
 
 
 def _with_density(k: int, posterior: Distribution) -> Distribution:
-    inner = posterior.base_dist if isinstance(posterior, Independent) else posterior
-    if isinstance(inner, PointMass) and not inner.has_density:
+    if is_point(posterior):
         raise TypeError(
             f"The likelihood needs log q(z | x); the posterior of group {k} is a point without a "
             f"density. Give the encoder noise, or pass PointMass(z, log_q)."

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from ncprior.data.checked import log_prob_of_data
+from ncprior.distributions import is_point
 from ncprior.prior import NCPrior
 from ncprior.saving.identity import heads_on, prior_facts
 from ncprior.source import (
@@ -287,6 +288,8 @@ def _with_densities(k: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(group.prior, Distribution):
             raise NotImplementedError
         name, of = "posterior", posterior_of(group)
+        if is_point(of):
+            raise NotImplementedError("A point of real z has none.")
         z, log_q = sample_and_log_prob(of)
         name, of = "prior", group.prior
         return z, group.prior.log_prob(z), log_q

@@ -28,6 +28,7 @@ from ncprior.heads.networks import MLPHead
 from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.trainer import NCETrainer
 from ncprior.training import FitSettings, History, Row, gate
+from ncprior.training.held_out import HeldOut, mean_and_error
 
 QUIET = {"progress": False}
 
@@ -386,6 +387,9 @@ class Scripted:
         means = torch.tensor(next(self.losses), dtype=torch.float64)
         return torch.stack([means - self.error, means + self.error], 1)
 
+    def errors(self, losses: Tensor) -> list[float]:
+        return mean_and_error(losses)[1]
+
 
 def test_each_group_keeps_its_own_best(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Scripted(
@@ -464,8 +468,6 @@ def test_gating_without_held_out_losses_is_refused() -> None:
 def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> None:
     """Batches of unequal size included: the squares of 200 z-scores average to 1 ± 0.1."""
 
-    from ncprior.training.held_out import HeldOut, mean_and_error
-
     problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
     exact = 2 * math.log(2) - 2 * problem.jsd
     scores = []
@@ -481,8 +483,6 @@ def test_the_standard_error_of_held_out_losses_is_that_of_repeated_draws() -> No
 
 @pytest.mark.parametrize("rows", [50, 300])
 def test_the_standard_error_is_that_of_other_rows_not_of_further_draws(rows: int) -> None:
-    from ncprior.training.held_out import HeldOut, mean_and_error
-
     problem, prior = CorrelatedPair(), NCPrior(CorrelatedPair(), CorrelatedPair().heads())
     exact = 2 * math.log(2) - 2 * problem.jsd
     scores = []

@@ -280,9 +280,13 @@ def test_what_cannot_be_resampled_is_refused_before_the_training() -> None:
         FitSettings(importance_samples=1)
     whole = VAE.source()
     point = SingleGroup(whole.prior, lambda x: PointMass(x), lambda z: z, likelihood=VAE.decoded)
+    equal = SingleGroup(
+        whole.prior, lambda x: PointMass(x, x[:, 0]), lambda z: z, likelihood=VAE.decoded
+    )
     silent = SingleGroup(whole.prior, VAE.encoded, lambda z: z)
     for source, error, message in (
-        (point, ValueError, "draws that are all equal"),
+        (point, TypeError, "the posterior of group 0, .* A point of real z has none"),
+        (equal, ValueError, "draws that are all equal"),
         (silent, ValueError, r"does not know p\(x \| z\)"),
         (ResampledPosterior(whole, 4), TypeError, "the posterior of group 0, a Particles"),
     ):
