@@ -47,6 +47,7 @@ WITHOUT = {
     "ncprior.adapters.tvae.capture_encoder": "takes no arguments, and needs ctgan",
     "ncprior.adapters.rae.RAESource": "methods of SingleGroup",
     "ncprior.distributions.is_prior": "a question of yes or no",
+    "ncprior.distributions.is_point": "a question of yes or no",
     "ncprior.distributions.naming_bad_rows": "a context that explains errors",
     "ncprior.trainer.require_trainable": "a check of the trainer",
     "ncprior.vaebm.VAEBM.start_sampler": "a check of the trainer",
