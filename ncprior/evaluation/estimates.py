@@ -71,7 +71,7 @@ class Likelihood(NamedTuple):
     def is_two_sided(self) -> bool:
         """Whether at most 5 % of the rows have so small an ``ess`` that ``upper`` means nothing."""
         few = self.ess < min(_FEW, self.num_samples / 2)
-        return few.double().mean().item() <= _TOLERATED
+        return few.float().mean().item() <= _TOLERATED
 
     @property
     def nll_lower(self) -> float:
