@@ -159,7 +159,9 @@ def _sample(options: argparse.Namespace) -> int:
             condition=condition,
             parts=range(first, number, step),
         )
-    samples, files = _counted(options.num_samples, "sample"), _counted(number, "part")
+    ends = ((k + 1) * options.part_size for k in range(first, number, step))
+    drawn = sum(options.part_size - max(0, end - options.num_samples) for end in ends)
+    samples, files = _counted(drawn, "sample"), _counted(number, "part")
     files = files if step == 1 else f"{len(parts):,} of {files}"
     print(f"{samples} in {options.out}, {files}, {time.monotonic() - started:.0f} s")
     return 0

@@ -30,6 +30,7 @@ from torch.distributions import Independent, Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import Draw, Group, NCETrainer, NCPrior, SingleGroup, langevin, sir
+from ncprior.bases import Empirical
 from ncprior.distributions import Sampleable
 from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.networks import ConvHead, MLPHead
@@ -949,3 +950,26 @@ def test_G_C6_parts_on_two_devices_are_named() -> None:
         NCPrior.for_source(
             SingleGroup(far, vae.posterior, vae.decode, module=vae), torch.randn(9, 3)
         )
+
+
+def test_a_decoder_of_several_tensors_is_told_of_at_the_first_sample() -> None:
+    base = Independent(Normal(torch.zeros(2), 1.0), 1)
+    source = SingleGroup(base, lambda x: base.expand(x.shape[:1]), lambda z: (z, z))
+    prior = NCPrior(source, MLPHead((2,), width=8)).eval()
+    with pytest.raises(TypeError, match=r"mean of p\(x \| z\) as one tensor; got an object of type tuple"):
+        prior.sample(4, partial(sir, num_proposals=5))
+
+
+def test_a_wrapper_of_the_vae_has_no_mode_of_its_own() -> None:
+    """`vae.eval()` does not reach it, and the remedy was to call that."""
+    vae = nn.Linear(2, 2).eval()
+    base = Independent(Normal(torch.zeros(2), 1.0), 1)
+    source = SingleGroup(
+        base, lambda x: base.expand(x.shape[:1]), vae, module=nn.DataParallel(vae)
+    )
+    NCPrior(source, MLPHead((2,), width=8)).eval().sample(4, partial(sir, num_proposals=5))
+
+
+def test_stored_latents_of_an_array_have_the_default_dtype() -> None:
+    assert Empirical(np.zeros((5, 2))).sample((3,)).dtype == torch.float32
+    assert Empirical(torch.zeros(5, 2, dtype=torch.float64)).sample().dtype == torch.float64

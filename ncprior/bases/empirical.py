@@ -75,6 +75,8 @@ class Empirical:
 
     def __init__(self, z: Tensor | ArrayLike) -> None:
         self.z = numbers("z", z).detach()
+        if self.z.dtype == torch.float64 and not isinstance(z, Tensor):
+            self.z = self.z.to(torch.get_default_dtype())  # as arrays and lists are by default
         self.event_shape = self.z.shape[1:]
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008

@@ -223,7 +223,7 @@ class _Whole:
     ) -> None:
         self.centre, self.spread = centre.double(), spread.double()
         mean, variance = self.centre, white.double().var(0, correction=0) * self.spread.square()
-        variance = variance.clamp(min=_LEAST)  # of a constant
+        variance = torch.where(variance > 0, variance, _LEAST)  # of a constant
         far = len(white) * (variance - 1 - variance.log() + mean.square())
         standard = far < _STANDARD
         sd = torch.where(standard, 1.0, variance.sqrt())

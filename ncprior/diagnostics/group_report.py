@@ -133,6 +133,8 @@ class GroupReport(NamedTuple):
         has_gradient: Whether the prior of the group supports Langevin dynamics.
         num_components: Number of components if the base is a Gaussian mixture, else 1.
         num_factors: Number of heads that are multiplied, all evaluated for one log r.
+        variance: Mean variance of the latents under the base, in squared units of z; 1 if the base
+            does not know it.
         num_latents: Number of latents of the group.
         num_active: Number of active latents, see :func:`ncprior.bases.active_latents`.
         reliability: The reliability curve, ``None`` for a head that is off.
@@ -175,6 +177,7 @@ class GroupReport(NamedTuple):
     has_gradient: bool = False
     num_components: int = 1
     num_factors: int = 1
+    variance: float = 1.0
     num_latents: int = 0
     num_active: int = 0
     reliability: Reliability | None = None

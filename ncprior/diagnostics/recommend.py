@@ -29,6 +29,8 @@ _FEWEST_MOVES = 3  # fewer take draws less far than SIR does
 
 _FIRST_STEP = 0.1  # of these; the first moves of a larger one are rejected
 
+_STEP = 0.5  # first step of shared particles, in variances of the base
+
 
 class Recommendation(NamedTuple):
     """Recommended sampler, with its cost and a reason.
@@ -133,7 +135,13 @@ def _choice(report: Report, widest: GroupReport, each: int, heads: int) -> Recom
     if moves < 1:
         return Recommendation(by_sir, each * heads, "The budget is too small for tempered SMC.")
     return Recommendation(
-        partial(tempered_smc, num_particles=1, share_particles=True, num_moves=moves),
+        partial(
+            tempered_smc,
+            num_particles=1,
+            share_particles=True,
+            num_moves=moves,
+            step_size=_STEP * widest.variance,
+        ),
         2 * (1 + temperatures * moves) * heads,
         f"{_stated(widest)} for draws close to q, and {_PLENTY} times as many for a bias below 1 %; "
         f"shared particles reach it at this budget, in about {temperatures} temperatures.",

@@ -45,6 +45,8 @@ _STEPS = 12  # largest number of steps of the search; a smooth function takes ab
 
 _SURE = 3.0  # standard errors of the difference; below, α = 1 is accepted
 
+TOO_LOW = "the mean log r of the draws is still below that of the data"  # in a warning
+
 _CLOSE = 0.5  # standard errors of the difference; below, the search stops
 
 
@@ -145,8 +147,7 @@ def _root(excess: Callable[[float], Mean], max_strength: float) -> float:
     if (at_end.value > 0) == (at_one.value > 0) or _is_close(at_end):
         if end > 0 and not _is_close(at_end):
             warnings.warn(
-                f"At strength {max_strength:g} the mean log r of the draws is still below that of "
-                f"the data, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
+                f"At strength {max_strength:g} {TOO_LOW}, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
                 f"moves, or a closer base.",
                 stacklevel=4,
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.bases.mixture import GaussianMixture
+from ncprior.distributions import Sampleable
 from ncprior.heads.checks import naming_parts
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
@@ -27,6 +28,7 @@ class GroupKind(NamedTuple):
     has_gradient: bool
     num_components: int
     num_factors: int
+    variance: float
 
     @classmethod
     def of(cls, group: Group, head: nn.Module) -> GroupKind:
@@ -34,8 +36,23 @@ class GroupKind(NamedTuple):
         prior = group.prior
         components = len(prior.logits) if isinstance(prior, GaussianMixture) else 1
         return cls(
-            group.context is not None, supports_langevin(prior), components, len(factors(head))
+            group.context is not None,
+            supports_langevin(prior),
+            components,
+            len(factors(head)),
+            _variance(prior),
         )
+
+
+def _variance(prior: Sampleable) -> float:
+    """Mean variance of the latents under the prior, in squared units of z; 1 if it does not know it."""
+    try:
+        variance = getattr(prior, "variance", None)
+    except NotImplementedError:
+        return 1.0
+    if not isinstance(variance, Tensor) or not variance.isfinite().all():
+        return 1.0
+    return variance.float().mean().item() or 1.0
 
 
 @torch.no_grad()

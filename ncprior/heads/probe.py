@@ -112,9 +112,17 @@ def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:
         whose: The decoder's name in the warning.
         stacklevel: The frame that the warning names, counted from here as 1.
 
+    Raises:
+        TypeError: If x is no tensor.
+
     Warns:
         UserWarning: If a value is NaN or infinite.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{whose} must return the mean of p(x | z) as one tensor; got {described(x)}. Wrap it in a "
+            f"function that returns the tensor."
+        )
     finite = torch.isfinite(x).reshape(len(x), -1).all(1)
     if finite.all():
         return True

@@ -253,6 +253,10 @@ def _candidate(name: str, log_p: Tensor, seconds: float) -> Candidate:
 
 
 def _is_better(new: Tensor, old: Tensor) -> bool:
+    """Whether log p of a base is surely higher; one that is finite for all rows beats one that is not."""
+    finite = (bool(new.isfinite().all()), bool(old.isfinite().all()))
+    if not all(finite):
+        return finite[0]
     gain = (new - old).cpu().double()
     return gain.mean().item() > _SURE * _error(gain)
 

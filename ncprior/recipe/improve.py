@@ -106,6 +106,7 @@ def improve(
     require_source(source)
     require_counts("[2, inf)", budget=budget)
     require_counts("(-1e18, 1e18) or None", seed=seed)
+    budget, seed = int(budget), None if seed is None else int(seed)
     require_numbers("(0, inf) or None", max_seconds=max_seconds)
     require_flags(progress=progress)
     require_instance("checkpoint", checkpoint, (str, os.PathLike, type(None)), "Pass a folder.")
@@ -118,15 +119,19 @@ def improve(
             f"improve makes its choices in one process; got a process group of {num_ranks()} ranks. "
             f"Call it in one process, or train heads on all ranks by fit."
         )
-    if folder is not None and seed is not None:
-        limit = "" if max_seconds is None else f", max_seconds={float(max_seconds):g}"
-        _require_arguments(folder / "seed.txt", f"{int(seed)}{limit}")
+    file = None if folder is None else folder / "seed.txt"
+    arguments = f"{seed}" if max_seconds is None else f"{seed}, max_seconds={float(max_seconds):g}"
+    if file is not None:
+        _require_arguments(file, arguments)
     record = Record(progress=progress, max_seconds=max_seconds)
     with nullcontext() if seed is None else seeded(seed):
         split_seed = int(torch.randint(2**31, ()))
         parts = parts_of(data, held_out, split_seed)
         # An error of posterior or decoder comes now, not in minutes.
         probe_source(source, first_batch(parts.train, _PROBED))
+        if file is not None and not file.exists():
+            with write_atomically(file) as temporary:
+                temporary.write_text(arguments, encoding="utf-8")
         with seeded(split_seed):  # a base from the checkpoint changes nothing of what follows
             based = saved_base(folder, source, parts, record)
         prior = train_heads(based, parts, record, folder)
@@ -159,11 +164,8 @@ def improve(
 
 def _require_arguments(file: Path, seed: str) -> None:
     """Validates that a checkpoint, if there is one, is of the same seed and limit of time."""
-    saved = file.read_text("utf-8", "replace")[:_LONGEST] if file.is_file() else None
-    if saved is None:
-        with write_atomically(file) as temporary:
-            temporary.write_text(seed, encoding="utf-8")
-    elif saved != seed:
+    saved = file.read_text("utf-8", "replace")[:_LONGEST] if file.is_file() else seed
+    if saved != seed:
         raise ValueError(
             f"The checkpoint in {file.parent} is of seed {saved}; got seed={seed}. Pass the same "
             f"arguments, or another folder."

@@ -54,7 +54,8 @@ def joint_source(prior: NCPrior, parts: Parts) -> JointSource | None:
         return None
     try:
         return JointSource(prior)
-    except (TypeError, ValueError):  # codes, or a condition that later groups see
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        # codes, or a condition that later groups or the decoder see, in the user's own code
         return None
 
 

@@ -191,6 +191,7 @@ def _arms(prior: NCPrior, sampler: Sampler, held_out: Any) -> dict[str, Arm]:  #
     return arms
 
 
+@torch.no_grad()
 def _draw(
     source: LatentSource[Any, Any],
     arms: dict[str, Arm],

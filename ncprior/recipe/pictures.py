@@ -41,7 +41,10 @@ def pictures(
         panels = [_panel(arm, _shown(show, x)) for arm, x in samples.items()]
         note = "Samples were not picked."
         return section(_TITLE, note, element("div", *panels, class_="grid pictures shown"))
-    if (images := as_images(samples)) is not None:
+    alike = _of_one_shape(samples)
+    if alike is None:
+        return Html("")
+    if (images := as_images(alike)) is not None:
         grids = {arm: grid(x) for arm, x in images.items()}
         panels = [_panel(arm, uri, count) for arm, (uri, count) in grids.items()]
         note = "Samples were not picked. The last grid holds decoded encodings of the first one."
@@ -50,7 +53,16 @@ def pictures(
             note,
             element("div", *panels, class_="grid pictures"),
         )
-    return _columns(samples, columns)
+    return _columns(alike, columns)
+
+
+def _of_one_shape(samples: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Samples whose rows have one shape, that of the images where others are flat; else ``None``."""
+    shapes = {x.shape[1:] for x in samples.values()}
+    if len({shape.numel() for shape in shapes}) > 1:
+        return None
+    shape = max(shapes, key=len, default=torch.Size())
+    return {arm: x.reshape(len(x), *shape) for arm, x in samples.items()}
 
 
 def is_narrow(x: Tensor) -> bool:
@@ -101,7 +113,7 @@ def _histogram(name: str, column: Mapping[str, Tensor]) -> Html:
     if not len(whole):
         return Html("")
     low, high = whole.quantile(0.005).item(), whole.quantile(0.995).item()
-    high = high if high > low else low + 1
+    high = high if high > low else low + max(1.0, 1e-6 * abs(low))
     edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
     lines = []
     for arm, x in finite.items():

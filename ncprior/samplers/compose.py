@@ -16,6 +16,7 @@ from functools import partial, wraps
 from types import CodeType
 from typing import Any, ParamSpec
 
+import numpy as np
 from torch import Tensor, nn
 
 from ncprior.distributions import Sampleable
@@ -142,6 +143,8 @@ def at_temperature(sampler: Sampler, temperature: float) -> Sampler:
     require_numbers("(0, inf)", temperature=temperature)
 
     def tempered(prior: Sampleable, log_ratio: LogRatio) -> Draw:
+        if temperature == 1:
+            return sampler(prior, log_ratio)
         if not hasattr(prior, "log_prob"):
             raise TypeError(
                 f"A temperature needs log p(z); the prior {type(prior).__name__} can only be "
@@ -241,7 +244,7 @@ def _described(sampler: Any, inside: tuple[int, ...], name_of: Callable[..., str
     if isinstance(sampler, tuple | list):
         return f"({', '.join(map(describe_inner, sampler))})"
     if not callable(sampler):
-        return repr(sampler)
+        return repr(sampler.item() if isinstance(sampler, np.generic) else sampler)
     sampler = inspect.unwrap(sampler)
     held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
     name = name_of(sampler, describe_inner)

@@ -141,10 +141,11 @@ class SavedFile:
         """Validates that VAE and base are those of training; warns if the VAE is unknown."""
         stored = self.config["fingerprint"]
         for part, name in (("vae", "VAE"), ("base", "base prior")):
-            if None not in (stored[part], given[part]) and stored[part] != given[part]:
+            are_known = part == "base" or None not in (stored[part], given[part])
+            if are_known and stored[part] != given[part]:
+                ours, theirs = (of[part] or "without a fingerprint" for of in (stored, given))
                 self.fail(
-                    f"it was trained on the {name} {stored[part]}, and the source's is "
-                    f"{given[part]}",
+                    f"it was trained on the {name} {ours}, and the source's is {theirs}",
                     "Pass the one it was trained on, without other wrappers around its modules, or "
                     "check_fingerprint=False",
                 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _DEPTH = 8  # of attributes and containers inside each other
 
@@ -162,4 +163,8 @@ def require_eval(*parts: object) -> None:
                 )
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their own flag changes nothing
+# Their own flag changes nothing.
+_CONTAINERS = (
+    *(nn.ModuleList, nn.ModuleDict, nn.Sequential),
+    *(DataParallel, DistributedDataParallel),
+)

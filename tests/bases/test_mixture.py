@@ -337,3 +337,12 @@ def test_expanded_mixtures_derive_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         p.expand((4,)).log_prob(torch.zeros(4, 3))
     assert len(solved) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e4])
+def test_small_latents_keep_their_scale(scale: float) -> None:
+    """Standard deviations below 1e-3 were 1e-3."""
+    torch.manual_seed(0)
+    z = scale * torch.randn(5000, 3)
+    sd = fit_gaussian(z).variance.sqrt() / scale
+    assert sd.tolist() == pytest.approx([1.0] * 3, rel=0.05)

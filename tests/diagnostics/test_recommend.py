@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.problems import Codes, CorrelatedPair, GaussianPair, SampleOnly, TwoBumps, around
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.bases.mixture import GaussianMixture
@@ -40,7 +41,7 @@ def test_smc_where_there_are_not() -> None:
     assert choice.sampler.func is tempered_smc  # type: ignore[attr-defined]
     assert choice.evaluations <= 300
     assert str(choice).startswith(
-        "tempered_smc(num_moves=16, num_particles=1, share_particles=True), about 66"
+        "tempered_smc(num_moves=16, num_particles=1, share_particles=True, step_size=0.5), about 66"
     )
 
 
@@ -206,3 +207,35 @@ def test_F36_a_prior_is_no_report() -> None:
     problem = GaussianPair()
     with pytest.raises(TypeError, match="report must be of type Report; got .*NCPrior"):
         recommend_sampler(NCPrior(problem.source(), problem.head()), budget=9)  # type: ignore[arg-type]
+
+
+class Tilt(nn.Module):
+    """The exact log r of N(3s, s² I) and N(0, s² I)."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return (3 * z / self.scale - 4.5).sum(-1)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 1000.0])
+def test_the_recommended_sampler_has_the_scale_of_the_base(scale: float) -> None:
+    """Its first step was 0.5 in squared units of z: of small latents nearly all moves were rejected."""
+    torch.manual_seed(0)
+    base = Independent(Normal(torch.zeros(2), scale), 1)
+    source = SingleGroup(
+        base,
+        lambda x: Independent(Normal(x, 1e-3 * scale, validate_args=False), 1),
+        lambda z: z,
+    )
+    prior = NCPrior(source, Tilt(scale)).eval()
+    x = 3 * scale + scale * torch.randn(1000, 2)
+    report = diagnose_all(prior, x, fresh_steps=0, num_proposals=(5, 20))
+    chosen = recommend_sampler(report, budget=20)
+    sample = prior.sample(1000, chosen.sampler)
+    z = sample.latents[0] / scale
+    assert len(z.unique(dim=0)) > 900
+    assert z.mean(0).tolist() == pytest.approx([3.0, 3.0], abs=0.2)
+    assert z.std(0).tolist() == pytest.approx([1.0, 1.0], abs=0.2)

@@ -1,13 +1,16 @@
 """`improve`: its choices on problems with known answers, and that nothing else changes."""
 
+import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.problems import Codes, CorrelatedPair, GaussianPair, Ring
@@ -573,3 +576,57 @@ def test_a_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"got a process group of 2 ranks. Call it in one process"
     ):
         improve(flat(), torch.randn(99, 3), progress=False)
+
+
+def test_a_base_with_a_density_for_all_rows_beats_one_without() -> None:
+    """-∞ - x is no number, and the base of probability 0 stayed."""
+    known, unknown = torch.randn(50) - 3, torch.randn(50)
+    unknown[7] = -math.inf
+    assert base._is_better(known, unknown) and not base._is_better(unknown, known)
+
+
+@pytest.mark.usefixtures("quick")
+def test_samples_of_the_report_have_no_graph() -> None:
+    x, vae = torch.randn(200, 2), nn.Linear(2, 2).eval()
+    nn.init.eye_(vae.weight)
+    prior = Independent(Normal(torch.zeros(2), 1.0), 1)
+
+    def posterior(x: Tensor) -> Independent:
+        return Independent(Normal(vae(x), 0.1, validate_args=False), 1)
+
+    source = SingleGroup(prior, posterior, vae, module=vae)
+    report = improve(source, x, budget=np.int64(5), seed=np.int64(0), progress=False).report
+    assert not any(x.requires_grad for x in {**report.samples, **report.latents}.values())
+    assert json.loads(report.to_json())["budget"] == 5
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_strength_is_matched_on_rows_and_not_on_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of small batches, a few rows were taken; warnings of the user's code are shown."""
+    counts = []
+
+    def noted(prior: NCPrior, batches: Any, *_: Any, **__: Any) -> float:
+        counts.append(sum(map(len, batches)))
+        warnings.warn("of the encoder", stacklevel=1)
+        return 1.0
+
+    monkeypatch.setattr(recipe_sampler, "match_strength", noted)
+    prior = NCPrior(flat(), MLPHead((2,), width=8)).eval()
+    prior.sampler = partial(sir, num_proposals=20)
+    parts = parts_of(torch.randn(900, 3), None, seed=0)
+    parts = parts._replace(choose=list(torch.randn(600, 3).split(4)))
+    record = Record(progress=False, max_seconds=None)
+    with pytest.warns(UserWarning, match="of the encoder"):
+        recipe_sampler.choose_strength(prior, parts, record)
+    assert counts == [600]
+    assert record.choices[-1].reason.startswith("the mean log r")
+
+
+def test_a_failed_call_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """Its seed.txt refused the next call with other arguments."""
+    x = torch.randn(99, 3)
+    with pytest.raises(ValueError, match="NaN"):
+        improve(flat(), x.log(), seed=0, checkpoint=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())

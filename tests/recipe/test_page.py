@@ -216,3 +216,15 @@ def test_the_browser_finds_faults(tmp_path: Path) -> None:
     assert narrow["outside"] and not wide["outside"]
     assert narrow["contrast"] < 2 and narrow["letters"] < 6
     assert narrow["fetched"][0].endswith("a.png")
+
+
+def test_rows_of_several_shapes_are_one_picture_or_none() -> None:
+    """The report of a decoder of another shape than the data could not be written."""
+    flat, images = torch.rand(9, 64), torch.rand(9, 1, 8, 8)
+    for data, decoded in ((flat, images), (images, flat)):
+        samples = {"held-out data": data, **dict.fromkeys(ARMS, decoded)}
+        assert headings(improvement(samples=samples))[0] == "Samples, before and after"
+    narrow = {"held-out data": torch.randn(9, 5), **dict.fromkeys(ARMS, torch.randn(9, 2))}
+    assert headings(improvement(samples=narrow))[0] == "Latents"
+    large = dict.fromkeys(("held-out data", *ARMS), torch.full((9, 2), 1e17))
+    assert headings(improvement(samples=large))[0] == "Columns, before and after"

@@ -4,15 +4,16 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers.problems import GaussianPair, SampleOnly
+from helpers.problems import GaussianPair, SampleOnly, standard_normal
 from scipy import stats
 from torch import Tensor
 
 from ncprior import langevin, sir
 from ncprior.samplers.base import Draw
-from ncprior.samplers.compose import at_temperature, describe, sequence
+from ncprior.samplers.compose import at_temperature, describe, identity_of, sequence
 from ncprior.samplers.rejection import independence
 
 
@@ -103,3 +104,17 @@ def test_a_sampler_that_calls_itself_is_told_once() -> None:
 
     assert describe(again).endswith("again(...)")
     assert describe([again, again]) == f"({describe(again)}, {describe(again)})"
+
+
+def test_temperature_1_needs_no_density() -> None:
+    draw = at_temperature(partial(sir, num_proposals=5), 1.0)(
+        SampleOnly(standard_normal(2).expand((3,))), lambda z: z[..., 0]
+    )
+    assert draw.z.shape == (3, 2)
+
+
+def test_numbers_of_numpy_are_numbers_of_a_sampler() -> None:
+    """A job that was begun with one could not go on with what a saved prior has."""
+    kinds = (5, np.int64(5))
+    first, second = (identity_of(partial(sir, num_proposals=number)) for number in kinds)
+    assert first == second

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, SingleGroup
+from ncprior.bases import Empirical, rebase
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.heads import FILE, inspect
 from ncprior.utils.fingerprints import base_fingerprint
@@ -174,10 +175,16 @@ def test_a_missing_fingerprint_is_warned_of(prior: NCPrior, saved: Path) -> None
     NCPrior.from_pretrained(source, saved, check_fingerprint=False)
 
 
-def test_a_base_that_is_only_sampled_is_not_compared(saved: Path) -> None:
+def test_a_base_that_is_only_sampled_is_another_one_than_a_known_one(saved: Path) -> None:
+    """Heads on stored latents were put on N(0, I), in silence."""
     base = SampleOnly(standard_normal(2))
     assert base_fingerprint(base) is None
-    NCPrior.from_pretrained(gaussian(base=base), saved)
+    refuses("and the source's is without a fingerprint", gaussian(base=base), saved)
+    NCPrior.from_pretrained(gaussian(base=base), saved, check_fingerprint=False)
+    on_stored = NCPrior(rebase(gaussian(), Empirical(torch.randn(9, 2))), MLPHead((2,), width=8))
+    on_stored.save_pretrained(saved.parent / "stored")
+    refuses("on the base prior without a fingerprint", gaussian(), saved.parent / "stored")
+    NCPrior.from_pretrained(on_stored.source, saved.parent / "stored")
 
 
 # Files that cannot be written
