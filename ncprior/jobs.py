@@ -28,7 +28,7 @@ from ncprior.saving.header import read_header
 from ncprior.saving.identity import as_text, prior_facts
 from ncprior.saving.tensors import read_tensors, to_bytes
 from ncprior.source import LatentSource, device_of, num_rows
-from ncprior.utils.batches import map_tensors, tensor_of
+from ncprior.utils.batches import map_tensors, own_batch, tensor_of
 from ncprior.utils.distributed import num_ranks, rank
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_flags, require_instance
@@ -108,6 +108,8 @@ def sample_parts(
     at_once = min(part_size, part_size if batch_size is None else operator.index(batch_size))
     if isinstance(condition, np.ndarray) and condition.dtype.kind in "fiub":
         condition = tensor_of(condition.copy())
+    elif isinstance(condition, list):
+        condition = own_batch(condition, torch.device("cpu"))
     if condition is not None and num_rows(condition) != num_samples:
         raise ValueError(
             f"A condition needs one row per sample; got {num_rows(condition)} rows for "

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.toys import VAE, flat, ladder_prior, stir
+from helpers.toys import VAE, base, flat, ladder_prior, stir
 from torch import Size, Tensor
 from torch.distributions import Bernoulli, Independent
 
-from ncprior import Draw, NCPrior, langevin, sir
+from ncprior import Draw, NCPrior, SingleGroup, langevin, sir
 from ncprior import jobs as parts_module
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.rebase import rebase
@@ -200,6 +200,22 @@ def test_conditions_go_with_their_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(x, vae.decode(z, c))
     with pytest.raises(ValueError, match="one row per sample; got 22 rows for 23 samples"):
         sample_parts(prior, tmp_path, sampler=SAMPLER, condition=c[1:], **JOB)
+
+
+def test_a_condition_may_be_a_list_of_numbers(tmp_path: Path) -> None:
+    """`prior.sample` takes one."""
+    source = SingleGroup(
+        base(),
+        lambda x, c: base().expand(x.shape[:1]),
+        lambda z, c: z + c[:, None],
+        condition=lambda batch: batch[1],
+        context=lambda c: c[:, None].float(),
+    )
+    prior = NCPrior(source, MLPHead((2,), context_shape=(1,), width=8))
+    sample_parts(prior, tmp_path, sampler=SAMPLER, condition=list(range(23)), **JOB)
+    part = next(iter(read_parts(tmp_path)))
+    shift = part["x"] - part["z_0"]
+    torch.testing.assert_close(shift, torch.arange(5.0)[:, None].expand(5, 2))
 
 
 def _other_heads() -> NCPrior:

@@ -956,7 +956,9 @@ def test_a_decoder_of_several_tensors_is_told_of_at_the_first_sample() -> None:
     base = Independent(Normal(torch.zeros(2), 1.0), 1)
     source = SingleGroup(base, lambda x: base.expand(x.shape[:1]), lambda z: (z, z))
     prior = NCPrior(source, MLPHead((2,), width=8)).eval()
-    with pytest.raises(TypeError, match=r"mean of p\(x \| z\) as one tensor; got an object of type tuple"):
+    with pytest.raises(
+        TypeError, match=r"mean of p\(x \| z\) as one tensor; got an object of type tuple"
+    ):
         prior.sample(4, partial(sir, num_proposals=5))
 
 

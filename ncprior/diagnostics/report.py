@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.plot import plot_groups
 from ncprior.diagnostics.table import LEGEND, render
@@ -88,6 +90,8 @@ def plain(value: Any) -> Any:  # noqa: ANN401
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Verdict) else value

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.distributions import Independent, Normal
 from ncprior import NCETrainer, NCPrior, SingleGroup
 from ncprior.diagnostics import GroupReport, Verdict, diagnose, recalibrate
 from ncprior.diagnostics.needed import kl_bound, needed, reach
+from ncprior.diagnostics.report import plain
 
 
 @dataclass(frozen=True)
@@ -255,3 +257,10 @@ def test_log_r_of_unequal_counts_or_with_nan_is_an_error() -> None:
         recalibrate(torch.zeros(1, 3), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="log_p must be finite"):
         recalibrate(torch.zeros(1, 3), torch.full((1, 3), math.nan))
+
+
+def test_numbers_of_numpy_are_json() -> None:
+    assert plain({"a": np.int64(5), "b": (np.float32(math.nan), np.float64(0.5))}) == {
+        "a": 5,
+        "b": [None, 0.5],
+    }

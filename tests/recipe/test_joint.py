@@ -22,6 +22,7 @@ from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, parts_of, vae_of
 from ncprior.recipe.record import Record
+from ncprior.source import WrappedSource
 from ncprior.training import FitSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (file|source) has no fingerprint of the VAE")
@@ -360,3 +361,20 @@ def test_draws_that_take_no_time_on_a_coarse_clock_are_not_limited(
     prior, _ = blind()
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
     assert draws_in_time(JointSource(prior), 1000, 1e6) == 1000
+
+
+class DecodesLabels(WrappedSource):
+    """A decoder that needs a condition, of groups that have none."""
+
+    def decode(self, state: Any) -> Tensor:
+        return super().decode(state) + getattr(state, "label", None).float()  # type: ignore[union-attr]
+
+
+def test_a_decoder_that_needs_a_condition_has_no_joint_head() -> None:
+    """Its error, of the user's own code, ended `improve` after the training of all heads."""
+    pair = CorrelatedPair()
+    parts = parts_of(pair.data(300), None, seed=0)
+    for source, is_one in ((pair, True), (DecodesLabels(pair), False)):
+        prior = NCPrior(source, pair.heads()).eval()
+        prior.sampler = partial(sir, num_proposals=5)
+        assert (joint.joint_source(prior, parts) is not None) == is_one
