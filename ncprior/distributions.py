@@ -254,7 +254,15 @@ def is_expanded(prior: Sampleable) -> bool:
 
 
 def is_point(q: Distribution) -> bool:
-    """Returns whether a distribution is a point of real z, which has no density."""
+    """Returns whether a distribution is a point of real z, which has no density.
+
+    Arguments:
+        q: A posterior.
+
+    Example:
+        >>> is_point(PointMass(torch.zeros(4, 2))), is_point(PointMass(torch.zeros(4).long()))
+        (True, False)
+    """
     inner = q.base_dist if isinstance(q, Independent) else q
     return isinstance(inner, PointMass) and bool(inner.log_q.isnan().any())
 
