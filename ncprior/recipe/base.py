@@ -20,7 +20,7 @@ from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import Rebased, rebase
 from ncprior.data.batches import one_pass
 from ncprior.distributions import num_categories_of
-from ncprior.recipe.choices import Candidate, Choice
+from ncprior.recipe.choices import OWN, Candidate, Choice
 from ncprior.recipe.parts import Parts, first_group, has_prior
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
@@ -209,7 +209,7 @@ class _CodeSearch(_Search):
 
 
 def _own_name(source: LatentSource[Any, Any]) -> str:
-    return "the given base" if isinstance(source, Rebased) else "the VAE's own prior"
+    return "the given base" if isinstance(source, Rebased) else OWN
 
 
 def _name(mixture: GaussianMixture) -> str:

@@ -16,6 +16,8 @@ DATA, OLD, BASE, GROUPS, NEW, POSTERIOR = (
     "posterior",
 )
 
+OWN = "the VAE's own prior"  # as a candidate
+
 
 class Score(NamedTuple):
     """Score with its confidence interval.

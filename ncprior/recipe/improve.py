@@ -16,6 +16,7 @@ from ncprior.heads.probe import probe_source
 from ncprior.prior import NCPrior
 from ncprior.recipe.base_file import saved_base
 from ncprior.recipe.caches import rows_in_time
+from ncprior.recipe.choices import OWN
 from ncprior.recipe.heads import train_heads
 from ncprior.recipe.joint import join_groups, joint_source
 from ncprior.recipe.measure import FRESH, SHOWN, evidence_of
@@ -175,6 +176,9 @@ def _require_arguments(file: Path, seed: str) -> None:
 def _summary(prior: NCPrior, record: Record) -> str:
     """The new prior in a sentence."""
     base = next(choice.chosen for choice in record.choices if choice.part == "base")
+    kept = [choice.chosen for choice in record.choices if choice.part == "keep"]
+    if kept == [OWN] and base != OWN:
+        return f"The new prior: {OWN}, as all that was tried is further from the encodings."
     if isinstance(prior.source, JointSource):
         heads = (
             "ratio heads on it, and one" if any(prior.source.prior.active) else "and a ratio head"

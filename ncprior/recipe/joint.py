@@ -15,7 +15,7 @@ from ncprior.data.batches import first_batch
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
-from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Choice
+from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, OWN, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
 from ncprior.recipe.record import Record
@@ -44,7 +44,7 @@ _SHARE = 0.5  # of the time that is left
 
 _PER_ROW, _DRAWN = 4, (2000, 200_000)  # walks per row of training data, at least and at most
 
-_NAMES = {OLD: "the VAE's own prior", BASE: "base alone", GROUPS: GROUPS, NEW: "joint head"}
+_NAMES = {OLD: OWN, BASE: "base alone", GROUPS: GROUPS, NEW: "joint head"}
 
 
 def joint_source(prior: NCPrior, parts: Parts) -> JointSource | None:

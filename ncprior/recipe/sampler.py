@@ -15,7 +15,7 @@ from ncprior.diagnostics.strength import TOO_LOW, match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import rows_in_time
-from ncprior.recipe.choices import BASE, NEW, OLD, Choice
+from ncprior.recipe.choices import BASE, NEW, OLD, OWN, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, is_worse, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
@@ -101,6 +101,9 @@ def _first_rows(batches: Iterable[Any], rows: int) -> Iterator[Any]:
 def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:
     """Switches off the heads of groups whose draws are further from the encodings than the base's.
 
+    If draws are surely further than those of the VAE's own prior, that takes the place of the base. This
+    happens where it can only be sampled, so that no likelihood has told.
+
     Returns:
         The gaps of all priors, with the prior as it is now, see :func:`measure_gaps`.
     """
@@ -123,9 +126,18 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
             off(prior)
         elif not all(helps):
             gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
+    if BASE in gaps and OLD in gaps and gaps[NEW].is_worse_than(gaps[OLD]):
+        prior.source, base, reason = (
+            bases[OLD],
+            OLD,
+            "its draws are surely closer to the encodings",
+        )
+        off(prior)
+        del gaps[BASE]
+        gaps[NEW] = gaps[OLD]
     chosen = _ARMS[NEW if any(prior.active) else base]
     record.add(kept(chosen, reason, measured, time.monotonic() - started))
     return gaps
 
 
-_ARMS = {OLD: "the VAE's own prior", BASE: "base alone", NEW: "heads"}  # as candidates
+_ARMS = {OLD: OWN, BASE: "base alone", NEW: "heads"}  # as candidates

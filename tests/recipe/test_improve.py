@@ -630,3 +630,35 @@ def test_a_failed_call_leaves_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NaN"):
         improve(flat(), x.log(), seed=0, checkpoint=tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+class Curved:
+    """An own prior in 16 dimensions that no mixture fits, without a density."""
+
+    def __init__(self) -> None:
+        draws = torch.Generator().manual_seed(0)
+        self.first = 1.5 * torch.randn(8, 8, generator=draws)
+        self.second = torch.randn(8, 16, generator=draws)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        angle = 6 * torch.rand(*sample_shape, 4)
+        h = torch.sin(2 * torch.cat([angle.sin(), angle.cos()], -1) @ self.first)
+        return h @ self.second / 2 + 0.02 * torch.randn(*sample_shape, 16)
+
+
+def test_an_own_prior_without_a_density_stays_where_it_is_closer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No likelihood tells that mixtures are worse; the prior that replaced it was, by its own report."""
+    make_quick(monkeypatch, steps=100)
+    monkeypatch.setattr(judge, "_STEPS", 400)
+    torch.manual_seed(0)
+    x = Curved().sample((3000,))
+    source = SingleGroup(
+        Curved(), lambda x: Independent(Normal(x, 1e-3, validate_args=False), 1), lambda z: z
+    )
+    prior = improve(source, x, budget=10, seed=0, progress=False)
+    assert chosen(prior)["keep"] == "the VAE's own prior"
+    assert prior.source is source and prior.active == [False]
+    assert "The new prior: the VAE's own prior, as all that was tried" in prior.report.verdict
+    assert prior.sample(5).x.shape == (5, 16)
