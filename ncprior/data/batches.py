@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ncprior.data.generators import own_generators_restored
@@ -109,6 +110,36 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
     if batch is _END:
         raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
     return batch
+
+
+def first_rows(data: Any, count: int) -> Any:  # noqa: ANN401
+    """Returns the first rows of data as one batch; all random generators are left unchanged.
+
+    Arguments:
+        data: As for :func:`one_pass`. Of batches of tensors, as many are joined as have that many rows;
+            of other batches, the first is taken.
+        count: Number of rows, where batches are made or joined.
+
+    Example:
+        >>> len(first_rows(list(torch.arange(100).split(4)), 10))
+        12
+    """
+    first = first_batch(data, count)
+    if num_rows(first) >= count or not all(isinstance(x, Tensor) for x in tree_leaves(first)):
+        return first
+    batches, taken, rows = one_pass(data, count), [], 0
+    outside = random_state()
+    try:
+        with own_generators_restored(batches):
+            for batch in batches:
+                taken.append(tree_flatten(batch)[0])
+                rows += num_rows(batch)
+                if rows >= count:
+                    break
+    finally:
+        set_random_state(outside)
+    joined = [torch.cat(leaves) for leaves in zip(*taken, strict=True)]
+    return tree_unflatten(joined, tree_flatten(first)[1])
 
 
 def require_rows_and_end(data: Any, batch_size: int) -> None:  # noqa: ANN401

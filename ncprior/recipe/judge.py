@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.bases.joint import JointSource
-from ncprior.data.batches import first_batch, one_pass
+from ncprior.data.batches import first_rows, one_pass
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream
 from ncprior.diagnostics.calibration import Mean
@@ -247,7 +247,7 @@ def _fresh_heads(prior: NCPrior, parts: Parts) -> Iterable[nn.Module]:
     """Untrained heads like those of a prior, or the package's own if theirs cannot be made anew."""
     if all(hasattr(factors(head)[0], "config") for head in prior.heads):
         return map(fresh_head, prior.heads)
-    return more_heads(prior.source, first_batch(parts.train, _PROBED))
+    return more_heads(prior.source, first_rows(parts.train, _PROBED))
 
 
 def _with_draws(

@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ncprior.data.batches import one_pass
+from ncprior.data.batches import first_rows, one_pass
 from ncprior.data.parts import split
 from ncprior.data.stream import Stream
 from ncprior.utils.random_state import random_state, set_random_state
@@ -403,3 +403,19 @@ def test_in_order_refuses_what_can_be_read_once() -> None:
 def test_a_seed_that_no_generator_takes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"seed must be a whole number in \(-1e\+?18, 1e\+?18\)"):
         split(torch.arange(10), 0.5, seed=-(2**70))
+
+
+@pytest.mark.parametrize(
+    "kind", [list, lambda x: DataLoader(TensorDataset(x, -x), 4, shuffle=True)]
+)
+def test_the_first_rows_are_as_many_as_asked_for(kind: Any) -> None:
+    """Statistics of heads were those of one batch of 2 rows."""
+    x = torch.arange(100.0)[:, None]
+    data = list(zip(x.split(4), (-x).split(4), strict=True)) if kind is list else kind(x)
+    before = torch.get_rng_state()
+    found = first_rows(data, 30)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(found[0]) == 32 and torch.equal(found[0], -found[1])
+    assert len(first_rows(x, 30)) == 30 and len(first_rows(data, 3)[0]) == 4
+    assert len(first_rows(data, 1000)[0]) == 100
+    assert first_rows([{"name": ["a"], "x": x}], 1000)["name"] == ["a"]
