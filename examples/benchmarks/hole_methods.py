@@ -421,7 +421,7 @@ def _improved(bench: Bench, case: Case, seed: int, budget: int) -> Trained:
     """
     data, held_out = case.all_data
     quick = "-quick" if bench.settings["quick"] else ""
-    vae = str(case.source.fingerprint())[:8]
+    vae = str(case.source.fingerprint())[-8:]
     folder = bench.cache / f"improve-{slug(case.name)}-{vae}-{seed}{quick}"
     ready, took = folder / f"prior-{budget}", folder / f"seconds-{budget}.json"
     if took.exists():
