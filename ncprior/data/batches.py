@@ -1,7 +1,9 @@
 """Batches of data: one pass in order, an epoch in a shuffled order, or the first."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from operator import length_hint
 from typing import Any
 
@@ -16,8 +18,6 @@ from ncprior.source import num_rows
 from ncprior.utils.batches import moved, to_device
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import require_counts
-
-_END = object()
 
 _MOST_ROWS = 2**17  # of held-out data without a length, which may be endless
 
@@ -100,16 +100,9 @@ def first_batch(data: Any, batch_size: int) -> Any:  # noqa: ANN401
         >>> first_batch(torch.arange(10), 4)
         tensor([0, 1, 2, 3])
     """
-    batches = one_pass(data, batch_size)
-    outside = random_state()
-    try:
-        with own_generators_restored(batches):
-            batch = next(iter(batches), _END)
-    finally:
-        set_random_state(outside)
-    if batch is _END:
-        raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
-    return batch
+    for batch in _begun(data, batch_size, lambda batches: islice(batches, 1)):
+        return batch
+    raise ValueError("The data must have 1 or more rows; got none. Pass rows of data.")
 
 
 def first_rows(data: Any, count: int) -> Any:  # noqa: ANN401
@@ -127,19 +120,38 @@ def first_rows(data: Any, count: int) -> Any:  # noqa: ANN401
     first = first_batch(data, count)
     if num_rows(first) >= count or not all(isinstance(x, Tensor) for x in tree_leaves(first)):
         return first
-    batches, taken, rows = one_pass(data, count), [], 0
-    outside = random_state()
-    try:
-        with own_generators_restored(batches):
-            for batch in batches:
-                taken.append(tree_flatten(batch)[0])
-                rows += num_rows(batch)
-                if rows >= count:
-                    break
-    finally:
-        set_random_state(outside)
+    taken = [tree_flatten(batch)[0] for batch in _begun(data, count, partial(until, rows=count))]
     joined = [torch.cat(leaves) for leaves in zip(*taken, strict=True)]
     return tree_unflatten(joined, tree_flatten(first)[1])
+
+
+def until(batches: Iterable[Any], rows: int) -> Iterator[Any]:
+    """Yields batches until they have that many rows, or end.
+
+    Example:
+        >>> [len(batch) for batch in until(torch.arange(100).split(4), 10)]
+        [4, 4, 4]
+    """
+    taken = 0
+    for batch in batches:
+        yield batch
+        taken += num_rows(batch)
+        if taken >= rows:
+            return
+
+
+def _begun(
+    data: Any,  # noqa: ANN401
+    batch_size: int,
+    begin: Callable[[Iterable[Any]], Iterable[Any]],
+) -> list[Any]:
+    """The batches with which a pass begins; all random generators are left unchanged."""
+    batches, outside = one_pass(data, batch_size), random_state()
+    try:
+        with own_generators_restored(batches):
+            return list(begin(batches))
+    finally:
+        set_random_state(outside)
 
 
 def require_rows_and_end(data: Any, batch_size: int) -> None:  # noqa: ANN401

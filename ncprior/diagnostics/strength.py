@@ -45,9 +45,11 @@ _STEPS = 12  # largest number of steps of the search; a smooth function takes ab
 
 _SURE = 3.0  # standard errors of the difference; below, α = 1 is accepted
 
-TOO_LOW = "the mean log r of the draws is still below that of the data"  # in a warning
-
 _CLOSE = 0.5  # standard errors of the difference; below, the search stops
+
+
+class StrengthWarning(UserWarning):
+    """A warning that the largest strength is too small."""
 
 
 @torch.no_grad()
@@ -87,7 +89,8 @@ def match_strength(
         FloatingPointError: If log r is not finite; the message names the group.
 
     Warns:
-        UserWarning: If the mean log r of the draws is too low at the largest strength.
+        StrengthWarning: If the mean log r of the draws is too low at the largest strength, a
+            ``UserWarning``.
 
     Example:
         >>> from functools import partial
@@ -147,8 +150,10 @@ def _root(excess: Callable[[float], Mean], max_strength: float) -> float:
     if (at_end.value > 0) == (at_one.value > 0) or _is_close(at_end):
         if end > 0 and not _is_close(at_end):
             warnings.warn(
-                f"At strength {max_strength:g} {TOO_LOW}, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
+                f"At strength {max_strength:g} the mean log r of the draws is still below that of the "
+                f"data, by {-at_end.value:.2f} nats. Take more proposals, a sampler with Langevin "
                 f"moves, or a closer base.",
+                StrengthWarning,
                 stacklevel=4,
             )
         return end

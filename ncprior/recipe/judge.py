@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.bases.joint import JointSource
-from ncprior.data.batches import first_rows, one_pass
+from ncprior.data.batches import first_rows, one_pass, until
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream
 from ncprior.diagnostics.calibration import Mean
@@ -31,7 +31,7 @@ from ncprior.recipe.parts import (
 )
 from ncprior.recipe.record import Record
 from ncprior.samplers.base import Sampler
-from ncprior.source import LatentSource, device_of, num_rows
+from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.held_out import HeldOut, mean_and_error
 from ncprior.training.settings import FitSettings
@@ -273,11 +273,9 @@ def _with_draws(
 
 def _some(batches: Iterable[Any], device: torch.device, count: int, end: float) -> Iterator[Any]:
     """Batches until there are that many rows, or until the end of the time; at least one."""
-    rows = 0
-    for batch in batches:
+    for batch in until(batches, count):
         yield to_device(batch, device)
-        rows += num_rows(batch)
-        if rows >= count or time.monotonic() > end:
+        if time.monotonic() > end:
             return
 
 

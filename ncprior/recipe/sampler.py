@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
-from ncprior.data.batches import one_pass
+from ncprior.data.batches import one_pass, until
 from ncprior.diagnostics.diagnose import diagnose
 from ncprior.diagnostics.recommend import recommend_sampler
-from ncprior.diagnostics.strength import TOO_LOW, match_strength
+from ncprior.diagnostics.strength import StrengthWarning, match_strength
 from ncprior.heads.product import factors
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import rows_in_time
@@ -21,7 +19,6 @@ from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
 from ncprior.samplers.compose import describe
 from ncprior.samplers.sir import sir
-from ncprior.source import num_rows
 
 _BATCH = 256
 
@@ -69,7 +66,7 @@ def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str =
     started = time.monotonic()
     rows = rows_in_time(prior, parts.choose, _MATCHED, record.left(_SHARE / _PASSES))
     size = min(_BATCH, rows)
-    batches = list(_first_rows(one_pass(parts.choose, size), rows))
+    batches = list(until(one_pass(parts.choose, size), rows))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prior.strength = match_strength(
@@ -77,7 +74,7 @@ def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str =
         )
     reason = "the mean log r of the draws is that of held-out encodings"
     for one in caught:
-        if TOO_LOW in str(one.message):
+        if issubclass(one.category, StrengthWarning):
             reason = str(one.message)
         else:  # of the user's code
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
@@ -86,16 +83,6 @@ def choose_strength(prior: NCPrior, parts: Parts, record: Record, *, name: str =
         off(prior)
         reason = "any correction is further from held-out encodings than the base; heads are off"
     record.add(Choice(f"{name}strength", f"{found:.2f}", reason, seconds=took))
-
-
-def _first_rows(batches: Iterable[Any], rows: int) -> Iterator[Any]:
-    """Batches until there are that many rows."""
-    taken = 0
-    for batch in batches:
-        yield batch
-        taken += num_rows(batch)
-        if taken >= rows:
-            return
 
 
 def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, Gap]:

@@ -56,7 +56,8 @@ def tempered_smc(
     Each inverse temperature β is the largest at which the effective sample size of the particles
     is still ``ess_fraction`` of their number, on average over the rows. At each β the particles
     are resampled and take ``num_moves`` steps of MALA, or of Hamiltonian Monte Carlo (HMC), whose λ
-    is adapted to an acceptance rate of 0.57, or 0.75 for HMC; slowly where there are few chains, as a
+    is adapted to an acceptance rate of 0.57, or 0.75 for HMC, where every step draws the size of its
+    leapfrogs, from 0.6 to 1.2 times √λ; slowly where there are few chains, as a
     step that follows from the fate of a chain biases its draws. One sample costs
     P · (1 + temperatures · moves · leapfrogs) gradients of log r.
 
