@@ -70,9 +70,15 @@ def _heads(
 
 
 @torch.no_grad()
-def probe_source(source: LatentSource[Any, Any], x: Any) -> None:  # noqa: ANN401
-    """Tries the parts of a source on one batch, with the errors and warnings of `probe_heads`."""
-    _probe(source, x, lambda k, group: posterior_of(group).sample(), stacklevel=6)
+def probe_source(source: LatentSource[Any, Any], x: Any, *, stacklevel: int | None = 6) -> None:  # noqa: ANN401
+    """Tries the parts of a source on one batch, with the errors and warnings of `probe_heads`.
+
+    Arguments:
+        source: The VAE.
+        x: The batch.
+        stacklevel: Of warnings about decoded x; ``None`` does not decode.
+    """
+    _probe(source, x, lambda k, group: posterior_of(group).sample(), stacklevel=stacklevel)
 
 
 def _probe(

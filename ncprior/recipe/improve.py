@@ -20,7 +20,7 @@ from ncprior.recipe.choices import OWN
 from ncprior.recipe.heads import train_heads
 from ncprior.recipe.joint import join_groups, joint_source
 from ncprior.recipe.measure import FRESH, SHOWN, evidence_of
-from ncprior.recipe.parts import parts_of
+from ncprior.recipe.parts import first_not_finite, parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, keep_what_helps
 from ncprior.saving.tensors import write_atomically
@@ -130,6 +130,9 @@ def improve(
         parts = parts_of(data, held_out, split_seed)
         # An error of posterior or decoder comes now, not in minutes.
         probe_source(source, first_batch(parts.train, _PROBED))
+        for part in (parts.choose, parts.judge):
+            if (batch := first_not_finite(part)) is not None:
+                probe_source(source, batch, stacklevel=None)
         if file is not None and not file.exists():
             with write_atomically(file) as temporary:
                 temporary.write_text(arguments, encoding="utf-8")

@@ -20,7 +20,7 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.choices import BASE, GROUPS, OLD
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, LatentSource, device_of, num_rows
-from ncprior.utils.batches import own_batch, shuffle_rows, take_rows
+from ncprior.utils.batches import is_finite, own_batch, shuffle_rows, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT, _QUARTER = 1000, 4  # rows, but at most a quarter of the data
@@ -99,6 +99,14 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
                 f"Choices and report need {FEWEST} or more held-out rows each; got {rows}. {remedy}"
             )
     return Parts(data, choose, judge, _num_rows(data))
+
+
+def first_not_finite(data: Any) -> Any:  # noqa: ANN401
+    """Returns the first batch with a value that is not finite; ``None`` if all are."""
+    for batch in one_pass(data, _BATCH):
+        if not is_finite(batch):
+            return batch
+    return None
 
 
 def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # noqa: ANN401

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ncprior.utils.require import described
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 _PINNED = 2**26  # bytes of the largest tensor that is copied through pinned memory, which is kept
 
 
@@ -48,6 +50,26 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
     if isinstance(batch, tuple):
         return type(batch)(*(map_tensors(function, item) for item in batch))
     return tree_map_only(Tensor, function, batch)
+
+
+def is_finite(batch: Any) -> bool:  # noqa: ANN401
+    """Returns whether no number in the tensors of a batch is NaN or infinite; waits for a GPU.
+
+    Sparse, nested and quantised tensors are not looked at.
+
+    Example:
+        >>> is_finite((torch.zeros(2), "a name")), is_finite([torch.tensor(torch.inf)])
+        (True, False)
+    """
+    found: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        if x.dtype in _FLOATS and x.layout == torch.strided and not x.is_nested:
+            found.append(bool(x.isfinite().all()))
+        return x
+
+    map_tensors(look, batch)
+    return all(found)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401

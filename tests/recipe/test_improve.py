@@ -470,6 +470,23 @@ def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.Monke
             improve(source, torch.randn(99, 3), progress=False)
 
 
+def test_rows_that_are_not_finite_are_found_before_the_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["ncprior.recipe.improve"]
+    monkeypatch.setattr(module, "saved_base", lambda *_: pytest.fail("too late"))
+    x, base = torch.randn(99, 3), Independent(Normal(torch.zeros(3), torch.ones(3)), 1)
+    identity = SingleGroup(base, lambda x: Independent(Normal(x, 0.1), 1), lambda z: z)
+    for i in range(8):  # about half of them are for choices, the others for the report
+        held_out = torch.randn(40, 3)
+        held_out[5 * i, 1] = torch.nan
+        with pytest.raises(ValueError, match="x has NaN or infinity"):
+            improve(identity, x, held_out=held_out, seed=0, progress=False)
+    masked = SingleGroup(base, lambda x: Independent(Normal(x.nan_to_num(), 0.1), 1), lambda z: z)
+    with pytest.raises(pytest.fail.Exception, match="too late"):  # this VAE takes such rows
+        improve(masked, x, held_out=held_out, seed=0, progress=False)
+
+
 def test_a_warning_names_the_line_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SingleGroup(flat().prior, flat()._posterior, lambda z: z * torch.nan)
     module = sys.modules["ncprior.recipe.improve"]
