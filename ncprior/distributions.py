@@ -188,8 +188,8 @@ def naming_bad_rows(k: int, q: Distribution | None) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         tree = parameters(q) if q is not None else None
-        tensors = [t for tensors in (tree or {}).values() for t in tensors.values()]
-        bad = [~torch.isfinite(t).reshape(len(t), -1).all(1) for t in tensors if t.ndim > 0]
+        named = [it for tensors in (tree or {}).values() for it in tensors.items()]
+        bad = [_is_bad(name, t).reshape(len(t), -1).any(1) for name, t in named if t.ndim > 0]
         count = int(torch.stack(bad).any(0).sum()) if bad else 0
         if count == 0:
             raise
@@ -197,6 +197,14 @@ def naming_bad_rows(k: int, q: Distribution | None) -> Iterator[None]:
             f"Group {k}: q(z | x) is NaN or infinite in {count} of {len(bad[0])} rows. Look for NaN "
             f"or infinity in these rows of x, or in the encoder's weights."
         ) from error
+
+
+def _is_bad(name: str, parameter: Tensor) -> Tensor:
+    """Which numbers of a parameter make draws or densities fail: log q may be unknown, and a logit -∞."""
+    if name == "log_q":
+        return torch.zeros_like(parameter, dtype=torch.bool)
+    bad = ~parameter.isfinite()
+    return bad & ~parameter.isneginf() if name == "logits" else bad
 
 
 def expand(prior: Sampleable, batch_size: int) -> Sampleable:

@@ -27,6 +27,7 @@ from ncprior.heads.checks import (
     checked_log_r,
     naming_parts,
     require_finite_groups,
+    require_one_per_group,
     require_steady,
 )
 from ncprior.heads.contexts import require_context
@@ -40,9 +41,10 @@ from ncprior.saving.heads import PretrainedHeads
 from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, require_source, visit
 from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
+from ncprior.utils.gradients import without_gradients
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
-from ncprior.utils.visible import require_apart
+from ncprior.utils.visible import require_apart, visible_tensors
 
 
 class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
@@ -56,15 +58,12 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
             the head itself.
 
     Attributes:
-        heads: The heads, an ``nn.ModuleList``.
         sampler: The sampler of ``prior.sample(64)``, or ``None``; saved with the heads.
-        report: A report, such as that of :func:`ncprior.improve`, or ``None``. It is not saved;
-            ``ncprior.recipe.report_on(prior, x)`` makes a new one.
+        report: That of :func:`ncprior.improve`, or ``None``; not saved: ``report_on`` makes a new one.
 
     Raises:
         TypeError: If the source is no :class:`LatentSource`, or a head is no module.
-        ValueError: If the number of heads is not the number of groups, or a head shares parameters
-            with the VAE.
+        ValueError: If there is not one head per group, or a head shares parameters with the VAE.
 
     Example:
         >>> from ncprior.heads import MLPHead
@@ -92,8 +91,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         Arguments:
             source: The VAE.
             x: One batch, as the user's loader yields it; some tens of rows or more.
-            options: Arguments of :func:`ncprior.heads.make_head`: ``width``, ``depth``,
-                ``dropout``, ``kind``.
+            options: ``width``, ``depth``, ``dropout``, ``kind`` of :func:`ncprior.heads.make_head`.
 
         Returns:
             The prior, in evaluation mode; it equals the base prior until it is trained.
@@ -103,8 +101,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
             ValueError: If x has no rows, or the posterior of a row is not finite.
 
         Warns:
-            UserWarning: If reconstructions of a row are no closer to it than to other rows, or not
-                finite.
+            UserWarning: If reconstructions are no closer to their row than to others, or not finite.
 
         Example:
             >>> sum(p.numel() for p in NCPrior.for_source(source, x, width=8).parameters())
@@ -134,7 +131,9 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
             >>> prior.nce_loss(x).shape
             torch.Size([1])
         """
-        losses = torch.stack([loss.nce for loss in self.group_losses(x, noise_weight, num_draws)])
+        losses = torch.stack(
+            [loss.total for loss in self.group_losses(x, noise_weight, num_draws)]
+        )
         require_finite_groups("The NCE loss", losses, "x")
         return losses
 
@@ -161,7 +160,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
             groups: Groups whose loss is computed; the loss of any other is 0. All by default.
 
         Returns:
-            ``nce`` in nats and ``total``, which is minimised, scalars; NaN if a row of x is.
+            ``nce`` at ν = 1 in nats, and ``total``, to be minimised; scalars, NaN if a row of x is.
 
         Example:
             >>> for loss in prior.group_losses(x, score_weight=10):
@@ -172,6 +171,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         require_numbers("[0, inf)", score_weight=score_weight)
         check_precision(precision)
         x = own_batch(x, self._device())
+        vae = list(visible_tensors([self.source, self.source.module])) if score_weight else []
         with naming_parts(self.source, self.heads):
             for k, (z, group) in enumerate(contrastive_pairs(self.source, x, num_draws)):
                 if groups is not None and k not in groups:
@@ -179,7 +179,8 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
                     yield GroupLoss(zero, zero)
                     continue
                 head = partial(self._log_r, k, context=group.context, precision=precision, lead=3)
-                loss = group_loss(head, z, group, noise_weight, score_weight)
+                with without_gradients(vae):  # features of z are differentiated in z alone
+                    loss = group_loss(head, z, group, noise_weight, score_weight)
                 with at_precision(z.device.type, torch.float32):  # the backward pass, too
                     yield loss
 
@@ -194,25 +195,24 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     ) -> Sample:
         """Draws latents group by group from the reweighted prior, and decodes them.
 
-        A group whose head is off (``disabled``, ``strength`` 0 or not ``active``) is drawn by one
-        ``prior.sample()``: the base's own draw, bit for bit under the same seed.
+        A group whose head is off (``disabled``, ``strength`` 0 or not ``active``) is drawn as by the
+        base, bit for bit under the same seed.
 
         Arguments:
             batch_size: B, the number of samples.
-            sampler: ``sampler(prior, log_ratio) -> Draw``, such as
-                ``partial(sir, num_proposals=500)``; ``None`` takes the prior's own, ``sampler``.
+            sampler: Such as ``partial(sir, num_proposals=500)``; by default ``prior.sampler``.
             condition: The condition of a conditional VAE, with B rows, or ``None``.
-            draw_x: Whether x is drawn from p(x | z), for data that a mean does not resemble, such
-                as tables, text and counts. The source needs a ``likelihood``.
+            draw_x: Whether x is drawn from p(x | z) of a source with a ``likelihood``, for data that
+                a mean does not resemble, such as tables, text and counts.
 
         Returns:
             The decoder's means or draws of x, the latents and the draws of the sampler.
 
         Raises:
-            FloatingPointError: If log r is not finite; the message names the group, as do others.
+            FloatingPointError: If log r is not finite. All messages name the group.
             TypeError: If the sampler does not support a group's prior.
             ValueError: If there is no sampler, a head has dropout and is in training mode, or the
-                source has no likelihood to draw x from. The message names the remedy.
+                source has no likelihood to draw x from.
 
         Warns:
             UserWarning: If the decoder returns NaN or infinity.
@@ -241,6 +241,8 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
         """Returns α log r_k(z_k | z_<k) of every group, as the sampler uses it.
 
+        The graph of gradients goes through the VAE only if a latent requires gradients.
+
         Arguments:
             latents: One z_k per group, each with shape ``(B, *event)``.
             condition: The condition of a conditional VAE, with B rows, or ``None``.
@@ -256,25 +258,22 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
             >>> prior.log_ratio([torch.randn(5, 2)]).shape
             torch.Size([5, 1])
         """
-        require_instance("latents", latents, (list, tuple), "Pass one z per group, [z].")
-        if len(latents) != self.source.num_groups:
-            raise ValueError(
-                f"The source has {self.source.num_groups} groups; got {len(latents)} latents."
-            )
+        require_one_per_group(latents, self.source.num_groups)
         each = "Pass z of shape (B, *event) per group."
-        latents = [require_instance("A latent", z, Tensor, each) for z in self._own(list(latents))]
-        log_r: list[Tensor] = []
+        own = self._own(list(latents), "latents")
+        latents = [require_instance("A latent", z, Tensor, each) for z in own]
+        log_r = [z.new_zeros(len(z), dtype=torch.float32) for z in latents]
+        of_heads = torch.is_grad_enabled()
+        of_vae = of_heads and any(z.requires_grad for z in latents)
 
         def weigh(k: int, group: Group) -> Tensor:
-            z = latents[k]
             if self.is_on(k):
                 require_steady(k, self.heads[k])
-                log_r.append(self.strength * self._log_r(k, z, group.context, lead=1))
-            else:
-                log_r.append(torch.zeros(len(z), device=z.device))
-            return z
+                with torch.set_grad_enabled(of_heads):
+                    log_r[k] = self.strength * self._log_r(k, latents[k], group.context, lead=1)
+            return latents[k]
 
-        with naming_parts(self.source, self.heads):
+        with naming_parts(self.source, self.heads), torch.set_grad_enabled(of_vae):
             start = self.source.start(len(latents[0]), condition=self._own(condition))
             visit(self.source, start, weigh)
         ratios = torch.stack(log_r, dim=1)
@@ -360,9 +359,8 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
             return Draw(group.prior.sample())
         require_steady(k, self.heads[k])
         sampler, p = self.chosen(sampler), group.prior
-        device_type = next((p.device.type for p in self.parameters()), "cpu")
         shape = p.batch_shape + p.event_shape if isinstance(p, Distribution) else None
-        with naming_group(k), at_precision(device_type, torch.float32):
+        with naming_group(k), at_precision(self._device().type, torch.float32):
             draw = checked_draw(sampler(p, self._ratio(k, group.context)), shape)
         if not torch.isfinite(draw.z).all():
             raise FloatingPointError(f"Group {k}: the sampler has drawn z that are not finite.")
@@ -379,14 +377,16 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         own = next((p.device for p in self.parameters()), None)
         return device_of(self.source) if own is None else own
 
-    def _own(self, tree: Any) -> Any:  # noqa: ANN401
+    def _own(self, tree: Any, name: str = "condition") -> Any:  # noqa: ANN401
         """A condition or latents on the device of the heads, with arrays as tensors."""
-        return None if tree is None else own_batch(tree, self._device())
+        return None if tree is None else own_batch(tree, self._device(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Keeps source, sampler and report unregistered, also if they are an ``nn.Module``."""
         if name == "source":
             require_source(value)
+            if "heads" in self._modules:
+                as_heads(self.heads, value.num_groups)
         if name in ("source", "sampler", "report"):
             object.__setattr__(self, name, value)
         else:

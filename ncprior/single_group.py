@@ -27,6 +27,7 @@ from ncprior.utils.conditions import (
     tensors_of,
 )
 from ncprior.utils.precision import floating_dtype
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described, require_callable, require_counts, require_instance
 from ncprior.utils.visible import require_eval
 
@@ -137,7 +138,7 @@ class SingleGroup(LatentSource[Any, Any]):
         self._event_ndim: int | None = None  # that of p(z | c) is known after the first walk
         if features is not None and own is not None:
             shape = getattr(own, "event_shape", None)
-            self._event_ndim = own.sample().ndim if shape is None else len(shape)
+            self._event_ndim = _axes_of_draw(own) if shape is None else len(shape)
 
     @property
     def _watched(self) -> tuple[object, ...]:
@@ -287,7 +288,10 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"shape of q(z | x), {tuple(wanted)}; got batch shape {tuple(p.batch_shape)} and event "
                 f"shape {tuple(event)}. Independent(p, n) turns n batch axes into event axes."
             )
-        self._event_ndim = len(event) if isinstance(p, Distribution) else p.sample().ndim - 1
+        if isinstance(p, Distribution):
+            self._event_ndim = len(event)
+        elif self._features is not None and self._event_ndim is None:
+            self._event_ndim = _axes_of_draw(p) - 1
         return p
 
     def _seen_of(self, c: Any, rows: int) -> Tensor | None:  # noqa: ANN401
@@ -339,6 +343,12 @@ class SingleGroup(LatentSource[Any, Any]):
                 f"the prior is to have as many event axes."
             )
         return q
+
+
+def _axes_of_draw(prior: Sampleable) -> int:
+    """Number of axes of a draw, by one draw that leaves all random generators unchanged."""
+    with seeded(0):
+        return prior.sample().ndim
 
 
 def _as_module(module: nn.Module | Iterable[nn.Module] | None) -> nn.Module | None:

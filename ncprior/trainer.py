@@ -29,6 +29,7 @@ from ncprior.utils.gradients import (
     check_parameters,
     gradients_enabled,
     reduce_and_clip,
+    require_whole_steps,
     share_weights,
     zero_gradients,
 )
@@ -46,7 +47,7 @@ class StepMetrics(NamedTuple):
     """Metrics of one step, per group.
 
     Attributes:
-        loss: NCE loss in nats, with shape ``(K,)``.
+        loss: NCE loss at ν = 1 in nats, with shape ``(K,)``.
         grad_norm: Norm of each head's gradient before clipping, with shape ``(K,)``.
 
     Example:
@@ -84,8 +85,9 @@ class NCETrainer:
     Raises:
         TypeError: If the prior is no NCPrior, such as one in DataParallel or
             DistributedDataParallel. Pass ``prior.module``.
-        ValueError: If the optimizer holds parameters that do not belong to the heads, nothing in
-            the heads can be trained, or a number is out of range. The message names the remedy.
+        ValueError: If the optimizer holds parameters that do not belong to the heads, accumulates
+            gradients or scales them, nothing in the heads can be trained, or a number is out of
+            range. The message names the remedy.
 
     Example:
         >>> trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-3))
@@ -120,6 +122,7 @@ class NCETrainer:
         check_precision(precision)
         require_flags(group_parallel=group_parallel)
         check_parameters(optimizer, prior, "the heads'", "prior.parameters()")
+        require_whole_steps(optimizer)
         self.prior = prior
         self.optimizer = optimizer
         self.backward = backward

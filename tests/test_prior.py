@@ -5,6 +5,7 @@ import math
 import pickle
 import threading
 import warnings
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -26,12 +27,12 @@ from helpers.toys import (
     weights,
 )
 from torch import Size, Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Categorical, Independent, Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import Draw, Group, NCETrainer, NCPrior, SingleGroup, langevin, sir
 from ncprior.bases import Empirical
-from ncprior.distributions import Sampleable
+from ncprior.distributions import PointMass, Sampleable, naming_bad_rows
 from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.nce import nce_loss
@@ -318,7 +319,11 @@ def test_nce_loss_is_the_objective_of_every_group_along_the_posterior() -> None:
         torch.manual_seed(3)
         assert torch.equal(prior(x, nu), losses)
         torch.manual_seed(3)
-        assert torch.equal(torch.stack([one.nce for one in prior.group_losses(x, nu)]), losses)
+        each = list(prior.group_losses(x, nu))
+        assert torch.equal(torch.stack([one.total for one in each]), losses)
+        torch.manual_seed(3)
+        plain = prior.nce_loss(x)  # what is reported, beside losses of held-out data
+        assert torch.equal(torch.stack([one.nce for one in each]), plain)
 
 
 @UNTRAINED
@@ -525,7 +530,14 @@ def test_for_source_does_not_judge_what_it_cannot_compare() -> None:
         warnings.simplefilter("error")
         NCPrior.for_source(Codes().source(), Codes().data(64))
         source, x = autoencoder(lambda log_var: log_var.abs())
-        wrapped = SingleGroup(base(8), lambda b: source._posterior(b["x"]), lambda z: z)
+
+        class Named(SingleGroup):
+            def observed(self, batch: Any) -> Tensor:
+                raise TypeError("There is no tensor x.")
+
+        NCPrior.for_source(Named(base(8), source._posterior, lambda z: z), x)
+    wrapped = SingleGroup(base(8), lambda b: source._posterior(b["x"]), lambda z: z)
+    with pytest.warns(UserWarning, match="Reconstructions of a row"):
         NCPrior.for_source(wrapped, {"x": x})
 
 
@@ -822,6 +834,39 @@ def test_F15_the_rows_are_counted() -> None:
         sample_posterior(source, x)
 
 
+def test_F15_other_errors_are_left_as_they_are() -> None:
+    """A logit of -inf and an unknown log q are in order."""
+    logits = torch.tensor([[0.0, -torch.inf]]).expand(32, 2)
+    for q in (Categorical(logits=logits), PointMass(torch.randn(32, 2))):
+        with pytest.raises(ValueError, match="of my own"), naming_bad_rows(0, q):
+            raise ValueError("An error of my own.")
+    bad = Categorical(logits=torch.full((32, 2), torch.nan), validate_args=False)
+    with pytest.raises(ValueError, match="in 32 of 32 rows"), naming_bad_rows(0, bad):
+        raise ValueError("An error of torch.")
+
+
+def test_heads_share_no_parameter_with_each_other() -> None:
+    prior = hierarchical_prior()
+    head, other = prior.heads[0], prior.heads[1]
+    other.norm = head.norm
+    for heads in ([head] * len(prior.heads), prior.heads):
+        with pytest.raises(ValueError, match=r"heads 0 and 1 share the parameter"):
+            NCPrior(prior.source, heads)
+
+
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_log_ratio_back_propagates_into_the_vae_for_latents_alone(*, of_latents: bool) -> None:
+    prior = hierarchical_prior()
+    latents = prior.sample(5, SIR).latents
+    if of_latents:
+        latents = tuple(z.requires_grad_() for z in latents)
+    prior.log_ratio(latents).sum().backward()
+    assert all(p.grad is not None for p in prior.parameters())
+    ladder = prior.source
+    assert isinstance(ladder, Ladder)
+    assert any(p.grad is not None for p in ladder.parameters()) == of_latents
+
+
 def test_F21_gradients_under_autocast_are_those_without() -> None:
     source = SingleGroup(
         base(), lambda x: Independent(Normal(x, 0.3, validate_args=False), 1), lambda z: z
@@ -975,3 +1020,25 @@ def test_a_wrapper_of_the_vae_has_no_mode_of_its_own() -> None:
 def test_stored_latents_of_an_array_have_the_default_dtype() -> None:
     assert Empirical(np.zeros((5, 2))).sample((3,)).dtype == torch.float32
     assert Empirical(torch.zeros(5, 2, dtype=torch.float64)).sample().dtype == torch.float64
+
+
+def test_a_source_of_other_groups_is_refused() -> None:
+    prior = hierarchical_prior()
+    with pytest.raises(ValueError, match="the source has 1 groups, got 3 heads"):
+        prior.source = flat()
+
+
+def test_conditions_may_be_mappings_of_any_kind_and_are_named() -> None:
+    source = SingleGroup(
+        base(),
+        lambda x, c: Independent(Normal(x[:, :2], 1.0), 1),
+        lambda z, c: z,
+        condition=lambda x: UserDict(y=x),
+        context=lambda c: c["y"],
+    )
+    prior = NCPrior(source, MLPHead((2,), context_shape=(3,), width=8))
+    assert prior.sample(4, SIR, condition=UserDict(y=torch.randn(4, 3))).x.shape == (4, 2)
+    with pytest.raises(
+        TypeError, match=r"condition must be one batch.*one row per row of the batch"
+    ):
+        prior.sample(4, SIR, condition=3)

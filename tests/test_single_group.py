@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.problems import SampleOnly
 from helpers.toys import VAE, base, flat
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
@@ -216,3 +217,22 @@ def test_features_of_a_prior_given_c_wait_for_a_walk() -> None:
         source.features(0, z)
     source.group(source.start(5, condition=torch.zeros(5, 2)))
     assert source.features(0, z).shape == (7, 5, 3, 2, 2)
+
+
+def test_a_walk_draws_nothing_of_a_conditional_prior_without_density() -> None:
+    """Its number of axes is needed for features alone, and looked up under a seed of its own."""
+    vae = VAE()
+    given: dict[str, Any] = {"condition": lambda x: x[:, :1]}
+    for features in (None, nn.Linear(2, 4)):
+        source = SingleGroup(
+            lambda c: SampleOnly(Normal(c.expand(-1, 2), 1.0)),
+            lambda x, c: posterior(x),
+            lambda z, c: vae.decode(z),
+            features=features,
+            **given,
+        )
+        before = torch.get_rng_state()
+        group = source.group(source.start(5, condition=torch.zeros(5, 1)))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert group.prior.sample().shape == (5, 2)
+        assert source.features(0, torch.zeros(9, 5, 2)).shape[:2] == (9, 5)

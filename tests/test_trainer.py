@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -87,10 +88,19 @@ def test_the_gradient_of_every_head_is_clipped_by_itself() -> None:
 
 
 def test_noise_weight_is_used() -> None:
-    prior = ladder_prior()
-    loss = NCETrainer(prior, sgd(prior), noise_weight=3.0).step(torch.randn(32, 3)).loss
+    prior, losses = ladder_prior(), []
+
+    def backward(loss: Tensor) -> None:
+        losses.append(loss.item())
+        loss.backward()
+
+    trainer = NCETrainer(prior, sgd(prior), backward=backward, noise_weight=3.0)
+    reported = trainer.step(torch.randn(32, 3)).loss
     # log r = 0: softplus(log 3) + 3 softplus(-log 3) = log 4 + 3 log(4/3)
-    torch.testing.assert_close(loss, torch.full((3,), math.log(4) + 3 * math.log(4 / 3)))
+    assert losses == pytest.approx([math.log(4) + 3 * math.log(4 / 3)] * 3)
+    torch.testing.assert_close(
+        reported, torch.full((3,), 2 * math.log(2))
+    )  # beside held-out losses
 
 
 def test_another_backward_is_called_once_per_group() -> None:
@@ -439,3 +449,33 @@ def test_only_groups_of_the_prior_have_an_owner() -> None:
     for k, error in ((2, ValueError), (-1, ValueError), (0.5, TypeError)):
         with pytest.raises(error, match=r"k must be a whole number in \[0, 1\]"):
             trainer.owner(k)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"gradient_state": SimpleNamespace(num_steps=4)}, "accumulates gradients over 4 batches"),
+        ({"scaler": object()}, "mixed_precision='fp16'"),
+    ],
+)
+def test_optimizers_that_accumulate_or_scale_are_refused(state: Any, message: str) -> None:
+    """Accelerate's would leave out all steps but every fourth, or clip scaled gradients."""
+    prior = ladder_prior()
+    optimizer = sgd(prior)
+    for name, value in state.items():
+        setattr(optimizer, name, value)
+    with pytest.raises(ValueError, match=message):
+        NCETrainer(prior, optimizer)
+
+
+def test_accelerates_own_optimizer_that_accumulates_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    prior = ladder_prior()
+    for steps in (1, 4):
+        accelerator = accelerate.Accelerator(gradient_accumulation_steps=steps, cpu=True)
+        optimizer = accelerator.prepare(sgd(prior))
+        if steps == 1:
+            NCETrainer(prior, optimizer, backward=accelerator.backward)
+            continue
+        with pytest.raises(ValueError, match="accumulates gradients over 4 batches"):
+            NCETrainer(prior, optimizer, backward=accelerator.backward)

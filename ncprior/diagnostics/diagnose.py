@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ncprior.bases.active import measure_kl
 from ncprior.data.batches import first_batch, one_pass
+from ncprior.data.generators import own_generators_restored
 from ncprior.diagnostics.calibration import Mean, losses, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.missing import missing_jsd
@@ -100,7 +101,8 @@ def diagnose(
     if low >= high:
         raise ValueError(f"num_proposals must be two ascending numbers; got {num_proposals}.")
     require_eval(prior.source, prior.source.module)
-    with evaluating(prior):
+    of_loaders = own_generators_restored(held_out), own_generators_restored(train)
+    with evaluating(prior), of_loaders[0], of_loaders[1]:
         log_r, pools = _measure(prior, held_out, num_draws, batch_size, (low, high))
         trained = None
         if train is not None:
@@ -110,7 +112,7 @@ def diagnose(
         )
         on = [prior.is_on(k) for k in range(prior.source.num_groups)]
         kinds = group_kinds(prior, first_batch(held_out, batch_size))
-    active = [kl.active() for kl in measure_kl(prior.source, held_out, batch_size)]
+        active = [kl.active() for kl in measure_kl(prior.source, held_out, batch_size)]
     groups = []
     for k, is_on in enumerate(on):
         report = GroupReport(

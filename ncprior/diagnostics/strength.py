@@ -26,6 +26,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ncprior.data.batches import one_pass
+from ncprior.data.generators import own_generators_restored
 from ncprior.diagnostics.calibration import Mean
 from ncprior.diagnostics.walks import evaluating, scaled_log_r, walk_posterior
 from ncprior.prior import NCPrior
@@ -109,7 +110,7 @@ def match_strength(
     def along_data(measure: Callable[[NCPrior, int, Group, Tensor], Tensor]) -> Tensor:
         """Measured values of every row of data, summed over groups, with shape ``(rows,)``."""
         found = []
-        with seeded(seed):
+        with seeded(seed), own_generators_restored(held_out):
             for batch in one_pass(held_out, batch_size, device):
                 encoding = prior.source.encode(batch)
                 found.append(walk_posterior(prior, encoding, measure).nansum(0))

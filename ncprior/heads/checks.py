@@ -24,7 +24,7 @@ def as_heads(heads: Any, num_groups: int) -> nn.ModuleList:  # noqa: ANN401
 
     Raises:
         TypeError: If a head is no module.
-        ValueError: If the number of heads is not the number of groups.
+        ValueError: If the number of heads is not the number of groups, or two share a parameter.
     """
     remedy = "Pass one nn.Module per group, as NCPrior.for_source makes them."
     if isinstance(heads, nn.ModuleList):
@@ -39,7 +39,32 @@ def as_heads(heads: Any, num_groups: int) -> nn.ModuleList:  # noqa: ANN401
             f"One ratio head per latent group: the source has {num_groups} groups, "
             f"got {len(listed)} heads."
         )
+    _require_apart(listed)
     return listed
+
+
+def _require_apart(heads: nn.ModuleList) -> None:
+    """Validates that no two heads share a parameter: each keeps its own best weights."""
+    owners: dict[int, int] = {}
+    for k, head in enumerate(heads):
+        for name, p in head.named_parameters():
+            if owners.setdefault(id(p), k) != k:
+                raise ValueError(
+                    f"Every group needs a ratio head of its own; heads {owners[id(p)]} and {k} share the "
+                    f"parameter {name}. Give each group a copy, copy.deepcopy(head)."
+                )
+
+
+def require_one_per_group(latents: Any, num_groups: int) -> None:  # noqa: ANN401
+    """Validates the number of latents in a list.
+
+    Raises:
+        TypeError: If it is no list or tuple.
+        ValueError: If there is not one latent per group.
+    """
+    require_instance("latents", latents, (list, tuple), "Pass one z per group, [z].")
+    if len(latents) != num_groups:
+        raise ValueError(f"The source has {num_groups} groups; got {len(latents)} latents.")
 
 
 def naming_parts(

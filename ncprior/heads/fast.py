@@ -16,6 +16,7 @@ float32; the stream, its norm and the layers outside the blocks remain in float3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, TypeAlias
@@ -33,6 +34,11 @@ from ncprior.utils.precision import at_precision, check_precision
 from ncprior.utils.require import require_instance
 
 _CACHE = 2**19  # features of a block per thread: two buffers of 2 MiB, as much as a core caches
+
+
+_EMBEDDED = 2**24  # features of codes at a time
+
+LogRatio: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Whole:
@@ -109,9 +115,6 @@ def _blocks(shape: Size, size: Size) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + size[0]), slice(row, row + size[1])
 
 
-LogRatio: TypeAlias = Callable[[Tensor], Tensor]
-
-
 def prepare_head(
     head: nn.Module,
     context: Tensor | None = None,
@@ -146,14 +149,29 @@ def prepare_head(
     check_precision(precision)
     plain = is_unmodified(head) and not _drops_out(head)
     if plain and type(head) is CategoricalHead:
-        inner = prepare_head(head.head, context, precision=precision)
-        return lambda z: inner(head.embed(z))
+        return _Embedded(head, prepare_head(head.head, context, precision=precision))
     if plain and type(head) is ProductHead:
         parts = [prepare_head(h, context, precision=precision) for h in factors(head)]
         return lambda z: torch.stack([part(z) for part in parts]).sum(0)
     kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
     kind = kinds.get(type(head), Whole) if plain else Whole
     return kind(head, context, precision)
+
+
+class _Embedded:
+    """A head of codes, which embeds only as many codes at a time as fit in little memory."""
+
+    def __init__(self, head: CategoricalHead, inner: LogRatio) -> None:
+        self.head, self.inner = head, inner
+        self.features = head.embedding.embedding_dim * math.prod(head.grid)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        lead = z.shape[: z.ndim - len(self.head.event_shape)]
+        if len(lead) < 2:
+            return self.inner(self.head.embed(z))
+        each = lead[1:].numel() * self.features
+        parts = z.split(max(1, _EMBEDDED // max(1, each)))
+        return torch.cat([self.inner(self.head.embed(part)) for part in parts])
 
 
 def _drops_out(head: nn.Module) -> bool:

@@ -18,8 +18,8 @@ class GroupLoss(NamedTuple):
     """Losses of the head of one group, scalars.
 
     Attributes:
-        nce: The NCE loss in nats, to be reported.
-        total: The NCE loss plus the weighted score term, to be minimised.
+        nce: The NCE loss at ν = 1 in nats, to be reported beside that of held-out data.
+        total: The NCE loss at the given ν plus the weighted score term, to be minimised.
     """
 
     nce: Tensor
@@ -49,15 +49,19 @@ def group_loss(
     if not score_weight:
         log_r = log_ratio(z)
         with at_precision(z.device.type, torch.float32):
-            loss = nce_loss(log_r[0], log_r[1], noise_weight)
-            return GroupLoss(loss, loss)
+            return _nce(log_r[0], log_r[1], noise_weight)
     scores = score(posterior_of(group), z[0]), score(group.prior, z[0])
     z_q = z[:1].requires_grad_()
     log_r_q, log_r_p = log_ratio(z_q), log_ratio(z[1:])
     slope = _slope(log_r_q, z_q)
     with at_precision(z.device.type, torch.float32):
-        loss = nce_loss(log_r_q, log_r_p, noise_weight)
-        return GroupLoss(loss, loss + score_weight * score_loss(slope[0], *scores))
+        nce, total = _nce(log_r_q, log_r_p, noise_weight)
+        return GroupLoss(nce, total + score_weight * score_loss(slope[0], *scores))
+
+
+def _nce(log_r_q: Tensor, log_r_p: Tensor, noise_weight: float) -> GroupLoss:
+    total = nce_loss(log_r_q, log_r_p, noise_weight)
+    return GroupLoss(total if noise_weight == 1 else nce_loss(log_r_q, log_r_p), total)
 
 
 def _slope(log_r: Tensor, z: Tensor) -> Tensor:

@@ -107,7 +107,15 @@ def _probe(
             f"{described(x_hat)}."
         )
     if warn_if_not_finite(x_hat, "The decoder", stacklevel):
-        _warn_if_blurred(x_hat, x[0] if isinstance(x, tuple | list) else x, stacklevel)
+        _warn_if_blurred(x_hat, _observed(source, x), stacklevel)
+
+
+def _observed(source: LatentSource[Any, Any], x: Any) -> Any:  # noqa: ANN401
+    """The x that the decoder returns, or ``None`` if the batch holds no such tensor."""
+    try:
+        return source.observed(x)
+    except TypeError:
+        return None
 
 
 def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:

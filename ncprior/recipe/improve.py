@@ -36,7 +36,7 @@ _FEWEST_SHOWN = 64  # draws in the report
 
 _SHARE = 0.4  # of the time that is left, for the draws of the report, and for its fresh heads
 
-_LONGEST = 30  # digits of a seed
+_LONGEST = 60  # characters of a message
 
 
 def improve(
@@ -121,7 +121,7 @@ def improve(
             f"Call it in one process, or train heads on all ranks by fit."
         )
     file = None if folder is None else folder / "seed.txt"
-    arguments = f"{seed}" if max_seconds is None else f"{seed}, max_seconds={float(max_seconds):g}"
+    arguments = f"{seed}" if max_seconds is None else f"{seed}, max_seconds={float(max_seconds)!r}"
     if file is not None:
         _require_arguments(file, arguments)
     record = Record(progress=progress, max_seconds=max_seconds)
@@ -166,12 +166,12 @@ def improve(
     return prior
 
 
-def _require_arguments(file: Path, seed: str) -> None:
+def _require_arguments(file: Path, arguments: str) -> None:
     """Validates that a checkpoint, if there is one, is of the same seed and limit of time."""
-    saved = file.read_text("utf-8", "replace")[:_LONGEST] if file.is_file() else seed
-    if saved != seed:
+    saved = file.read_text("utf-8", "replace") if file.is_file() else arguments
+    if saved != arguments:
         raise ValueError(
-            f"The checkpoint in {file.parent} is of seed {saved}; got seed={seed}. Pass the same "
+            f"The checkpoint in {file.parent} is of seed {saved[:_LONGEST]}; got seed={arguments}. Pass the same "
             f"arguments, or another folder."
         )
 

@@ -29,10 +29,10 @@ from ncprior.recipe.report import Improvement
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.compose import describe
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
-from ncprior.utils.batches import map_tensors, take_rows
+from ncprior.utils.batches import take_rows
+from ncprior.utils.conditions import tensors_of
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
-    require_callable,
     require_counts,
     require_finite,
     require_instance,
@@ -102,12 +102,7 @@ def report_on(
     require_instance("prior", prior, NCPrior, "Pass a prior with trained heads.")
     require_counts("[2, inf)", budget=budget, num_rows=num_rows)
     require_counts("(-1e18, 1e18)", seed=seed)
-    sampler = prior.sampler if sampler is None else sampler
-    if sampler is None:
-        raise ValueError(
-            "The prior has no sampler. Pass sampler=, such as one of partial(sir, …)."
-        )
-    require_callable("sampler", sampler, "Pass one, such as partial(sir, num_proposals=500).")
+    sampler = prior.chosen(sampler)
     if diagnosis is not None:
         require_instance("diagnosis", diagnosis, Report, "Pass the result of diagnose.")
     own = own_generators_restored(held_out), own_generators_restored(train)
@@ -208,7 +203,7 @@ def _draw(
     chosen = _chosen(data, most)
     seen, shown = 0, 0
     for batch in _rows_of(data, chosen, device_of(source)):
-        rows, x = num_rows(batch), _x_of(batch)
+        rows, x = num_rows(batch), _x_of(source, batch)
         limit = len(chosen) if is_narrow(x) else min(_SHOWN, len(chosen))
         seen += rows
         before, shown = shown, seen * limit // len(chosen)
@@ -243,23 +238,15 @@ def _rows_of(data: Any, chosen: Tensor, device: torch.device) -> Iterator[Any]: 
         rows = chosen[(chosen >= first) & (chosen < last)] - first
         first = last
         if len(rows):
-            yield _take(batch, rows)
+            yield take_rows(batch, rows)
 
 
-def _take(batch: Any, rows: Tensor) -> Any:  # noqa: ANN401
-    return map_tensors(lambda t: t[rows.to(t.device)] if t.ndim > 0 else t, batch)
-
-
-def _x_of(batch: Any) -> Tensor:  # noqa: ANN401
-    """The first tensor of a batch, which holds x."""
-    found: list[Tensor] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(add, batch)
-    return found[0]
+def _x_of(source: LatentSource[Any, Any], batch: Any) -> Tensor:  # noqa: ANN401
+    """x as the decoder returns it; of a batch that a source does not look into, the first tensor."""
+    try:
+        return source.observed(batch)
+    except TypeError:
+        return tensors_of(batch)[0]
 
 
 def _thinned(z: Tensor, num_groups: int) -> Tensor:

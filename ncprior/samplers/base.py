@@ -81,7 +81,7 @@ def latents_at_once(z: Tensor, chunk_size: int | None) -> int:
     """Number of latents per call of a head: ``chunk_size``, or one that suits the device of z.
 
     On a CPU, few latents stay in its cache. On an accelerator, the launch of kernels dominates small
-    calls. A chunk there has at most 2²⁶ numbers, which bounds the memory of feature maps.
+    calls. A chunk there has at most 2²⁶ numbers.
 
     Arguments:
         z: Latents, with shape ``(M, B, *event)``.

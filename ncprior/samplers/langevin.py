@@ -136,7 +136,7 @@ def hmc_step(
     Arguments:
         target: r·p.
         here: The current points of the chains.
-        step_size: λ, in squared units of z.
+        step_size: λ, in squared units of z, or one that broadcasts to z.
         beta: β, the inverse temperature of r.
         num_leapfrogs: Leapfrogs between two Metropolis-Hastings corrections; each is a gradient.
 

@@ -79,7 +79,8 @@ def require_same_rows(prior: Sampleable, log_ratio: LogRatio, z: Tensor) -> None
         )
     if log_prob is not None and not is_same_density(log_prob, z):
         _raise_not_shareable("p(z) differs between rows")
-    if not _equal_rows(checked(log_ratio(points), points.shape[:2])):
+    log_r = checked(log_ratio(points), points.shape[:2])
+    if not _equal_rows(log_r[log_r.isfinite().all(1)]):  # samplers raise for others
         _raise_not_shareable("log r(z) differs between rows, as it depends on a context")
 
 
@@ -94,9 +95,10 @@ def _points(z: Tensor) -> Tensor:
 
 
 def _equal_rows(values: Tensor) -> bool:
-    values = values[values.isfinite().all(1)]  # samplers raise for values that are not finite
+    """Whether the rows of (N, B) numbers are equal; infinite numbers and NaN, too."""
     first = values[:, :1]
-    return bool(((values - first).abs() <= _ROUNDING * (1 + first.abs())).all())
+    close = (values - first).abs() <= _ROUNDING * (1 + first.abs())
+    return bool((close | (values == first) | (values.isnan() & first.isnan())).all())
 
 
 def _raise_not_shareable(reason: str) -> NoReturn:

@@ -35,7 +35,7 @@ _ACCEPTANCE = 0.574  # optimal for MALA in many dimensions (Roberts & Rosenthal,
 
 _ACCEPTANCE_OF_HMC = 0.75  # 0.65 is optimal for long chains (Beskos et al., 2013)
 
-_JITTER = (0.6, 1.2)  # factors of the leapfrog size, drawn for each move (Neal, 2011, section 3.2)
+_JITTER = (0.8, 1.2)  # factors of a chain's leapfrog size in a move (Neal, 2011, section 3.2)
 
 
 @torch.no_grad()
@@ -56,9 +56,9 @@ def tempered_smc(
     Each inverse temperature β is the largest at which the effective sample size of the particles
     is still ``ess_fraction`` of their number, on average over the rows. At each β the particles
     are resampled and take ``num_moves`` steps of MALA, or of Hamiltonian Monte Carlo (HMC), whose λ
-    is adapted to an acceptance rate of 0.57, or 0.75 for HMC, where every step draws the size of its
-    leapfrogs, from 0.6 to 1.2 times √λ; slowly where there are few chains, as a
-    step that follows from the fate of a chain biases its draws. One sample costs
+    is adapted to an acceptance rate of 0.57, or 0.75 for HMC; slowly where there are few chains, as
+    a step that follows from the fate of a chain biases its draws. In a step of HMC every particle
+    draws the size of its leapfrogs, from 0.8 to 1.2 times √λ. One sample costs
     P · (1 + temperatures · moves · leapfrogs) gradients of log r.
 
     Arguments:
@@ -162,7 +162,9 @@ class _Particles:
     def move(self, step_size: Tensor, num_leapfrogs: int) -> Tensor:
         """Takes one step on r^β·p; returns the probabilities of its acceptance, (P, B)."""
         if num_leapfrogs > 1:  # several leapfrogs of one size can lead back to their start
-            step_size = step_size * torch.empty_like(step_size).uniform_(*_JITTER).square()
+            factor = torch.empty_like(self.at.log_r).uniform_(*_JITTER)
+            events = [1] * (self.at.z.ndim - factor.ndim)
+            step_size = (step_size * factor.square()).reshape(*factor.shape, *events)
         self.at, a = hmc_step(self.target, self.at, step_size, self.beta, num_leapfrogs)
         return a
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal
+
+from torch.utils.data import DistributedSampler
 
 from ncprior.data.batches import first_batch, iter_is_self
 from ncprior.data.digest import data_digest
@@ -39,7 +43,7 @@ def training_facts(
 ) -> dict[str, Any]:
     """Returns properties that a checkpoint compares: VAE, base, data, ranks, patience and time.
 
-    Digests of data are read only for a checkpoint. If importance samples are weighted, it compares
+    Digests of data are read only for a checkpoint, or to compare ranks. If importance samples are weighted, it compares
     which heads are on, and their strength; their weights are in the checkpoint itself.
     """
     of_source = source_facts(prior.source)
@@ -56,11 +60,38 @@ def training_facts(
     }
     if weighs:
         facts |= {"strength": float(prior.strength), "active": heads_on(prior)}
-    if resumable:
-        for name, given in (("data", data), ("held_out", held_out)):
+    for name, given in (("data", data), ("held_out", held_out)):
+        if num_ranks() > 1:
+            require_undivided(name, given)
+        if resumable:
             require_restartable(given)
+        if resumable or (num_ranks() > 1 and not iter_is_self(given)):
             facts[name] = None if given is None else data_digest(given, batch_size)
+        if resumable and given is not None and facts[name] is None:
+            warnings.warn(
+                f"Rows of {name} differ when they are read twice under one seed, as those of a dataset "
+                f"with a random generator of its own: a resumed training is not exactly an "
+                f"uninterrupted one, and other data are not noticed. Draw from torch's or NumPy's "
+                f"global generator.",
+                stacklevel=3,
+            )
     return facts
+
+
+def require_undivided(name: str, data: Any) -> None:  # noqa: ANN401
+    """Validates that a loader does not divide its rows among the ranks, as `fit` does that.
+
+    Raises:
+        ValueError: If it has a ``DistributedSampler``.
+    """
+    batches = getattr(data, "batch_sampler", None)
+    samplers = (getattr(data, "sampler", None), getattr(batches, "sampler", None), batches)
+    if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+        raise ValueError(
+            f"fit divides the rows of every batch among the ranks; got a DistributedSampler in {name}, "
+            f"which has divided them before: most rows would never be seen. Pass the same loader on "
+            f"every rank, DataLoader(dataset, batch_size, shuffle=True)."
+        )
 
 
 def validate_loop_arguments(
@@ -113,6 +144,21 @@ def require_writable(name: str, path: Path) -> None:
             f"{name} must be a file that can be written; got {path}: {error}. Pass a path in a "
             f"folder that you may write to."
         ) from error
+
+
+def require_no_later_stages(checkpoint: str | os.PathLike[str]) -> None:
+    """Validates that no later stage has a checkpoint where the first stage has none.
+
+    Raises:
+        ValueError: If there is one; the message names the file.
+    """
+    path = Path(checkpoint)
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}.stage*"))
+    if found:
+        raise ValueError(
+            f"{found[0]} is the checkpoint of a later stage, and that of the first stage, {path}, is "
+            f"missing. Delete it, or pass another checkpoint."
+        )
 
 
 def validate_fit_arguments(

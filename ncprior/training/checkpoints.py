@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from operator import length_hint
 from typing import Any, TypeAlias
 
 import torch
@@ -73,9 +74,16 @@ def is_plain(value: Any) -> bool:  # noqa: ANN401
 def are_rows(value: Any, length: int) -> bool:  # noqa: ANN401
     """Returns whether a value is a list of rows of a history with this number of fields."""
     return isinstance(value, list) and all(
-        isinstance(row, tuple) and len(row) == length and type(row[0]) is int and is_plain(row)
+        isinstance(row, tuple) and len(row) == length and type(row[0]) is int and _is_numeric(row)
         for row in value
     )
+
+
+def _is_numeric(value: Any) -> bool:  # noqa: ANN401
+    """Whether a value holds numbers and ``None`` alone."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_numeric, value))
+    return value is None or isinstance(value, int | float)
 
 
 def fits_optimizer(value: Any, optimizer: torch.optim.Optimizer, last: int) -> bool:  # noqa: ANN401
@@ -105,7 +113,8 @@ def fits_stream(value: Any, stream: Stream, last: int) -> bool:  # noqa: ANN401
     """Returns whether a value is a place in data, with at most so many batches since its epoch."""
     match value:
         case {"epoch_start": {"generators": generators, "own": list(own)}, "taken": int(taken)}:
-            whole = fits_loader(own, stream) and 0 <= taken <= last
+            most = min(last, length_hint(stream.loader, last))  # batches of an epoch
+            whole = fits_loader(own, stream) and 0 <= taken <= most
             return whole and is_random_state(generators)
     return False
 

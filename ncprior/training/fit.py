@@ -20,6 +20,7 @@ from ncprior.heads.product import ProductHead, factors
 from ncprior.prior import NCPrior
 from ncprior.trainer import require_trainable
 from ncprior.training.arguments import (
+    require_no_later_stages,
     training_facts,
     validate_fit_arguments,
     validate_loop_arguments,
@@ -169,6 +170,8 @@ def fit(
         require_rows_and_end(held_out, batch_size)
     align_generators()
     saved = on_rank_zero(lambda: load(checkpoint))
+    if saved is None and checkpoint is not None:
+        on_rank_zero(lambda: require_no_later_stages(checkpoint))
     # A checkpoint of another kind of training has no seed; its terms will differ.
     split_seed = int(torch.randint(2**31, ())) if saved is None else saved.get("split_seed", 0)
     train, held_out = _parts(data, held_out, split_seed)

@@ -17,7 +17,7 @@ class Row(NamedTuple):
 
     Attributes:
         step: Steps taken so far.
-        loss: NCE loss in nats per group, averaged over the steps since the previous row.
+        loss: NCE loss at ν = 1 in nats per group, averaged over the steps since the previous row.
         held_out: NCE loss in nats per group of the averaged weights on held-out data, or ``None``.
         learning_rate: The learning rate of the last step.
         seconds: Time spent training so far, held-out losses included, in seconds.

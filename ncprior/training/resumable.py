@@ -34,7 +34,7 @@ from ncprior.training.checkpoints import (
     require_valid,
 )
 from ncprior.training.settings import TrainingTerms
-from ncprior.utils.distributed import gather, num_ranks, rank
+from ncprior.utils.distributed import gather, num_ranks, on_rank_zero, rank
 from ncprior.utils.optimise import cosine_rate, update_average
 from ncprior.utils.random_state import random_state, set_random_state
 from ncprior.utils.states import tensors_of
@@ -196,9 +196,12 @@ class ResumableTraining(ABC):
         loader = [generator.get_state() for generator in own_generators(batches.stream.loader)]
         place = {"stream": batches.state(), "loader": loader, "generators": gather(random_state())}
         state = {**self.state(), **place}
-        if rank() == 0:
+
+        def write() -> None:
             tree, tensors = pack(state)
             save_tensors(path, tensors, {"kind": "checkpoint", "state": tree})
+
+        on_rank_zero(write)
 
     def validators(self, saved: Mapping[str, Any], stream: Stream) -> Validators:
         """Returns a check of each entry of a checkpoint.

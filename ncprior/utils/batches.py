@@ -96,13 +96,14 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
+def own_batch(x: Any, device: torch.device, name: str = "x") -> Any:  # noqa: ANN401
     """Returns one batch of a user on a device, with arrays and tables of numbers as tensors.
 
     Arguments:
         x: One batch, as the user's loader yields it, or a list of numbers, such as labels; arrays of
             float64, the default of NumPy, are converted to torch's default dtype.
         device: The device.
+        name: Its name in messages.
 
     Raises:
         TypeError: If x is no batch, such as a ``DataLoader``.
@@ -113,22 +114,32 @@ def own_batch(x: Any, device: torch.device) -> Any:  # noqa: ANN401
         torch.float32
     """
     if x is None or isinstance(x, type | str | Number | DataLoader | Dataset):
+        remedy = "Take one batch, next(iter(loader)) or dataset[:256]."
+        if name != "x":
+            remedy = "Pass tensors with one row per row of the batch."
         raise TypeError(
-            f"x must be one batch, a tensor or what a DataLoader yields; got {described(x)}. Take one "
-            f"batch, next(iter(loader)) or dataset[:256]."
+            f"{name} must be one batch, a tensor or what a DataLoader yields; got {described(x)}. {remedy}"
         )
     x = x.to_numpy() if hasattr(x, "to_numpy") else x
     if isinstance(x, list) and x and all(isinstance(row, Number) for row in x):
         x = np.array(x)
     x = to_device(x, device)
     if isinstance(x, Tensor) and (x.ndim == 0 or len(x) == 0):
-        raise ValueError(f"x must have 1 or more rows; got {described(x)}. Pass rows of data.")
+        raise ValueError(
+            f"{name} must have 1 or more rows; got {described(x)}. Pass rows of data."
+        )
     return x
 
 
-def take_rows(batch: Any, rows: slice) -> Any:  # noqa: ANN401
+def take_rows(batch: Any, rows: slice | Tensor) -> Any:  # noqa: ANN401
     """Returns some rows of every tensor of a batch; tensors without axes stay."""
-    return map_tensors(lambda t: t[rows] if t.ndim > 0 else t, batch)
+
+    def take(t: Tensor) -> Tensor:
+        if t.ndim == 0:
+            return t
+        return t[rows.to(t.device) if isinstance(rows, Tensor) else rows]
+
+    return map_tensors(take, batch)
 
 
 def shuffle_rows(batch: Any, count: int, generator: torch.Generator) -> Any:  # noqa: ANN401
@@ -147,8 +158,7 @@ def shuffle_rows(batch: Any, count: int, generator: torch.Generator) -> Any:  # 
         >>> bool((mixed["x"] == mixed["label"]).all()), sorted(mixed["x"].tolist())
         (True, [0, 1, 2, 3])
     """
-    order = torch.randperm(count, generator=generator, device="cpu")
-    return map_tensors(lambda t: t[order.to(t.device)] if t.ndim > 0 else t, batch)
+    return take_rows(batch, torch.randperm(count, generator=generator, device="cpu"))
 
 
 def tile_rows(batch: Any, count: int) -> Any:  # noqa: ANN401

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,26 @@ def gradients_enabled() -> Iterator[None]:
     """Context with gradients, also inside ``torch.no_grad`` and ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+@contextmanager
+def without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context in which these tensors require no gradients, as far as they are no results.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> with without_gradients(layer.parameters()):
+        ...     layer(torch.zeros(2)).requires_grad
+        False
+    """
+    frozen = [t for t in tensors if t.requires_grad and t.is_leaf]
+    for t in frozen:
+        t.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for t in frozen:
+            t.requires_grad_(True)
 
 
 def require_grad_mode(what: str) -> None:
@@ -58,6 +78,29 @@ def check_parameters(
         raise ValueError(
             f"The optimizer holds parameters that are not {whose}; the VAE stays frozen. "
             f"Make it from {remedy}."
+        )
+
+
+def require_whole_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Validates that an optimizer of Accelerate neither accumulates nor scales gradients.
+
+    Arguments:
+        optimizer: The optimizer; those of torch always pass.
+
+    Raises:
+        ValueError: If it leaves steps out, or its gradients are scaled, as in half precision.
+    """
+    steps = getattr(getattr(optimizer, "gradient_state", None), "num_steps", 1)
+    if steps > 1:
+        raise ValueError(
+            f"Every batch is a step of its own; got an optimizer that accumulates gradients over "
+            f"{steps} batches. Pass gradient_accumulation_steps=1, and larger batches."
+        )
+    if getattr(optimizer, "scaler", None) is not None:
+        raise ValueError(
+            "Gradients are checked and clipped in nats; got an optimizer that scales them, as for "
+            "mixed_precision='fp16'. Pass mixed_precision='no', and precision=torch.bfloat16 "
+            "to the trainer."
         )
 
 

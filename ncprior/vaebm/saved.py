@@ -46,6 +46,7 @@ class PretrainedEnergy(Pretrained):
     decoder_noise: str
 
     _file = FILE
+    _own_modules = "energy"
     _tags = ("ncprior", "vae", "energy-based-model", "vaebm")
     _validators: ClassVar[Validators] = {
         "energy": lambda value: isinstance(value, dict),

@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers.problems import CorrelatedPair, ExactRatio, GaussianPair
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ncprior import NCPrior, sir
+from ncprior.diagnostics import diagnose
 from ncprior.diagnostics.strength import match_strength
 from ncprior.heads.product import ProductHead
 
@@ -135,3 +137,16 @@ def test_bad_arguments_are_told() -> None:
 
     with pytest.raises(TypeError, match="one-shot"):
         match(prior, iter([once()]), sampler)
+
+
+def test_a_loader_that_shuffles_is_left_as_it_was() -> None:
+    """All passes have the same rows, and a generator of the loader goes on as if there were none."""
+    problem = GaussianPair(kl=1.0)
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(problem.data(400), 100, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    before = generator.get_state()
+    prior = prior_of(problem, 1.5)
+    assert match(prior, loader, partial(sir, num_proposals=200)) < 1
+    assert torch.equal(generator.get_state(), before)
+    diagnose(prior, loader, num_proposals=(5, 10), num_draws=400, fresh_steps=0)
+    assert torch.equal(generator.get_state(), before)

@@ -16,6 +16,7 @@ from torch.distributions import Independent, Normal
 
 from ncprior import sir
 from ncprior.heads import fast
+from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.fast import InBlocks, prepare_head
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead
@@ -272,3 +273,20 @@ def test_no_rows_have_no_log_r(make: Callable[[], Any]) -> None:
     head = trained(make())
     with torch.no_grad():
         assert prepare_head(head)(torch.zeros(5, 0, *head.event_shape)).shape == (5, 0)
+
+
+def test_codes_are_embedded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of 32 × 32 codes and width 64 would need 1 GB for 4,096 of them."""
+    head = CategoricalHead((4, 4), 5, width=8, depth=1, context_shape=(3,))
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(0.3 * torch.randn(p.shape))
+    z, c = torch.randint(5, (50, 6, 4, 4)), torch.randn(6, 3)
+    sizes: list[int] = []
+    embed = head.embed
+    monkeypatch.setattr(CategoricalHead, "embed", lambda _, z: sizes.append(len(z)) or embed(z))
+    monkeypatch.setattr(fast, "_EMBEDDED", 4 * 6 * 8 * 16)
+    with torch.no_grad():
+        found = prepare_head(head, c)(z)
+    assert max(sizes) == 4
+    torch.testing.assert_close(found, head(z, c), rtol=1e-5, atol=1e-5)

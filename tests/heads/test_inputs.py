@@ -11,13 +11,14 @@ from helpers.problems import CorrelatedPair, GaussianPair, SampleOnly
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, SingleGroup, fit, langevin, sir
+from ncprior import NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_gaussian
 from ncprior.bases.rebase import rebase
 from ncprior.data.encodings import CachedEncodings
 from ncprior.heads.inputs import head_input
 from ncprior.heads.networks import MLPHead
+from ncprior.recipe.scores import has_scores
 from ncprior.testing import check_source
 
 
@@ -175,3 +176,15 @@ def test_walks_of_several_groups_keep_the_features() -> None:
     walks = CachedEncodings(source, source.data(8), batch_size=4, seed=0)
     z = torch.randn(3, 1)
     assert torch.equal(head_input(walks.source, 1, z), 1 + 2 * z)
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions of a row")
+@pytest.mark.parametrize("score_weight", [0.0, 10.0])
+def test_the_vae_gets_no_gradients_from_training(vae: MapVAE, score_weight: float) -> None:
+    source = vae.source()
+    prior = NCPrior.for_source(source, data(), width=8)
+    optimizer = torch.optim.AdamW(prior.parameters())
+    NCETrainer(prior, optimizer, score_weight=score_weight).step(data())
+    assert has_scores(prior, data())
+    assert all(p.grad is None and p.requires_grad for p in vae.parameters())
+    assert any(p.grad.any() for p in prior.parameters() if p.grad is not None)

@@ -461,6 +461,15 @@ def test_a_checkpoint_of_another_seed_is_refused_before_anything_is_done(tmp_pat
         improve(flat(), torch.randn(99, 3), seed=8, checkpoint=tmp_path, progress=False)
 
 
+def test_a_checkpoint_of_a_long_seed_is_its_own(tmp_path: Path) -> None:
+    module = sys.modules["ncprior.recipe.improve"]
+    arguments = "1718000000000, max_seconds=86400.123"
+    (tmp_path / "seed.txt").write_text(arguments)
+    module._require_arguments(tmp_path / "seed.txt", arguments)
+    with pytest.raises(ValueError, match=r"is of seed 1718000000000, max_seconds=86400.123; got"):
+        module._require_arguments(tmp_path / "seed.txt", arguments + "4")
+
+
 def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["ncprior.recipe.improve"]  # the name is that of the function, too
     monkeypatch.setattr(module, "saved_base", lambda *_: pytest.fail("too late"))

@@ -1,6 +1,7 @@
 """Measurements for a report: the arms, their rows and conditions, and the verdict."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ncprior.diagnostics import GroupReport, Report, Verdict, diagnose
 from ncprior.diagnostics.calibration import Mean
 from ncprior.heads.networks import MLPHead
 from ncprior.recipe import judge, measure, report_on
+from ncprior.recipe.choices import DATA
 from ncprior.recipe.judge import Divergences, Gap
 from ncprior.recipe.parts import bases_of, parts_for_report
 from ncprior.recipe.record import Record
@@ -223,6 +225,27 @@ def test_changes_nothing_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("known")
+def test_a_prior_without_heads_needs_no_sampler() -> None:
+    prior = NCPrior(flat(), MLPHead((2,)))
+    prior.active = [False]
+    assert report_on(prior, torch.randn(30, 3), diagnosis=MADE).latents
+
+
+@pytest.mark.usefixtures("known")
+def test_data_are_shown_as_the_decoder_returns_them() -> None:
+    """A VAE may see normalised images, and decode others."""
+
+    class Halved(SingleGroup):
+        def observed(self, batch: Any) -> Tensor:
+            return 0.5 * super().observed(batch)
+
+    vae = flat()
+    prior = NCPrior(Halved(vae.prior, vae._posterior, vae._decoder), MLPHead((2,)))
+    report = report_on(prior, torch.ones(30, 3), sampler=SAMPLER, diagnosis=MADE)
+    assert (report.samples[DATA] == 0.5).all()
+
+
+@pytest.mark.usefixtures("known")
 def test_few_rows_have_no_verdict_but_a_page() -> None:
     prior = NCPrior(flat(), MLPHead((2,)))
     report = report_on(prior, torch.randn(30, 3), sampler=SAMPLER, diagnosis=MADE)
@@ -234,7 +257,7 @@ def test_few_rows_have_no_verdict_but_a_page() -> None:
 @pytest.mark.usefixtures("known")
 def test_wrong_arguments_and_rows_are_named() -> None:
     prior, x = NCPrior(flat(), MLPHead((2,))), torch.randn(40, 3)
-    with pytest.raises(ValueError, match="has no sampler. Pass sampler="):
+    with pytest.raises(ValueError, match="has no sampler yet"):
         report_on(prior, x)
     with pytest.raises(TypeError, match="diagnosis must be of type Report"):
         report_on(prior, x, sampler=SAMPLER, diagnosis={})  # type: ignore[arg-type]

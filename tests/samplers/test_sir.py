@@ -29,7 +29,7 @@ from helpers.problems import (
 )
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Normal
+from torch.distributions import Categorical, Distribution, Normal, Uniform
 
 from ncprior import sir
 from ncprior.distributions import expand
@@ -352,8 +352,18 @@ def test_shared_proposals_are_evaluated_once_for_all_rows() -> None:
             "log r.z. differs between rows",
         ),
         (SampleOnly(Normal(torch.zeros(4), 1.0)), lambda z: z, "SampleOnly can only be sampled"),
+        (
+            Categorical(logits=torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])),
+            lambda z: 0.0 * z,
+            "p.z. differs between rows",
+        ),
+        (
+            Uniform(torch.tensor([0.0, 5.0]), torch.tensor([1.0, 6.0]), validate_args=False),
+            torch.zeros_like,
+            "p.z. differs between rows",
+        ),
     ],
-    ids=["prior", "ratio", "unknown"],
+    ids=["prior", "ratio", "unknown", "codes", "bounds"],
 )
 def test_rows_that_differ_do_not_share(prior: Any, log_ratio: LogRatio, reason: str) -> None:
     with pytest.raises(ValueError, match=f"share proposals or particles only if.*{reason}"):

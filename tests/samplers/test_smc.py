@@ -235,7 +235,7 @@ def test_one_chain_alone_hardly_adapts_its_step(monkeypatch: pytest.MonkeyPatch)
     steps: list[float] = []
 
     def noted(target: Target, at: Point, step: Tensor, *rest: Any) -> tuple[Point, Tensor]:
-        steps.append(float(step))
+        steps.append(float(step.flatten()[0]))
         return hmc_step(target, at, step, *rest)
 
     monkeypatch.setattr(smc_module, "hmc_step", noted)
@@ -255,4 +255,4 @@ def test_a_trajectory_of_one_length_does_not_lead_back_to_its_start() -> None:
     prior = Normal(torch.zeros(4000), 1.0)
     draw = tempered_smc(prior, lambda z: -2 * (z - 3) ** 2, num_particles=4, num_leapfrogs=3)
     assert draw.z.mean().item() == pytest.approx(2.4, abs=0.06)  # N(2.4, 0.2)
-    assert draw.z.var().item() == pytest.approx(0.2, abs=0.03)  # 0.47 with one length
+    assert draw.z.var().item() == pytest.approx(0.2, abs=0.06)  # 0.47 with one length

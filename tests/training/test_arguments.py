@@ -13,6 +13,7 @@ import torch
 from helpers.problems import GaussianPair
 from helpers.toys import flat, ladder_prior, same, stir, weights
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ncprior import NCPrior, fit
 from ncprior.heads.networks import MLPHead
@@ -190,6 +191,28 @@ def test_F16_held_out_data_is_measured_before_training(name: str) -> None:
         fit(prior, data(), held_out=make(), steps=3, **QUIET)
     assert True not in steps  # nothing was trained
     assert same(weights(prior), before)
+
+
+class _OwnNoise(Dataset[Tensor]):
+    """Rows that differ every time they are read, whatever the global seed."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor(self.rng.normal(size=3), dtype=torch.float32)
+
+
+def test_data_with_a_generator_of_their_own_are_warned_of(tmp_path: Path) -> None:
+    prior = NCPrior(flat(), MLPHead((2,), width=8))
+    options: dict[str, Any] = {"steps": 2, "progress": False, "held_out": torch.randn(9, 3)}
+    fit(prior, _OwnNoise(), **options)
+    with pytest.warns(UserWarning, match="Rows of data differ when they are read twice") as caught:
+        fit(prior, _OwnNoise(), checkpoint=tmp_path / "heads", **options)
+    assert caught[0].filename == __file__
 
 
 def test_F16_held_out_data_of_another_width_fails_before_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from functools import reduce
@@ -184,6 +185,24 @@ def test_F1_the_states_of_the_data_are_checked_too(path: Path) -> None:
 def test_F2_a_place_in_the_data_that_is_never_reached_raises(path: Path) -> None:
     edit_checkpoint(path, lambda state: state["stream"].update(taken=10**12))
     refuses(path, "its stream cannot be used here")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_loss", [math.nan]),
+        ("best_loss", [-math.inf]),
+        ("best_error", [math.nan]),
+        ("rows", [(2, ["x"], [1.0], 0.1, 0.1, 1)]),
+        ("stream", {"taken": 6}),
+    ],
+)
+def test_numbers_that_no_training_has_raise(path: Path, name: str, value: Any) -> None:
+    """The best loss could never be improved; an epoch of 40 rows in batches of 8 has five."""
+    edit_checkpoint(
+        path, lambda s: s[name].update(value) if name == "stream" else s.update({name: value})
+    )
+    refuses(path, f"its {name} cannot be used here")
 
 
 def test_F16_a_checkpoint_with_a_wrong_entry_anywhere_changes_nothing(

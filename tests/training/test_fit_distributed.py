@@ -13,11 +13,12 @@ import torch.distributed as dist
 from helpers.ranks import Ranks, launch, named
 from helpers.toys import KnownLadder, Unfinished, ladder_prior, stir
 from torch import Size, Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from ncprior import Group, NCPrior, fit
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.tensors import save_tensors
-from ncprior.training import FitSettings
+from ncprior.training import FitSettings, resumable
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.skipif(
@@ -102,6 +103,10 @@ class Stopped(Exception):
     pass
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError("No space left.")
+
+
 def rank_main(rank: int, folder: Path) -> None:
     """What one rank gets."""
     from ncprior.training import held_out
@@ -174,6 +179,20 @@ def rank_main(rank: int, folder: Path) -> None:
             train("none", **{"steps": 5, **options})
         except ValueError as error:
             told[name] = str(error)
+    given = {
+        "sampler": DataLoader(x, 32, sampler=DistributedSampler(x)),  # type: ignore[arg-type]
+        "other data": x + rank,
+    }
+    for name, data in given.items():
+        try:
+            fit(ladder_prior(), data, held_out=x, steps=5, **QUIET)
+        except ValueError as error:
+            told[name] = str(error)
+    resumable.save_tensors = full_disk
+    try:
+        train("none", steps=5, checkpoint=folder / "no place")
+    except (OSError, RuntimeError) as error:
+        told["full disk"] = str(error)
     save_tensors(folder / f"rank{rank}", saved, told)
     dist.destroy_process_group()
 
@@ -245,6 +264,18 @@ def test_ranks_that_were_not_given_the_same_are_refused(ranks: Ranks) -> None:
     for _, told in ranks:
         assert "got steps=[5, 6], by rank" in told["steps"]
         assert "batches of 1 rows for 2 ranks" in told["rows"]
+
+
+def test_rows_are_divided_once(ranks: Ranks) -> None:
+    for _, told in ranks:
+        assert "got a DistributedSampler in data" in told["sampler"]
+        assert "All ranks must be given the same; got data=[" in told["other data"]
+
+
+def test_no_rank_waits_for_one_that_cannot_write(ranks: Ranks) -> None:
+    (_, one), (_, two) = ranks
+    assert one["full disk"] == "No space left."
+    assert two["full disk"] == "Rank 0 has failed: OSError: No space left."
 
 
 def test_ranks_draw_z_of_their_own(ranks: Ranks) -> None:

@@ -478,6 +478,18 @@ def test_a_training_in_stages_that_a_callback_stopped_goes_on(tmp_path: Path, st
     assert same(weights(priors[0]), weights(priors[1]))
 
 
+def test_a_later_stage_alone_is_found_before_training(tmp_path: Path) -> None:
+    path, left = tmp_path / "heads.pt", tmp_path / "heads.pt.stage2"
+    left.touch()
+    problem = GaussianPair(kl=1.0)
+    prior = NCPrior(problem.source(), MLPHead((problem.dim,), width=8))
+    before = weights(prior)
+    with pytest.raises(ValueError, match=r"heads.pt.stage2 is the checkpoint of a later stage"):
+        fit(prior, problem.data(100), stages=2, steps=4, checkpoint=path, progress=False)
+    assert same(weights(prior), before)
+    assert not path.exists()
+
+
 def test_an_error_in_a_later_stage_leaves_the_factors_of_before(tmp_path: Path) -> None:
     problem = GaussianPair(kl=12.0)
     x, path = problem.data(600), tmp_path / "c"
