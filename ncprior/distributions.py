@@ -234,9 +234,9 @@ def expand(prior: Sampleable, batch_size: int) -> Sampleable:
 
 
 def num_categories_of(prior: Any) -> int | None:  # noqa: ANN401
-    """Returns the number of values of a code under a prior, or ``None`` if it does not tell.
+    """Returns the number of values of a code under a prior, or ``None`` if it is unknown.
 
-    A prior of your own tells it by an attribute ``num_categories``.
+    A prior of your own has it as its attribute ``num_categories``.
 
     Example:
         >>> num_categories_of(Independent(Categorical(logits=torch.zeros(4, 4, 512)), 2))

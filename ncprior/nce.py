@@ -124,8 +124,8 @@ def score_loss(slope: Tensor, posterior_score: Tensor, prior_score: Tensor) -> T
         prior_score: ∇ log p(z), of the same shape.
 
     Returns:
-        The mean over draws and latents, a scalar without unit: the latents are weighted such that
-        it is 1, their noise, at slope = ∇ log p = 0.
+        The mean over draws and latents, a scalar without unit. It is 1 where slope and ∇ log p
+        are 0, as every latent is divided by the variance of its score.
 
     Raises:
         TypeError: If an argument is no tensor of floats.

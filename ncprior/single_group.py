@@ -169,7 +169,7 @@ class SingleGroup(LatentSource[Any, Any]):
         if self._condition is not None:
             c = self._condition(x)
             require_tensors(c)
-            self._require_visible(c)
+            self._require_head_context(c)
         x = x[0] if isinstance(x, tuple | list) else x
         require_rows_of_x(c, x)
         distribution = self._checked_posterior(x, c)
@@ -189,7 +189,7 @@ class SingleGroup(LatentSource[Any, Any]):
         q, c = (None, condition) if encoding is None else encoding
         require_condition(c, batch_size, is_taken=self._condition is not None)
         if c is not None:
-            self._require_visible(c)
+            self._require_head_context(c)
         if q is not None and num_rows(q) != batch_size:
             raise ValueError(
                 f"The walk has {batch_size} rows; got {num_rows(q)} rows of encoding."
@@ -204,7 +204,7 @@ class SingleGroup(LatentSource[Any, Any]):
         if q is not None:
             q = build(q) if is_parameters(q) else self._checked_posterior(q, c)
         p = expand(self.prior, rows) if self._given_c is None else self._prior_given(c, rows, q)
-        return Group(p, q, self._seen_of(c, rows))
+        return Group(p, q, self._head_context(c, rows))
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state with z, which has shape ``(B, *event)``."""
@@ -294,21 +294,20 @@ class SingleGroup(LatentSource[Any, Any]):
             self._event_ndim = _axes_of_draw(p) - 1
         return p
 
-    def _seen_of(self, c: Any, rows: int) -> Tensor | None:  # noqa: ANN401
+    def _head_context(self, c: Any, rows: int) -> Tensor | None:  # noqa: ANN401
         """Returns the context of the ratio head, after a check."""
         if self._context is None:
-            seen: Tensor | None = c
-            return seen
+            context: Tensor | None = c
+            return context
         return context_of(self._context, c, rows=rows)
 
-    def _require_visible(self, c: Any) -> None:  # noqa: ANN401
-        """Validates that a head can see a condition."""
+    def _require_head_context(self, c: Any) -> None:  # noqa: ANN401
+        """Validates that a condition without context= is a context: a vector per row."""
         if self._context is None and (not isinstance(c, Tensor) or c.ndim < 2):
             raise ValueError(
-                f"The ratio head sees a condition of shape (B, C), a vector per row; got "
-                f"{described(c)}. Make labels one-hot, or pass SingleGroup(context=...), a function "
-                f"of c that returns what the head sees: of labels "
-                f"lambda c: torch.nn.functional.one_hot(c, num_classes).float()."
+                f"The context of the ratio head is the condition, of shape (B, C), a vector per row; "
+                f"got {described(c)}. Make labels one-hot, or pass another context, a function of c: "
+                f"SingleGroup(context=lambda c: torch.nn.functional.one_hot(c, num_classes).float())."
             )
 
     def _checked_posterior(self, x: Any, c: Any) -> Distribution:  # noqa: ANN401

@@ -338,7 +338,7 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
 
 @torch.no_grad()
 def device_of(source: LatentSource[Any, Any]) -> torch.device:
-    """Returns the device on which a source draws latents, or else of its ``module``, or else the CPU.
+    """Returns the device of the latents of a source: of its base, of its ``module``, or of a draw.
 
     Example:
         >>> device_of(source)

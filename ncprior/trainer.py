@@ -200,7 +200,9 @@ class NCETrainer:
         losses: list[Tensor] = []
         groups = self.groups
         for loss in self.prior.group_losses(
-            *(x, self.noise_weight, self.num_draws),
+            x,
+            self.noise_weight,
+            self.num_draws,
             score_weight=self.score_weight,
             precision=self.precision,
             groups=groups,

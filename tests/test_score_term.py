@@ -25,7 +25,7 @@ from ncprior.bases.empirical import Empirical
 from ncprior.distributions import PointMass
 from ncprior.heads import MLPHead
 from ncprior.nce import score_loss
-from ncprior.recipe.scores import has_scores
+from ncprior.recipe.score_term import has_scores
 from ncprior.training import FitSettings
 from ncprior.utils.scores import score
 

@@ -76,7 +76,7 @@ def fit_code_bases(
 
 
 def _categories_of(source: LatentSource[Any, Any], data: Any) -> list[int | None]:  # noqa: ANN401
-    """Returns the numbers of values of the codes of every group, as far as the source tells."""
+    """Returns the numbers of values of the codes of every group, as far as they are known."""
     below, counts = without_bases(source), []
     encoding = below.encode(own_batch(first_batch(data, 1), device_of(source)))
 

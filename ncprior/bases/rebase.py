@@ -115,7 +115,7 @@ class Rebased(WrappedSource):
     class State(NamedTuple):
         """The state of the wrapped source, and the index of its next group."""
 
-        walk: Any
+        inner: Any
         k: int
 
     def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
@@ -124,7 +124,7 @@ class Rebased(WrappedSource):
 
     def group(self, state: State) -> Group:
         """Returns the group of the wrapped source, with the new prior."""
-        group = self.source.group(state.walk)
+        group = self.source.group(state.inner)
         prior = self._new_prior(state, group)
         given = prior if self.prior is None else self.prior
         self._check_event(state.k, given, group.posterior)
@@ -132,15 +132,15 @@ class Rebased(WrappedSource):
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state behind z_k, which has shape ``(B, *event)``."""
-        return self.State(self.source.advance(state.walk, z), state.k + 1)
+        return self.State(self.source.advance(state.inner, z), state.k + 1)
 
     def decode(self, state: State) -> Tensor:
         """Returns the decoder's mean."""
-        return self.source.decode(state.walk)
+        return self.source.decode(state.inner)
 
     def likelihood(self, state: State) -> Distribution:
         """Returns p(x | z) of the wrapped source."""
-        return self.source.likelihood(state.walk)
+        return self.source.likelihood(state.inner)
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts of the wrapped source, and those of the function that makes the base."""
@@ -165,7 +165,7 @@ class Rebased(WrappedSource):
             )
         shared = self.bases is not None and prior is self.bases[state.k]
         if shared or (isinstance(prior, Distribution) and not prior.batch_shape):
-            return expand(prior, num_rows(state.walk))
+            return expand(prior, num_rows(state.inner))
         return prior
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A digest of data, which tells whether it is the same."""
+"""Digest of data, by which a checkpoint notices other data."""
 
 import hashlib
 from typing import Any

@@ -67,11 +67,9 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     search.run()
     record.add(
         Choice(
-            *(
-                "base",
-                search.name,
-                f"encodings of held-out data are most likely; a {search.larger} must gain two standard errors",
-            ),
+            part="base",
+            chosen=search.name,
+            reason=f"encodings of held-out data are most likely; a {search.larger} must gain two standard errors",
             candidates=tuple(search.candidates),
             criterion=search.criterion,
             unit="nats",

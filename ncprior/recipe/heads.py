@@ -15,7 +15,7 @@ from ncprior.recipe.caches import walk_cache
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.parts import Parts, draws_slowly, has_condition
 from ncprior.recipe.record import Record
-from ncprior.recipe.scores import has_scores
+from ncprior.recipe.score_term import has_scores
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
@@ -109,7 +109,9 @@ def train_heads(
     record.histories.append(history)
     record.add(
         Choice(
-            *("heads", chosen, reason),
+            part="heads",
+            chosen=chosen,
+            reason=reason,
             candidates=tuple(candidate for _, _, candidate in found),
             criterion="held-out NCE loss",
             unit="nats",

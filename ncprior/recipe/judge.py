@@ -147,7 +147,9 @@ def kept(chosen: str, reason: str, gaps: Mapping[str, Gap], seconds: float) -> C
             half = 1.96 * error
             candidates.append(Candidate(name, value, value - half, value + half))
     return Choice(
-        *("keep", chosen, reason),
+        part="keep",
+        chosen=chosen,
+        reason=reason,
         candidates=tuple(candidates),
         criterion="remaining gap (JSD)",
         unit="nats",

@@ -110,9 +110,14 @@ def report_on(
         parts = parts_for_report(train, held_out, seed)
         gaps = {} if parts is None else _gaps(prior, sampler, parts)
         report = evidence_of(
-            *(prior, held_out, gaps), sampler=sampler, diagnosis=diagnosis, budget=budget,
+            prior,
+            held_out,
+            gaps,
+            sampler=sampler,
+            diagnosis=diagnosis,
+            budget=budget,
             num_rows=num_rows,
-        )  # fmt: skip
+        )
     columns = column_names(held_out)
     return report._replace(columns=columns, seed=int(seed), seconds=time.monotonic() - started)
 

@@ -51,7 +51,9 @@ def choose_sampler(
     prior.sampler = sampler
     record.add(
         Choice(
-            *(f"{name}sampler", describe(sampler), reason),
+            part=f"{name}sampler",
+            chosen=describe(sampler),
+            reason=reason,
             seconds=time.monotonic() - started,
         )
     )

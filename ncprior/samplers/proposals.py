@@ -36,7 +36,7 @@ class Proposals:
         self.first: Tensor | None = None
         if self.normal is not None:
             self.example = self.normal[0][None]
-        else:  # only a draw tells the shape; it becomes the first of the proposals
+        else:  # only a draw has the shape; it becomes the first of the proposals
             self.example = self.first = draw_from(prior, 1)
 
     def __call__(self, count: int) -> Tensor:

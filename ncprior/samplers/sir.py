@@ -20,7 +20,7 @@ from ncprior.samplers.base import (
     like_event,
 )
 from ncprior.samplers.proposals import Proposals, require_same_rows
-from ncprior.utils.draws import log_exponential
+from ncprior.utils.draws import gumbel
 from ncprior.utils.require import require_counts, require_flags
 
 _SHARED_KEYS = 2**20  # log-weights with noise, of proposals × rows, at once
@@ -169,7 +169,7 @@ class Pool:
 
     def keys(self, log_r: Tensor) -> Tensor:
         """Keys of proposals, with shape (n, B): the proposal of the largest key leads its row."""
-        return log_r - log_exponential(log_r, (len(log_r), self.rows))
+        return log_r + gumbel(log_r, (len(log_r), self.rows))
 
     def weigh(self, log_r: Tensor) -> None:
         """Adds the weights of n proposals to the sums, one for each column of log r."""

@@ -189,7 +189,7 @@ def validate_fit_arguments(
             f"Every rank takes rows of every batch; got batches of {terms.batch_size} rows for "
             f"{terms.facts['ranks']} ranks. Pass a larger batch_size."
         )
-    if (stages != 1 or terms.settings.caches) and iter_is_self(data):
+    if (stages != 1 or terms.settings.needs_restartable_data) and iter_is_self(data):
         raise TypeError(
             f"Stages, importance samples, a proposal cache and cache_epochs need data that can be "
             f"read again from its start; got a one-shot {type(data).__name__}. Pass a tensor, a dataset, a DataLoader "

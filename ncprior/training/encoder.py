@@ -92,7 +92,7 @@ class AmortisedSource(WrappedSource):
     class State(NamedTuple):
         """The state of the wrapped source, and the parameters of q(z | x) or ``None``."""
 
-        walk: Any
+        inner: Any
         encoding: AmortisedSource.Encoding | None
 
     def facts(self) -> dict[str, Any]:
@@ -127,19 +127,19 @@ class AmortisedSource(WrappedSource):
     def group(self, state: State) -> Group:
         """Returns p(z) of the wrapped source and, given an x, q(z | x)."""
         q = None if state.encoding is None else _normal(*state.encoding)
-        return self.source.group(state.walk)._replace(posterior=q)
+        return self.source.group(state.inner)._replace(posterior=q)
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state with z, which has shape ``(B, *event)``."""
-        return state._replace(walk=self.source.advance(state.walk, z))
+        return state._replace(inner=self.source.advance(state.inner, z))
 
     def decode(self, state: State) -> Tensor:
         """Returns the decoder's mean."""
-        return self.source.decode(state.walk)
+        return self.source.decode(state.inner)
 
     def likelihood(self, state: State) -> Distribution:
         """Returns p(x | z) of the wrapped source."""
-        return self.source.likelihood(state.walk)
+        return self.source.likelihood(state.inner)
 
 
 def fit_encoder(

@@ -156,7 +156,9 @@ def fit(
         eval_every=eval_every or _EVAL_EVERY,
         settings=settings,
         facts=training_facts(
-            *(prior, data, held_out),
+            prior,
+            data,
+            held_out,
             batch_size=batch_size,
             patience=patience,
             max_seconds=None if max_seconds is None else float(max_seconds),
@@ -183,7 +185,11 @@ def fit(
             first: dict[str, Any] = {"batch_size": batch_size, "seed": split_seed, "saved": saved}
             posterior = e_step(prior, train, settings.importance_samples, **first)
         runs = StageRuns(
-            *(train, held_out, terms, split_seed, posterior),
+            data=train,
+            held_out=held_out,
+            terms=terms,
+            split_seed=split_seed,
+            e_step=posterior,
             patience=patience,
             max_seconds=terms.facts["max_seconds"],
             callback=callback,

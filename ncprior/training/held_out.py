@@ -71,7 +71,7 @@ class HeldOut:
         first = 0
         for part, count in parts:
             mine, own = own.split([part.shape[2], own.shape[1] - part.shape[2]], dim=1)
-            losses[:, first : first + count][:, self._share] = mine
+            losses[:, first : first + count][:, self._own_rows] = mine
             first += count
         return sum_over_ranks(losses)
 
@@ -103,7 +103,7 @@ class HeldOut:
             yield
 
     @property
-    def _share(self) -> slice:
+    def _own_rows(self) -> slice:
         """The rows of every batch that this rank measures."""
         return slice(rank(), None, num_ranks()) if self.groups is None else slice(None)
 
@@ -117,7 +117,7 @@ class HeldOut:
 
         The losses stay on the device; those of groups that other ranks measure are 0.
         """
-        x = to_device(take_rows(batch, self._share), device)
+        x = to_device(take_rows(batch, self._own_rows), device)
         losses = torch.zeros(len(self.prior.heads), draws, num_rows(x), device=device)
         if num_rows(x) > 0:
             for k, (z, group) in enumerate(contrastive_pairs(self.prior.source, x, draws)):

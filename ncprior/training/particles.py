@@ -51,7 +51,7 @@ from ncprior.source import (
     visit,
 )
 from ncprior.utils.batches import own_batch, tile_rows
-from ncprior.utils.draws import log_exponential, sample_and_log_prob
+from ncprior.utils.draws import gumbel, sample_and_log_prob
 from ncprior.utils.precision import at_least_float32
 from ncprior.utils.random_state import random_state
 from ncprior.utils.require import require_counts, require_shape
@@ -82,8 +82,8 @@ class Particles(Distribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:  # noqa: ANN401
         """Draws particles, with shape ``(*sample_shape, B, *event)``, without a wait for a GPU."""
         shape = require_shape("sample_shape", sample_shape)
-        noise = log_exponential(self.log_w, (*shape, *self.log_w.shape))
-        chosen = (self.log_w - noise).argmax(-1)  # the Gumbel-max trick
+        noise = gumbel(self.log_w, (*shape, *self.log_w.shape))
+        chosen = (self.log_w + noise).argmax(-1)  # the Gumbel-max trick
         return self.z[torch.arange(len(self.z), device=chosen.device), chosen]
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -120,8 +120,8 @@ class FitSettings(OptimizerSettings):
         require_flags(group_parallel=self.group_parallel)
 
     @property
-    def caches(self) -> bool:
-        """Whether a cache or a first look is needed, and so data that can be read again."""
+    def needs_restartable_data(self) -> bool:
+        """Whether a cache or a pass before training needs data that can be read again."""
         first_looks = self.importance_samples is not None or self.num_cached_proposals is not None
         return first_looks or self.cache_epochs not in ("auto", None)
 

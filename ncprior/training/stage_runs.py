@@ -88,7 +88,7 @@ class StageRuns:
     ) -> History:
         """Trains the heads of a prior against its own base, in the first stage's share of time."""
         cache = self.terms.settings.num_cached_proposals
-        seconds = self._share(0.0, 1 if stages == "auto" else stages)
+        seconds = self._seconds_left(0.0, 1 if stages == "auto" else stages)
         return self._train(prior, self._encodes(prior), checkpoint, cache, seconds)
 
     def further(
@@ -104,7 +104,7 @@ class StageRuns:
         for stage in range(2, most + 1):
             if history.stopped.startswith(BY_CALLBACK) or self._is_over(spent):
                 return
-            seconds = self._share(spent, 1 if stages == "auto" else most - stage + 1)
+            seconds = self._seconds_left(spent, 1 if stages == "auto" else most - stage + 1)
             new = NCPrior(prior.source, map(fresh_head, prior.heads))
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.stage{stage}"
             cache = self._stage_cache() if self.can_cache(prior.source) else None
@@ -125,7 +125,7 @@ class StageRuns:
         """The source of the posterior samples."""
         return prior.source if self.e_step is None else self.e_step.source
 
-    def _share(self, spent: float, stages: int) -> float | None:
+    def _seconds_left(self, spent: float, stages: int) -> float | None:
         """Seconds for the next of some stages, all of which have the same share of what is left."""
         return None if self.max_seconds is None else (self.max_seconds - spent) / stages
 
@@ -165,7 +165,8 @@ class StageRuns:
         saved = on_rank_zero(lambda: load(checkpoint))
         stream = Stream(inputs.data, self.terms.batch_size, resumable=checkpoint is not None)
         run = HeadTraining(
-            *(trained, trainer),
+            trained,
+            trainer,
             replace(self.terms, facts=facts),
             "heads" if stage == 1 else f"heads of stage {stage}",
             split_seed=self.split_seed,

@@ -57,8 +57,8 @@ def sample_and_log_prob(q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     return z, q.log_prob(z)
 
 
-def log_exponential(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Returns log e of e ~ Exp(1), which is minus a draw of Gumbel(0, 1); always finite.
+def gumbel(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns draws -log e of Gumbel(0, 1), with e ~ Exp(1); always finite.
 
     An e that rounds to zero is replaced by one just below the resolution of the dtype.
 
@@ -67,8 +67,8 @@ def log_exponential(like: Tensor, shape: Sequence[int]) -> Tensor:
         shape: Their shape.
 
     Example:
-        >>> log_exponential(torch.zeros(2), (3, 5)).shape
+        >>> gumbel(torch.zeros(2), (3, 5)).shape
         torch.Size([3, 5])
     """
-    noise = like.new_empty(tuple(shape)).exponential_()
-    return noise.clamp_(min=torch.finfo(like.dtype).eps / 4).log_()
+    e = like.new_empty(tuple(shape)).exponential_()
+    return e.clamp_(min=torch.finfo(like.dtype).eps / 4).log_().neg_()

@@ -1,4 +1,4 @@
-"""KL divergence of posterior and prior for every latent, which tells active from collapsed ones."""
+"""KL divergence of posterior and prior for every latent, by which active ones are found."""
 
 from __future__ import annotations
 

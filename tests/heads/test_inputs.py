@@ -18,7 +18,7 @@ from ncprior.bases.rebase import rebase
 from ncprior.data.encodings import CachedEncodings
 from ncprior.heads.inputs import head_input
 from ncprior.heads.networks import MLPHead
-from ncprior.recipe.scores import has_scores
+from ncprior.recipe.score_term import has_scores
 from ncprior.testing import check_source
 
 

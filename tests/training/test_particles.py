@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import NCETrainer, NCPrior, SingleGroup
 from ncprior.bases import fit_gaussian, latents_of, rebase
-from ncprior.recipe.scores import has_scores
+from ncprior.recipe.score_term import has_scores
 from ncprior.source import sample_posterior
 from ncprior.testing import check_source
 from ncprior.training import ResampledPosterior
