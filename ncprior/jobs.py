@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sample, Sampler
-from ncprior.samplers.compose import identity_of
+from ncprior.samplers.identity import identity_of
 from ncprior.saving.folders import Folder, folder_at
 from ncprior.saving.header import read_header
 from ncprior.saving.identity import as_text, prior_facts
@@ -122,21 +122,22 @@ def sample_parts(
     job |= {"batch_size": at_once} if at_once < part_size else {}
     job |= {"draw_x": True} if draw_x else {}
     place, draw = folder_at(folder), partial(prior.sample, sampler=sampler, draw_x=draw_x)
+    claim, contents = _Claim(place, job), partial(_contents, _identity(job))
     if not chosen or place.has(_JOB):
-        _claim(place, job)
+        claim.renew()
     rows = [range(i * part_size, min((i + 1) * part_size, num_samples)) for i in chosen]
     total, quiet = sum(map(len, rows)), not progress or rank() > 0
     with tqdm(desc="samples", total=total, disable=quiet) as bar:
         for i, own in zip(chosen, rows, strict=True):
             name, tensors = _name(i), None
-            if _is_drawn(place, name, _contents(job, i)):
+            if _is_drawn(place, name, contents(i)):
                 bar.update(len(own))
             else:
                 with seeded(_seed(seed, i)):
                     tensors = _draw(draw, own, at_once, condition, prior.source, bar)
-            _claim(place, job)  # only now: a sampler that fails leaves nothing behind
+            claim.renew()  # only now: a sampler that fails leaves nothing behind
             if tensors is not None:
-                _save(place, name, tensors, _contents(job, i))
+                _save(place, name, tensors, contents(i))
             place.tidy(name)
     return [place.at(_name(i)) for i in chosen]
 
@@ -165,6 +166,7 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
     if not place.has(_JOB):
         raise FileNotFoundError(f"{folder} holds no sampling job. Run sample_parts first.")
     job = _read_job(place)
+    contents = partial(_contents, _identity(job))
     for i in range(-(-job["num_samples"] // job["part_size"])):
         with place.open(_name(i)) as file:
             tensors, found = read_tensors(place.at(_name(i)), file)
@@ -172,7 +174,7 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
         latents = {f"z_{k}" for k in range(max(1, len(tensors) - 1))}
         whole = tensors.keys() == {"x", *latents}
         whole = whole and all(t.shape[:1] == (rows,) for t in tensors.values())
-        if found != _contents(job, i) or not whole:
+        if found != contents(i) or not whole:
             _raise_strange(place, _name(i))
         yield tensors
 
@@ -222,22 +224,36 @@ def _save(folder: Folder, name: str, tensors: dict[str, Tensor], contents: dict[
             raise
 
 
-def _claim(folder: Folder, job: dict[str, Any]) -> None:
-    """Writes the job's settings to the folder, or compares them with those it holds.
+class _Claim:
+    """Claim of a folder by a job, which is renewed before every part that is written.
 
-    Of several processes that claim a folder at once, one writes the file and all others compare.
-
-    Raises:
-        ValueError: If the folder holds another job; pass another folder.
+    Of several processes that claim a folder at once, one writes ``job.json`` and all others compare.
+    It is read again only if it has changed, or if its folder cannot say so.
     """
-    folder.create(_JOB, f"{json.dumps(job, indent=2)}\n".encode())
-    found = _read_job(folder)
-    names = [name for name in {**found, **job} if found.get(name) != job.get(name)]
-    if names:
-        raise ValueError(
-            f"{folder} holds parts of another job, with { {n: found.get(n) for n in names} }; got "
-            f"{ {n: job.get(n) for n in names} }. Pass another folder."
-        )
+
+    def __init__(self, folder: Folder, job: dict[str, Any]) -> None:
+        self.folder, self.job = folder, job
+        self._compared: tuple[int, ...] | None = None
+
+    def renew(self) -> None:
+        """Writes the job's settings to the folder, or compares them with those it holds.
+
+        Raises:
+            ValueError: If the folder holds another job; pass another folder.
+        """
+        if self._compared is not None and self.folder.version(_JOB) == self._compared:
+            return
+        folder, job = self.folder, self.job
+        folder.create(_JOB, f"{json.dumps(job, indent=2)}\n".encode())
+        version = folder.version(_JOB)  # before it is read: a later one is another version
+        found = _read_job(folder)
+        names = [name for name in {**found, **job} if found.get(name) != job.get(name)]
+        if names:
+            raise ValueError(
+                f"{folder} holds parts of another job, with { {n: found.get(n) for n in names} }; got "
+                f"{ {n: job.get(n) for n in names} }. Pass another folder."
+            )
+        self._compared = version
 
 
 def _read_job(folder: Folder) -> dict[str, Any]:
@@ -261,10 +277,13 @@ def _read_job(folder: Folder) -> dict[str, Any]:
     return job
 
 
-def _contents(job: dict[str, Any], i: int) -> dict[str, Any]:
+def _identity(job: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(identity: str, i: int) -> dict[str, Any]:
     """Returns the configuration of part i of a job, which its file must hold."""
-    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-    return {"kind": "samples", "job": digest, "part": i}
+    return {"kind": "samples", "job": identity, "part": i}
 
 
 def _is_drawn(folder: Folder, name: str, contents: dict[str, Any]) -> bool:

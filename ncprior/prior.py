@@ -54,8 +54,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
 
     Arguments:
         source: The VAE.
-        heads: One ratio head per group, ``head(z, context=None) -> log_r``; for a single group,
-            the head itself.
+        heads: One ratio head per group, ``head(z, context=None) -> log_r``; a single one as it is.
 
     Attributes:
         sampler: The sampler of ``prior.sample(64)``, or ``None``; saved with the heads.
@@ -241,7 +240,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     def log_ratio(self, latents: Sequence[Tensor], condition: Any = None) -> Tensor:  # noqa: ANN401
         """Returns α log r_k(z_k | z_<k) of every group, as the sampler uses it.
 
-        The graph of gradients goes through the VAE only if a latent requires gradients.
+        Gradients go through the VAE only if a latent requires them.
 
         Arguments:
             latents: One z_k per group, each with shape ``(B, *event)``.
@@ -360,7 +359,8 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         require_steady(k, self.heads[k])
         sampler, p = self.chosen(sampler), group.prior
         shape = p.batch_shape + p.event_shape if isinstance(p, Distribution) else None
-        with naming_group(k), at_precision(self._device().type, torch.float32):
+        device_type = next((p.device.type for p in self.parameters()), "cpu")
+        with naming_group(k), at_precision(device_type, torch.float32):
             draw = checked_draw(sampler(p, self._ratio(k, group.context)), shape)
         if not torch.isfinite(draw.z).all():
             raise FloatingPointError(f"Group {k}: the sampler has drawn z that are not finite.")

@@ -1,6 +1,8 @@
 """The command line: what it prints, where, and with which exit status."""
 
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -8,14 +10,19 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 
+import ncprior
 from ncprior import NCPrior, SingleGroup, sir
-from ncprior.__main__ import main
+from ncprior.__main__ import _WORK, main
 from ncprior.heads.networks import MLPHead
 from ncprior.jobs import read_parts, sample_parts
+from ncprior.saving.folders import WorkFolder
 
 MY_VAE = """
 import torch
@@ -402,7 +409,7 @@ IMPROVED = "improve WHERE:source --data WHERE:held_out --out out"
     [
         ("ncprior.saving.heads.inspect", "inspect saved", ""),
         ("ncprior.improve", IMPROVED, ""),
-        ("ncprior.improve", IMPROVED, "out/checkpoints"),
+        ("ncprior.improve", IMPROVED, "out/.ncprior-improve"),
         ("ncprior.prior.NCPrior.sample", SAMPLED, ""),
         ("ncprior.jobs._save", SAMPLED, "out/job.json"),
     ],
@@ -447,3 +454,144 @@ def test_a_condition_of_whole_numbers_stays_one(place: Path) -> None:
     where = ["sample", "c", "--source", "my_vae_of_test.py:source", "-n", "10", "--proposals", "2"]
     assert main([*where, "--condition", "my_vae_of_test.py:labels"]) == 0
     assert torch.equal(next(iter(read_parts("samples")))["x"], torch.eye(10))
+
+
+IMPROVE = ["improve", "my_vae_of_test.py:source", "--data", "my_vae_of_test.py:held_out"]
+
+
+IDENTITY = f"""{MY_VAE}
+source = SingleGroup(base, lambda x: Independent(Normal(x, 0.1), 1), lambda z: z)
+"""
+
+
+def quickly(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """Lets `ncprior.improve` write the files of its folder, and return a saved prior at once."""
+    names: dict[str, SingleGroup] = {}
+    exec(MY_VAE, names)  # noqa: S102
+    prior = NCPrior.from_pretrained(names["source"], place / "saved")
+    prior.report = SimpleNamespace(
+        verdict="The gap … is closed.",
+        seconds=1.0,
+        save_html=lambda file: file.write_text("<html></html>"),
+    )
+
+    def improved(*_: object, checkpoint: Path, **__: object) -> NCPrior:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        for name in ("seed.txt", "base.safetensors", "heads-0", "heads-12", f"joint-{16 * 'a'}"):
+            (checkpoint / name).touch()
+        (checkpoint / ".heads-1.0badcafe.tmp").touch()  # of an attempt that was killed
+        return prior
+
+    monkeypatch.setattr("ncprior.improve", improved)
+    monkeypatch.setattr(
+        NCPrior, "save_pretrained", lambda self, folder: folder.mkdir(exist_ok=True)
+    )
+
+
+def test_improve_deletes_no_file_of_the_user(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wrote to `checkpoints`, and deleted that folder with all that was in it."""
+    quickly(monkeypatch, place)
+    Path("checkpoints").mkdir()
+    Path("checkpoints/last.ckpt").write_text("weeks of work")
+    assert main([*IMPROVE, "--out", "."]) == 0
+    assert Path("checkpoints/last.ckpt").read_text() == "weeks of work"
+    assert not Path(".ncprior-improve").exists()
+    assert main([*IMPROVE, "--out", "new"]) == 0
+    assert [path.name for path in Path("new").iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "heads-0/weights", ".heads-0.txt"])
+def test_improve_works_in_no_folder_of_the_user(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch, place)
+    file = Path("out/.ncprior-improve") / name
+    file.parent.mkdir(parents=True)
+    file.write_text("weeks of work")
+    assert main([*IMPROVE, "--out", "out"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ncprior: out/.ncprior-improve is for unfinished work")
+    assert file.read_text() == "weeks of work" and f"holds {name.split('/')[0]}. Move" in line
+
+
+def test_improve_keeps_files_that_were_put_into_its_folder_meanwhile(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch, place)
+    improved = ncprior.improve
+
+    def and_something_else(*arguments: Any, checkpoint: Path, **options: Any) -> NCPrior:
+        prior = improved(*arguments, checkpoint=checkpoint, **options)
+        (checkpoint / "notes.txt").touch()
+        return prior
+
+    monkeypatch.setattr("ncprior.improve", and_something_else)
+    assert main([*IMPROVE, "--out", "out"]) == 0
+    assert files("out/.ncprior-improve").keys() == {"notes.txt"}
+
+
+def test_improve_knows_the_files_of_its_folder(place: Path) -> None:
+    """Of a whole run, which leaves none of them behind; the folder of one that stops holds no other."""
+    Path("my_vae_of_test.py").write_text(IDENTITY)
+    assert main([*IMPROVE, "--out", "out", "--max-seconds", "1", "--quiet"]) == 0
+    assert files("out").keys() >= {"ncprior.safetensors", "report.html"}
+    assert not [name for name in files("out") if name.startswith(".")]
+    names: dict[str, Any] = {}
+    exec(IDENTITY, names)  # noqa: S102
+    data = names["held_out"]()
+    options: dict[str, Any] = {"seed": 0, "max_seconds": 1, "progress": False}
+    ncprior.improve(names["source"], data, checkpoint="kept", **options)
+    assert files("kept").keys() >= {"seed.txt", "base.safetensors", "heads-0"}
+    WorkFolder(Path("kept"), _WORK).require_own()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_some_letters_shows_the_others(encoding: str, place: Path) -> None:
+    for arguments, status in ((["sample", "--help"], 0), (["inspect", "no…where/a.file"], 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "ncprior", *arguments],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            check=False,
+            capture_output=True,
+        )
+        text = (done.stdout + done.stderr).decode(encoding)
+        assert done.returncode == status and "Traceback" not in text
+        assert ("in one of N processes; I is" in " ".join(text.split())) == (status == 0)
+
+
+def test_improve_ends_well_where_its_verdict_cannot_be_shown(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch, place)
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main([*IMPROVE, "--out", "out"]) == 0
+    shown.seek(0)
+    assert shown.read() == "The gap ? is closed. out, 1 s\n"
+
+
+def test_quiet_shows_the_last_line_alone(
+    with_sampler: NCPrior, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*SAMPLE, *JOB, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"1,300 samples in drawn, 3 parts, \d+ s\n", captured.out)
+    assert captured.err == ""
+    Path("my_vae_of_test.py").write_text(IDENTITY)
+    sys.modules.pop("my_vae_of_test")
+    assert main([*IMPROVE, "--max-seconds", "1", "--out", "out", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and len(captured.out.splitlines()) == 1
+    seen = []
+
+    def run_demo(*_: object, progress: bool, **__: object) -> dict[str, str]:
+        seen.append((progress, are_progress_bars_disabled()))
+        return {"summary": "done"}
+
+    monkeypatch.setattr("ncprior.demo.run.run_demo", run_demo)
+    for more in (["--quiet"], []):
+        assert main(["demo", *more]) == 0
+        assert not are_progress_bars_disabled()  # again
+    assert seen == [(False, True), (True, False)]

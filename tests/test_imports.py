@@ -17,7 +17,7 @@ import ncprior
 PACKAGE = Path(ncprior.__file__).parent
 
 FLOORS = """
-    _version _help_texts utils < distributions nce < source < single_group < heads data testing < bases < samplers < saving
+    _version < _commands utils < distributions nce < source < single_group < heads data testing < bases < samplers < saving
     < prior < trainer diagnostics jobs < training < vaebm < evaluation < recipe < adapters < demo < cli
 """
 FLOOR = {room: i for i, floor in enumerate(FLOORS.split("<")) for room in floor.split()}

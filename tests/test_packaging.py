@@ -1,5 +1,6 @@
 """What an installation gets: the wheel, built from the sdist as a package index would have it."""
 
+import ast
 import os
 import re
 import shutil
@@ -29,24 +30,68 @@ def build(project: Path, kind: str, out: Path) -> Path:
     return built
 
 
+CODE = ("ncprior", "adapters")
+OTHERS = (".ci", ".github", "docs", "examples", "tests")  # folders that tests read
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+FILES += ("CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "conftest.py", "constraints.txt")
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, unpacked: the folder of a project."""
     folder = tmp_path_factory.mktemp("build")
     project = folder / "project"
     project.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, project)
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     if "[project.urls]" not in settings:  # the repository has no public address yet
         urls = f'[project.urls]\nRepository = "{REPOSITORY}"\n'
         (project / "pyproject.toml").write_text(f"{settings}\n{urls}", encoding="utf-8")
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("ncprior", "adapters"):
+    for name in (*CODE, *OTHERS):
+        unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, project / name, symlinks=True, ignore=unwanted)
-    sdist = build(project, "sdist", folder / "sdist")
-    with tarfile.open(sdist) as archive:
+    for cache in ("tests/__pycache__/test_nce.pyc", "tests/.pytest_cache/CACHEDIR.TAG"):
+        (project / cache).parent.mkdir()
+        (project / cache).touch()
+    built = build(project, "sdist", folder / "sdist")
+    with tarfile.open(built) as archive:
         archive.extractall(folder, filter="data")
-    return build(folder / sdist.name.removesuffix(".tar.gz"), "wheel", folder / "wheel")
+    return folder / built.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = shutil.copytree(sdist, tmp_path_factory.mktemp("wheel") / "project")
+    return build(project, "wheel", project.parent / "wheel")
+
+
+def test_the_sdist_has_all_that_its_tests_need(sdist: Path) -> None:
+    """It had the tests without their helpers, so that none of them could run."""
+    wanted = {
+        path.relative_to(ROOT)
+        for name in OTHERS
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    found = {path.relative_to(sdist) for path in sdist.rglob("*") if path.is_file()}
+    assert {*wanted, *map(Path, FILES)} <= found
+    caches = {"__pycache__", ".pytest_cache", ".hypothesis"}
+    assert not [path for path in found if caches & {*path.parts} or path.suffix == ".pyc"]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_single_group.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=sdist, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_wheel_has_every_file_and_nothing_else(wheel: Path) -> None:
@@ -119,3 +164,20 @@ from ncprior.__main__ import main
 main(["--version"])
 """
     assert printed_by(code, tmp_path).strip() == f"ncprior {ncprior.__version__}"
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    """Imports at the top of a file; those in functions are of extras, and say so if they fail."""
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^dependencies = \[(.*?)\]", settings, re.MULTILINE | re.DOTALL)
+    known = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', listed)}
+    known |= {"ncprior", *sys.stdlib_module_names}
+    missing = []
+    for path in [path for name in CODE for path in (ROOT / name).rglob("*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in getattr(node, "names", ())]
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [str(node.module)]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                missing += [(path.name, it) for it in names if it.split(".")[0] not in known]
+    assert not missing

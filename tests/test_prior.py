@@ -531,14 +531,17 @@ def test_for_source_does_not_judge_what_it_cannot_compare() -> None:
         NCPrior.for_source(Codes().source(), Codes().data(64))
         source, x = autoencoder(lambda log_var: log_var.abs())
 
-        class Named(SingleGroup):
-            def observed(self, batch: Any) -> Tensor:
-                raise TypeError("There is no tensor x.")
-
-        NCPrior.for_source(Named(base(8), source._posterior, lambda z: z), x)
-    wrapped = SingleGroup(base(8), lambda b: source._posterior(b["x"]), lambda z: z)
-    with pytest.warns(UserWarning, match="Reconstructions of a row"):
+        wrapped = SingleGroup(base(8), lambda b: source._posterior(b["x"]), lambda z: z)
         NCPrior.for_source(wrapped, {"x": x})
+
+    class Turned(SingleGroup):
+        """Its decoder returns the columns in another order."""
+
+        def observed(self, batch: Any) -> Tensor:
+            return super().observed(batch).flip(1)
+
+    source, x = autoencoder(lambda log_var: (0.5 * log_var).exp())
+    NCPrior.for_source(Turned(base(8), source._posterior, lambda z: z.flip(1)), x)
 
 
 # --- dtypes ---

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
-from typing_extensions import Self
 
 from ncprior.heads.contexts import require_context
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T", bound="ConditionalBase")
 

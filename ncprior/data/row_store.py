@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class RowStore(RowData):
 
     Raises:
         ValueError: If there are no batches, or their pytrees, shapes or dtypes differ.
+        OSError: If the files cannot be written, as on a full disk. The message names their folder.
 
     Example:
         >>> rows = RowStore([{"mean": torch.zeros(3, 2)}, {"mean": torch.ones(1, 2)}], budget=2**20)
@@ -70,13 +71,16 @@ class RowStore(RowData):
                 for part, tensor in zip(parts, tensors, strict=True):
                     part.append(_of_its_own(tensor.detach()))
                 if kept > budget:
-                    while len(files) < len(parts):
-                        files.append(opened.enter_context(tempfile.TemporaryFile(dir=folder)))
-                    _spill(parts, files)
+                    with _named_errors(folder, kept):
+                        while len(files) < len(parts):
+                            files.append(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+                            opened.callback(_close, files[-1])
+                        _spill(parts, files)
             if not parts:
                 raise ValueError("There are no batches to keep rows of.")
             self.on_disk = len(files) > 0
-            self._leaves = self._mapped(files) if files else [_joined(part) for part in parts]
+            with _named_errors(folder, kept):
+                self._leaves = self._mapped(files) if files else [_joined(part) for part in parts]
             self._readers = ThreadPoolExecutor(_READERS) if files else None
             self.device = self._leaves[0].device  # of the rows
 
@@ -124,6 +128,28 @@ class RowStore(RowData):
             raw = torch.from_numpy(array)
             mapped.append(raw.view(like.dtype).view(-1, *like.shape[1:]))
         return mapped
+
+
+@contextmanager
+def _named_errors(folder: str | os.PathLike[str] | None, size: int) -> Iterator[None]:
+    """Context whose errors of the disk name its folder, the bytes so far, and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        place = tempfile.gettempdir() if folder is None else os.fspath(folder)
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}: rows of {size / 2**30:.3g} GiB so far, more than are kept in "
+            f"memory, do not fit into temporary files in {place}. Set the environment variable TMPDIR "
+            f"to a folder with more space, or pass FitSettings with more cache_memory or with "
+            f"cache_epochs=None.",
+        ) from error
+
+
+def _close(file: IO[bytes]) -> None:
+    """Closes a file; its last bytes may not fit on a full disk, which is known by then."""
+    with suppress(OSError):
+        file.close()
 
 
 def _spill(parts: list[list[Tensor]], files: list[IO[bytes]]) -> None:

@@ -30,7 +30,7 @@ from ncprior.demo.networks import VAE, Classifier
 from ncprior.demo.pictures import discriminant_axes, plot_latents, plot_samples
 from ncprior.evaluation.gap import gap_closed
 from ncprior.recipe.improve import improve
-from ncprior.samplers.compose import describe
+from ncprior.samplers.identity import describe
 from ncprior.saving.tensors import save_tensors, write_atomically
 from ncprior.utils.optimise import train
 from ncprior.utils.random_state import seeded

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.report import Report
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.compose import describe
+from ncprior.samplers.identity import describe
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.sir import sir
 from ncprior.samplers.smc import tempered_smc

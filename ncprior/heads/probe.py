@@ -97,7 +97,8 @@ def _probe(
             raise ValueError(
                 "x must have 1 or more rows; got an encoding of none. Pass more data."
             )
-        _, state = visit(source, source.start(rows, encoding), choose)
+        latents, state = visit(source, source.start(rows, encoding), choose)
+        _require_finite(latents)
         if stacklevel is None:
             return
         x_hat = source.decode(state)
@@ -111,11 +112,19 @@ def _probe(
 
 
 def _observed(source: LatentSource[Any, Any], x: Any) -> Any:  # noqa: ANN401
-    """The x that the decoder returns, or ``None`` if the batch holds no such tensor."""
-    try:
-        return source.observed(x)
-    except TypeError:
-        return None
+    """The x that the decoder returns; ``None`` of named columns, such as counts, which are noisy."""
+    first = x[0] if isinstance(x, tuple | list) else x
+    return source.observed(x) if isinstance(first, Tensor) else None
+
+
+def _require_finite(latents: tuple[Tensor, ...]) -> None:
+    for k, z in enumerate(latents):
+        bad = ~z.isfinite().reshape(len(z), -1).all(1)
+        if bad.any():
+            raise ValueError(
+                f"Group {k}: z drawn from q(z | x) is NaN or infinite in {int(bad.sum())} of {len(z)} "
+                f"rows. x has NaN or infinity there, or the encoder's weights do."
+            )
 
 
 def warn_if_not_finite(x: Tensor, whose: str, stacklevel: int) -> bool:

@@ -121,7 +121,9 @@ def improve(
             f"Call it in one process, or train heads on all ranks by fit."
         )
     file = None if folder is None else folder / "seed.txt"
-    arguments = f"{seed}" if max_seconds is None else f"{seed}, max_seconds={float(max_seconds):.15g}"
+    arguments = (
+        f"{seed}" if max_seconds is None else f"{seed}, max_seconds={float(max_seconds):.15g}"
+    )
     if file is not None:
         _require_arguments(file, arguments)
     record = Record(progress=progress, max_seconds=max_seconds)

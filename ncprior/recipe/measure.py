@@ -27,7 +27,7 @@ from ncprior.recipe.pictures import is_narrow
 from ncprior.recipe.record import Record
 from ncprior.recipe.report import Improvement
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.compose import describe
+from ncprior.samplers.identity import describe
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import take_rows
 from ncprior.utils.conditions import tensors_of

@@ -17,7 +17,7 @@ from ncprior.recipe.choices import BASE, NEW, OLD, OWN, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, is_worse, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
 from ncprior.recipe.record import Record
-from ncprior.samplers.compose import describe
+from ncprior.samplers.identity import describe
 from ncprior.samplers.sir import sir
 
 _BATCH = 256

@@ -2,7 +2,8 @@
 
 from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.samplers.budgeted import budgeted_rejection
-from ncprior.samplers.compose import at_temperature, describe, sequence
+from ncprior.samplers.compose import at_temperature, sequence
+from ncprior.samplers.identity import describe
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.rejection import independence, rejection

@@ -1,4 +1,4 @@
-r"""Composition of samplers: sequences, tempering, and a description as text.
+r"""Composition of samplers: sequences and tempering.
 
 Three settings sharpen or flatten samples, and each has its own meaning. ``NCPrior.strength`` α
 targets r^α·p: it sets how far the prior is corrected, and :mod:`ncprior.diagnostics` fits it to a
@@ -9,55 +9,15 @@ and therefore the ratio r = q/p: heads must be trained at that temperature.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator
-from functools import partial, wraps
-from types import CodeType
-from typing import Any, ParamSpec
+from collections.abc import Callable
 
-import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler, checked_draw
-from ncprior.utils.fingerprints import module_fingerprint
+from ncprior.samplers.identity import composition, describe
 from ncprior.utils.require import require_callable, require_numbers
-
-P = ParamSpec("P")
-
-
-class Composition:
-    """Sampler made of samplers, which keeps the call that made it, to be described and saved.
-
-    Attributes:
-        made_by: The call, such as ``partial(at_temperature, sampler, 0.5)``.
-    """
-
-    def __init__(self, made_by: partial[Sampler], sampler: Sampler) -> None:
-        self.made_by, self._sampler = made_by, sampler
-
-    def __call__(self, prior: Sampleable, log_ratio: LogRatio) -> Draw:
-        """Draws z."""
-        return self._sampler(prior, log_ratio)
-
-    def __reduce__(self) -> tuple[partial[Sampler], tuple[()]]:
-        return self.made_by, ()
-
-    def __repr__(self) -> str:
-        return describe(self)
-
-
-def composition(function: Callable[P, Sampler]) -> Callable[P, Sampler]:
-    """Decorator of functions that return a sampler; they then return a :class:`Composition`."""
-
-    @wraps(function)
-    def compose(*args: P.args, **keywords: P.kwargs) -> Sampler:
-        sampler = function(*args, **keywords)
-        given = inspect.signature(function).bind(*args, **keywords)
-        return Composition(partial(compose, *given.args), sampler)
-
-    return compose
 
 
 @composition
@@ -169,83 +129,3 @@ def _takes_init(sampler: Callable[..., Draw]) -> bool:
     except ValueError:  # a builtin, which does not tell
         return True
     return any(it.name == "init" or it.kind is it.VAR_KEYWORD for it in known)
-
-
-def describe(sampler: Any) -> str:  # noqa: ANN401
-    """Description of a sampler and its options as text, the same in every process.
-
-    Arguments:
-        sampler: A sampler function, a ``functools.partial`` of one, or a composition of samplers.
-
-    Returns:
-        The description: functions by name, with their options and the values in their closures;
-        other callable objects by their type alone.
-
-    Example:
-        >>> from functools import partial
-        >>> from ncprior import sir
-        >>> describe(partial(sir, num_proposals=50))
-        'sir(num_proposals=50)'
-        >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
-        'at_temperature(sir(num_proposals=50), 0.5)'
-    """
-    return _described(sampler, (), _name)
-
-
-def identity_of(sampler: Any) -> str:  # noqa: ANN401
-    """Description of a sampler that differs for functions of one name with another code.
-
-    It is the same in every process of one version of Python. Functions of this package are known by
-    their names. A callable object is known by its type alone, unless it is a module.
-    """
-    return _described(sampler, (), _name_with_code)
-
-
-def _name(function: Any, _: Any = None) -> str:  # noqa: ANN401
-    name = str(getattr(function, "__qualname__", type(function).__qualname__))
-    return name.replace(".<locals>", "")
-
-
-def _name_with_code(function: Any, describe: Callable[[Any], str]) -> str:  # noqa: ANN401
-    if isinstance(function, nn.Module):
-        return f"{_name(function)}#{module_fingerprint(function)}"
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None or str(getattr(function, "__module__", "")).partition(".")[0] == "ncprior":
-        return _name(function)
-    given = [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
-    defaults = sorted(f"{name}={describe(value)}" for name, value in given)
-    text = "\n".join([*_parts(code, function.__doc__), *defaults])
-    return f"{_name(function)}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _parts(code: CodeType, doc: str | None = None) -> Iterator[str]:
-    """The instructions, names and constants of a function and of the functions in it."""
-    yield f"{code.co_code!r} {code.co_names}"
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _parts(constant)
-        elif isinstance(constant, frozenset):  # without an order of its own
-            yield str(sorted(map(repr, constant)))
-        elif constant != doc or doc is None:
-            yield repr(constant)
-
-
-def _described(sampler: Any, inside: tuple[int, ...], name_of: Callable[..., str]) -> str:  # noqa: ANN401
-    """Description of a sampler inside functions that are being described already."""
-    if id(sampler) in inside:
-        return "..."  # a function that calls itself
-    describe_inner = partial(_described, inside=(*inside, id(sampler)), name_of=name_of)
-    if isinstance(sampler, Composition):
-        sampler = sampler.made_by
-    if isinstance(sampler, partial):
-        words = [describe_inner(a) for a in sampler.args]
-        words += [f"{name}={describe_inner(a)}" for name, a in sorted(sampler.keywords.items())]
-        return f"{describe_inner(sampler.func)}({', '.join(words)})"
-    if isinstance(sampler, tuple | list):
-        return f"({', '.join(map(describe_inner, sampler))})"
-    if not callable(sampler):
-        return repr(sampler.item() if isinstance(sampler, np.generic) else sampler)
-    sampler = inspect.unwrap(sampler)
-    held = [cell.cell_contents for cell in getattr(sampler, "__closure__", None) or ()]
-    name = name_of(sampler, describe_inner)
-    return f"{name}({', '.join(map(describe_inner, held))})" if held else name

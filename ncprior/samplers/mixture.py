@@ -26,7 +26,7 @@ from torch.distributions import Independent, Normal
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler, check_target, checked_draw
-from ncprior.samplers.compose import composition
+from ncprior.samplers.identity import composition
 from ncprior.utils.batches import moved
 from ncprior.utils.require import require_callable
 

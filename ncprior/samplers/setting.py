@@ -10,7 +10,7 @@ from torch import Tensor
 from ncprior.distributions import Sampleable
 from ncprior.heads.settings import HeadSettings
 from ncprior.samplers.base import Draw, LogRatio, Sampler
-from ncprior.samplers.compose import describe
+from ncprior.samplers.identity import describe
 from ncprior.source import LatentSource, num_rows
 from ncprior.utils.require import described, require_callable, require_instance
 

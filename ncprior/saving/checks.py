@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from ncprior._version import __version__
 from ncprior.bases.rebase import Rebased
-from ncprior.saving.tensors import load_tensors, read_metadata
+from ncprior.saving.header import read_header
+from ncprior.saving.tensors import open_file, read_tensors
 from ncprior.source import LatentSource
 from ncprior.utils.fingerprints import base_fingerprint
 from ncprior.utils.states import differences, faults
@@ -26,6 +28,10 @@ _ERRORS = (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, Value
 _TINY_LAYERS = 1200  # of a file, whatever their size
 
 FORMAT = 1  # of the configuration; loading a file of another format raises an error
+
+_AGAIN = "Save or download the file again"
+
+_VERSION = re.compile(r"(\d{1,6}(?:\.\d{1,6}){1,3})[a-z0-9.+]{0,20}", re.ASCII)
 
 _OPTIONAL = ("sampler",)  # keys that files of earlier versions lack
 
@@ -95,6 +101,20 @@ _ARGUMENTS: Validators = {
 }
 
 
+def newer_version(config: Mapping[str, Any]) -> str:
+    """Returns the remedy for a file of a newer version of this package; empty for any other file."""
+    theirs = config.get("ncprior")
+    if isinstance(theirs, str) and _release(theirs) > _release(__version__):
+        return f"It was written by ncprior {theirs}, and this is {__version__}: pip install -U ncprior"
+    return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Numbers of a version, without the name of a pre-release; none of any other text."""
+    found = _VERSION.fullmatch(version)
+    return tuple(map(int, found[1].split("."))) if found else ()
+
+
 class SavedFile:
     """Configuration and tensors of a file, with checks whose errors name the file.
 
@@ -125,12 +145,14 @@ class SavedFile:
     @classmethod
     def read(cls, path: Path, validators: Validators) -> SavedFile:
         """Reads a file."""
-        return cls(path, *load_tensors(path), validators)
+        with open_file(path) as file:
+            return cls(path, *read_tensors(path, file), validators)
 
     @classmethod
     def read_configuration(cls, path: Path, validators: Validators) -> dict[str, Any]:
         """Returns the configuration of a file, without its tensors."""
-        return cls(path, {}, read_metadata(path), validators).config
+        with open_file(path) as file:
+            return cls(path, {}, read_header(path, file).configuration, validators).config
 
     def check_values(self, valid: Mapping[str, bool]) -> None:
         """Validates values of the configuration, given by key whether each of them is valid."""
@@ -187,9 +209,13 @@ class SavedFile:
 
     def _fail_if(self, wrong: str, whose: str) -> None:
         if wrong:
+            remedy = (
+                f"Pass {whose}= with the saved names, shapes and dtypes, or save the file again"
+            )
+            newer = newer_version(self.config)
             self.fail(
                 f"its tensors do not fit the {whose} ({wrong})",
-                f"Pass {whose}= with the saved names, shapes and dtypes, or save the file again",
+                f"{remedy}. {newer}" if newer else remedy,
             )
 
     def build(
@@ -252,16 +278,22 @@ class SavedFile:
         names = [name for name in self.tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensors.pop(name) for name in names}
 
-    def fail(self, reason: str, remedy: str = "Save or download the file again") -> NoReturn:
-        """Raises the error of a file that cannot be loaded, with its reason and a remedy."""
+    def fail(self, reason: str, remedy: str | None = None) -> NoReturn:
+        """Raises the error of a file that cannot be loaded.
+
+        Arguments:
+            reason: The reason.
+            remedy: The remedy; ``None`` is another file, or for a file of a newer version of this
+                package, that version.
+        """
         reason = printable(f"Cannot load {self.path}: {' '.join(reason.split())}")
-        raise ValueError(f"{reason}. {remedy}.")
+        raise ValueError(f"{reason}. {remedy or newer_version(self.config) or _AGAIN}.")
 
     def _check_configuration(self, validators: Validators) -> None:
         if (form := self.config.get("format")) != FORMAT:
             self.fail(
                 f"it has format {form!r}, and ncprior {__version__} reads format {FORMAT}",
-                "Install the version of ncprior that wrote it",
+                newer_version(self.config) or "Install the version of ncprior that wrote it",
             )
         validators = {"ncprior": lambda value: isinstance(value, str), **validators}
         if unknown := sorted(self.config.keys() - validators.keys() - {"format"}):

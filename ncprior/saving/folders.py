@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from contextlib import suppress
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from ncprior.saving.tensors import open_file, write_atomically
+from ncprior.saving.tensors import naming_the_file, open_file
+from ncprior.utils.leftovers import new_in_use, remove_unused
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 class LocalFolder:
     """A folder of this machine, whose files are written under a temporary name and renamed.
+
+    It is scanned once for the temporary files of killed processes, and not for every file: a folder
+    of a large job has thousands.
 
     Arguments:
         path: The folder; it is made when the first file is written.
@@ -40,31 +49,97 @@ class LocalFolder:
         """
         return open_file(self.path / name)
 
+    def version(self, name: str) -> tuple[int, ...] | None:
+        """Returns numbers that change with a file, or ``None`` if there is no such file."""
+        try:
+            found = (self.path / name).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, so that readers find the old one or the new one, never a part of one."""
-        with write_atomically(self.path / name) as temporary:
-            temporary.write_bytes(data)
+        path = self.path / name
+        with naming_the_file(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if name in self._unfinished:
+                remove_unused(self.path, f".{name}.", ".tmp")
+            with new_in_use(self._temporary(name) for _ in count()) as temporary:
+                try:
+                    _fill(temporary, "r+b", data)
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a file unless there is one; of several processes at once, one writes it."""
-        path = self.path / name
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
-            try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                _publish(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        path, temporary = self.path / name, self._temporary(name)
+        with naming_the_file(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                try:
+                    _fill(temporary, "xb", data)
+                    _publish(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
         self.tidy(name)
 
     def tidy(self, name: str) -> None:
         """Removes the temporary files of a written file, left by processes that were killed."""
-        for unfinished in self.path.glob(f".{name}.*.tmp"):
+        for unfinished in self._unfinished.pop(name, ()):
             unfinished.unlink(missing_ok=True)
+
+    @cached_property
+    def _unfinished(self) -> dict[str, list[Path]]:
+        """The temporary files of each file, as they were when they were first asked for."""
+        found: dict[str, list[Path]] = {}
+        for name in os.listdir(self.path):
+            if match := _TEMPORARY.fullmatch(name):
+                found.setdefault(match[1], []).append(self.path / name)
+        return found
+
+    def _temporary(self, name: str) -> Path:
+        return self.path / f".{name}.{secrets.token_hex(4)}.tmp"
+
+
+class WorkFolder:
+    """A folder of unfinished work on this machine, which is removed when the work is done.
+
+    Arguments:
+        path: The folder, or its place if there is none yet.
+        names: Regular expression of the names of its files. Other files are someone else's.
+    """
+
+    def __init__(self, path: Path, names: str) -> None:
+        self.path = path
+        self._names = re.compile(rf"(?:{names})|\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+
+    def require_own(self) -> None:
+        """Validates that the folder holds nothing but the work.
+
+        Raises:
+            FileExistsError: If it holds anything else. The message names it.
+        """
+        if others := [name for name, is_own in self._files() if not is_own]:
+            raise FileExistsError(
+                f"{self.path} is for unfinished work, which is deleted in the end, and it holds "
+                f"{', '.join(others)}. Move that elsewhere, or pass another folder."
+            )
+
+    def remove(self) -> None:
+        """Removes the files of the work, and the folder if nothing else is in it."""
+        with suppress(OSError):  # the work is done
+            for name, is_own in self._files():
+                if is_own:
+                    (self.path / name).unlink()
+            self.path.rmdir()
+
+    def _files(self) -> list[tuple[str, bool]]:
+        """The names in the folder, each with whether it is a file of the work."""
+        if not self.path.is_dir():
+            return []
+        found = sorted(os.scandir(self.path), key=lambda entry: entry.name)
+        return [(it.name, it.is_file() and bool(self._names.fullmatch(it.name))) for it in found]
 
 
 class RemoteFolder:
@@ -105,6 +180,9 @@ class RemoteFolder:
         file: BinaryIO = self.files.open(f"{self.root}/{name}", "rb", block_size=2**16)
         return file
 
+    def version(self, name: str) -> None:
+        """Returns ``None``: no version is known, so that a file has to be read again."""
+
     def write(self, name: str, data: bytes) -> None:
         """Writes a file in one piece."""
         self.files.pipe_file(f"{self.root}/{name}", data)
@@ -141,6 +219,14 @@ def folder_at(where: str | os.PathLike[str]) -> Folder:
     files, path = url_to_fs(text)
     is_local = isinstance(files, LocalFileSystem)
     return LocalFolder(Path(path)) if is_local else RemoteFolder(text, files, path)
+
+
+def _fill(temporary: Path, mode: str, data: bytes) -> None:
+    """Writes all bytes of a file, until they have reached the disk."""
+    with temporary.open(mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _publish(temporary: Path, path: Path) -> None:

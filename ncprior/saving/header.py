@@ -36,9 +36,40 @@ DTYPES = {  # by the names of safetensors
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which no UTF-8 text has
 
-_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
-
 _LONGEST_SHAPE = 64  # axes, as in torch
+
+
+class Limits(NamedTuple):
+    """Size of the largest header that is read and written.
+
+    Parsed JSON takes up to fifty times the memory of its text, so that the text is checked first.
+
+    Attributes:
+        size: Its bytes; each letter of a text that is not ASCII counts as four.
+        marks: Its brackets, commas and colons, each of which takes up to 100 bytes of memory.
+    """
+
+    size: int
+    marks: int
+
+    def excess(self, text: bytes | str) -> str:
+        """Returns the reason why a text of JSON is too large; an empty one if it is not."""
+        size = len(text) if text.isascii() else 4 * len(text)
+        if isinstance(text, str):
+            marks = sum(map(text.count, "[{,:"))
+        else:
+            marks = sum(map(text.count, b"[{,:"))
+        if size <= self.size and marks <= self.marks:
+            return ""
+        return (
+            f"its header takes {size:,} bytes with {marks:,} brackets, commas and colons, and at most "
+            f"{self.size:,} and {self.marks:,} are read"
+        )
+
+
+LIMITS = Limits(2 * 2**20, 200_000)  # of a prior, an energy and a part: 15,000 tensors
+
+LONG_LIMITS = Limits(16 * 2**20, 10**6)  # of a checkpoint: 10,000 rows of losses of 30 groups
 
 
 class Entry(NamedTuple):
@@ -74,15 +105,17 @@ class Content(NamedTuple):
     canonical: str  # JSON of the configuration
 
 
-def read_header(path: str | os.PathLike[str], file: BinaryIO) -> Content:
+def read_header(path: str | os.PathLike[str], file: BinaryIO, limits: Limits = LIMITS) -> Content:
     """Reads the header of an open file, and compares all of it with the size of the file."""
     damaged = "it is not a whole safetensors file"
     whole = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    if whole < 8 or length > min(whole - 8, _LONGEST_HEADER):
+    if length > whole - 8:
         fail(path, f"{damaged} (its header has {length} bytes, and the file {whole})")
-    header = _json(path, file.read(length), damaged)
+    if length > limits.size:
+        fail(path, f"its header has {length:,} bytes, and at most {limits.size:,} are read")
+    header = _json(path, file.read(length), damaged, limits)
     metadata = header.pop("__metadata__", {})
     entries = {name: _entry(path, name, entry) for name, entry in header.items()}
     end = 0
@@ -94,7 +127,7 @@ def read_header(path: str | os.PathLike[str], file: BinaryIO) -> Content:
         fail(path, f"{damaged} (its tensors have {end} bytes of {whole - 8 - length})")
     if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
         fail(path, "it is a safetensors file without an ncprior configuration")
-    match _json(path, metadata[KEY], "its configuration is not JSON"):
+    match _json(path, metadata[KEY], "its configuration is not JSON", limits):
         case {"sha256": str(sha256), "configuration": dict(configuration)}:
             try:
                 return Content(entries, end, sha256, configuration, json.dumps(configuration))
@@ -118,8 +151,12 @@ def _entry(path: str | os.PathLike[str], name: str, entry: Any) -> Entry:  # noq
     fail(path, f"it is not a whole safetensors file (its tensor {name} has no valid place)")
 
 
-def _json(path: str | os.PathLike[str], text: bytes | str, wrong: str) -> dict[str, Any]:
-    """Reads a JSON object of finite numbers; any other text raises an error of ours."""
+def _json(
+    path: str | os.PathLike[str], text: bytes | str, wrong: str, limits: Limits
+) -> dict[str, Any]:
+    """Reads a JSON object of finite numbers; any other or larger text raises an error of ours."""
+    if excess := limits.excess(text):
+        fail(path, excess)
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:

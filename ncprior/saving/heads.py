@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ncprior.bases.joint import JointSource
 from ncprior.bases.rebase import Rebased, rebase
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.compose import describe
+from ncprior.samplers.identity import describe
 from ncprior.saving.cards import prior_text
 from ncprior.saving.checks import (
     FORMAT,
@@ -53,6 +53,7 @@ class PretrainedHeads(Pretrained):
     sampler: Sampler | None
 
     _file = FILE
+    _own_modules = "heads"
     _tags = ("ncprior", "vae", "noise-contrastive-prior")
     _validators: ClassVar[Validators] = {
         "num_groups": lambda value: is_count(value, 1),
@@ -165,13 +166,17 @@ class PretrainedHeads(Pretrained):
 
 
 def inspect(
-    path_or_repo: str | os.PathLike[str], *, revision: str | None = None
+    path_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """Returns the configuration of a saved prior, without running code from it.
 
     Arguments:
         path_or_repo: A directory, a file, or a Hub repository.
         revision: Branch, tag or commit of the repository.
+        token: The access token; ``None`` is the one logged in with.
 
     Returns:
         The configuration, by key: ``heads``, ``base``, ``strength``, ``active``, ``fingerprint``,
@@ -179,6 +184,7 @@ def inspect(
 
     Raises:
         FileNotFoundError: If there is no such file, directory or repository.
+        OSError: If the Hub cannot be reached, denies access or fails.
         ValueError: If the file is truncated, or no saved prior. Download or save it again.
 
     Example:
@@ -188,7 +194,7 @@ def inspect(
         >>> inspect(directory)["heads"][0]["kind"]
         'MLPHead'
     """
-    path = locate(path_or_repo, FILE, revision)
+    path = locate(path_or_repo, FILE, revision, token)
     return SavedFile.read_configuration(path, PretrainedHeads._validators)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ncprior._version import __version__
+from ncprior.saving.readme import CARD, keep_others
 from ncprior.utils.require import require_instance
 from ncprior.utils.texts import printable
 
@@ -47,11 +49,13 @@ def upload(
     token: str | None,
     revision: str | None,
     commit_message: str,
+    asked: Sequence[str],
 ) -> str:
     """Commits the files that ``files(repo_id)`` returns by name; returns the commit's URL.
 
-    The files are made before the repository, so that one that is not valid leaves no trace. The
-    options are those of :meth:`ncprior.NCPrior.push_to_hub`.
+    The files are made before the repository, so that one that is not valid leaves no trace. A
+    README of others stays. The options are those of :meth:`ncprior.NCPrior.push_to_hub`, and the
+    names of the arguments that were given for the model card.
     """
     try:
         validate_repo_id(repo_id)
@@ -67,6 +71,8 @@ def upload(
         contents = files(full_id)
     if revision is not None:
         api.create_branch(full_id, branch=revision, exist_ok=True)
+    present = _present_card(api, full_id, revision)
+    contents = keep_others(contents, present, full_id, asked, stacklevel=3)
     operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
     commit = api.create_commit(
         full_id, operations, commit_message=commit_message, revision=revision
@@ -74,7 +80,31 @@ def upload(
     return commit.commit_url
 
 
-def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None) -> Path:
+def _present_card(api: HfApi, repo_id: str, revision: str | None) -> bytes | None:
+    """Returns the README of a repository, ``None`` if it has none.
+
+    Raises:
+        ConnectionError: If it cannot be read.
+    """
+    with TemporaryDirectory() as folder:
+        try:
+            found = api.hf_hub_download(repo_id, CARD, revision=revision, local_dir=folder)
+        except Exception as error:
+            is_absent = isinstance(error, EntryNotFoundError | RevisionNotFoundError)
+            if is_absent and not isinstance(error, LocalEntryNotFoundError):
+                return None
+            if not isinstance(error, OSError) and not _is_of_download(error):
+                raise
+            raise ConnectionError(
+                f"Nothing is saved to {repo_id}, as its {CARD} cannot be read: "
+                f"{type(error).__name__}: {error}. Check the connection, or try again later."
+            ) from error
+        return Path(found).read_bytes()
+
+
+def locate(
+    path_or_repo: str | os.PathLike[str], file: str, revision: str | None, token: str | None
+) -> Path:
     """Returns the local path of a file; a file of a Hub repository is downloaded.
 
     Arguments:
@@ -82,6 +112,7 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
             is a ``Path``, or is not of the form ``"owner/name"``, is local.
         file: Name of the file in a directory or repository.
         revision: Branch, tag or commit of the repository.
+        token: The access token; ``None`` is the one logged in with.
 
     Raises:
         FileNotFoundError: If there is no such directory, no such repository, or no such file in it.
@@ -90,6 +121,7 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
     """
     require_instance("path_or_repo", path_or_repo, (str, os.PathLike), "Pass a path or a name.")
     require_instance("revision", revision, (str, type(None)), "Pass a branch, tag or commit.")
+    require_instance("token", token, (str, type(None)), "Pass an access token, or log in.")
     path = Path(path_or_repo)
     is_local = path.exists() or not _has_owner(path_or_repo) or path.suffix == ".safetensors"
     if is_local and revision is not None:
@@ -106,9 +138,14 @@ def locate(path_or_repo: str | os.PathLike[str], file: str, revision: str | None
     name = str(path_or_repo)
     try:
         found = hf_hub_download(
-            name, file, revision=revision, library_name="ncprior", library_version=__version__
+            name,
+            file,
+            revision=revision,
+            token=token,
+            library_name="ncprior",
+            library_version=__version__,
         )
-    except (OSError, EntryNotFoundError) as error:
+    except Exception as error:  # noqa: BLE001 (those of the library for HTTP are no OSError)
         _raise_hub_error(
             f"{name}{'' if revision is None else f' at revision {revision}'}", file, error
         )
@@ -132,4 +169,16 @@ def _raise_hub_error(where: str, file: str, error: Exception) -> NoReturn:
             f"repository {where}: {type(cause).__name__}: {cause}. If you mean a directory, check its "
             f"path; if a repository, check the connection and the folder HF_HOME, or try again later."
         ) from error
+    if _is_of_download(error):
+        raise ConnectionError(
+            f"The download of {file} from the Hub repository {where} broke off: "
+            f"{type(error).__name__}: {error}. Check the connection, or try again later."
+        ) from error
     raise error
+
+
+def _is_of_download(error: Exception) -> bool:
+    """Returns whether an error, which may be no OSError, is of a library that downloads files."""
+    library = type(error).__module__.partition(".")[0]
+    is_http = library.startswith(("httpx", "httpcore", "requests", "urllib3"))
+    return is_http or type(error) is RuntimeError  # that of hf_xet

@@ -10,7 +10,7 @@ from typing import Any
 
 from ncprior.bases.joint import JointSource
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.compose import identity_of
+from ncprior.samplers.identity import identity_of
 from ncprior.saving.checks import fingerprints
 from ncprior.source import LatentSource, WrappedSource
 from ncprior.utils.fingerprints import module_fingerprint

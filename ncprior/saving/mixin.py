@@ -2,8 +2,8 @@
 
 A saved model is one safetensors file: the trained tensors, and in its header the configuration.
 Loading builds modules from a fixed table of names and runs no code that comes with the file. The
-files beside it are for people: ``config.json`` repeats the configuration and ``README.md`` is a
-model card.
+files beside it are for people: a file of JSON with the same name repeats the configuration, and
+``README.md`` is a model card. No file of the VAE is replaced, so that both can share a folder.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ncprior._version import __version__
 from ncprior.saving.cards import model_card, vae_link
 from ncprior.saving.checks import FORMAT, SavedFile, Validators
 from ncprior.saving.hub import locate, upload
+from ncprior.saving.readme import CARD, keep_others
 from ncprior.saving.tensors import to_bytes, write_atomically
 from ncprior.source import LatentSource, device_of
 from ncprior.utils.require import described, require_flags, require_instance
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CardReport(Protocol):
@@ -56,6 +59,7 @@ class Pretrained(nn.Module):
     source: LatentSource[Any, Any]
 
     _file: ClassVar[str]  # name of the safetensors file
+    _own_modules: ClassVar[str]  # argument of from_pretrained that passes the user's modules
     _tags: ClassVar[tuple[str, ...]]  # of the model card
     _validators: ClassVar[Validators]  # of each value of the configuration
 
@@ -70,7 +74,8 @@ class Pretrained(nn.Module):
         """Saves the trained part, without the VAE; earlier files are replaced.
 
         All files are written beside the earlier ones first. If one cannot be written, such as on a
-        full disk, the earlier files stay as they were.
+        full disk, the earlier files stay as they were. The folder can be that of the VAE: its own
+        ``config.json`` and ``README.md`` stay.
 
         An :class:`~ncprior.NCPrior` saves its heads, strength, active groups, sampler and a fitted
         base: a ``GaussianMixture`` (a VampPrior is one), a ``FlowMatching``, the flows that
@@ -82,7 +87,8 @@ class Pretrained(nn.Module):
 
         Arguments:
             directory: Directory of the files, made if missing: one safetensors file, which is all
-                that loading reads, ``config.json`` and the model card ``README.md``.
+                that loading reads, the same settings as JSON, and the model card ``README.md``,
+                unless a README without ``library_name: ncprior`` is there.
             report: Report for the model card: of :func:`ncprior.diagnostics.diagnose`, or of
                 :func:`ncprior.improve`, which contains one. By default that of ``prior.report``,
                 if there is one.
@@ -98,7 +104,8 @@ class Pretrained(nn.Module):
                 NaN. The message names the part.
 
         Warns:
-            UserWarning: If the prior's sampler is of another kind: it is then left out.
+            UserWarning: If the prior's sampler is of another kind: it is then left out. Also if
+                ``report``, ``base_model`` or ``card_data`` is given, and no card is written.
 
         Example:
             >>> import tempfile
@@ -106,9 +113,12 @@ class Pretrained(nn.Module):
         """
         require_instance("directory", directory, (str, os.PathLike), "Pass the path of a folder.")
         directory = Path(directory)
-        name = directory.resolve().name
-        files = self._files(name, report=report, base_model=base_model, card_data=card_data)
+        name, readme = directory.resolve().name, directory / CARD
+        card = {"report": report, "base_model": base_model, "card_data": card_data}
+        files = self._files(name, **card)
         try:
+            present = readme.read_bytes() if readme.is_file() else None
+            files = keep_others(files, present, directory, _given(card), stacklevel=2)
             with ExitStack() as stack:
                 for file, content in files.items():
                     if (directory / file).is_dir():
@@ -117,9 +127,12 @@ class Pretrained(nn.Module):
                     temporary.write_bytes(content)
         except OSError as error:
             new = [file for file, content in files.items() if _holds(directory / file, content)]
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             raise OSError(
-                f"Cannot save to {directory}: {error}. New files there: {', '.join(new) or 'none'}; "
-                f"all others are as before. Make room or pass another folder."
+                *(() if cause.errno is None else (cause.errno,)),
+                f"Cannot save to {directory}: {cause.strerror or cause}. New files there: "
+                f"{', '.join(new) or 'none'}; all others are as before. Make room or pass another "
+                f"folder.",
             ) from error
 
     def push_to_hub(
@@ -134,10 +147,11 @@ class Pretrained(nn.Module):
     ) -> str:
         """Saves the files of :meth:`save_pretrained` to the Hugging Face Hub, as one commit.
 
-        Nothing is written to the disk, and no repository is made before all files are valid.
+        No file is left on the disk, and no repository is made before all files are valid.
 
         Arguments:
-            repo_id: The repository, such as ``"user/my-prior"``; made if missing.
+            repo_id: The repository, such as ``"user/my-prior"``; made if missing. It can be that of
+                the VAE, whose own files stay.
             private: Whether a repository made now is private; ``None`` is the account's default.
             token: The access token; ``None`` is the one logged in with.
             revision: The branch to commit to; made if missing. ``None`` is the main one.
@@ -148,8 +162,12 @@ class Pretrained(nn.Module):
             The URL of the commit.
 
         Raises:
+            ConnectionError: If the present ``README.md`` cannot be read.
             TypeError: As :meth:`save_pretrained`.
             ValueError: As :meth:`save_pretrained`.
+
+        Warns:
+            UserWarning: As :meth:`save_pretrained`.
 
         Example:
             >>> prior.push_to_hub("user/my-prior", private=True)  # doctest: +SKIP
@@ -167,6 +185,7 @@ class Pretrained(nn.Module):
             token=token,
             revision=revision,
             commit_message=commit_message or f"Upload {type(self).__name__}",
+            asked=_given(card),
         )
 
     @classmethod
@@ -176,6 +195,7 @@ class Pretrained(nn.Module):
         path_or_repo: str | os.PathLike[str],
         *,
         revision: str | None = None,
+        token: str | None = None,
         check_fingerprint: bool = True,
         **own: Any,  # noqa: ANN401
     ) -> Self:
@@ -187,6 +207,7 @@ class Pretrained(nn.Module):
             path_or_repo: Directory of :meth:`save_pretrained`, its safetensors file, or a Hub
                 repository, from which that one file is downloaded.
             revision: Branch, tag or commit of the repository.
+            token: The access token; ``None`` is the one logged in with.
             check_fingerprint: Whether another VAE or base prior raises an error; for an energy,
                 also another decoder noise or other ratio heads.
             own: Your own modules, which take the saved tensors; needed if the saved modules are
@@ -200,6 +221,7 @@ class Pretrained(nn.Module):
             ImportError: If the saved base is a flow, and zuko is not installed.
             OSError: If the Hub cannot be reached, denies access or fails, or the file cannot be
                 stored. The message names the cause.
+            TypeError: If an argument has the wrong type or an unknown name.
             ValueError: If the file is damaged, or does not fit the source or your own modules,
                 which are then left unchanged. The message names the remedy.
 
@@ -215,7 +237,12 @@ class Pretrained(nn.Module):
             1.0
         """
         require_flags(check_fingerprint=check_fingerprint)
-        path = locate(path_or_repo, cls._file, revision)
+        if unknown := sorted(own.keys() - {cls._own_modules}):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained got an unexpected keyword argument {unknown[0]!r}. "
+                f"Its keywords are revision, token, check_fingerprint and {cls._own_modules}."
+            )
+        path = locate(path_or_repo, cls._file, revision, token)
         # Weights made in inference mode could not be trained; a new flow draws weights.
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             saved = SavedFile.read(path, cls._validators)
@@ -240,8 +267,8 @@ class Pretrained(nn.Module):
                 f"This {type(self).__name__} is not saved, as its file could not be loaded. {error}"
             ) from error
         texts = {
-            "config.json": json.dumps(config, indent=2) + "\n",
-            "README.md": self._card(config, name, **card),
+            f"{Path(self._file).stem}.json": json.dumps(config, indent=2) + "\n",
+            CARD: self._card(config, name, **card),
         }
         return {self._file: data, **{file: text.encode() for file, text in texts.items()}}
 
@@ -304,6 +331,11 @@ def _diagnosis(report: Any, own: Any) -> CardReport | None:  # noqa: ANN401
         f"report must be the report of diagnose or improve; got {described(report)}. Pass "
         f"diagnose(prior, x), or leave it out."
     )
+
+
+def _given(card: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments of a card that are not ``None``."""
+    return [name for name, value in card.items() if value is not None]
 
 
 def _holds(path: Path, content: bytes) -> bool:

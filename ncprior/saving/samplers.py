@@ -15,7 +15,8 @@ from typing import Any
 
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.budgeted import budgeted_rejection
-from ncprior.samplers.compose import Composition, at_temperature, sequence
+from ncprior.samplers.compose import at_temperature, sequence
+from ncprior.samplers.identity import Composition
 from ncprior.samplers.langevin import langevin
 from ncprior.samplers.mixture import within_components
 from ncprior.samplers.rejection import independence, rejection

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ncprior.saving.header import DTYPES, KEY, fail, read_header
+from ncprior.saving.header import DTYPES, KEY, LIMITS, LONG_LIMITS, Limits, fail, read_header
 from ncprior.utils.leftovers import new_in_use, remove_unused
 from ncprior.utils.require import described, require_instance
 
@@ -30,10 +30,14 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary file lies beside ``path`` (whose folder is made if missing), reaches the disk
     before the rename, and is removed if anything is raised, KeyboardInterrupt included. A reader
     finds the old file or the new one, never a part of one. A temporary file that a killed process
-    has left is removed when the same ``path`` is written again.
+    has left is removed when the same ``path`` is written again. If ``path`` is a symbolic link, the
+    file that it leads to is replaced.
 
     Arguments:
         path: The file to write.
+
+    Raises:
+        OSError: If the file cannot be written, such as on a full disk. The message names it.
 
     Example:
         >>> import tempfile
@@ -44,17 +48,40 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         ('whole', 1)
     """
     path = _as_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_unused(path.parent, f".{path.name}.", ".tmp")
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     names = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in count())
-    with new_in_use(names) as temporary:
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with naming_the_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unused(path.parent, f".{path.name}.", ".tmp")
+        with new_in_use(names) as temporary:
+            try:
+                yield temporary
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_the_file(path: Path) -> Iterator[None]:
+    """Context whose errors of the operating system name a file that is written, and a remedy.
+
+    Errors that name other files are passed on as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        # A write to a full disk names no file.
+        named = path if error.filename is None else Path(str(error.filename))
+        is_ours = named in (path, *path.parents) or named.name.startswith(f".{path.name}.")
+        if error.errno is None or isinstance(error, ConnectionError) or not is_ours:
+            raise
+        raise OSError(
+            error.errno,
+            f"Cannot write {path}: {error.strerror}. Make room there, or pass a path that can be "
+            f"written to.",
+        ) from error
 
 
 def save_tensors(
@@ -70,7 +97,9 @@ def save_tensors(
     Raises:
         TypeError: If an argument or a tensor is of the wrong type, or the configuration holds a
             value that JSON has no form for. Convert it first.
-        ValueError: If it holds a float that is not finite. Save it as a text or ``None``.
+        ValueError: If it holds a float that is not finite. Save it as a text or ``None``. Also if
+            the names and the configuration are too large to be read again: 16 MiB, or a million
+            brackets, commas and colons. Save large values as tensors.
 
     Example:
         >>> import tempfile
@@ -79,14 +108,22 @@ def save_tensors(
         >>> load_tensors(path)
         ({'weight': tensor([1., 1.])}, {'width': 2})
     """
-    data = to_bytes(tensors, metadata)
+    data = to_bytes(tensors, metadata, LONG_LIMITS)
     with write_atomically(path) as temporary:
         # safetensors' own save_file ignores the umask: only the owner could read the file.
         temporary.write_bytes(data)
 
 
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """Returns the content of a file of :func:`save_tensors`, whose arguments and errors it has."""
+def to_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], limits: Limits = LIMITS
+) -> bytes:
+    """Returns the content of a file of :func:`save_tensors`, whose arguments and errors it has.
+
+    Arguments:
+        tensors: The tensors.
+        metadata: The configuration.
+        limits: The limits under which it will be read.
+    """
     require_instance("tensors", tensors, Mapping, "Pass a dict of tensors by name.")
     require_instance("metadata", metadata, Mapping, "Pass a dict.")
     for name, tensor in tensors.items():
@@ -116,7 +153,14 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> byte
         ) from error
     tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     header = {"sha256": _digest(text, tensors), "configuration": configuration}
-    return safetensors.torch.save(tensors, {KEY: json.dumps(header)})
+    data = safetensors.torch.save(tensors, {KEY: json.dumps(header)})
+    start = 8 + int.from_bytes(data[:8], "little")
+    if excess := limits.excess(data[8:start]):
+        raise ValueError(
+            f"This file could not be read again: {excess}. Save large values as tensors, fewer "
+            f"tensors, or a shorter history."
+        )
+    return data
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -143,19 +187,20 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ValueError: Cannot read ...a.safetensors: it is not a whole safetensors file ...
     """
     with open_file(path) as file:
-        return read_tensors(path, file)
+        return read_tensors(path, file, LONG_LIMITS)
 
 
 def read_tensors(
-    path: str | os.PathLike[str], file: BinaryIO
+    path: str | os.PathLike[str], file: BinaryIO, limits: Limits = LIMITS
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and the configuration of an open file, as :func:`load_tensors` does.
 
     Arguments:
         path: The file's name, for messages.
         file: The file.
+        limits: The largest header to read.
     """
-    content = read_header(path, file)
+    content = read_header(path, file, limits)
     start = file.tell()
     try:
         tensors = {name: entry.read(file, start) for name, entry in content.entries.items()}
@@ -188,7 +233,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         {'width': 2}
     """
     with open_file(path) as file:
-        return read_header(path, file).configuration
+        return read_header(path, file, LONG_LIMITS).configuration
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:

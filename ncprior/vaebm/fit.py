@@ -21,7 +21,7 @@ from ncprior.data.device_loader import Loader
 from ncprior.data.digest import data_digest
 from ncprior.data.stream import Stream, require_restartable
 from ncprior.samplers.base import Sampler
-from ncprior.samplers.compose import identity_of
+from ncprior.samplers.identity import identity_of
 from ncprior.saving.identity import facts_of_draws
 from ncprior.training.arguments import validate_loop_arguments
 from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step

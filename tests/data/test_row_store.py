@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,3 +124,30 @@ def test_a_view_does_not_keep_what_it_is_a_view_of() -> None:
     assert torch.equal(rows[0:24], torch.cat(wide)[:, :25])
     assert _of_its_own(wide[0][:, :25]).untyped_storage().nbytes() == 8 * 25 * 4
     assert _of_its_own(wide[0]) is wide[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a full disk")
+@pytest.mark.parametrize("rows", [4, 100_000])
+@pytest.mark.parametrize("folder", [None, Path("/a/folder")])
+def test_a_full_disk_is_named_with_a_remedy(
+    rows: int, folder: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few bytes wait in a buffer, until the file is mapped, and once more until it is closed."""
+    full = lambda dir: open("/dev/full", "w+b")  # noqa: SIM115
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "tempdir", "/temporary")
+    with pytest.raises(OSError) as raised:
+        RowStore([torch.zeros(rows)] * 2, budget=0, folder=folder)
+    assert raised.value.errno == errno.ENOSPC
+    for words in ("No space left on device", f"in {folder or '/temporary'}. Set", "TMPDIR"):
+        assert words in str(raised.value)
+    assert "cache_memory or with cache_epochs=None" in str(raised.value)
+
+
+def test_an_error_of_the_data_stays_as_it_is(tmp_path: Path) -> None:
+    def damaged() -> Iterator[torch.Tensor]:
+        yield torch.zeros(4)
+        raise OSError(errno.EIO, "Input/output error", "data.bin")
+
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: 'data.bin'$"):
+        RowStore(damaged(), budget=0, folder=tmp_path)

@@ -41,7 +41,7 @@ FEW = {
 }
 FILES = {
     *("samples.png", "latents.png", "report.html", "report.json", "vae.safetensors"),
-    *("prior/ncprior.safetensors", "prior/config.json", "prior/README.md"),
+    *("prior/ncprior.safetensors", "prior/ncprior.json", "prior/README.md"),
 }
 
 

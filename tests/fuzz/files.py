@@ -260,6 +260,7 @@ def of_bytes() -> st.SearchStrategy[Damage]:
             lambda n: (f"metadata {n} deep", lambda d: _of_metadata("[" * n + "]" * n)),
             st.sampled_from([100, 5000, 100_000]),
         ),
+        st.sampled_from(LARGE_HEADERS),
     )
 
 
@@ -281,6 +282,22 @@ def _of_text(header: str) -> bytes:
 def _of_metadata(text: str) -> bytes:
     header = {"__metadata__": {"ncprior": text}}
     return _of_text(json.dumps(header))
+
+
+# Each has 4 MiB, and would take twenty times as much when it is parsed.
+LARGE_HEADERS: tuple[Damage, ...] = (
+    ("a header of lists", lambda d: _of_text(_lists())),
+    ("metadata of lists", lambda d: _of_metadata(_lists())),
+    ("a header of empty entries", lambda d: _of_text(_entries())),
+)
+
+
+def _lists() -> str:
+    return '{"a":[' + "[]," * (2**22 // 3) + "[]]}"
+
+
+def _entries() -> str:
+    return "{" + ",".join(f'"{number:x}":{{}}' for number in range(2**22 // 11)) + "}"
 
 
 def of_header() -> st.SearchStrategy[Damage]:

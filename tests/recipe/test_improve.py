@@ -18,7 +18,7 @@ from helpers.recipe import make_quick
 from helpers.tables import Frame
 from helpers.toys import flat
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -479,9 +479,11 @@ def test_an_error_of_the_decoder_comes_before_the_base(monkeypatch: pytest.Monke
             improve(source, torch.randn(99, 3), progress=False)
 
 
+@pytest.mark.parametrize("validates", [False, True])  # torch.compile switches it off for good
 def test_rows_that_are_not_finite_are_found_before_the_base(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, *, validates: bool
 ) -> None:
+    monkeypatch.setattr(Distribution, "_validate_args", validates)
     module = sys.modules["ncprior.recipe.improve"]
     monkeypatch.setattr(module, "saved_base", lambda *_: pytest.fail("too late"))
     x, base = torch.randn(99, 3), Independent(Normal(torch.zeros(3), torch.ones(3)), 1)

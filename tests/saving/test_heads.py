@@ -108,7 +108,7 @@ def test_the_file_holds_only_what_was_trained(prior: NCPrior, saved: Path) -> No
     heads = {f"heads.{name}": t for name, t in prior.heads.state_dict().items()}
     assert names == heads.keys()
     assert numbers == sum(t.numel() for t in heads.values())
-    assert {path.name for path in saved.iterdir()} == {FILE, "config.json", "README.md"}
+    assert {path.name for path in saved.iterdir()} == {FILE, "ncprior.json", "README.md"}
 
 
 def test_inspecting_tells_what_is_in_the_file(saved: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from helpers.hub_problems import gaussian, trained
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -107,10 +108,41 @@ def test_M4_other_errors_of_the_hub_are_named(case: str, monkeypatch: pytest.Mon
         assert "check its path; if a repository, check the connection" in str(caught.value)
 
 
+@pytest.mark.parametrize("library", ["httpx", "httpx2._exceptions", "requests.exceptions"])
+def test_an_error_of_a_library_for_http_is_a_connection_error(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off = type("RemoteProtocolError", (Exception,), {"__module__": library})
+    monkeypatch.setattr(hub, "hf_hub_download", failing(cut_off("closed")))
+    for load in (inspect, lambda name: NCPrior.from_pretrained(gaussian(), name)):
+        with pytest.raises(ConnectionError, match="broke off: RemoteProtocolError: closed. Check"):
+            load("someone/model")
+    monkeypatch.setattr(hub, "hf_hub_download", failing(LookupError("a bug")))
+    with pytest.raises(LookupError, match="a bug"):
+        inspect("someone/model")
+
+
+def test_the_token_goes_to_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
+
+    def download(*_: Any, token: str | None, **__: Any) -> str:
+        tokens.append(token)
+        return str(saved / FILE)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    for token in ("hf_mine", None):
+        NCPrior.from_pretrained(gaussian(), "someone/model", token=token)
+        inspect("someone/model", token=token)
+    assert tokens == ["hf_mine", "hf_mine", None, None]
+    with pytest.raises(TypeError, match="token must be of type str or None"):
+        NCPrior.from_pretrained(gaussian(), "someone/model", token=3)  # type: ignore[arg-type]
+
+
 class Api:
     """A Hub that notes what it is asked for."""
 
     asked: list[str]
+    present: Path | Exception = EntryNotFoundError("no README")
 
     def __init__(self, **_: Any) -> None:
         Api.asked = []
@@ -118,6 +150,12 @@ class Api:
     def create_repo(self, repo_id: str, **_: Any) -> Any:
         Api.asked.append("repository")
         return type("Repo", (), {"repo_id": f"someone/{repo_id.split('/')[-1]}"})
+
+    def hf_hub_download(self, repo_id: str, file: str, **_: Any) -> str:
+        Api.asked.append(file)
+        if isinstance(Api.present, Exception):
+            raise Api.present
+        return str(Api.present)
 
     def create_commit(self, repo_id: str, operations: list[Any], **_: Any) -> Any:
         Api.asked.append("commit")
@@ -156,10 +194,39 @@ def test_F22_a_push_leaves_no_files_behind(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     url = trained(gaussian()).push_to_hub("model")
-    assert url == "https://hub/someone/model/commit/0" and api.asked == ["repository", "commit"]
-    assert sorted(api.files) == ["README.md", "config.json", FILE]
+    assert url == "https://hub/someone/model/commit/0"
+    assert api.asked == ["repository", "README.md", "commit"]
+    assert sorted(api.files) == ["README.md", "ncprior.json", FILE]
     assert '"someone/model"' in api.files["README.md"].decode()
     assert yaml.safe_load(api.files["README.md"].decode().split("---\n")[1])["tags"]
     assert not list(tmp_path.iterdir())
     with pytest.raises(TypeError, match="repo_id must be of type str"):
         trained(gaussian()).push_to_hub(None)  # type: ignore[arg-type]
+
+
+VAES = b"---\nlibrary_name: pythae\n---\n# My VAE\n"
+
+
+def test_a_push_to_the_repository_of_the_vae_leaves_its_readme(
+    api: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "present", tmp_path / "README.md")
+    api.present.write_bytes(VAES)
+    trained(gaussian()).push_to_hub("model")
+    assert sorted(api.files) == ["ncprior.json", FILE]
+    with pytest.warns(UserWarning, match="with the given base_model. Leave it out") as caught:
+        trained(gaussian()).push_to_hub("model", base_model="someone/vae")
+    assert [warning.filename for warning in caught] == [__file__]
+    api.present.write_bytes(api.present.read_bytes().replace(b"pythae", b"ncprior"))
+    trained(gaussian()).push_to_hub("model")
+    assert "README.md" in api.files
+
+
+@pytest.mark.parametrize("case", ["connection", "gated", "503", "no space"])
+def test_nothing_is_pushed_while_the_readme_cannot_be_read(
+    case: str, api: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "present", FAILED[case][0])
+    with pytest.raises(ConnectionError, match="Nothing is saved to someone/model"):
+        trained(gaussian()).push_to_hub("model")
+    assert "commit" not in api.asked

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.hub_server import TOKEN, HubServer, hub_server
+from helpers.hub_server import TOKEN, HubServer, Repository, _Handler, hub_server
 
 from ncprior.saving.heads import FILE
 
@@ -63,6 +63,9 @@ except HfHubHTTPError as error:
 print(json.dumps({{
     "public": try_to_load("tester/my-prior"),
     "secret": try_to_load("tester/secret"),
+    "secret with a token": inspect("tester/secret", token="{TOKEN}") and len(
+        NCPrior.from_pretrained(gaussian(), "tester/secret", token="{TOKEN}").heads
+    ),
     "push": status,
     "push with a token": prior.push_to_hub("tester/other", token="{TOKEN}"),
 }}))
@@ -138,7 +141,7 @@ def test_every_push_is_one_commit(
     assert pushed["second"] == f"{hub.url}/tester/my-prior/commit/{shas[1]}"
     assert repository.branches == {"main": shas[1], "wip": shas[2]}
     for sha in shas:
-        files = {".gitattributes", FILE, "config.json", "README.md"}
+        files = {".gitattributes", FILE, "ncprior.json", "README.md"}
         assert repository.commits[sha].keys() == files
     assert len(repository.commits) == 4  # and the one that made the repository
     assert not repository.private and hub.repositories["tester/secret"].private
@@ -154,10 +157,66 @@ def test_the_card_on_the_hub_names_the_repository(
 
 
 def test_only_the_one_file_is_downloaded(
+    pushed: dict[str, Any], hub_and_home: tuple[HubServer, Path], tmp_path: Path
+) -> None:
+    hub, _ = hub_and_home
+    before = len(hub.requests)
+    assert run_client(LOAD, hub.environment(tmp_path))["tester/my-prior"] == 1
+    asked = [request for request in hub.requests[before:] if "/resolve/" in request]
+    assert asked and all(request.endswith(f"/{FILE}") for request in asked)
+
+
+ON_A_VAE = """
+for number in range(2):
+    url = prior.push_to_hub("tester/vae", card_data=None)
+print(json.dumps({"url": url, "groups": try_to_load("tester/vae")}))
+"""
+
+
+def test_heads_go_into_the_repository_of_the_vae(
     pushed: dict[str, Any], hub_and_home: tuple[HubServer, Path]
 ) -> None:
-    asked = [r for r in hub_and_home[0].requests if "/resolve/" in r and "energy" not in r]
-    assert asked and all(request.endswith(f"/{FILE}") for request in asked)
+    hub, home = hub_and_home
+    vae = {"config.json": b"{}", "README.md": b"# My VAE\n", "model.bin": b"weights"}
+    hub.repositories["tester/vae"] = Repository(private=False)
+    hub.repositories["tester/vae"].commit("main", vae)
+    found = run_client(ON_A_VAE, hub.environment(home))
+    files = hub.repositories["tester/vae"].commits[found["url"][-40:]]
+    assert {name: files.pop(name) for name in vae} == vae
+    assert files.keys() == {FILE, "ncprior.json"} and found["groups"] == 1
+
+
+CUT_OFF = """
+import types
+from huggingface_hub import file_download
+file_download.time = types.SimpleNamespace(sleep=lambda seconds: None)
+print(json.dumps({"error": try_to_load("tester/my-prior")}))
+"""
+
+
+def test_a_download_that_is_cut_off_is_a_connection_error(
+    pushed: dict[str, Any],
+    hub_and_home: tuple[HubServer, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def send_half(handler: Any, body: bytes, headers: dict[str, str], **_: Any) -> None:
+        if handler.command == "HEAD":
+            send(handler, body, headers)
+            return
+        handler.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body[: len(body) // 2])
+        handler.close_connection = True
+
+    send = _Handler._send
+    monkeypatch.setattr(_Handler, "_send", send_half)
+    hub, _ = hub_and_home
+    error = run_client(CUT_OFF, hub.environment(tmp_path))["error"]
+    assert f"The download of {FILE} from the Hub repository tester/my-prior broke off: " in error
+    assert "Check the connection, or try again later." in error
 
 
 def test_what_is_not_on_the_hub_is_named(pushed: dict[str, Any]) -> None:
@@ -175,6 +234,7 @@ def test_a_token_is_needed_for_writing_and_for_what_is_private(
     found = run_client(STRANGER, hub.environment(tmp_path, token=None))
     assert found["public"] == 1
     assert "no directory tester/secret" in found["secret"]
+    assert found["secret with a token"] == 1
     assert found["push"] == 401
     assert found["push with a token"].startswith(f"{hub.url}/tester/other/commit/")
 
@@ -196,7 +256,7 @@ def test_an_energy_comes_back_from_the_hub(
     repository = hub.repositories["tester/my-energy"]
     files = repository.commits[repository.branches["main"]]
     assert found["equal"] and repository.private and len(repository.commits) == 2
-    assert files.keys() == {".gitattributes", "vaebm.safetensors", "config.json", "README.md"}
+    assert files.keys() == {".gitattributes", "vaebm.safetensors", "vaebm.json", "README.md"}
     assert 'VAEBM.from_pretrained(source, "tester/my-energy")' in files["README.md"].decode()
     assert "vaebm.safetensors cannot be downloaded from a Hub repository" in found["absent"]
 

@@ -25,7 +25,7 @@ from ncprior import NCPrior, SingleGroup, fit, sir
 from ncprior.bases import JointSource
 from ncprior.heads import MLPHead
 from ncprior.jobs import sample_parts
-from ncprior.samplers.compose import describe, identity_of
+from ncprior.samplers.identity import describe, identity_of
 from ncprior.saving.identity import as_text, source_facts
 from ncprior.source import WrappedSource
 from ncprior.training import AmortisedSource, FitSettings, ResampledPosterior, nested
@@ -194,7 +194,7 @@ def test_samplers_of_one_name_are_told_apart_by_their_code() -> None:
 
 FUNCTION = """
 from ncprior import sir
-from ncprior.samplers.compose import identity_of
+from ncprior.samplers.identity import identity_of
 
 def mine(prior, log_ratio, inner=sir):
     {doc}

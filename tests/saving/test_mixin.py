@@ -1,6 +1,7 @@
 """Saving and loading in general: damaged and edited files, paths, fingerprints of the VAE."""
 
 import copy
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from helpers.problems import CorrelatedPair, SampleOnly, around, standard_normal
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from ncprior import NCPrior, SingleGroup
+from ncprior import NCPrior, SingleGroup, __version__
 from ncprior.bases import Empirical, rebase
 from ncprior.heads.networks import MLPHead
 from ncprior.saving.heads import FILE, inspect
 from ncprior.utils.fingerprints import base_fingerprint
+from ncprior.vaebm import VAEBM
 
 
 def test_the_file_itself_can_be_named(prior: NCPrior, saved: Path) -> None:
@@ -27,9 +29,9 @@ def test_the_file_itself_can_be_named(prior: NCPrior, saved: Path) -> None:
 
 def test_the_readable_copy_says_the_same_and_is_never_read(prior: NCPrior, saved: Path) -> None:
     assert (
-        json.loads((saved / "config.json").read_text()) == inspect(saved) == inspect(saved / FILE)
+        json.loads((saved / "ncprior.json").read_text()) == inspect(saved) == inspect(saved / FILE)
     )
-    (saved / "config.json").write_text("nonsense")
+    (saved / "ncprior.json").write_text("nonsense")
     assert equal_draws(prior.eval(), NCPrior.from_pretrained(prior.source, saved))
 
 
@@ -109,6 +111,40 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
 }
 
 
+NEWER: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+    "has format 2": lambda c, t: c.update(format=2),
+    "unknown keys: more": lambda c, t: c.update(more=1),
+    "no valid strength": lambda c, t: c.update(strength="1"),
+    "head 0 must be one of": lambda c, t: c.update(heads=[{"kind": "BetterHead", "config": {}}]),
+    "cannot be built as a MLPHead": lambda c, t: c["heads"][0]["config"].update(gated=True),
+    "its sampler must be one of": lambda c, t: c.update(sampler={"kind": "nuts", "config": {}}),
+    "its sampler sir has unknown": lambda c, t: c.update(
+        sampler={"kind": "sir", "config": {"num_proposals": 3, "more": 1}}
+    ),
+    "unexpected: heads.0.gate": lambda c, t: t.update({"heads.0.gate": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("match", NEWER)
+def test_a_file_of_a_newer_version_says_so(match: str, prior: NCPrior, saved: Path) -> None:
+    whole = (saved / FILE).read_bytes()
+
+    def error_of(version: str) -> str:
+        (saved / FILE).write_bytes(whole)
+        edit(saved / FILE, lambda c, t: (NEWER[match](c, t), c.update(ncprior=version)))
+        with pytest.raises(ValueError, match=match) as caught:
+            NCPrior.from_pretrained(prior.source, saved)
+        return str(caught.value)
+
+    for version in ("99.0.1", "99.0.dev3", "0.999", f"{__version__}.1"):
+        remedy = (
+            f"written by ncprior {version}, and this is {__version__}: pip install -U ncprior."
+        )
+        assert error_of(version).endswith(remedy)
+    for version in (__version__, "0.0.1", "9" * 5000, "99.0\x1b[31m", "99.0\n", "newest"):
+        assert error_of(version).endswith((" again.", "the version of ncprior that wrote it."))
+
+
 @pytest.mark.parametrize("match", EDITS)
 def test_an_edited_file_is_refused(match: str, prior: NCPrior, saved: Path) -> None:
     edit(saved / FILE, EDITS[match])
@@ -145,8 +181,14 @@ def test_a_local_path_has_no_revisions(prior: NCPrior, saved: Path) -> None:
 
 
 def test_a_model_takes_its_own_modules_only(prior: NCPrior, saved: Path) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'energy'"):
+    match = (
+        r"NCPrior.from_pretrained got an unexpected keyword argument 'energy'. Its keywords are "
+        r"revision, token, check_fingerprint and heads."
+    )
+    with pytest.raises(TypeError, match=match):
         NCPrior.from_pretrained(prior.source, saved, energy=MLPHead((3,)))
+    with pytest.raises(TypeError, match="VAEBM.from_pretrained .* 'heads'. .* and energy."):
+        VAEBM.from_pretrained(prior.source, saved, heads=MLPHead((3,)))
 
 
 # Fingerprints
@@ -211,14 +253,15 @@ def test_F31_a_full_disk_leaves_all_files_as_they_were(
     smallest = min(len(content) for content in before.values())
     with (
         monkeypatch.context() as patch,
-        pytest.raises(OSError, match="New files there: none; all"),
+        pytest.raises(OSError, match="left on device. New files there: none; all") as caught,
     ):
         patch.setattr(Path, "write_bytes", full(smallest))
         prior.save_pretrained(saved)
+    assert caught.value.errno == errno.ENOSPC and str(caught.value).count("Make room") == 1
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", FILE])
+@pytest.mark.parametrize("name", ["README.md", "ncprior.json", FILE])
 def test_F31_a_folder_in_the_place_of_a_file_changes_nothing(
     name: str, prior: NCPrior, saved: Path
 ) -> None:

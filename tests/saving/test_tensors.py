@@ -1,5 +1,6 @@
 """Files of tensors: exact, atomic, and damage is noticed."""
 
+import errno
 import json
 import os
 import random
@@ -176,6 +177,53 @@ def test_contents_reach_the_disk_before_the_rename(
 def test_a_missing_folder_is_made(tmp_path: Path) -> None:
     save_tensors(tmp_path / "runs" / "1" / "a", {}, {})
     assert load_tensors(tmp_path / "runs" / "1" / "a") == ({}, {})
+
+
+def test_a_full_disk_is_named_with_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    old = path.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        OSError, match=rf"Cannot write {path}: No space left.* Make room"
+    ) as caught:
+        save_tensors(path, {}, {})
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == old and list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_is_none_is_named_with_the_file(path: Path) -> None:
+    with pytest.raises(OSError, match=f"Cannot write {path / 'a'}: .* or pass a path that can"):
+        save_tensors(path / "a", {}, {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "/of/others"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        OSError("a reason of others"),
+    ],
+)
+def test_errors_that_are_not_of_the_file_are_passed_on(error: OSError, path: Path) -> None:
+    with pytest.raises(OSError) as caught, write_atomically(path):
+        raise error
+    assert caught.value is error
+
+
+def test_the_file_behind_a_symbolic_link_is_replaced(path: Path, tmp_path: Path) -> None:
+    links = [tmp_path / "links" / name for name in ("direct", "second", "dangling", "circle")]
+    links[0].parent.mkdir()
+    for link, target in zip(links, (path, links[0], tmp_path / "new", links[3]), strict=True):
+        link.symlink_to(target)
+    for number, link in enumerate(links[:3]):
+        save_tensors(link, {}, {"n": number})
+        assert link.is_symlink() and load_tensors(link)[1] == {"n": number}
+        assert not [found for found in tmp_path.rglob("*.tmp")]
+    assert load_tensors(path)[1] == {"n": 1} and load_tensors(tmp_path / "new")[1] == {"n": 2}
+    save_tensors(links[3], {}, {})  # leads nowhere
+    assert load_tensors(links[3]) == ({}, {})
 
 
 KILLED = """

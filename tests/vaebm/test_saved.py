@@ -110,11 +110,11 @@ def test_the_file_holds_the_energy_and_nothing_else(tmp_path: Path) -> None:
     ) == before
     with safe_open(tmp_path / FILE, framework="pt") as file:
         assert set(file.keys()) == of.energy.state_dict().keys()
-    assert {path.name for path in tmp_path.iterdir()} == {FILE, "config.json", "README.md"}
-    config = json.loads((tmp_path / "config.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, "vaebm.json", "README.md"}
+    config = json.loads((tmp_path / "vaebm.json").read_text())
     assert config == read_metadata(tmp_path / FILE)
     assert config["sigma"] == 0.1 and config["fingerprint"]["heads"].endswith(":1.0:1")
-    (tmp_path / "config.json").write_text("nonsense")
+    (tmp_path / "vaebm.json").write_text("nonsense")
     assert equal_chains(of, VAEBM.from_pretrained(prior, tmp_path / FILE))
 
 
@@ -295,7 +295,7 @@ def test_saving_again_replaces(saved: Path) -> None:
     of = model()
     of.save_pretrained(saved)
     assert same(weights(VAEBM.from_pretrained(source(), saved)), weights(of))
-    assert {path.name for path in saved.iterdir()} == {FILE, "config.json", "README.md"}
+    assert {path.name for path in saved.iterdir()} == {FILE, "vaebm.json", "README.md"}
 
 
 def test_heads_loaded_from_a_file_are_the_same_to_an_energy(tmp_path: Path) -> None:
