@@ -41,10 +41,9 @@ from ncprior.saving.heads import PretrainedHeads
 from ncprior.source import Group, LatentSource, contrastive_pairs, device_of, require_source, visit
 from ncprior.utils.batches import own_batch
 from ncprior.utils.errors import naming_group
-from ncprior.utils.gradients import without_gradients
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
 from ncprior.utils.require import require_counts, require_flags, require_instance, require_numbers
-from ncprior.utils.visible import require_apart, visible_tensors
+from ncprior.utils.visible import require_apart
 
 
 class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
@@ -148,7 +147,8 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
     ) -> Iterator[GroupLoss]:
         """Yields the losses of each group in turn, so that only one head's graph is in memory.
 
-        Autocast is off until the next loss is asked for, as gradients are in float32.
+        Autocast is off until the next loss is asked for, as gradients are in float32. With a score
+        term and ``features=``, back-propagation reaches parameters of the VAE that require gradients.
 
         Arguments:
             x: One batch, as the user's loader yields it.
@@ -170,7 +170,6 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
         require_numbers("[0, inf)", score_weight=score_weight)
         check_precision(precision)
         x = own_batch(x, self._device())
-        vae = list(visible_tensors([self.source, self.source.module])) if score_weight else []
         with naming_parts(self.source, self.heads):
             for k, (z, group) in enumerate(contrastive_pairs(self.source, x, num_draws)):
                 if groups is not None and k not in groups:
@@ -178,8 +177,7 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
                     yield GroupLoss(zero, zero)
                     continue
                 head = partial(self._log_r, k, context=group.context, precision=precision, lead=3)
-                with without_gradients(vae):  # features of z are differentiated in z alone
-                    loss = group_loss(head, z, group, noise_weight, score_weight)
+                loss = group_loss(head, z, group, noise_weight, score_weight)
                 with at_precision(z.device.type, torch.float32):  # the backward pass, too
                     yield loss
 

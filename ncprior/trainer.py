@@ -31,6 +31,7 @@ from ncprior.utils.gradients import (
     reduce_and_clip,
     require_whole_steps,
     share_weights,
+    without_gradients,
     zero_gradients,
 )
 from ncprior.utils.precision import check_precision
@@ -41,6 +42,7 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
+from ncprior.utils.visible import tensors_of_vae
 
 
 class StepMetrics(NamedTuple):
@@ -133,6 +135,8 @@ class NCETrainer:
         self.precision = precision
         self.group_parallel = group_parallel
         self.steps = 0
+        # Features of z are differentiated in z, and reach parameters of the VAE only then.
+        self._vae = tensors_of_vae(prior.source, prior.heads) if score_weight else []
         prior.train()
         share_weights(prior)
 
@@ -198,6 +202,11 @@ class NCETrainer:
     def _backward(self, x: Any) -> Tensor:  # noqa: ANN401
         """Back-propagates the loss of each group in turn; returns the losses, with shape ``(K,)``."""
         losses: list[Tensor] = []
+        with without_gradients(self._vae):
+            self._add_gradients(x, losses)
+        return torch.stack(losses)
+
+    def _add_gradients(self, x: Any, losses: list[Tensor]) -> None:  # noqa: ANN401
         groups = self.groups
         for loss in self.prior.group_losses(
             x,
@@ -216,7 +225,6 @@ class NCETrainer:
                     f"train. Look for detach() or torch.no_grad in the head's forward."
                 )
             losses.append(loss.nce.detach())
-        return torch.stack(losses)
 
     def _norms(self, losses: Tensor, rows: int) -> Tensor:
         """Averages and clips the heads' gradients; returns their norms before clipping."""

@@ -48,7 +48,7 @@ def _require_apart(heads: nn.ModuleList) -> None:
     owners: dict[int, int] = {}
     for k, head in enumerate(heads):
         for name, p in head.named_parameters():
-            if owners.setdefault(id(p), k) != k:
+            if p.requires_grad and owners.setdefault(id(p), k) != k:
                 raise ValueError(
                     f"Every group needs a ratio head of its own; heads {owners[id(p)]} and {k} share the "
                     f"parameter {name}. Give each group a copy, copy.deepcopy(head)."

@@ -24,7 +24,7 @@ _ONE = Size()
 def head_input(source: LatentSource[Any, Any], k: int, z: Tensor) -> Tensor:
     """Returns the input of ratio head k.
 
-    Gradients are computed with respect to z alone, if z requires them; the VAE gets none.
+    Gradients go through the VAE only if z requires them.
 
     Arguments:
         source: The VAE, whose ``features(k, z)`` is evaluated.

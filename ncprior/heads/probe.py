@@ -114,7 +114,10 @@ def _probe(
 def _observed(source: LatentSource[Any, Any], x: Any) -> Any:  # noqa: ANN401
     """The x that the decoder returns; ``None`` of named columns, such as counts, which are noisy."""
     first = x[0] if isinstance(x, tuple | list) else x
-    return source.observed(x) if isinstance(first, Tensor) else None
+    try:
+        return source.observed(x) if isinstance(first, Tensor) else None
+    except TypeError:  # complex numbers, say
+        return None
 
 
 def _require_finite(latents: tuple[Tensor, ...]) -> None:

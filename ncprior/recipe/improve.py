@@ -175,8 +175,8 @@ def _require_arguments(file: Path, arguments: str) -> None:
     saved = file.read_text("utf-8", "replace") if file.is_file() else arguments
     if saved != arguments:
         raise ValueError(
-            f"The checkpoint in {file.parent} is of seed {saved[:_LONGEST]}; got seed={arguments}. Pass the same "
-            f"arguments, or another folder."
+            f"The checkpoint in {file.parent} is of seed {saved[:_LONGEST]}; got seed={arguments}. "
+            f"Pass the same arguments, or another folder."
         )
 
 

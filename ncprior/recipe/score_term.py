@@ -12,8 +12,9 @@ from ncprior.prior import NCPrior
 from ncprior.source import Group, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import own_batch
 from ncprior.utils.draws import drawn
-from ncprior.utils.gradients import gradients_enabled
+from ncprior.utils.gradients import gradients_enabled, without_gradients
 from ncprior.utils.supports import support_of
+from ncprior.utils.visible import tensors_of_vae
 
 _NO_SECOND_DERIVATIVE = re.compile("derivative|differentiate")  # of what torch says then
 
@@ -44,8 +45,9 @@ def has_scores(prior: NCPrior, x: Any) -> bool:  # noqa: ANN401
     if not all(found):
         return False
     try:
-        for loss in prior.group_losses(x, score_weight=1.0):
-            loss.total.backward()
+        with without_gradients(tensors_of_vae(prior.source, prior.heads)):
+            for loss in prior.group_losses(x, score_weight=1.0):
+                loss.total.backward()
     except TypeError:  # no density, or no gradient in z
         return False
     except RuntimeError as error:

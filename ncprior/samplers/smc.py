@@ -164,7 +164,9 @@ class _Particles:
         if num_leapfrogs > 1:  # several leapfrogs of one size can lead back to their start
             factor = torch.empty_like(self.at.log_r).uniform_(*_JITTER)
             events = [1] * (self.at.z.ndim - factor.ndim)
-            step_size = (step_size * factor.square()).reshape(*factor.shape, *events)
+            step_size = (
+                (step_size * factor.square()).reshape(*factor.shape, *events).to(self.at.z.dtype)
+            )
         self.at, a = hmc_step(self.target, self.at, step_size, self.beta, num_leapfrogs)
         return a
 

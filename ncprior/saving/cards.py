@@ -114,7 +114,7 @@ def model_card(text: str, tags: Sequence[str], data: Mapping[str, Any], report: 
     if not isinstance(more, list | tuple) or not all(isinstance(tag, str) for tag in more):
         raise TypeError(f"card_data['tags'] must be a list of texts; got {described(more)}.")
     try:
-        entries = {"library_name": "ncprior", **data, "tags": [*tags, *more]}
+        entries = {**data, "library_name": "ncprior", "tags": [*tags, *more]}
         front = ModelCardData(**entries).to_yaml()
     except (TypeError, ValueError) as error:
         raise ValueError(

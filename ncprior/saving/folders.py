@@ -115,12 +115,13 @@ class WorkFolder:
         self._names = re.compile(rf"(?:{names})|\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
 
     def require_own(self) -> None:
-        """Validates that the folder holds nothing but the work.
+        """Validates that the folder holds nothing but the work, and hidden files.
 
         Raises:
             FileExistsError: If it holds anything else. The message names it.
         """
-        if others := [name for name, is_own in self._files() if not is_own]:
+        others = [name for name, is_own in self._files() if not is_own and name[0] != "."]
+        if others:
             raise FileExistsError(
                 f"{self.path} is for unfinished work, which is deleted in the end, and it holds "
                 f"{', '.join(others)}. Move that elsewhere, or pass another folder."

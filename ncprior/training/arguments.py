@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import tempfile
 import warnings
@@ -43,8 +42,9 @@ def training_facts(
 ) -> dict[str, Any]:
     """Returns properties that a checkpoint compares: VAE, base, data, ranks, patience and time.
 
-    Digests of data are read only for a checkpoint, or to compare ranks. If importance samples are weighted, it compares
-    which heads are on, and their strength; their weights are in the checkpoint itself.
+    Digests of data are read only for a checkpoint, or to compare ranks. If importance samples are
+    weighted, it compares which heads are on, and their strength; their weights are in the checkpoint
+    itself.
     """
     of_source = source_facts(prior.source)
     if not weighs:
@@ -86,7 +86,7 @@ def require_undivided(name: str, data: Any) -> None:  # noqa: ANN401
     """
     batches = getattr(data, "batch_sampler", None)
     samplers = (getattr(data, "sampler", None), getattr(batches, "sampler", None), batches)
-    if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+    if any(isinstance(it, DistributedSampler) and it.num_replicas > 1 for it in samplers):
         raise ValueError(
             f"fit divides the rows of every batch among the ranks; got a DistributedSampler in {name}, "
             f"which has divided them before: most rows would never be seen. Pass the same loader on "
@@ -153,10 +153,10 @@ def require_no_later_stages(checkpoint: str | os.PathLike[str]) -> None:
         ValueError: If there is one; the message names the file.
     """
     path = Path(checkpoint)
-    found = sorted(path.parent.glob(f"{glob.escape(path.name)}.stage*"))
-    if found:
+    second = path.with_name(f"{path.name}.stage2")
+    if second.exists():
         raise ValueError(
-            f"{found[0]} is the checkpoint of a later stage, and that of the first stage, {path}, is "
+            f"{second} is the checkpoint of a later stage, and that of the first stage, {path}, is "
             f"missing. Delete it, or pass another checkpoint."
         )
 

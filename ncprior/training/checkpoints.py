@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from ncprior.data.generators import own_generators
 from ncprior.data.stream import Stream
@@ -113,7 +114,8 @@ def fits_stream(value: Any, stream: Stream, last: int) -> bool:  # noqa: ANN401
     """Returns whether a value is a place in data, with at most so many batches since its epoch."""
     match value:
         case {"epoch_start": {"generators": generators, "own": list(own)}, "taken": int(taken)}:
-            most = min(last, length_hint(stream.loader, last))  # batches of an epoch
+            has_rows = not isinstance(getattr(stream.loader, "dataset", None), IterableDataset)
+            most = min(last, length_hint(stream.loader, last)) if has_rows else last
             whole = fits_loader(own, stream) and 0 <= taken <= most
             return whole and is_random_state(generators)
     return False

@@ -119,9 +119,10 @@ def fit(
             keep the best weights so far on held-out data, among them those from before the
             training; without held-out data, the averaged weights. Look for NaN or infinity in the
             data, or take a lower learning rate.
-        ValueError: If the checkpoint belongs to another training, arguments are out of range or
-            exclude each other, nothing would end the training, or the heads cannot be trained. The
-            message names the remedy.
+        ValueError: If the checkpoint belongs to another training, one of a later stage has none of
+            the first, arguments are out of range or exclude each other, nothing would end the
+            training, the heads cannot be trained, or ranks have other data or a
+            ``DistributedSampler``. The message names the remedy.
         TypeError: If an argument is of the wrong type, the data can be read only once and are
             needed again, or the heads or the base do not support stages. The message
             names the remedy; stages can also be nested by :func:`ncprior.training.nested`.
@@ -131,7 +132,8 @@ def fit(
 
     Warns:
         UserWarning: If nothing is held out. Pass ``held_out``. Or if less than 2 of the importance
-            samples of a row are effective on average. Pass more of them.
+            samples of a row are effective on average. Pass more of them. Or if rows differ when
+            they are read twice under one seed, and there is a checkpoint.
 
     Example:
         >>> history = fit(prior, torch.randn(500, 3), steps=20, progress=False)

@@ -25,7 +25,7 @@ def gradients_enabled() -> Iterator[None]:
 
 @contextmanager
 def without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context in which these tensors require no gradients, as far as they are no results.
+    """Context in which parameters, among these tensors, require no gradients.
 
     Example:
         >>> layer = nn.Linear(2, 3)

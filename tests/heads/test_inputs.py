@@ -10,6 +10,7 @@ import torch
 from helpers.problems import CorrelatedPair, GaussianPair, SampleOnly
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
+from torch.utils.checkpoint import checkpoint
 
 from ncprior import NCETrainer, NCPrior, SingleGroup, fit, langevin, sir
 from ncprior.bases.latents import latents_of
@@ -188,3 +189,37 @@ def test_the_vae_gets_no_gradients_from_training(vae: MapVAE, score_weight: floa
     assert has_scores(prior, data())
     assert all(p.grad is None and p.requires_grad for p in vae.parameters())
     assert any(p.grad.any() for p in prior.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions of a row")
+def test_a_head_that_the_owner_of_the_features_holds_is_trained(vae: MapVAE) -> None:
+    """Its parameters are seen in the source, and are no parameters of the VAE."""
+    prior = NCPrior.for_source(vae.source(), data(), width=8)
+    source = SingleGroup(
+        vae.source().prior,
+        vae.source()._posterior,
+        vae.decode,
+        features=_Owner(vae, prior).features,
+    )
+    prior = NCPrior(source, prior.heads)
+    optimizer = torch.optim.AdamW(prior.parameters())
+    metrics = NCETrainer(prior, optimizer, score_weight=10).step(data())
+    assert metrics.grad_norm.item() > 0
+    assert all(p.grad is None for p in vae.parameters())
+
+
+class _Owner:
+    def __init__(self, vae: MapVAE, prior: NCPrior) -> None:
+        self.vae, self.head = vae, prior.heads[0]
+
+    def features(self, z: Tensor) -> Tensor:
+        return self.vae.first(z)
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions of a row")
+def test_features_may_be_recomputed_in_the_backward_pass(vae: MapVAE) -> None:
+    source = vae.source()
+    source._features = partial(checkpoint, vae.first, use_reentrant=False)
+    prior = NCPrior.for_source(source, data(), width=8)
+    NCETrainer(prior, torch.optim.AdamW(prior.parameters()), score_weight=10).step(data())
+    assert all(p.grad is None for p in vae.parameters())

@@ -256,3 +256,13 @@ def test_a_trajectory_of_one_length_does_not_lead_back_to_its_start() -> None:
     draw = tempered_smc(prior, lambda z: -2 * (z - 3) ** 2, num_particles=4, num_leapfrogs=3)
     assert draw.z.mean().item() == pytest.approx(2.4, abs=0.06)  # N(2.4, 0.2)
     assert draw.z.var().item() == pytest.approx(0.2, abs=0.06)  # 0.47 with one length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_several_leapfrogs_keep_the_dtype(dtype: torch.dtype) -> None:
+    prior = Independent(Normal(torch.zeros(8, 2, dtype=dtype), 1.0), 1)
+    for leapfrogs in (1, 3):
+        draw = tempered_smc(
+            prior, lambda z: z.float().sum(-1), num_particles=2, num_leapfrogs=leapfrogs
+        )
+        assert draw.z.dtype == dtype
