@@ -502,7 +502,7 @@ def test_improve_deletes_no_file_of_the_user(
     assert [path.name for path in Path("new").iterdir()] == ["report.html"]
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "heads-0/weights", ".heads-0.txt"])
+@pytest.mark.parametrize("name", ["last.ckpt", "heads-0/weights"])
 def test_improve_works_in_no_folder_of_the_user(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,6 +514,17 @@ def test_improve_works_in_no_folder_of_the_user(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ncprior: out/.ncprior-improve is for unfinished work")
     assert file.read_text() == "weeks of work" and f"holds {name.split('/')[0]}. Move" in line
+
+
+def test_hidden_files_of_the_system_are_left_where_they_are(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch, place)
+    hidden = Path("out/.ncprior-improve/.DS_Store")
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    assert main([*IMPROVE, "--out", "out"]) == 0
+    assert hidden.exists()
 
 
 def test_improve_keeps_files_that_were_put_into_its_folder_meanwhile(
