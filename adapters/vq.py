@@ -22,12 +22,12 @@ from torch.distributions import Distribution
 from ncprior.bases.codes import NoCodePrior
 from ncprior.distributions import PointMass, Sampleable, expand
 from ncprior.source import Group, LatentSource
+from ncprior.utils.batches import tensors_of
 from ncprior.utils.conditions import (
     context_of,
     require_condition,
     require_rows_of_x,
     require_tensors,
-    tensors_of,
 )
 from ncprior.utils.precision import input_like
 from ncprior.utils.require import (

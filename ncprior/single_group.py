@@ -18,13 +18,13 @@ from ncprior.distributions import (
     parameters,
 )
 from ncprior.source import Group, LatentSource, num_rows
+from ncprior.utils.batches import tensors_of
 from ncprior.utils.conditions import (
     called,
     context_of,
     require_condition,
     require_rows_of_x,
     require_tensors,
-    tensors_of,
 )
 from ncprior.utils.precision import floating_dtype
 from ncprior.utils.random_state import seeded

@@ -22,7 +22,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable, naming_bad_rows
-from ncprior.utils.batches import data_of, map_tensors, own_batch
+from ncprior.utils.batches import data_of, own_batch, tensors_of
 from ncprior.utils.draws import drawn
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.random_state import seeded
@@ -324,13 +324,7 @@ def num_rows(tree: Any) -> int:  # noqa: ANN401
         >>> num_rows({"loc": torch.zeros(5, 2), "scale": (torch.ones(5), None)})
         5
     """
-    rows: list[int] = []
-
-    def count(tensor: Tensor) -> Tensor:
-        rows.extend(tensor.shape[:1])
-        return tensor
-
-    map_tensors(count, tree)
+    rows = [len(tensor) for tensor in tensors_of(tree) if tensor.ndim > 0]
     if not rows:
         raise ValueError(f"The batch must be the first axis of tensors; got {described(tree)}.")
     return rows[0]

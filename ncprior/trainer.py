@@ -188,7 +188,8 @@ class NCETrainer:
         for k, head in enumerate(self.prior.heads):
             zero_gradients(head) if k in self.groups else head.zero_grad()
         rows = num_rows(x) if num_ranks() > 1 and not self.group_parallel else 1
-        losses = self._backward(x)
+        with without_gradients(self._vae):
+            losses = self._backward(x)
         if self.group_parallel:
             own = torch.stack([losses, self._norms(losses, rows)])
             mean_loss, norms = sum_over_ranks(own.float())  # other ranks' heads may be in float64
@@ -202,11 +203,6 @@ class NCETrainer:
     def _backward(self, x: Any) -> Tensor:  # noqa: ANN401
         """Back-propagates the loss of each group in turn; returns the losses, with shape ``(K,)``."""
         losses: list[Tensor] = []
-        with without_gradients(self._vae):
-            self._add_gradients(x, losses)
-        return torch.stack(losses)
-
-    def _add_gradients(self, x: Any, losses: list[Tensor]) -> None:  # noqa: ANN401
         groups = self.groups
         for loss in self.prior.group_losses(
             x,
@@ -225,6 +221,7 @@ class NCETrainer:
                     f"train. Look for detach() or torch.no_grad in the head's forward."
                 )
             losses.append(loss.nce.detach())
+        return torch.stack(losses)
 
     def _norms(self, losses: Tensor, rows: int) -> Tensor:
         """Averages and clips the heads' gradients; returns their norms before clipping."""

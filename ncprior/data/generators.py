@@ -1,4 +1,4 @@
-"""Random generators that a loader has of its own."""
+"""Samplers of a loader, and random generators that it has of its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,15 @@ from typing import Any
 import torch
 
 
+def samplers_of(loader: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    """Returns the sampler, the batch sampler and its sampler of a loader; ``None`` where it has none."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+
+
 def own_generators(loader: Any) -> list[torch.Generator]:  # noqa: ANN401
     """Returns a loader's own generators, which the global state does not cover."""
-    batches = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    owners = (loader, *samplers_of(loader))
     found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
     return [g for g in found.values() if isinstance(g, torch.Generator)]
 

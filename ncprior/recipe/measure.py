@@ -29,8 +29,7 @@ from ncprior.recipe.report import Improvement
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.identity import describe
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit
-from ncprior.utils.batches import take_rows
-from ncprior.utils.conditions import tensors_of
+from ncprior.utils.batches import take_rows, tensors_of
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     require_counts,

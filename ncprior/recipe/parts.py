@@ -103,10 +103,7 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
 
 def first_not_finite(data: Any) -> Any:  # noqa: ANN401
     """Returns the first batch with a value that is not finite; ``None`` if all are."""
-    for batch in one_pass(data, _BATCH):
-        if not is_finite(batch):
-            return batch
-    return None
+    return next((batch for batch in one_pass(data, _BATCH) if not is_finite(batch)), None)
 
 
 def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # noqa: ANN401

@@ -7,12 +7,10 @@ import re
 import secrets
 from contextlib import suppress
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from ncprior.saving.tensors import naming_the_file, open_file
-from ncprior.utils.leftovers import new_in_use, remove_unused
+from ncprior.saving.tensors import naming_the_file, open_file, write_atomically
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -59,26 +57,21 @@ class LocalFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, so that readers find the old one or the new one, never a part of one."""
-        path = self.path / name
-        with naming_the_file(path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if name in self._unfinished:
-                remove_unused(self.path, f".{name}.", ".tmp")
-            with new_in_use(self._temporary(name) for _ in count()) as temporary:
-                try:
-                    _fill(temporary, "r+b", data)
-                    os.replace(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
+        with write_atomically(self.path / name, tidy=name in self._unfinished) as temporary:
+            temporary.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a file unless there is one; of several processes at once, one writes it."""
-        path, temporary = self.path / name, self._temporary(name)
+        path = self.path / name
+        temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
         with naming_the_file(path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 try:
-                    _fill(temporary, "xb", data)
+                    with temporary.open("xb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
                     _publish(temporary, path)
                 finally:
                     temporary.unlink(missing_ok=True)
@@ -93,13 +86,10 @@ class LocalFolder:
     def _unfinished(self) -> dict[str, list[Path]]:
         """The temporary files of each file, as they were when they were first asked for."""
         found: dict[str, list[Path]] = {}
-        for name in os.listdir(self.path):
+        for name in os.listdir(self.path) if self.path.is_dir() else ():
             if match := _TEMPORARY.fullmatch(name):
                 found.setdefault(match[1], []).append(self.path / name)
         return found
-
-    def _temporary(self, name: str) -> Path:
-        return self.path / f".{name}.{secrets.token_hex(4)}.tmp"
 
 
 class WorkFolder:
@@ -220,14 +210,6 @@ def folder_at(where: str | os.PathLike[str]) -> Folder:
     files, path = url_to_fs(text)
     is_local = isinstance(files, LocalFileSystem)
     return LocalFolder(Path(path)) if is_local else RemoteFolder(text, files, path)
-
-
-def _fill(temporary: Path, mode: str, data: bytes) -> None:
-    """Writes all bytes of a file, until they have reached the disk."""
-    with temporary.open(mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -24,7 +24,7 @@ from ncprior.utils.require import described, require_instance
 
 
 @contextmanager
-def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+def write_atomically(path: str | os.PathLike[str], *, tidy: bool = True) -> Iterator[Path]:
     """Context manager that yields a temporary path, which replaces ``path`` in one rename.
 
     The temporary file lies beside ``path`` (whose folder is made if missing), reaches the disk
@@ -35,6 +35,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Arguments:
         path: The file to write.
+        tidy: Whether the folder is scanned for such temporary files.
 
     Raises:
         OSError: If the file cannot be written, such as on a full disk. The message names it.
@@ -52,7 +53,8 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     names = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in count())
     with naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_unused(path.parent, f".{path.name}.", ".tmp")
+        if tidy:
+            remove_unused(path.parent, f".{path.name}.", ".tmp")
         with new_in_use(names) as temporary:
             try:
                 yield temporary

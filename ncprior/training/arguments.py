@@ -12,6 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from ncprior.data.batches import first_batch, iter_is_self
 from ncprior.data.digest import data_digest
+from ncprior.data.generators import samplers_of
 from ncprior.data.stream import require_restartable
 from ncprior.diagnostics.walks import group_kinds
 from ncprior.heads.product import fresh_head
@@ -84,9 +85,8 @@ def require_undivided(name: str, data: Any) -> None:  # noqa: ANN401
     Raises:
         ValueError: If it has a ``DistributedSampler``.
     """
-    batches = getattr(data, "batch_sampler", None)
-    samplers = (getattr(data, "sampler", None), getattr(batches, "sampler", None), batches)
-    if any(isinstance(it, DistributedSampler) and it.num_replicas > 1 for it in samplers):
+    found = [it for it in samplers_of(data) if isinstance(it, DistributedSampler)]
+    if any(it.num_replicas > 1 for it in found):
         raise ValueError(
             f"fit divides the rows of every batch among the ranks; got a DistributedSampler in {name}, "
             f"which has divided them before: most rows would never be seen. Pass the same loader on "

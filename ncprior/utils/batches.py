@@ -52,6 +52,23 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:  # noq
     return tree_map_only(Tensor, function, batch)
 
 
+def tensors_of(batch: Any) -> list[Tensor]:  # noqa: ANN401
+    """Returns the tensors in a batch, or in a condition, in order.
+
+    Example:
+        >>> tensors_of(("a name", {"x": torch.zeros(2)}))
+        [tensor([0., 0.])]
+    """
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(add, batch)
+    return found
+
+
 def is_finite(batch: Any) -> bool:  # noqa: ANN401
     """Returns whether no number in the tensors of a batch is NaN or infinite; waits for a GPU.
 
@@ -61,15 +78,12 @@ def is_finite(batch: Any) -> bool:  # noqa: ANN401
         >>> is_finite((torch.zeros(2), "a name")), is_finite([torch.tensor(torch.inf)])
         (True, False)
     """
-    found: list[bool] = []
-
-    def look(x: Tensor) -> Tensor:
-        if x.dtype in _FLOATS and x.layout == torch.strided and not x.is_nested:
-            found.append(bool(x.isfinite().all()))
-        return x
-
-    map_tensors(look, batch)
-    return all(found)
+    numbers = (
+        x
+        for x in tensors_of(batch)
+        if x.dtype in _FLOATS and x.layout == torch.strided and not x.is_nested
+    )
+    return all(bool(x.isfinite().all()) for x in numbers)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401

@@ -8,20 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncprior.utils.batches import map_tensors
+from ncprior.utils.batches import tensors_of
 from ncprior.utils.require import described
-
-
-def tensors_of(tree: Any) -> list[Tensor]:  # noqa: ANN401
-    """Returns the tensors in a condition or a batch."""
-    found: list[Tensor] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(add, tree)
-    return found
 
 
 def require_condition(c: Any, rows: int, *, is_taken: bool) -> None:  # noqa: ANN401
