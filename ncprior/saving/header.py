@@ -69,7 +69,7 @@ class Limits(NamedTuple):
 
 LIMITS = Limits(2 * 2**20, 200_000)  # of a prior, an energy and a part: 15,000 tensors
 
-LONG_LIMITS = Limits(16 * 2**20, 10**6)  # of a checkpoint: 10,000 rows of losses of 30 groups
+LONG_LIMITS = Limits(16 * 2**20, 10**6)  # of a checkpoint, which holds each tensor several times
 
 
 class Entry(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import length_hint
 from typing import Any, TypeAlias
 
@@ -72,19 +72,14 @@ def is_plain(value: Any) -> bool:  # noqa: ANN401
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def are_rows(value: Any, length: int) -> bool:  # noqa: ANN401
-    """Returns whether a value is a list of rows of a history with this number of fields."""
-    return isinstance(value, list) and all(
-        isinstance(row, tuple) and len(row) == length and type(row[0]) is int and _is_numeric(row)
-        for row in value
-    )
-
-
-def _is_numeric(value: Any) -> bool:  # noqa: ANN401
-    """Whether a value holds numbers and ``None`` alone."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_numeric, value))
-    return value is None or isinstance(value, int | float)
+def is_table(value: Any, width: int, whole: Sequence[int]) -> bool:  # noqa: ANN401
+    """Returns whether a value is a history as a table, with whole numbers in some columns."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float64:
+        return False
+    if value.ndim != 2 or value.shape[1] != width:
+        return False
+    counts = value[:, list(whole)]
+    return bool((counts.isfinite() & (counts == counts.round()) & (counts >= 0)).all())
 
 
 def fits_optimizer(value: Any, optimizer: torch.optim.Optimizer, last: int) -> bool:  # noqa: ANN401

@@ -17,13 +17,13 @@ from ncprior.trainer import NCETrainer
 from ncprior.training.checkpoints import (
     Validators,
     are_numbers,
-    are_rows,
     is_finite,
     is_like,
     is_step,
+    is_table,
 )
 from ncprior.training.held_out import HeldOut, mean_and_error
-from ncprior.training.history import History, Row
+from ncprior.training.history import History, Row, to_rows
 from ncprior.training.resumable import BY_CALLBACK, ResumableTraining, weights_of
 from ncprior.training.schedule import Schedule, decay_steps
 from ncprior.training.settings import FitSettings, TrainingTerms
@@ -225,7 +225,7 @@ class HeadTraining(ResumableTraining):
         rows = None if self.held_out is None else (k, self.held_out.count())
         return {
             **super().validators(saved, stream),
-            "rows": lambda value: are_rows(value, len(Row._fields)),
+            "rows": lambda value: is_table(value, self.row_width(), whole=(0, -1)),
             "begun": lambda v: is_like(v, self.begun_with) and (v is None or is_finite(v)),
             "best": lambda v: v is None or (is_like(v, self.average) and is_finite(v)),
             "factors": lambda v: are_numbers(v, k, (int,)) and v == self._factors(),
@@ -236,10 +236,16 @@ class HeadTraining(ResumableTraining):
             **self.schedule.validators(rows, last),
         }
 
+    def row_width(self) -> int:
+        """Returns how many numbers a row of the history has."""
+        losses = 1 if self.held_out is None else 2
+        return len(Row._fields) - 2 + losses * len(self.prior.heads)
+
     def most_steps(self, saved: Mapping[str, Any]) -> int:
         """Returns the largest number of steps that a checkpoint with so many rows has taken."""
         rows = saved.get("rows")
-        most = (len(rows) + 1 if isinstance(rows, list) else 0) * self.terms.eval_every
+        count = len(rows) + 1 if isinstance(rows, Tensor) and rows.ndim else 0
+        most = count * self.terms.eval_every
         return most if self.terms.steps is None else min(most, self.terms.steps)
 
     def restore(self, saved: dict[str, Any], stream: Stream) -> None:
@@ -249,7 +255,7 @@ class HeadTraining(ResumableTraining):
             self.best = {name: t.to(self.device) for name, t in saved["best"].items()}
         self.best_loss, self.best_step = saved["best_loss"], saved["best_step"]
         self.best_error = saved["best_error"]
-        self.rows = [Row(*row) for row in saved["rows"]]
+        self.rows = to_rows(saved["rows"], len(self.prior.heads))
         self.loss_sum.copy_(saved["loss_sum"])
         self.schedule.restore(saved)
 

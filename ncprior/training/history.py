@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ncprior.utils.require import require_numbers
 
@@ -41,6 +45,26 @@ class Row(NamedTuple):
         if self.held_out is not None:
             text += f", held out {sum(self.held_out) / len(self.held_out):.3f}"
         return text
+
+
+def to_table(rows: Sequence[Any], width: int) -> Tensor:
+    """Returns the numbers of rows as a table of float64, ``(N, width)``, as checkpoints hold them."""
+    flat = [[n for field in row for n in _numbers(field)] for row in rows]
+    return torch.tensor(flat, dtype=torch.float64, device="cpu").view(len(rows), width)
+
+
+def _numbers(field: Any) -> list[float]:  # noqa: ANN401
+    if field is None:
+        return []
+    return field if isinstance(field, list) else [field]
+
+
+def to_rows(table: Tensor, num_groups: int) -> list[Row]:
+    """Returns the rows of a table."""
+    return [
+        Row(int(step), rest[:num_groups], rest[num_groups:] or None, rate, seconds, int(stage))
+        for step, *rest, rate, seconds, stage in table.tolist()
+    ]
 
 
 class History(NamedTuple):

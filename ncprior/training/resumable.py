@@ -33,6 +33,7 @@ from ncprior.training.checkpoints import (
     is_step,
     require_valid,
 )
+from ncprior.training.history import to_table
 from ncprior.training.settings import TrainingTerms
 from ncprior.utils.distributed import gather, num_ranks, on_rank_zero, rank
 from ncprior.utils.optimise import cosine_rate, update_average
@@ -85,6 +86,10 @@ class ResumableTraining(ABC):
     @abstractmethod
     def step(self, x: Any) -> None:  # noqa: ANN401
         """Takes one step on a batch; may stop the training."""
+
+    @abstractmethod
+    def row_width(self) -> int:
+        """Returns how many numbers a row of the history has."""
 
     @abstractmethod
     def evaluate(self) -> str:
@@ -184,7 +189,7 @@ class ResumableTraining(ABC):
             "weights": dict(self.module.state_dict()),
             "average": self.average,
             "optimizer": self.optimizer_state(),
-            "rows": [tuple(row) for row in self.rows],
+            "rows": to_table(self.rows, self.row_width()),
             "steps_since_row": self.steps_since_row,
             "stopped": self.stopped,
             "seconds": self.elapsed(),

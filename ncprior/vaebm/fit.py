@@ -24,7 +24,7 @@ from ncprior.samplers.base import Sampler
 from ncprior.samplers.identity import identity_of
 from ncprior.saving.identity import facts_of_draws
 from ncprior.training.arguments import validate_loop_arguments
-from ncprior.training.checkpoints import Validators, are_rows, is_finite, is_like, is_step
+from ncprior.training.checkpoints import Validators, is_finite, is_like, is_step, is_table
 from ncprior.training.resumable import (
     BY_CALLBACK,
     ResumableTraining,
@@ -280,6 +280,10 @@ class EnergyTraining(ResumableTraining):
         except FloatingPointError as error:
             self._diverge(str(error))
 
+    def row_width(self) -> int:
+        """Returns how many numbers a row of the history has."""
+        return len(EnergyRow._fields)
+
     def evaluate(self) -> str:
         """Adds a row; keeps the averaged weights, unless the energy has diverged."""
         gap, energy, spectral, norm = (self.sums / self.steps_since_row).tolist()
@@ -326,7 +330,7 @@ class EnergyTraining(ResumableTraining):
         """Returns a check of each entry of a checkpoint."""
         return {
             **super().validators(saved, stream),
-            "rows": lambda value: are_rows(value, len(EnergyRow._fields)),
+            "rows": lambda value: is_table(value, self.row_width(), whole=(0,)),
             "good": lambda value: is_like(value, self.good) and is_finite(value),
             "good_step": lambda value: is_step(value, self.most_steps(saved)),
             "diverged": lambda value: isinstance(value, bool),
@@ -358,7 +362,7 @@ class EnergyTraining(ResumableTraining):
         self.good = {name: t.to(self.device) for name, t in saved["good"].items()}
         self.good_step, self.diverged = saved["good_step"], saved["diverged"]
         self.sums.copy_(saved["sums"])
-        self.rows = [EnergyRow(*row) for row in saved["rows"]]
+        self.rows = [EnergyRow(int(step), *rest) for step, *rest in saved["rows"].tolist()]
         self.trainer.penalty.load_state_dict(saved["penalty"])
         if self.trainer.buffer is not None:
             kept, self.trainer.buffer.pushed = saved["buffer"]

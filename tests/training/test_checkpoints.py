@@ -193,7 +193,10 @@ def test_F2_a_place_in_the_data_that_is_never_reached_raises(path: Path) -> None
         ("best_loss", [math.nan]),
         ("best_loss", [-math.inf]),
         ("best_error", [math.nan]),
-        ("rows", [(2, ["x"], [1.0], 0.1, 0.1, 1)]),
+        ("rows", torch.ones(2, 6)),
+        ("rows", torch.ones(2, 5, dtype=torch.float64)),
+        ("rows", torch.tensor([[0.5, 1, 1, 1, 1, 1]], dtype=torch.float64)),
+        ("rows", torch.tensor([[math.nan, 1, 1, 1, 1, 1]], dtype=torch.float64)),
         ("stream", {"taken": 6}),
     ],
 )
@@ -203,6 +206,13 @@ def test_numbers_that_no_training_has_raise(path: Path, name: str, value: Any) -
         path, lambda s: s[name].update(value) if name == "stream" else s.update({name: value})
     )
     refuses(path, f"its {name} cannot be used here")
+
+
+def test_a_checkpoint_has_room_for_a_long_history(path: Path) -> None:
+    edit_checkpoint(path, lambda state: state.update(rows=state["rows"].repeat(100_000, 1)))
+    history = train(made(), path)
+    assert len(history.rows) == 100_002
+    assert [row.step for row in history.rows[-3:]] == [2, 4, 6]
 
 
 def test_F16_a_checkpoint_with_a_wrong_entry_anywhere_changes_nothing(
