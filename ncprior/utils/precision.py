@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ncprior.utils.require import require_choice, require_instance
 
+_LOW = (torch.float16, torch.bfloat16)
+
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Context with products in bfloat16, or in the precision of the tensors.
@@ -101,16 +103,18 @@ def input_like(*modules: nn.Module | None) -> Tensor:
 
 
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
-    """Applies a linear layer in its own precision, also under autocast, for outputs in nats."""
-    if not torch.is_autocast_enabled(h.device.type):
+    """Applies a linear layer in its own precision, at least float32, for outputs in nats."""
+    if linear.weight.dtype not in _LOW and not torch.is_autocast_enabled(h.device.type):
         return linear(h)  # type: ignore[no-any-return]
+    weight = at_least_float32(linear.weight)
+    bias = None if linear.bias is None else at_least_float32(linear.bias)
     with torch.autocast(h.device.type, enabled=False):
-        return linear(h.to(linear.weight.dtype))  # type: ignore[no-any-return]
+        return nn.functional.linear(h.to(weight.dtype), weight, bias)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Returns a tensor, converted to float32 if its precision is lower."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in _LOW else tensor
 
 
 def in_float64(tensor: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ from ncprior.samplers.target import Target
 from ncprior.source import LatentSource, device_of, require_source
 from ncprior.utils.batches import own_batch
 from ncprior.utils.precision import at_least_float32, at_precision, check_precision
-from ncprior.utils.random_state import random_state, set_random_state
 from ncprior.utils.require import (
     described,
     real_tensor,
@@ -48,10 +47,10 @@ from ncprior.utils.require import (
     require_flags,
     require_numbers,
 )
-from ncprior.utils.visible import require_apart, require_eval
+from ncprior.utils.visible import require_apart
 from ncprior.vaebm.checks import require_gradients, require_one_device
 from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
-from ncprior.vaebm.noise import LangevinTarget, NoiseMap, shapes_of
+from ncprior.vaebm.noise import LangevinTarget, NoiseMap, described_noise, shapes_of
 from ncprior.vaebm.saved import PretrainedEnergy
 
 
@@ -144,13 +143,12 @@ class VAEBM(PretrainedEnergy, nn.Module):
         if isinstance(energy, nn.Module):
             require_apart(energy, (source, getattr(heads, "heads", None)), "The energy")
         require_one_device(energy, source, heads)
-        object.__setattr__(self, "prior", heads)  # nn.Module would register them
-        object.__setattr__(self, "source", source)
+        self.prior, self.source = heads, source
         self.energy = energy
         self.num_steps, self.step_size = int(num_steps), float(step_size)
         self.langevin_target, self.precision = langevin_target, precision
         self.data_noise = float(data_noise)
-        self.decoder_noise = self._probe()
+        self.decoder_noise = described_noise(source)
         self._has_gradients = False  # not yet checked
 
     def forward(self, x: Tensor) -> Tensor:
@@ -327,8 +325,26 @@ class VAEBM(PretrainedEnergy, nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEBM:
         """Copies the energy; VAE and heads are shared."""
         other = copy(self)
+        own = {name: copy(part) for name, part in vars(self).items() if isinstance(part, dict)}
+        vars(other).update(own)  # hooks too
         other._modules = {name: deepcopy(m, memo) for name, m in self._modules.items()}
         return other
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Sets an attribute; VAE and heads stay unregistered, and belong to the model for good.
+
+        Raises:
+            AttributeError: If a model would get another prior or VAE.
+        """
+        if name not in ("prior", "source"):
+            super().__setattr__(name, value)
+        elif name in vars(self):
+            raise AttributeError(
+                f"A VAEBM keeps the {name} that it was made with. Make another one around the same "
+                f"energy: VAEBM(prior, model.energy)."
+            )
+        else:
+            object.__setattr__(self, name, value)
 
     def _walk(
         self,
@@ -337,23 +353,6 @@ class VAEBM(PretrainedEnergy, nn.Module):
     ) -> NoiseMap:
         c = None if condition is None else own_batch(condition, device_of(self.source))
         return NoiseMap(self.source, self.prior, c, self.langevin_target == "official", precision)
-
-    @torch.no_grad()
-    def _probe(self) -> str:
-        """Describes the decoder's noise after one walk, which validates the groups."""
-        require_eval(self.source, self.source.module)
-        try:
-            self.source.start(1)
-        except ValueError:
-            return "that of p(x | z), under a condition"
-        outside = random_state()
-        try:
-            walked = NoiseMap(self.source).draw(1)
-        finally:
-            set_random_state(outside)
-        if len(walked.noise) > self.source.num_groups:
-            return "location and scale of p(x | z)"
-        return "none, as p(x | z) is not normal: x is its mean"
 
 
 @torch.no_grad()

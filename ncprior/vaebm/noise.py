@@ -45,7 +45,9 @@ from ncprior.samplers.target import name_of, supports_langevin
 from ncprior.source import Group, LatentSource, visit
 from ncprior.utils.draws import drawn
 from ncprior.utils.precision import at_least_float32, at_precision
+from ncprior.utils.random_state import seeded
 from ncprior.utils.require import described, require_finite
+from ncprior.utils.visible import require_eval
 
 LangevinTarget = Literal["exact", "official"]
 
@@ -98,6 +100,7 @@ class NoiseMap:
         """Draws noise with z and x: from the VAE, or from NCP if a sampler is given."""
 
         def pick(k: int, group: Group) -> Tensor:
+            _require_density(k, group)
             if self.prior is None or sampler is None:
                 z = drawn(group.prior)
             else:
@@ -135,7 +138,6 @@ class NoiseMap:
         noise, log_weights = [], []
 
         def choose(k: int, group: Group) -> Tensor:
-            _require_density(k, group)
             u = pick(k, group)
             _require_event(k, group, u)
             z, log_weight = self._latents(k, group, u)
@@ -251,6 +253,21 @@ def _mean(
             f"From the mean x̂ of x make Independent(Normal(x̂, σ), x̂.ndim - 1)."
         )
     return mean
+
+
+@torch.no_grad()
+def described_noise(source: LatentSource[Any, Any]) -> str:
+    """Describes a decoder's noise after one walk, which validates the groups."""
+    require_eval(source, source.module)
+    try:
+        source.start(1)
+    except ValueError:
+        return "that of p(x | z), under a condition"
+    with seeded(0):
+        walked = NoiseMap(source).draw(1)
+    if len(walked.noise) > source.num_groups:
+        return "location and scale of p(x | z)"
+    return "none, as p(x | z) is not normal: x is its mean"
 
 
 def _require_density(k: int, group: Group) -> None:

@@ -31,6 +31,16 @@ def test_an_energy_of_every_size_is_0_when_new_and_a_function_of_x_alone(
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_energy_with_weights_of_low_precision_is_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, x = stirred(EnergyNet((1, 8, 8), width=4)), torch.rand(6, 1, 8, 8)
+    expected = net(x).detach()
+    low = net.to(dtype)(x)
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, expected, atol=0.05 * float(expected.abs().max()))
+
+
 def test_an_energy_is_smooth() -> None:
     """Along a line, second differences are those of a second derivative: none jumps."""
     net = stirred(EnergyNet((1, 28, 28), width=4)).double()

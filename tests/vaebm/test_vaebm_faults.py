@@ -16,7 +16,7 @@ from helpers.problems import standard_normal
 from helpers.toys import VAE, base, everything, same, weights
 from helpers.vaebm_problems import LinearGaussian, Quadratic, Slope, nothing
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.heads.networks import MLPHead
@@ -44,6 +44,46 @@ def model(energy: Any = None, **options: Any) -> VAEBM:
 
 def adam(of: VAEBM) -> torch.optim.Adam:
     return torch.optim.Adam(of.parameters(), 1e-3)
+
+
+def test_a_model_keeps_its_prior_and_its_vae() -> None:
+    """Another prior was registered, and the next training changed its heads."""
+    prior = NCPrior(PROBLEM.source(), MLPHead((2,), width=8, depth=1))
+    of = VAEBM(prior, MLPHead((3,), width=8, depth=1))
+    for name, other in (("prior", NCPrior(PROBLEM.source(), MLPHead((2,)))), ("source", 3)):
+        with pytest.raises(AttributeError, match=rf"keeps the {name} that it was made with"):
+            setattr(of, name, other)
+    assert of.prior is prior and of.source is prior.source
+    assert all(name.startswith("energy.") for name, _ in of.named_parameters())
+
+
+def test_a_copy_has_hooks_of_its_own() -> None:
+    of, calls = model(), []
+    other = copy.deepcopy(of)
+    other.register_forward_hook(lambda *_: calls.append(1))
+    of(data())
+    assert not calls
+    other(data())
+    assert calls == [1] and other.source is of.source
+
+
+def test_chains_in_a_prior_of_the_users_own_are_checked_where_they_begin() -> None:
+    """Every step drew from the prior to look at its support."""
+
+    calls = []
+
+    class Own(MultivariateNormal):
+        def rsample(self, sample_shape: Any = ()) -> Tensor:
+            calls.append(1)
+            return super().rsample(sample_shape)
+
+    source = SingleGroup(
+        Own(torch.zeros(2), torch.eye(2)), None, PROBLEM.decode, likelihood=PROBLEM.likelihood
+    )
+    of = VAEBM(source, Quadratic(3))
+    calls.clear()
+    of.sample(4, num_steps=20)
+    assert 1 <= len(calls) < 5
 
 
 # --- training without gradients ---
