@@ -326,7 +326,8 @@ def capture_encoder() -> Iterator[_Captured]:
         kind = importlib.import_module("ctgan.synthesizers.tvae").Encoder
     except ImportError as error:
         raise ImportError(
-            f"capture_encoder() needs ctgan ({error}): pip install 'ncprior[tables]'."
+            f"capture_encoder() needs ctgan ({error}): install ncprior's extra 'tables' "
+            f"(pip install '.[tables]' in the clone)."
         ) from error
     build, captured = kind.__init__, _Captured()
 

@@ -1,6 +1,6 @@
 """A class-conditional VAE on MNIST whose ratio head sees the label, and samples of one class.
 
-    NCPRIOR_DATA=... python examples/class_conditional_mnist.py          # about 6 minutes
+    NCPRIOR_DATA=... python examples/class_conditional_mnist.py    # about 10 minutes on one core
     python examples/class_conditional_mnist.py --digit 7 --out seven
 
 The VAE's encoder and decoder see the label and its prior, N(0, I), does not: each class has a hole

@@ -1,6 +1,6 @@
 """An autoencoder of diffusers: a prior where there is none, and how much better heads make it.
 
-    pip install 'ncprior[diffusers,demo]'
+    pip install -c constraints.txt '.[diffusers,demo]'
     python examples/diffusers_autoencoder.py                  # MNIST, about 15 minutes on one core
     python examples/diffusers_autoencoder.py --data digits    # scikit-learn's 8×8 digits, 3 minutes
 
@@ -39,7 +39,7 @@ try:
     from ncprior.adapters.diffusers import DiffusersSource
 except ImportError as error:
     raise SystemExit(
-        f"This example needs diffusers ({error}): pip install 'ncprior[diffusers,demo]'"
+        f"This example needs diffusers ({error}): pip install '.[diffusers,demo]' in the clone"
     ) from None
 
 

@@ -1,6 +1,6 @@
 """NCP against priors that are trained with the VAE: LARS and SNIS on MNIST, Table 2 in small.
 
-    NCPRIOR_DATA=<folder> python examples/lars_snis_mnist.py    # about 10 minutes on two cores
+    NCPRIOR_DATA=<folder> python examples/lars_snis_mnist.py    # about 10 minutes on one core
     python examples/lars_snis_mnist.py --quick                  # about 1 minute: to see it run
 
 Trains the VAE of the EIM paper (784-300-300-50, tanh, binarised MNIST) three times on the ELBO, with

@@ -1,6 +1,6 @@
 """Molecules: NCP on a VAE of SMILES strings, judged by the measures of MOSES.
 
-    pip install 'ncprior[molecules]' && pip install --no-deps molsets==0.3.1
+    pip install -c constraints.txt '.[molecules]' && pip install --no-deps molsets==0.3.1
     python examples/molecules_moses.py --json molecules.json     # about 30 minutes on one core
     python examples/molecules_moses.py --quick                   # 3 minutes
 

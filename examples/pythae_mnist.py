@@ -1,13 +1,13 @@
 """A pythae VAE: NCP next to pythae's own Gaussian mixture sampler, and on top of it.
 
-    pip install 'ncprior[pythae,demo]'
+    pip install -c constraints.txt '.[pythae,demo]'
     python examples/pythae_mnist.py                   # MNIST, about 7 minutes on one core
     python examples/pythae_mnist.py --data digits     # scikit-learn's 8×8 digits, about a minute
 
 Trains a VAE of pythae with its default networks, fits pythae's GaussianMixtureSampler to it, and
 trains two ratio heads: on the VAE's own N(0, I), and on the sampler's mixture, which is a base like
-any other: rebase(source, GaussianMixture.from_sklearn(sampler.gmm)). Prints how much of the prior
-hole each prior closes: Fréchet distances to held-out images, on features of a classifier trained
+any other: rebase(source, GaussianMixture.from_sklearn(sampler.gmm)). Prints the gap that each
+prior closes: Fréchet distances to held-out images, on features of a classifier trained
 here, between those of N(0, I) (0 %) and of decoded posterior samples of training images (100 %).
 MNIST, seed 0: NCP 80 %, pythae's mixture 88 %, NCP on that mixture 95 %.
 
@@ -39,7 +39,7 @@ try:
     from ncprior.adapters.pythae import PythaeSource
 except ImportError as error:
     raise SystemExit(
-        f"This example needs pythae ({error}): pip install 'ncprior[pythae,demo]'"
+        f"This example needs pythae ({error}): pip install '.[pythae,demo]' in the clone"
     ) from None
 
 

@@ -5,12 +5,12 @@
 
 Trains the VAE at a quarter of the paper's width for a few epochs, once: it is kept in --cache. Then
 fits a mixture to its posterior means, as RAE does, and ratio heads on N(0, I) and on the mixture.
-Prints how much of the prior hole each prior closes: Fréchet distances to held-out images, on
+Prints the gap that each prior closes: Fréchet distances to held-out images, on
 features of a small classifier trained here, between those of N(0, I) (0 %) and of decoded posterior
 samples of training images (100 %). Needs the extra ``demo``.
 
 CIFAR-10 is the hard case: its hole is far wider than the log M nats that M proposals can correct.
-Seed 0: NCP on N(0, I) closes 5 % (1 to 9) of the hole, the mixture 70 % (68 to 73), NCP on it 84 %
+Seed 0: NCP on N(0, I) closes 5 % (1 to 9) of the gap, the mixture 70 % (68 to 73), NCP on it 84 %
 (82 to 86). With --quick, where the VAE has hardly been trained, NCP on the mixture is worse than
 the mixture. The paper's numbers are of another VAE (CelebA, full width: NCP on N(0, I) 56 %, the
 mixture 59 %, NCP on it 75 %). The mixture is fitted to posterior means, as RAE does: heads then tell

@@ -1,6 +1,6 @@
 """Single cells: priors of scVI and SCANVI, judged by a classifier that tells drawn cells from real.
 
-    pip install 'ncprior[cells,demo]'
+    pip install -c constraints.txt '.[cells,demo]'
     python examples/scvi_cells.py --quick                        # pbmc68k, without `improve`: 2 or 3 minutes
     python examples/scvi_cells.py --seed 0 1 2 --json cells.json
     python examples/scvi_cells.py --h5ad cells.h5ad --batch-key donor --layer counts
@@ -373,7 +373,7 @@ def main() -> None:
         import scvi
     except ImportError as error:
         raise SystemExit(
-            f"This example needs scvi-tools ({error}): pip install 'ncprior[cells,demo]'"
+            f"This example needs scvi-tools ({error}): pip install '.[cells,demo]' in the clone"
         ) from None
     scvi.settings.verbosity = 30
     own = partial(of_file, options.h5ad, options.batch_key, options.layer)

@@ -47,7 +47,7 @@ try:
     from sklearn.ensemble import HistGradientBoostingClassifier
 except ImportError as error:
     raise SystemExit(
-        f"This example needs ctgan and sdmetrics ({error}): pip install 'ncprior[tables]'"
+        f"This example needs ctgan and sdmetrics ({error}): pip install '.[tables]' in the clone"
     ) from None
 
 COLUMNS = {

@@ -2,7 +2,7 @@
 
     git clone https://github.com/openai/vdvae     # and its checkpoint cifar10-seed1-*-model-ema.th
     NCPRIOR_DATA=<folder> python examples/vdvae.py --vdvae vdvae --checkpoint FILE --images 2000
-    python examples/vdvae.py --vdvae vdvae --demo    # about 2 minutes on a CPU, to see it run
+    python examples/vdvae.py --vdvae vdvae --demo    # about 1 minute on a CPU, to see it run
 
 The CIFAR-10 model has 43 groups, of 1×1 to 32×32 pixels, and 39 million parameters: on a CPU its
 walk takes seconds per image, so take few images and steps, or a GPU. ``--demo`` builds a tiny model

@@ -1,6 +1,6 @@
 """Builds the documentation site, warnings as errors, and checks its links.
 
-    pip install -c constraints.txt -e '.[docs]'
+    pip install -c constraints.txt -e '.[docs,demo]'
     python docs/site/build.py site-html
 
 The folder is made anew. The notebooks of `examples/notebooks` are run, which takes minutes; equal runs are kept in

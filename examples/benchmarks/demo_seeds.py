@@ -1,4 +1,4 @@
-"""How much of the prior hole the demonstration closes, seed by seed, and their median.
+"""How much of the gap in samples the demonstration closes, seed by seed, and their median.
 
     python examples/benchmarks/demo_seeds.py                             # digits, seeds 0 to 4
     python examples/benchmarks/demo_seeds.py --data mnist --seeds 0 1 2

@@ -5,7 +5,7 @@
 
 One convolutional VAE with 16 latents on MNIST, trained on the plain ELBO, and for every seed one
 head on it. Prints for every sampler the Fréchet distance to the test images (64 features of a
-classifier trained here), how much of the prior hole is closed with its 95 % interval, milliseconds
+classifier trained here), how much of the gap is closed with its 95 % interval, milliseconds
 for one batch of 1 and of 100 images, and the peak of memory of the latter above that of the VAE, in
 a process of its own. `head_evaluations` are per sample, gradients counted as one.
 """

@@ -1,6 +1,6 @@
 """Samples of a prior, drawn by the workers of a Ray cluster, one task for each part of the job.
 
-    pip install 'ncprior[demo,ray]'
+    pip install -c constraints.txt '.[demo,ray]'
     python examples/loops/ray_sample.py --workers 2 --out samples
 
 A part depends on its number alone, and whole parts are kept. Ray replaces a worker that dies and starts

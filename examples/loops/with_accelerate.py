@@ -1,6 +1,6 @@
 """Ratio heads trained by NCETrainer under Accelerate, in one process or several.
 
-    pip install 'ncprior[demo,integrations]'
+    pip install -c constraints.txt '.[demo,integrations]'
     python examples/loops/with_accelerate.py
     torchrun --nproc-per-node 2 examples/loops/with_accelerate.py   # or `accelerate launch`, on GPUs
 

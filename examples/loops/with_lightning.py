@@ -1,6 +1,6 @@
 """Ratio heads in a LightningModule: Lightning's own loop, logging, early stopping and checkpoints.
 
-    pip install 'ncprior[demo,integrations]'
+    pip install -c constraints.txt '.[demo,integrations]'
     python examples/loops/with_lightning.py      # half a minute on one core
 
 `prior(x)` is the NCE loss of every group, so that their sum is a loss like any other. The module holds

@@ -1,6 +1,6 @@
 """Ratio heads under plain DistributedDataParallel, in a loop as for any other network.
 
-    pip install 'ncprior[demo]'
+    pip install -c constraints.txt '.[demo]'
     torchrun --nproc-per-node 2 examples/loops/with_torchrun.py
 
 `prior(x)` is the NCE loss of every group: one loss and one backward pass, which is all that DDP asks

@@ -262,7 +262,8 @@ def spline_flow(
         from zuko.flows import NSF
     except ImportError as error:
         raise ImportError(
-            f"A spline flow needs zuko ({error}): pip install 'ncprior[flows]'"
+            f"A spline flow needs zuko ({error}): install ncprior's extra 'flows' "
+            f"(pip install '.[flows]' in the clone)."
         ) from error
     sizes = {"transforms": transforms, "hidden_features": (width, width), "bins": bins}
     flow: nn.Module = NSF(features, context or 0, passes=2, randperm=features > 2, **sizes)

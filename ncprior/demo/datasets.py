@@ -201,5 +201,6 @@ def _decode(column: ChunkedArray, read: Callable[[io.BytesIO], Any]) -> Tensor:
 
 def _raise_missing(packages: str, error: ImportError) -> NoReturn:
     raise ImportError(
-        f"This data needs {packages} ({error}): pip install 'ncprior[demo]'"
+        f"This data needs {packages} ({error}): install ncprior's extra 'demo' "
+        f"(pip install '.[demo]' in the clone)."
     ) from error

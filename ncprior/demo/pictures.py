@@ -136,6 +136,7 @@ def _figure(size: tuple[float, float]) -> Figure:
         from matplotlib.figure import Figure  # not pyplot, which would choose a backend
     except ImportError as error:
         raise ImportError(
-            f"Pictures need matplotlib ({error}): pip install 'ncprior[plot]'"
+            f"Pictures need matplotlib ({error}): install ncprior's extra 'plot' "
+            f"(pip install '.[plot]' in the clone)."
         ) from error
     return Figure(figsize=size, layout="constrained")

@@ -123,7 +123,10 @@ def run_demo(
     if Path(out).exists() and not Path(out).is_dir():  # before minutes of training
         raise NotADirectoryError(f"out must be a folder; {out} is a file. Pass another path.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("The demonstration needs matplotlib: pip install 'ncprior[demo]'")
+        raise ImportError(
+            "The demonstration needs matplotlib: install ncprior's extra 'demo' "
+            "(pip install '.[demo]' in the clone)."
+        )
     settings = _SETTINGS[data]
     folder = Path(out)
     with seeded(seed), _threads(settings.threads):

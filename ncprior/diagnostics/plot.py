@@ -46,7 +46,8 @@ def plot_groups(groups: Sequence[GroupReport], num_proposals: tuple[int, int]) -
         from matplotlib.figure import Figure  # not pyplot, which would choose a backend
     except ImportError as error:
         raise ImportError(
-            "Plotting a report needs matplotlib: pip install 'ncprior[plot]'"
+            "Plotting a report needs matplotlib: install ncprior's extra 'plot' "
+            "(pip install '.[plot]' in the clone)."
         ) from error
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     (jsd, kl), (ess, curve) = figure.subplots(2, 2)

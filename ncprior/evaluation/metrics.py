@@ -226,7 +226,8 @@ def inception_features(
         from torch_fidelity import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ImportError(
-            f"InceptionV3 features need torch-fidelity ({error}): pip install 'ncprior[fid]'."
+            f"InceptionV3 features need torch-fidelity ({error}): install ncprior's extra 'fid' "
+            f"(pip install '.[fid]' in the clone)."
         ) from error
     network = FeatureExtractorInceptionV3(
         "inception-v3-compat", [str(dimension)], feature_extractor_weights_path=weights

@@ -229,8 +229,8 @@ def _fit_trees(real: Tensor, drawn: Tensor) -> LogOdds:
         from sklearn.ensemble import HistGradientBoostingClassifier
     except ImportError as error:
         raise ImportError(
-            f"A test with trees needs scikit-learn ({error}): pip install 'ncprior[trees]', or pass "
-            f"classifier='network'."
+            f"A test with trees needs scikit-learn ({error}): install ncprior's extra 'trees' "
+            f"(pip install '.[trees]' in the clone), or pass classifier='network'."
         ) from error
     labels = np.repeat([1, 0], [len(real), len(drawn)])
     trees = HistGradientBoostingClassifier(

@@ -105,7 +105,10 @@ def newer_version(config: Mapping[str, Any]) -> str:
     """Returns the remedy for a file of a newer version of this package; empty for any other file."""
     theirs = config.get("ncprior")
     if isinstance(theirs, str) and _release(theirs) > _release(__version__):
-        return f"It was written by ncprior {theirs}, and this is {__version__}: pip install -U ncprior"
+        return (
+            f"It was written by ncprior {theirs}, and this is {__version__}: install a newer "
+            f"version of ncprior"
+        )
     return ""
 
 

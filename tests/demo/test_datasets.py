@@ -138,7 +138,7 @@ def test_a_missing_extra_is_named(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"No module.*pip install 'ncprior\[demo\]'"):
+    with pytest.raises(ImportError, match=r"No module.*extra 'demo' \(pip install '\.\[demo\]'"):
         call()
 
 

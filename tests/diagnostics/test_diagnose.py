@@ -654,7 +654,7 @@ def test_plot(reports: list[Report], which: int) -> None:
 
 def test_plot_without_matplotlib(reports: list[Report], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'ncprior\[plot\]'"):
+    with pytest.raises(ImportError, match=r"extra 'plot' \(pip install '\.\[plot\]'"):
         reports[0].plot()
 
 

@@ -289,7 +289,7 @@ def test_images_reach_inception_as_bytes_of_three_channels(
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"torch-fidelity \(.*pip install 'ncprior\[fid\]'"):
+    with pytest.raises(ImportError, match=r"torch-fidelity .*'fid' \(pip install '\.\[fid\]'"):
         inception_features()
 
 

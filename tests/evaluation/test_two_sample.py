@@ -148,7 +148,7 @@ def test_rows_that_cannot_be_compared_are_refused(real: Any, drawn: Any, message
 
 def test_without_scikit_learn_trees_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.ensemble", None)
-    with pytest.raises(ImportError, match=r"pip install 'ncprior\[trees\]'"):
+    with pytest.raises(ImportError, match=r"extra 'trees' \(pip install '\.\[trees\]'"):
         two_sample_test(X, X, classifier="trees")
 
 

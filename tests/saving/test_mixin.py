@@ -138,7 +138,8 @@ def test_a_file_of_a_newer_version_says_so(match: str, prior: NCPrior, saved: Pa
 
     for version in ("99.0.1", "99.0.dev3", "0.999", f"{__version__}.1"):
         remedy = (
-            f"written by ncprior {version}, and this is {__version__}: pip install -U ncprior."
+            f"written by ncprior {version}, and this is {__version__}: install a newer version "
+            f"of ncprior."
         )
         assert error_of(version).endswith(remedy)
     for version in (__version__, "0.0.1", "9" * 5000, "99.0\x1b[31m", "99.0\n", "newest"):
