@@ -165,7 +165,7 @@ def train_hvae(
     require_counts(epochs=epochs)
     require_numbers("(0, inf)", learning_rate=learning_rate)
     images = _images(images, vae)
-    require_counts(f"[1, {epochs * len(images)}]", batch_size=batch_size)
+    require_counts(f"[1, {len(images)}]", batch_size=batch_size)
     steps, seen = epochs * len(images) // batch_size, 0
 
     def loss(rows: Tensor) -> Tensor:

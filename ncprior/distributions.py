@@ -283,7 +283,7 @@ def is_prior(value: object) -> TypeGuard[Sampleable]:
         (True, False, False)
     """
     draws = isinstance(value, Sampleable) and not isinstance(value, type)
-    return draws and not hasattr(value, "log_ratio")
+    return draws and not hasattr(value, "heads")
 
 
 class _Rows:

@@ -116,15 +116,17 @@ class PythaeSource(SingleGroup):
         Raises:
             ValueError: If x is of another shape, or holds bytes that have not been scaled.
         """
-        if isinstance(x, Mapping):
-            if "data" not in x:
-                raise ValueError(f"x is the item 'data' of a batch; got the items {list(x)}.")
-            x = x["data"]
         limits = _PIXELS if len(self.module.input_dim or ()) == 3 else None
         if getattr(self.module.model_config, "reconstruction_loss", None) == "bce":
             limits = (0.0, 1.0)
         remedy = "Scale x as in training: x / 255 for bytes and models of images in [0, 1]."
-        return super().encode(floats_of_batch(self._lineage[0], x, remedy, limits, self.module))
+        return super().encode(
+            floats_of_batch(self._lineage[0], _x_of(x), remedy, limits, self.module)
+        )
+
+    def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Returns the x of a batch: its item ``data``, if it is a mapping."""
+        return super().observed(_x_of(batch))
 
     def likelihood(self, state: SingleGroup.State) -> Distribution:
         """Returns p(x | z): N(mean, I) for the loss ``mse``, Bernoulli for ``bce``.
@@ -188,6 +190,15 @@ class PythaeSource(SingleGroup):
         z = z.to(input_like(self.module.decoder).dtype)
         x: Tensor = self.module.decoder(z)["reconstruction"]
         return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _x_of(batch: Any) -> Any:  # noqa: ANN401
+    """The item ``data`` of a batch of pythae's loaders; other batches as they are."""
+    if not isinstance(batch, Mapping):
+        return batch
+    if "data" not in batch:
+        raise ValueError(f"x is the item 'data' of a batch; got the items {list(batch)}.")
+    return batch["data"]
 
 
 def has_posterior(model: object) -> bool:

@@ -82,6 +82,7 @@ class VAE(Networks):
 
     def loss(self, x: Tensor) -> Tensor:
         """Returns squared error + β KL, ``(B,)``, from one draw of z."""
+        x = self.checked(x).to(self.mean.weight.device)
         q = self.posterior(x)
         misfit = (x - self.decode(q.rsample().to(self.mean.weight))).square().mean(1).sum((1, 2))
         return misfit + self.beta * kl_divergence(q, self.prior())
@@ -135,6 +136,7 @@ class RAE(Networks):
 
     def loss(self, x: Tensor) -> Tensor:
         """Returns mean squared error + β |z|²/D + the decoder's L2 penalty, ``(B,)``."""
+        x = self.checked(x).to(self.mean.weight.device)
         z = self.encode(x)
         misfit = (x - self.decode(z)).square().mean((1, 2, 3))
         weights = [layer.weight.square().sum() for layer in self._decoder_weights()]

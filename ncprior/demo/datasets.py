@@ -182,7 +182,9 @@ def _locate(repo: str, split: str) -> list[Path]:
 
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:
-    return sorted(folder.glob(f"**/{split}*.parquet"))
+    """Files of a split, which may be in parts, such as ``train-00000-of-00002.parquet``."""
+    names = f"{split}.parquet", f"{split}-*.parquet"
+    return sorted(path for name in names for path in folder.glob(f"**/{name}"))
 
 
 def _decode(column: ChunkedArray, read: Callable[[io.BytesIO], Any]) -> Tensor:

@@ -39,6 +39,7 @@ def plot_samples(samples: Mapping[str, Tensor]) -> Figure:
     figure = _figure((0.62 * count + 1.6, 0.72 * len(samples) + 0.1))
     strips = figure.subplots(len(samples), squeeze=False).flat
     for axes, (label, images) in zip(strips, samples.items(), strict=True):
+        images = _drawable(images)
         gap = max(1, images.shape[-1] // 8)
         white = 0.0 if images.shape[1] == 1 else 1.0  # grey images show ink, others light
         tiles = torch.nn.functional.pad(images, (0, gap), value=white)
@@ -68,7 +69,7 @@ def plot_latents(clouds: Mapping[str, Tensor], axes: Tensor) -> Figure:
         >>> len(plot_latents({"prior": z, "posterior": z + 2}, torch.eye(6)[:, :2]).axes)
         2
     """
-    planes = {label: z @ axes for label, z in clouds.items()}
+    planes = {label: _drawable(z) @ _drawable(axes) for label, z in clouds.items()}
     limit = 1.05 * max(float(points.abs().max()) for points in planes.values())
     figure = _figure((3.6 * len(clouds) + 0.4, 4.1))
     panels = figure.subplots(1, len(clouds), squeeze=False, sharex=True, sharey=True).flat
@@ -129,6 +130,11 @@ def discriminant_axes(z: Tensor, labels: Tensor) -> Tensor:
     ascending = torch.linalg.solve(root.T, torch.linalg.eigh(whitened).eigenvectors)
     axes: Tensor = torch.linalg.qr(ascending.flip(1)[:, :2]).Q
     return axes
+
+
+def _drawable(values: Tensor) -> Tensor:
+    """Numbers that matplotlib takes, from any device and dtype."""
+    return values.detach().cpu().float()
 
 
 def _figure(size: tuple[float, float]) -> Figure:

@@ -61,7 +61,8 @@ def group_loss(
 
 def _nce(log_r_q: Tensor, log_r_p: Tensor, noise_weight: float) -> GroupLoss:
     total = nce_loss(log_r_q, log_r_p, noise_weight)
-    return GroupLoss(total if noise_weight == 1 else nce_loss(log_r_q, log_r_p), total)
+    at_1 = total if noise_weight == 1 else nce_loss(log_r_q.detach(), log_r_p.detach())
+    return GroupLoss(at_1, total)
 
 
 def _slope(log_r: Tensor, z: Tensor) -> Tensor:

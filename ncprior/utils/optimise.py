@@ -298,6 +298,7 @@ def train(
                 optimizer.step()
                 schedule.step()
     finally:
+        optimizer.zero_grad()
         module.eval()
 
 

@@ -303,7 +303,6 @@ def floats_of_batch(
         raise ValueError(f"{whose} takes x as floats; got {described(tensor)}. {remedy}")
     if model is not None and tensor.device.type != "cpu":
         limits = None if model in _READ else limits
-        _READ.add(model)
     if limits is not None and tensor.numel() > 0:
         least, most = torch.stack(tensor.detach().aminmax()).tolist()  # one synchronisation
         if not limits[0] <= least <= most <= limits[1]:
@@ -312,6 +311,8 @@ def floats_of_batch(
                 f"{whose} takes x in [{limits[0]:g}, {limits[1]:g}]; got numbers from {least:.4g} "
                 f"to {most:.4g}. {remedy}"
             )
+    if model is not None and limits is not None and tensor.device.type != "cpu":
+        _READ.add(model)
     return tensor
 
 

@@ -14,6 +14,7 @@ from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches
 from ncprior.saving.identity import SIGMA
 from ncprior.source import LatentSource, WrappedSource, device_of, require_source, sample_posterior
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import described, require_counts, require_instance, require_numbers
 from ncprior.utils.visible import require_eval
 
@@ -114,7 +115,7 @@ class GaussianDecoder(WrappedSource):
         Returns:
             The distribution of x, with batch shape ``(B,)`` and event shape that of x.
         """
-        mean = self.source.decode(state).float()
+        mean = at_least_float32(self.source.decode(state))
         normal = Normal(mean, torch.full_like(mean, self.sigma), validate_args=False)
         return Independent(normal, mean.ndim - 1, validate_args=False)
 

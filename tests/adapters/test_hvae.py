@@ -61,7 +61,11 @@ def test_F26_arguments_of_training(x: Tensor) -> None:
     for wrong in ({"epochs": 1.5}, {"batch_size": None}, {"learning_rate": "1"}):
         with pytest.raises(TypeError, match="must be a"):
             train_hvae(small(), x, **{"epochs": 1, "progress": False, **wrong})
-    for wrong in ({"epochs": 0}, {"batch_size": 7}, {"learning_rate": math.nan}):
+    for wrong in (
+        {"epochs": 0},
+        {"batch_size": len(x) + 1, "epochs": 3},
+        {"learning_rate": math.nan},
+    ):
         with pytest.raises(ValueError, match="must be a"):
             train_hvae(small(), x, **{"epochs": 1, "progress": False, **wrong})
 

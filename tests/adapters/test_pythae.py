@@ -231,7 +231,7 @@ def test_pythaes_fitted_sampler_is_a_base() -> None:
 @pytest.mark.parametrize(
     "pack",
     (
-        lambda x: {"data": x, "labels": torch.zeros(len(x))},
+        lambda x: {"labels": torch.zeros(len(x)), "data": x},
         lambda x: DatasetOutput(data=x),
         lambda x: (x, torch.zeros(len(x))),
     ),
@@ -240,6 +240,7 @@ def test_batches_are_taken_as_loaders_yield_them(pack: Callable[[Tensor], Any]) 
     source, x = source_of("VAE"), torch.rand(4, *SHAPE)
     plain, packed = source.encode(x), source.encode(pack(x))
     assert torch.equal(plain.posterior["Normal"]["loc"], packed.posterior["Normal"]["loc"])
+    assert torch.equal(source.observed(pack(x)), x)
 
 
 def test_heads_train_on_pythaes_own_data_set() -> None:

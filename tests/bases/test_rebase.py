@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from ncprior import Group, NCPrior, SingleGroup, fit, langevin, sir
+from ncprior.adapters.lars_snis import SNISPrior
 from ncprior.bases.empirical import Empirical, NoPrior, stored_numbers
 from ncprior.bases.latents import latents_of
 from ncprior.bases.mixture_em import fit_gaussian, fit_mixture
@@ -85,6 +86,11 @@ def test_a_prior_that_only_samples_will_do() -> None:
     check_source(source, torch.randn(6, 3))
     prior = NCPrior(source, MLPHead((2,)))
     assert prior.sample(5, partial(sir, num_proposals=10)).x.shape == (5, 3)
+
+
+def test_a_prior_with_a_log_ratio_of_its_own_will_do() -> None:
+    source = rebase(flat(), SNISPrior(2, num_proposals=4))
+    assert source.group(source.start(5)).prior.sample().shape == (5, 2)
 
 
 def test_one_prior_for_several_groups_is_refused() -> None:

@@ -61,6 +61,12 @@ def test_reads_every_file_of_a_part_in_order(folder: Path) -> None:
     assert read_images(REPO, "test").labels.tolist() == [9]
 
 
+def test_splits_that_begin_alike_are_others(folder: Path) -> None:
+    for name in ("test.parquet", "test_corrupted.parquet", "tests-00000-of-00001.parquet"):
+        write(folder / REPO / name, [grey(0)], [len(name)])
+    assert read_images(REPO, "test").labels.tolist() == [len("test.parquet")]
+
+
 def test_reads_colour_images_and_their_channels_in_order(folder: Path) -> None:
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[1, 2] = (255, 51, 0)  # row 1, column 2: red, green, blue

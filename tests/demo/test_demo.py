@@ -456,6 +456,14 @@ def test_images_in_colour_stand_apart_by_white() -> None:
     assert (shown[:, 8] == 1).all()
 
 
+def test_pictures_take_tensors_with_gradients_and_of_any_dtype() -> None:
+    images = torch.rand(3, 1, 8, 8, requires_grad=True)
+    shown = plot_samples({"decoded": images, "half": images.bfloat16()}).axes[0].images[0]
+    assert torch.equal(torch.from_numpy(shown.get_array().data)[:, :8], images[0, 0])
+    z = torch.randn(5, 3, requires_grad=True)
+    assert len(plot_latents({"z": z, "half": z.bfloat16()}, torch.eye(3)[:, :2]).axes) == 2
+
+
 def test_the_clouds_are_projected() -> None:
     z, axes = torch.randn(50, 4), torch.eye(4)[:, [2, 0]]
     figure = plot_latents({"base prior": z, "NCP": z + 1}, axes)

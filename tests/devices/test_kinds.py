@@ -11,6 +11,7 @@ import torch
 from helpers.device_vaes import KINDS, NEEDS, Kind, strays
 
 from ncprior import NCPrior, fit, langevin, sir
+from ncprior.adapters.rae import RAE, VAE
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import log_likelihood, log_normaliser
 from ncprior.jobs import read_parts, sample_parts
@@ -18,6 +19,7 @@ from ncprior.source import device_of
 from ncprior.testing import check_source
 from ncprior.training import FitSettings
 from ncprior.utils.batches import take_rows
+from ncprior.utils.require import floats_of_batch
 
 SIR = partial(sir, num_proposals=5)
 
@@ -45,6 +47,22 @@ def heads(kind: Kind) -> NCPrior:
 def test_the_source_keeps_the_laws(kind: Kind, on: torch.device) -> None:
     assert device_of(kind.source) == on
     check_source(kind.source, kind.batch, condition=kind.rows_of_condition)
+
+
+@pytest.mark.parametrize("model", (RAE, VAE))
+def test_losses_take_images_from_anywhere(model: type[RAE | VAE], on: torch.device) -> None:
+    with torch.device(on):
+        autoencoder = model("mnist", width=0.05)
+    assert autoencoder.loss(torch.rand(2, 1, 32, 32, device="cpu")).device.type == on.type
+
+
+def test_a_wrong_first_batch_is_told_again(on: torch.device) -> None:
+    vae = torch.nn.Linear(1, 1)
+    x = torch.rand(2, 1, device=on)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="takes x in"):
+            floats_of_batch("A VAE", 255 * (x + 1), "Scale x.", (0, 1), vae)
+    assert floats_of_batch("A VAE", x, "Scale x.", (0, 1), vae) is x
 
 
 @pytest.mark.parametrize("cache_epochs", (None, 1))

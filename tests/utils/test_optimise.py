@@ -199,6 +199,19 @@ def test_F26_numbers_of_train_are_validated(name: str, value: Any) -> None:
         train(lambda x: x, lambda rows: rows.sum(), 8, steps=1, batch_size=1)
 
 
+def test_no_gradients_are_left() -> None:
+    line = torch.nn.Linear(1, 1)
+    train(
+        line,
+        lambda rows: line(rows[:, None].float()).sum(),
+        8,
+        steps=2,
+        batch_size=4,
+        progress=False,
+    )
+    assert all(w.grad is None for w in line.parameters())
+
+
 def test_a_learning_rate_beyond_float32_is_refused() -> None:
     w = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="learning_rate must be a number in"):

@@ -449,6 +449,13 @@ def test_F15_F26_data_of_a_gaussian_decoder_is_checked(value: float) -> None:
         GaussianDecoder.fitted(source, data(9), batch_size=0 if math.isnan(value) else 2.5)  # type: ignore[arg-type]
 
 
+def test_a_gaussian_decoder_keeps_double_precision() -> None:
+    vae = SingleGroup(standard_normal(3), lambda x: Independent(Normal(x, 1.0), 1), Tensor.double)
+    source = GaussianDecoder(vae, 1.0)
+    state = source.advance(source.start(2), data(2))
+    assert source.likelihood(state).mean.dtype == torch.float64
+
+
 def test_a_gaussian_decoder_without_residuals_is_named() -> None:
     z = standard_normal(3)
     exact = SingleGroup(z, lambda x: Independent(Normal(x, 1e-9), 1), lambda z: z.round())
