@@ -202,14 +202,13 @@ def _counted(number: int, noun: str) -> str:
 @contextmanager
 def _loaded(options: argparse.Namespace) -> Iterator[ncprior.NCPrior]:
     """The saved prior on the user's VAE; random generators are put back at the end."""
-    import torch
-
     from ncprior.source import require_source
+    from ncprior.utils.random_state import seeded
     from ncprior.utils.require import require_counts
     from ncprior.utils.user_code import load_object
 
     require_counts("(-1e18, 1e18)", seed=options.seed)
-    with torch.random.fork_rng():
+    with seeded(options.seed):
         source = load_object(options.source)
         require_source(source)
         path, revision = options.path_or_repo, options.revision

@@ -28,7 +28,7 @@ from ncprior.saving.header import read_header
 from ncprior.saving.identity import as_text, prior_facts
 from ncprior.saving.tensors import read_tensors, to_bytes
 from ncprior.source import LatentSource, device_of, num_rows
-from ncprior.utils.batches import map_tensors, own_batch, tensor_of
+from ncprior.utils.batches import map_tensors, own_batch, take_rows, to_device
 from ncprior.utils.distributed import num_ranks, rank
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import require_counts, require_flags, require_instance
@@ -38,6 +38,8 @@ _SETTINGS = ("num_samples", "part_size", "seed", "sampler", "prior")  # of a job
 _OPTIONAL = ("batch_size", "draw_x")  # which a job has only if they are not the default
 
 _JOB = "job.json"
+
+_JOB_BYTES = 2**24  # of it that are read
 
 _SEEDS = "(-1e18, 1e18)"
 
@@ -106,10 +108,9 @@ def sample_parts(
     require_flags(draw_x=draw_x, progress=progress)
     num_samples, part_size, seed = map(operator.index, (num_samples, part_size, seed))
     at_once = min(part_size, part_size if batch_size is None else operator.index(batch_size))
-    if isinstance(condition, np.ndarray) and condition.dtype.kind in "fiub":
-        condition = tensor_of(condition.copy())
-    elif isinstance(condition, list):
+    if isinstance(condition, list):
         condition = own_batch(condition, torch.device("cpu"))
+    condition = map_tensors(lambda tensor: tensor, condition)  # arrays become tensors once
     if condition is not None and num_rows(condition) != num_samples:
         raise ValueError(
             f"A condition needs one row per sample; got {num_rows(condition)} rows for "
@@ -200,20 +201,18 @@ def _draw(
 ) -> dict[str, Tensor]:
     """Returns the tensors of one part, drawn in batches under the condition of their rows."""
     batches: list[dict[str, Tensor]] = []
-    device = None if condition is None else device_of(source)
     for first in range(rows.start, rows.stop, at_once):
         own = slice(first, min(first + at_once, rows.stop))
-        c = None if condition is None else _rows_of(condition, own, device)
+        c = condition
+        if c is not None:
+            c = to_device(take_rows(c, own), device_of(source))
         sample = draw(own.stop - own.start, condition=c)
-        batches.append({"x": sample.x, **{f"z_{k}": z for k, z in enumerate(sample.latents)}})
+        tensors = {"x": sample.x, **{f"z_{k}": z for k, z in enumerate(sample.latents)}}
+        batches.append({name: tensor.cpu() for name, tensor in tensors.items()})
         bar.update(own.stop - own.start)
     if len(batches) == 1:
         return batches[0]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _rows_of(condition: Any, rows: slice, device: torch.device | None) -> Any:  # noqa: ANN401
-    return map_tensors(lambda t: t[rows].to(device) if t.is_cpu else t[rows], condition)
 
 
 def _save(folder: Folder, name: str, tensors: dict[str, Tensor], contents: dict[str, Any]) -> None:
@@ -264,7 +263,7 @@ def _read_job(folder: Folder) -> dict[str, Any]:
     """
     try:
         with folder.open(_JOB) as file:
-            found = json.loads(file.read().decode())
+            found = json.loads(file.read(_JOB_BYTES).decode())
         job = {name: found[name] for name in _SETTINGS}
         require_counts(num_samples=job["num_samples"], part_size=job["part_size"])
         require_counts(_SEEDS, seed=job["seed"])
@@ -321,12 +320,11 @@ def _seed(seed: int, i: int) -> int:
 
 def _digest(prior: NCPrior, condition: Any, draw_x: bool) -> str:  # noqa: ANN401
     """Returns a digest of everything that determines the draws, besides sampler and seed."""
-    digest = hashlib.sha256(as_text(prior_facts(prior, None, draw_x=draw_x)).encode())
+    facts = as_text(prior_facts(prior, None, draw_x=draw_x))
+    given = identity_of(map_tensors(_digest_of, condition))  # with all names and texts in it
+    return hashlib.sha256(f"{facts}{given}".encode()).hexdigest()
 
-    def update(tensor: Tensor) -> Tensor:
-        raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
-        return tensor
 
-    map_tensors(update, condition)
-    return digest.hexdigest()
+def _digest_of(tensor: Tensor) -> Tensor:
+    """Digest of dtype, shape and values of a tensor on any device, 32 bytes."""
+    return torch.tensor(list(hashlib.sha256(identity_of(tensor).encode()).digest()))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from ncprior.jobs import read_parts, sample_parts
 from ncprior.saving.folders import WorkFolder
 
 MY_VAE = """
+import random
 import torch
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -38,7 +40,7 @@ imports = 0
 
 def held_out():
     global imports
-    imports += 1
+    imports += random.randint(1, 1)
     return torch.ones(100, 2) + torch.randn(100, 2)
 """
 
@@ -97,9 +99,10 @@ def test_diagnose_reports_on_the_users_objects(
 ) -> None:
     arguments = ["diagnose", "saved", "--source", "my_vae_of_test.py:source"]
     arguments += ["--data", "my_vae_of_test.py:held_out", "--train", "my_vae_of_test.py:held_out"]
-    before = torch.get_rng_state()
+    before, others = torch.get_rng_state(), random.getstate()
     assert main([*arguments, "--json", "--plot", "report.png"]) == 0
     assert torch.equal(before, torch.get_rng_state())
+    assert others == random.getstate()
     report = json.loads(capsys.readouterr().out)
     assert report["groups"][0]["kl"] == 0  # an untrained head: log r = 0
     assert Path("report.png").read_bytes().startswith(b"\x89PNG")

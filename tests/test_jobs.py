@@ -28,6 +28,7 @@ from ncprior.samplers.compose import at_temperature, sequence
 from ncprior.samplers.identity import describe
 from ncprior.samplers.mixture import within_components
 from ncprior.saving.folders import LocalFolder
+from ncprior.utils.batches import tensor_of
 from ncprior.utils.random_state import random_state
 
 SAMPLER = partial(sir, num_proposals=200)
@@ -459,6 +460,55 @@ def test_conditions_of_a_mapping_type_are_part_of_the_job(tmp_path: Path) -> Non
     sample_parts(made(), tmp_path, sampler=SAMPLER, **job)
     with pytest.raises(ValueError, match="parts of another job"):
         sample_parts(made(), tmp_path, sampler=SAMPLER, **{**job, "condition": np.ones(23)})
+
+
+def test_names_and_texts_of_conditions_are_part_of_the_job(tmp_path: Path) -> None:
+    """Rows drawn in one style were taken for those of another."""
+    a, b = torch.zeros(23), torch.ones(23)
+    conditions: list[Any] = [{"a": a, "b": b, "style": "oil"}, {"a": a, "b": b, "style": "ink"}]
+    conditions += [{"b": a, "a": b, "style": "oil"}, UserDict(a=a, b=b, style="ink")]
+    for number, condition in enumerate(conditions):
+        job = {"parts": [], **JOB}
+        for _ in range(2):
+            sample_parts(
+                made(), tmp_path / str(number), sampler=SAMPLER, condition=condition, **job
+            )
+        for other in conditions[:number]:
+            with pytest.raises(ValueError, match="parts of another job"):
+                sample_parts(
+                    made(), tmp_path / str(number), sampler=SAMPLER, condition=other, **job
+                )
+
+
+def test_arrays_in_a_condition_are_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def count(array: Any) -> Tensor:
+        seen.append(len(array))
+        return tensor_of(array)
+
+    def sample(self: NCPrior, num: int, *, condition: Any, **options: Any) -> Any:
+        assert len(condition["a"]) == num and condition["scale"].ndim == 0
+        return SimpleNamespace(x=torch.zeros(num, 3), latents=[torch.zeros(num, 2)])
+
+    monkeypatch.setattr(NCPrior, "sample", sample)
+    monkeypatch.setattr("ncprior.utils.batches.tensor_of", count)
+    condition = {"a": np.zeros((23, 2)), "scale": torch.tensor(2.0)}
+    sample_parts(made(), tmp_path, sampler=SAMPLER, condition=condition, **JOB)
+    assert seen == [23]
+
+
+def test_a_huge_job_file_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+) -> None:
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    assert list(read_parts(tmp_path))
+    monkeypatch.setattr(parts_module, "_JOB_BYTES", len(whole["job.json"]) - 3)
+    with pytest.raises(ValueError, match="holds no job"):
+        list(read_parts(tmp_path))
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:

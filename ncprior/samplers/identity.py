@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dis import get_instructions
 from functools import partial, wraps
 from types import CodeType
 from typing import Any, ParamSpec
@@ -19,6 +22,22 @@ from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.utils.fingerprints import base_fingerprint, module_fingerprint
 
 P = ParamSpec("P")
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in a repr: another one in every process
+
+_VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    tuple,
+    frozenset,
+    torch.dtype,
+    np.generic,
+    np.ndarray,
+    Tensor,
+)
 
 
 class Composition:
@@ -80,8 +99,9 @@ def identity_of(sampler: Any) -> str:  # noqa: ANN401
     """Description of a sampler that differs for functions of one name with another code.
 
     It is the same in every process of one version of Python. Tensors and arrays are known by their
-    values, and decorated functions by the decorator, too. Functions of this package are known by their
-    names. A callable object is known by its type alone, unless it is a module.
+    values, decorated functions by the decorator, too, bound methods by their object, and functions by
+    the numbers, tensors and functions of their own file that they use. Functions of this package are
+    known by their names. A callable object is known by its type alone, unless it is a module.
     """
     return _described(sampler, (), exact=True)
 
@@ -99,8 +119,27 @@ def _name_with_code(function: Any, describe: Callable[[Any], str]) -> str:  # no
         return _name(function)
     given = [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
     defaults = sorted(f"{name}={describe(value)}" for name, value in given)
-    text = "\n".join([*_parts(code, function.__doc__), *defaults])
+    used = [f"{name}={describe(value)}" for name, value in _used(function, code)]
+    text = "\n".join([*_parts(code, function.__doc__), *defaults, *used])
     return f"{_name(function)}#{_digest(text.encode())}"
+
+
+def _used(function: Any, code: CodeType) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Numbers, texts, tensors and functions of its own file that a function uses, by name."""
+    known = getattr(function, "__func__", function).__globals__
+    for name in sorted(set(_globals_of(code)) & set(known)):
+        value = known[name]
+        is_own = getattr(value, "__globals__", None) is known
+        if is_own or isinstance(value, _VALUES):
+            yield name, value
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    """Names of the globals that a function and the functions in it read."""
+    yield from (it.argval for it in get_instructions(code) if it.opname == "LOAD_GLOBAL")
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals_of(constant)
 
 
 def _digest(content: bytes) -> str:
@@ -144,11 +183,20 @@ def _described(sampler: Any, inside: tuple[int, ...], *, exact: bool) -> str:  #
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None and _package(function) == "torch":  # its code changes with torch
         return f"{function.__code__.co_name}({describe_inner(wrapped)})"
-    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held = list(_held(function, exact))
     if wrapped is not None and all(wrapped is not it for it in held):
         held.insert(0, wrapped)
     name = _name_with_code(function, describe_inner) if exact else _name(function)
     return f"{name}({', '.join(map(describe_inner, held))})" if held else name
+
+
+def _held(function: Any, exact: bool) -> Iterator[Any]:  # noqa: ANN401
+    """The values in the closure of a function and, for the exact identity, the object of a method."""
+    if exact and inspect.ismethod(function):
+        yield function.__self__
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
 
 
 def _undecorated(function: Any) -> Any:  # noqa: ANN401
@@ -175,8 +223,10 @@ def _value(value: Any, describe: Callable[[Any], str], *, exact: bool) -> str:  
     if exact and isinstance(value, Tensor | np.ndarray):
         return _array(value, describe)
     if exact and isinstance(value, Distribution):
-        return base_fingerprint(value) or repr(value)
-    return repr(value)
+        return base_fingerprint(value) or _ADDRESS.sub("", repr(value))
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(describe, value)))}}}"
+    return _ADDRESS.sub("", repr(value))
 
 
 def _array(value: Tensor | np.ndarray[Any, Any], describe: Callable[[Any], str]) -> str:

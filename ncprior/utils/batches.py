@@ -186,15 +186,15 @@ def tile_rows(batch: Any, count: int) -> Any:  # noqa: ANN401
 
 
 def tensor_of(array: np.ndarray) -> Tensor:
-    """Returns an array of numbers as a tensor; float64 becomes torch's default dtype.
+    """Returns an array of numbers as a tensor; float64 becomes torch's default dtype, at least float32.
 
     Example:
         >>> tensor_of(np.zeros(2)).dtype
         torch.float32
     """
-    default = torch.get_default_dtype()
-    if array.dtype.kind == "f" and array.dtype.itemsize > default.itemsize:
-        array = array.astype(str(default).removeprefix("torch."))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    if array.dtype.kind == "f" and array.dtype.itemsize > dtype.itemsize:
+        array = array.astype(str(dtype).removeprefix("torch."))
     elif not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return torch.from_numpy(np.require(array, requirements=("C", "W")))

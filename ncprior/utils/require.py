@@ -60,7 +60,15 @@ def require_numbers(interval: str = "(-inf, inf)", /, **numbers: Any) -> None:  
             continue
         if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
             raise TypeError(f"{name} must be {asked}; got {described(value)}. Pass a float.")
-        _require_within(interval, name, float(value), asked)
+        _require_within(interval, name, _as_float(value), asked)
+
+
+def _as_float(value: Real) -> float:
+    """A number as a float; infinity, if it is larger than all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def require_flags(**flags: Any) -> None:  # noqa: ANN401

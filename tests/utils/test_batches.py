@@ -104,3 +104,13 @@ def test_M8_arrays_become_tensors_and_names_stay() -> None:
     read_only = np.zeros(3, dtype=np.float32)
     read_only.flags.writeable = False
     assert tensor_of(read_only[::-1]).add_(1).sum() == 3
+
+
+def test_arrays_keep_single_precision_where_the_default_is_half() -> None:
+    """NumPy has no bfloat16, which was an error."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [tensor_of(np.zeros(2, kind)).dtype for kind in ("f8", "f4", "f2", "i8")]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == [torch.float32, torch.float32, torch.float16, torch.int64]

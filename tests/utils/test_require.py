@@ -245,6 +245,13 @@ def test_floats_are_taken_without_a_look_at_their_values() -> None:
         floats("loc", torch.tensor([True]))
 
 
+def test_numbers_beyond_all_floats_are_infinite() -> None:
+    for number in (10**400, -(10**400)):
+        with pytest.raises(ValueError, match=r"x must be a number in \(-inf, inf\)"):
+            require_numbers(x=number)
+    require_numbers("[-inf, inf]", x=10**400)
+
+
 def test_positive_numbers() -> None:
     require_positive("scale", torch.ones(2))
     require_positive("scale", torch.empty(2, device="meta"))
