@@ -14,7 +14,7 @@ from ncprior.bases.joint import JointSource
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import Sampler
 from ncprior.source import LatentSource, num_rows, require_source, sample_posterior
-from ncprior.utils.batches import map_tensors
+from ncprior.utils.batches import take_rows
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     numbers,
@@ -115,7 +115,7 @@ def draw_arms(
         with seeded(seed):
             passes = -(-num_samples // total)
             rows = torch.cat([torch.randperm(total) for _ in range(passes)])[:num_samples]
-            batches = [_rows(x, some) for some in rows.split(_BATCH)]
+            batches = [take_rows(x, some) for some in rows.split(_BATCH)]
             generation = _generate(arms[arm], sampler, batches, arm, condition)
         kept[arm].append(in_batches(features, generation.x))
         first.setdefault(arm, generation)
@@ -184,7 +184,3 @@ def _generate(
         ess.append(torch.stack([nan if size is None else size for size in sizes], dim=1))
     groups = zip(*latents, strict=True)
     return Generation(torch.cat(images), tuple(map(torch.cat, groups)), torch.cat(ess))
-
-
-def _rows(x: Any, index: Tensor) -> Any:  # noqa: ANN401
-    return map_tensors(lambda t: t[index] if t.ndim > 0 else t, x)
