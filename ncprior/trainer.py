@@ -28,6 +28,8 @@ from ncprior.utils.distributed import (
 from ncprior.utils.gradients import (
     check_parameters,
     gradients_enabled,
+    gradients_kept,
+    leaves,
     reduce_and_clip,
     require_whole_steps,
     share_weights,
@@ -42,7 +44,6 @@ from ncprior.utils.require import (
     require_instance,
     require_numbers,
 )
-from ncprior.utils.visible import tensors_of_vae
 
 
 class StepMetrics(NamedTuple):
@@ -135,8 +136,7 @@ class NCETrainer:
         self.precision = precision
         self.group_parallel = group_parallel
         self.steps = 0
-        # Features of z are differentiated in z, and reach parameters of the VAE only then.
-        self._vae = tensors_of_vae(prior.source, prior.heads) if score_weight else []
+        self._vae: list[Tensor] | None = None  # parameters that features of z reach, after a step
         prior.train()
         share_weights(prior)
 
@@ -188,7 +188,7 @@ class NCETrainer:
         for k, head in enumerate(self.prior.heads):
             zero_gradients(head) if k in self.groups else head.zero_grad()
         rows = num_rows(x) if num_ranks() > 1 and not self.group_parallel else 1
-        with without_gradients(self._vae):
+        with without_gradients(self._vae or ()):
             losses = self._backward(x)
         if self.group_parallel:
             own = torch.stack([losses, self._norms(losses, rows)])
@@ -203,7 +203,7 @@ class NCETrainer:
     def _backward(self, x: Any) -> Tensor:  # noqa: ANN401
         """Back-propagates the loss of each group in turn; returns the losses, with shape ``(K,)``."""
         losses: list[Tensor] = []
-        groups = self.groups
+        groups, reached = self.groups, list[Tensor]()
         for loss in self.prior.group_losses(
             x,
             self.noise_weight,
@@ -214,14 +214,28 @@ class NCETrainer:
         ):
             k = len(losses)
             if loss.total.requires_grad:
-                self.backward(loss.total)
+                others = self._others(loss.total)
+                with gradients_kept(others):
+                    self.backward(loss.total)
+                reached += others
             elif k in groups and any(p.requires_grad for p in self.prior.heads[k].parameters()):
                 raise ValueError(
                     f"The loss of group {k} has no gradient, although its head has parameters to "
                     f"train. Look for detach() or torch.no_grad in the head's forward."
                 )
             losses.append(loss.nce.detach())
+        self._vae = reached if self._vae is None else self._vae
         return torch.stack(losses)
+
+    def _others(self, loss: Tensor) -> list[Tensor]:
+        """Parameters besides those of the heads that a loss reaches, at the first step.
+
+        They are of the VAE, whose features of z are differentiated in z by the score term.
+        """
+        if self._vae is not None or not self.score_weight:
+            return []
+        own = set(map(id, self.prior.parameters()))
+        return [t for t in leaves(loss) if id(t) not in own]
 
     def _norms(self, losses: Tensor, rows: int) -> Tensor:
         """Averages and clips the heads' gradients; returns their norms before clipping."""

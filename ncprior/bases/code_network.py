@@ -26,6 +26,7 @@ from ncprior.bases.masked_conv import MaskedConvNet
 from ncprior.data.parts import split
 from ncprior.data.stream import Stream
 from ncprior.utils.optimise import minimise
+from ncprior.utils.random_state import permutation
 from ncprior.utils.require import (
     require_instance,
     require_numbers,
@@ -197,7 +198,7 @@ def fit_code_network(
     require_numbers("[0, inf)", weight_decay=weight_decay)
     codes, count = checked_codes(codes, num_categories)
     context_of = contexts_by_row(context, len(codes))
-    first = context_of(torch.arange(min(len(codes), _AT_ONCE), device=codes.device))
+    first = context_of(permutation(len(codes), 0)[:_AT_ONCE].to(codes.device))
     network = MaskedConvNet(
         codes.shape[1:],
         count,

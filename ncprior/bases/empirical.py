@@ -60,7 +60,7 @@ class Empirical:
 
     Arguments:
         z: Latents, with shape ``(N, *event)``: real numbers or codes, as a tensor, an array or a
-            list.
+            list. They are not copied: what is written into a tensor later is drawn.
 
     Raises:
         TypeError: If they are not numbers.

@@ -16,6 +16,7 @@ from ncprior.data.parts import split
 from ncprior.data.stream import Stream
 from ncprior.source import LatentSource, require_source
 from ncprior.utils.optimise import minimise, standardise
+from ncprior.utils.random_state import permutation
 from ncprior.utils.require import (
     described,
     real_tensor,
@@ -100,7 +101,7 @@ def fit_flow(
     spline = _MODEST if flow is None else None
     contexts = contexts_by_row(context, len(white))
     rows = torch.arange(len(white), device=white.device)
-    first = contexts(rows[:_ROWS])
+    first = contexts(rows[permutation(len(rows), 0)[:_ROWS].to(rows.device)])
     shape = None if first is None else first.shape[1:]
     count = None if shape is None else shape.numel()
     module = spline_flow(len(loc), count, **_MODEST) if flow is None else flow

@@ -122,11 +122,16 @@ class JointSource(LatentSource[Any, Any]):
         """Returns the state in front of the group.
 
         Raises:
-            ValueError: If there is a condition, which the joint head would not see.
+            ValueError: If there is a condition, which the joint head would not see, or another number
+                of rows of encoding.
         """
         require_counts(batch_size=batch_size)
         if condition is not None:
             raise ValueError("A joint head does not see conditions. Pass condition=None.")
+        if encoding is not None and len(encoding) != batch_size:
+            raise ValueError(
+                f"The walk has {batch_size} rows; got {len(encoding)} rows of encoding."
+            )
         rows = torch.empty(batch_size, 0, device=None if encoding is None else encoding.device)
         return self.State(rows, encoding, None)
 
@@ -137,6 +142,8 @@ class JointSource(LatentSource[Any, Any]):
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the state behind the group."""
+        if len(z) != len(state.rows):
+            raise ValueError(f"The walk has {len(state.rows)} rows; got {len(z)} rows of z.")
         return state._replace(z=z)
 
     def decode(self, state: State) -> Tensor:

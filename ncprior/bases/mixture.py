@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -80,6 +81,8 @@ class GaussianMixture(Distribution):
     ) -> None:
         logits, loc = own_floats("logits", logits), own_floats("loc", loc)
         scale = own_floats("scale", scale)
+        dtype = reduce(torch.promote_types, (logits.dtype, loc.dtype, scale.dtype))
+        logits, loc, scale = logits.to(dtype), loc.to(dtype), scale.to(dtype)
         event = loc.shape[1:] if event_shape is None else size_of(event_shape, "event_shape")
         k, d = loc.shape if loc.ndim == 2 else (0, 0)
         fits = tuple(logits.shape) == (k,) and tuple(scale.shape) in ((k, d), (k, d, d))
@@ -239,6 +242,8 @@ class GaussianMixture(Distribution):
         if not self.is_full:
             j = torch.multinomial(self._weights, max(1, count), replacement=True)[:count]
             return (self.loc[j] + self.scale[j] * noise).reshape(shape)
+        if len(self.loc) == 1:
+            return (self.loc + noise @ self.scale[0].mT).reshape(shape)
         # One block of noise per component, then a shuffle: the same distribution as labels drawn
         # one by one, with contiguous matrix products.
         labels = torch.multinomial(self._weights_on_cpu, max(1, count), replacement=True)[:count]
@@ -294,7 +299,7 @@ class GaussianMixture(Distribution):
             >>> narrow.whiten(narrow.sample((1000,))).std(0).round()
             tensor([1., 1.])
         """
-        away = (z - self._centre).flatten(1)
+        away = (z - self._centre).reshape(len(z), -1)
         if not self.is_full:
             return (away / self._spread).reshape(z.shape)
         u: Tensor = torch.linalg.solve_triangular(self._spread, away.mT, upper=False).mT
@@ -302,7 +307,7 @@ class GaussianMixture(Distribution):
 
     def unwhiten(self, u: Tensor) -> Tensor:
         """Returns z = m + S u, the inverse of :meth:`whiten`; differentiable."""
-        flat = u.flatten(1)
+        flat = u.reshape(len(u), -1)
         away = flat @ self._spread.mT if self.is_full else flat * self._spread
         return away.reshape(u.shape) + self._centre
 

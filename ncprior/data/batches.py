@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from ncprior.data.generators import own_generators_restored
-from ncprior.data.rows import RowData, as_data, is_map_style
+from ncprior.data.rows import RowData, Rows, as_data, is_map_style
 from ncprior.source import num_rows
-from ncprior.utils.batches import moved, to_device
-from ncprior.utils.random_state import random_state, seeded, set_random_state
+from ncprior.utils.batches import moved, take_rows, to_device
+from ncprior.utils.random_state import permutation, random_state, seeded, set_random_state
 from ncprior.utils.require import require_counts
 
 _MOST_ROWS = 2**17  # of held-out data without a length, which may be endless
+
+_MOST_BATCHES = 64  # that rows are taken from
 
 _AHEAD = 2  # batches, which are read from the disk while another one is in use
 
@@ -123,6 +125,37 @@ def first_rows(data: Any, count: int) -> Any:  # noqa: ANN401
     taken = [tree_flatten(batch)[0] for batch in _begun(data, count, partial(until, rows=count))]
     joined = [torch.cat(leaves) for leaves in zip(*taken, strict=True)]
     return tree_unflatten(joined, tree_flatten(first)[1])
+
+
+def spread_rows(data: Any, count: int) -> Any:  # noqa: ANN401
+    """Returns rows from all over data as one batch, the same at every call.
+
+    The first rows of sorted data are of one class. Random generators are left unchanged.
+
+    Arguments:
+        data: As for :func:`one_pass`; of a loader or an iterable, the first rows are taken.
+        count: Number of rows.
+
+    Example:
+        >>> len(spread_rows(torch.arange(100), 10)), int(spread_rows(torch.arange(100), 10).max()) > 50
+        (10, True)
+    """
+    data = as_data(data)
+    if isinstance(data, list | tuple) and len(data) > 0:
+        some = [data[i] for i in permutation(len(data), 0)[:_MOST_BATCHES]]
+        return first_rows([_spread(batch, -(-count // len(some))) for batch in some], count)
+    if not isinstance(data, Tensor | RowData) and not is_map_style(data):
+        return first_rows(data, count)
+    rows = permutation(len(data), 0)[:count].sort().values
+    data = Rows(data) if isinstance(data, Tensor) else data
+    return (
+        data[rows] if isinstance(data, RowData) else first_rows(Subset(data, rows.tolist()), count)
+    )
+
+
+def _spread(batch: Any, count: int) -> Any:  # noqa: ANN401
+    """About as many rows of a batch, at equal distances."""
+    return take_rows(batch, slice(None, None, max(1, num_rows(batch) // count)))
 
 
 def until(batches: Iterable[Any], rows: int) -> Iterator[Any]:

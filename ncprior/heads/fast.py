@@ -71,7 +71,8 @@ class InBlocks(Whole):
             return super().__call__(z)
         self.head.check(z, self.context)
         z = z.reshape(lead[:-1].numel(), *z.shape[len(lead) - 1 :])
-        log_r = z.new_empty(z.shape[:2], dtype=self.head.out.weight.dtype)
+        dtype = torch.promote_types(self.head.out.weight.dtype, torch.float32)
+        log_r = z.new_empty(z.shape[:2], dtype=dtype)
         if self.embedded is None:
             with at_precision(z.device.type, torch.float32):
                 self.embedded = self.prepare()
@@ -153,7 +154,11 @@ def prepare_head(
     if plain and type(head) is ProductHead:
         parts = [prepare_head(h, context, precision=precision) for h in factors(head)]
         return lambda z: torch.stack([part(z) for part in parts]).sum(0)
-    kinds: dict[type[nn.Module], type[Whole]] = {MLPHead: _Folded, ConvHead: InBlocks}
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters())
+    kinds: dict[type[nn.Module], type[Whole]] = {
+        MLPHead: InBlocks if half else _Folded,
+        ConvHead: InBlocks,
+    }
     kind = kinds.get(type(head), Whole) if plain else Whole
     return kind(head, context, precision)
 

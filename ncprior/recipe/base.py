@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class _Search:
         self.candidates: list[Candidate] = []
         log_p = self._read(source, parts)
         if isinstance(self.own, Distribution):
-            log_p = self.own.log_prob(self.held_out)
+            with suppress(NotImplementedError):  # a distribution without a density
+                log_p = self.own.log_prob(self.held_out)
         self.log_p: Tensor | None = log_p  # of the best base, (N,)
         if log_p is not None:
             self._note(self.name, log_p)
@@ -221,15 +223,22 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
     if source.num_groups > 1:
         return f"the VAE has {source.num_groups} groups of latents, each with a prior of its own"
     group = first_group(source, parts.choose)
-    if source.shared_prior() is None and not isinstance(group.prior, Distribution):
-        return "the prior depends on a condition, and has no density"
     z = posterior_of(group).sample()
+    if source.shared_prior() is None and not _has_density(group.prior, z):
+        return "the prior depends on a condition, and has no density"
     if not z.is_floating_point():
         return "the prior of the codes depends on a condition" * (source.shared_prior() is None)
     if z.ndim == 1:
         return "a latent is a number, and a mixture of Gaussians needs an axis, such as (1,)"
     support = support_of(posterior_of(group)) or support_of(group.prior)
     return f"the latents are {support}, and a mixture of Gaussians is not" if support else ""
+
+
+def _has_density(prior: Any, z: Tensor) -> bool:  # noqa: ANN401
+    try:
+        return isinstance(prior, Distribution) and prior.log_prob(z) is not None
+    except NotImplementedError:
+        return False
 
 
 @torch.no_grad()

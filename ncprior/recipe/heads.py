@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ncprior.data.batches import first_rows
+from ncprior.data.batches import spread_rows
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import walk_cache
@@ -63,7 +63,7 @@ def train_heads(
     Heads are trained until their held-out losses stop improving. The size is chosen by the held-out
     loss, summed over groups. In the folder, if there is one, the trainings are saved.
     """
-    batch = first_rows(parts.train, _PROBED)
+    batch = spread_rows(parts.train, _PROBED)
     kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
     untrained = NCPrior(source, more_heads(source, batch)).eval()
     widest = _default_width(untrained)

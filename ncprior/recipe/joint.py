@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ncprior.bases.joint import JointSource
-from ncprior.data.batches import first_rows
+from ncprior.data.batches import spread_rows
 from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
@@ -111,7 +111,7 @@ def join_groups(
 
 def _untrained(source: JointSource, parts: Parts) -> NCPrior:
     """A joint head that is off until it is trained."""
-    heads = more_heads(source, first_rows(parts.train, _PROBED), **_HEAD)
+    heads = more_heads(source, spread_rows(parts.train, _PROBED), **_HEAD)
     whole = NCPrior(source, heads).eval()
     whole.sampler, whole.active = partial(sir, num_proposals=WALKS), [False]
     return whole

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ncprior.bases.joint import JointSource
-from ncprior.data.batches import first_rows, one_pass, until
+from ncprior.data.batches import one_pass, spread_rows, until
 from ncprior.data.encodings import CachedGroupsSource, drawn_once
 from ncprior.data.stream import Stream
 from ncprior.diagnostics.calibration import Mean
@@ -73,9 +73,20 @@ class Divergences(NamedTuple):
 
     @classmethod
     def of(cls, losses: Tensor) -> Divergences:
-        """Divergences log 2 - L/2, from NCE losses L with shape ``(K, N)``."""
+        """Divergences log 2 - L/2, from NCE losses L with shape ``(K, N)``.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+        """
+        for k, loss in enumerate(losses):
+            if wrong := int((~loss.isfinite()).sum()):
+                raise FloatingPointError(
+                    f"The divergence of group {k} is unknown: a classifier's loss of {wrong} of "
+                    f"{len(loss)} held-out rows is not finite. Look for NaN, infinity or huge numbers "
+                    f"in the output of the encoder for these rows, and leave them out."
+                )
         groups = [cls._sum_of(loss) for loss in losses[:, None]]
-        value, error = cls._sum_of(losses[losses.isfinite().all(1)])
+        value, error = cls._sum_of(losses)
         return cls(groups, Mean(max(0.0, value), error))
 
     @staticmethod
@@ -249,7 +260,7 @@ def _fresh_heads(prior: NCPrior, parts: Parts) -> Iterable[nn.Module]:
     """Untrained heads like those of a prior, or the package's own if theirs cannot be made anew."""
     if all(hasattr(factors(head)[0], "config") for head in prior.heads):
         return map(fresh_head, prior.heads)
-    return more_heads(prior.source, first_rows(parts.train, _PROBED))
+    return more_heads(prior.source, spread_rows(parts.train, _PROBED))
 
 
 def _with_draws(

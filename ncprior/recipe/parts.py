@@ -199,6 +199,8 @@ def _halves(held_out: Any, seed: int) -> tuple[Any, Any]:  # noqa: ANN401
         batch = shuffle_rows(batch, rows, generator)
         for j in range(min(2, rows)):  # the first half may have one row more
             parts[(first + j) % 2].append(take_rows(batch, slice(j, None, 2)))
+    for part in parts:  # readers of its first rows see all kinds of sorted data
+        part[:] = [part[i] for i in torch.randperm(len(part), generator=generator, device="cpu")]
     return parts
 
 

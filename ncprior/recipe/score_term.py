@@ -12,9 +12,8 @@ from ncprior.prior import NCPrior
 from ncprior.source import Group, device_of, num_rows, posterior_of, visit
 from ncprior.utils.batches import own_batch
 from ncprior.utils.draws import drawn
-from ncprior.utils.gradients import gradients_enabled, without_gradients
+from ncprior.utils.gradients import gradients_enabled, gradients_kept, leaves
 from ncprior.utils.supports import support_of
-from ncprior.utils.visible import tensors_of_vae
 
 _NO_SECOND_DERIVATIVE = re.compile("derivative|differentiate")  # of what torch says then
 
@@ -24,7 +23,7 @@ def has_scores(prior: NCPrior, x: Any) -> bool:  # noqa: ANN401
     """Whether the score term can be computed, and differentiated, in every group.
 
     Arguments:
-        prior: A prior with new heads; their gradients are overwritten.
+        prior: A prior with new heads.
         x: One batch.
 
     Returns:
@@ -38,6 +37,7 @@ def has_scores(prior: NCPrior, x: Any) -> bool:  # noqa: ANN401
         return drawn(posterior)
 
     found: list[bool] = []
+    finite: list[bool] = []
     x = own_batch(x, device_of(prior.source))
     with torch.no_grad():
         encoding = prior.source.encode(x)
@@ -45,13 +45,15 @@ def has_scores(prior: NCPrior, x: Any) -> bool:  # noqa: ANN401
     if not all(found):
         return False
     try:
-        with without_gradients(tensors_of_vae(prior.source, prior.heads)):
-            for loss in prior.group_losses(x, score_weight=1.0):
+        for loss in prior.group_losses(x, score_weight=1.0):
+            reached = leaves(loss.total)
+            with gradients_kept(reached):
                 loss.total.backward()
+                finite += [p.grad is None or bool(p.grad.isfinite().all()) for p in reached]
     except TypeError:  # no density, or no gradient in z
         return False
     except RuntimeError as error:
         if not _NO_SECOND_DERIVATIVE.search(str(error)):
             raise
         return False
-    return all(p.grad is None or bool(p.grad.isfinite().all()) for p in prior.parameters())
+    return all(finite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,46 @@ def without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for t in frozen:
             t.requires_grad_(True)
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """Returns the tensors that a backward pass of a loss has gradients for, such as parameters.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> leaves((3 * w).sum())[0] is w
+        True
+    """
+    found, ahead = [], [loss.grad_fn]
+    seen: set[Any] = set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+@contextmanager
+def gradients_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context after which tensors have the gradients that they had before.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> with gradients_kept([w]):
+        ...     w.sum().backward()
+        >>> w.grad is None
+        True
+    """
+    before = [(t, t.grad) for t in tensors]
+    for t, _ in before:
+        t.grad = None  # else it would be added to
+    try:
+        yield
+    finally:
+        for t, gradient in before:
+            t.grad = gradient
 
 
 def require_grad_mode(what: str) -> None:

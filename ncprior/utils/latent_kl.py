@@ -12,6 +12,8 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 THRESHOLD = 0.01  # nats, of a mean divergence
 
+_ALL = 5  # times the threshold, for all collapsed latents together
+
 _FEW = 16  # rows, which do not show that a latent is collapsed
 
 _DRAWS = 16  # per row, where torch knows no closed form
@@ -51,12 +53,19 @@ class LatentKL(NamedTuple):
         """A mask of event shape of the active latents, on the CPU.
 
         A latent is collapsed if its mean, plus three standard errors, is below the threshold in
-        nats. Few rows, and an unknown divergence, leave a latent active.
+        nats, and so are the sums of this over the collapsed latents below five times the threshold: many
+        latents that are hardly used may carry much. Few rows, and an unknown divergence, leave a
+        latent active.
         """
         if self.rows < _FEW:
             return torch.ones_like(self.total, dtype=torch.bool)
         variance = (self.squares / self.rows - self.mean.square()).clamp(min=0)
-        return ~(self.mean + 3 * (variance / self.rows).sqrt() < threshold)
+        most = (self.mean + 3 * (variance / self.rows).sqrt()).flatten()
+        ascending = most.sort()
+        collapsed = (ascending.values < threshold) & (
+            ascending.values.cumsum(0) < _ALL * threshold
+        )
+        return ~collapsed[ascending.indices.argsort()].reshape(self.total.shape)
 
 
 @torch.no_grad()

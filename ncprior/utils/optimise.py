@@ -86,7 +86,7 @@ def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
             "Some latents, or their means or standard deviations, are not finite. Look for NaN, "
             "infinity or huge numbers in the output of the encoder."
         )
-    spread = torch.where(spread > 0, spread, 1.0)
+    spread = torch.where(spread > 1e-6 * centre.abs(), spread, 1.0)  # else it is of rounding
     return (flat - centre) / spread, centre, spread
 
 

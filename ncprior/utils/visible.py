@@ -38,11 +38,6 @@ def visible_tensors(thing: Any, besides: Iterable[object] = ()) -> Iterator[Tens
     yield from _tensors(thing, _DEPTH, set(map(id, besides)))
 
 
-def tensors_of_vae(source: Any, heads: nn.Module) -> list[Tensor]:  # noqa: ANN401
-    """Returns the tensors of a source and its ``module``, as far as they can be seen, but no heads."""
-    return list(visible_tensors([source, source.module], besides=heads.parameters()))
-
-
 def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields a module and its submodules by name, except for those of a prior or VAEBM among them.
 

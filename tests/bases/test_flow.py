@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from ncprior import NCPrior, langevin
+from ncprior.bases.code_network import fit_code_network
 from ncprior.bases.empirical import stored_numbers
 from ncprior.bases.flow import Flow
 from ncprior.bases.flow_fit import fit_flow
@@ -285,3 +286,23 @@ def test_without_zuko_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ImportError, match=r"extra 'flows' \(pip install '\.\[flows\]'"):
         quick(torch.randn(50, 2))
     quick(torch.randn(50, 2), Affine(2))
+
+
+def test_contexts_of_sorted_rows_have_the_scale_of_all() -> None:
+    """The first 4,096 rows had one value, whose standard deviation was of rounding."""
+    c = torch.full((6000, 1), 0.7)
+    c[4096:, 0] = torch.rand(6000 - 4096)
+    flow: Any = fit_flow(torch.randn(6000, 2), context=c, steps=1, progress=False).flow
+    torch.testing.assert_close(flow.context_scale, c.std(0), atol=0.02, rtol=0)
+    same: Any = fit_flow(
+        torch.randn(99, 2), context=0.7 * torch.ones(99, 1), steps=1, progress=False
+    ).flow
+    assert same.context_scale == 1
+
+
+def test_contexts_of_sorted_codes_have_the_scale_of_all() -> None:
+    c = torch.full((3000, 1), 0.7)
+    c[1500:, 0] = torch.rand(1500)
+    codes = torch.zeros(3000, 2).long()
+    base = fit_code_network(codes, context=c, steps=1, width=8, progress=False)
+    torch.testing.assert_close(base.network.context.scale.sd, c.std(0), atol=0.03, rtol=0)

@@ -256,3 +256,13 @@ def test_a_base_on_a_joint_source_is_drawn() -> None:
     z = joint.group(joint.start(20)).prior.sample()
     prior = NCPrior(rebase(joint, Empirical(z)), MLPHead((2,), width=8)).eval()
     assert prior.sample(5, partial(sir, num_proposals=3)).x.shape == (5, 2)
+
+
+def test_rows_of_encodings_and_latents_are_counted() -> None:
+    joint = JointSource(untrained())
+    x = torch.randn(3, 2)
+    with pytest.raises(ValueError, match="The walk has 5 rows; got 3 rows of encoding"):
+        joint.start(5, joint.encode(x))
+    width = joint.encode(x).shape[1]
+    with pytest.raises(ValueError, match="The walk has 5 rows; got 2 rows of z"):
+        joint.advance(joint.start(5), torch.zeros(2, width))

@@ -346,3 +346,29 @@ def test_small_latents_keep_their_scale(scale: float) -> None:
     z = scale * torch.randn(5000, 3)
     sd = fit_gaussian(z).variance.sqrt() / scale
     assert sd.tolist() == pytest.approx([1.0] * 3, rel=0.05)
+
+
+def test_parameters_of_several_dtypes_become_one() -> None:
+    loc = torch.randn(3, 2).double()
+    for scale in (torch.ones(3, 2), torch.eye(2).expand(3, 2, 2)):
+        p = GaussianMixture(torch.zeros(3), loc, scale)
+        assert {t.dtype for t in p.tensors().values()} == {torch.float64}
+        assert p.sample((4,)).dtype == p.mean.dtype == torch.float64
+
+
+def test_a_latent_that_is_one_number_is_whitened() -> None:
+    p = GaussianMixture(torch.zeros(3), torch.randn(3, 1), torch.ones(3, 1), event_shape=())
+    z = p.sample((5,))
+    assert z.shape == (5,)
+    torch.testing.assert_close(p.unwhiten(p.whiten(z)), z)
+
+
+def test_one_gaussian_is_drawn_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels and a shuffle took most of the time."""
+    monkeypatch.delattr(torch, "randperm")
+    torch.manual_seed(0)
+    factor = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    p = GaussianMixture(torch.zeros(1), torch.tensor([[1.0, -2.0]]), factor[None])
+    z = p.sample((20_000, 1))[:, 0]
+    torch.testing.assert_close(z.mean(0), p.loc[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(z.mT.cov(), factor @ factor.mT, atol=0.04, rtol=0)

@@ -192,6 +192,23 @@ def test_wrong_shapes_are_refused_as_the_head_refuses_them() -> None:
         prepare_head(head, precision=torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(6,), (4, 8, 8)])
+def test_heads_in_half_precision_keep_log_r_in_float32(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Of log r near 20, bfloat16 has steps of 0.125 nats."""
+    head: Any = (MLPHead if len(shape) == 1 else ConvHead)(shape, width=16)
+    torch.nn.init.normal_(head.out.weight)
+    torch.nn.init.constant_(head.out.bias, 20.0)
+    head = head.eval().to(dtype)
+    z = torch.randn(20, 5, *shape)
+    with torch.no_grad():
+        found, expected = prepare_head(head)(z), head(z)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+
+
 # --- bfloat16 ---
 
 

@@ -192,6 +192,19 @@ def test_the_vae_gets_no_gradients_from_training(vae: MapVAE, score_weight: floa
 
 
 @pytest.mark.filterwarnings("ignore:Reconstructions of a row")
+def test_a_vae_that_nobody_names_gets_no_gradients(vae: MapVAE) -> None:
+    """`features=` is a function of one's own, and there is no `module=`."""
+    given = vae.source()
+    hidden = {"decoder": lambda z: vae.decode(z), "features": lambda z: vae.first(z)}
+    source = SingleGroup(given.prior, lambda x: given._posterior(x), **hidden)
+    prior = NCPrior.for_source(source, data(), width=8)
+    assert has_scores(prior, data())
+    NCETrainer(prior, torch.optim.AdamW(prior.parameters()), score_weight=10).step(data())
+    assert all(p.grad is None for p in vae.parameters())
+    assert any(p.grad.any() for p in prior.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Reconstructions of a row")
 def test_a_head_that_the_owner_of_the_features_holds_is_trained(vae: MapVAE) -> None:
     """Its parameters are seen in the source, and are no parameters of the VAE."""
     prior = NCPrior.for_source(vae.source(), data(), width=8)
