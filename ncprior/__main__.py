@@ -162,6 +162,7 @@ def _diagnose(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     from ncprior.jobs import sample_parts
+    from ncprior.saving.identity import heads_on
 
     started, number = time.monotonic(), -(-options.num_samples // max(1, options.part_size))
     first, step = options.parts
@@ -170,7 +171,7 @@ def _sample(options: argparse.Namespace) -> int:
     with _loaded(options) as prior:
         if options.proposals is not None:
             prior.sampler = partial(ncprior.sir, num_proposals=options.proposals)
-        if prior.sampler is None:
+        if prior.sampler is None and any(heads_on(prior)):
             raise ValueError(
                 f"{options.path_or_repo} was saved without a sampler. Pass --proposals 500, or set "
                 f"prior.sampler in Python and save the prior again."

@@ -368,6 +368,19 @@ def test_a_prior_without_a_sampler_needs_a_number_of_proposals(
     assert job["sampler"] == "sir(num_proposals=7)" and job["batch_size"] == 4
 
 
+def test_a_prior_whose_heads_are_off_needs_no_sampler(place: Path) -> None:
+    """In Python it draws from the base; here it was an error."""
+    names: dict[str, SingleGroup] = {}
+    exec(MY_VAE, names)  # noqa: S102
+    prior = NCPrior(names["source"], MLPHead((2,), width=8))
+    prior.strength = 0.0
+    prior.save_pretrained("weak")
+    assert main(["sample", "weak", "--source", "my_vae_of_test.py:source", "-n", "10"]) == 0
+    (part,) = read_parts("samples")
+    assert len(part["x"]) == 10
+    sample_parts(prior.eval(), "samples", num_samples=10)  # the same job
+
+
 CONDITIONAL = """
 def posterior(x, c):
     return Independent(Normal(x + c, 0.1), 1)

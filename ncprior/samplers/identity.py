@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dis import get_instructions
 from functools import partial, wraps
 from types import CodeType
@@ -19,7 +18,7 @@ from torch.distributions import Distribution
 
 from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, Sampler
-from ncprior.utils.fingerprints import base_fingerprint, module_fingerprint
+from ncprior.utils.fingerprints import base_fingerprint, held_by, module_fingerprint
 
 P = ParamSpec("P")
 
@@ -92,7 +91,7 @@ def describe(sampler: Any) -> str:  # noqa: ANN401
         >>> describe(at_temperature(partial(sir, num_proposals=50), 0.5))
         'at_temperature(sir(num_proposals=50), 0.5)'
     """
-    return _described(sampler, (), exact=False)
+    return _described(sampler, {}, exact=False)
 
 
 def identity_of(sampler: Any) -> str:  # noqa: ANN401
@@ -100,10 +99,11 @@ def identity_of(sampler: Any) -> str:  # noqa: ANN401
 
     It is the same in every process of one version of Python. Tensors and arrays are known by their
     values, decorated functions by the decorator, too, bound methods by their object, and functions by
-    the numbers, tensors and functions of their own file that they use. Functions of this package are
-    known by their names. A callable object is known by its type alone, unless it is a module.
+    the numbers, tensors, samplers, functions and objects of their own file that they use. Functions of
+    this package are known by their names. A callable object is known by its type and its public
+    numbers, texts, tensors and functions, unless it is a module.
     """
-    return _described(sampler, (), exact=True)
+    return _described(sampler, {}, exact=True)
 
 
 def _name(function: Any) -> str:  # noqa: ANN401
@@ -125,12 +125,13 @@ def _name_with_code(function: Any, describe: Callable[[Any], str]) -> str:  # no
 
 
 def _used(function: Any, code: CodeType) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
-    """Numbers, texts, tensors and functions of its own file that a function uses, by name."""
+    """Values, samplers, and functions and objects of its own file that a function uses, by name."""
     known = getattr(function, "__func__", function).__globals__
     for name in sorted(set(_globals_of(code)) & set(known)):
         value = known[name]
-        is_own = getattr(value, "__globals__", None) is known
-        if is_own or isinstance(value, _VALUES):
+        is_own = getattr(inspect.unwrap(value), "__globals__", None) is known
+        is_own = is_own or type(value).__module__ == known.get("__name__")
+        if is_own or isinstance(value, (*_VALUES, partial, Composition, nn.Module)):
             yield name, value
 
 
@@ -164,11 +165,23 @@ def _parts(code: CodeType, doc: str | None = None) -> Iterator[str]:
             yield repr(constant)
 
 
-def _described(sampler: Any, inside: tuple[int, ...], *, exact: bool) -> str:  # noqa: ANN401
-    """Description of a sampler inside functions that are being described already."""
-    if id(sampler) in inside:
-        return "..."  # a function that calls itself
-    describe_inner = partial(_described, inside=(*inside, id(sampler)), exact=exact)
+def _described(
+    sampler: Any,  # noqa: ANN401
+    seen: dict[int, tuple[Any, str]],
+    *,
+    exact: bool,
+) -> str:
+    """Description of a sampler; objects seen before have theirs, which is kept by their address."""
+    if id(sampler) not in seen:
+        seen[id(sampler)] = sampler, "..."  # of a function that calls itself
+        seen[id(sampler)] = (
+            sampler,
+            _text(sampler, partial(_described, seen=seen, exact=exact), exact),
+        )
+    return seen[id(sampler)][1]
+
+
+def _text(sampler: Any, describe_inner: Callable[[Any], str], exact: bool) -> str:  # noqa: ANN401
     if isinstance(sampler, Composition):
         sampler = sampler.made_by
     if isinstance(sampler, partial):
@@ -177,26 +190,42 @@ def _described(sampler: Any, inside: tuple[int, ...], *, exact: bool) -> str:  #
         return f"{describe_inner(sampler.func)}({', '.join(words)})"
     if isinstance(sampler, tuple | list):
         return f"({', '.join(map(describe_inner, sampler))})"
+    if isinstance(sampler, type):
+        return _name(sampler)
     if not callable(sampler):
         return _value(sampler, describe_inner, exact=exact)
     function = _undecorated(sampler) if exact else _innermost(sampler)
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None and _package(function) == "torch":  # its code changes with torch
-        return f"{function.__code__.co_name}({describe_inner(wrapped)})"
-    held = list(_held(function, exact))
+        inner = [wrapped, *_owned(function, exact)]
+        return f"{function.__code__.co_name}({', '.join(map(describe_inner, inner))})"
+    held = [*_owned(function, exact), *held_by(function)]
     if wrapped is not None and all(wrapped is not it for it in held):
         held.insert(0, wrapped)
     name = _name_with_code(function, describe_inner) if exact else _name(function)
     return f"{name}({', '.join(map(describe_inner, held))})" if held else name
 
 
-def _held(function: Any, exact: bool) -> Iterator[Any]:  # noqa: ANN401
-    """The values in the closure of a function and, for the exact identity, the object of a method."""
-    if exact and inspect.ismethod(function):
-        yield function.__self__
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # not filled yet
-            yield cell.cell_contents
+def _owned(function: Any, exact: bool) -> Iterator[Any]:  # noqa: ANN401
+    """The object of a method, and attributes, which are a part of the exact identity alone."""
+    owner = function.__self__ if inspect.ismethod(function) else function
+    if exact and owner is not function:
+        yield owner
+    if exact and (attributes := _attributes(owner)):
+        yield attributes
+
+
+def _attributes(owner: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The public values and functions that an object was given; caches of its class do not count."""
+    if isinstance(owner, type | nn.Module | Distribution):  # known otherwise
+        return {}
+    return {
+        name: value
+        for name, value in sorted(getattr(owner, "__dict__", {}).items())
+        if not name.startswith("_")
+        and not hasattr(getattr(type(owner), name, None), "__get__")
+        and (isinstance(value, _VALUES) or callable(value))
+    }
 
 
 def _undecorated(function: Any) -> Any:  # noqa: ANN401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -87,6 +88,20 @@ def base_fingerprint(base: object) -> str | None:
             return None
         digest.update(f"{name}{tuple(value.shape)}".encode() + _bytes(value))
     return f"{type(base).__name__}:{digest.hexdigest()}"
+
+
+def held_by(function: object) -> list[Any]:
+    """Returns the values in the closure of a function, without variables that have no value yet.
+
+    Example:
+        >>> held_by(lambda: None)
+        []
+    """
+    held = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return held
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,9 +210,8 @@ def _parts(value: object) -> Iterable[tuple[str, object]]:
     if isinstance(value, MethodType):
         return [("self", value.__self__)]
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return [
-            *_parts(cells),
+            *_parts(held_by(value)),
             *_parts(value.__defaults__ or ()),
             *_parts(value.__kwdefaults__ or {}),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import sys
@@ -52,17 +53,21 @@ def _import_file(place: str) -> Any:  # noqa: ANN401
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {place}. Give the path of a Python file.")
     _add_to_path(path.parent)
-    module = sys.modules.get(path.stem)
-    if module is None or getattr(module, "__file__", None) != str(path):
-        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
+        name = (
+            f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # another has its name
+        )
+    if name not in sys.modules:
+        spec: Any = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # imported once, also for several names
+        sys.modules[name] = module  # imported once, also for several names
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[path.stem]
+            del sys.modules[name]
             raise
-    return module
+    return sys.modules[name]
 
 
 def _add_to_path(folder: Path) -> None:

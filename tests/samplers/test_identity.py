@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cached_property, partial
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers.problems import standard_normal
+from torch.distributions import MultivariateNormal
 
+from ncprior import sir
 from ncprior.samplers.identity import describe, identity_of
 
 FILE = """
@@ -132,3 +136,118 @@ def test_identities_are_the_same_in_every_process(tmp_path: Path) -> None:
         found.add(done.stdout)
     assert len(found) == 1
     assert "0x" not in found.pop()
+
+
+class Sampler:
+    """A sampler of a user, which is called itself or by a method."""
+
+    def __init__(self, number: int, inner: Any = sir) -> None:
+        self.number, self.inner, self._cache = number, inner, list[int]()
+
+    def __call__(self, prior: Any, log_ratio: Any) -> Any:
+        return self.draw(prior, log_ratio)
+
+    def draw(self, prior: Any, log_ratio: Any) -> Any:
+        self._cache.append(self.size)
+        return self.inner(prior, log_ratio, num_proposals=self.number)
+
+    @cached_property
+    def size(self) -> int:
+        return self.number + 1
+
+
+class Settings:
+    """An object that cannot be called, with a sampler among its methods."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def draw(self, prior: Any, log_ratio: Any) -> Any:
+        return sir(prior, log_ratio, num_proposals=self.number)
+
+    draw_without_gradients = torch.no_grad()(draw)
+
+
+OF_OBJECTS = {
+    "object": Sampler,
+    "method": lambda m: Sampler(m).draw,
+    "method of settings": lambda m: Settings(m).draw,
+    "decorated method": lambda m: Settings(m).draw_without_gradients,
+}
+
+
+@pytest.mark.parametrize("make", OF_OBJECTS.values(), ids=OF_OBJECTS)
+def test_an_object_is_known_by_its_attributes(make: Any) -> None:
+    few, again, many = map(make, (2, 2, 9))
+    assert identity_of(few) == identity_of(again) != identity_of(many)
+    inner = Sampler(2, partial(sir, num_proposals=5)), Sampler(2, Sampler(5))
+    assert len({identity_of(it) for it in (*inner, Sampler(2))}) == 3
+
+
+def test_use_of_an_object_leaves_its_identity() -> None:
+    sampler = Sampler(2)
+    before = identity_of(sampler)
+    assert sampler.draw(standard_normal(2).expand((3,)), lambda z: z[..., 0]).z.shape == (3, 2)
+    assert sampler.size == 3 and identity_of(sampler) == before
+    base = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    before = identity_of(base.log_prob)
+    assert base.precision_matrix.shape == (2, 2) and identity_of(base.log_prob) == before
+
+
+OBJECTS = """
+import torch
+from functools import lru_cache, partial
+from ncprior import sir
+
+NUMBER = 3
+
+class Settings:
+    def __repr__(self):
+        return f"Settings({NUMBER})"
+
+class Sampler:
+    def __init__(self):
+        self.number = NUMBER
+    def __call__(self, prior, log_ratio):
+        return sir(prior, log_ratio, num_proposals=self.number)
+
+@torch.no_grad()
+def decorated(z):
+    return z + NUMBER
+
+@lru_cache
+def cached(z):
+    return z + NUMBER
+
+few, settings, its = partial(sir, num_proposals=NUMBER), Settings(), Sampler()
+torch.manual_seed(NUMBER)
+network = torch.nn.Linear(1, 1)
+"""
+
+
+@pytest.mark.parametrize("name", ["decorated", "cached", "few", "settings", "its", "network"])
+def test_objects_of_the_users_file_are_part_of_the_identity(name: str) -> None:
+    text = f"{OBJECTS}\ndef sampler(prior, log_ratio):\n    return {name}\n"
+    one, again, other = (user_file(it) for it in (text, text, text.replace("R = 3", "R = 4")))
+    assert identity_of(one.sampler) == identity_of(again.sampler) != identity_of(other.sampler)
+
+
+def test_functions_that_share_functions_are_described_once() -> None:
+    """Every path to a function was followed: a million of them."""
+    names = [f"f{i}" for i in range(60)]
+    lines = [f"def {a}(z): return {b}(z), {c}(z)" for a, b, c in zip(names, names[1:], names[2:])]  # noqa: B905
+    text = "\n".join([*lines, "def f58(z): return z", "def f59(z): return z"])
+    one, other = user_file(text), user_file(text.replace("f59(z): return z", "f59(z): return -z"))
+    assert identity_of(one.f0) != identity_of(other.f0)
+
+
+def test_classes_of_functions_are_values() -> None:
+    assert describe([FunctionType, int]) == identity_of([FunctionType, int]) == "(function, int)"
+
+
+def test_a_function_may_be_of_no_file() -> None:
+    names: dict[str, Any] = {}
+    exec("n = 3\ndef sampler(prior, log_ratio): return n", names)  # noqa: S102
+    before = identity_of(names["sampler"])
+    names["n"] = 4
+    assert identity_of(names["sampler"]) != before

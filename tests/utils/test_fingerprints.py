@@ -97,6 +97,16 @@ def test_parameters_are_found_wherever_a_distribution_holds_them(way: str) -> No
     assert base_fingerprint(Held(way, 0.5)) != base_fingerprint(Held(way, 0.6))
 
 
+def test_a_function_of_a_base_may_lack_a_value_that_it_does_not_use() -> None:
+    def shift(z: Tensor) -> Tensor:
+        return z if z.ndim else z + other
+
+    base = standard_normal(2)
+    base.shift = shift  # type: ignore[attr-defined]
+    assert base_fingerprint(base) is not None
+    other = 1.0
+
+
 def test_counters_and_memos_of_a_base_do_not_count() -> None:
     base, before = standard_normal(2), base_fingerprint(standard_normal(2))
     base._calls, base._memo = 3, {"z": torch.ones(2)}  # type: ignore[attr-defined]
