@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ncprior.bases.empirical import NoPrior
 from ncprior.single_group import SingleGroup
-from ncprior.utils.precision import input_like
+from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.require import floats_of_batch, require_instance
 from ncprior.utils.visible import require_eval
 
@@ -129,7 +129,8 @@ class DiffusersSource(SingleGroup):
                 f"noise), 3), decoder, module=model), with code(x) what the model encodes."
             )
         self._check_size(x, mean)
-        normal = Normal(mean.float(), std.float(), validate_args=False)
+        mean, std = at_least_float32(mean), at_least_float32(std)
+        normal = Normal(mean, std, validate_args=False)
         return Independent(normal, mean.ndim - 1, validate_args=False)
 
     def _check_size(self, x: Tensor, z: Tensor) -> None:
@@ -150,7 +151,7 @@ class DiffusersSource(SingleGroup):
         first = getattr(self.module, "post_quant_conv", None)  # of another dtype if it is upcast
         weight = input_like(first, self._part("decoder"))
         x: Tensor = self.module.decode(z.to(weight.dtype)).sample
-        return x.float()
+        return at_least_float32(x)
 
     def _part(self, name: str) -> nn.Module:
         """Returns the encoder or the decoder, whose dtype may be of its own; else the model."""

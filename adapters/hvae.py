@@ -22,6 +22,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal, kl
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from ncprior.source import Group, LatentSource
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import (
     floats_of_batch,
     require_counts,
@@ -93,7 +94,7 @@ class HVAE(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """Returns the logits of p(x | z), ``(B, 1, 28, 28)``, from the last state."""
         x: Tensor = self.decoder(h)
-        return x[..., 2:-2, 2:-2].float()
+        return at_least_float32(x[..., 2:-2, 2:-2])
 
     def negative_elbo(self, x: Tensor) -> Tensor:
         """Returns KL(q, p) - E_q[log p(x | z)] in nats, ``(B,)``, from one draw of z."""
@@ -118,6 +119,7 @@ class HVAE(nn.Module):
 
     def _misfit_and_kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(x | z), ``(B,)``, and KL(q, p) of every group, ``(K, B)``."""
+        x = x.to(self.h_0)
         s, h, kl = self.features(x), self.start(len(x)), []
         rung: Any
         for rung in self.rungs:
@@ -207,11 +209,12 @@ class _Rung(nn.Module):
         """Returns p(z_k | z_<k), q(z_k | z_<k, x) or None, and the update of h by the prior network."""
         sizes = [self.latents, self.latents, h.shape[1]]
         mean, log_scale, update = self.prior(h).split(sizes, dim=1)
-        mean, log_scale = mean.float(), _bounded(log_scale.float())
+        mean, log_scale = at_least_float32(mean), _bounded(at_least_float32(log_scale))
         p = _normal(mean, log_scale.exp())
         if s is None:
             return p, None, update
-        shift, log_factor = self.posterior(torch.cat([h, s], dim=1)).float().chunk(2, dim=1)
+        change = at_least_float32(self.posterior(torch.cat([h, s], dim=1)))
+        shift, log_factor = change.chunk(2, dim=1)
         return p, _normal(mean + shift, (log_scale + _bounded(log_factor)).exp()), update
 
     def move(self, h: Tensor, z: Tensor) -> Tensor:
@@ -282,7 +285,7 @@ class HVAESource(LatentSource[Any, Any]):
     def group(self, state: State) -> Group:
         """Returns p(z_k | z_<k), q(z_k | z_<k, x) and the context h_k."""
         p, q, _ = self.module.rungs[state.k](state.h, state.s)
-        return Group(p, q, state.h.float() if state.k > 0 else None)
+        return Group(p, q, at_least_float32(state.h) if state.k > 0 else None)
 
     def advance(self, state: State, z: Tensor) -> State:
         """Returns the next state, given z_k with shape ``(B, latents, 4, 4)``."""

@@ -30,7 +30,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 
 from ncprior.single_group import SingleGroup
 from ncprior.utils.fingerprints import module_fingerprint
-from ncprior.utils.precision import input_like
+from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.require import described, floats_of_batch, require_finite, require_instance
 from ncprior.utils.visible import require_eval
 
@@ -176,12 +176,13 @@ class TVAESource(SingleGroup):
         encoder: Any = self.encoder  # without one, this is not the posterior
         require_eval(encoder)
         loc, scale, *_ = encoder(x.to(input_like(encoder)))
-        return _normal(loc.float(), scale.float())
+        return _normal(at_least_float32(loc), at_least_float32(scale))
 
     def _rows_given(self, z: Tensor) -> _TableRows:
         """p(x | z), with batch shape ``(B,)``."""
         output, sigma = self.module(z)
-        return _TableRows(output.float(), sigma.float(), self._layout)
+        output, sigma = at_least_float32(output), at_least_float32(sigma)
+        return _TableRows(output, sigma, self._layout)
 
     def _check_table(self, table: Any) -> None:  # noqa: ANN401
         wants_frame, infos = (

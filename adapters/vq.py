@@ -29,7 +29,7 @@ from ncprior.utils.conditions import (
     require_rows_of_x,
     require_tensors,
 )
-from ncprior.utils.precision import input_like
+from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.require import (
     described,
     floats_of_batch,
@@ -301,7 +301,7 @@ class VQModelSource(VQSource):
         vectors = vectors.contiguous().to(input_like(model.post_quant_conv))
         spatial = model.config.norm_type == "spatial"
         x: Tensor = model.decoder(model.post_quant_conv(vectors), vectors if spatial else None)
-        return x.float()
+        return at_least_float32(x)
 
 
 class VQVAE2Source(VQSource):
@@ -350,7 +350,7 @@ class VQVAE2Source(VQSource):
 
 def _decoded_top(model: Any, top: Tensor) -> Tensor:  # noqa: ANN401
     features: Tensor = model.dec_t(model.quantize_t.embed_code(top).movedim(-1, 1))
-    return features.float()
+    return at_least_float32(features)
 
 
 def _require_parts(model: Any, parts: Iterable[str], wanted: str) -> None:  # noqa: ANN401

@@ -21,6 +21,7 @@ from torch.distributions import (
     constraints,
 )
 
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import (
     described,
     require_counts,
@@ -138,9 +139,7 @@ def parameters(distribution: Distribution) -> Parameters | None:
     names = _PARAMETERS.get(type(distribution))
     if names is None:
         return None
-    tensors = {name: getattr(distribution, name) for name in names}
-    half = (torch.float16, torch.bfloat16)
-    tensors = {name: t.float() if t.dtype in half else t for name, t in tensors.items()}
+    tensors = {name: at_least_float32(getattr(distribution, name)) for name in names}
     return {type(distribution).__name__: tensors}
 
 

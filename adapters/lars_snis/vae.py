@@ -27,9 +27,15 @@ from ncprior.adapters.lars_snis.priors import (
     standard_normal,
 )
 from ncprior.distributions import Sampleable
-from ncprior.utils.require import real_tensor, require_instance, tensor_of_batch
+from ncprior.utils.precision import at_least_float32
+from ncprior.utils.require import floats_of_batch, real_tensor, require_instance, tensor_of_batch
 
 _PIXELS = (1, 28, 28)
+
+_BINARY = (
+    "This VAE models binary images: pixels must be 0 or 1; got others. Draw them: "
+    "torch.bernoulli(x) for x in [0, 1], or Binarised(x, batch_size) anew every epoch."
+)
 
 
 class _BinaryVAE(nn.Module):
@@ -78,18 +84,14 @@ class _BinaryVAE(nn.Module):
                 f"These networks take images of shape (B, 1, 28, 28), unpadded; got "
                 f"{tuple(x.shape)}."
             )
-        x = x.to(self.mean)
-        if not ((x == 0) | (x == 1)).all():
-            raise ValueError(
-                "This VAE models binary images: pixels must be 0 or 1; got others. Draw them: "
-                "torch.bernoulli(x) for x in [0, 1], or Binarised(x, batch_size) anew every epoch."
-            )
+        # A GPU waits for the pixels of the first batch in evaluation mode, and of all in training.
+        model = None if self.training else self
+        x = floats_of_batch("This VAE", x.to(self.mean), _BINARY, (0, 1), model, _require_binary)
         return x - self.mean
 
     def _bernoulli(self, logits: Tensor) -> Distribution:
-        return Independent(
-            Bernoulli(logits=(logits + self.mean_logits).float(), validate_args=False), 3
-        )
+        logits = at_least_float32(logits + self.mean_logits)
+        return Independent(Bernoulli(logits=logits, validate_args=False), 3)
 
 
 class EIMVAE(_BinaryVAE):
@@ -218,6 +220,11 @@ class _Crop(nn.Module):
         return x[..., :7, :7]
 
 
+def _require_binary(x: Tensor) -> None:
+    if not ((x == 0) | (x == 1)).all():
+        raise ValueError(_BINARY)
+
+
 def _convolutions() -> tuple[nn.Module, ...]:
     """From 28×28 over 14×14 and 7×7 to 32 maps of 4×4, with TensorFlow's 'same' padding."""
     return (
@@ -230,5 +237,5 @@ def _convolutions() -> tuple[nn.Module, ...]:
 
 def _split(parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Loc, and a scale of at least 1e-5."""
-    loc, raw = parameters.float().chunk(2, dim=-1)
+    loc, raw = at_least_float32(parameters).chunk(2, dim=-1)
     return loc, softplus(raw).clamp(min=1e-5)

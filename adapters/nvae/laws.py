@@ -10,11 +10,11 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
 
+from ncprior.utils.precision import at_least_float32
+
 Parameters: TypeAlias = tuple[Tensor, Tensor]  # location and scale, each (B, *event)
 
 _Shape: TypeAlias = Size | list[int] | tuple[int, ...]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class BoundedNormal(Normal):
@@ -65,7 +65,7 @@ class FlowedNormal(Distribution):
         for flow in self.flows:
             z, step = flow(z, features)
             log_det = log_det + step
-        return z_0, wide(z).view_as(z_0), wide(log_det).view_as(z_0)
+        return z_0, at_least_float32(z).view_as(z_0), at_least_float32(log_det).view_as(z_0)
 
     def rsample(self, sample_shape: _Shape = Size()) -> Tensor:  # noqa: B008
         """Draws z of shape ``(*sample_shape, B, *event)``."""
@@ -129,7 +129,7 @@ class InsideBorder(Distribution):
 
 def clamped(loc: Tensor, log_scale: Tensor) -> Parameters:
     """Returns location 5 tanh(loc / 5) and scale exp(5 tanh(log_scale / 5)) + 0.01."""
-    loc, log_scale = (5 * torch.tanh(wide(t) / 5) for t in (loc, log_scale))
+    loc, log_scale = (5 * torch.tanh(at_least_float32(t) / 5) for t in (loc, log_scale))
     return loc, log_scale.exp() + 0.01
 
 
@@ -142,8 +142,3 @@ def log_normal(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """Returns log N(z; loc, scale²) by element, in the order of NVAE's sums, to the last bit."""
     u = (z - loc) / scale
     return -0.5 * u * u - 0.5 * math.log(2 * math.pi) - scale.log()
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Returns the tensor in float32 or better."""
-    return tensor.float() if tensor.dtype in _HALF else tensor

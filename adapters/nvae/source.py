@@ -35,7 +35,6 @@ from ncprior.adapters.nvae.laws import (
     clamped,
     diagonal,
     log_normal,
-    wide,
 )
 from ncprior.adapters.nvae.layout import (
     cell_types,
@@ -45,7 +44,7 @@ from ncprior.adapters.nvae.layout import (
     masked_layers,
 )
 from ncprior.source import Group, LatentSource
-from ncprior.utils.precision import input_like
+from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     floats_of_batch,
@@ -190,7 +189,8 @@ class NVAESource(LatentSource[Any, Any]):
             posterior = diagonal(*state.posterior)
             if state.features is not None:
                 posterior = FlowedNormal(posterior, self._flows(state.k), state.features)
-        context = wide(state.s) if state.k > 0 else None  # the first s is the same for every row
+        # The first s is the same for every row.
+        context = at_least_float32(state.s) if state.k > 0 else None
         return Group(diagonal(loc, self.temperature * scale), posterior, context)
 
     def advance(self, state: State, z: Tensor) -> State:
@@ -321,7 +321,7 @@ class NVAESource(LatentSource[Any, Any]):
 
     def _likelihood(self, logits: Tensor) -> Distribution:
         """p(x | z) of each pixel; for a mixture of logistics, of each image."""
-        logits = wide(logits)
+        logits = at_least_float32(logits)
         p_x = self._model.decoder_output(logits)
         if isinstance(p_x, Bernoulli):
             return Bernoulli(logits=logits, validate_args=False)
@@ -355,8 +355,14 @@ class NVAESource(LatentSource[Any, Any]):
             raise ValueError(
                 f"This NVAE expects images of shape (B, {', '.join(map(str, shape))}); got {got}.{remedy}"
             )
-        images = floats_of_batch("NVAE", images, "Divide bytes by 255.", (0, 1), self._model)
-        bits = 1 if shape[0] == 1 else getattr(self._model, "num_bits", 8)
+        remedy = "Divide bytes by 255."
+        images = floats_of_batch(
+            "NVAE", images, remedy, (0, 1), self._model, check=self._require_levels
+        )
+        return images.to(input_like(self.module))
+
+    def _require_levels(self, images: Tensor) -> None:
+        bits = 1 if images.shape[1] == 1 else getattr(self._model, "num_bits", 8)
         levels = 2**bits - 1
         if bits < 8 and bool(((images * levels).round() - images * levels).abs().max() > 1e-3):
             remedy = (
@@ -366,7 +372,6 @@ class NVAESource(LatentSource[Any, Any]):
             raise ValueError(
                 f"The model has {kind}: x must be on the levels k/{levels}. {remedy}."
             )
-        return images.to(input_like(self.module))
 
 
 def _stairs(tower: Any) -> Iterator[list[Any]]:  # noqa: ANN401

@@ -72,7 +72,11 @@ class NCPSampler:
     def __new__(cls: Any, model: nn.Module, **_: Any) -> Any:  # noqa: ANN401
         """Makes a sampler whose class is a subclass of pythae's too, after a check of the model."""
         lineage_of(model)
-        return object.__new__(_with_pythaes_base(cls))
+        return _new(cls)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns the parts of a copy or pickle, which cannot find the class with pythae's base."""
+        return _new, type(self).__bases__[:1], vars(self)
 
     def __init__(
         self,
@@ -201,6 +205,11 @@ class NCPSampler:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(x.clamp(0, 1), start=first):
             self.save_img(image, os.fspath(folder), f"{number:08d}.png")
+
+
+def _new(cls: type) -> Any:  # noqa: ANN401
+    """Returns a sampler without attributes, whose class has pythae's base."""
+    return object.__new__(_with_pythaes_base(cls))
 
 
 @cache

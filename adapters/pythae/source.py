@@ -21,7 +21,7 @@ from ncprior.bases.empirical import NoPrior
 from ncprior.bases.mixture import GaussianMixture
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
-from ncprior.utils.precision import input_like
+from ncprior.utils.precision import at_least_float32, input_like
 from ncprior.utils.require import (
     described,
     floats_of_batch,
@@ -160,8 +160,9 @@ class PythaeSource(SingleGroup):
         weight = input_like(self.module.pseudo_inputs)
         u = self.module.pseudo_inputs(self.module.idle_input.to(weight))
         out = self.module.encoder(u.reshape(len(u), *self.module.model_config.input_dim))
-        scale = (0.5 * out["log_covariance"].float()).exp()
-        return GaussianMixture(scale.new_zeros(len(u)), out["embedding"].float(), scale)
+        scale = (0.5 * self._item(out, "log_covariance", len(u))).exp()
+        code = self._item(out, "embedding", len(u))
+        return GaussianMixture(scale.new_zeros(len(u)), code, scale)
 
     def _q(self, x: Tensor) -> Distribution:
         shape = self.module.input_dim
@@ -184,12 +185,12 @@ class PythaeSource(SingleGroup):
                 f"The encoder of a {self._lineage[0]} must return '{name}' of shape {shape}; "
                 f"got {got}."
             )
-        return out[name].to(torch.promote_types(out[name].dtype, torch.float32))
+        return at_least_float32(out[name])
 
     def _reconstruct(self, z: Tensor) -> Tensor:
         z = z.to(input_like(self.module.decoder).dtype)
         x: Tensor = self.module.decoder(z)["reconstruction"]
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return at_least_float32(x)
 
 
 def _x_of(batch: Any) -> Any:  # noqa: ANN401

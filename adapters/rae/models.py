@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ncprior.adapters.rae.networks import SETTINGS, Networks
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import real_tensor, require_choice, require_instance, require_numbers
 
@@ -71,12 +72,13 @@ class VAE(Networks):
     def posterior(self, x: Tensor) -> Distribution:
         """Returns q(z | x) for images x in [0, 1], ``(B, C, H, W)``."""
         features = self.features_of(x)
-        mean, log_sigma = self.mean(features).float(), 5 * self.log_sigma(features).tanh()
-        return Independent(Normal(mean, log_sigma.float().exp(), validate_args=False), 1)
+        mean, log_sigma = self.mean(features), 5 * self.log_sigma(features).tanh()
+        sigma = at_least_float32(log_sigma).exp()
+        return Independent(Normal(at_least_float32(mean), sigma, validate_args=False), 1)
 
     def likelihood(self, z: Tensor) -> Distribution:
         """Returns p(x | z) = N(x̂, σ² I), a density over images."""
-        mean = self.decode(z).float()
+        mean = at_least_float32(self.decode(z))
         sigma = torch.full_like(mean, self.sigma)
         return Independent(Normal(mean, sigma, validate_args=False), 3)
 

@@ -20,6 +20,7 @@ from ncprior.adapters.rae.models import RAE, VAE
 from ncprior.bases.empirical import NoPrior
 from ncprior.distributions import Sampleable
 from ncprior.single_group import SingleGroup
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import described, floats_of_batch, require_flags, require_numbers
 
 
@@ -91,7 +92,7 @@ class RAESource(SingleGroup):
 
 
 def _around_code(model: RAE, noise: float, x: Tensor) -> Distribution:
-    code = model.encode(x).float()
+    code = at_least_float32(model.encode(x))
     scale = torch.full_like(code, noise)
     return Independent(Normal(code, scale, validate_args=False), 1)
 

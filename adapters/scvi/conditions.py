@@ -46,9 +46,13 @@ class Conditions:
         self.names = tuple(dict.fromkeys((*needed, *self.given)))
         self._codes = {"batch": int(self.model.summary_stats.n_batch), "labels": family.num_labels}
 
-    def of_cells(self, x: Any, **categories: str | None) -> Condition:  # noqa: ANN401
-        """Returns the condition of real cells, some of whose columns may be set to a category."""
-        x = self.batch(x)
+    def of_cells(self, x: Mapping[str, Tensor], **categories: str | None) -> Condition:
+        """Returns the condition of cells, as :meth:`batch` returns them.
+
+        Arguments:
+            x: The cells.
+            categories: For a column, the name of a category that it is set to.
+        """
         codes = {
             name: torch.full((len(x["X"]), 1), self._code(name, category), device=x["X"].device)
             for name, category in categories.items()
@@ -99,18 +103,25 @@ class Conditions:
                 f"these tensors, each (B, ...); missing: {', '.join(missing)}. Real cells give it: "
                 f"source.condition(next(iter(source.loader())))."
             )
-        device, checked = input_like(self.family.module).device, {}
-        for name in self.names:
-            c = require_instance(name, condition[name], Tensor, remedy)
+        needed = {
+            name: require_instance(name, condition[name], Tensor, remedy) for name in self.names
+        }
+        self.require_rows(needed, count)
+        for name in self._codes:
+            if name in needed:
+                self._require_codes(name, needed[name])
+        device = input_like(self.family.module).device
+        return {name: c.to(device) for name, c in needed.items()}
+
+    def require_rows(self, condition: Mapping[str, Tensor], count: int) -> None:
+        """Validates the shapes of the tensors of a condition."""
+        for name, c in condition.items():
             wide = name.startswith("extra")
             if c.ndim != 2 or len(c) != count or (c.shape[1] != 1 and not wide):
                 raise ValueError(
                     f"The walk has {count} rows, and its condition {name!r} shape "
                     f"{tuple(c.shape)}; it must be ({count}, {'...' if wide else 1})."
                 )
-            self._require_codes(name, c)
-            checked[name] = c.to(device)
-        return checked
 
     def context(self, condition: Condition) -> list[Tensor]:
         """Returns the columns that heads see, each of shape ``(B, ...)``, in float32."""
@@ -132,14 +143,14 @@ class Conditions:
 
     def _require_counts(self, counts: Tensor) -> None:
         """Validates whole numbers, where the likelihood is one of whole numbers."""
-        empty = int((counts.sum(1) <= 0).sum()) if self.family.size == "library" else 0
-        if empty:
+        empty, wrong = counts.sum(1) <= 0, (counts != counts.round()) | (counts < 0)
+        any_empty, any_wrong = torch.stack([empty.any(), wrong.any()]).tolist()  # one wait
+        if any_empty and self.family.size == "library":
             raise ValueError(
-                f"{empty} of {len(counts)} cells of a batch have no counts, and so no library size. "
-                f"Take these cells out: scanpy.pp.filter_cells(adata, min_counts=1)."
+                f"{int(empty.sum())} of {len(counts)} cells of a batch have no counts, and so no "
+                f"library size. Take these cells out: scanpy.pp.filter_cells(adata, min_counts=1)."
             )
-        wrong = (counts != counts.round()) | (counts < 0)
-        if self.family.takes_counts and wrong.any():
+        if any_wrong and self.family.takes_counts:
             row, column = (int(i) for i in wrong.nonzero()[0])
             raise ValueError(
                 f"{type(self.model).__name__} is a model of whole numbers; got "
@@ -149,10 +160,8 @@ class Conditions:
             )
 
     def _require_codes(self, name: str, c: Tensor) -> None:
-        if name not in self._codes or len(c) == 0:
-            return
         most = max(self._codes[name], 1)
-        if (c < 0).any() or (c >= most).any() or (c != c.round()).any():
+        if ((c < 0) | (c >= most) | (c != c.round())).any():
             raise ValueError(
                 f"The condition {name!r} must be whole numbers from 0 to {most - 1}; got numbers from "
                 f"{c.min().item():g} to {c.max().item():g}. source.condition(cells) makes them."

@@ -161,13 +161,14 @@ class SCVISource(LatentSource[Any, Any]):
         Example:
             >>> condition = source.condition(cells, label="B cells")  # doctest: +SKIP
         """
-        return self._conditions.of_cells(cells, batch=batch, labels=label)
+        return self._conditions.of_cells(self._conditions.batch(cells), batch=batch, labels=label)
 
     def encode(self, x: Mapping[str, Tensor]) -> Encoding:
         """Encodes one batch: the parameters of the posterior, and the condition."""
         require_eval(self.module)
-        condition = self.condition(x)
-        return self.Encoding(self._family.encode(self._conditions.batch(x), condition), condition)
+        cells = self._conditions.batch(x)
+        condition = self._conditions.of_cells(cells)
+        return self.Encoding(self._family.encode(cells, condition), condition)
 
     def observed(self, batch: Any) -> Tensor:  # noqa: ANN401
         """Returns the counts of a batch; for TOTALVI genes and proteins, one after the other.
@@ -199,7 +200,7 @@ class SCVISource(LatentSource[Any, Any]):
         """
         require_eval(self.module)
         if encoding is not None:
-            self._conditions.checked(encoding.condition, batch_size)
+            self._conditions.require_rows(encoding.condition, batch_size)
             return self.State(*encoding, {})
         given = {} if condition is None else condition
         return self.State(None, self._conditions.checked(given, batch_size), {})

@@ -122,9 +122,7 @@ def first_rows(data: Any, count: int) -> Any:  # noqa: ANN401
     first = first_batch(data, count)
     if num_rows(first) >= count or not all(isinstance(x, Tensor) for x in tree_leaves(first)):
         return first
-    taken = [tree_flatten(batch)[0] for batch in _begun(data, count, partial(until, rows=count))]
-    joined = [torch.cat(leaves) for leaves in zip(*taken, strict=True)]
-    return tree_unflatten(joined, tree_flatten(first)[1])
+    return _joined(list(_begun(data, count, partial(until, rows=count))))
 
 
 def spread_rows(data: Any, count: int) -> Any:  # noqa: ANN401
@@ -156,6 +154,35 @@ def spread_rows(data: Any, count: int) -> Any:  # noqa: ANN401
 def _spread(batch: Any, count: int) -> Any:  # noqa: ANN401
     """About as many rows of a batch, at equal distances."""
     return take_rows(batch, slice(None, None, max(1, num_rows(batch) // count)))
+
+
+def of_size(batches: Iterable[Any], rows: int) -> Iterator[Any]:
+    """Yields batches of tensors, joined until they have that many rows; the last one may have fewer.
+
+    Batches with anything but tensors stay as they are.
+
+    Example:
+        >>> [len(batch) for batch in of_size(torch.arange(10).split(3), 5)]
+        [6, 4]
+    """
+    kept: list[Any] = []
+    for batch in batches:
+        if not all(isinstance(x, Tensor) for x in tree_leaves(batch)):
+            yield batch
+            continue
+        kept.append(batch)
+        if sum(map(num_rows, kept)) >= rows:
+            yield _joined(kept)
+            kept = []
+    if kept:
+        yield _joined(kept)
+
+
+def _joined(batches: list[Any]) -> Any:  # noqa: ANN401
+    """Batches of tensors as one."""
+    leaves = [tree_flatten(batch)[0] for batch in batches]
+    joined = [torch.cat(same) for same in zip(*leaves, strict=True)]
+    return tree_unflatten(joined, tree_flatten(batches[0])[1])
 
 
 def until(batches: Iterable[Any], rows: int) -> Iterator[Any]:

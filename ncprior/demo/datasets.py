@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -53,8 +53,8 @@ class Labelled(NamedTuple):
 def read_images(repo: str, split: str, label: str = "label") -> Labelled:
     """Labelled images from the Parquet files of a data set of the Hugging Face Hub.
 
-    Files ``<split>*.parquet`` below ``$NCPRIOR_DATA/<repo>`` are read if there are any. Otherwise
-    they are downloaded once into the cache of the Hub.
+    Files ``<split>.parquet`` and ``<split>-*.parquet`` below ``$NCPRIOR_DATA/<repo>`` are read if
+    there are any. Otherwise they are downloaded once into the cache of the Hub.
 
     Arguments:
         repo: The repository of the data set, such as ``"ylecun/mnist"``.
@@ -162,28 +162,26 @@ def split(data: Labelled, held_out: int, seed: int) -> tuple[Labelled, Labelled]
 
 def _locate(repo: str, split: str) -> list[Path]:
     """Paths of the Parquet files, in the user's folder or else on the Hub."""
-    own = os.environ.get(_FOLDER)
-    if own is not None and (found := _parquet_files(Path(own) / repo, split)):
+    names = f"{split}.parquet", f"{split}-*.parquet"  # in parts: train-00000-of-00002.parquet
+    own, wanted = os.environ.get(_FOLDER), " or ".join(names)
+    if own is not None and (found := _found(Path(own) / repo, names)):
         return found
-    names = f"{split}*.parquet"
     looked = f"${_FOLDER} is not set" if own is None else f"{Path(own) / repo} has none"
     try:
-        patterns = [names, f"*/{names}"]
+        patterns = [*names, *(f"*/{name}" for name in names)]
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"Found no {names} of {repo}: {looked}, and the Hugging Face Hub returned none "
+            f"Found no {wanted} of {repo}: {looked}, and the Hugging Face Hub returned none "
             f"({error}). Go online, or put the files below a folder of your own as "
             f"<folder>/{repo}/{split}.parquet and set {_FOLDER}=<folder>."
         ) from error
-    if found := _parquet_files(Path(folder), split):
+    if found := _found(Path(folder), names):
         return found
-    raise FileNotFoundError(f"Found no {names} of {repo}: {looked}, and neither has the Hub.")
+    raise FileNotFoundError(f"Found no {wanted} of {repo}: {looked}, and neither has the Hub.")
 
 
-def _parquet_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split, which may be in parts, such as ``train-00000-of-00002.parquet``."""
-    names = f"{split}.parquet", f"{split}-*.parquet"
+def _found(folder: Path, names: Iterable[str]) -> list[Path]:
     return sorted(path for name in names for path in folder.glob(f"**/{name}"))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ncprior.bases.active import measure_kl
 from ncprior.data.batches import first_batch, one_pass
+from ncprior.data.copies import Encodings
 from ncprior.data.generators import own_generators_restored
 from ncprior.diagnostics.calibration import Mean, losses, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
@@ -32,7 +33,7 @@ from ncprior.diagnostics.walks import evaluating, group_kinds, scaled_log_r, wal
 from ncprior.prior import NCPrior
 from ncprior.samplers.sir import sir
 from ncprior.source import Group, device_of, num_rows
-from ncprior.utils.batches import take_rows, tile_rows
+from ncprior.utils.batches import take_rows
 from ncprior.utils.draws import drawn
 from ncprior.utils.errors import naming_group
 from ncprior.utils.require import require_counts, require_instance
@@ -152,23 +153,23 @@ def _measure(
     walks = -(-num_draws // total)
     log_r, pools, seen = [], [], 0
     for batch in one_pass(data, batch_size, device_of(prior.source)):
-        encoding = prior.source.encode(batch)
-        log_r.append(_log_r(prior, encoding, walks, batch_size))
+        encodings = Encodings(prior.source, batch)
+        log_r.append(_log_r(prior, encodings, walks, batch_size))
         # Pools from every batch: data may be ordered.
-        before, seen = seen, seen + num_rows(encoding)
+        before, seen = seen, seen + encodings.rows
         rows = _pools_of(seen, total) - _pools_of(before, total)
         if num_proposals and rows:
             weigh, size = partial(_weigh, num_proposals), 4 + sum(num_proposals)
-            pools.append(walk_posterior(prior, take_rows(encoding, slice(rows)), weigh, (size,)))
+            some = take_rows(encodings.first, slice(rows))
+            pools.append(walk_posterior(prior, some, weigh, (size,)))
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
 
 
-def _log_r(prior: NCPrior, encoding: Any, walks: int, batch_size: int) -> Tensor:  # noqa: ANN401
+def _log_r(prior: NCPrior, encodings: Encodings, walks: int, batch_size: int) -> Tensor:
     """α log r of several walks for each row, (walks, K, 2, rows); of few rows, many walks at once."""
-    rows = num_rows(encoding)
-    copies = max(1, min(walks, batch_size // rows))
-    tiled = tile_rows(encoding, copies)
-    walked = [walk_posterior(prior, tiled, _contrast, (2,)) for _ in range(-(-walks // copies))]
+    copies = max(1, min(walks, batch_size // encodings.rows))
+    times = range(-(-walks // copies))
+    walked = [walk_posterior(prior, encodings.tiled(copies), _contrast, (2,)) for _ in times]
     return rearrange(torch.stack(walked), "w k s (c n) -> (w c) k s n", c=copies)[:walks]
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncprior.data.batches import one_pass
+from ncprior.data.batches import of_size, one_pass
 from ncprior.diagnostics.calibration import Mean, losses
 from ncprior.heads.inputs import head_input, with_head_inputs
 from ncprior.heads.make import make_head
 from ncprior.nce import nce_loss
 from ncprior.prior import NCPrior
 from ncprior.source import Group, contrastive_pairs, device_of, num_rows, posterior_of, visit
-from ncprior.utils.batches import shuffle_rows, take_rows
+from ncprior.utils.batches import shuffle_rows, take_rows, to_device
 from ncprior.utils.draws import drawn
 from ncprior.utils.gradients import gradients_enabled
 from ncprior.utils.precision import at_least_float32
@@ -59,11 +59,10 @@ def missing_jsd(
     unknown = [Mean(math.nan, math.nan)] * prior.source.num_groups
     if steps == 0:
         return unknown
-    device = device_of(prior.source)
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     batches = [
         shuffle_rows(batch, num_rows(batch), generator)
-        for batch in one_pass(data, batch_size, device)
+        for batch in of_size(one_pass(data, batch_size), _FEWEST_ROWS)
         if num_rows(batch) >= _FEWEST_ROWS
     ]
     if not batches:
@@ -89,7 +88,7 @@ class _Fresh:
 
     def __init__(self, prior: NCPrior, batches: list[Any]) -> None:
         self.prior, self.batches = prior, batches
-        self.heads = _fresh_heads(prior, batches[0])
+        self.heads = _fresh_heads(prior, to_device(batches[0], device_of(prior.source)))
 
     def train(self, steps: int) -> None:
         """Trains the heads, and keeps for each the weights that were best on the chosen rows."""
@@ -128,7 +127,8 @@ class _Fresh:
         num_draws: int,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Group, α log r and log s at z ~ q and z ~ p, with shape ``(2, num_draws, B)`` each."""
-        pairs = contrastive_pairs(self.prior.source, take_rows(batch, rows), num_draws)
+        x = to_device(take_rows(batch, rows), device_of(self.prior.source))
+        pairs = contrastive_pairs(self.prior.source, x, num_draws)
         for k, (z, group) in enumerate(pairs):
             if k in self.heads:
                 context = group.context

@@ -128,7 +128,8 @@ def _with_interval(value: float, error: float, level: float, *, lowest: float) -
 
 
 def _scores(name: str, scores: Any) -> Tensor:  # noqa: ANN401
-    return real_tensor(name, scores, ndim=1, rows=2, infinite=True).cpu().double()
+    x = real_tensor(name, scores, ndim=1, rows=2, infinite=True, exact=True)
+    return x.cpu().double().contiguous()
 
 
 def _sets(name: str, sets: Any) -> list[Tensor]:  # noqa: ANN401

@@ -69,9 +69,9 @@ class Likelihood(NamedTuple):
 
     @property
     def is_two_sided(self) -> bool:
-        """Whether at most 5 % of the rows have so small an ``ess`` that ``upper`` means nothing."""
-        few = self.ess < min(_FEW, self.num_samples / 2)
-        return few.float().mean().item() <= _TOLERATED
+        """Whether at most 5 % of the rows have no ``upper``, or so small an ``ess`` that it means nothing."""
+        known = (self.ess >= min(_FEW, self.num_samples / 2)) & ~self.upper.isnan()
+        return 1 - known.float().mean().item() <= _TOLERATED
 
     @property
     def nll_lower(self) -> float:

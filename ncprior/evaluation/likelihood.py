@@ -42,11 +42,14 @@ from torch.distributions import Distribution
 
 from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, log_prob_of_data
+from ncprior.data.copies import Encodings
 from ncprior.distributions import is_point
 from ncprior.evaluation.bounds import BLOCKS, bounds
 from ncprior.evaluation.estimates import Likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.heads.checks import naming_parts
+from ncprior.heads.fast import prepare_head
+from ncprior.heads.inputs import head_input
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
 from ncprior.samplers.proposals import is_same_density
@@ -62,10 +65,8 @@ from ncprior.source import (
 from ncprior.training.particles import ess_of
 from ncprior.utils.batches import tile_rows
 from ncprior.utils.draws import drawn, sample_and_log_prob
-from ncprior.utils.precision import in_float64
-from ncprior.utils.random_state import random_state
+from ncprior.utils.precision import at_least_float32, in_float64
 from ncprior.utils.require import require_counts, require_flags, require_instance
-from ncprior.utils.trees import same
 from ncprior.utils.visible import require_eval
 
 
@@ -191,16 +192,12 @@ class _Weights:
 
     def __call__(self, x: Any, num_samples: int) -> Tensor:  # noqa: ANN401
         """Returns log w of one batch, with shape ``(3, S, B)``, in float64."""
-        before = random_state()
-        encoding = self.source.encode(x)
-        draws = not same(random_state(), before)  # as a posterior that is drawn bottom-up
-        rows = num_rows(encoding)
+        encodings = Encodings(self.source, x)
+        rows = encodings.rows
         at_once, chunks = max(1, self.chunk_size // rows), []
         for block in torch.arange(num_samples).tensor_split(BLOCKS):  # blocks share no pools
             for some in filter(len, block.split(at_once)):
-                tiled = tile_rows(x, len(some))
-                codes = self.source.encode(tiled) if draws else tile_rows(encoding, len(some))
-                log_w = self._walk(codes, tiled)
+                log_w = self._walk(encodings.tiled(len(some)), tile_rows(x, len(some)))
                 chunks.append(log_w.reshape(3, len(some), rows))
         log_w = torch.cat(chunks, dim=1).cpu()
         if not (log_w < math.inf).all():  # NaN is not
@@ -223,10 +220,10 @@ class _Weights:
             log_w.add_(in_float64(group.prior.log_prob(z) - log_q))
             if self.prior is not None and self.prior.is_on(k):
                 self._require_shareable(k, group, group.prior.log_prob, z)
-                log_r = partial(_log_r, self.prior, k, group.context)
-                own = log_r(z[None])[0]
+                own = in_float64(self.prior.strength * self.prior.log_r(k, z, group.context))
                 log_w[2] += own
                 if self.num_proposals is not None:
+                    log_r = _log_ratio(self.prior, k, group.context)
                     log_w[1] += self._sir(group, log_r, own, self.num_proposals)
             return z
 
@@ -278,6 +275,12 @@ def _with_density(k: int, posterior: Distribution) -> Distribution:
     return posterior
 
 
-def _log_r(prior: NCPrior, k: int, context: Tensor | None, z: Tensor) -> Tensor:
-    """α log r in nats, in float64."""
-    return in_float64(prior.strength * prior.log_r(k, z, context))
+def _log_ratio(prior: NCPrior, k: int, context: Tensor | None) -> LogRatio:
+    """α log r_k(·, c) in nats, in float64, for many z of one context."""
+    c = None if context is None else at_least_float32(context)
+    log_r = prepare_head(prior.heads[k], c)
+
+    def log_ratio(z: Tensor) -> Tensor:
+        return in_float64(prior.strength * log_r(at_least_float32(head_input(prior.source, k, z))))
+
+    return log_ratio

@@ -272,7 +272,7 @@ def checked(values: Any, name: str, like: Tensor | None = None) -> Tensor:  # no
         TypeError: If they are not real numbers.
         ValueError: If the shape does not fit, or a feature is not finite; look at the samples.
     """
-    x = real_tensor(name, values, ndim=2, rows=2)
+    x = real_tensor(name, values, ndim=2, rows=2, exact=True)
     if x.shape[1] < 1 or not x.abs().amax() < _LARGEST:
         raise ValueError(
             f"{name} must be features (N, F) with F ≥ 1, of less than {_LARGEST:g} each; got "

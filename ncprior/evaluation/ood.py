@@ -41,7 +41,9 @@ from ncprior.evaluation.likelihood import log_likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.prior import NCPrior
 from ncprior.source import LatentSource, device_of, require_source
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import require_counts, require_flags
+from ncprior.vaebm.checks import require_steady_energy
 from ncprior.vaebm.model import VAEBM
 
 
@@ -118,8 +120,9 @@ def ood_score(
             prior, [batch], num_samples=num_samples, log_z=log_z, chunk_size=chunk_size
         )
         vae = found["base"].lower
-        ncp = found["ncp"].lower - vae if has_heads else torch.zeros_like(vae)
-        energy = vae * 0
+        ncp, energy = torch.zeros_like(vae), torch.zeros_like(vae)
+        if has_heads:
+            ncp = torch.where(vae > -math.inf, found["ncp"].lower - vae, ncp)
         if isinstance(model, VAEBM):
             energy = _energy(model, batch, num_samples).to(vae)
         terms.append((vae, ncp, -energy))
@@ -128,7 +131,9 @@ def ood_score(
 
 def _energy(model: VAEBM, batch: Any, num_samples: int) -> Tensor:  # noqa: ANN401
     """Energy of a batch in nats, ``(B,)``, averaged over the noise on data."""
+    require_steady_energy(model.energy)
     x = model.source.observed(batch)
+    x = at_least_float32(x) if x.is_floating_point() else x.float()
     if model.data_noise:
         noisy = (x + model.data_noise * torch.randn_like(x) for _ in range(num_samples))
         energy = torch.stack([model(one) for one in noisy]).mean(0)

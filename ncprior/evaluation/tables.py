@@ -32,9 +32,8 @@ def features_of(**rows: Any) -> list[Tensor]:  # noqa: ANN401
     """
     _check_names({name: getattr(value, "columns", None) for name, value in rows.items()})
     arrays = {name: _array(value) for name, value in rows.items()}
-    tabular = any(_is_table(value) for value in (*rows.values(), *arrays.values()))
-    if tabular and all(isinstance(value, np.ndarray) for value in arrays.values()):
-        arrays = _encoded(arrays)
+    if any(_is_table(value) for value in (*rows.values(), *arrays.values())):
+        arrays = _encoded({name: _as_numpy(value) for name, value in arrays.items()})
     first, *others = arrays.items()
     like = checked(first[1], first[0])
     return [like, *(checked(value, name, like=like) for name, value in others)]
@@ -51,6 +50,11 @@ def _array(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, Tensor | np.ndarray) and value.ndim > 2 and len(value) > 0:
         return value.reshape(len(value), -1)
     return value
+
+
+def _as_numpy(value: Any) -> Any:  # noqa: ANN401
+    """Rows beside a table, which may be a tensor or a list, as an array."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def _is_table(value: Any) -> bool:  # noqa: ANN401

@@ -166,7 +166,8 @@ def _result(areas: list[AUROC], losses: list[Tensor], level: float) -> TwoSample
 
 def _fit_network(real: Tensor, drawn: Tensor) -> LogOdds:
     """Log-odds of a linear model plus a network, which starts as the rule of the nearest mean."""
-    z, centre, spread = standardise(torch.cat((real, drawn)))
+    z, centre, spread = standardise(torch.cat((real, drawn)), torch.float64)
+    z = z.float()  # only now: the mean may be much larger than the spread
     network = _Classifier(z[: len(real)], z[len(real) :])
     parts = [
         (x[1::5], torch.cat([x[k::5] for k in (0, 2, 3, 4)]))
@@ -188,7 +189,13 @@ def _fit_network(real: Tensor, drawn: Tensor) -> LogOdds:
         patience=2,
         name="classifier",
     )
-    return torch.no_grad()(lambda x: network.eval()((x.to(z) - centre) / spread).cpu().double())
+
+    @torch.no_grad()
+    def log_odds(x: Tensor) -> Tensor:
+        scores: Tensor = network.eval()(((x.to(centre) - centre) / spread).float())
+        return scores.cpu().double()
+
+    return log_odds
 
 
 class _Classifier(nn.Module):

@@ -81,13 +81,25 @@ def require_steady(k: int, head: nn.Module) -> None:
     Raises:
         ValueError: If they are on: the head is in training mode. Call ``prior.eval()``.
     """
-    for module in head.modules():
+    if noise := noise_of(head):
+        raise ValueError(
+            f"Head {k} is in training mode and has {noise}, so that log r(z) would not be one function "
+            f"of z. Call prior.eval() first, and prior.train() to train on."
+        )
+
+
+def noise_of(network: nn.Module) -> str:
+    """Returns the class of a module that makes a network in training mode random, or an empty text.
+
+    Example:
+        >>> noise_of(nn.Dropout(0.1)), noise_of(nn.Dropout(0.1).eval())
+        ('Dropout', '')
+    """
+    for module in network.modules():
         noisy = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
         if noisy and module.training:
-            raise ValueError(
-                f"Head {k} is in training mode and has {type(module).__name__}, so that log r(z) would "
-                f"not be one function of z. Call prior.eval() first, and prior.train() to train on."
-            )
+            return type(module).__name__
+    return ""
 
 
 def checked_log_r(k: int, log_r: Any, z: Tensor, lead: int | None) -> Tensor:  # noqa: ANN401

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -134,6 +134,7 @@ def real_tensor(
     rows: int = 1,
     integers: bool = True,
     infinite: bool = False,
+    exact: bool = False,
 ) -> Tensor:
     """Returns finite real numbers as a tensor of floats, from a tensor, an array or a list.
 
@@ -144,6 +145,7 @@ def real_tensor(
         rows: The least number N of rows.
         integers: Whether whole numbers are converted to float32; otherwise they raise an error.
         infinite: Whether infinite values are allowed, as for scores; NaN never is.
+        exact: Whether whole numbers become float64, on the CPU where the device has none.
 
     Returns:
         The tensor; a tensor of floats is returned as it is.
@@ -160,7 +162,8 @@ def real_tensor(
         )
         raise TypeError(f"{name} must be {wanted}; got {described(x)}.{remedy}")
     if not x.is_floating_point():
-        x = x.float()
+        x = x.cpu() if exact and x.device.type == "mps" else x
+        x = x.double() if exact else x.float()
     wrong_ndim = x.ndim < 1 if ndim is None else x.ndim != ndim
     if wrong_ndim or len(x) < rows or (rows > 0 and x.numel() == 0):
         dims = "1 or more dimensions" if ndim is None else f"{ndim} dimensions"
@@ -291,6 +294,7 @@ def floats_of_batch(
     remedy: str,
     limits: tuple[float, float] | None = None,
     model: nn.Module | None = None,
+    check: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Returns x of a batch as :func:`tensor_of_batch`, after a check that it holds floats in a range.
 
@@ -301,6 +305,7 @@ def floats_of_batch(
         limits: The least and the largest number that x may hold, or ``None``; waits for a GPU.
         model: A model, of which only the first batch on a GPU is compared with the limits: no
             later batch waits.
+        check: A further validation of the numbers, made where they are compared with the limits.
 
     Raises:
         TypeError: If x is neither a tensor nor an array.
@@ -319,6 +324,8 @@ def floats_of_batch(
                 f"{whose} takes x in [{limits[0]:g}, {limits[1]:g}]; got numbers from {least:.4g} "
                 f"to {most:.4g}. {remedy}"
             )
+        if check is not None:
+            check(tensor)
     if model is not None and limits is not None and tensor.device.type != "cpu":
         _READ.add(model)
     return tensor

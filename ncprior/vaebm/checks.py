@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncprior.heads.checks import noise_of
 from ncprior.source import LatentSource, device_of
 from ncprior.vaebm.noise import NoiseMap, Walked
 
@@ -28,6 +29,19 @@ def require_one_device(
                 f"VAE, heads and energy must be on one device; the VAE draws latents on {device}, "
                 f"and {name} is on {own.device}. Call {name}.to({str(device)!r})."
             )
+
+
+def require_steady_energy(energy: object) -> None:
+    """Validates that dropout and batch statistics of an energy are off.
+
+    Raises:
+        ValueError: If they are on: the energy is in training mode. Call ``model.eval()``.
+    """
+    if isinstance(energy, nn.Module) and (noise := noise_of(energy)):
+        raise ValueError(
+            f"The energy is in training mode and has {noise}, so that E(x) would not be one function "
+            f"of x. Call model.eval() first, and model.train() to train on."
+        )
 
 
 def require_gradients(

@@ -96,6 +96,7 @@ class GaussianDecoder(WrappedSource):
                     f"Residuals need x and the decoder's mean of one shape; got {described(x)} and "
                     f"{described(x_hat)}. Pass data as the decoder returns them."
                 )
+            require_range(x, x_hat)
             x = x.to(x_hat) if x.dtype == torch.bool else x
             total += float((x - x_hat).cpu().double().square().sum())
             count, rows = count + x.numel(), rows + len(x)
@@ -126,6 +127,20 @@ class GaussianDecoder(WrappedSource):
     def facts(self) -> dict[str, Any]:
         """Returns the facts of the wrapped source, and σ."""
         return {**super().facts(), SIGMA: self.sigma}
+
+
+def require_range(x: Tensor, x_hat: Tensor) -> None:
+    """Validates that images are not in 0 to 255 where those of the decoder are in 0 to 1.
+
+    Raises:
+        ValueError: If they are. Pass them as the VAE was trained.
+    """
+    whole = not x.is_floating_point() and x.dtype != torch.bool
+    if whole and x.max() > 1 >= x_hat.max():
+        raise ValueError(
+            f"Data must have the range of images decoded by the VAE, at most 1; got whole numbers "
+            f"up to {int(x.max())}. Pass them as the VAE was trained, such as x / 255."
+        )
 
 
 def gaussian_decoder_of(source: LatentSource[Any, Any]) -> GaussianDecoder | None:

@@ -48,7 +48,7 @@ from ncprior.utils.require import (
     require_numbers,
 )
 from ncprior.utils.visible import require_apart
-from ncprior.vaebm.checks import require_gradients, require_one_device
+from ncprior.vaebm.checks import require_gradients, require_one_device, require_steady_energy
 from ncprior.vaebm.gaussian_decoder import gaussian_decoder_of
 from ncprior.vaebm.noise import LangevinTarget, NoiseMap, described_noise, shapes_of
 from ncprior.vaebm.saved import PretrainedEnergy
@@ -208,7 +208,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
 
         Raises:
             FloatingPointError: If the energy, log r or a gradient is not finite.
-            ValueError: If a sampler is given without ratio heads. Pass ``sampler=None``.
+            ValueError: If a sampler is given without ratio heads, or the energy is in training mode.
 
         Example:
             >>> chains = VAEBM(prior, lambda x: x.square().sum(1)).sample(8, num_steps=4)
@@ -216,6 +216,7 @@ class VAEBM(PretrainedEnergy, nn.Module):
             (torch.Size([8, 3]), torch.Size([8, 2]), torch.Size([8, 3]))
         """
         _check_options(num_steps, step_size, adjusted)  # before anything is drawn
+        require_steady_energy(self.energy)
         noise = self.draw_noise(batch_size, sampler=sampler, condition=condition)
         return self.run_chains(
             noise,

@@ -42,6 +42,7 @@ from ncprior.utils.require import (
     require_numbers,
 )
 from ncprior.utils.visible import require_eval
+from ncprior.vaebm.gaussian_decoder import require_range
 from ncprior.vaebm.model import VAEBM, Chains, run_unread
 from ncprior.vaebm.replay import ReplayBuffer
 from ncprior.vaebm.spectral import SpectralPenalty
@@ -185,12 +186,7 @@ class VAEBMTrainer:
                 f"{tuple(data.shape)} and {tuple(drawn.shape)}. Pass images as the VAE decodes "
                 f"them."
             )
-        whole = not data.is_floating_point() and data.dtype != torch.bool
-        if whole and data.max() > 1 >= chains.mean.max():
-            raise ValueError(
-                f"Data must have the range of images decoded by the VAE, at most 1; got whole numbers "
-                f"up to {int(data.max())}. Pass them as the VAE was trained, such as x / 255."
-            )
+        require_range(data, chains.mean)
         data = data.to(drawn)
         if self.model.data_noise:
             data = data + self.model.data_noise * torch.randn_like(data)

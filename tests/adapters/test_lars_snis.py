@@ -532,7 +532,7 @@ def test_likelihoods_are_probabilities_of_binary_images() -> None:
             torch.full((2, 1, 28, 28), 0.5),
             r"0 or 1; got others\. Draw them: torch\.bernoulli\(x\)",
         ),
-        (torch.full((2, 1, 28, 28), math.nan), "0 or 1"),
+        (torch.full((2, 1, 28, 28), math.nan), "x must be finite"),
         (torch.full((2, 1, 28, 28), 255, dtype=torch.uint8), "0 or 1"),
     ],
 )

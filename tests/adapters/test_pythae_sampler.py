@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,18 @@ def test_wrong_arguments_of_sample_are_refused(
     with pytest.raises(ValueError, match=r"images of 1 or 3 channels; the samples have .*\(2,\)"):
         sampler.sample(output_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "copied", (copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)))
+)
+def test_it_is_copied_and_pickled_as_pythaes_own_samplers_are(copied: Any) -> None:
+    sampler = fitted(model())
+    for one in (NCPSampler(model()), sampler):
+        other = copied(one)
+        assert type(other) is type(one) and isinstance(other, BaseSampler)
+        assert other.options == one.options and other.is_fitted == one.is_fitted
+    torch.manual_seed(0)
+    x = sampler.sample(5)
+    torch.manual_seed(0)
+    assert torch.equal(x, other.sample(5))

@@ -234,6 +234,13 @@ def test_conditions_are_read_without_a_draw(make: Callable[[], Any]) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_counts_are_validated_once_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, checked = SCVISource(SCVI()), []
+    monkeypatch.setattr(source._conditions, "_require_counts", checked.append)
+    source.encode(batch_of(source))
+    assert len(checked) == 1
+
+
 def test_categories_are_set_by_name() -> None:
     source = SCVISource(SCANVI())
     x = batch_of(source)

@@ -141,7 +141,7 @@ def test_one_model_is_fitted_while_its_encoder_is_captured(fits: int) -> None:
 
 def test_capturing_needs_ctgan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ctgan.synthesizers.tvae", None)
-    with pytest.raises(ImportError, match=r"ncprior\[tables\]"), capture_encoder():
+    with pytest.raises(ImportError, match=r"\.\[tables\]"), capture_encoder():
         pass
 
 

@@ -85,7 +85,12 @@ def test_missing_data_says_what_was_looked_for_and_what_to_do(
     with pytest.raises(FileNotFoundError) as error:
         read_images(REPO, "train")
     looked = "$NCPRIOR_DATA is not set" if own == "unset" else f"{folder / REPO} has none"
-    for part in (looked, f"train*.parquet of {REPO}", "no way to", "set NCPRIOR_DATA="):
+    for part in (
+        looked,
+        f"train.parquet or train-*.parquet of {REPO}",
+        "no way to",
+        "set NCPRIOR_DATA=",
+    ):
         assert part in str(error.value)
 
 
@@ -105,7 +110,12 @@ def test_what_is_not_in_the_folder_comes_from_the_hub(
     assert asked == {
         "repo": REPO,
         "repo_type": "dataset",
-        "allow_patterns": ["test*.parquet", "*/test*.parquet"],
+        "allow_patterns": [
+            "test.parquet",
+            "test-*.parquet",
+            "*/test.parquet",
+            "*/test-*.parquet",
+        ],
     }
     with pytest.raises(FileNotFoundError, match="neither has the Hub"):
         read_images(REPO, "train")

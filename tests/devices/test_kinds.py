@@ -11,6 +11,7 @@ import torch
 from helpers.device_vaes import KINDS, NEEDS, Kind, strays
 
 from ncprior import NCPrior, fit, langevin, sir
+from ncprior.adapters.hvae import HVAE
 from ncprior.adapters.rae import RAE, VAE
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import log_likelihood, log_normaliser
@@ -54,6 +55,12 @@ def test_losses_take_images_from_anywhere(model: type[RAE | VAE], on: torch.devi
     with torch.device(on):
         autoencoder = model("mnist", width=0.05)
     assert autoencoder.loss(torch.rand(2, 1, 32, 32, device="cpu")).device.type == on.type
+
+
+def test_an_elbo_takes_images_from_anywhere(on: torch.device) -> None:
+    x = torch.rand(2, 1, 28, 28, device="cpu").bernoulli()
+    vae = HVAE(num_groups=2, width=16, hidden=8).to(on)
+    assert vae.negative_elbo(x).device.type == on.type
 
 
 def test_a_wrong_first_batch_is_told_again(on: torch.device) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.device_vaes import codes, hierarchical
+from helpers.device_vaes import KINDS, codes, hierarchical
 from helpers.emulated_device.waits import Waits
 from helpers.toys import stir
 from torch import Tensor
@@ -189,6 +189,30 @@ def test_a_step_of_training_waits_once(
         trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-4))
         found = extra(lambda n, t=trainer, b=batch: [t.step(b) for _ in range(n)])
         assert found.total() <= 4
+
+
+@pytest.mark.parametrize("kind", ("nvae", "nvae with flows", "snis", "lars"))
+def test_an_adapter_reads_the_pixels_of_its_first_batch_alone(
+    kind: str, on: torch.device, extra: Callable[..., Waits]
+) -> None:
+    made = KINDS[kind](on)
+    prior = NCPrior.for_source(made.source, made.batch, width=8, depth=1)
+    trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters(), lr=1e-4))
+    found = extra(lambda n: [trainer.step(made.batch) for _ in range(n)])
+    assert not [line for line in found if "vae.py" in line or "nvae/source.py" in line]
+
+
+def test_cells_are_read_twice_per_batch(on: torch.device, extra: Callable[..., Waits]) -> None:
+    kind = KINDS["scvi"](on)
+    source, x = kind.source, {name: column.to(on) for name, column in kind.batch.items()}
+    found = extra(lambda n: [source.start(len(x["X"]), source.encode(x)) for _ in range(n)])
+    assert sum(count for line, count in found.items() if "scvi/conditions.py" in line) <= 8
+
+
+def test_langevin_waits_for_no_step_on_lars(on: torch.device, extra: Callable[..., Waits]) -> None:
+    kind = KINDS["lars"](on)
+    prior = NCPrior.for_source(kind.source, kind.batch, width=8, depth=1)
+    assert not extra(partial(steps, prior))
 
 
 FORMS: dict[str, dict[str, Any]] = {
