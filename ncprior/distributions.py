@@ -143,6 +143,19 @@ def parameters(distribution: Distribution) -> Parameters | None:
     return {type(distribution).__name__: tensors}
 
 
+def is_half(distribution: Distribution) -> bool:
+    """Returns whether a parameter of a distribution is in half precision.
+
+    Example:
+        >>> is_half(Independent(Normal(torch.zeros(2).bfloat16(), 1.0), 1)), is_half(Normal(0.0, 1.0))
+        (True, False)
+    """
+    while type(distribution) is Independent:
+        distribution = distribution.base_dist
+    tensors = (value for value in vars(distribution).values() if isinstance(value, Tensor))
+    return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
+
+
 def is_parameters(tree: Any) -> bool:  # noqa: ANN401
     """Returns whether a pytree has the form of :func:`parameters`.
 
@@ -282,7 +295,7 @@ def is_prior(value: object) -> TypeGuard[Sampleable]:
         (True, False, False)
     """
     draws = isinstance(value, Sampleable) and not isinstance(value, type)
-    return draws and not hasattr(value, "heads")
+    return draws and not hasattr(value, "group_losses")
 
 
 class _Rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class NCETrainer:
         self.precision = precision
         self.group_parallel = group_parallel
         self.steps = 0
-        self._vae: list[Tensor] | None = None  # parameters that features of z reach, after a step
+        self._vae: list[ref[Tensor]] | None = None  # what features of z reach, after a step
         prior.train()
         share_weights(prior)
 
@@ -188,7 +189,8 @@ class NCETrainer:
         for k, head in enumerate(self.prior.heads):
             zero_gradients(head) if k in self.groups else head.zero_grad()
         rows = num_rows(x) if num_ranks() > 1 and not self.group_parallel else 1
-        with without_gradients(self._vae or ()):
+        frozen = (known() for known in self._vae or ())  # draws of the first step are gone
+        with without_gradients(t for t in frozen if t is not None):
             losses = self._backward(x)
         if self.group_parallel:
             own = torch.stack([losses, self._norms(losses, rows)])
@@ -224,7 +226,7 @@ class NCETrainer:
                     f"train. Look for detach() or torch.no_grad in the head's forward."
                 )
             losses.append(loss.nce.detach())
-        self._vae = reached if self._vae is None else self._vae
+        self._vae = list(map(ref, reached)) if self._vae is None else self._vae
         return torch.stack(losses)
 
     def _others(self, loss: Tensor) -> list[Tensor]:

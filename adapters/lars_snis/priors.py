@@ -193,7 +193,7 @@ class LARSPrior(nn.Module):
         self.num_proposals, self.decay = num_proposals, decay
         self.logit = EnergyNet(latents)
         self.register_buffer("normaliser", torch.zeros(()))
-        self._is_known = False  # whether it has been seen to be above 0
+        self._known_version = -1  # of the normaliser that has been seen to be above 0
 
     def log_ratio(self, z: Tensor) -> Tensor:
         """Returns log p(z) - log N(z; 0, I) = log (a(z) (1 - α)/Z + α), with α = (1 - Z)^(T-1).
@@ -287,12 +287,13 @@ class LARSPrior(nn.Module):
         return new + (self.normaliser - new).detach()
 
     def _known(self) -> Tensor:
-        if not self._is_known and self.normaliser == 0:  # a GPU waits once
+        version = self.normaliser._version  # a GPU waits once for each
+        if version != self._known_version and self.normaliser == 0:
             raise ValueError(
                 "LARS's density needs its normaliser Z, which has not been estimated. Train the "
                 "prior, or call prior.estimate_normaliser()."
             )
-        self._is_known = True
+        self._known_version = version
         return self.normaliser
 
 

@@ -299,7 +299,7 @@ class GaussianMixture(Distribution):
             >>> narrow.whiten(narrow.sample((1000,))).std(0).round()
             tensor([1., 1.])
         """
-        away = (z - self._centre).reshape(len(z), -1)
+        away = (z - self._centre).reshape(len(z), self.loc.shape[1])
         if not self.is_full:
             return (away / self._spread).reshape(z.shape)
         u: Tensor = torch.linalg.solve_triangular(self._spread, away.mT, upper=False).mT
@@ -307,7 +307,7 @@ class GaussianMixture(Distribution):
 
     def unwhiten(self, u: Tensor) -> Tensor:
         """Returns z = m + S u, the inverse of :meth:`whiten`; differentiable."""
-        flat = u.reshape(len(u), -1)
+        flat = u.reshape(len(u), self.loc.shape[1])
         away = flat @ self._spread.mT if self.is_full else flat * self._spread
         return away.reshape(u.shape) + self._centre
 

@@ -120,7 +120,7 @@ def first_rows(data: Any, count: int) -> Any:  # noqa: ANN401
         12
     """
     first = first_batch(data, count)
-    if num_rows(first) >= count or not all(isinstance(x, Tensor) for x in tree_leaves(first)):
+    if num_rows(first) >= count or not _is_of_tensors(first):
         return first
     return _joined(list(_begun(data, count, partial(until, rows=count))))
 
@@ -141,6 +141,8 @@ def spread_rows(data: Any, count: int) -> Any:  # noqa: ANN401
     data = as_data(data)
     if isinstance(data, list | tuple) and len(data) > 0:
         some = [data[i] for i in permutation(len(data), 0)[:_MOST_BATCHES]]
+        if not all(map(_is_of_tensors, some)):
+            return some[0]
         return first_rows([_spread(batch, -(-count // len(some))) for batch in some], count)
     if not isinstance(data, Tensor | RowData) and not is_map_style(data):
         return first_rows(data, count)
@@ -159,7 +161,7 @@ def _spread(batch: Any, count: int) -> Any:  # noqa: ANN401
 def of_size(batches: Iterable[Any], rows: int) -> Iterator[Any]:
     """Yields batches of tensors, joined until they have that many rows; the last one may have fewer.
 
-    Batches with anything but tensors stay as they are.
+    Batches with anything but tensors stay as they are; so do those of another shape than their neighbours.
 
     Example:
         >>> [len(batch) for batch in of_size(torch.arange(10).split(3), 5)]
@@ -167,9 +169,9 @@ def of_size(batches: Iterable[Any], rows: int) -> Iterator[Any]:
     """
     kept: list[Any] = []
     for batch in batches:
-        if not all(isinstance(x, Tensor) for x in tree_leaves(batch)):
-            yield batch
-            continue
+        if kept and not _is_alike(kept[0], batch):
+            yield _joined(kept)
+            kept = []
         kept.append(batch)
         if sum(map(num_rows, kept)) >= rows:
             yield _joined(kept)
@@ -178,10 +180,27 @@ def of_size(batches: Iterable[Any], rows: int) -> Iterator[Any]:
         yield _joined(kept)
 
 
+def _is_of_tensors(batch: Any) -> bool:  # noqa: ANN401
+    return all(isinstance(x, Tensor) for x in tree_leaves(batch))
+
+
+def _is_alike(batch: Any, other: Any) -> bool:  # noqa: ANN401
+    """Whether batches of tensors can be joined."""
+    (leaves, spec), (others, other_spec) = tree_flatten(batch), tree_flatten(other)
+    alike = _is_of_tensors(batch) and _is_of_tensors(other) and spec == other_spec
+    return alike and all(
+        (a.shape[1:], a.ndim) == (b.shape[1:], b.ndim) for a, b in zip(leaves, others, strict=True)
+    )
+
+
 def _joined(batches: list[Any]) -> Any:  # noqa: ANN401
-    """Batches of tensors as one."""
+    """Batches of tensors as one; tensors without axes are those of the first."""
+    if len(batches) == 1:
+        return batches[0]
     leaves = [tree_flatten(batch)[0] for batch in batches]
-    joined = [torch.cat(same) for same in zip(*leaves, strict=True)]
+    joined = [
+        torch.cat(same) if same[0].ndim > 0 else same[0] for same in zip(*leaves, strict=True)
+    ]
     return tree_unflatten(joined, tree_flatten(batches[0])[1])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ncprior.distributions import build, parameters
+from ncprior.distributions import build, is_half, parameters
 from ncprior.utils.batches import data_of, to_device
 from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import require_finite
@@ -51,14 +51,13 @@ def log_prob_of_data(likelihood: Distribution, x: Tensor) -> Tensor:
                 f"Data must have the shape of p(x | z), {tuple(shape)}; got {tuple(x.shape)}. Pass "
                 f"data as the VAE decodes them."
             )
-    # In half precision, log p of an image would be rounded to whole nats.
-    has_rows = isinstance(likelihood, Distribution) and likelihood.batch_shape == x.shape[:1]
-    known = parameters(likelihood) if has_rows else None
-    p = likelihood if known is None else build(known)
-    log_p = p.log_prob(at_least_float32(x) if x.is_floating_point() else x)
+    x = at_least_float32(x) if x.is_floating_point() else x
+    log_p = likelihood.log_prob(x)  # which validates x
     if log_p.shape != x.shape[:1]:
         raise ValueError(
             f"log p(x | z) must have shape (B,), here ({len(x)},); got {tuple(log_p.shape)}. Wrap "
             f"p(x | z) in Independent(p, {x.ndim - 1})."
         )
+    if is_half(likelihood) and (known := parameters(likelihood)) is not None:
+        return build(known).log_prob(x)  # else it would be rounded to whole nats
     return log_p

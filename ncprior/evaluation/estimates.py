@@ -47,13 +47,12 @@ class Likelihood(NamedTuple):
         ess: Effective number of the S draws of z, of 1 to S, with shape ``(N,)``.
         num_samples: S, the draws of z per row.
         num_pools: L, the pools of proposals; 0 if none are drawn.
-        seed: Seed of torch's generator in the run.
         log_z: log Z, which is subtracted from all rows; ``None`` but for NCP.
 
     Example:
         >>> x, ess = torch.tensor([-85.0, -83.0]), torch.tensor([50.0, 60.0])
-        >>> print(Likelihood("base", "local", x - 0.1, x, x + 0.1, ess, 100, 0, 0))
-        base: NLL 83.90 to 84.10 nats (± 1.96 over 2 rows); S = 100, ESS 55, seed 0
+        >>> print(Likelihood("base", "local", x - 0.1, x, x + 0.1, ess, 100, 0))
+        base: NLL 83.90 to 84.10 nats (± 1.96 over 2 rows); S = 100, ESS 55
     """
 
     model: str
@@ -64,7 +63,6 @@ class Likelihood(NamedTuple):
     ess: Tensor
     num_samples: int
     num_pools: int
-    seed: int
     log_z: LogZ | None = None
 
     @property
@@ -88,7 +86,7 @@ class Likelihood(NamedTuple):
 
         Example:
             >>> x = torch.tensor([-8.0 * math.log(2.0)], dtype=torch.float64)
-            >>> Likelihood("base", "local", x, x, x, x, 8, 0, 0).bits_per_dim(8)
+            >>> Likelihood("base", "local", x, x, x, x, 8, 0).bits_per_dim(8)
             (1.0, 1.0)
         """
         require_counts(num_dims=num_dims)
@@ -131,7 +129,7 @@ class Likelihood(NamedTuple):
         return (
             f"{self.model}{kind}: NLL {start} {self.nll_upper:.2f} nats "
             f"(± {error:.2f} over {len(self.lower)} rows); S = {self.num_samples}{pools}, "
-            f"ESS {self.ess.mean():.0f}, seed {self.seed}"
+            f"ESS {self.ess.mean():.0f}"
         )
 
 

@@ -146,14 +146,13 @@ def log_likelihood(
     sums_on = torch.device("cpu") if device.type == "mps" else device
     log_weights = _Weights(source, heads, *pools, chunk_size, sums_on)
     batches = tqdm(one_pass(data, batch_size), desc="log p(x)", disable=not progress)
-    seed = torch.initial_seed()
     columns: list[list[Tensor]] = [[], [], []]
     with naming_parts(source, None if heads is None else heads.heads):
         for batch in checked_batches(batches, device):
             for column, log_w in zip(columns, log_weights(batch, num_samples), strict=True):
                 column.append(torch.stack([*bounds(log_w), ess_of(log_w.mT)]))
     base, sir, ncp = (torch.cat(column, 1) for column in columns)
-    made = partial(_likelihood, num_samples=num_samples, seed=seed)
+    made = partial(_likelihood, num_samples=num_samples)
     found = {"base": made("base", "local", base)}
     if num_proposals is not None:
         found["sir"] = made(f"SIR({num_proposals})", "local", sir, num_pools=num_pools)

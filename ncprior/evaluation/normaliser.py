@@ -65,10 +65,9 @@ class LogZ(NamedTuple):
         num_particles: N, the particles of one estimate.
         num_temperatures: T, the inverse temperatures between p and r·p.
         acceptance: Acceptance rate of the moves between temperatures; NaN without moves.
-        seed: Seed of torch's generator in the run.
 
     Example:
-        >>> z = LogZ(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.6]), True, 100, 1, math.nan, 0)
+        >>> z = LogZ(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.6]), True, 100, 1, math.nan)
         >>> print(z)
         log Z between 0.200 ± 0.100 and 0.400 ± 0.200 nats (std 0.141 over 2 replicates)
     """
@@ -79,7 +78,6 @@ class LogZ(NamedTuple):
     num_particles: int
     num_temperatures: int
     acceptance: float
-    seed: int
 
     @property
     def lower(self) -> float:
@@ -177,7 +175,6 @@ def log_normaliser(
         num_particles,
         num_temperatures,
         acceptance,
-        torch.initial_seed(),
     )
 
 

@@ -112,7 +112,7 @@ def ood_score(
     require_source(source)
     has_heads = isinstance(prior, NCPrior)
     zero = torch.zeros(1, dtype=torch.float64)
-    log_z = LogZ(zero, zero, True, 0, 0, math.nan, 0) if has_heads else None
+    log_z = LogZ(zero, zero, True, 0, 0, math.nan) if has_heads else None
     terms = []
     batches = tqdm(one_pass(data, batch_size), desc="scores", disable=not progress)
     for batch in checked_batches(batches, device_of(source)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ncprior.evaluation.metrics import checked
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import described
 
 _MOST_CATEGORIES = 1000  # of one column
@@ -54,7 +55,10 @@ def _array(value: Any) -> Any:  # noqa: ANN401
 
 def _as_numpy(value: Any) -> Any:  # noqa: ANN401
     """Rows beside a table, which may be a tensor or a list, as an array."""
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    value = at_least_float32(value) if value.is_floating_point() else value
+    return value.detach().cpu().numpy()
 
 
 def _is_table(value: Any) -> bool:  # noqa: ANN401

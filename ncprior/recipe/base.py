@@ -224,14 +224,14 @@ def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:
         return f"the VAE has {source.num_groups} groups of latents, each with a prior of its own"
     group = first_group(source, parts.choose)
     z = posterior_of(group).sample()
-    if source.shared_prior() is None and not _has_density(group.prior, z):
-        return "the prior depends on a condition, and has no density"
     if not z.is_floating_point():
         return "the prior of the codes depends on a condition" * (source.shared_prior() is None)
     if z.ndim == 1:
         return "a latent is a number, and a mixture of Gaussians needs an axis, such as (1,)"
-    support = support_of(posterior_of(group)) or support_of(group.prior)
-    return f"the latents are {support}, and a mixture of Gaussians is not" if support else ""
+    if support := support_of(posterior_of(group)) or support_of(group.prior):
+        return f"the latents are {support}, and a mixture of Gaussians is not"
+    without = source.shared_prior() is None and not _has_density(group.prior, z)
+    return "the prior depends on a condition, and has no density" if without else ""
 
 
 def _has_density(prior: Any, z: Tensor) -> bool:  # noqa: ANN401

@@ -7,8 +7,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dis import get_instructions
-from functools import partial, wraps
-from types import CodeType
+from functools import lru_cache, partial, wraps
+from types import CodeType, FunctionType
 from typing import Any, ParamSpec
 
 import numpy as np
@@ -21,6 +21,10 @@ from ncprior.samplers.base import Draw, LogRatio, Sampler
 from ncprior.utils.fingerprints import base_fingerprint, held_by, module_fingerprint
 
 P = ParamSpec("P")
+
+_FUNCTIONS = (FunctionType, type(lru_cache(len)))
+
+_OPS = ("LOAD_GLOBAL", "STORE_GLOBAL")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in a repr: another one in every process
 
@@ -100,8 +104,8 @@ def identity_of(sampler: Any) -> str:  # noqa: ANN401
     It is the same in every process of one version of Python. Tensors and arrays are known by their
     values, decorated functions by the decorator, too, bound methods by their object, and functions by
     the numbers, tensors, samplers, functions and objects of their own file that they use. Functions of
-    this package are known by their names. A callable object is known by its type and its public
-    numbers, texts, tensors and functions, unless it is a module.
+    this package are known by their names. An object is known by its type, by the functions that make and call it,
+    and by the values that it was made with, if its attributes have the names of the arguments.
     """
     return _described(sampler, {}, exact=True)
 
@@ -129,15 +133,17 @@ def _used(function: Any, code: CodeType) -> Iterator[tuple[str, Any]]:  # noqa: 
     known = getattr(function, "__func__", function).__globals__
     for name in sorted(set(_globals_of(code)) & set(known)):
         value = known[name]
-        is_own = getattr(inspect.unwrap(value), "__globals__", None) is known
-        is_own = is_own or type(value).__module__ == known.get("__name__")
+        is_own = type(value).__module__ == known.get("__name__")
+        if isinstance(value, _FUNCTIONS):
+            is_own = getattr(inspect.unwrap(value), "__globals__", None) is known
         if is_own or isinstance(value, (*_VALUES, partial, Composition, nn.Module)):
             yield name, value
 
 
 def _globals_of(code: CodeType) -> Iterator[str]:
-    """Names of the globals that a function and the functions in it read."""
-    yield from (it.argval for it in get_instructions(code) if it.opname == "LOAD_GLOBAL")
+    """Names of the globals that a function and the functions in it read, and do not write."""
+    found = {op: {it.argval for it in get_instructions(code) if it.opname == op} for op in _OPS}
+    yield from found["LOAD_GLOBAL"] - found["STORE_GLOBAL"]
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _globals_of(constant)
@@ -197,7 +203,7 @@ def _text(sampler: Any, describe_inner: Callable[[Any], str], exact: bool) -> st
     function = _undecorated(sampler) if exact else _innermost(sampler)
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None and _package(function) == "torch":  # its code changes with torch
-        inner = [wrapped, *_owned(function, exact)]
+        inner = [wrapped, *(_owned(function, exact) if inspect.ismethod(function) else ())]
         return f"{function.__code__.co_name}({', '.join(map(describe_inner, inner))})"
     held = [*_owned(function, exact), *held_by(function)]
     if wrapped is not None and all(wrapped is not it for it in held):
@@ -211,20 +217,33 @@ def _owned(function: Any, exact: bool) -> Iterator[Any]:  # noqa: ANN401
     owner = function.__self__ if inspect.ismethod(function) else function
     if exact and owner is not function:
         yield owner
-    if exact and (attributes := _attributes(owner)):
+    if exact and not isinstance(owner, type | nn.Module | Distribution | FunctionType):
+        yield from _made_of(owner)
+
+
+def _made_of(owner: Any) -> Iterator[Any]:  # noqa: ANN401
+    """The user's functions that make and call an object, and the values that it was made with."""
+    for name in ("__init__", "__call__"):
+        function = getattr(type(owner), name, None)
+        if isinstance(function, FunctionType) and _package(function) not in ("ncprior", "torch"):
+            yield function
+    if attributes := _attributes(owner):
         yield attributes
 
 
 def _attributes(owner: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The public values and functions that an object was given; caches of its class do not count."""
-    if isinstance(owner, type | nn.Module | Distribution):  # known otherwise
+    """The values and functions that an object was made with, by the names of its arguments."""
+    try:
+        arguments = inspect.signature(type(owner)).parameters
+    except (TypeError, ValueError):  # a type without a signature
         return {}
+    held = {
+        name: value for name, value in getattr(owner, "__dict__", {}).items() if name in arguments
+    }
     return {
         name: value
-        for name, value in sorted(getattr(owner, "__dict__", {}).items())
-        if not name.startswith("_")
-        and not hasattr(getattr(type(owner), name, None), "__get__")
-        and (isinstance(value, _VALUES) or callable(value))
+        for name, value in sorted(held.items())
+        if isinstance(value, _VALUES) or callable(value)
     }
 
 

@@ -86,7 +86,8 @@ def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
             "Some latents, or their means or standard deviations, are not finite. Look for NaN, "
             "infinity or huge numbers in the output of the encoder."
         )
-    spread = torch.where(spread > 1e-6 * centre.abs(), spread, 1.0)  # else it is of rounding
+    rounding = 8 * torch.finfo(dtype).eps * centre.abs()
+    spread = torch.where(spread > rounding, spread, 1.0)
     return (flat - centre) / spread, centre, spread
 
 

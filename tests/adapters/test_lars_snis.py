@@ -680,3 +680,13 @@ def test_ncp_wraps_any_prior_and_leaves_the_vae_as_it_was(kind: str) -> None:
         sample = prior.sample(4, partial(sir, num_proposals=4))
         assert sample.x.shape == (4, 1, 28, 28)
         assert everything(source.module) == before
+
+
+def test_a_state_without_a_normaliser_is_noticed_after_another() -> None:
+    prior = LARSPrior(2).eval()
+    untrained = {name: tensor.clone() for name, tensor in prior.state_dict().items()}
+    prior.estimate_normaliser()
+    prior.log_ratio(torch.zeros(3, 2))
+    prior.load_state_dict(untrained)
+    with pytest.raises(ValueError, match="has not been estimated"):
+        prior.log_ratio(torch.zeros(3, 2))

@@ -361,6 +361,7 @@ def test_a_latent_that_is_one_number_is_whitened() -> None:
     z = p.sample((5,))
     assert z.shape == (5,)
     torch.testing.assert_close(p.unwhiten(p.whiten(z)), z)
+    assert p.unwhiten(p.whiten(z[:0])).shape == (0,)
 
 
 def test_one_gaussian_is_drawn_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,13 @@ def test_a_prior_with_a_log_ratio_of_its_own_will_do() -> None:
     assert source.group(source.start(5)).prior.sample().shape == (5, 2)
 
 
+def test_a_base_may_have_heads_of_attention() -> None:
+    prior = SampleOnly(base())
+    prior.heads = 8  # type: ignore[attr-defined]
+    source = rebase(flat(), prior)
+    assert source.group(source.start(5)).prior.sample().shape[0] == 5
+
+
 def test_one_prior_for_several_groups_is_refused() -> None:
     for wrong in (base(), [base(), base()]):
         with pytest.raises(ValueError, match=r"3 groups.*prior for each group in a list.*base\(k"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal, Uniform
+from torch.distributions import Bernoulli, Independent, Normal, Uniform
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import NCPrior, SingleGroup, sir
 from ncprior.bases import JointSource
-from ncprior.data.batches import of_size
+from ncprior.data.batches import of_size, spread_rows
 from ncprior.data.checked import log_prob_of_data
 from ncprior.diagnostics import diagnose
 from ncprior.evaluation import (
@@ -26,7 +27,10 @@ from ncprior.evaluation import (
     ood_score,
     two_sample_test,
 )
+from ncprior.evaluation.tables import features_of
 from ncprior.heads import MLPHead, fast
+from ncprior.source import num_rows
+from ncprior.utils.optimise import standardise
 from ncprior.vaebm import VAEBM, GaussianDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Reconstructions of a row")  # of untrained VAEs
@@ -168,7 +172,6 @@ def test_joined_batches_have_all_rows_in_order() -> None:
         assert torch.cat([a for a, _ in found]).equal(x)
         assert all(torch.equal(a, -b) for a, b in found)
         assert all(len(a) >= size for a, _ in found[:-1])
-    assert list(of_size([{"name": "a"}, {"name": "b"}], 5)) == [{"name": "a"}, {"name": "b"}]
 
 
 class Table:
@@ -220,3 +223,42 @@ def test_images_as_bytes_are_named_or_scored() -> None:
         GaussianDecoder.fitted(source, x)
     model = VAEBM(GaussianDecoder(source, 0.1), MLPHead((12,)), data_noise=0.1).eval()
     assert ood_score(model, x, num_samples=4).total.isfinite().all()
+
+
+def test_wrong_data_are_an_error_whatever_the_precision() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        p = Independent(Bernoulli(logits=torch.zeros(5, 3, dtype=dtype)), 1)
+        with pytest.raises(ValueError, match="within the support"):
+            log_prob_of_data(p, 255 * torch.rand(5, 3))
+        assert log_prob_of_data(p, torch.ones(5, 3)).dtype == torch.float32
+
+
+def test_batches_that_cannot_be_joined_stay_apart() -> None:
+    x = torch.randn(2, 3)
+    kinds: list[list[Any]] = [
+        [(x, torch.tensor(0.5))] * 3,
+        [torch.randn(2, 1, 8 + i, 8 + i) for i in range(3)],
+        [x, (x, x), {"x": x}],
+    ]
+    joined, *apart = ([num_rows(batch) for batch in of_size(kind, 8)] for kind in kinds)
+    assert joined == [6] and apart == [[2, 2, 2]] * 2
+
+
+@pytest.mark.parametrize("wrap", [UserDict, lambda batch: {**batch, "name": ["a"] * 60}])
+def test_batches_with_other_things_than_tensors_are_taken_whole(wrap: Any) -> None:
+    batches = [wrap({"x": torch.full((60, 2), float(i))}) for i in range(70)]
+    assert len(spread_rows(batches, 512)["x"]) == 60
+
+
+def test_rows_beside_a_table_may_be_in_half_precision() -> None:
+    found = features_of(real=Table(torch.randn(30, 2)), drawn=torch.randn(30, 2).bfloat16())
+    assert [len(rows) for rows in found] == [30, 30]
+
+
+def test_a_narrow_column_in_double_precision_is_no_constant() -> None:
+    for mean, sd in ((1e9, 1e2), (1e3, 1e-4)):
+        a, b = (mean + sd * (torch.randn(400, 1, dtype=torch.float64) + i) for i in (0, 2))
+        found = two_sample_test(a, b, folds=2)
+        assert found.auc > 0.85 and 0.2 < found.jsd < math.log(2)
+    white, _, spread = standardise(torch.full((9, 1), 0.7))
+    assert spread == 1 and white.abs().max() < 1e-6

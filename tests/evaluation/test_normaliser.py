@@ -275,5 +275,5 @@ def test_a_bad_head_is_reported() -> None:
 
 
 def test_the_line_says_what_it_is() -> None:
-    z = LogZ(torch.zeros(3), torch.ones(3), False, 10, 1, math.nan, 0)
+    z = LogZ(torch.zeros(3), torch.ones(3), False, 10, 1, math.nan)
     assert "between 0.000 ± 0.000 and 1.000 ± 0.000 nats" in str(z)

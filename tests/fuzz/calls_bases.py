@@ -778,7 +778,7 @@ def _(w: World) -> Built:
 
 def _likelihood() -> evaluation.Likelihood:
     x = torch.tensor([-85.0, -83.0])
-    return evaluation.Likelihood("base", "local", x - 0.1, x, x + 0.1, -x, 100, 0, 0)
+    return evaluation.Likelihood("base", "local", x - 0.1, x, x + 0.1, -x, 100, 0)
 
 
 @call("ncprior.evaluation.Likelihood.bits_per_dim", num_dims=count())

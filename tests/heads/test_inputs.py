@@ -199,9 +199,14 @@ def test_a_vae_that_nobody_names_gets_no_gradients(vae: MapVAE) -> None:
     source = SingleGroup(given.prior, lambda x: given._posterior(x), **hidden)
     prior = NCPrior.for_source(source, data(), width=8)
     assert has_scores(prior, data())
-    NCETrainer(prior, torch.optim.AdamW(prior.parameters()), score_weight=10).step(data())
-    assert all(p.grad is None for p in vae.parameters())
+    trainer = NCETrainer(prior, torch.optim.AdamW(prior.parameters()), score_weight=10)
+    for _ in range(2):
+        trainer.step(data())
+    assert all(p.grad is None and p.requires_grad for p in vae.parameters())
     assert any(p.grad.any() for p in prior.parameters() if p.grad is not None)
+    kept = [known() for known in trainer._vae or ()]
+    weights = {id(p) for p in vae.first.parameters()}
+    assert {id(t) for t in kept if t is not None} == weights  # and no draws of z
 
 
 @pytest.mark.filterwarnings("ignore:Reconstructions of a row")

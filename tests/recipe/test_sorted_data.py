@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Gamma, Independent, Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncprior import NCPrior, SingleGroup
@@ -117,6 +117,19 @@ class Drawn(torch.distributions.Distribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Drawn:
         return Drawn(batch_shape)
+
+
+def test_the_support_is_named_before_the_density() -> None:
+    from ncprior.recipe.base import _why_not
+
+    source = SingleGroup(
+        lambda c: Independent(Gamma(torch.ones(len(c), 3), 1.0), 1),
+        lambda x, c: Independent(Normal(torch.zeros(len(x), 3), 1.0), 1),
+        lambda z, c: z,
+        condition=lambda batch: batch[1],
+    )
+    data = TensorDataset(torch.randn(200, 3), torch.ones(200, 1))
+    assert "a mixture of Gaussians is not" in _why_not(source, parts_of(data, None, 0))
 
 
 @pytest.mark.parametrize("conditional", [False, True])

@@ -251,3 +251,35 @@ def test_a_function_may_be_of_no_file() -> None:
     before = identity_of(names["sampler"])
     names["n"] = 4
     assert identity_of(names["sampler"]) != before
+
+
+COUNTING = """
+class Counting:
+    def __init__(self, m=5):
+        self.m, self.calls = m, 0
+
+    def __call__(self, prior, log_ratio):
+        self.calls += 1
+
+class Missing(dict):
+    # which makes keys that it does not have, as addict's dictionary does
+    def __getattr__(self, name):
+        return self.setdefault(name, Missing())
+
+CALLS, CONFIG = 0, Missing(m=3)
+
+def counts(prior, log_ratio):
+    global CALLS
+    CALLS += 1
+    return CONFIG["m"]
+"""
+
+
+def test_a_sampler_stays_the_same_by_use() -> None:
+    module = user_file(COUNTING)
+    sampler = module.Counting()
+    before = identity_of(sampler), identity_of(module.counts)
+    sampler(None, None), module.counts(None, None)
+    assert (identity_of(sampler), identity_of(module.counts)) == before
+    assert identity_of(module.Counting(6)) != identity_of(sampler)
+    assert dict(module.CONFIG) == {"m": 3} and module.CALLS == 1
