@@ -96,7 +96,10 @@ def noise_of(network: nn.Module) -> str:
         ('Dropout', '')
     """
     for module in network.modules():
-        noisy = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
+        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
+        noisy = isinstance(module, (_BatchNorm, nn.RReLU)) or (
+            isinstance(rate, float) and rate > 0
+        )
         if noisy and module.training:
             return type(module).__name__
     return ""

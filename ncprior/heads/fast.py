@@ -63,11 +63,14 @@ class InBlocks(Whole):
     """A head of this package, evaluated on one block of z at a time, with its context embedded once."""
 
     embedded: Tensor | float | None = None
-    least = 1  # fewest z per context for which the preparation pays
+    least = 1  # fewest z per context for which the preparation pays, in the first call
+    was_called = False
 
     def __call__(self, z: Tensor) -> Tensor:
         lead = z.shape[: z.ndim - len(self.head.event_shape)]
-        if torch.is_grad_enabled() or lead[:-1].numel() < self.least:
+        is_few = lead[:-1].numel() < (1 if self.was_called else self.least)
+        self.was_called = True
+        if torch.is_grad_enabled() or is_few:
             return super().__call__(z)
         self.head.check(z, self.context)
         z = z.reshape(lead[:-1].numel(), *z.shape[len(lead) - 1 :])

@@ -217,13 +217,13 @@ def _owned(function: Any, exact: bool) -> Iterator[Any]:  # noqa: ANN401
     owner = function.__self__ if inspect.ismethod(function) else function
     if exact and owner is not function:
         yield owner
-    if exact and not isinstance(owner, type | nn.Module | Distribution | FunctionType):
+    if exact and not isinstance(owner, type | Distribution | FunctionType):
         yield from _made_of(owner)
 
 
 def _made_of(owner: Any) -> Iterator[Any]:  # noqa: ANN401
     """The user's functions that make and call an object, and the values that it was made with."""
-    for name in ("__init__", "__call__"):
+    for name in ("__init__", "__call__", "forward"):
         function = getattr(type(owner), name, None)
         if isinstance(function, FunctionType) and _package(function) not in ("ncprior", "torch"):
             yield function
@@ -243,7 +243,7 @@ def _attributes(owner: Any) -> dict[str, Any]:  # noqa: ANN401
     return {
         name: value
         for name, value in sorted(held.items())
-        if isinstance(value, _VALUES) or callable(value)
+        if isinstance(value, (*_VALUES, list, dict, set, type(None))) or callable(value)
     }
 
 

@@ -16,6 +16,7 @@ from ncprior.distributions import Sampleable
 from ncprior.samplers.base import Draw, LogRatio, over_event, start_at
 from ncprior.samplers.target import Point, Target
 from ncprior.utils.draws import drawn
+from ncprior.utils.precision import at_least_float32
 from ncprior.utils.require import require_counts, require_flags, require_numbers
 
 
@@ -76,7 +77,7 @@ def langevin(
     require_flags(adjusted=adjusted)
     target = Target(prior, log_ratio)
     z = drawn(prior) if init is None else start_at(init, prior)
-    z = z if z.is_floating_point() else z.float()
+    z = at_least_float32(z) if z.is_floating_point() else z.float()
     z, acceptance = run_chains(target, z, num_steps, step_size, adjusted=adjusted)
     target.raise_if_bad(int(target.first_bad_step(z)))
     return Draw(z, acceptance=acceptance)

@@ -54,7 +54,8 @@ def tempered_smc(
     r"""Tempered sequential Monte Carlo: draws one of P particles per row, moved from p to r·p.
 
     Each inverse temperature β is the largest at which the effective sample size of the particles
-    is still ``ess_fraction`` of their number, on average over the rows. At each β the particles
+    is still ``ess_fraction`` of the way from 1 to P, on average over the rows; one particle that is not
+    shared, of which there is none, is moved at β = 1 alone. At each β the particles
     are resampled and take ``num_moves`` steps of MALA, or of Hamiltonian Monte Carlo (HMC), whose λ
     is adapted to an acceptance rate of 0.57, or 0.75 for HMC; slowly where there are few chains, as
     a step that follows from the fate of a chain biases its draws. In a step of HMC every particle
@@ -68,8 +69,7 @@ def tempered_smc(
         num_moves: Steps per temperature.
         num_leapfrogs: Leapfrogs of a step: 1 is MALA, more are HMC.
         step_size: The first λ, in squared units of z.
-        ess_fraction: Effective sample size after a step of β, as a fraction of the number of
-            particles, between 0 and 1.
+        ess_fraction: Effective sample size after a step of β: 0 is one particle, and 1 all P.
         share_particles: Whether all rows share one population of P · B particles, at least 512.
             With P = 1 and B of 512 or more, every particle becomes a draw. The draws of one batch
             then depend on each other a little, through common ancestors. p and log r must be the
@@ -194,8 +194,10 @@ class _Particles:
         return torch.where(is_whole, math.inf, low)
 
     def _ess_fraction(self, step: Tensor) -> Tensor:
+        """Effective sample size, from 1 to P, as a number from 0 to 1."""
         w = self._population(step * self.at.log_r).softmax(0)
-        return (1 / (w.square().sum(0) * len(w))).mean().to(step.dtype)
+        ess = (1 / w.square().sum(0)).mean().to(step.dtype)
+        return (ess - 1) / (len(w) - 1) if len(w) > 1 else ess
 
     def _population(self, values: Tensor) -> Tensor:
         """Reshapes (P, B) to (P·B, 1) if all rows share one population."""

@@ -26,8 +26,8 @@ def calibrate_heads(
         batch_size: Rows per batch, where batches are made here.
 
     Returns:
-        The slope a per group: below 1 if the head was over-confident; 1 if no slope above 0 fits,
-        and the head is left as it was.
+        The slope a per group: below 1 if the head was over-confident; 1 if the head is off, or no slope
+        above 0 fits, and it is left as it was.
 
     Raises:
         TypeError: If a head has no method ``rescale(slope, offset)``. Add one, or use a head of

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ncprior.data.batches import first_batch, one_pass
+from ncprior.data.batches import one_pass, spread_rows
 from ncprior.data.checked import checked_batches
 from ncprior.data.parts import with_held_out
 from ncprior.data.stream import Stream
@@ -45,6 +45,8 @@ from ncprior.utils.require import (
 from ncprior.utils.visible import naming_devices, require_apart, require_eval
 
 _WIDTH, _PROBED = 256, 1024
+
+_LOG_SCALE = 28  # at most, up or down: a variance beyond it is no number of float32
 
 
 class AmortisedSource(WrappedSource):
@@ -118,7 +120,7 @@ class AmortisedSource(WrappedSource):
                 f"({rows}, {wanted}); got {described(out)}."
             )
         loc, log_var = (part.reshape(rows, *self._event) for part in _wide(out).chunk(2, dim=1))
-        return self.Encoding(loc, (0.5 * log_var).exp())
+        return self.Encoding(loc, (0.5 * log_var).clamp(-_LOG_SCALE, _LOG_SCALE).exp())
 
     def start(self, batch_size: int, encoding: Any = None, condition: Any = None) -> State:  # noqa: ANN401
         """Returns the state before z is given."""
@@ -211,7 +213,7 @@ def fit_encoder(
     with nullcontext() if seed is None else seeded(seed), gradients_enabled():
         train, held_out = with_held_out("An encoder", data, held_out)
         device = device_of(source)
-        rows = data_of(own_batch(first_batch(train, max(batch_size, _PROBED)), device))
+        rows = data_of(own_batch(spread_rows(train, max(batch_size, _PROBED)), device))
         _event_of(source)  # validates it first
         network = _MLP(rows, _draws_of(source)) if encoder is None else encoder
         fitted = AmortisedSource(source, network)
@@ -311,9 +313,10 @@ class _MLP(nn.Module):
         super().__init__()
         outputs = 2 * z.shape[1]
         flat = _wide(rows).flatten(1)
-        spread = flat.std(0, correction=0)
-        self.register_buffer("centre", flat.mean(0))
-        self.register_buffer("spread", torch.where(spread > 0, spread, 1.0))
+        centre, spread = flat.mean(0), flat.std(0, correction=0)
+        rounding = 8 * torch.finfo(flat.dtype).eps * centre.abs()
+        self.register_buffer("centre", centre)
+        self.register_buffer("spread", torch.where(spread > rounding, spread, 1.0))
         layers = [
             nn.Linear(flat.shape[1], _WIDTH),
             nn.SiLU(),

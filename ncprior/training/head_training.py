@@ -27,7 +27,7 @@ from ncprior.training.history import History, Row, to_rows
 from ncprior.training.resumable import BY_CALLBACK, ResumableTraining, weights_of
 from ncprior.training.schedule import Schedule, decay_steps
 from ncprior.training.settings import FitSettings, TrainingTerms
-from ncprior.utils.distributed import from_rank, gather, on_rank_zero
+from ncprior.utils.distributed import from_rank, gather, is_true, on_rank_zero
 from ncprior.utils.states import tensors_of
 
 
@@ -164,7 +164,7 @@ class HeadTraining(ResumableTraining):
     def _call_back(self, row: Row) -> None:
         """Stops the training if the callback returns True."""
         callback = self.callback
-        by_callback = callback is not None and on_rank_zero(lambda: callback(row) is True)
+        by_callback = callback is not None and on_rank_zero(lambda: is_true(callback(row)))
         if by_callback and self.stopped is None:
             self.stopped = f"{BY_CALLBACK} at step {self.trainer.steps}"
 

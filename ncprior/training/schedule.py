@@ -86,7 +86,8 @@ class Schedule:
         begin, last = self.decay_from, self.last
         if begin is None or last is None:
             return self.learning_rate * min(1.0, (taken + 1) / max(1, self.warm_up))
-        return self.learning_rate * (last - taken) / (last - begin + 1)
+        reached = min(1.0, (begin + 1) / max(1, self.warm_up))  # of the warm-up
+        return self.learning_rate * reached * (last - taken) / (last - begin + 1)
 
     def after_step(self, taken: int, *, late: bool = False, over: bool = False) -> str | None:
         """Begins the decay in time, and returns the reason if training ends here.

@@ -34,7 +34,7 @@ from ncprior.training.resumable import (
     weights_of,
 )
 from ncprior.training.settings import TrainingTerms
-from ncprior.utils.distributed import num_ranks
+from ncprior.utils.distributed import is_true, num_ranks
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import (
     require_counts,
@@ -295,7 +295,7 @@ class EnergyTraining(ResumableTraining):
             self._diverge(f"the energy gap is {row.gap:.4g} nats")
         elif not self.diverged:
             self.good, self.good_step = self._copied_average(), row.step
-        stops = self.callback is not None and self.callback(row) is True
+        stops = self.callback is not None and is_true(self.callback(row))
         if stops and self.stopped is None:
             self.stopped = f"{BY_CALLBACK} at step {row.step}"
         return f"gap {row.gap:.2f}, E {row.energy:.1f}"

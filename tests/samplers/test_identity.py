@@ -283,3 +283,34 @@ def test_a_sampler_stays_the_same_by_use() -> None:
     assert (identity_of(sampler), identity_of(module.counts)) == before
     assert identity_of(module.Counting(6)) != identity_of(sampler)
     assert dict(module.CONFIG) == {"m": 3} and module.CALLS == 1
+
+
+MODULES = """
+import torch
+from ncprior import sir
+
+class Mine(torch.nn.Module):
+    def __init__(self, n, sizes=None):
+        super().__init__()
+        self.n, self.sizes = n, sizes
+
+    def forward(self, prior, log_ratio):
+        return sir(prior, log_ratio, num_proposals=self.n)
+
+class Listed:
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __call__(self, prior, log_ratio):
+        return sir(prior, log_ratio, num_proposals=self.sizes[0])
+"""
+
+
+def test_modules_and_lists_are_known_by_what_they_were_made_with() -> None:
+    """Parts of one job were drawn with 1 and with 500 proposals."""
+    one = user_file(MODULES)
+    other = user_file(MODULES.replace("num_proposals=self.n)", "num_proposals=2 * self.n)"))
+    made = [one.Mine(1), one.Mine(500), one.Mine(1, [2]), other.Mine(1)]
+    made += [one.Listed(sizes) for sizes in ([5], [500], {"a": 5}, None)]
+    assert len(set(map(identity_of, made))) == len(made)
+    assert identity_of(one.Mine(1)) == identity_of(user_file(MODULES).Mine(1))
