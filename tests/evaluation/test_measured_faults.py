@@ -227,7 +227,7 @@ def test_images_as_bytes_are_named_or_scored() -> None:
 
 def test_wrong_data_are_an_error_whatever_the_precision() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        p = Independent(Bernoulli(logits=torch.zeros(5, 3, dtype=dtype)), 1)
+        p = Independent(Bernoulli(logits=torch.zeros(5, 3, dtype=dtype), validate_args=True), 1)
         with pytest.raises(ValueError, match="within the support"):
             log_prob_of_data(p, 255 * torch.rand(5, 3))
         assert log_prob_of_data(p, torch.ones(5, 3)).dtype == torch.float32

@@ -48,6 +48,7 @@ WITHOUT = {
     "ncprior.adapters.rae.RAESource": "methods of SingleGroup",
     "ncprior.distributions.is_prior": "a question of yes or no",
     "ncprior.distributions.is_point": "a question of yes or no",
+    "ncprior.distributions.is_half": "a question of yes or no",
     "ncprior.distributions.naming_bad_rows": "a context that explains errors",
     "ncprior.trainer.require_trainable": "a check of the trainer",
     "ncprior.vaebm.VAEBM.start_sampler": "a check of the trainer",
