@@ -301,6 +301,7 @@ TABLES = {
     "vaebm_cifar10": Table(energies, "vaebm.py --data cifar10"),
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
     "equal_mnist": Table(equal, "equal_budget.py --data mnist --budget 120"),
+    "equal_cifar10": Table(equal, "equal_budget.py --data cifar10 --budget 120"),
     "equal_hierarchical": Table(
         equal, "equal_budget.py --data mnist --model hierarchical --budget 240"
     ),
