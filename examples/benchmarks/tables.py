@@ -302,6 +302,7 @@ TABLES = {
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
     "equal_mnist": Table(equal, "equal_budget.py --data mnist --budget 120"),
     "equal_cifar10": Table(equal, "equal_budget.py --data cifar10 --budget 120"),
+    "judges_cifar10": Table(domain, "judges.py --hole equal.json"),
     "equal_hierarchical": Table(
         equal, "equal_budget.py --data mnist --model hierarchical --budget 240"
     ),
