@@ -21,7 +21,7 @@ from torch.distributions import (
     constraints,
 )
 
-from ncprior.utils.precision import at_least_float32
+from ncprior.utils.precision import HALF, at_least_float32
 from ncprior.utils.require import (
     described,
     require_counts,
@@ -153,7 +153,7 @@ def is_half(distribution: Distribution) -> bool:
     while type(distribution) is Independent:
         distribution = distribution.base_dist
     tensors = (value for value in vars(distribution).values() if isinstance(value, Tensor))
-    return any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
+    return any(t.dtype in HALF for t in tensors)
 
 
 def is_parameters(tree: Any) -> bool:  # noqa: ANN401

@@ -326,5 +326,7 @@ def _digest(prior: NCPrior, condition: Any, draw_x: bool) -> str:  # noqa: ANN40
 
 
 def _digest_of(tensor: Tensor) -> Tensor:
-    """Digest of dtype, shape and values of a tensor on any device, 32 bytes."""
-    return torch.tensor(list(hashlib.sha256(identity_of(tensor).encode()).digest()))
+    """SHA-256 of dtype, shape and values of a tensor on any device, ``(32,)``."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    content = f"{tensor.dtype}{tuple(tensor.shape)}".encode() + raw
+    return torch.tensor(list(hashlib.sha256(content).digest()))

@@ -31,7 +31,7 @@ from ncprior.heads.checks import (
     require_steady,
 )
 from ncprior.heads.contexts import require_context
-from ncprior.heads.fast import prepare_head
+from ncprior.heads.fast import prepare_input_head
 from ncprior.heads.inputs import head_input
 from ncprior.heads.losses import GroupLoss, group_loss
 from ncprior.heads.probe import probe_heads, warn_if_not_finite
@@ -366,9 +366,9 @@ class NCPrior(SamplerSetting, PretrainedHeads, nn.Module):
 
     def _ratio(self, k: int, context: Tensor | None) -> LogRatio:
         """α log r_k(·, c), for many z of one context."""
-        c = None if context is None else at_least_float32(context)
-        log_r = prepare_head(self.heads[k], c, precision=self.precision)
-        return lambda z: self.strength * log_r(at_least_float32(head_input(self.source, k, z)))
+        head, precision = self.heads[k], self.precision
+        log_r = prepare_input_head(self.source, k, head, context, precision=precision)
+        return lambda z: self.strength * log_r(z)
 
     def _device(self) -> torch.device:
         """The device of the heads, on which the VAE is as well."""

@@ -37,7 +37,7 @@ from ncprior.utils.gradients import (
     without_gradients,
     zero_gradients,
 )
-from ncprior.utils.precision import check_precision
+from ncprior.utils.precision import HALF, check_precision
 from ncprior.utils.require import (
     require_callable,
     require_counts,
@@ -291,7 +291,7 @@ def require_trainable(prior: NCPrior) -> None:
             "The parameters of the heads were made under torch.inference_mode and can take no "
             "gradient. Make the prior outside of it."
         )
-    low = [p.dtype for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
+    low = [p.dtype for p in parameters if p.dtype in HALF]
     if low:
         raise ValueError(
             f"Heads must be trained in float32 or better; got parameters of {low[0]}. Call "

@@ -51,7 +51,7 @@ def log_prob_of_data(likelihood: Distribution, x: Tensor) -> Tensor:
                 f"Data must have the shape of p(x | z), {tuple(shape)}; got {tuple(x.shape)}. Pass "
                 f"data as the VAE decodes them."
             )
-    x = at_least_float32(x) if x.is_floating_point() else x
+    x = at_least_float32(x)
     log_p = likelihood.log_prob(x)  # which validates x
     if log_p.shape != x.shape[:1]:
         raise ValueError(

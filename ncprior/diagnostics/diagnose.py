@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ncprior.bases.active import measure_kl
 from ncprior.data.batches import first_batch, one_pass
-from ncprior.data.copies import Encodings
 from ncprior.data.generators import own_generators_restored
+from ncprior.data.tiled import TiledEncodings
 from ncprior.diagnostics.calibration import Mean, losses, pareto_k, recalibrate, reliability
 from ncprior.diagnostics.group_report import GroupReport, Verdict
 from ncprior.diagnostics.missing import missing_jsd
@@ -153,7 +153,7 @@ def _measure(
     walks = -(-num_draws // total)
     log_r, pools, seen = [], [], 0
     for batch in one_pass(data, batch_size, device_of(prior.source)):
-        encodings = Encodings(prior.source, batch)
+        encodings = TiledEncodings(prior.source, batch)
         log_r.append(_log_r(prior, encodings, walks, batch_size))
         # Pools from every batch: data may be ordered.
         before, seen = seen, seen + encodings.rows
@@ -165,7 +165,7 @@ def _measure(
     return torch.cat(log_r, -1), torch.cat(pools, -1) if pools else torch.empty(0)
 
 
-def _log_r(prior: NCPrior, encodings: Encodings, walks: int, batch_size: int) -> Tensor:
+def _log_r(prior: NCPrior, encodings: TiledEncodings, walks: int, batch_size: int) -> Tensor:
     """α log r of several walks for each row, (walks, K, 2, rows); of few rows, many walks at once."""
     copies = max(1, min(walks, batch_size // encodings.rows))
     times = range(-(-walks // copies))

@@ -42,14 +42,13 @@ from torch.distributions import Distribution
 
 from ncprior.data.batches import one_pass
 from ncprior.data.checked import checked_batches, log_prob_of_data
-from ncprior.data.copies import Encodings
+from ncprior.data.tiled import TiledEncodings
 from ncprior.distributions import is_point
 from ncprior.evaluation.bounds import BLOCKS, bounds
 from ncprior.evaluation.estimates import Likelihood
 from ncprior.evaluation.normaliser import LogZ
 from ncprior.heads.checks import naming_parts
-from ncprior.heads.fast import prepare_head
-from ncprior.heads.inputs import head_input
+from ncprior.heads.fast import prepare_input_head
 from ncprior.prior import NCPrior
 from ncprior.samplers.base import LogRatio
 from ncprior.samplers.proposals import is_same_density
@@ -65,7 +64,7 @@ from ncprior.source import (
 from ncprior.training.particles import ess_of
 from ncprior.utils.batches import tile_rows
 from ncprior.utils.draws import drawn, sample_and_log_prob
-from ncprior.utils.precision import at_least_float32, in_float64
+from ncprior.utils.precision import in_float64
 from ncprior.utils.require import require_counts, require_flags, require_instance
 from ncprior.utils.visible import require_eval
 
@@ -191,7 +190,7 @@ class _Weights:
 
     def __call__(self, x: Any, num_samples: int) -> Tensor:  # noqa: ANN401
         """Returns log w of one batch, with shape ``(3, S, B)``, in float64."""
-        encodings = Encodings(self.source, x)
+        encodings = TiledEncodings(self.source, x)
         rows = encodings.rows
         at_once, chunks = max(1, self.chunk_size // rows), []
         for block in torch.arange(num_samples).tensor_split(BLOCKS):  # blocks share no pools
@@ -276,10 +275,5 @@ def _with_density(k: int, posterior: Distribution) -> Distribution:
 
 def _log_ratio(prior: NCPrior, k: int, context: Tensor | None) -> LogRatio:
     """α log r_k(·, c) in nats, in float64, for many z of one context."""
-    c = None if context is None else at_least_float32(context)
-    log_r = prepare_head(prior.heads[k], c)
-
-    def log_ratio(z: Tensor) -> Tensor:
-        return in_float64(prior.strength * log_r(at_least_float32(head_input(prior.source, k, z))))
-
-    return log_ratio
+    log_r = prepare_input_head(prior.source, k, prior.heads[k], context)
+    return lambda z: in_float64(prior.strength * log_r(z))

@@ -57,8 +57,7 @@ def _as_numpy(value: Any) -> Any:  # noqa: ANN401
     """Rows beside a table, which may be a tensor or a list, as an array."""
     if not isinstance(value, Tensor):
         return np.asarray(value)
-    value = at_least_float32(value) if value.is_floating_point() else value
-    return value.detach().cpu().numpy()
+    return at_least_float32(value).detach().cpu().numpy()
 
 
 def _is_table(value: Any) -> bool:  # noqa: ANN401

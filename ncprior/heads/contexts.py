@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ncprior.utils.optimise import one_if_constant
 from ncprior.utils.require import described
 
 _IGNORED = 1e30  # the sd of an input that is left out: divided by it, all numbers are about 0
@@ -38,7 +39,7 @@ class Standardise(nn.Module):
             raise FloatingPointError("The probed latents or context are not finite.")
         sd = z.std(axes, keepdim=True, correction=0)[0]
         self.mean.copy_(z.mean(axes, keepdim=True)[0])
-        self.sd.copy_(torch.where(sd > 1e-6 * self.mean.abs() + 1e-30, sd, 1.0))
+        self.sd.copy_(one_if_constant(sd, self.mean))
 
     def leave_out(self, inputs: Tensor) -> None:
         """Sets some inputs, given as a mask of their shape, to 0 for every z."""

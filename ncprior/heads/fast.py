@@ -27,10 +27,12 @@ from torch.nn.functional import silu
 
 from ncprior.heads.codes import CategoricalHead
 from ncprior.heads.contexts import LARGEST, require_context
+from ncprior.heads.inputs import head_input
 from ncprior.heads.networks import ConvHead, MLPHead
 from ncprior.heads.product import ProductHead, factors
 from ncprior.heads.unmodified import is_unmodified
-from ncprior.utils.precision import at_precision, check_precision
+from ncprior.source import LatentSource
+from ncprior.utils.precision import HALF, at_least_float32, at_precision, check_precision
 from ncprior.utils.require import require_instance
 
 _CACHE = 2**19  # features of a block per thread: two buffers of 2 MiB, as much as a core caches
@@ -157,13 +159,38 @@ def prepare_head(
     if plain and type(head) is ProductHead:
         parts = [prepare_head(h, context, precision=precision) for h in factors(head)]
         return lambda z: torch.stack([part(z) for part in parts]).sum(0)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters())
+    half = any(p.dtype in HALF for p in head.parameters())
     kinds: dict[type[nn.Module], type[Whole]] = {
         MLPHead: InBlocks if half else _Folded,
         ConvHead: InBlocks,
     }
     kind = kinds.get(type(head), Whole) if plain else Whole
     return kind(head, context, precision)
+
+
+def prepare_input_head(
+    source: LatentSource[Any, Any],
+    k: int,
+    head: nn.Module,
+    context: Tensor | None,
+    *,
+    precision: torch.dtype = torch.float32,
+) -> LogRatio:
+    """Returns log r_k(·, c) of a head on its input of a source, for many z of one context.
+
+    Arguments:
+        source: The VAE, whose features of z the head may see.
+        k: The group.
+        head: Its ratio head.
+        context: The context, with shape ``(B, ...)``, or ``None``.
+        precision: As for :func:`prepare_head`.
+
+    Returns:
+        A function of z, with shape ``(*, B, *event)``, to log r(z, c) in nats, ``(*, B)``.
+    """
+    c = None if context is None else at_least_float32(context)
+    log_r = prepare_head(head, c, precision=precision)
+    return lambda z: log_r(at_least_float32(head_input(source, k, z)))
 
 
 class _Embedded:

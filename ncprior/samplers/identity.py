@@ -22,9 +22,7 @@ from ncprior.utils.fingerprints import base_fingerprint, held_by, module_fingerp
 
 P = ParamSpec("P")
 
-_FUNCTIONS = (FunctionType, type(lru_cache(len)))
-
-_OPS = ("LOAD_GLOBAL", "STORE_GLOBAL")
+_FUNCTIONS = (FunctionType, type(lru_cache(len)))  # without and with a cache
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in a repr: another one in every process
 
@@ -142,8 +140,9 @@ def _used(function: Any, code: CodeType) -> Iterator[tuple[str, Any]]:  # noqa: 
 
 def _globals_of(code: CodeType) -> Iterator[str]:
     """Names of the globals that a function and the functions in it read, and do not write."""
-    found = {op: {it.argval for it in get_instructions(code) if it.opname == op} for op in _OPS}
-    yield from found["LOAD_GLOBAL"] - found["STORE_GLOBAL"]
+    steps = [(step.opname, step.argval) for step in get_instructions(code)]
+    written = {name for operation, name in steps if operation == "STORE_GLOBAL"}
+    yield from {name for operation, name in steps if operation == "LOAD_GLOBAL"} - written
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _globals_of(constant)

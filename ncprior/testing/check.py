@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from ncprior.distributions import naming_bad_rows
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of
 from ncprior.testing.groups import (
-    HALF,
     check_first_axis,
     check_group,
     draws_of,
@@ -24,6 +23,7 @@ from ncprior.testing.groups import (
     tensors,
 )
 from ncprior.utils.batches import own_batch
+from ncprior.utils.precision import HALF
 from ncprior.utils.random_state import random_state, reproducible
 from ncprior.utils.states import state_of
 from ncprior.utils.trees import Tree, clone, same, take

@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from ncprior.distributions import Sampleable, parameters
 from ncprior.source import Group
+from ncprior.utils.precision import HALF
 from ncprior.utils.supports import DISCRETE, SIMPLEX, SPHERE, is_outside, support_of
 from ncprior.utils.trees import Tree, same
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def check_group(group: Group, z: Tensor, count: int, name: str) -> None:

@@ -33,7 +33,7 @@ from ncprior.source import Group, LatentSource, WrappedSource, device_of, requir
 from ncprior.utils.batches import data_of, own_batch
 from ncprior.utils.fingerprints import module_fingerprint
 from ncprior.utils.gradients import gradients_enabled
-from ncprior.utils.optimise import minimise
+from ncprior.utils.optimise import minimise, one_if_constant
 from ncprior.utils.random_state import seeded
 from ncprior.utils.require import (
     described,
@@ -314,9 +314,8 @@ class _MLP(nn.Module):
         outputs = 2 * z.shape[1]
         flat = _wide(rows).flatten(1)
         centre, spread = flat.mean(0), flat.std(0, correction=0)
-        rounding = 8 * torch.finfo(flat.dtype).eps * centre.abs()
         self.register_buffer("centre", centre)
-        self.register_buffer("spread", torch.where(spread > rounding, spread, 1.0))
+        self.register_buffer("spread", one_if_constant(spread, centre))
         layers = [
             nn.Linear(flat.shape[1], _WIDTH),
             nn.SiLU(),

@@ -24,10 +24,10 @@ from ncprior.training.checkpoints import (
 )
 from ncprior.training.held_out import HeldOut, mean_and_error
 from ncprior.training.history import History, Row, to_rows
-from ncprior.training.resumable import BY_CALLBACK, ResumableTraining, weights_of
+from ncprior.training.resumable import BY_CALLBACK, ResumableTraining, is_true, weights_of
 from ncprior.training.schedule import Schedule, decay_steps
 from ncprior.training.settings import FitSettings, TrainingTerms
-from ncprior.utils.distributed import from_rank, gather, is_true, on_rank_zero
+from ncprior.utils.distributed import from_rank, gather, on_rank_zero
 from ncprior.utils.states import tensors_of
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
@@ -42,6 +43,18 @@ from ncprior.utils.states import tensors_of
 from ncprior.utils.texts import printable
 
 BY_CALLBACK = "stopped by the callback"  # and by nothing else: a checkpoint goes on
+
+
+def is_true(answer: object) -> bool:
+    """Returns whether the answer of a callback is true, also as one of NumPy or torch.
+
+    Example:
+        >>> is_true(np.mean([1, 2]) < 3), is_true(torch.tensor(True)), is_true(1), is_true(None)
+        (True, True, False, False)
+    """
+    if isinstance(answer, Tensor):
+        return answer.dtype == torch.bool and answer.numel() == 1 and bool(answer)
+    return isinstance(answer, bool | np.bool_) and bool(answer)
 
 
 class Stepper(Protocol):

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -161,15 +160,3 @@ def _reachable(tensor: Tensor) -> Tensor:
     if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
         return tensor.to(torch.device("cuda", torch.cuda.current_device()))
     return tensor
-
-
-def is_true(answer: object) -> bool:
-    """Returns whether the answer of a callback is true, also as one of NumPy or torch.
-
-    Example:
-        >>> is_true(np.mean([1, 2]) < 3), is_true(torch.tensor(True)), is_true(1), is_true(None)
-        (True, True, False, False)
-    """
-    if isinstance(answer, Tensor):
-        return answer.dtype == torch.bool and answer.numel() == 1 and bool(answer)
-    return isinstance(answer, bool | np.bool_) and bool(answer)

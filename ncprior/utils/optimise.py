@@ -27,6 +27,8 @@ _EMA_DECAY = 0.999  # per step, reached after a warm-up
 
 _MAX_GRAD_NORM = 5.0
 
+_TINY = 1e-30  # a standard deviation, beside a mean of 0, that is none
+
 
 def cosine_rate(learning_rate: float, taken: int, steps: int) -> float:
     """Returns the learning rate of the next step, on a cosine from ``learning_rate`` to 0.
@@ -59,6 +61,22 @@ def update_average(
             mean.copy_(tensor)
 
 
+def one_if_constant(spread: Tensor, centre: Tensor) -> Tensor:
+    """Returns standard deviations, with 1 for those that are of rounding alone.
+
+    Arguments:
+        spread: Standard deviations.
+        centre: Means, of the same shape and dtype.
+
+    Example:
+        >>> x = torch.stack([torch.full((9,), 0.7), torch.arange(9) / 10], 1)
+        >>> one_if_constant(x.std(0), x.mean(0))
+        tensor([1.0000, 0.2739])
+    """
+    rounding = 8 * torch.finfo(centre.dtype).eps * centre.abs() + _TINY
+    return torch.where(spread > rounding, spread, 1.0)
+
+
 def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Flattens latents and gives each mean 0 and standard deviation 1.
 
@@ -86,8 +104,7 @@ def standardise(z: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
             "Some latents, or their means or standard deviations, are not finite. Look for NaN, "
             "infinity or huge numbers in the output of the encoder."
         )
-    rounding = 8 * torch.finfo(dtype).eps * centre.abs()
-    spread = torch.where(spread > rounding, spread, 1.0)
+    spread = one_if_constant(spread, centre)
     return (flat - centre) / spread, centre, spread
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ncprior.utils.require import require_choice, require_instance
 
-_LOW = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def at_precision(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
@@ -104,7 +104,7 @@ def input_like(*modules: nn.Module | None) -> Tensor:
 
 def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
     """Applies a linear layer in its own precision, at least float32, for outputs in nats."""
-    if linear.weight.dtype not in _LOW and not torch.is_autocast_enabled(h.device.type):
+    if linear.weight.dtype not in HALF and not torch.is_autocast_enabled(h.device.type):
         return linear(h)  # type: ignore[no-any-return]
     weight = at_least_float32(linear.weight)
     bias = None if linear.bias is None else at_least_float32(linear.bias)
@@ -114,7 +114,7 @@ def in_full(linear: nn.Linear, h: Tensor) -> Tensor:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Returns a tensor, converted to float32 if its precision is lower."""
-    return tensor.float() if tensor.dtype in _LOW else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def in_float64(tensor: Tensor) -> Tensor:

@@ -55,9 +55,8 @@ def _import_file(place: str) -> Any:  # noqa: ANN401
     _add_to_path(path.parent)
     name = path.stem
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
-        name = (
-            f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # another has its name
-        )
+        digest = hashlib.sha256(str(path).encode()).hexdigest()
+        name = f"{name}_{digest[:8]}"  # beside the module that has this name already
     if name not in sys.modules:
         spec: Any = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)

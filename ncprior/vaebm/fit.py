@@ -28,13 +28,14 @@ from ncprior.training.checkpoints import Validators, is_finite, is_like, is_step
 from ncprior.training.resumable import (
     BY_CALLBACK,
     ResumableTraining,
+    is_true,
     length_of,
     load,
     unchanged,
     weights_of,
 )
 from ncprior.training.settings import TrainingTerms
-from ncprior.utils.distributed import is_true, num_ranks
+from ncprior.utils.distributed import num_ranks
 from ncprior.utils.random_state import random_state, seeded, set_random_state
 from ncprior.utils.require import (
     require_counts,

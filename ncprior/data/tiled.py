@@ -10,7 +10,7 @@ from ncprior.utils.random_state import random_state
 from ncprior.utils.trees import same
 
 
-class Encodings:
+class TiledEncodings:
     """Encodings of one batch, each with draws of its own.
 
     An encoder that draws z, as for a posterior that is drawn bottom-up, gives all copies of one
@@ -25,7 +25,7 @@ class Encodings:
         rows: The number of its rows.
 
     Example:
-        >>> Encodings(source, x).tiled(3).posterior["Normal"]["loc"].shape[0] == 3 * len(x)
+        >>> TiledEncodings(source, x).tiled(3).posterior["Normal"]["loc"].shape[0] == 3 * len(x)
         True
     """
 
