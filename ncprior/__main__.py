@@ -109,12 +109,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _improve(options: argparse.Namespace) -> int:
+    from ncprior.recipe.page import require_replaceable
     from ncprior.saving.folders import WorkFolder
     from ncprior.utils.random_state import seeded
     from ncprior.utils.user_code import load_object
 
     work = WorkFolder(options.out / _KEPT["improve"], _WORK)
     work.require_own()
+    page = options.out / "report.html"
+    require_replaceable(page)
     with seeded(options.seed):
         prior = ncprior.improve(
             load_object(options.source),
@@ -127,7 +130,7 @@ def _improve(options: argparse.Namespace) -> int:
             progress=not options.quiet,
         )
     prior.save_pretrained(options.out)
-    prior.report.save_html(options.out / "report.html")
+    prior.report.save_html(page)
     work.remove()
     print(f"{prior.report.verdict} {options.out}, {prior.report.seconds:.0f} s")
     return 0
@@ -135,7 +138,9 @@ def _improve(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from ncprior.recipe.measure import report_on
+    from ncprior.recipe.page import require_replaceable
 
+    require_replaceable(options.out)
     with _loaded(options) as prior:
         if prior.sampler is None:
             prior.sampler = partial(ncprior.sir, num_proposals=options.budget)

@@ -23,6 +23,7 @@ from ncprior import NCPrior, SingleGroup, sir
 from ncprior.__main__ import _WORK, main
 from ncprior.heads.networks import MLPHead
 from ncprior.jobs import read_parts, sample_parts
+from ncprior.recipe.report import Improvement
 from ncprior.saving.folders import WorkFolder
 
 MY_VAE = """
@@ -488,7 +489,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     prior.report = SimpleNamespace(
         verdict="The gap … is closed.",
         seconds=1.0,
-        save_html=lambda file: file.write_text("<html></html>"),
+        save_html=Improvement("Better.").save_html,
     )
 
     def improved(*_: object, checkpoint: Path, **__: object) -> NCPrior:
@@ -530,6 +531,26 @@ def test_improve_works_in_no_folder_of_the_user(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ncprior: out/.ncprior-improve is for unfinished work")
     assert file.read_text() == "weeks of work" and f"holds {name.split('/')[0]}. Move" in line
+
+
+def test_a_report_of_the_user_is_not_replaced(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`improve --out .` and `report` replaced any report.html; their own ones may be written anew."""
+    quickly(monkeypatch, place)
+    page = Path("report.html")
+    page.write_text("weeks of work")
+    for command in ([*IMPROVE, "--out", "."], ["report", "prior", "--source", *IMPROVE[1:]]):
+        assert main(command) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            "ncprior: report.html is no report of ncprior and would be replaced"
+        )
+        assert page.read_text() == "weeks of work"
+    page.unlink()
+    for _ in range(2):
+        assert main([*IMPROVE, "--out", "."]) == 0
+    assert "generator" in page.read_text()
 
 
 def test_hidden_files_of_the_system_are_left_where_they_are(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ncprior.recipe.charts import interval_bar
 from ncprior.recipe.choices import (
@@ -33,6 +34,10 @@ _STYLES = {
     POSTERIOR: "posterior",
 }
 
+# By which a report is told from other pages, within so many bytes.
+_GENERATOR = element("meta", name="generator", content="ncprior")
+_HEAD = 1000
+
 # Nothing is fetched and no script runs, whatever a text in the page says.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -50,11 +55,24 @@ def document(title: str, sections: Sequence[str]) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
+        _GENERATOR,
         element("title", title),
         element("style", Html(STYLE)),
     )
     body = element("body", element("main", *sections))
     return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
+
+
+def require_replaceable(path: Path) -> None:
+    """Validates that a report may be written to a path: nothing is there, or an older report.
+
+    Raises:
+        FileExistsError: If another file is there.
+    """
+    if path.exists() and not (path.is_file() and _GENERATOR.encode() in path.read_bytes()[:_HEAD]):
+        raise FileExistsError(
+            f"{path} is no report of ncprior and would be replaced. Move it, or pass another --out."
+        )
 
 
 def section(title: str, note: str, *content: str, split: bool = False) -> Html:
