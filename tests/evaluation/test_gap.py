@@ -51,6 +51,33 @@ def test_gap_closed_in_words() -> None:
     assert str(result) == "gap in samples closed: 93 % (88–97)"
 
 
+@pytest.mark.parametrize(("shift", "is_said"), [(1.3, False), (1.6, True)])
+def test_a_decoder_that_is_most_of_the_distance_is_said(shift: float, is_said: bool) -> None:
+    """D is shift²: 0.42 or 0.64 of 2² is left by the decoder, whatever the prior."""
+    shifts = [shift, shift + 0.001, shift - 0.001, shift + 0.002, shift - 0.002]
+    result = gap(arm([0])[0], posterior=arm(shifts), ours=arm([1.9, 1.91, 1.92, 1.93, 1.94]))
+    assert result.floor == pytest.approx(mean_square(shifts) / mean_square(BASE))
+    said = f"{result.floor:.0%} of the distance is the decoder's, so take decoded encodings of"
+    assert (said in str(result)) == is_said
+
+
+def test_another_reference_removes_what_the_decoder_leaves() -> None:
+    """A decoder that loses one of two features: from data, D is 1 + shift², from decodings shift²."""
+    torch.manual_seed(0)
+    data = torch.randn(20_000, 2)
+
+    def decoded(shift: float) -> Tensor:  # the second feature is lost
+        return torch.stack([shift + torch.randn(5, 4000), 1e-3 * torch.randn(5, 4000)], -1)
+
+    arms = {"base": decoded(0.5), "ours": decoded(0.25), "posterior": decoded(0.0)}
+    of_data = gap_closed(data, **arms)
+    of_decoded = gap_closed(decoded(0.0).flatten(0, 1), **arms)
+    assert of_data.floor == pytest.approx(1 / 1.25, abs=0.02)
+    assert of_decoded.floor < 0.02
+    for result in (of_data, of_decoded):
+        assert result.low < 0.75 < result.high
+
+
 def test_gap_closed_shows_near_copies_beside_the_gap() -> None:
     reference, train = torch.randn(2, 200, 2)
     arms = {
