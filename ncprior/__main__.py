@@ -26,7 +26,7 @@ _EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, TypeError, Valu
 
 _KEPT = {"improve": ".ncprior-improve", "sample": "job.json"}  # in --out, for the next attempt
 
-_WORK = r"seed\.txt|base\.safetensors|heads-\d+|joint-[0-9a-f]{16}"  # files of `ncprior.improve`
+_WORK = r"seed\.txt|(?:refit-)?base\.safetensors|(?:refit-)?heads-\d+|joint-[0-9a-f]{16}"  # files of `ncprior.improve`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

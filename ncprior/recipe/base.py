@@ -41,13 +41,22 @@ _SURE = 2.0  # standard errors by which a larger mixture must be better
 
 _AVERAGED = 4  # mixtures of small data
 
+_COUNTED, _NETWORK = "frequencies of codes", "network over codes"
+
 _BATCH = 1000  # rows, as of latents_of
 _MOST_AXES = 4  # of rows of codes that a network takes
 
 _SHARE = 0.3  # of the time that is left
 
 
-def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) -> Any:  # noqa: ANN401
+def choose_base(
+    source: LatentSource[Any, Any],
+    parts: Parts,
+    record: Record,
+    *,
+    only: str | None = None,
+    name: str = "",
+) -> Any:  # noqa: ANN401
     """Returns the source on the base with the highest held-out likelihood of the encodings.
 
     Candidates are the VAE's own prior, a Gaussian, and a mixture of ten Gaussians, as far as each gains
@@ -59,16 +68,23 @@ def choose_base(source: LatentSource[Any, Any], parts: Parts, record: Record) ->
     which do not see c. The prior of several groups, a conditional prior of codes, and that of other
     latents that do not fill R^n stays the VAE's own. A source that the user has rebased has the given
     base in its place.
+
+    Arguments:
+        source: The VAE.
+        parts: The data.
+        record: The record of the recipe, to which the choice is added.
+        only: Name of the only candidate beside the VAE's own prior, as an earlier choice has it.
+        name: Text in front of the choice in the record.
     """
     if reason := _why_not(source, parts):
-        record.add(Choice("base", _own_name(source), reason))
+        record.add(Choice(f"{name}base", _own_name(source), reason))
         return source
     z = posterior_of(first_group(source, parts.choose)).sample()
     search = (_Search if z.is_floating_point() else _CodeSearch)(source, parts, record)
-    search.run()
+    search.run() if only is None else search.run_again(only)
     record.add(
         Choice(
-            part="base",
+            part=f"{name}base",
             chosen=search.name,
             reason=f"encodings of held-out data are most likely; a {search.larger} must gain two standard errors",
             candidates=tuple(search.candidates),
@@ -117,25 +133,44 @@ class _Search:
                 self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)
             ):
                 break
-            mixture = self._fit(size)
-            if not self._keep_if_better(_name(mixture), mixture) and size > 1:
+            if not self._keep_if_better(self._name(size), self._fit(size)) and size > 1:
                 break
-        best = self.best
-        if best is not None and len(best.logits) > 1 and self.is_small and not self._is_late():
-            others = [self._fit(len(best.logits)) for _ in range(_AVERAGED - 1)]
-            name = f"average of {_AVERAGED} {_name(best).replace('mixture', 'mixtures')}"
-            self._keep_if_better(name, GaussianMixture.average([best, *others]))
+        size = 1 if self.best is None else len(self.best.logits)
+        if size > 1 and self.is_small and not self._is_late():
+            self._keep_if_better(self._name(size, _AVERAGED), self._average([self.best], size))
+
+    def run_again(self, name: str) -> None:
+        """Fits the base that an earlier search has named; the VAE's own prior stays if it is better."""
+        for size in _SIZES_OF_FEW:
+            if name == self._name(size):
+                self._keep_if_better(name, self._fit(size))
+            elif name == self._name(size, _AVERAGED):
+                self._keep_if_better(name, self._average([], size))
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
     def _fit(self, size: int) -> GaussianMixture:
-        covariance = "diagonal" if is_too_wide(size, self.z.shape[1:]) else "full"
+        covariance = "diagonal" if self._is_diagonal(size) else "full"
         self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
         started = time.monotonic()
         mixture = fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
         self.took = time.monotonic() - started
         return mixture
+
+    def _average(self, fitted: list[GaussianMixture], size: int) -> GaussianMixture:
+        """Average of mixtures, of which some are fitted already."""
+        others = [self._fit(size) for _ in range(_AVERAGED - len(fitted))]
+        return GaussianMixture.average([*fitted, *others])
+
+    def _is_diagonal(self, size: int) -> bool:
+        return is_too_wide(size, self.z.shape[1:])
+
+    def _name(self, size: int, averaged: int = 1) -> str:
+        name = "Gaussian" if size == 1 else f"mixture of {size}"
+        if averaged > 1:
+            name = f"average of {averaged} {name.replace('mixture', 'mixtures')}"
+        return f"{name}, diagonal" if self._is_diagonal(size) else name
 
     def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
         """Keeps encodings, several draws per row of small data; returns log p(z | c) of held-out ones."""
@@ -181,20 +216,31 @@ class _CodeSearch(_Search):
 
     def run(self) -> None:
         """Counts the codes, and fits a network over them."""
+        self._count()
+        if 1 < self.z.ndim <= _MOST_AXES:  # of one code, frequencies are all
+            self._fit_network()
+
+    def run_again(self, name: str) -> None:
+        """Fits the base that an earlier search has named."""
+        if name == _COUNTED:
+            self._count()
+        elif name == _NETWORK:
+            self._fit_network()
+
+    def _count(self) -> None:
         count = num_categories_of(self.own)
-        frequencies = fit_code_frequencies(self.z, num_categories=count)
-        self._keep_if_better("frequencies of codes", frequencies)
-        if self._is_late() or not 1 < self.z.ndim <= _MOST_AXES:
-            return  # of a single code, the frequencies are all
+        self._keep_if_better(_COUNTED, fit_code_frequencies(self.z, num_categories=count))
+
+    def _fit_network(self) -> None:
         self.record.begin("fits a network over the codes")
         network = fit_code_network(
             self.z,
             context=self.context,
-            num_categories=count,
+            num_categories=num_categories_of(self.own),
             max_seconds=self.record.left(_SHARE),
             progress=self.record.progress,
         )
-        self._keep_if_better("network over codes", network)
+        self._keep_if_better(_NETWORK, network)
 
     def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
         self.z, self.context, _ = group_data(source, parts.train)[0]
@@ -210,12 +256,6 @@ class _CodeSearch(_Search):
 
 def _own_name(source: LatentSource[Any, Any]) -> str:
     return "the given base" if isinstance(source, Rebased) else OWN
-
-
-def _name(mixture: GaussianMixture) -> str:
-    size = len(mixture.logits)
-    name = "Gaussian" if size == 1 else f"mixture of {size}"
-    return name if mixture.is_full else f"{name}, diagonal"
 
 
 def _why_not(source: LatentSource[Any, Any], parts: Parts) -> str:

@@ -24,7 +24,11 @@ _BATCH = 256  # rows
 
 
 def saved_base(
-    folder: Path | None, source: LatentSource[Any, Any], parts: Parts, record: Record
+    folder: Path | None,
+    source: LatentSource[Any, Any],
+    parts: Parts,
+    record: Record,
+    **options: Any,  # noqa: ANN401
 ) -> LatentSource[Any, Any]:
     """Returns the source on the base in a folder, or on that of `choose_base`, which is saved there.
 
@@ -36,21 +40,22 @@ def saved_base(
         source: The VAE.
         parts: The data.
         record: The record of the recipe, to which the choice is added.
+        options: Options of `choose_base`; the file's name begins with its ``name``.
 
     Raises:
         ValueError: If the file is damaged, or of another VAE or of other data.
     """
     if folder is None:
-        chosen: LatentSource[Any, Any] = choose_base(source, parts, record)
+        chosen: LatentSource[Any, Any] = choose_base(source, parts, record, **options)
         return chosen
     of_source = source_facts(source)
     of_source["facts"].pop(SIGMA, None)  # it plays no part in encodings
     digests = [data_digest(part, _BATCH) for part in (parts.train, parts.choose)]
     belongs = {**of_source, "data": digests}
-    file = folder / FILE
+    file = folder / (options.get("name", "").replace(" ", "-") + FILE)
     if file.is_file():
         return _read(file, belongs, source, record)
-    chosen = choose_base(source, parts, record)
+    chosen = choose_base(source, parts, record, **options)
     is_new = chosen is not source
     config = {
         "format": FORMAT,

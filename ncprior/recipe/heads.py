@@ -49,6 +49,11 @@ class _Kind(NamedTuple):
     dropout: float
     weight_decay: float
 
+    def named(self, widest: int) -> str:
+        """Name of heads of this kind, for a default width."""
+        width = widest // self.fraction
+        return f"width {width}, dropout {self.dropout:g}, weight decay {self.weight_decay:g}"
+
 
 _LARGE = _Kind(1, 0.1, 1e-2)
 
@@ -56,38 +61,55 @@ _SMALL = (_Kind(2, 0.2, 0.1), _Kind(8, 0.3, 0.3))  # tried besides where data is
 
 
 def train_heads(
-    source: LatentSource[Any, Any], parts: Parts, record: Record, folder: Path | None
+    source: LatentSource[Any, Any],
+    parts: Parts,
+    record: Record,
+    folder: Path | None,
+    *,
+    only: str | None = None,
+    name: str = "",
 ) -> NCPrior:
     """Returns a prior with trained heads; with little data, the best of several sizes of heads.
 
     Heads are trained until their held-out losses stop improving. The size is chosen by the held-out
-    loss, summed over groups. In the folder, if there is one, the trainings are saved.
+    loss, summed over groups.
+
+    Arguments:
+        source: The VAE on its base.
+        parts: The data.
+        record: The record of the recipe, to which the choice and the best history are added.
+        folder: The folder where the trainings are saved, if any.
+        only: Name of the only size, as an earlier choice has it.
+        name: Text in front of the choice in the record, and of the names of files.
     """
     batch = spread_rows(parts.train, _PROBED)
-    kinds = (_LARGE, *_SMALL) if parts.is_small else (_LARGE,)
     untrained = NCPrior(source, more_heads(source, batch)).eval()
     widest = _default_width(untrained)
+    kinds = {
+        kind.named(widest): kind for kind in ((_LARGE, *_SMALL) if parts.is_small else (_LARGE,))
+    }
+    if only is not None:
+        kinds = {only: kinds[only]}
     score_weight = _SCORE_WEIGHT if has_scores(untrained, batch) else 0.0
     precision = fast_precision(device_of(source))
-    started = time.monotonic()
+    started, limit = time.monotonic(), record.left(_SHARE)
     found: list[tuple[NCPrior, History, Candidate]] = []
-    for number, kind in enumerate(kinds):
+    for number, (title, kind) in enumerate(kinds.items()):
         if found and record.is_over():
             break
         before = time.monotonic()
+        record.begin(f"trains heads: {title} ({number + 1} of {len(kinds)})")
         width = widest // kind.fraction
-        name = f"width {width}, dropout {kind.dropout:g}, weight decay {kind.weight_decay:g}"
-        record.begin(f"trains heads: {name} ({number + 1} of {len(kinds)})")
         heads = more_heads(source, batch, width=width, dropout=kind.dropout)
         prior = NCPrior(source, heads).eval()
-        file = None if folder is None else folder / f"heads-{number}"
+        file = None if folder is None else folder / f"{name.replace(' ', '-')}heads-{number}"
         history = fit(
             prior,
             parts.train,
             held_out=parts.choose,
             steps=_MOST_WITH_SCORES if score_weight else _MOST_STEPS,
             patience=parts.patience,
-            max_seconds=time_limit(file, record.left(_SHARE / (len(kinds) - number))),
+            max_seconds=time_limit(file, _part(limit, before - started, len(kinds) - number)),
             checkpoint=file,
             progress=record.progress,
             settings=FitSettings(
@@ -97,7 +119,7 @@ def train_heads(
                 **_caches(source, parts, record),
             ),
         )
-        found.append((prior, history, _candidate(name, history, time.monotonic() - before)))
+        found.append((prior, history, _candidate(title, history, time.monotonic() - before)))
     prior, history, best = min(found, key=lambda one: one[2].score)
     off = gate(prior, history)
     chosen, reason = best.name, f"the lowest NCE loss of held-out data; {history.stopped}"
@@ -109,7 +131,7 @@ def train_heads(
     record.histories.append(history)
     record.add(
         Choice(
-            part="heads",
+            part=f"{name}heads",
             chosen=chosen,
             reason=reason,
             candidates=tuple(candidate for _, _, candidate in found),
@@ -120,6 +142,11 @@ def train_heads(
         )
     )
     return prior
+
+
+def _part(limit: float | None, spent: float, count: int) -> float | None:
+    """Seconds of the next of so many trainings, which share the time that is left."""
+    return None if limit is None else max(0.1, limit - spent) / count
 
 
 def _caches(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dict[str, Any]:

@@ -30,6 +30,9 @@ _PATIENCE, _PATIENCE_OF_FEW = 10, 5  # evaluations
 _BATCH = 256
 _PROBED = 8  # rows
 
+_LAST = 0.1  # of all rows, held out from the last fit
+_WORTH = 1.05  # times as many rows to train on
+
 OWN_DRAW = partial(sir, num_proposals=1)  # of the base
 
 
@@ -99,6 +102,23 @@ def parts_of(data: Any, held_out: Any, seed: int) -> Parts:  # noqa: ANN401
                 f"Choices and report need {FEWEST} or more held-out rows each; got {rows}. {remedy}"
             )
     return Parts(data, choose, judge, _num_rows(data))
+
+
+def parts_for_last_fit(data: Any, parts: Parts, seed: int) -> Parts | None:  # noqa: ANN401
+    """Parts of all rows once more, of which a tenth is held out; ``None`` if that is hardly fewer.
+
+    Arguments:
+        data: The data, of which a part was held out.
+        parts: The parts for the choices.
+        seed: Seed of the shuffle.
+    """
+    data = as_data(data)
+    count = _length(data) or 0
+    held_out = max(_LAST, FEWEST / max(count, FEWEST))
+    if not parts.is_small or 1 - held_out < _WORTH * (1 - _held_out_fraction(count)):
+        return None
+    last = split(Rows(data) if isinstance(data, Tensor) else data, held_out, seed)
+    return last and Parts(*last, parts.judge, _num_rows(last[0]))
 
 
 def first_not_finite(data: Any) -> Any:  # noqa: ANN401

@@ -13,8 +13,9 @@ from torch.distributions import Independent, Normal
 
 from ncprior import SingleGroup, improve
 from ncprior.diagnostics import Report, diagnose
-from ncprior.recipe import measure
+from ncprior.recipe import heads, measure
 from ncprior.recipe.choices import NEW, POSTERIOR
+from ncprior.recipe.parts import parts_of
 from ncprior.recipe.record import Record
 from ncprior.training import History
 from ncprior.training.history import Row
@@ -58,6 +59,23 @@ def test_further_steps_take_as_long_as_those_of_the_first_training() -> None:
         assert record.has_time_for(200, 0.4)  # nothing was trained yet
         record.histories.append(history)
         assert record.has_time_for(200, 0.4) == enough
+
+
+def test_the_heads_share_their_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sizes get 20 s each, 0.6 of 100 s: parts of that time were unequal, and 77 s in all."""
+    limits: list[float] = []
+    now = [0.0]
+
+    def trained(*_: Any, max_seconds: float, **__: Any) -> History:
+        limits.append(max_seconds)
+        now[0] += max_seconds
+        return History([Row(100, [1.2], [1.2], 1e-3, 1.0)], [100], [1.2], [0.1], "")
+
+    monkeypatch.setattr(heads, "fit", trained)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    record = Record(progress=False, max_seconds=100.0)
+    heads.train_heads(Ring().source(), parts_of(Ring().data(400), None, 0), record, None)
+    assert limits == [pytest.approx(20.0)] * 3
 
 
 def test_a_slow_encoder_sees_each_row_once_before_bases_are_tried(
