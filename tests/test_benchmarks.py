@@ -707,6 +707,40 @@ def test_judges_agree_where_the_order_is_the_same(monkeypatch: pytest.MonkeyPatc
     assert judges.agreement(rows[:2]) == {}
 
 
+def test_judges_of_decoded_images_do_not_see_what_the_decoder_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pixels of variance 0.01, of which the decoder keeps the first; priors shift it."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    judges, cases = load("judges"), load("hole_cases")
+
+    def decoded(count: int, shift: float = 0.0) -> Tensor:
+        x = 0.5 + 0.1 * torch.randn(count, 1, 1, 2)
+        return x * torch.tensor([1.0, 0.0]) + torch.tensor([shift, 0.5])
+
+    both = judges.Judge(lambda x: x.flatten(1), lambda _: 1.0)
+    monkeypatch.setattr(judges, "resnet", lambda: both)
+    monkeypatch.setattr(judges, "efficientnet", lambda _: both)
+    case = SimpleNamespace(
+        features=both.features,
+        facts={"classifier's accuracy": 0.6},
+        test_images=0.5 + 0.1 * torch.randn(2000, 1, 1, 2),
+        posterior=lambda count, held_out: (decoded(count), None) if held_out else None,
+    )
+    for method, shift in ((judges.BASE, 0.1), (judges.POSTERIOR, 0.0), ("flow", 0.05)):
+        parts = [decoded(500, shift) for _ in range(5)]
+        cases.save_images(cases.image_file(tmp_path, "cifar10", method, 0), parts)
+    panel = judges.Panel(case, 2000, tmp_path, 500)
+    real, of_decoded = panel.measured("flow", 0)
+    assert (real["reference"], of_decoded["reference"]) == ("test images", judges.DECODED)
+    for judge in judges.JUDGES:
+        assert real[f"{judge}_floor"] == pytest.approx(
+            0.5, abs=0.05
+        )  # 0.1² of details, 0.1² of the shift
+        assert of_decoded[f"{judge}_floor"] < 0.05
+        assert of_decoded[f"{judge}_low"] < 0.75 < of_decoded[f"{judge}_high"]
+
+
 def test_judges_read_the_first_images_of_each_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

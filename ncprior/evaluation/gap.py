@@ -60,10 +60,11 @@ class GapClosed(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """Fraction of the base's distance that is the decoder's, D_post / D_base.
+        """Fraction of the base's distance that decoded encodings have, too: D_post / D_base.
 
-        No prior can close it. If it is large, D mostly measures the details that the decoder leaves
-        out of every image, and samples with other errors may look closer to the data than
+        No prior can close it. It is the decoder's, and the bias of finite samples, about
+        F² (1/N + 1/N_ref) / 4 for features of unit variance. If it is large, D mostly measures the details that the decoder
+        leaves out of every image, and samples with other errors may look closer to the data than
         decoded encodings. Then take decoded encodings of held-out data as the reference.
         """
         return self.d_post / self.d_base
@@ -75,8 +76,8 @@ class GapClosed(NamedTuple):
             parts.append(str(self.copies["ours"]))
         if self.floor > _MOSTLY_DECODER:
             parts.append(
-                f"{self.floor:.0%} of the distance is the decoder's, so take decoded encodings of "
-                "held-out data as the reference"
+                f"decoded encodings have {self.floor:.0%} of the base's distance: take decoded "
+                "encodings of held-out data as the reference, or more samples"
             )
         return "; ".join(parts)
 
@@ -264,7 +265,7 @@ def _ratio(generations: Tensor, resamples: Tensor, level: float) -> tuple[float,
     variances = [(direction @ cov @ direction).item() for cov in (of_generations, of_reference)]
     degrees = generations.shape[1] - 1, resamples.shape[1] - 1
     spread = sum(v**2 / n for v, n in zip(variances, degrees, strict=True))
-    freedom = max(sum(variances) ** 2 / spread, degrees[0]) if spread > 0 else degrees[0]
+    freedom = sum(variances) ** 2 / spread if spread > 0 else degrees[0]
     t = _student_quantile(0.5 + level / 2, freedom)
     # θ is inside where (numerator - θ hole)² ≤ t² Var(numerator - θ hole).
     quadratic = torch.outer(means, means) - t**2 * (of_generations + of_reference)

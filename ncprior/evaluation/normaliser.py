@@ -69,7 +69,7 @@ class LogZ(NamedTuple):
     Example:
         >>> z = LogZ(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.6]), True, 100, 1, math.nan)
         >>> print(z)
-        log Z between 0.200 ± 0.100 and 0.400 ± 0.200 nats (std 0.141 over 2 replicates)
+        log Z between 0.200 and 0.400 nats (standard errors 0.100 and 0.200, of 2 replicates)
     """
 
     forward: Tensor
@@ -103,8 +103,8 @@ class LogZ(NamedTuple):
         """Shows the range of log Z in one line."""
         error = self.std / math.sqrt(len(self.forward))
         return (
-            f"log Z between {self.lower:.3f} ± {error:.3f} and {self.upper:.3f} ± "
-            f"{self.upper_error:.3f} nats (std {self.std:.3f} over {len(self.forward)} replicates)"
+            f"log Z between {self.lower:.3f} and {self.upper:.3f} nats (standard errors "
+            f"{error:.3f} and {self.upper_error:.3f}, of {len(self.forward)} replicates)"
         )
 
 

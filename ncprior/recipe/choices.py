@@ -94,16 +94,20 @@ def _later(named: tuple[bool, str, str]) -> bool:
 
 
 def scored(candidate: Candidate, digits: int) -> str:
-    """The score of a candidate as text, with half the width of its interval."""
-    half = (candidate.high - candidate.low) / 2
+    """The score of a candidate as text, with the distance to the further end of its interval."""
+    half = _half(candidate)
     error = f" ± {decimals(half, digits)}" if math.isfinite(half) else ""
     return decimals(candidate.score, digits) + error
 
 
 def digits_of(candidates: Iterable[Candidate]) -> int:
     """Digits behind the point that show the narrowest interval with one digit, or two if it is small."""
-    halves = [(it.high - it.low) / 2 for it in candidates if it.high > it.low]
+    halves = [_half(it) for it in candidates if it.high > it.low]
     return max(0, min(4, math.ceil(-math.log10(min(halves) / 3)))) if halves else 2
+
+
+def _half(it: Candidate) -> float:
+    return max(it.high - it.score, it.score - it.low)
 
 
 def decimals(value: float, digits: int = 2) -> str:

@@ -17,7 +17,7 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, OWN, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off
+from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off, vae_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, choose_strength
 from ncprior.samplers.sir import sir
@@ -120,12 +120,17 @@ def _untrained(source: JointSource, parts: Parts) -> NCPrior:
 def _keep(
     whole: NCPrior, prior: NCPrior, gaps: dict[str, Gap], bases: list[str], record: Record
 ) -> tuple[NCPrior, dict[str, Gap]]:
-    """Keeps the heads of the groups unless they are worse than their base, the joint head if better."""
+    """Keeps the heads of the groups unless they are worse than their base, the joint head if better.
+
+    If draws are surely further than those of the VAE's own prior, that takes the place of the base.
+    """
     best = BASE if BASE in gaps else OLD
     if GROUPS in gaps and not gaps[GROUPS].is_worse_than(gaps[best]):
         best = GROUPS
     if any(whole.active) and gaps[NEW].is_less_than(gaps[best]):
         best = NEW
+    if BASE in gaps and OLD in gaps and gaps[best].is_worse_than(gaps[OLD]):
+        best = OLD
     compared = [*bases, NEW] if any(whole.active) else [*bases]
     reason = (
         "a joint head stays if a new classifier finds less with it, others unless it finds more"
@@ -138,7 +143,11 @@ def _keep(
         return whole, gaps
     if best != GROUPS:
         off(prior)
-    return prior, {arm: gaps[best if arm == NEW else arm] for arm in gaps if arm != GROUPS}
+    gone = {GROUPS}
+    if best == OLD and BASE in gaps:
+        prior.source = vae_of(prior.source)
+        gone.add(BASE)
+    return prior, {arm: gaps[best if arm == NEW else arm] for arm in gaps if arm not in gone}
 
 
 def _train(whole: NCPrior, parts: Parts, record: Record, folder: Path | None) -> str:

@@ -57,6 +57,8 @@ _BATCH = 256
 
 _PROBED = 512  # rows for the shapes and scales of new heads
 
+_Z = 1.96  # standard errors of a 95 % interval
+
 NO_TIME = "there was too little time to compare draws with encodings"
 
 
@@ -66,10 +68,22 @@ class Divergences(NamedTuple):
     Attributes:
         groups: That of every group.
         total: Their sum, at least 0. All groups have the same rows, which its error knows.
+        num_rows: N, the rows that they are measured on.
     """
 
     groups: list[Mean]
     total: Mean
+    num_rows: int
+
+    def interval(self) -> Score:
+        """Returns the sum with its 95 % interval, at least 0.
+
+        The best classifier's estimate of a small divergence D has the variance D/N, so that D is
+        inside up to z²/N even if the estimate is 0, with the same for every row.
+        """
+        value, half = self.total.value, _Z * self.total.error
+        most = max(half, _Z**2 / max(self.num_rows, 1))
+        return Score(value, max(0.0, value - half), value + most)
 
     @classmethod
     def of(cls, losses: Tensor) -> Divergences:
@@ -87,7 +101,7 @@ class Divergences(NamedTuple):
                 )
         groups = [cls._sum_of(loss) for loss in losses[:, None]]
         value, error = cls._sum_of(losses)
-        return cls(groups, Mean(max(0.0, value), error))
+        return cls(groups, Mean(max(0.0, value), error), losses.shape[1])
 
     @staticmethod
     def _sum_of(losses: Tensor) -> Mean:
@@ -95,7 +109,7 @@ class Divergences(NamedTuple):
         return Mean(len(losses) * math.log(2) - loss / 2, error / 2)
 
 
-_UNKNOWN = Divergences([], Mean(0.0, 0.0))
+_UNKNOWN = Divergences([], Mean(0.0, 0.0), 0)
 
 
 class Gap(NamedTuple):
@@ -133,11 +147,6 @@ class Gap(NamedTuple):
         measured = self.is_measured and other.is_measured
         return measured and self.choose.total.value < other.choose.total.value
 
-    def score(self) -> Score:
-        """The sum over groups on the data for the report, with its 95 % interval; at least 0."""
-        value, error = self.judge.total
-        return Score(value, max(0.0, value - 1.96 * error), value + 1.96 * error)
-
 
 def is_worse(after: Mean, before: Mean, among: int = 1) -> bool:
     """Whether a divergence is surely larger than another one; by more, among several such pairs.
@@ -151,12 +160,9 @@ def is_worse(after: Mean, before: Mean, among: int = 1) -> bool:
 
 def kept(chosen: str, reason: str, gaps: Mapping[str, Gap], seconds: float) -> Choice:
     """Returns the choice of the prior to keep, by the gaps of the candidates that were measured."""
-    candidates = []
-    for name, gap in gaps.items():
-        if gap.is_measured:
-            value, error = gap.choose.total
-            half = 1.96 * error
-            candidates.append(Candidate(name, value, value - half, value + half))
+    candidates = (
+        Candidate(name, *gap.choose.interval()) for name, gap in gaps.items() if gap.is_measured
+    )
     return Choice(
         part="keep",
         chosen=chosen,
@@ -302,7 +308,7 @@ def share_closed(before: Mean, after: Mean) -> tuple[float, float, float]:
     finds_nothing = after.value <= 2 * after.error
     error = max(after.error, before.error) if finds_nothing else after.error
     relative = math.hypot(error, (1 - share) * before.error) / before.value
-    return share, share - 1.96 * relative, share + 1.96 * relative
+    return share, share - _Z * relative, share + _Z * relative
 
 
 def verdict(gaps: Mapping[str, Gap]) -> str:
@@ -324,6 +330,9 @@ def in_words(before: Mean, after: Mean) -> str:
         f"Jensen-Shannon divergence of {before.value:.3f} nats before, and {after.value:.3f} nats now."
     )
     if before.value <= 2 * before.error:
-        return f"No prior hole was found. {found}"
+        worse = " before, but the new prior has one" if is_worse(after, before) else ""
+        return f"No prior hole was found{worse}. {found}"
     share, low, high = (round(100 * min(1.0, part)) for part in share_closed(before, after))
+    if share < 0:
+        return f"The prior hole has grown by {-share} % ({-high} to {-low}). {found}"
     return f"Prior hole closed: {share} % ({low}–{high}). {found}"

@@ -142,7 +142,11 @@ def evidence_of(
     latents, samples = _draw(prior.source, arms, held_out, num_rows)
     return Improvement(
         verdict=verdict(gaps) if gaps else _TOO_FEW,
-        scores={arm: gap.score() for arm, gap in gaps.items() if arm in arms and gap.is_measured},
+        scores={
+            arm: gap.judge.interval()
+            for arm, gap in gaps.items()
+            if arm in arms and gap.is_measured
+        },
         diagnosis=diagnosis,
         sampler=_described(prior.source, sampler),
         budget=int(budget),

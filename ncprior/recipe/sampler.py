@@ -100,7 +100,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     bases = bases_of(prior.source, parts.choose)
     gaps = measure_gaps(prior, prior.chosen(None), bases, parts, record)
     base = BASE if BASE in gaps else OLD
-    alone = gaps[base]
+    alone, kept_heads = gaps[base], _ARMS[NEW]
     shown = [arm for arm in _ARMS if arm in gaps and (had_heads or arm != NEW)]
     measured = {_ARMS[arm]: gaps[arm] for arm in shown}
     reason = "heads stay unless a new classifier tells their draws from encodings better than the base's"
@@ -109,12 +109,15 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
     elif had_heads:
         pairs = zip(gaps[NEW].choose.groups, alone.choose.groups, strict=True)
         helps = [not is_worse(*pair, among=len(prior.active)) for pair in pairs]
-        prior.active = [on and good for on, good in zip(prior.active, helps, strict=True)]
+        before = prior.active
+        prior.active = [on and good for on, good in zip(before, helps, strict=True)]
         if not any(prior.active):
             gaps[NEW] = alone
             off(prior)
-        elif not all(helps):
+        elif prior.active != before:
             gaps[NEW] = remaining_gap(prior, prior.chosen(None), parts, record, name=NEW)
+            kept_heads = "heads of the groups that they help"
+            measured[kept_heads] = gaps[NEW]
     if BASE in gaps and OLD in gaps and gaps[NEW].is_worse_than(gaps[OLD]):
         prior.source, base, reason = (
             bases[OLD],
@@ -124,7 +127,7 @@ def keep_what_helps(prior: NCPrior, parts: Parts, record: Record) -> dict[str, G
         off(prior)
         del gaps[BASE]
         gaps[NEW] = gaps[OLD]
-    chosen = _ARMS[NEW if any(prior.active) else base]
+    chosen = kept_heads if any(prior.active) else _ARMS[base]
     record.add(kept(chosen, reason, measured, time.monotonic() - started))
     return gaps
 

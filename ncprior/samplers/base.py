@@ -159,13 +159,13 @@ def start_at(init: Any, prior: Sampleable) -> Tensor:  # noqa: ANN401
     if z.dtype == torch.float64 and not isinstance(init, Tensor):
         z = z.to(torch.get_default_dtype())  # arrays and lists are in double precision by default
     with seeded(0):  # the generators stay as they are
-        z = z.to(draw_from(prior, 1).device)
-    if isinstance(prior, Distribution) and z.shape != prior.batch_shape + prior.event_shape:
+        like = draw_from(prior, 1)[0]
+    if z.shape != like.shape:
         raise ValueError(
-            f"init must have the prior's shape (B, *event), "
-            f"{tuple(prior.batch_shape + prior.event_shape)}; got {tuple(z.shape)}."
+            f"init must have the prior's shape (B, *event), {tuple(like.shape)}; got "
+            f"{tuple(z.shape)}."
         )
-    return z
+    return z.to(like.device)
 
 
 def checked_draw(draw: Any, shape: Size | None = None) -> Draw:  # noqa: ANN401

@@ -57,7 +57,7 @@ def test_a_decoder_that_is_most_of_the_distance_is_said(shift: float, is_said: b
     shifts = [shift, shift + 0.001, shift - 0.001, shift + 0.002, shift - 0.002]
     result = gap(arm([0])[0], posterior=arm(shifts), ours=arm([1.9, 1.91, 1.92, 1.93, 1.94]))
     assert result.floor == pytest.approx(mean_square(shifts) / mean_square(BASE))
-    said = f"{result.floor:.0%} of the distance is the decoder's, so take decoded encodings of"
+    said = f"decoded encodings have {result.floor:.0%} of the base's distance: take decoded"
     assert (said in str(result)) == is_said
 
 

@@ -92,13 +92,17 @@ def test_the_interval_covers_one_half_under_the_null(
         return lambda x: x @ (real.mean(0) - drawn.mean(0))
 
     monkeypatch.setitem(two_sample._FITS, "network", nearest_mean)
-    repetitions, level = 100, 0.9
+    repetitions, level = 400, 0.9
     results = [
         two_sample_test(*torch.randn(2, 80, 2), folds=folds, level=level, seed=seed)
         for seed in range(repetitions)
     ]
     covered = sum(found.low <= 0.5 <= found.high for found in results) / repetitions
     assert abs(covered - level) < 4 * math.sqrt(level * (1 - level) / repetitions)
+    spread = torch.tensor([found.jsd for found in results]).std().item()
+    told = math.sqrt(sum(found.jsd_error**2 for found in results) / repetitions)
+    # Right for two folds, on the safe side for five; 4 standard errors of the spread are 0.14.
+    assert told / spread == pytest.approx(1.0 if folds == 2 else 2**0.5, rel=0.15)
 
 
 @BOTH

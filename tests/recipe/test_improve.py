@@ -362,8 +362,44 @@ def test_heads_that_do_harm_are_rejected_with_the_evidence() -> None:
     assert found["heads"].low > found["the VAE's own prior"].high + 0.1
 
 
+def test_heads_of_groups_that_they_do_not_help_are_off_with_the_evidence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second of two groups is worse with its head; once it is off, the evidence is the same."""
+
+    def gap(*groups: float) -> Gap:
+        means = [Mean(value, 0.01) for value in groups]
+        found = Divergences(means, Mean(sum(groups), 0.01), 99)
+        return Gap(found, found, 1000)
+
+    known = {"old prior": gap(0.2, 0.1), "new prior": gap(0.1, 0.3)}
+    without = gap(0.1, 0.1)
+    monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_: dict(known))
+    monkeypatch.setattr(recipe_sampler, "bases_of", lambda *_: {"old prior": None})
+    monkeypatch.setattr(recipe_sampler, "remaining_gap", lambda *_, **__: without)
+    prior = NCPrior(CorrelatedPair(), [MLPHead((1,), width=8) for _ in range(2)]).eval()
+    prior.sampler = partial(sir, num_proposals=20)
+    record = Record(progress=False, max_seconds=None)
+    gaps = keep_what_helps(prior, parts_of(torch.randn(99, 3), None, seed=0), record)
+    assert prior.active == [True, False]
+    assert gaps["new prior"] is without
+    choice = record.choices[0]
+    assert choice.chosen == "heads of the groups that they help"
+    found = {candidate.name: candidate.score for candidate in choice.candidates}
+    assert found == {
+        "the VAE's own prior": pytest.approx(0.3),
+        "heads": pytest.approx(0.4),
+        choice.chosen: pytest.approx(0.2),
+    }
+    record.choices.clear()
+    keep_what_helps(prior, parts_of(torch.randn(99, 3), None, seed=0), record)
+    assert (
+        record.choices[0].chosen == "heads"
+    )  # none was switched off, and nothing is measured anew
+
+
 def test_a_gap_that_was_not_measured_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = (Divergences([mean], mean) for mean in (Mean(0.2, 0.01), Mean(0.0, 0.0)))
+    old, new = (Divergences([mean], mean, 99) for mean in (Mean(0.2, 0.01), Mean(0.0, 0.0)))
     known = {"old prior": Gap(old, old, 1000), "new prior": Gap(new, new, 1)}
     monkeypatch.setattr(recipe_sampler, "measure_gaps", lambda *_: known)
     prior = NCPrior(flat(), MLPHead((2,), width=8)).eval()
@@ -595,6 +631,12 @@ def test_the_share_that_is_closed_has_the_error_of_a_ratio() -> None:
         "Prior hole closed: 75 % (70–80)."
     )
     assert in_words(Mean(0.001, 0.01), Mean(0.0, 0.0)).startswith("No prior hole was found.")
+    assert in_words(Mean(0.001, 0.01), Mean(0.4, 0.01)).startswith(
+        "No prior hole was found before, but the new prior has one."
+    )
+    assert in_words(Mean(0.4, 0.0), Mean(0.5, 0.02)).startswith(
+        "The prior hole has grown by 25 % (15 to 35)."
+    )
 
 
 def test_a_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

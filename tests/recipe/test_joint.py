@@ -196,6 +196,22 @@ def test_heads_of_groups_that_do_harm_are_switched_off() -> None:
     assert keep.chosen == "the VAE's own prior"
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_given_base_that_is_further_than_the_vae_s_own_prior_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with one group: N(0, 3²) was given in place of N(0, 1)."""
+    monkeypatch.setattr(judge, "_STEPS", 200)
+    prior, parts = blind()
+    vae = BlindPair(correlation=0.0)
+    wide = Independent(Normal(torch.zeros(1), 3 * torch.ones(1)), 1)
+    prior.source = rebase(vae, [wide, wide])
+    kept, gaps, record = joined(prior, parts, budget=7)
+    assert record.choices[-1].chosen == "the VAE's own prior"
+    assert kept is prior and kept.source is vae
+    assert gaps.keys() == {OLD, NEW} and gaps[NEW] is gaps[OLD]
+
+
 def test_a_joint_head_needs_several_groups() -> None:
     prior, parts = blind()
     one = NCPrior(JointSource(prior), MLPHead((4,))).eval()

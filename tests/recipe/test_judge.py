@@ -172,11 +172,28 @@ def test_the_sum_over_groups_knows_that_they_have_the_same_rows() -> None:
     common, own = torch.randn(400, 1, 200), torch.randn(400, 10, 200)
     losses = 1.2 + 0.3 * (0.3**0.5 * common + 0.7**0.5 * own)
     found = [Divergences.of(one) for one in losses.double()]
+    assert {one.num_rows for one in found} == {losses.shape[-1]}
     spread = torch.tensor([one.total.value for one in found]).std().item()
     told = sum(one.total.error for one in found) / 400
     assert told == pytest.approx(spread, rel=0.15)  # 4 standard errors of a spread of 400
     assert sum(mean.error**2 for mean in found[0].groups) ** 0.5 < 0.6 * spread
     assert found[0].total.value == pytest.approx(sum(mean.value for mean in found[0].groups))
+
+
+def test_an_estimate_of_0_has_an_interval() -> None:
+    """log r is ±a at even odds on both sides of x: the best classifier finds JSD D with variance D/N."""
+    nothing = Divergences.of(torch.full((1, 400), 2 * math.log(2), dtype=torch.float64)).interval()
+    assert (nothing.value, nothing.low) == (0.0, 0.0)
+    assert nothing.high == pytest.approx(1.96**2 / 400)
+    rows, a = 1000, 0.1
+    torch.manual_seed(0)
+    shares = torch.tensor([1 / (1 + math.exp(-a)), 1 / (1 + math.exp(a))])  # of a half of x
+    is_high = torch.rand(2, 500, rows) < shares[:, None, None]
+    log_r = torch.where(is_high, a, -a).double()
+    losses = nn.functional.softplus(-log_r[0]) + nn.functional.softplus(log_r[1])
+    found = (math.log(2) - losses.mean(1) / 2).std().item()
+    jsd = a**2 / 8
+    assert found == pytest.approx((jsd / rows) ** 0.5, rel=0.13)  # 4 standard errors of 500
 
 
 def test_the_worst_of_many_pairs_is_surely_worse_as_seldom_as_one() -> None:

@@ -28,7 +28,7 @@ MADE = Report((GroupReport(0, Verdict.OFF),), 100, 8192, (5, 50))  # spares a di
 
 
 def gap(jsd: float, num_steps: int = 1000) -> Gap:
-    found = Divergences([Mean(jsd, 0.01)], Mean(jsd, 0.01))
+    found = Divergences([Mean(jsd, 0.01)], Mean(jsd, 0.01), 1000)
     return Gap(found, found, num_steps)
 
 

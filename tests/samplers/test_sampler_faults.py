@@ -283,6 +283,18 @@ def test_F25_F35_the_start_of_chains_is_looked_at(sampler: Any) -> None:
             sampler(PRIOR, flat, init=wrong)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (8, 1), (7, 2)])
+def test_F25_the_start_of_chains_on_a_prior_that_only_draws_is_looked_at(shape: Any) -> None:
+    """A start of another shape was broadcast in silence."""
+
+    class Drawn:
+        def sample(self, shape: Any) -> Tensor:
+            return torch.randn(*shape, 8, 2)
+
+    with pytest.raises(ValueError, match=r"init must have the prior's shape .*\(8, 2\); got"):
+        independence(Drawn(), flat, num_steps=3, init=torch.zeros(shape))
+
+
 def test_F35_chains_of_codes_keep_their_dtype_and_chains_of_numbers_are_floats() -> None:
     codes = torch.tensor([0, 1, 2, 3])
     draw = independence(Codes().prior.expand((4,)), Codes().log_r, num_steps=2, init=codes)
