@@ -339,7 +339,10 @@ def rows_of_method(case: Case, method: str, known: list[Row]) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Differences of AUCs to the posterior's, with 95 % Student intervals over seeds and splits."""
+    """Differences of AUCs to the posterior's, with 95 % Student intervals over seeds.
+
+    Splits of one seed share a model and cells: their mean is one value.
+    """
     found: dict[tuple[str, ...], list[float]] = {}
     keys = ("data", "condition", "seed")
     posterior = {
@@ -348,7 +351,7 @@ def summary(rows: list[Row]) -> list[str]:
     for row in rows:
         of = posterior[tuple(row[key] for key in keys)]
         name = (row["data"], row["condition"], row["method"])
-        found.setdefault(name, []).extend(np.subtract(row["aucs"], of).tolist())
+        found.setdefault(name, []).append(np.subtract(row["aucs"], of).mean())
     lines = []
     for (data, condition, method), values in found.items():
         if method not in (REAL, TRAINING) and len(values) > 1:
@@ -358,7 +361,7 @@ def summary(rows: list[Row]) -> list[str]:
             mean = np.mean(values)
             lines.append(
                 f"{data}, {condition}: AUC of {method} less that of the posterior: {mean:+.3f} "
-                f"({mean - half:+.3f} to {mean + half:+.3f}), {len(values)} tests"
+                f"({mean - half:+.3f} to {mean + half:+.3f}), {len(values)} seeds"
             )
     return lines
 

@@ -15,7 +15,7 @@ also where those of prior_hole.py see feature maps: there is time for few steps 
 
 `gap_closed` and `near_copies` are those of prior_hole.py. `over_improve` is the paired difference to
 `improve(50)`: below 0, `improve` is better. Seconds are of the core where there is one thread
-(OMP_NUM_THREADS=1).
+(OMP_NUM_THREADS=1); `improve` itself keeps to the wall clock, and so has less where the core is shared.
 """
 
 import math
@@ -94,6 +94,8 @@ def criterion(source: LatentSource, case: Case) -> float:
         return log_p.mean().item()
     assert isinstance(source, Rebased)
     (base,) = source.bases or ()
+    if hasattr(base, "log_prob"):
+        raise FloatingPointError("A density is not a number.")
     if base.loss is not None:
         return -base.loss(case.fresh_encodings.flatten(1).repeat(REPEATS, 1)).item()
     drawn = torch.cat([from_source(source)(BATCH)[1] for _ in range(5)])

