@@ -26,8 +26,6 @@ _EXPECTED = (ArithmeticError, ImportError, LookupError, OSError, TypeError, Valu
 
 _KEPT = {"improve": ".ncprior-improve", "sample": "job.json"}  # in --out, for the next attempt
 
-_WORK = r"seed\.txt|(?:refit-)?base\.safetensors|(?:refit-)?heads-\d+|joint-[0-9a-f]{16}"  # files of `ncprior.improve`
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -109,12 +107,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _improve(options: argparse.Namespace) -> int:
+    from ncprior.recipe.files import OWN_FILES
     from ncprior.recipe.page import require_replaceable
     from ncprior.saving.folders import WorkFolder
     from ncprior.utils.random_state import seeded
     from ncprior.utils.user_code import load_object
 
-    work = WorkFolder(options.out / _KEPT["improve"], _WORK)
+    work = WorkFolder(options.out / _KEPT["improve"], OWN_FILES)
     work.require_own()
     page = options.out / "report.html"
     require_replaceable(page)

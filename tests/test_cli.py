@@ -20,9 +20,10 @@ from huggingface_hub.utils import are_progress_bars_disabled
 
 import ncprior
 from ncprior import NCPrior, SingleGroup, sir
-from ncprior.__main__ import _WORK, main
+from ncprior.__main__ import main
 from ncprior.heads.networks import MLPHead
 from ncprior.jobs import read_parts, sample_parts
+from ncprior.recipe.files import OWN_FILES, arguments_file, base_file, heads_file, joint_file
 from ncprior.recipe.report import Improvement
 from ncprior.saving.folders import WorkFolder
 
@@ -494,8 +495,13 @@ def quickly(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
 
     def improved(*_: object, checkpoint: Path, **__: object) -> NCPrior:
         checkpoint.mkdir(parents=True, exist_ok=True)
-        for name in ("seed.txt", "base.safetensors", "heads-0", "heads-12", f"joint-{16 * 'a'}"):
-            (checkpoint / name).touch()
+        for file in (
+            arguments_file(checkpoint),
+            *(base_file(checkpoint, name) for name in ("", "refit ")),
+            *(heads_file(checkpoint, name, 12) for name in ("", "refit ")),
+            joint_file(checkpoint, 64 * "a"),
+        ):
+            file.touch()
         (checkpoint / ".heads-1.0badcafe.tmp").touch()  # of an attempt that was killed
         return prior
 
@@ -592,7 +598,7 @@ def test_improve_knows_the_files_of_its_folder(place: Path) -> None:
     options: dict[str, Any] = {"seed": 0, "max_seconds": 1, "progress": False}
     ncprior.improve(names["source"], data, checkpoint="kept", **options)
     assert files("kept").keys() >= {"seed.txt", "base.safetensors", "heads-0"}
-    WorkFolder(Path("kept"), _WORK).require_own()
+    WorkFolder(Path("kept"), OWN_FILES).require_own()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

@@ -10,6 +10,7 @@ from ncprior.bases.rebase import rebase
 from ncprior.data.digest import data_digest
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.choices import Candidate, Choice
+from ncprior.recipe.files import base_file
 from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.saving.checks import FORMAT, SavedFile, Validators
@@ -17,8 +18,6 @@ from ncprior.saving.identity import SIGMA, source_facts
 from ncprior.saving.kinds import base_entry, base_tensors, build_base
 from ncprior.saving.tensors import save_tensors
 from ncprior.source import LatentSource, device_of
-
-FILE = "base.safetensors"
 
 _BATCH = 256  # rows
 
@@ -52,7 +51,7 @@ def saved_base(
     of_source["facts"].pop(SIGMA, None)  # it plays no part in encodings
     digests = [data_digest(part, _BATCH) for part in (parts.train, parts.choose)]
     belongs = {**of_source, "data": digests}
-    file = folder / (options.get("name", "").replace(" ", "-") + FILE)
+    file = base_file(folder, options.get("name", ""))
     if file.is_file():
         return _read(file, belongs, source, record)
     chosen = choose_base(source, parts, record, **options)

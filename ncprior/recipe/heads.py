@@ -13,6 +13,7 @@ from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import walk_cache
 from ncprior.recipe.choices import Candidate, Choice
+from ncprior.recipe.files import heads_file
 from ncprior.recipe.parts import Parts, draws_slowly, has_condition
 from ncprior.recipe.record import Record
 from ncprior.recipe.score_term import has_scores
@@ -102,7 +103,7 @@ def train_heads(
         width = widest // kind.fraction
         heads = more_heads(source, batch, width=width, dropout=kind.dropout)
         prior = NCPrior(source, heads).eval()
-        file = None if folder is None else folder / f"{name.replace(' ', '-')}heads-{number}"
+        file = heads_file(folder, name, number)
         history = fit(
             prior,
             parts.train,

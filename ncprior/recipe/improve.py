@@ -17,6 +17,7 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.base_file import saved_base
 from ncprior.recipe.caches import rows_in_time
 from ncprior.recipe.choices import OWN
+from ncprior.recipe.files import arguments_file
 from ncprior.recipe.heads import train_heads
 from ncprior.recipe.joint import join_groups, joint_source
 from ncprior.recipe.measure import FRESH, SHOWN, evidence_of
@@ -123,7 +124,7 @@ def improve(
             f"improve makes its choices in one process; got a process group of {num_ranks()} ranks. "
             f"Call it in one process, or train heads on all ranks by fit."
         )
-    file = None if folder is None else folder / "seed.txt"
+    file = None if folder is None else arguments_file(folder)
     arguments = (
         f"{seed}" if max_seconds is None else f"{seed}, max_seconds={float(max_seconds):.15g}"
     )

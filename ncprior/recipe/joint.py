@@ -16,6 +16,7 @@ from ncprior.heads.probe import more_heads
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, OWN, Choice
+from ncprior.recipe.files import joint_file
 from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
 from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off, vae_of
 from ncprior.recipe.record import Record
@@ -160,7 +161,7 @@ def _train(whole: NCPrior, parts: Parts, record: Record, folder: Path | None) ->
         return "there was too little time or memory to draw walks"
     whole.active = [True]
     facts = as_text([source_facts(whole.source), count]).encode()
-    file = folder and folder / f"joint-{hashlib.sha256(facts).hexdigest()[:16]}"
+    file = joint_file(folder, hashlib.sha256(facts).hexdigest())
     record.begin(f"trains a head for all groups together, on {count:,} walks")
     history = fit(
         whole,

@@ -455,7 +455,7 @@ def test_a_run_goes_on_with_the_base_of_its_checkpoint(
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"it belongs to data=.*; got data=.*. Pass the same VAE"):
         improve(Ring().source(), Ring().data(400), **options)
-    file = tmp_path / base_file.FILE
+    file = tmp_path / "base.safetensors"
     tensors, config = load_tensors(file)
     for key, wrong in (
         ("choice", {"part": "base"}),
