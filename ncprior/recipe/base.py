@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from ncprior.bases.mixture import GaussianMixture
 from ncprior.bases.mixture_em import fit_mixture, is_too_wide
 from ncprior.bases.rebase import Rebased, rebase
 from ncprior.data.batches import one_pass
+from ncprior.data.rows import is_map_style
 from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import OWN, Candidate, Choice
+from ncprior.recipe.cross_validation import FOLDS, cross_validated
 from ncprior.recipe.parts import Parts, first_group, has_prior
 from ncprior.recipe.record import Record
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
@@ -36,6 +39,10 @@ _ROWS_PER_COMPONENT = 20  # at least
 _FEW_DRAWS = 20_000  # of smaller data, several draws are taken per row
 
 _MOST_DRAWS = 10  # per row
+
+_FEW = 6000  # training rows: half of a thousand held-out rows tell less than all of these
+
+_FEWEST = 10 * FOLDS  # rows for a cross-validation
 
 _SURE = 2.0  # standard errors by which a larger mixture must be better
 
@@ -69,6 +76,8 @@ def choose_base(
     latents that do not fill R^n stays the VAE's own. A source that the user has rebased has the given
     base in its place.
 
+    With fewer than 6,000 training rows, log p is cross-validated on them, in five folds.
+
     Arguments:
         source: The VAE.
         parts: The data.
@@ -80,7 +89,8 @@ def choose_base(
         record.add(Choice(f"{name}base", _own_name(source), reason))
         return source
     z = posterior_of(first_group(source, parts.choose)).sample()
-    search = (_Search if z.is_floating_point() else _CodeSearch)(source, parts, record)
+    kind = _Search if z.is_floating_point() else _CodeSearch
+    search = kind(source, parts, record, once=only is not None)
     search.run() if only is None else search.run_again(only)
     record.add(
         Choice(
@@ -108,18 +118,23 @@ class _Search:
     larger = "larger mixture"
     criterion = "held-out log p"
 
-    def __init__(self, source: LatentSource[Any, Any], parts: Parts, record: Record) -> None:
+    def __init__(
+        self, source: LatentSource[Any, Any], parts: Parts, record: Record, *, once: bool
+    ) -> None:
         self.started, self.record = time.monotonic(), record
-        self.took = 0.0  # seconds, for the last fit
+        self.took = 0.0  # seconds, for the last candidate
         self.own = source.shared_prior()
         self.is_small = parts.is_small
+        self.few = not once and self._are_few(parts)
+        if self.few:
+            self.criterion = "cross-validated log p"
         self.best: Any = None
         self.name = _own_name(source)
         self.candidates: list[Candidate] = []
         log_p = self._read(source, parts)
         if isinstance(self.own, Distribution):
             with suppress(NotImplementedError):  # a distribution without a density
-                log_p = self.own.log_prob(self.held_out)
+                log_p = self.own.log_prob(self.compared)
         self.log_p: Tensor | None = log_p  # of the best base, (N,)
         if log_p is not None:
             self._note(self.name, log_p)
@@ -133,35 +148,44 @@ class _Search:
                 self._is_late() or size * _ROWS_PER_COMPONENT > len(self.z)
             ):
                 break
-            if not self._keep_if_better(self._name(size), self._fit(size)) and size > 1:
+            if not self._try(size) and size > 1:
                 break
         size = 1 if self.best is None else len(self.best.logits)
         if size > 1 and self.is_small and not self._is_late():
-            self._keep_if_better(self._name(size, _AVERAGED), self._average([self.best], size))
+            self._try(size, _AVERAGED)
 
     def run_again(self, name: str) -> None:
         """Fits the base that an earlier search has named; the VAE's own prior stays if it is better."""
         for size in _SIZES_OF_FEW:
-            if name == self._name(size):
-                self._keep_if_better(name, self._fit(size))
-            elif name == self._name(size, _AVERAGED):
-                self._keep_if_better(name, self._average([], size))
+            for averaged in (1, _AVERAGED):
+                if name == self._name(size, averaged):
+                    self._try(size, averaged)
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def _fit(self, size: int) -> GaussianMixture:
-        covariance = "diagonal" if self._is_diagonal(size) else "full"
-        self.record.begin(f"fits a mixture of {size}" if size > 1 else "fits a Gaussian")
-        started = time.monotonic()
-        mixture = fit_mixture(self.z, size, covariance=covariance, held_out=self.held_out)
-        self.took = time.monotonic() - started
-        return mixture
+    @staticmethod
+    def _are_few(parts: Parts) -> bool:
+        """Whether candidates are compared by cross-validation of the training rows."""
+        known = parts.num_train is not None and is_map_style(parts.train)
+        return known and _FEWEST <= (parts.num_train or 0) < _FEW
 
-    def _average(self, fitted: list[GaussianMixture], size: int) -> GaussianMixture:
-        """Average of mixtures, of which some are fitted already."""
-        others = [self._fit(size) for _ in range(_AVERAGED - len(fitted))]
-        return GaussianMixture.average([*fitted, *others])
+    def _try(self, size: int, averaged: int = 1) -> bool:
+        """Fits a mixture, or an average of some, and keeps it if it is surely better."""
+        name, started = self._name(size, averaged), time.monotonic()
+        self.record.begin(f"fits {'an' if averaged > 1 else 'a'} {name}")
+        fit = partial(self._fit, size=size, averaged=averaged)
+        base = fit(self.z)
+        new = cross_validated(fit, self.z, self.compared) if self.few else self._log_p(base)
+        self.took = time.monotonic() - started
+        return self._keep_if_better(name, base, new)
+
+    def _fit(self, z: Tensor, *, size: int, averaged: int) -> GaussianMixture:
+        covariance = "diagonal" if self._is_diagonal(size) else "full"
+        fitted = [self.best] if averaged > 1 and self.best is not None and z is self.z else []
+        while len(fitted) < averaged:
+            fitted.append(fit_mixture(z, size, covariance=covariance, held_out=self.held_out))
+        return fitted[0] if averaged == 1 else GaussianMixture.average(fitted)
 
     def _is_diagonal(self, size: int) -> bool:
         return is_too_wide(size, self.z.shape[1:])
@@ -176,27 +200,27 @@ class _Search:
         """Keeps encodings, several draws per row of small data; returns log p(z | c) of held-out ones."""
         num_draws = 1 if parts.num_train is None else math.ceil(_FEW_DRAWS / parts.num_train)
         self.z = draws_of(source, parts.train, min(_MOST_DRAWS, num_draws))
+        log_p = None
         if self.own is None:  # p(z | c) of every row
             self.held_out, log_p = _latents_and_log_p(source, parts.choose)
-            return log_p
-        self.held_out = latents_of(source, parts.choose)
-        return None
+        else:
+            self.held_out = latents_of(source, parts.choose)
+        self.compared = self.held_out
+        if self.few and self.own is None:
+            self.compared, log_p = _latents_and_log_p(source, parts.train)
+        elif self.few:
+            self.compared = self.z[: parts.num_train]
+        return log_p
 
-    def _keep_if_better(self, name: str, base: Distribution) -> bool:
-        new = self._score(name, base)
+    def _keep_if_better(self, name: str, base: Distribution, new: Tensor) -> bool:
+        self._note(name, new)
         if self.log_p is not None and not _is_better(new, self.log_p):
             return False
         self.best, self.name, self.log_p = base, name, new
         return True
 
-    def _score(self, name: str, base: Distribution) -> Tensor:
-        """Adds a candidate, and returns the log p of held-out encodings."""
-        log_p = self._log_p(base)
-        self._note(name, log_p)
-        return log_p
-
     def _log_p(self, base: Any) -> Tensor:  # noqa: ANN401
-        log_p: Tensor = base.log_prob(self.held_out)
+        log_p: Tensor = base.log_prob(self.compared)
         return log_p
 
     def _note(self, name: str, log_p: Tensor) -> None:
@@ -229,7 +253,8 @@ class _CodeSearch(_Search):
 
     def _count(self) -> None:
         count = num_categories_of(self.own)
-        self._keep_if_better(_COUNTED, fit_code_frequencies(self.z, num_categories=count))
+        frequencies = fit_code_frequencies(self.z, num_categories=count)
+        self._keep_if_better(_COUNTED, frequencies, self._log_p(frequencies))
 
     def _fit_network(self) -> None:
         self.record.begin("fits a network over the codes")
@@ -240,16 +265,20 @@ class _CodeSearch(_Search):
             max_seconds=self.record.left(_SHARE),
             progress=self.record.progress,
         )
-        self._keep_if_better(_NETWORK, network)
+        self._keep_if_better(_NETWORK, network, self._log_p(network))
+
+    @staticmethod
+    def _are_few(parts: Parts) -> bool:
+        return False  # a network over codes takes minutes
 
     def _read(self, source: LatentSource[Any, Any], parts: Parts) -> Tensor | None:
         self.z, self.context, _ = group_data(source, parts.train)[0]
-        self.held_out, self.held_out_context, _ = group_data(source, parts.choose)[0]
+        self.compared, self.held_out_context, _ = group_data(source, parts.choose)[0]
         return None
 
     def _log_p(self, base: Any) -> Tensor:  # noqa: ANN401
         if self.held_out_context is not None and isinstance(base, ConditionalBase):
-            rows = torch.arange(len(self.held_out), device=self.held_out.device)
+            rows = torch.arange(len(self.compared), device=self.compared.device)
             base = base.given(self.held_out_context(rows))
         return super()._log_p(base)
 
