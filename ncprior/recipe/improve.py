@@ -57,8 +57,8 @@ def improve(
     The choices, each printed in one line with its numbers:
 
     * The base: the VAE's own prior, a Gaussian or a mixture of Gaussians, by the held-out likelihood
-      of encodings; with little data also an average of mixtures. For a grid of codes, the
-      frequencies of the codes or a network over them. A VAE with several groups, or with other
+      of encodings, cross-validated with fewer than 6,000 rows; with little data also an average of
+      mixtures. For a grid of codes, the frequencies of the codes or a network over them. A VAE with several groups, or with other
       latents that do not fill R^n, keeps its own.
     * The heads, trained by :func:`ncprior.fit` until held-out losses stop improving; with fewer than
       20,000 rows, the best of three sizes. Groups whose heads have learnt nothing keep the base.

@@ -45,7 +45,7 @@ def test_the_given_base_is_kept_where_nothing_is_more_likely() -> None:
 def test_a_given_base_without_a_density_is_named() -> None:
     _, choice = improved(WithoutDensity())
     assert choice.chosen == "Gaussian"
-    assert "(held-out log p (unknown for the given base) -2" in str(choice)
+    assert "(cross-validated log p (unknown for the given base) -2" in str(choice)
 
 
 def test_the_given_bases_of_several_groups_are_named() -> None:
