@@ -301,6 +301,7 @@ TABLES = {
     "hole_mnist": Table(hole, "prior_hole.py --data mnist"),
     "hole_digits": Table(hole, "prior_hole.py --data digits"),
     "hole_cifar10": Table(hole, "prior_hole.py --data cifar10"),
+    "hole_cifar10_z": Table(hole, "prior_hole.py --data cifar10 --methods 'heads on z'"),
     "vaebm_mnist": Table(energies, "vaebm.py --data mnist"),
     "vaebm_mnist_50": Table(energies, "vaebm.py --data mnist --proposals 50"),
     "vaebm_cifar10": Table(energies, "vaebm.py --data cifar10"),
