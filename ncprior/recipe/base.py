@@ -25,8 +25,9 @@ from ncprior.data.rows import is_map_style
 from ncprior.distributions import num_categories_of
 from ncprior.recipe.choices import OWN, Candidate, Choice
 from ncprior.recipe.cross_validation import FOLDS, cross_validated
-from ncprior.recipe.parts import Parts, first_group, has_prior
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import first_group, has_prior
 from ncprior.source import LatentSource, device_of, num_rows, posterior_of
 from ncprior.utils.supports import support_of
 

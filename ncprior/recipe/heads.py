@@ -14,9 +14,10 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.caches import walk_cache
 from ncprior.recipe.choices import Candidate, Choice
 from ncprior.recipe.files import heads_file
-from ncprior.recipe.parts import Parts, draws_slowly, has_condition
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.recipe.score_term import has_scores
+from ncprior.recipe.sources import draws_slowly, has_condition
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
 from ncprior.training.gating import gate
@@ -155,7 +156,7 @@ def _caches(source: LatentSource[Any, Any], parts: Parts, record: Record) -> dic
     if not draws_slowly(source):
         several = source.num_groups > 1
         return walk_cache(source, parts, record, _WALK_EPOCHS) if several else {}
-    if has_condition(source, parts) or source.num_groups > 1:  # a draw of its own for each row
+    if source.num_groups > 1 or has_condition(source, parts.choose):  # a draw for each row
         return {"cache_epochs": math.inf}
     return {"num_cached_proposals": cache_size(parts.num_train, _PER_ROW, _CACHED)}
 

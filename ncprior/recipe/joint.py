@@ -18,9 +18,10 @@ from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, OWN, Choice
 from ncprior.recipe.files import joint_file
 from ncprior.recipe.judge import NO_TIME, Gap, kept, measure_gaps, remaining_gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, first_group, off, vae_of
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_sampler, choose_strength
+from ncprior.recipe.sources import OWN_DRAW, bases_of, first_group, off, vae_of
 from ncprior.samplers.sir import sir
 from ncprior.saving.identity import as_text, source_facts
 from ncprior.source import LatentSource, device_of

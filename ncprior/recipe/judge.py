@@ -22,14 +22,9 @@ from ncprior.heads.product import factors, fresh_head
 from ncprior.prior import NCPrior
 from ncprior.recipe.caches import draws_in_time, draws_to_store, walk_cache
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD, Candidate, Choice, Score
-from ncprior.recipe.parts import (
-    OWN_DRAW,
-    Parts,
-    draws_slowly,
-    has_condition,
-    off,
-)
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import OWN_DRAW, draws_slowly, has_condition, off
 from ncprior.samplers.base import Sampler
 from ncprior.source import LatentSource, device_of
 from ncprior.training.fit import fit
@@ -219,7 +214,7 @@ def remaining_gap(
     a lower bound, and 0 if the new heads find nothing.
     """
     device = device_of(prior.source)
-    single = prior.source.num_groups == 1 and not has_condition(prior.source, parts)
+    single = prior.source.num_groups == 1 and not has_condition(prior.source, parts.choose)
     of_walks = isinstance(prior.source, JointSource)
     limits = _CACHED_WALKS if of_walks else _CACHED
     count = draws_to_store(prior.source, cache_size(parts.num_train, _PER_ROW, limits))

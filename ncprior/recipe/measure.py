@@ -22,10 +22,11 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.choices import DATA, NEW, OLD, POSTERIOR
 from ncprior.recipe.joint import WALKS
 from ncprior.recipe.judge import Gap, measure_gaps, verdict
-from ncprior.recipe.parts import FEWEST, Parts, bases_of, parts_for_report, vae_of
+from ncprior.recipe.parts import FEWEST, Parts, parts_for_report
 from ncprior.recipe.pictures import is_narrow
 from ncprior.recipe.record import Record
 from ncprior.recipe.report import Improvement
+from ncprior.recipe.sources import bases_of, vae_of
 from ncprior.samplers.base import Sampler
 from ncprior.samplers.identity import describe
 from ncprior.source import Group, LatentSource, device_of, num_rows, posterior_of, visit

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ncprior.bases.empirical import NoPrior
-from ncprior.bases.joint import JointSource
-from ncprior.bases.rebase import Rebased, without_bases
-from ncprior.data.batches import first_batch, one_pass, require_rows_and_end
+from ncprior.data.batches import one_pass, require_rows_and_end
 from ncprior.data.parts import split
 from ncprior.data.rows import RowData, Rows, as_data, is_map_style
-from ncprior.prior import NCPrior
-from ncprior.recipe.choices import BASE, GROUPS, OLD
-from ncprior.samplers.sir import sir
-from ncprior.source import Group, LatentSource, device_of, num_rows
-from ncprior.utils.batches import is_finite, own_batch, shuffle_rows, take_rows
+from ncprior.source import num_rows
+from ncprior.utils.batches import is_finite, shuffle_rows, take_rows
 
 _MOST_HELD_OUT = 10_000  # rows
 _FEWEST_HELD_OUT, _QUARTER = 1000, 4  # rows, but at most a quarter of the data
@@ -28,12 +21,9 @@ FEWEST = 8  # rows of each part
 _PLENTY = 20_000  # training rows; fewer are few
 _PATIENCE, _PATIENCE_OF_FEW = 10, 5  # evaluations
 _BATCH = 256
-_PROBED = 8  # rows
 
 _LAST = 0.1  # of all rows, held out from the last fit
 _WORTH = 1.05  # times as many rows to train on
-
-OWN_DRAW = partial(sir, num_proposals=1)  # of the base
 
 
 class Parts(NamedTuple):
@@ -140,63 +130,6 @@ def parts_for_report(train: Any, held_out: Any, seed: int) -> Parts | None:  # n
     choose, judge = _halves(rest, seed + 1)
     enough = all(_count(part) >= FEWEST for part in (choose, judge))
     return Parts(train, choose, judge, _num_rows(train)) if enough else None
-
-
-def has_condition(source: LatentSource[Any, Any], parts: Parts) -> bool:
-    """Returns whether the prior of a source with one group differs from row to row."""
-    if isinstance(source, JointSource):
-        return False  # it takes no condition, and its prior, drawn as a batch, is never "shared"
-    return first_group(source, parts.choose).context is not None or source.shared_prior() is None
-
-
-def draws_slowly(source: LatentSource[Any, Any]) -> bool:
-    """Returns whether a base of a source says that it draws one latent after another."""
-    bases = (source.bases if isinstance(source, Rebased) else None) or ()
-    return any(getattr(base, "is_autoregressive", False) for base in bases)
-
-
-def has_prior(source: LatentSource[Any, Any], data: Any) -> bool:  # noqa: ANN401
-    """Returns whether a VAE has a prior to draw from, unlike a VQ-VAE to which no base is fitted yet."""
-    prior = first_group(source, data).prior
-    return not isinstance(getattr(prior, "prior", prior), NoPrior)  # of rows of one prior
-
-
-def vae_of(source: LatentSource[Any, Any]) -> LatentSource[Any, Any]:
-    """Returns the VAE with its own prior, below a joint head and below fitted bases."""
-    return without_bases(source.prior.source if isinstance(source, JointSource) else source)
-
-
-def bases_of(source: LatentSource[Any, Any], data: Any) -> dict[str, LatentSource[Any, Any]]:  # noqa: ANN401
-    """Returns the sources whose own draws heads on a source must beat, by arm, the closest last.
-
-    They are the VAE with its own prior, unless it has none; with a fitted base, if there is one; and
-    below a joint head with the heads of the groups, if any is on. Below a joint head, all groups of
-    each are one.
-    """
-    vae = vae_of(source)
-    first = source.prior if isinstance(source, JointSource) else None
-    based = source if first is None else first.source
-    found: dict[str, LatentSource[Any, Any]] = {OLD: vae} if has_prior(vae, data) else {}
-    if based is not vae:
-        found[BASE] = based
-    if first is None:
-        return found
-    found = {arm: JointSource(off(NCPrior(one, first.heads))) for arm, one in found.items()}
-    return {**found, GROUPS: source} if any(first.active) else found
-
-
-def off(prior: NCPrior) -> NCPrior:
-    """Leaves the base of a prior alone, with its own draw; returns the prior."""
-    prior.active = [False] * prior.source.num_groups
-    prior.sampler, prior.strength = OWN_DRAW, 1.0
-    return prior.eval()
-
-
-def first_group(source: LatentSource[Any, Any], data: Any) -> Group:  # noqa: ANN401
-    """Returns the first group of a source, for a few rows of data."""
-    batch = own_batch(first_batch(data, _PROBED), device_of(source))
-    encoding = source.encode(batch)
-    return source.group(source.start(num_rows(encoding), encoding))
 
 
 def _held_out_fraction(count: int) -> float:

@@ -10,9 +10,10 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.base_file import saved_base
 from ncprior.recipe.choices import OWN, Choice
 from ncprior.recipe.heads import train_heads
-from ncprior.recipe.parts import Parts, off
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import choose_strength
+from ncprior.recipe.sources import off
 from ncprior.source import LatentSource
 
 _NAME = "refit "  # in front of choices and files

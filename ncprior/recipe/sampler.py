@@ -15,8 +15,9 @@ from ncprior.prior import NCPrior
 from ncprior.recipe.caches import rows_in_time
 from ncprior.recipe.choices import BASE, NEW, OLD, OWN, Choice
 from ncprior.recipe.judge import NO_TIME, Gap, is_worse, kept, measure_gaps, remaining_gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, off
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import OWN_DRAW, bases_of, off
 from ncprior.samplers.identity import describe
 from ncprior.samplers.sir import sir
 

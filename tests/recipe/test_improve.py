@@ -47,9 +47,10 @@ from ncprior.recipe import sampler as recipe_sampler
 from ncprior.recipe.base import choose_base
 from ncprior.recipe.improve import _summary as summary
 from ncprior.recipe.judge import Divergences, Gap, in_words, remaining_gap, share_closed
-from ncprior.recipe.parts import OWN_DRAW, Parts, parts_of
+from ncprior.recipe.parts import Parts, parts_of
 from ncprior.recipe.record import Record
 from ncprior.recipe.sampler import keep_what_helps
+from ncprior.recipe.sources import OWN_DRAW
 from ncprior.samplers import describe
 from ncprior.saving.tensors import load_tensors, save_tensors
 from ncprior.training import AmortisedSource, FitSettings, History

@@ -20,8 +20,9 @@ from ncprior.recipe import caches, joint, judge, report_on, sampler
 from ncprior.recipe.caches import draws_in_time, draws_to_store
 from ncprior.recipe.choices import BASE, GROUPS, NEW, OLD
 from ncprior.recipe.judge import Gap
-from ncprior.recipe.parts import OWN_DRAW, Parts, bases_of, parts_of, vae_of
+from ncprior.recipe.parts import Parts, parts_of
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import OWN_DRAW, bases_of, vae_of
 from ncprior.source import WrappedSource
 from ncprior.training import FitSettings
 

@@ -15,8 +15,9 @@ from ncprior.diagnostics.calibration import Mean
 from ncprior.heads import MLPHead
 from ncprior.recipe import judge
 from ncprior.recipe.judge import Divergences, is_worse, remaining_gap
-from ncprior.recipe.parts import OWN_DRAW, Parts
+from ncprior.recipe.parts import Parts
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import OWN_DRAW
 from ncprior.samplers import Draw
 
 SHIFT = 1.5

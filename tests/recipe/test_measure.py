@@ -20,8 +20,9 @@ from ncprior.heads.networks import MLPHead
 from ncprior.recipe import judge, measure, report_on
 from ncprior.recipe.choices import DATA
 from ncprior.recipe.judge import Divergences, Gap
-from ncprior.recipe.parts import bases_of, parts_for_report
+from ncprior.recipe.parts import parts_for_report
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import bases_of
 
 SAMPLER = partial(sir, num_proposals=20)
 MADE = Report((GroupReport(0, Verdict.OFF),), 100, 8192, (5, 50))  # spares a diagnosis

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ncprior import NCPrior, improve
 from ncprior.bases import GaussianMixture
-from ncprior.recipe import base, heads, parts
+from ncprior.recipe import base, heads, parts, sources
 from ncprior.recipe import refit as recipe_refit
 from ncprior.recipe.choices import OWN, Candidate, Choice
 from ncprior.recipe.record import Record
@@ -156,7 +156,7 @@ def test_the_vae_s_own_prior_is_not_fitted_again(monkeypatch: pytest.MonkeyPatch
     record = record_of(base=1.0, heads=1.0)
     record.choices[-1] = Choice("keep", OWN)
     source = Ring().source()
-    prior = parts.off(NCPrior.for_source(source, Ring().data(64)))
+    prior = sources.off(NCPrior.for_source(source, Ring().data(64)))
     rows = parts.parts_of(torch.randn(100, 2), None, seed=0)
     assert recipe_refit.refit(prior, source, rows, record, None) is prior
 

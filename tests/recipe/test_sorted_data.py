@@ -17,8 +17,9 @@ from ncprior.data.batches import one_pass, spread_rows, until
 from ncprior.recipe import heads as recipe_heads
 from ncprior.recipe import joint, judge
 from ncprior.recipe.judge import Divergences
-from ncprior.recipe.parts import OWN_DRAW, Parts, parts_of
+from ncprior.recipe.parts import Parts, parts_of
 from ncprior.recipe.record import Record
+from ncprior.recipe.sources import OWN_DRAW
 
 KINDS: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda x: x,
